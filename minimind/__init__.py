@@ -1,0 +1,18 @@
+"""MiniMind on the HuggingFace stack. Importing this package registers the model with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from minimind.model.configuration_minimind import MiniMindConfig
+from minimind.model.modeling_minimind import MiniMindForCausalLM, MiniMindModel
+
+AutoConfig.register("minimind", MiniMindConfig)
+AutoModel.register(MiniMindConfig, MiniMindModel)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM)
+
+# The second registration makes every `save_pretrained` copy the model's code into the checkpoint; with the first
+# alone, a saved checkpoint would name files that are not there.
+MiniMindConfig.register_for_auto_class()
+MiniMindModel.register_for_auto_class("AutoModel")
+MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindModel"]
