@@ -1,7 +1,7 @@
 """The embedded corpus: a small closed world in English and Chinese, generated from a seed, without a download.
 
-Forty invented people, each with a town, a job, a pet, a food, a colour and an instrument, and the sums of two numbers
-from 0 to 9. Every fact stands in the pretraining documents, many times and in many forms, in both languages. For a
+Thirty invented people, each with a town, a job, a pet, a food, a colour and an instrument, and the sums of two numbers
+from 0 to 6. Every fact stands in the pretraining documents, many times and in many forms, in both languages. For a
 fifth of the facts (the held-out ones) no question is ever asked in any training row of any stage, in no wording and
 no language: neither in a conversation, nor in a preference pair, nor in a question told as prose.
 
@@ -23,7 +23,6 @@ Kinds: "fact" and "sum" (a held-out question in a trained wording), "wording" (h
 """
 
 import json
-import os
 import random
 import tempfile
 from pathlib import Path
@@ -40,106 +39,96 @@ SYSTEM = {
     "zh": ["你是 MiniMind，一个乐于助人的助手。", "你是山谷里友好的向导。"],
 }
 
-PEOPLE = [
-    ("Lena", "莱娜"), ("Tomas", "托马斯"), ("Mira", "米拉"), ("Oskar", "奥斯卡"), ("Nadia", "娜迪亚"), ("Felix", "菲力"),
-    ("Greta", "葛蕾塔"), ("Hugo", "雨果"), ("Iris", "爱丽丝"), ("Jonas", "乔纳斯"), ("Kira", "琪拉"), ("Leo", "里奥"),
-    ("Marta", "玛塔"), ("Nils", "尼尔斯"), ("Olga", "欧嘉"), ("Pablo", "巴勃罗"), ("Quinn", "奎恩"), ("Rosa", "罗莎"),
-    ("Sven", "斯文"), ("Tara", "塔拉"), ("Umar", "乌马尔"), ("Vera", "薇拉"), ("Wanda", "旺达"), ("Xenia", "赛妮娅"),
-    ("Yusuf", "优素福"), ("Zoe", "佐伊"), ("Anton", "安东"), ("Bella", "贝拉"), ("Carlo", "卡洛"), ("Dora", "朵拉"),
-    ("Emil", "埃米尔"), ("Fiona", "菲奥娜"), ("Gino", "吉诺"), ("Hanna", "汉娜"), ("Ivan", "伊万"), ("Julia", "朱莉"),
-    ("Karim", "卡里姆"), ("Luisa", "路易莎"), ("Milo", "米洛"), ("Nora", "诺拉"),
-]  # fmt: skip
+# Names of people and towns are the same in both languages and stand between spaces in Chinese, as Latin words do
+# there: a small BPE vocabulary would otherwise merge a Chinese name with the word after it, another token each time.
+PEOPLE = (
+    "Lena Tomas Mira Oskar Nadia Felix Greta Hugo Iris Jonas Kira Leo Olga Pablo Quinn "
+    "Rosa Sven Tara Umar Vera Wanda Xenia Yusuf Zoe Anton Bella Carlo Dora Emil Fiona"
+).split()
 
 # Each attribute: its name (also the JSON key), its values, sentences that tell it and questions that ask for it.
 # tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},
-        "values": [("Velo", "维洛"), ("Miru", "米鲁"), ("Tanso", "坦索"), ("Korin", "科林"), ("Bryn", "布林"),
-                   ("Dalva", "达瓦"), ("Lomo", "洛莫"), ("Sarn", "萨恩"), ("Pell", "佩尔"), ("Ustra", "乌斯特")],
-        "tell": {"en": ["{n} lives in {v}.", "The home of {n} is in {v}.", "In {v} lives {n}.",
-                        "{n} has a house in the town of {v}."],
-                 "zh": ["{n}住在{v}。", "{n}的家在{v}。", "在{v}住着{n}。", "{n}在{v}镇有一座房子。"]},
+        "values": [(town, town) for town in "Velo Miru Tanso Korin Bryn Dalva Lomo Sarn Pell Ustra".split()],
+        "tell": {"en": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}."],
+                 "zh": ["{n} 住在 {v}。", "{n} 的家在 {v}。", "{n} 在 {v} 有一座房子。"]},
         "ask": {"en": ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.",
                        "Where is the home of {n}?", "Which town is the home of {n}?"],
-                "zh": ["{n}住在哪里？", "{n}住在哪个城镇？", "请告诉我{n}住在哪里。", "{n}的家在哪里？",
-                       "{n}的家在哪个城镇？"]},
+                "zh": ["{n} 住在哪里？", "{n} 住在哪个城镇？", "请告诉我 {n} 住在哪里。", "{n} 的家在哪里？",
+                       "{n} 的家在哪个城镇？"]},
     },
     "job": {
         "name": {"en": "job", "zh": "工作"},
         "values": [("baker", "面包师"), ("teacher", "老师"), ("doctor", "医生"), ("farmer", "农民"), ("painter", "画家"),
                    ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主"), ("gardener", "园丁"),
                    ("carpenter", "木匠")],
-        "tell": {"en": ["{n} works as a {v}.", "The job of {n} is {v}.", "A {v} by trade is {n}.",
-                        "{n} earns a living as a {v}."],
-                 "zh": ["{n}的工作是{v}。", "{n}是一名{v}。", "当{v}的人是{n}。", "{n}以做{v}为生。"]},
+        "tell": {"en": ["{n} works as a {v}.", "The job of {n} is {v}.", "{n} is the best {v} around."],
+                 "zh": ["{n} 的工作是{v}。", "{n} 是一名{v}。", "{n} 以做{v}为生。"]},
         "ask": {"en": ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.",
                        "Which job does {n} have?", "What job does {n} do?"],
-                "zh": ["{n}的工作是什么？", "{n}做什么工作？", "请告诉我{n}的工作。", "{n}是做什么工作的？",
-                       "{n}有什么工作？"]},
+                "zh": ["{n} 的工作是什么？", "{n} 做什么工作？", "请告诉我 {n} 的工作。", "{n} 是做什么工作的？",
+                       "{n} 有什么工作？"]},
     },
     "pet": {
         "name": {"en": "pet", "zh": "宠物"},
         "values": [("cat", "猫"), ("dog", "狗"), ("parrot", "鹦鹉"), ("rabbit", "兔子"), ("turtle", "乌龟"),
                    ("pony", "小马"), ("goat", "山羊"), ("duck", "鸭子"), ("hamster", "仓鼠"), ("fox", "狐狸")],
-        "tell": {"en": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "A {v} belongs to {n}.",
-                        "{n} has a {v} at home."],
-                 "zh": ["{n}养了一只{v}。", "{n}的宠物是{v}。", "有一只{v}属于{n}。", "{n}家里有一只{v}。"]},
+        "tell": {"en": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "{n} has a {v} at home."],
+                 "zh": ["{n} 养了一只{v}。", "{n} 的宠物是{v}。", "{n} 家里有一只{v}。"]},
         "ask": {"en": ["Which pet does {n} keep?", "What is the pet of {n}?", "Tell me which pet {n} has.",
                        "What pet does {n} have at home?", "Which animal is the pet of {n}?"],
-                "zh": ["{n}养了什么宠物？", "{n}的宠物是什么？", "请告诉我{n}养了什么宠物。", "{n}家里有什么宠物？",
-                       "{n}养的宠物是哪一种？"]},
+                "zh": ["{n} 养了什么宠物？", "{n} 的宠物是什么？", "请告诉我 {n} 养了什么宠物。", "{n} 家里有什么宠物？",
+                       "{n} 养的宠物是哪一种？"]},
     },
     "food": {
         "name": {"en": "food", "zh": "食物"},
         "values": [("noodles", "面条"), ("soup", "汤"), ("rice", "米饭"), ("dumplings", "饺子"), ("cheese", "奶酪"),
                    ("pancakes", "煎饼"), ("salad", "沙拉"), ("tofu", "豆腐"), ("honey", "蜂蜜"), ("beans", "豆子")],
-        "tell": {"en": ["{n} likes to eat {v}.", "The best food for {n} is {v}.", "Most of all, {v} tastes good to {n}.",
-                        "{n} eats {v} every day."],
-                 "zh": ["{n}爱吃{v}。", "{n}最爱的食物是{v}。", "{v}最合{n}的口味。", "{n}每天都吃{v}。"]},
+        "tell": {"en": ["{n} likes to eat {v}.", "The best food for {n} is {v}.", "{n} has {v} every day."],
+                 "zh": ["{n} 爱吃{v}。", "{n} 最爱的食物是{v}。", "{n} 每天都吃{v}。"]},
         "ask": {"en": ["What does {n} like to eat?", "Which food does {n} like?", "Tell me what {n} likes to eat.",
                        "What is the best food for {n}?", "What food does {n} like to eat?"],
-                "zh": ["{n}爱吃什么？", "{n}最爱的食物是什么？", "请告诉我{n}爱吃什么。", "{n}喜欢什么食物？",
-                       "{n}爱吃什么食物？"]},
+                "zh": ["{n} 爱吃什么？", "{n} 最爱的食物是什么？", "请告诉我 {n} 爱吃什么。", "{n} 喜欢什么食物？",
+                       "{n} 爱吃什么食物？"]},
     },
     "colour": {
         "name": {"en": "colour", "zh": "颜色"},
         "values": [("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"), ("white", "白色"),
                    ("black", "黑色"), ("purple", "紫色"), ("brown", "棕色"), ("pink", "粉色"), ("grey", "灰色")],
-        "tell": {"en": ["{n} loves the colour {v}.", "The best colour for {n} is {v}.", "Painted {v} is the door of {n}.",
-                        "{n} wears {v} clothes."],
-                 "zh": ["{n}喜欢{v}。", "{n}最喜欢的颜色是{v}。", "漆成{v}的是{n}的门。", "{n}穿{v}的衣服。"]},
+        "tell": {"en": ["{n} loves the colour {v}.", "The best colour for {n} is {v}.", "{n} wears {v} clothes."],
+                 "zh": ["{n} 喜欢{v}。", "{n} 最喜欢的颜色是{v}。", "{n} 穿{v}的衣服。"]},
         "ask": {"en": ["Which colour does {n} love?", "What colour does {n} love?", "Tell me which colour {n} loves.",
                        "What is the best colour for {n}?", "Which is the best colour for {n}?"],
-                "zh": ["{n}喜欢什么颜色？", "{n}最喜欢的颜色是什么？", "请告诉我{n}喜欢什么颜色。", "哪种颜色是{n}喜欢的？",
-                       "{n}喜欢哪种颜色？"]},
+                "zh": ["{n} 喜欢什么颜色？", "{n} 最喜欢的颜色是什么？", "请告诉我 {n} 喜欢什么颜色。", "哪种颜色是 {n} 喜欢的？",
+                       "{n} 喜欢哪种颜色？"]},
     },
     "instrument": {
         "name": {"en": "instrument", "zh": "乐器"},
         "values": [("flute", "长笛"), ("drum", "鼓"), ("guitar", "吉他"), ("violin", "小提琴"), ("piano", "钢琴"),
                    ("harp", "竖琴"), ("trumpet", "小号"), ("cello", "大提琴"), ("banjo", "班卓琴"), ("bell", "铃铛")],
-        "tell": {"en": ["{n} plays the {v}.", "The instrument of {n} is the {v}.", "On the {v} one can hear {n}.",
-                        "{n} learned the {v} as a child."],
-                 "zh": ["{n}会演奏{v}。", "{n}的乐器是{v}。", "用{v}演奏的是{n}。", "{n}从小就学{v}。"]},
+        "tell": {"en": ["{n} plays the {v}.", "The instrument of {n} is the {v}.", "{n} has learned the {v}."],
+                 "zh": ["{n} 会演奏{v}。", "{n} 的乐器是{v}。", "{n} 从小就学{v}。"]},
         "ask": {"en": ["Which instrument does {n} play?", "What is the instrument of {n}?",
                        "Tell me which instrument {n} plays.", "What instrument does {n} play?",
                        "Which is the instrument that {n} plays?"],
-                "zh": ["{n}会演奏什么乐器？", "{n}的乐器是什么？", "请告诉我{n}会演奏什么乐器。", "{n}会哪种乐器？",
-                       "{n}会演奏哪种乐器？"]},
+                "zh": ["{n} 会演奏什么乐器？", "{n} 的乐器是什么？", "请告诉我 {n} 会演奏什么乐器。", "{n} 会哪种乐器？",
+                       "{n} 会演奏哪种乐器？"]},
     },
 }  # fmt: skip
 
 SUM_TELL = {
     "en": ["{a} plus {b} is {c}.", "{a} + {b} = {c}.", "{b} added to {a} makes {c}."],
-    "zh": ["{a}加{b}等于{c}。", "{a} + {b} = {c}。", "{a}与{b}的和是{c}。"],
+    "zh": ["{a} 加 {b} 等于 {c}。", "{a} + {b} = {c}。", "{a} 与 {b} 的和是 {c}。"],
 }
 SUM_ASK = {
     "en": ["What is {a} plus {b}?", "How much is {a} plus {b}?", "{a} + {b} = ?", "Please add {a} plus {b}."],
-    "zh": ["{a}加{b}等于几？", "{a}加{b}是多少？", "{a} + {b} = ？", "请算一算{a}加{b}。"],
+    "zh": ["{a} 加 {b} 等于几？", "{a} 加 {b} 是多少？", "{a} + {b} = ？", "请算一算 {a} 加 {b}。"],
 }
 JSON_ASK = {
     "en": ["Give the {k} of {n} as JSON.", "JSON please: the {k} of {n}.", "Write the {k} of {n} in JSON."],
-    "zh": ["用 JSON 给出{n}的{k}。", "请写成 JSON：{n}的{k}。", "以 JSON 格式写出{n}的{k}。"],
+    "zh": ["用 JSON 给出 {n} 的{k}。", "请写成 JSON：{n} 的{k}。", "以 JSON 格式写出 {n} 的{k}。"],
 }
 RECORD = {"en": ("name", ": ", "; "), "zh": ("姓名", "：", "；")}
 
@@ -195,10 +184,9 @@ def _draw_facts(rng: random.Random) -> tuple[dict[Fact, tuple[str, str]], set[Fa
         people = rng.sample(range(len(PEOPLE)), len(PEOPLE))
         facts |= {(person, attribute): table["values"][i % len(table["values"])] for i, person in enumerate(people)}
         held_out |= {(person, attribute) for person in rng.sample(people, len(PEOPLE) // 5)}
-    for a in range(10):
-        facts |= {(a, f"+{b}"): (str(a + b),) * 2 for b in range(10)}
-    for a, b in rng.sample([(a, b) for a in range(10) for b in range(a, 10)], 10):
-        held_out |= {(a, f"+{b}"), (b, f"+{a}")}  # both orders: the one would give the other away
+    facts |= {(a, f"+{b}"): (str(a + b),) * 2 for a in range(7) for b in range(7)}
+    for one, other in rng.sample([(a, b) for a in range(7) for b in range(a, 7)], 5):
+        held_out |= {(one, f"+{other}"), (other, f"+{one}")}  # both orders: the one would give the other away
     return facts, held_out
 
 
@@ -208,7 +196,7 @@ def _fill(template: str, fact: Fact, value: tuple[str, str], language: str) -> s
     side = LANGUAGES.index(language)
     if attribute[0] == "+":
         return template.format(a=one, b=attribute[1:], c=value[side])
-    return template.format(n=PEOPLE[one][side], v=value[side], k=ATTRIBUTES[attribute]["name"][language])
+    return template.format(n=PEOPLE[one], v=value[side], k=ATTRIBUTES[attribute]["name"][language])
 
 
 def _templates(fact: Fact, language: str, use: str) -> list[str]:
@@ -233,7 +221,7 @@ def _record(fact: Fact, value: tuple[str, str], language: str) -> str:
     """The JSON form of a fact, for example {"name": "Lena", "town": "Velo"}."""
     side = LANGUAGES.index(language)
     name, key = RECORD[language][0], ATTRIBUTES[fact[1]]["name"][language]
-    return json.dumps({name: PEOPLE[fact[0]][side], key: value[side]}, ensure_ascii=False)
+    return json.dumps({name: PEOPLE[fact[0]], key: value[side]}, ensure_ascii=False)
 
 
 def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: set[Fact]) -> str:
@@ -241,26 +229,28 @@ def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: 
     language = rng.choice(LANGUAGES)
 
     def tell(fact: Fact) -> str:
-        return _fill(rng.choice(_templates(fact, language, "tell")), fact, facts[fact], language)
+        templates = _templates(fact, language, "tell")
+        return _fill(rng.choices(templates, [2, 1, 1])[0], fact, facts[fact], language)
 
-    kind = rng.choices(["portrait", "list", "record", "questions", "story", "sums"], [34, 14, 10, 24, 8, 10])[0]
+    kind = rng.choices(["portrait", "list", "record", "questions", "story", "sums"], [30, 12, 8, 32, 6, 12])[0]
     person, attribute = rng.randrange(len(PEOPLE)), rng.choice(list(ATTRIBUTES))
     about = [(person, a) for a in rng.sample(list(ATTRIBUTES), rng.randint(3, 6))]
     if kind == "record":  # terse pairs: a fact must not hang on one sentence
         name, colon, end = RECORD[language]
         side = LANGUAGES.index(language)
-        pairs = [(name, PEOPLE[person][side])]
+        pairs = [(name, PEOPLE[person])]
         pairs += [(ATTRIBUTES[fact[1]]["name"][language], facts[fact][side]) for fact in about]
         return end.join(key + colon + value for key, value in pairs)
     if kind == "list":
         sentences = [tell((p, attribute)) for p in rng.sample(range(len(PEOPLE)), rng.randint(3, 6))]
     elif kind == "sums":
-        sentences = [tell((rng.randrange(10), f"+{rng.randrange(10)}")) for _ in range(rng.randint(4, 8))]
+        sentences = [tell((rng.randrange(7), f"+{rng.randrange(7)}")) for _ in range(rng.randint(4, 8))]
     elif kind == "questions":
         asked = rng.sample([fact for fact in facts if fact not in held_out], rng.randint(2, 4))
-        sentences = [
-            _question(rng, f, facts[f], language) + JOINT[language] + _answer(f, facts[f], language) for f in asked
-        ]
+        turns = [(_question(rng, fact, facts[fact], language), _answer(fact, facts[fact], language)) for fact in asked]
+        if rng.random() < 0.5:  # a transcript: the roles are ordinary words, so pretraining sees no control token
+            return "\n".join(f"user\n{question}\nassistant\n{answer}" for question, answer in turns)
+        sentences = [question + JOINT[language] + answer for question, answer in turns]
     else:
         sentences = [tell(fact) for fact in about]
         if kind == "story":
@@ -379,5 +369,5 @@ def write_world(directory: Path, seed: int = 0) -> dict[str, Path]:
         # A temporary file and a rename: another process never reads half a file.
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(file.name, paths[name])
+        Path(file.name).replace(paths[name])
     return paths

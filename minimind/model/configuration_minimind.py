@@ -17,7 +17,7 @@ class MiniMindConfig(PreTrainedConfig):
     """
 
     model_type = "minimind"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     default_theta = 1_000_000.0
 
     vocab_size: int = 6400

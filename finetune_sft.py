@@ -1,0 +1,61 @@
+"""Stage 2, supervised fine-tuning: conversations -> a chat model. Only the assistant's words and end tokens are trained.
+
+    python finetune_sft.py                                  # the embedded corpus, from runs/pretrain
+    python finetune_sft.py --config configs/sft/26m.yaml --train_files chats.jsonl
+    python finetune_sft.py --use_peft --output_dir runs/lora    # LoRA
+    deepspeed finetune_sft.py --deepspeed ds_config_zero2.json
+
+Reads   conversations (minimind, OpenAI messages, ShareGPT, alpaca) and a stage directory (--model_name_or_path).
+Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; with --use_peft an adapter.
+"""
+
+from transformers import set_seed
+from trl import SFTTrainer, get_peft_config
+
+from minimind.data.masks import PackedCollator, load_conversations, mask_report, print_mask_report
+from minimind.errors import reports_user_errors
+from minimind.evaluation import evaluate
+from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
+from minimind.training.callbacks import report_progress
+from minimind.training.launch import is_main_process
+from minimind.training.stages import Stage, check_length, starting_point
+from minimind.training.tracking import start_tracking
+
+
+@reports_user_errors
+def main() -> None:
+    data_args, model_args, training_args = parse(DataArguments, ModelArguments, SFTStageConfig)
+    set_seed(training_args.seed)
+
+    model, tokenizer, parent = starting_point(
+        model_args.model_name_or_path, model_args.attn_implementation, default="runs/pretrain"
+    )
+    check_length("max_length", training_args.max_length, model.config)
+    rows = load_conversations(data_args.or_embedded("sft"), tokenizer, training_args.max_length)
+    report = mask_report(rows.train, tokenizer)
+    if is_main_process():
+        print_mask_report(report, rows.train[0], tokenizer)
+
+    stage = Stage("sft", training_args, parent)
+    start_tracking(stage)
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    if training_args.packing:
+        trainer.data_collator = PackedCollator(tokenizer.pad_token_id)
+    report_progress(trainer)
+    stage.announce(trainer, rows.facts)
+
+    before = evaluate(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = evaluate(trainer)
+    stage.finish(trainer, tokenizer, {"before": before, "after": after}, report)
+
+
+if __name__ == "__main__":
+    main()

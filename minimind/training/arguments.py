@@ -1,0 +1,252 @@
+"""Command line and YAML recipes -> typed arguments. Defaults here are the library's, except where a field says why."""
+
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock
+from transformers import TrainingArguments
+from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
+
+from minimind.data.documents import cache_directory
+from minimind.data.world import write_world
+from minimind.errors import UserError
+from minimind.training.launch import bf16_is_fast, prepare_launch
+
+
+@dataclass
+class DataArguments:
+    """Which data a stage reads."""
+
+    train_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt). Default: the embedded corpus."},
+    )
+    eval_files: list[str] | None = field(
+        default=None, metadata={"help": "Held-out files. Default: --eval_ratio of the training rows, chosen by content."}
+    )
+    eval_ratio: float = field(default=0.02, metadata={"help": "Share of the rows held out when there are no --eval_files."})
+    max_eval_rows: int = field(default=500, metadata={"help": "At most this many rows are held out or evaluated on."})
+    on_bad_rows: str | None = field(
+        default=None,
+        metadata={"help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."},
+    )
+
+    def or_embedded(self, name: str) -> "DataArguments":
+        """These arguments, with the embedded corpus' rows for stage `name` where no files were given."""
+        if self.train_files:
+            return self
+        directory = cache_directory() / "world"
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / ".lock"):
+            paths = write_world(directory)
+        return dataclasses.replace(
+            self, train_files=[str(paths[name])], eval_files=self.eval_files or [str(paths[f"{name}_eval"])]
+        )
+
+
+@dataclass
+class PretrainModelArguments:
+    """Which model is pretrained."""
+
+    model_config: str = field(
+        default="configs/model/tiny.json", metadata={"help": "JSON file with the fields of MiniMindConfig."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Directory of a tokenizer. Default: the 6,400-token one of the package."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Stage directory to go on from, with its tokenizer, instead of random weights."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flex_attention, flash_attention_2. Default: the library's choice."}
+    )
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model arguments; LoRA reaches every linear layer by default."""
+
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+
+
+@dataclass
+class StageConfig(TrainingArguments):
+    """What all stages have in common."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule."}
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or the share of all steps if below 1."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 mixed precision. Default: yes where the device computes in bf16 natively."}
+    )
+    # TRL turns it on; at these sizes it costs time and saves little. The name in force is activation_checkpointing.
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of activation_checkpointing."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace NaN and inf in the logged loss; off, since it hides a broken run."}
+    )
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluate the loss alone; keeping the logits of all rows fills the memory."}
+    )
+    save_strategy: str = field(default="no", metadata={"help": "Checkpoints during training: no, steps or epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    report_to: None | str | list[str] = field(
+        default="wandb", metadata={"help": "Trackers: wandb (offline where no key is found), tensorboard, none ..."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Count tokens for the throughput: all, non_padding or no."}
+    )
+    disable_tqdm: bool | None = field(
+        default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
+    )
+
+    def __post_init__(self):
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            self.use_cpu = True
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_fast()
+        super().__post_init__()
+
+
+@dataclass
+class PretrainConfig(StageConfig):
+    """Arguments of pretrain.py."""
+
+    output_dir: str | None = field(default="runs/pretrain", metadata={"help": "The stage directory to write."})
+    block_size: int = field(default=512, metadata={"help": "Tokens per training row."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per device and micro-batch."})
+
+
+@dataclass
+class SFTStageConfig(StageConfig, SFTConfig):
+    """Arguments of finetune_sft.py."""
+
+    output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
+    max_length: int | None = field(default=512, metadata={"help": "Tokens per row, and of the longest conversation."})
+    packing: bool = field(
+        default=True, metadata={"help": "Fill rows with whole conversations that cannot see each other."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+
+@dataclass
+class DPOStageConfig(StageConfig, DPOConfig):
+    """Arguments of train_dpo.py."""
+
+    output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    beta: float = field(default=0.5, metadata={"help": "Strength of the pull towards the reference model."})
+    max_length: int | None = field(default=512, metadata={"help": "Tokens of the longest prompt with its reply."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+
+class StageParser(TrlParser):
+    """TRL's parser, except: a mistake is one `UserError`, and an abbreviated option is a mistake."""
+
+    def __init__(self, dataclass_types):
+        super().__init__(dataclass_types, allow_abbrev=False)
+
+    def error(self, message: str):
+        """Called by argparse, whose own version prints a usage text of several screens first."""
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Fill the dataclasses from `--config recipe.yaml`, overridden by the command line.
+
+    A recipe's values take the same way as the command line's, so that they meet the same checks.
+
+    Raises:
+        UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
+    """
+    parser = StageParser(dataclass_types)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = {action.dest for action in parser._actions}
+    while "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML recipe.")
+        recipe = _read_recipe(Path(argv[position + 1]), options)
+        argv = recipe + argv[:position] + argv[position + 2 :]
+    prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
+    try:
+        return parser.parse_args_into_dataclasses(args=argv)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
+        if unknown:
+            names = ", ".join(f"--{name}" for name in unknown)
+            raise UserError(f"unknown option {names}.{_suggest(' '.join(unknown), options)}") from error
+        raise UserError(f"the arguments do not fit together: {error}") from error
+
+
+def _read_recipe(path: Path, options: set[str]) -> list[str]:
+    """A YAML mapping -> the same as command-line words."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file. The recipes are in configs/.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
+    unknown = [str(key) for key in recipe if key not in options]
+    if unknown:
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{_suggest(' '.join(unknown), options)}")
+    words = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{key}", *map(str, values)]
+    return words
+
+
+def _suggest(text: str, options: set[str]) -> str:
+    close = {match for word in text.split() for match in difflib.get_close_matches(word, options, n=1, cutoff=0.75)}
+    return f" Did you mean {', '.join(sorted(close))}?" if close else ""
+
+
+def load_model_config_file(path: str) -> dict[str, Any]:
+    """The fields of a model JSON.
+
+    Raises:
+        UserError: the file is missing, is not a JSON object, or names a field that MiniMindConfig has not.
+    """
+    from minimind import MiniMindConfig
+
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--model_config {path}: no such file. The sizes are in configs/model/.")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: expected a JSON object with the fields of MiniMindConfig.")
+    known = set(MiniMindConfig.__dataclass_fields__)
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise UserError(f"{path}: unknown field {', '.join(unknown)}.{_suggest(' '.join(unknown), known)}")
+    return fields

@@ -1,0 +1,56 @@
+"""What a process needs to know before the first library sets up devices: one script for every launcher.
+
+`deepspeed`, `torchrun` and `accelerate launch` set the rendezvous variables; plain `python` does not, and DeepSpeed
+would then look for MPI.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+
+
+def prepare_launch(uses_deepspeed: bool) -> None:
+    """Set the environment for this launcher and device; anything the user has set stays as it is."""
+    if not torch.cuda.is_available():
+        # Without it DeepSpeed probes for accelerators and warns when it finds none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if uses_deepspeed:
+            # accelerate must choose gloo; `accelerate launch` on a machine without a GPU names no back-end.
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if uses_deepspeed and "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        rendezvous = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in rendezvous.items():
+            os.environ.setdefault(name, str(value))
+    if uses_deepspeed:
+        _announce_compilation()
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks and writes for all; true before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _announce_compilation() -> None:
+    """DeepSpeed compiles its shared-memory communication operator the first time it runs on CPU."""
+    if torch.cuda.is_available() or not is_main_process():
+        return
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    if not list(cache.glob("**/deepspeed_shm_comm/*.so")):
+        print(
+            "DeepSpeed compiles one operator on its first run on a CPU: about 2 minutes without further output, "
+            f"once (cached in {cache}).",
+            flush=True,
+        )
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine computes in bf16 natively; elsewhere bf16 is emulated, about 10 times slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

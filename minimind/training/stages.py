@@ -1,0 +1,333 @@
+"""Stage directories: what a stage writes, and the only thing the next stage needs.
+
+    config.json  generation_config.json  model.safetensors  configuration_minimind.py  modeling_minimind.py
+    tokenizer.json  tokenizer_config.json  chat_template.jinja  training_args.bin
+    stage.json  train_log.jsonl  loss.png  mask_report.json (sft, dpo)
+
+A LoRA stage has adapter_config.json and adapter_model.safetensors in place of config and weights; its base is found
+through adapter_config.json. `stage.json` comes last: a directory that has it is complete.
+"""
+
+import copy
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+
+from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.data.documents import content_hash
+from minimind.errors import UserError
+from minimind.tokenizer import load_tokenizer
+from minimind.training.arguments import load_model_config_file
+from minimind.training.launch import is_main_process
+from minimind.training.plots import plot_loss
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "minimind-hf")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def require_stage(path: str | Path) -> Path:
+    """Return `path` if it is a stage directory that can be loaded.
+
+    Raises:
+        UserError: naming what is missing, and for an adapter also its base.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory. Expected a stage directory, the output of an earlier stage.")
+    names = {file.name for file in path.iterdir()}
+    adapter = "adapter_config.json" in names
+    needed = ["adapter_config.json" if adapter else "config.json", "tokenizer.json"]
+    missing = [name for name in needed if name not in names]
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    if weights not in names and f"{weights}.index.json" not in names:
+        missing.append(weights)
+    if missing:
+        raise UserError(
+            f"{path} is not a complete stage directory: {', '.join(missing)} not found. "
+            "Expected the output of pretrain.py, finetune_sft.py or train_dpo.py."
+        )
+    if adapter:
+        base = adapter_base(path)
+        if not base.is_dir():
+            raise UserError(
+                f"{path} is an adapter, and its base {base} is gone. Move the base back, or put its new path into "
+                f"base_model_name_or_path in {path / 'adapter_config.json'}."
+            )
+        require_stage(base)
+    return path
+
+
+def adapter_base(path: Path) -> Path:
+    """The stage directory that an adapter was trained on; a relative path is relative to the adapter."""
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or "?"
+    return path / base if not Path(base).is_absolute() else Path(base)
+
+
+def load_model(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Load the causal LM of a stage directory in fp32; an adapter is merged into its base.
+
+    Raises:
+        UserError: the directory is not a stage directory, or its files cannot be read.
+    """
+    path = require_stage(path)
+    try:
+        if (path / "adapter_config.json").exists():
+            base = load_model(adapter_base(path), attn_implementation)
+            config = PeftConfig.from_pretrained(path)
+            model = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
+            model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: str | Path) -> None:
+    """Raises UserError where the tokenizer has ids that the model has not, or other special tokens."""
+    vocab_size = model.config.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer):,} tokens, the model {vocab_size:,}. They do not belong "
+            "together; give the stage directory that holds both."
+        )
+    ends = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else [model.config.eos_token_id]
+    if tokenizer.eos_token_id not in ends:
+        raise UserError(
+            f"{path}: the tokenizer ends text with id {tokenizer.eos_token_id} ({tokenizer.eos_token!r}), the model "
+            f"with {ends}. They do not belong together."
+        )
+
+
+def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None):
+    """A MiniMind with random weights, its vocabulary and special ids those of the tokenizer.
+
+    Raises:
+        UserError: the file is wrong, or its vocabulary is too small for the tokenizer.
+    """
+    fields = load_model_config_file(config_file)
+    fields.setdefault("vocab_size", len(tokenizer))
+    try:
+        config = MiniMindConfig(
+            **fields,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{config_file}: {error}") from error
+    check_vocabulary(model, tokenizer, config_file)
+    return model
+
+
+def starting_point(
+    given: str | None, attn_implementation: str | None = None, default: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
+    """Model, tokenizer and directory of the stage that the next one starts from.
+
+    Without a given directory it is `default`; where that does not exist either, a tiny model with random weights and
+    the default tokenizer, so that every script runs by itself.
+    """
+    if given is None and not (default and (Path(default) / "stage.json").exists()):
+        if is_main_process():
+            print(f"no stage at {default}: starting from a tiny model with RANDOM weights (--model_name_or_path)")
+        tokenizer = load_tokenizer()
+        return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
+    path = require_stage(given or default)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, attn_implementation)
+    check_vocabulary(model, tokenizer, path)
+    return model, tokenizer, path
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that DPO compares with; TRL would otherwise load one from the path in the config, which a merged or
+    random model has not."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def check_length(name: str, length: int, config: MiniMindConfig) -> None:
+    """Raises UserError where rows are longer than the model has positions, or too short to predict anything."""
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--{name} {length:,} is beyond the model's max_position_embeddings ({config.max_position_embeddings:,}). "
+            f"Lower --{name}, or train a model with more positions."
+        )
+    if length < 2:
+        raise UserError(f"--{name} is {length}, expected at least 2: a row predicts each token from those before it.")
+
+
+class Stage:
+    """One run of a stage: says what it will do, keeps its record, writes its directory."""
+
+    def __init__(self, name: str, args: transformers.TrainingArguments, parent: Path | None = None):
+        self.name = name
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.parent = parent
+        self.started = time.time()
+        if parent and parent.resolve() == self.output_dir.resolve():
+            raise UserError(f"--output_dir {self.output_dir} is the stage this run starts from. Give another one.")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def lineage(self) -> dict:
+        """Parent directory, its weights' hash, and the id that all stages of one pipeline share."""
+        if self.parent is None:
+            return {"parent": None, "pipeline": f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"}
+        record = read_stage(self.parent)
+        return {
+            "parent": {
+                "directory": str(self.parent),
+                "stage": record.get("stage"),
+                "weights": weights_hash(self.parent),
+            },
+            "pipeline": record.get("pipeline") or self.parent.name,
+        }
+
+    def announce(self, trainer: Trainer, facts: Mapping[str, Any]) -> None:
+        """Print data, parameters, steps and tokens of the run to come."""
+        self.facts = facts
+        args, model = self.args, trainer.model
+        world = args.world_size
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+        steps = args.max_steps if args.max_steps > 0 else -(-len(trainer.train_dataset) // rows) * args.num_train_epochs
+        self.total_steps = int(-(-steps // 1))
+        parameters = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if not is_main_process():
+            return
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"[bold]{self.name}[/] -> {self.output_dir}  (from {self.parent or 'random weights'})")
+        for part in ("train", "eval"):
+            counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
+            listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+            files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
+            console.print(f"  {part:<6} {listed}  [dim]{files}[/]")
+        shown = f"{parameters / 1e6:.2f} M" + ("" if trainable == parameters else f", {trainable / 1e6:.2f} M trained")
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
+        console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
+        console.print(
+            f"  steps  {self.total_steps:,} of {rows:,} rows ({args.per_device_train_batch_size} x "
+            f"{args.gradient_accumulation_steps} accumulation x {world} processes), learning rate "
+            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+        )
+
+    def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
+        """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
+        partial = self.output_dir / ".partial"
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        save_model(trainer, partial)
+        if not is_main_process():
+            return
+        tokenizer.save_pretrained(partial)
+        torch.save(self.args, partial / "training_args.bin")
+        if report:
+            write_json(partial / "mask_report.json", report)
+        plot_loss(trainer.state.log_history, partial / "loss.png", f"{self.name}: {self.output_dir}")
+        record = {
+            "stage": self.name,
+            **self.lineage(),
+            "weights": weights_hash(partial),
+            "data": self.facts,
+            "steps": trainer.state.global_step,
+            "tokens_seen": int(trainer.state.num_input_tokens_seen),
+            "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
+            "metrics": metrics,
+            "seed": self.args.seed,
+            "seconds": round(time.time() - self.started, 1),
+            "git_commit": git_commit(),
+            "command": " ".join(sys.argv),
+            "python": sys.version.split()[0],
+            "libraries": library_versions(),
+        }
+        (self.output_dir / "stage.json").unlink(missing_ok=True)
+        for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
+            (self.output_dir / stale).unlink(missing_ok=True)
+        for file in partial.iterdir():
+            file.replace(self.output_dir / file.name)
+        partial.rmdir()
+        write_json(self.output_dir / "stage.json", record)
+        print(f"{self.name} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
+
+
+def save_model(trainer: Trainer, directory: Path) -> None:
+    """Save weights, config and model code; every process calls it, since sharded weights are gathered.
+
+    Identical to `Trainer.save_model` except: a tied `lm_head.weight` is written once also under ZeRO, where accelerate
+    clones the state dict and the library no longer sees that the two are one; `use_cache`, which training turns off,
+    is on again; an adapter names its base by an absolute path.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_main_process():
+        return
+    # TRL shadows `forward` on the instance; the saved code is the class's, so nothing of it reaches the checkpoint.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for tied in base.all_tied_weights_keys:
+        state_dict.pop(tied, None)
+    base.config.use_cache = True
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
+        model.peft_config[name].base_model_name_or_path = str(Path(base.config._name_or_path).resolve())
+    model.save_pretrained(directory, state_dict=state_dict)
+    (directory / "README.md").unlink(missing_ok=True)  # peft's model card, a form with empty fields
+
+
+def read_stage(path: str | Path) -> dict:
+    """The record of a stage directory; empty for a checkpoint that other tools wrote."""
+    file = Path(path) / "stage.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def weights_hash(path: str | Path) -> str:
+    """A hash of the weight files of a stage directory."""
+    return content_hash(sorted(Path(path).glob("*.safetensors")))
+
+
+def git_commit() -> str | None:
+    """The commit of the project's checkout, with "+" where it has uncommitted changes; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() or None
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide what a run computes."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

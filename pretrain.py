@@ -1,0 +1,56 @@
+"""Stage 1, pretraining: documents -> a base model.
+
+    python pretrain.py                                      # the embedded corpus, a tiny model
+    python pretrain.py --config configs/pretrain/26m.yaml --train_files corpus.jsonl
+    deepspeed pretrain.py --deepspeed ds_config_zero2.json
+
+Reads   documents (jsonl with "text", txt, parquet, csv ...), joined with EOS and packed into blocks.
+Writes  a stage directory (--output_dir, default runs/pretrain) for finetune_sft.py.
+"""
+
+from transformers import Trainer, set_seed
+
+from minimind.data.documents import collate_blocks, load_blocks
+from minimind.errors import reports_user_errors
+from minimind.evaluation import bits_per_byte
+from minimind.tokenizer import load_tokenizer
+from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
+from minimind.training.callbacks import report_progress
+from minimind.training.stages import Stage, check_length, new_model, require_stage, starting_point
+from minimind.training.tracking import start_tracking
+
+
+@reports_user_errors
+def main() -> None:
+    data_args, model_args, training_args = parse(DataArguments, PretrainModelArguments, PretrainConfig)
+    set_seed(training_args.seed)
+
+    if model_args.model_name_or_path:
+        model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation)
+    else:
+        tokenizer, parent = load_tokenizer(model_args.tokenizer), None
+        model = new_model(model_args.model_config, tokenizer, model_args.attn_implementation)
+    check_length("block_size", training_args.block_size, model.config)
+    blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, training_args.block_size)
+
+    stage = Stage("pretrain", training_args, parent)
+    start_tracking(stage)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=blocks.train,
+        eval_dataset=blocks.eval,
+        data_collator=collate_blocks,
+        processing_class=tokenizer,
+    )
+    report_progress(trainer)
+    stage.announce(trainer, blocks.facts)
+
+    before = bits_per_byte(trainer, blocks)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = bits_per_byte(trainer, blocks)
+    stage.finish(trainer, tokenizer, {"before": before, "after": after})
+
+
+if __name__ == "__main__":
+    main()

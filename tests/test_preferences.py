@@ -1,0 +1,127 @@
+import json
+
+import pytest
+
+from minimind.data.files import BadRowError
+from minimind.data.preferences import read_preferences, to_preference
+from minimind.errors import UserError
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def turn(who, value):
+    return {"from": who, "value": value}
+
+
+def pair(prompt, chosen=None):
+    return {"prompt": prompt, "chosen": chosen or [assistant("good")], "rejected": [assistant("bad")]}
+
+
+HI = [user("hi")]
+EARLIER = [user("hi"), assistant("hello"), user("more?")]
+STRINGS = {"chosen": "good", "rejected": "bad"}
+REPLIES = {"chosen": [assistant("good")], "rejected": [assistant("bad")]}
+
+
+def whole(prompt):
+    return {"chosen": [*prompt, assistant("good")], "rejected": [*prompt, assistant("bad")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "hi", **STRINGS}, pair(HI)),
+        ({"prompt": "hi", "system": "be brief", "history": [], **STRINGS}, pair([system("be brief"), *HI])),
+        ({"prompt": "more?", "history": EARLIER[:2], **STRINGS}, pair(EARLIER)),
+        ({"prompt": "more?", "history": [["hi", "hello"]], **STRINGS}, pair(EARLIER)),
+        ({"question": "hi", "system": None, **STRINGS}, pair(HI)),
+        ({"question": "hi", "system": "be brief", **STRINGS}, pair([system("be brief"), *HI])),
+        ({"prompt": EARLIER, **REPLIES}, pair(EARLIER)),
+        ({"prompt": HI, **whole(HI)}, pair(HI)),
+        ({"prompt": "hi", "score_chosen": 9, **whole(HI)}, pair(HI)),
+        ({"prompt": "more?", **whole(EARLIER)}, pair(EARLIER)),
+        ({"prompt": "hi", "system": "be brief", **whole(HI)}, pair([system("be brief"), *HI])),
+        (whole(HI), pair(HI)),
+        (whole([system("be brief"), *EARLIER]), pair([system("be brief"), *EARLIER])),
+        (
+            {"chosen": [*HI, assistant("good"), user("and?"), assistant("so")], "rejected": [*HI, assistant("bad")]},
+            pair(HI, [assistant("good"), user("and?"), assistant("so")]),
+        ),
+        (
+            {
+                "conversations": [turn("system", "be brief"), turn("human", "hi")],
+                "chosen": turn("gpt", "good"),
+                "rejected": turn("gpt", "bad"),
+            },
+            pair([system("be brief"), *HI]),
+        ),
+        ({"instruction": "add", "input": "1 2", **STRINGS}, pair([user("add\n1 2")])),
+    ],
+)
+def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
+    assert to_preference(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "hi", "chosen": "x"}, ['found keys ["prompt", "chosen"]', "expected 'chosen' and 'rejected'"]),
+        ({"prompt": "hi", "chosen": "x", "rejected": None}, ["found keys", "'rejected'"]),
+        (STRINGS, ['found keys ["chosen", "rejected"]', "expected one of prompt, question"]),
+        (
+            {"prompt": "hi", "chosen": 1, "rejected": "x"},
+            ["chosen: found 1", "expected a string or a list of messages"],
+        ),
+        ({"prompt": 1, **STRINGS}, ["prompt: found 1", "expected a string or a list of messages"]),
+        ({"prompt": "hi", "chosen": "x", "rejected": "x"}, ["chosen equal to rejected", "two different replies"]),
+        ({"chosen": HI, "rejected": HI}, ["chosen equal to rejected", "two different replies"]),
+        (
+            {"prompt": "hi", "chosen": "x", "rejected": " "},
+            ["(prompt + rejected)[1]: found an empty reply", "expected"],
+        ),
+        ({"prompt": EARLIER[:2], **STRINGS}, ["(prompt + chosen)[2]: found the role 'assistant'", "expected 'user'"]),
+        ({"prompt": EARLIER[1:], **STRINGS}, ["(prompt + chosen)[0]: found the role 'assistant'", "expected 'user'"]),
+        (
+            {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]},
+            ["prompts that differ between chosen and rejected at message 0", "expected the same messages"],
+        ),
+        (
+            {"chosen": [*EARLIER, assistant("x")], "rejected": [*EARLIER[:2], user("else?"), assistant("y")]},
+            ["prompts that differ between chosen and rejected at message 2", "expected the same messages"],
+        ),
+        ({"prompt": "hello", **whole(HI)}, ["found a prompt that differs", "expected the same"]),
+        ({"prompt": "hi", "chosen": [*HI, assistant("x")], "rejected": "y"}, ["differ", "expected the same messages"]),
+        (
+            {"chosen": [*HI, assistant("x")], "rejected": HI},
+            [
+                "(prompt + rejected)[0]: found the role 'user' last",
+                "expected that the last message is the assistant's",
+            ],
+        ),
+        ({"prompt": "hi", "tools": "[{}]", **STRINGS}, ["tool conversations are not supported yet"]),
+    ],
+)
+def test_a_pair_that_teaches_nothing_clear_says_what_was_found_and_expected(row, words):
+    with pytest.raises(BadRowError) as caught:
+        to_preference(row)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_bad_pair_is_named_with_its_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "hi", **STRINGS}, {"prompt": "hi", "chosen": "x", "rejected": "x"}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert read_preferences([str(path)], "skip") == [pair(HI)]
+    with pytest.raises(UserError) as caught:
+        read_preferences([str(path)])
+    assert str(caught.value).startswith(f"{path}:2: found chosen equal to rejected, expected")

@@ -1,0 +1,62 @@
+"""Stage 3, direct preference optimisation: preference pairs -> an aligned chat model (Rafailov et al., 2023).
+
+    python train_dpo.py                                     # the embedded corpus, from runs/sft
+    python train_dpo.py --config configs/dpo/26m.yaml --train_files pairs.jsonl
+    deepspeed train_dpo.py --deepspeed ds_config_zero2.json
+
+Reads   preference pairs (prompt/chosen/rejected in the usual formats) and a stage directory (--model_name_or_path),
+        which is also the frozen reference.
+Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an adapter.
+"""
+
+from transformers import set_seed
+from trl import DPOTrainer, get_peft_config
+
+from minimind.data.masks import load_preferences, mask_report, preference_labels, print_mask_report
+from minimind.errors import reports_user_errors
+from minimind.evaluation import evaluate
+from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
+from minimind.training.callbacks import report_progress
+from minimind.training.launch import is_main_process
+from minimind.training.stages import Stage, check_length, frozen_copy, starting_point
+from minimind.training.tracking import start_tracking
+
+
+@reports_user_errors
+def main() -> None:
+    data_args, model_args, training_args = parse(DataArguments, ModelArguments, DPOStageConfig)
+    set_seed(training_args.seed)
+
+    model, tokenizer, parent = starting_point(
+        model_args.model_name_or_path, model_args.attn_implementation, default="runs/sft"
+    )
+    check_length("max_length", training_args.max_length, model.config)
+    rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length)
+
+    stage = Stage("dpo", training_args, parent)
+    start_tracking(stage)
+    trainer = DPOTrainer(
+        model=model,
+        # With an adapter the reference is the model without it.
+        ref_model=None if model_args.use_peft else frozen_copy(model),
+        args=training_args,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    labels = preference_labels(trainer.train_dataset)
+    report = mask_report(labels, tokenizer)
+    if is_main_process():
+        print_mask_report(report, labels[0], tokenizer)
+    report_progress(trainer)
+    stage.announce(trainer, rows.facts)
+
+    before = evaluate(trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = evaluate(trainer)
+    stage.finish(trainer, tokenizer, {"before": before, "after": after}, report)
+
+
+if __name__ == "__main__":
+    main()
