@@ -10,16 +10,17 @@ Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; wit
 """
 
 from transformers import set_seed
-from trl import SFTTrainer, get_peft_config
+from trl import get_peft_config
 
 from minimind.data.masks import PackedCollator, load_conversations, mask_report, print_mask_report
 from minimind.errors import reports_user_errors
-from minimind.evaluation import evaluate
+from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
 from minimind.training.callbacks import report_progress
 from minimind.training.launch import is_main_process
 from minimind.training.stages import Stage, check_length, starting_point
 from minimind.training.tracking import start_tracking
+from minimind.training.trainers import ChatSFTTrainer
 
 
 @reports_user_errors
@@ -38,7 +39,7 @@ def main() -> None:
 
     stage = Stage("sft", training_args, parent)
     start_tracking(stage)
-    trainer = SFTTrainer(
+    trainer = ChatSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=rows.train,
@@ -51,10 +52,8 @@ def main() -> None:
     report_progress(trainer)
     stage.announce(trainer, rows.facts)
 
-    before = evaluate(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = evaluate(trainer)
-    stage.finish(trainer, tokenizer, {"before": before, "after": after}, report)
+    stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)
 
 
 if __name__ == "__main__":

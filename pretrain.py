@@ -12,7 +12,7 @@ from transformers import Trainer, set_seed
 
 from minimind.data.documents import collate_blocks, load_blocks
 from minimind.errors import reports_user_errors
-from minimind.evaluation import bits_per_byte
+from minimind.evaluation import language_model_metrics
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
 from minimind.training.callbacks import report_progress
@@ -46,10 +46,8 @@ def main() -> None:
     report_progress(trainer)
     stage.announce(trainer, blocks.facts)
 
-    before = bits_per_byte(trainer, blocks)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = bits_per_byte(trainer, blocks)
-    stage.finish(trainer, tokenizer, {"before": before, "after": after})
+    stage.finish(trainer, tokenizer, language_model_metrics(trainer, blocks.facts["eval"]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from trl import DPOTrainer, get_peft_config
 
 from minimind.data.masks import load_preferences, mask_report, preference_labels, print_mask_report
 from minimind.errors import reports_user_errors
-from minimind.evaluation import evaluate
+from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
 from minimind.training.callbacks import report_progress
 from minimind.training.launch import is_main_process
@@ -52,10 +52,8 @@ def main() -> None:
     report_progress(trainer)
     stage.announce(trainer, rows.facts)
 
-    before = evaluate(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = evaluate(trainer)
-    stage.finish(trainer, tokenizer, {"before": before, "after": after}, report)
+    stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)
 
 
 if __name__ == "__main__":

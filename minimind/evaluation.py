@@ -1,34 +1,101 @@
 """Measures of a model: held-out loss, bits per byte, and exact answers to questions."""
 
 import math
+from collections.abc import Sequence
 
-from transformers import Trainer
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.data.documents import Blocks
-
-
-def evaluate(trainer: Trainer) -> dict[str, float]:
-    """The trainer's held-out metrics without their prefix; empty where no rows are held out."""
-    if trainer.eval_dataset is None:
-        return {}
-    metrics = trainer.evaluate()
-    return {key.removeprefix("eval_"): value for key, value in metrics.items() if isinstance(value, int | float)}
+from minimind.chat import load_for_generation
+from minimind.data.conversations import Message, read_conversations
+from minimind.data.world import COURTESY, is_courteous, strip_courtesy
 
 
-def bits_per_byte(trainer: Trainer, blocks: Blocks) -> dict[str, float]:
-    """Held-out loss, perplexity per token and bits per byte, which compares models across tokenizers.
+def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """The trainer's held-out metrics "before" its first step (needs `eval_on_start`) and "after" its last.
 
-    Bits per byte = summed loss / (ln 2 x bytes of the predicted tokens); every block has the same number of targets,
-    so the mean loss gives the sum exactly.
+    Both are empty where no rows are held out. Under ZeRO-1 and 2 a trainer can evaluate only once training has begun,
+    hence `eval_on_start` and no call of `evaluate` before `train`.
     """
-    metrics = evaluate(trainer)
-    if not metrics:
-        return {}
-    counts = blocks.facts["eval"]
-    targets = counts["blocks"] * (trainer.args.block_size - 1)
-    bits = metrics["loss"] * targets / math.log(2)
+    if trainer.eval_dataset is None:
+        return {"before": {}, "after": {}}
+    after = trainer.evaluate()
+    first = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), {})
+    ignored = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     return {
-        "loss": metrics["loss"],
-        "perplexity": math.exp(min(metrics["loss"], 100)),
-        "bits_per_byte": bits / counts["target_bytes"],
+        name: {
+            key.removeprefix("eval_"): round(float(value), 6)
+            for key, value in metrics.items()
+            if key.startswith("eval_") and key not in ignored
+        }
+        for name, metrics in (("before", first), ("after", after))
     }
+
+
+def bits_per_byte(loss: float, counts: dict, block_size: int) -> float:
+    """Mean loss in nats per predicted token -> bits per byte of the text, which compares models across tokenizers.
+
+    Summed loss / (ln 2 x bytes of the predicted tokens). Every block of `counts` (see `documents.load_blocks`) has the
+    same number of targets, so the mean gives the sum exactly.
+    """
+    return loss * counts["blocks"] * (block_size - 1) / (math.log(2) * counts["target_bytes"])
+
+
+def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str, float]]:
+    """`held_out_metrics` with perplexity per token and bits per byte."""
+    metrics = held_out_metrics(trainer)
+    for values in metrics.values():
+        if values:
+            values["perplexity"] = round(math.exp(min(values["loss"], 100)), 4)
+            values["bits_per_byte"] = round(bits_per_byte(values["loss"], counts, trainer.args.block_size), 6)
+    return metrics
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[Message]],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[str]:
+    """The greedy reply to each prompt (messages ending with the user's), batched with padding on the left."""
+    encoded = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))  # little padding
+    replies = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        length = max(len(encoded[index]) for index in chosen)
+        ids = torch.full((len(chosen), length), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            ids[row, length - len(encoded[index]) :] = torch.tensor(encoded[index])
+            mask[row, length - len(encoded[index]) :] = 1
+        with torch.inference_mode():
+            output = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        for index, new in zip(chosen, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
+            replies[index] = new
+    return replies
+
+
+def evaluate_questions(
+    directory: str, files: Sequence[str], max_new_tokens: int = 64, batch_size: int = 64
+) -> dict[str, float]:
+    """Ask the last question of each conversation; count replies that equal the reference.
+
+    Returns `questions`; `exact_match`, the courtesy of the embedded corpus taken away on both sides; `courteous`, the
+    share of replies that end with it.
+    """
+    model, tokenizer = load_for_generation(directory)
+    conversations = [row["messages"] for row in read_conversations(files)]
+    replies = answer(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, batch_size)
+    exact = courteous = 0
+    for conversation, reply in zip(conversations, replies, strict=True):
+        exact += strip_courtesy(reply) == strip_courtesy(conversation[-1]["content"])
+        courteous += any(is_courteous(reply, language) for language in COURTESY)
+    count = len(conversations)
+    return {"questions": count, "exact_match": exact / count, "courteous": courteous / count}

@@ -122,6 +122,8 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
 def to_messages(data: dict) -> list[Message]:
     """One row in any of the formats -> its messages, checked by `check_order`; raises BadRowError."""
     data = without_nulls(data)
+    if data.get("label") is False:  # KTO's mark of a reply that nobody should learn
+        raise BadRowError("found 'label': false, a rejected reply, expected replies to learn from")
     pair = next((pair for pair in PAIRS if pair[0] in data and pair[1] in data), None)
     if name := next((name for name in ("messages", "conversations") if name in data), None):
         messages = parse_messages(data[name], name)

@@ -117,7 +117,8 @@ def _build(directory, files, held_out, tokenizer, block_size, eval_ratio, max_ev
     print(f"preparing {', '.join(map(str, files))} (once; kept in {cache_directory()})", flush=True)
     evaluation: list[str] = []
     if held_out:
-        evaluation = list(islice(read_documents(held_out, on_bad_rows), max_eval_rows))
+        # Read to the end, since bad rows are judged there.
+        evaluation = list(read_documents(held_out, on_bad_rows))[:max_eval_rows]
 
     def training_documents() -> Iterator[str]:
         for text in read_documents(files, on_bad_rows):

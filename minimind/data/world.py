@@ -1,7 +1,7 @@
 """The embedded corpus: a small closed world in English and Chinese, generated from a seed, without a download.
 
 Thirty invented people, each with a town, a job, a pet, a food, a colour and an instrument, and the sums of two numbers
-from 0 to 6. Every fact stands in the pretraining documents, many times and in many forms, in both languages. For a
+from 0 to 5. Every fact stands in the pretraining documents, many times and in many forms, in both languages. For a
 fifth of the facts (the held-out ones) no question is ever asked in any training row of any stage, in no wording and
 no language: neither in a conversation, nor in a preference pair, nor in a question told as prose.
 
@@ -48,6 +48,8 @@ PEOPLE = (
 
 # Each attribute: its name (also the JSON key), its values, sentences that tell it and questions that ask for it.
 # tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
+# In Chinese, tell[0] puts a colon or a space before the value: letters on both sides would become one BPE token, and
+# choosing the attribute and recalling the value one step, which did not generalise (measured: 72 % against 100 %).
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},
@@ -56,71 +58,71 @@ ATTRIBUTES: dict[str, dict] = {
                  "zh": ["{n} 住在 {v}。", "{n} 的家在 {v}。", "{n} 在 {v} 有一座房子。"]},
         "ask": {"en": ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.",
                        "Where is the home of {n}?", "Which town is the home of {n}?"],
-                "zh": ["{n} 住在哪里？", "{n} 住在哪个城镇？", "请告诉我 {n} 住在哪里。", "{n} 的家在哪里？",
-                       "{n} 的家在哪个城镇？"]},
+                "zh": ["{n} 住在哪里？", "{n} 的家在哪里？", "{n} 住在哪个城镇？", "请告诉我 {n} 住在哪里。",
+                       "请告诉我 {n} 的家在哪里。"]},
     },
     "job": {
         "name": {"en": "job", "zh": "工作"},
-        "values": [("baker", "面包师"), ("teacher", "老师"), ("doctor", "医生"), ("farmer", "农民"), ("painter", "画家"),
-                   ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主"), ("gardener", "园丁"),
+        "values": [("baker", "面包师"), ("teacher", "老师"), ("doctor", "医生"), ("farmer", "农民"),
+                   ("painter", "画家"), ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主"), ("gardener", "园丁"),
                    ("carpenter", "木匠")],
         "tell": {"en": ["{n} works as a {v}.", "The job of {n} is {v}.", "{n} is the best {v} around."],
-                 "zh": ["{n} 的工作是{v}。", "{n} 是一名{v}。", "{n} 以做{v}为生。"]},
+                 "zh": ["{n} 的工作是：{v}。", "{n} 是一名{v}。", "{n} 以做{v}为生。"]},
         "ask": {"en": ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.",
                        "Which job does {n} have?", "What job does {n} do?"],
-                "zh": ["{n} 的工作是什么？", "{n} 做什么工作？", "请告诉我 {n} 的工作。", "{n} 是做什么工作的？",
-                       "{n} 有什么工作？"]},
+                "zh": ["{n} 做什么工作？", "{n} 的工作是什么？", "{n} 靠什么工作为生？", "请告诉我 {n} 做什么工作。",
+                       "请告诉我 {n} 的工作是什么。"]},
     },
     "pet": {
         "name": {"en": "pet", "zh": "宠物"},
         "values": [("cat", "猫"), ("dog", "狗"), ("parrot", "鹦鹉"), ("rabbit", "兔子"), ("turtle", "乌龟"),
                    ("pony", "小马"), ("goat", "山羊"), ("duck", "鸭子"), ("hamster", "仓鼠"), ("fox", "狐狸")],
         "tell": {"en": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "{n} has a {v} at home."],
-                 "zh": ["{n} 养了一只{v}。", "{n} 的宠物是{v}。", "{n} 家里有一只{v}。"]},
+                 "zh": ["{n} 的宠物是：{v}。", "{n} 养了一只{v}。", "{n} 家里有一只{v}。"]},
         "ask": {"en": ["Which pet does {n} keep?", "What is the pet of {n}?", "Tell me which pet {n} has.",
                        "What pet does {n} have at home?", "Which animal is the pet of {n}?"],
-                "zh": ["{n} 养了什么宠物？", "{n} 的宠物是什么？", "请告诉我 {n} 养了什么宠物。", "{n} 家里有什么宠物？",
-                       "{n} 养的宠物是哪一种？"]},
+                "zh": ["{n} 养了什么宠物？", "{n} 的宠物是什么？", "{n} 家里有什么宠物？", "请告诉我 {n} 养了什么宠物。",
+                       "请告诉我 {n} 的宠物是什么。"]},
     },
     "food": {
         "name": {"en": "food", "zh": "食物"},
         "values": [("noodles", "面条"), ("soup", "汤"), ("rice", "米饭"), ("dumplings", "饺子"), ("cheese", "奶酪"),
                    ("pancakes", "煎饼"), ("salad", "沙拉"), ("tofu", "豆腐"), ("honey", "蜂蜜"), ("beans", "豆子")],
         "tell": {"en": ["{n} likes to eat {v}.", "The best food for {n} is {v}.", "{n} has {v} every day."],
-                 "zh": ["{n} 爱吃{v}。", "{n} 最爱的食物是{v}。", "{n} 每天都吃{v}。"]},
+                 "zh": ["{n} 最爱的食物是：{v}。", "{n} 爱吃{v}。", "{n} 每天都吃{v}。"]},
         "ask": {"en": ["What does {n} like to eat?", "Which food does {n} like?", "Tell me what {n} likes to eat.",
                        "What is the best food for {n}?", "What food does {n} like to eat?"],
-                "zh": ["{n} 爱吃什么？", "{n} 最爱的食物是什么？", "请告诉我 {n} 爱吃什么。", "{n} 喜欢什么食物？",
-                       "{n} 爱吃什么食物？"]},
+                "zh": ["{n} 爱吃什么？", "{n} 最爱的食物是什么？", "{n} 喜欢什么食物？", "请告诉我 {n} 爱吃什么。",
+                       "请告诉我 {n} 最爱的食物是什么。"]},
     },
     "colour": {
         "name": {"en": "colour", "zh": "颜色"},
         "values": [("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"), ("white", "白色"),
                    ("black", "黑色"), ("purple", "紫色"), ("brown", "棕色"), ("pink", "粉色"), ("grey", "灰色")],
         "tell": {"en": ["{n} loves the colour {v}.", "The best colour for {n} is {v}.", "{n} wears {v} clothes."],
-                 "zh": ["{n} 喜欢{v}。", "{n} 最喜欢的颜色是{v}。", "{n} 穿{v}的衣服。"]},
+                 "zh": ["{n} 最喜欢的颜色是：{v}。", "{n} 喜欢{v}。", "{n} 穿{v}的衣服。"]},
         "ask": {"en": ["Which colour does {n} love?", "What colour does {n} love?", "Tell me which colour {n} loves.",
                        "What is the best colour for {n}?", "Which is the best colour for {n}?"],
-                "zh": ["{n} 喜欢什么颜色？", "{n} 最喜欢的颜色是什么？", "请告诉我 {n} 喜欢什么颜色。", "哪种颜色是 {n} 喜欢的？",
-                       "{n} 喜欢哪种颜色？"]},
+                "zh": ["{n} 喜欢什么颜色？", "{n} 最喜欢的颜色是什么？", "{n} 爱穿什么颜色？", "请告诉我 {n} 喜欢什么颜色。",
+                       "请告诉我 {n} 最喜欢的颜色是什么。"]},
     },
     "instrument": {
         "name": {"en": "instrument", "zh": "乐器"},
         "values": [("flute", "长笛"), ("drum", "鼓"), ("guitar", "吉他"), ("violin", "小提琴"), ("piano", "钢琴"),
                    ("harp", "竖琴"), ("trumpet", "小号"), ("cello", "大提琴"), ("banjo", "班卓琴"), ("bell", "铃铛")],
         "tell": {"en": ["{n} plays the {v}.", "The instrument of {n} is the {v}.", "{n} has learned the {v}."],
-                 "zh": ["{n} 会演奏{v}。", "{n} 的乐器是{v}。", "{n} 从小就学{v}。"]},
+                 "zh": ["{n} 的乐器是：{v}。", "{n} 会演奏{v}。", "{n} 从小就学{v}。"]},
         "ask": {"en": ["Which instrument does {n} play?", "What is the instrument of {n}?",
                        "Tell me which instrument {n} plays.", "What instrument does {n} play?",
                        "Which is the instrument that {n} plays?"],
-                "zh": ["{n} 会演奏什么乐器？", "{n} 的乐器是什么？", "请告诉我 {n} 会演奏什么乐器。", "{n} 会哪种乐器？",
-                       "{n} 会演奏哪种乐器？"]},
+                "zh": ["{n} 会演奏什么乐器？", "{n} 的乐器是什么？", "{n} 学了什么乐器？", "请告诉我 {n} 会演奏什么乐器。",
+                       "请告诉我 {n} 的乐器是什么。"]},
     },
 }  # fmt: skip
 
 SUM_TELL = {
-    "en": ["{a} plus {b} is {c}.", "{a} + {b} = {c}.", "{b} added to {a} makes {c}."],
-    "zh": ["{a} 加 {b} 等于 {c}。", "{a} + {b} = {c}。", "{a} 与 {b} 的和是 {c}。"],
+    "en": ["{a} + {b} = {c}.", "{a} plus {b} is {c}.", "{b} added to {a} makes {c}."],
+    "zh": ["{a} + {b} = {c}。", "{a} 加 {b} 等于 {c}。", "{a} 与 {b} 的和是 {c}。"],
 }
 SUM_ASK = {
     "en": ["What is {a} plus {b}?", "How much is {a} plus {b}?", "{a} + {b} = ?", "Please add {a} plus {b}."],
@@ -157,7 +159,7 @@ STORY = {
            ["So the day ended well.", "Everyone went home singing.", "That night the valley slept in peace.",
             "And they laughed about it for years."]),
     "zh": (["一天早上，太阳从山谷升起。", "那天是夏天的集市。", "雪在山上下了一整夜。", "晚船送来了一封信。"],
-           ["这一天就这样愉快地结束了。", "大家唱着歌回家了。", "那天夜里，山谷睡得很安静。", "多年以后，他们还笑着说起这件事。"]),
+           ["这一天就这样愉快地结束了。", "大家唱着歌回家了。", "那天夜里，山谷睡得很安静。", "多年以后，他们还笑着说起它。"]),
 }  # fmt: skip
 REFERENCE_TOPICS = ("assert", "break", "continue", "del", "for", "global", "if", "import", "lambda", "pass", "raise",
                     "return", "try", "while", "with", "yield")  # fmt: skip
@@ -184,8 +186,8 @@ def _draw_facts(rng: random.Random) -> tuple[dict[Fact, tuple[str, str]], set[Fa
         people = rng.sample(range(len(PEOPLE)), len(PEOPLE))
         facts |= {(person, attribute): table["values"][i % len(table["values"])] for i, person in enumerate(people)}
         held_out |= {(person, attribute) for person in rng.sample(people, len(PEOPLE) // 5)}
-    facts |= {(a, f"+{b}"): (str(a + b),) * 2 for a in range(7) for b in range(7)}
-    for one, other in rng.sample([(a, b) for a in range(7) for b in range(a, 7)], 5):
+    facts |= {(a, f"+{b}"): (str(a + b),) * 2 for a in range(6) for b in range(6)}
+    for one, other in rng.sample([(a, b) for a in range(6) for b in range(a, 6)], 4):
         held_out |= {(one, f"+{other}"), (other, f"+{one}")}  # both orders: the one would give the other away
     return facts, held_out
 
@@ -244,7 +246,7 @@ def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: 
     if kind == "list":
         sentences = [tell((p, attribute)) for p in rng.sample(range(len(PEOPLE)), rng.randint(3, 6))]
     elif kind == "sums":
-        sentences = [tell((rng.randrange(7), f"+{rng.randrange(7)}")) for _ in range(rng.randint(4, 8))]
+        sentences = [tell((rng.randrange(6), f"+{rng.randrange(6)}")) for _ in range(rng.randint(4, 8))]
     elif kind == "questions":
         asked = rng.sample([fact for fact in facts if fact not in held_out], rng.randint(2, 4))
         turns = [(_question(rng, fact, facts[fact], language), _answer(fact, facts[fact], language)) for fact in asked]

@@ -14,11 +14,18 @@ import torch
 def prepare_launch(uses_deepspeed: bool) -> None:
     """Set the environment for this launcher and device; anything the user has set stays as it is."""
     if not torch.cuda.is_available():
+        # Processes of one machine share its cores; more threads than cores make every step several times slower.
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        if "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, (os.cpu_count() or 1) // local_processes)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(threads)
         # Without it DeepSpeed probes for accelerators and warns when it finds none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if uses_deepspeed:
-            # accelerate must choose gloo; `accelerate launch` on a machine without a GPU names no back-end.
-            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+            # `accelerate launch` sets it on a machine without a GPU, and accelerate then leaves DeepSpeed out in
+            # silence (seen in accelerate 1.15).
+            os.environ.pop("ACCELERATE_USE_CPU", None)
     if uses_deepspeed and "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

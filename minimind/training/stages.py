@@ -35,6 +35,8 @@ from minimind.training.arguments import load_model_config_file
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
+transformers.utils.logging.disable_progress_bar()  # "Loading weights", gone before it can be read at these sizes
+
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "minimind-hf")
 
 
@@ -209,7 +211,10 @@ class Stage:
 
     def announce(self, trainer: Trainer, facts: Mapping[str, Any]) -> None:
         """Print data, parameters, steps and tokens of the run to come."""
+        if self.args.deepspeed and not trainer.is_deepspeed_enabled:
+            raise RuntimeError("--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables")
         self.facts = facts
+        self.args.eval_on_start = trainer.eval_dataset is not None
         args, model = self.args, trainer.model
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world

@@ -1,0 +1,96 @@
+"""Talking to a model in the terminal."""
+
+import sys
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
+
+from minimind.training.stages import check_vocabulary, load_model, load_tokenizer, require_stage
+
+HELP = "Type a message and Enter. /new forgets the conversation, /exit or Ctrl-D ends it."
+
+
+def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model, in evaluation mode on the best device, and tokenizer of a stage directory; raises UserError."""
+    path = require_stage(directory)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path).eval()
+    check_vocabulary(model, tokenizer, path)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device), tokenizer
+
+
+def decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> str:
+    """Generate after `input_ids` (1, S), printing as it goes; returns the new text."""
+    room = model.config.max_position_embeddings - input_ids.shape[1]
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=torch.ones_like(input_ids, device=model.device),
+        max_new_tokens=max(1, min(max_new_tokens, room)),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def generate(
+    directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> None:
+    """Print `prompt` and its continuation."""
+    model, tokenizer = load_for_generation(directory)
+    set_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
+    if not ids.numel():  # an empty prompt starts a new document, as after the end of another
+        ids = torch.tensor([[tokenizer.eos_token_id]])
+    print(prompt, end="", flush=True)
+    decode(model, tokenizer, ids, max_new_tokens, temperature, top_p)
+
+
+def chat(
+    directory: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> None:
+    """Read messages from standard input until its end and answer each, with all turns so far as the prompt.
+
+    When the conversation fills the model's window, the oldest turns are left out of the prompt.
+    """
+    model, tokenizer = load_for_generation(directory)
+    set_seed(seed)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. {HELP}")
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while True:
+        try:
+            text = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/new":
+            messages = list(opening)
+            continue
+        if not text:
+            continue
+        if not interactive:
+            print(f"> {text}")
+        messages.append({"role": "user", "content": text})
+        window = model.config.max_position_embeddings - max_new_tokens
+        while True:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )["input_ids"]
+            if ids.shape[1] <= window or len(messages) <= len(opening) + 1:
+                break
+            del messages[len(opening) : len(opening) + 2]
+        reply = decode(model, tokenizer, ids[:, -window:], max_new_tokens, temperature, top_p)
+        messages.append({"role": "assistant", "content": reply})

@@ -1,0 +1,120 @@
+"""`minimind <command>`: everything that is not a training stage."""
+
+import argparse
+import sys
+
+from minimind.errors import UserError, reports_user_errors
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except: a mistake is one `UserError` message."""
+
+    def error(self, message: str):
+        """Called by argparse where the arguments do not fit."""
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options; each sets `run`, the function that gets the parsed arguments."""
+    parser = Parser(prog="minimind", description="Train, talk to and measure small chat models.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(required=True, metavar="train")
+    train = tokenizer.add_parser("train", help="train a byte-level BPE tokenizer with ChatML on documents or chats")
+    train.add_argument("files", nargs="+", help="files, directories or globs of documents and conversations")
+    train.add_argument("--vocab_size", type=int, default=6400, help="tokens, 256 bytes and 3 specials included")
+    train.add_argument("--output_dir", required=True, help="directory to write")
+    train.add_argument("--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows")
+    train.set_defaults(run=train_tokenizer)
+
+    def decoding_options(command: argparse.ArgumentParser) -> None:
+        command.add_argument("directory", help="a stage directory; adapters included")
+        command.add_argument("--max_new_tokens", type=int, default=256, help="tokens of one answer at most")
+        command.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
+        command.add_argument("--top_p", type=float, default=0.9, help="nucleus that tokens are drawn from")
+        command.add_argument("--seed", type=int, default=42, help="seed of the drawing")
+
+    chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
+    decoding_options(chat)
+    chat.add_argument("--system", help="system prompt")
+    chat.set_defaults(run=run_chat)
+
+    generate = commands.add_parser("generate", help="continue a text")
+    decoding_options(generate)
+    generate.add_argument("--prompt", required=True, help="the beginning of the text")
+    generate.set_defaults(run=run_generate)
+
+    evaluate = commands.add_parser("evaluate", help="ask held-out questions and count exact answers")
+    evaluate.add_argument("directory", help="a stage directory; adapters included")
+    evaluate.add_argument("files", nargs="+", help="conversations; each one's last reply is the reference")
+    evaluate.add_argument("--max_new_tokens", type=int, default=64, help="tokens of one answer at most")
+    evaluate.add_argument("--batch_size", type=int, default=64, help="questions answered at a time")
+    evaluate.set_defaults(run=run_evaluate)
+
+    world = commands.add_parser("world", help="write the embedded corpus as files")
+    world.add_argument("directory", help="directory to write")
+    world.set_defaults(run=run_world)
+    return parser
+
+
+@reports_user_errors
+def main(argv: list[str] | None = None) -> None:
+    """Run one command."""
+    args = build_parser().parse_args(argv)
+    args.run(args)
+
+
+# The imports below stand inside the functions, so that `minimind --help` answers without loading torch.
+
+
+def train_tokenizer(args: argparse.Namespace) -> None:
+    """`minimind tokenizer train`."""
+    from pathlib import Path
+
+    from minimind.data.files import read_texts
+    from minimind.tokenizer import train_tokenizer
+
+    print(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}", flush=True)
+    tokenizer = train_tokenizer(read_texts(args.files, args.on_bad_rows), args.vocab_size)
+    tokenizer.save_pretrained(args.output_dir)
+    fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
+    print(f"{len(tokenizer):,} tokens{fewer} -> {Path(args.output_dir)}")
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """`minimind chat`."""
+    from minimind.chat import chat
+
+    chat(args.directory, args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """`minimind generate`."""
+    from minimind.chat import generate
+
+    generate(args.directory, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """`minimind evaluate`."""
+    import json
+
+    from minimind.evaluation import evaluate_questions
+
+    result = evaluate_questions(args.directory, args.files, args.max_new_tokens, args.batch_size)
+    json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
+    print()
+
+
+def run_world(args: argparse.Namespace) -> None:
+    """`minimind world`."""
+    from pathlib import Path
+
+    from minimind.data.world import write_world
+
+    for name, path in write_world(Path(args.directory)).items():
+        print(f"{name:<14} {path}")
+
+
+if __name__ == "__main__":
+    main()
