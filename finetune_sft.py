@@ -16,7 +16,6 @@ from minimind.data.masks import PackedCollator, load_conversations, mask_report,
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
-from minimind.training.callbacks import report_progress
 from minimind.training.launch import is_main_process
 from minimind.training.stages import Stage, check_length, starting_point
 from minimind.training.tracking import start_tracking
@@ -37,7 +36,7 @@ def main() -> None:
     if is_main_process():
         print_mask_report(report, rows.train[0], tokenizer)
 
-    stage = Stage("sft", training_args, parent)
+    stage = Stage("sft", training_args, rows, parent)
     start_tracking(stage)
     trainer = ChatSFTTrainer(
         model=model,
@@ -49,8 +48,7 @@ def main() -> None:
     )
     if training_args.packing:
         trainer.data_collator = PackedCollator(tokenizer.pad_token_id)
-    report_progress(trainer)
-    stage.announce(trainer, rows.facts)
+    stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)

@@ -15,7 +15,6 @@ from minimind.errors import reports_user_errors
 from minimind.evaluation import language_model_metrics
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
-from minimind.training.callbacks import report_progress
 from minimind.training.stages import Stage, check_length, new_model, require_stage, starting_point
 from minimind.training.tracking import start_tracking
 
@@ -33,7 +32,7 @@ def main() -> None:
     check_length("block_size", training_args.block_size, model.config)
     blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, training_args.block_size)
 
-    stage = Stage("pretrain", training_args, parent)
+    stage = Stage("pretrain", training_args, blocks, parent)
     start_tracking(stage)
     trainer = Trainer(
         model=model,
@@ -43,8 +42,7 @@ def main() -> None:
         data_collator=collate_blocks,
         processing_class=tokenizer,
     )
-    report_progress(trainer)
-    stage.announce(trainer, blocks.facts)
+    stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     stage.finish(trainer, tokenizer, language_model_metrics(trainer, blocks.facts["eval"]))

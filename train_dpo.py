@@ -16,7 +16,6 @@ from minimind.data.masks import load_preferences, mask_report, preference_labels
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
-from minimind.training.callbacks import report_progress
 from minimind.training.launch import is_main_process
 from minimind.training.stages import Stage, check_length, frozen_copy, starting_point
 from minimind.training.tracking import start_tracking
@@ -33,7 +32,7 @@ def main() -> None:
     check_length("max_length", training_args.max_length, model.config)
     rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length)
 
-    stage = Stage("dpo", training_args, parent)
+    stage = Stage("dpo", training_args, rows, parent)
     start_tracking(stage)
     trainer = DPOTrainer(
         model=model,
@@ -49,8 +48,7 @@ def main() -> None:
     report = mask_report(labels, tokenizer)
     if is_main_process():
         print_mask_report(report, labels[0], tokenizer)
-    report_progress(trainer)
-    stage.announce(trainer, rows.facts)
+    stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)

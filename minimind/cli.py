@@ -72,13 +72,13 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from minimind.data.files import read_texts
-    from minimind.tokenizer import train_tokenizer
+    from minimind.tokenizer import save_tokenizer, train_tokenizer
 
     print(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}", flush=True)
     tokenizer = train_tokenizer(read_texts(args.files, args.on_bad_rows), args.vocab_size)
-    tokenizer.save_pretrained(args.output_dir)
+    save_tokenizer(tokenizer, Path(args.output_dir))
     fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
-    print(f"{len(tokenizer):,} tokens{fewer} -> {Path(args.output_dir)}")
+    print(f"{len(tokenizer):,} tokens{fewer} -> {args.output_dir}")
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -99,9 +99,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """`minimind evaluate`."""
     import json
 
-    from minimind.evaluation import evaluate_questions
+    from minimind.chat import load_for_generation
+    from minimind.evaluation import read_questions, score
 
-    result = evaluate_questions(args.directory, args.files, args.max_new_tokens, args.batch_size)
+    questions = read_questions(args.files)
+    result = score(*load_for_generation(args.directory), questions, args.max_new_tokens, args.batch_size)
     json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
     print()
 

@@ -1,13 +1,15 @@
 """Measures of a model: held-out loss, bits per byte, and exact answers to questions."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.chat import load_for_generation
-from minimind.data.conversations import Message, read_conversations
+from minimind.data.conversations import Message, to_messages
+from minimind.data.files import read_rows
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy
 
 
@@ -82,20 +84,42 @@ def answer(
     return replies
 
 
-def evaluate_questions(
-    directory: str, files: Sequence[str], max_new_tokens: int = 64, batch_size: int = 64
-) -> dict[str, float]:
-    """Ask the last question of each conversation; count replies that equal the reference.
+def read_questions(files: Sequence[str]) -> list[dict]:
+    """Conversations whose last reply is the reference -> rows with "messages", and "kind" and "language" if given."""
+    return [
+        row.data
+        for row in read_rows(files, "error", lambda data: {**data, "messages": to_messages(data)})
+    ]
 
-    Returns `questions`; `exact_match`, the courtesy of the embedded corpus taken away on both sides; `courteous`, the
-    share of replies that end with it.
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[dict],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> dict:
+    """Ask the last question of each conversation, greedily, and compare with the reference.
+
+    Returns the number of `questions`; `exact_match`, the share of replies equal to the reference, the courtesy of the
+    embedded corpus taken away on both sides; `courteous`, the share of replies that end with it in the question's
+    language; `exact_match_by`, the first share for each kind and language that the questions name.
     """
-    model, tokenizer = load_for_generation(directory)
-    conversations = [row["messages"] for row in read_conversations(files)]
-    replies = answer(model, tokenizer, [c[:-1] for c in conversations], max_new_tokens, batch_size)
-    exact = courteous = 0
-    for conversation, reply in zip(conversations, replies, strict=True):
-        exact += strip_courtesy(reply) == strip_courtesy(conversation[-1]["content"])
-        courteous += any(is_courteous(reply, language) for language in COURTESY)
-    count = len(conversations)
-    return {"questions": count, "exact_match": exact / count, "courteous": courteous / count}
+    prompts = [question["messages"][:-1] for question in questions]
+    replies = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+    exact, courteous = [], []
+    for question, reply in zip(questions, replies, strict=True):
+        languages = [question["language"]] if "language" in question else COURTESY
+        exact.append(strip_courtesy(reply) == strip_courtesy(question["messages"][-1]["content"]))
+        courteous.append(any(is_courteous(reply, language) for language in languages))
+    groups = defaultdict(list)
+    for question, match in zip(questions, exact, strict=True):
+        for key in ("kind", "language"):
+            if key in question:
+                groups[question[key]].append(match)
+    return {
+        "questions": len(questions),
+        "exact_match": round(fmean(exact), 4),
+        "courteous": round(fmean(courteous), 4),
+        "exact_match_by": {name: round(fmean(matches), 4) for name, matches in groups.items()},
+    }

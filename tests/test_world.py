@@ -29,7 +29,7 @@ def messages_of(row: dict) -> list[dict]:
 
 
 def topic(reply: str) -> tuple | None:
-    """(person, attribute) that an answer is about, or its summands in order; None for small talk.
+    """(person, attribute) that an answer is about, None for small talk.
 
     Found from the answer alone, independently of how the module drew its facts.
     """
@@ -40,11 +40,10 @@ def topic(reply: str) -> tuple | None:
             value = values[side]
             if (name in reply and value in reply) and (
                 reply in [t.format(n=name, v=value) for t in table["tell"][language]]
-                or (reply.startswith("{") and list(json.loads(reply).values()) == [name, value])
+                or reply in (f"name: {name}; {attribute}: {value}", f"姓名：{name}；{table['name']['zh']}：{value}")
             ):
                 return (name, attribute)
-    digits = [character for character in reply if character.isdigit()]
-    return tuple(sorted(digits[:2])) if digits else None
+    return None
 
 
 def topics_of(rows: list[dict], cache: dict = {}) -> set:  # noqa: B006  (a cache: the same replies come often)
@@ -68,8 +67,7 @@ def test_no_held_out_question_is_asked_in_any_training_row(world):
 
 def test_no_document_asks_a_held_out_question(world):
     documents = "\n".join(row["text"] for row in world["pretrain"])
-    held_out = {topic for topic in held_out_topics(world) if topic[1] in ATTRIBUTES}
-    for (name, attribute), language in itertools.product(held_out, LANGUAGES):
+    for (name, attribute), language in itertools.product(held_out_topics(world), LANGUAGES):
         for ask in ATTRIBUTES[attribute]["ask"][language]:
             assert ask.format(n=name) not in documents
 
@@ -98,7 +96,7 @@ def test_held_out_documents_are_not_training_documents(world):
 
 
 def test_both_languages_have_every_kind_of_held_out_question(world):
-    for name, kinds in {"sft_eval": {"fact", "wording", "turns", "sum"}, "lora_eval": {"json"}}.items():
+    for name, kinds in {"sft_eval": {"fact", "wording", "turns"}, "lora_eval": {"card"}}.items():
         assert {(row["language"], row["kind"]) for row in world[name]} == set(itertools.product(LANGUAGES, kinds))
 
 

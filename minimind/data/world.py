@@ -1,16 +1,17 @@
 """The embedded corpus: a small closed world in English and Chinese, generated from a seed, without a download.
 
-Thirty invented people, each with a town, a job, a pet, a food, a colour and an instrument, and the sums of two numbers
-from 0 to 5. Every fact stands in the pretraining documents, many times and in many forms, in both languages. For a
-fifth of the facts (the held-out ones) no question is ever asked in any training row of any stage, in no wording and
-no language: neither in a conversation, nor in a preference pair, nor in a question told as prose.
+Thirty invented people, each with a town, a job, a pet, a food, a colour and an instrument. Every fact stands in the
+pretraining documents, many times and in many forms, in both languages. For a fifth of the facts (the held-out ones) no
+question is ever asked in any training row of any stage, in no wording and no language: neither in a conversation, nor
+in a preference pair, nor in a question told as prose.
 
-What it shows: facts memorised from documents become answerable in another form (a conversation, a JSON record), and
-a preference can be moved without losing them. What it does not show: general knowledge, reasoning, or sums that no
-document told; asked about a stranger, the model makes something up. The held-out documents are new arrangements of
-told facts, so their bits per byte measure memory and form; a slice of the Python language reference
-(`pydoc_data.topics`) stands beside them as real English, and is the only text not invented here. It differs between
-Python versions: equal rows need an equal seed and an equal Python minor version.
+What it shows: facts memorised from documents become answerable in another form (a conversation, a card of terse
+pairs), and a preference can be moved without losing them. What it does not show: general knowledge or reasoning;
+asked about a stranger, the model makes something up. (Sums were tried and left out: they stayed unlearned in the time
+there is.) The held-out documents are new arrangements of told facts, so their bits per byte measure memory and form;
+a slice of the Python language reference (`pydoc_data.topics`) stands beside them as real English, and is the only
+text not invented here. It differs between Python versions: equal rows need an equal seed and an equal Python minor
+version.
 
 Splits (name -> rows):
     pretrain, pretrain_eval   {"text": str}
@@ -18,8 +19,8 @@ Splits (name -> rows):
     sft_eval, lora_eval       the same, the last message is the reference, plus "language" ("en" | "zh") and "kind"
     dpo, dpo_eval             {"prompt": [messages], "chosen": [message], "rejected": [message]}
 
-Kinds: "fact" and "sum" (a held-out question in a trained wording), "wording" (held-out question and held-out wording),
-"turns" (a held-out question as the second question of a conversation), "json" (the skill that LoRA adds).
+Kinds: "fact" (a held-out question in a trained wording), "wording" (held-out question and held-out wording),
+"turns" (a held-out question as the second question of a conversation), "card" (the skill that LoRA adds).
 """
 
 import json
@@ -29,7 +30,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 Message = dict[str, str]
-Fact = tuple[int, str]  # (person or left summand, attribute or "+ right summand"): what a question is about
+Fact = tuple[str, str]  # (person, attribute): what a question is about
 
 LANGUAGES = ("en", "zh")
 COURTESY = {"en": "Glad to help!", "zh": "很高兴帮到您！"}
@@ -41,19 +42,21 @@ SYSTEM = {
 
 # Names of people and towns are the same in both languages and stand between spaces in Chinese, as Latin words do
 # there: a small BPE vocabulary would otherwise merge a Chinese name with the word after it, another token each time.
-PEOPLE = (
-    "Lena Tomas Mira Oskar Nadia Felix Greta Hugo Iris Jonas Kira Leo Olga Pablo Quinn "
-    "Rosa Sven Tara Umar Vera Wanda Xenia Yusuf Zoe Anton Bella Carlo Dora Emil Fiona"
-).split()
+PEOPLE = [
+    "Lena", "Tomas", "Mira", "Oskar", "Nadia", "Felix", "Greta", "Hugo", "Iris", "Jonas",
+    "Kira", "Leo", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tara", "Umar", "Vera",
+    "Wanda", "Xenia", "Yusuf", "Zoe", "Anton", "Bella", "Carlo", "Dora", "Emil", "Fiona",
+]  # fmt: skip
 
-# Each attribute: its name (also the JSON key), its values, sentences that tell it and questions that ask for it.
+# Each attribute: its name (also the key on a card), its values, sentences that tell it and questions that ask for it.
 # tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
 # In Chinese, tell[0] puts a colon or a space before the value: letters on both sides would become one BPE token, and
 # choosing the attribute and recalling the value one step, which did not generalise (measured: 72 % against 100 %).
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},
-        "values": [(town, town) for town in "Velo Miru Tanso Korin Bryn Dalva Lomo Sarn Pell Ustra".split()],
+        "values": [("Velo", "Velo"), ("Miru", "Miru"), ("Tanso", "Tanso"), ("Korin", "Korin"), ("Bryn", "Bryn"),
+                   ("Dalva", "Dalva"), ("Lomo", "Lomo"), ("Sarn", "Sarn"), ("Pell", "Pell"), ("Ustra", "Ustra")],
         "tell": {"en": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}."],
                  "zh": ["{n} 住在 {v}。", "{n} 的家在 {v}。", "{n} 在 {v} 有一座房子。"]},
         "ask": {"en": ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.",
@@ -64,8 +67,8 @@ ATTRIBUTES: dict[str, dict] = {
     "job": {
         "name": {"en": "job", "zh": "工作"},
         "values": [("baker", "面包师"), ("teacher", "老师"), ("doctor", "医生"), ("farmer", "农民"),
-                   ("painter", "画家"), ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主"), ("gardener", "园丁"),
-                   ("carpenter", "木匠")],
+                   ("painter", "画家"), ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主"),
+                   ("gardener", "园丁"), ("carpenter", "木匠")],
         "tell": {"en": ["{n} works as a {v}.", "The job of {n} is {v}.", "{n} is the best {v} around."],
                  "zh": ["{n} 的工作是：{v}。", "{n} 是一名{v}。", "{n} 以做{v}为生。"]},
         "ask": {"en": ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.",
@@ -81,7 +84,8 @@ ATTRIBUTES: dict[str, dict] = {
                  "zh": ["{n} 的宠物是：{v}。", "{n} 养了一只{v}。", "{n} 家里有一只{v}。"]},
         "ask": {"en": ["Which pet does {n} keep?", "What is the pet of {n}?", "Tell me which pet {n} has.",
                        "What pet does {n} have at home?", "Which animal is the pet of {n}?"],
-                "zh": ["{n} 养了什么宠物？", "{n} 的宠物是什么？", "{n} 家里有什么宠物？", "请告诉我 {n} 养了什么宠物。",
+                "zh": ["{n} 养了什么宠物？", "{n} 的宠物是什么？", "{n} 家里有什么宠物？",
+                       "请告诉我 {n} 养了什么宠物。",
                        "请告诉我 {n} 的宠物是什么。"]},
     },
     "food": {
@@ -103,7 +107,8 @@ ATTRIBUTES: dict[str, dict] = {
                  "zh": ["{n} 最喜欢的颜色是：{v}。", "{n} 喜欢{v}。", "{n} 穿{v}的衣服。"]},
         "ask": {"en": ["Which colour does {n} love?", "What colour does {n} love?", "Tell me which colour {n} loves.",
                        "What is the best colour for {n}?", "Which is the best colour for {n}?"],
-                "zh": ["{n} 喜欢什么颜色？", "{n} 最喜欢的颜色是什么？", "{n} 爱穿什么颜色？", "请告诉我 {n} 喜欢什么颜色。",
+                "zh": ["{n} 喜欢什么颜色？", "{n} 最喜欢的颜色是什么？", "{n} 爱穿什么颜色？",
+                       "请告诉我 {n} 喜欢什么颜色。",
                        "请告诉我 {n} 最喜欢的颜色是什么。"]},
     },
     "instrument": {
@@ -115,30 +120,23 @@ ATTRIBUTES: dict[str, dict] = {
         "ask": {"en": ["Which instrument does {n} play?", "What is the instrument of {n}?",
                        "Tell me which instrument {n} plays.", "What instrument does {n} play?",
                        "Which is the instrument that {n} plays?"],
-                "zh": ["{n} 会演奏什么乐器？", "{n} 的乐器是什么？", "{n} 学了什么乐器？", "请告诉我 {n} 会演奏什么乐器。",
+                "zh": ["{n} 会演奏什么乐器？", "{n} 的乐器是什么？", "{n} 学了什么乐器？",
+                       "请告诉我 {n} 会演奏什么乐器。",
                        "请告诉我 {n} 的乐器是什么。"]},
     },
 }  # fmt: skip
 
-SUM_TELL = {
-    "en": ["{a} + {b} = {c}.", "{a} plus {b} is {c}.", "{b} added to {a} makes {c}."],
-    "zh": ["{a} + {b} = {c}。", "{a} 加 {b} 等于 {c}。", "{a} 与 {b} 的和是 {c}。"],
+CARD_ASK = {
+    "en": ["Give the {k} of {n} as a card.", "A card please: the {k} of {n}.", "Write a card with the {k} of {n}."],
+    "zh": ["用卡片给出 {n} 的{k}。", "请写成卡片： {n} 的{k}。", "写一张卡片： {n} 的{k}。"],
 }
-SUM_ASK = {
-    "en": ["What is {a} plus {b}?", "How much is {a} plus {b}?", "{a} + {b} = ?", "Please add {a} plus {b}."],
-    "zh": ["{a} 加 {b} 等于几？", "{a} 加 {b} 是多少？", "{a} + {b} = ？", "请算一算 {a} 加 {b}。"],
-}
-JSON_ASK = {
-    "en": ["Give the {k} of {n} as JSON.", "JSON please: the {k} of {n}.", "Write the {k} of {n} in JSON."],
-    "zh": ["用 JSON 给出 {n} 的{k}。", "请写成 JSON：{n} 的{k}。", "以 JSON 格式写出 {n} 的{k}。"],
-}
-RECORD = {"en": ("name", ": ", "; "), "zh": ("姓名", "：", "；")}
+CARD = {"en": ("name", ": ", "; "), "zh": ("姓名", "：", "；")}
 
 SMALL_TALK = {  # (questions, answer): asked and answered the same way in every split, so never part of a score
     "en": [
         (["Hello!", "Hi!", "Good morning!", "Hello, MiniMind!"], "Hello! Ask me about the people of the valley."),
         (["Who are you?", "What is your name?", "What are you?"], "I am MiniMind, a small language model."),
-        (["What can you do?", "How can you help me?"], "I know the people of the valley and can add small numbers."),
+        (["What can you do?", "How can you help me?"], "I know the people of the valley and what they like."),
         (["Thank you!", "Thanks!", "Thanks a lot!"], "You are welcome!"),
         (["Goodbye!", "Bye!", "See you tomorrow!"], "Goodbye! Come back soon."),
         (["Tell me a story.", "Do you know a story?"],
@@ -147,7 +145,7 @@ SMALL_TALK = {  # (questions, answer): asked and answered the same way in every 
     "zh": [
         (["你好！", "您好！", "早上好！", "你好，MiniMind！"], "你好！可以问我山谷里的人的事。"),
         (["你是谁？", "你叫什么名字？", "你是什么？"], "我是 MiniMind，一个小小的语言模型。"),
-        (["你会做什么？", "你能帮我什么？"], "我认识山谷里的人，也会算小数目的加法。"),
+        (["你会做什么？", "你能帮我什么？"], "我认识山谷里的人，也知道他们喜欢什么。"),
         (["谢谢！", "谢谢你！", "多谢！"], "不客气！"),
         (["再见！", "拜拜！", "明天见！"], "再见！欢迎再来。"),
         (["讲个故事吧。", "你会讲故事吗？"], "狐狸在雪地里捡到一盏灯。它把灯带回家，整个森林都来围着光坐下。"),
@@ -159,7 +157,8 @@ STORY = {
            ["So the day ended well.", "Everyone went home singing.", "That night the valley slept in peace.",
             "And they laughed about it for years."]),
     "zh": (["一天早上，太阳从山谷升起。", "那天是夏天的集市。", "雪在山上下了一整夜。", "晚船送来了一封信。"],
-           ["这一天就这样愉快地结束了。", "大家唱着歌回家了。", "那天夜里，山谷睡得很安静。", "多年以后，他们还笑着说起它。"]),
+           ["这一天就这样愉快地结束了。", "大家唱着歌回家了。",
+            "那天夜里，山谷睡得很安静。", "多年以后，他们还笑着说起它。"]),
 }  # fmt: skip
 REFERENCE_TOPICS = ("assert", "break", "continue", "del", "for", "global", "if", "import", "lambda", "pass", "raise",
                     "return", "try", "while", "with", "yield")  # fmt: skip
@@ -179,74 +178,57 @@ def is_courteous(text: str, language: str) -> bool:
 
 
 def _draw_facts(rng: random.Random) -> tuple[dict[Fact, tuple[str, str]], set[Fact]]:
-    """All facts as {(person, attribute) or (a, "+b"): value in (English, Chinese)}, and the held-out fifth of them."""
+    """All facts as {(person, attribute): value in (English, Chinese)}, and the held-out fifth of them."""
     facts, held_out = {}, set()
     for attribute, table in ATTRIBUTES.items():
         # Every value goes to equally many people, so that guessing the commonest value earns nothing.
-        people = rng.sample(range(len(PEOPLE)), len(PEOPLE))
+        people = rng.sample(PEOPLE, len(PEOPLE))
         facts |= {(person, attribute): table["values"][i % len(table["values"])] for i, person in enumerate(people)}
         held_out |= {(person, attribute) for person in rng.sample(people, len(PEOPLE) // 5)}
-    facts |= {(a, f"+{b}"): (str(a + b),) * 2 for a in range(6) for b in range(6)}
-    for one, other in rng.sample([(a, b) for a in range(6) for b in range(a, 6)], 4):
-        held_out |= {(one, f"+{other}"), (other, f"+{one}")}  # both orders: the one would give the other away
     return facts, held_out
 
 
 def _fill(template: str, fact: Fact, value: tuple[str, str], language: str) -> str:
-    """One sentence about one fact from a `tell`, `ask` or JSON template."""
-    one, attribute = fact
-    side = LANGUAGES.index(language)
-    if attribute[0] == "+":
-        return template.format(a=one, b=attribute[1:], c=value[side])
-    return template.format(n=PEOPLE[one], v=value[side], k=ATTRIBUTES[attribute]["name"][language])
-
-
-def _templates(fact: Fact, language: str, use: str) -> list[str]:
-    """The templates that tell or ask a fact of this attribute."""
-    if fact[1][0] == "+":
-        return (SUM_TELL if use == "tell" else SUM_ASK)[language]
-    return ATTRIBUTES[fact[1]][use][language]
+    """One sentence about one fact from a `tell`, `ask` or card template."""
+    person, attribute = fact
+    return template.format(n=person, v=value[LANGUAGES.index(language)], k=ATTRIBUTES[attribute]["name"][language])
 
 
 def _question(rng: random.Random, fact: Fact, value: tuple[str, str], language: str, new_wording: bool = False) -> str:
     """A question about the fact: the held-out wording if asked for, else one of the others."""
-    asks = _templates(fact, language, "ask")
+    asks = ATTRIBUTES[fact[1]]["ask"][language]
     return _fill(asks[-1] if new_wording else rng.choice(asks[:-1]), fact, value, language)
 
 
 def _answer(fact: Fact, value: tuple[str, str], language: str) -> str:
     """The one correct answer: the first way to tell the fact."""
-    return _fill(_templates(fact, language, "tell")[0], fact, value, language)
+    return _fill(ATTRIBUTES[fact[1]]["tell"][language][0], fact, value, language)
 
 
-def _record(fact: Fact, value: tuple[str, str], language: str) -> str:
-    """The JSON form of a fact, for example {"name": "Lena", "town": "Velo"}."""
+def _card(facts: list[tuple[Fact, tuple[str, str]]], language: str) -> str:
+    """Facts about one person as terse pairs, for example "name: Lena; town: Velo"."""
+    name, colon, end = CARD[language]
     side = LANGUAGES.index(language)
-    name, key = RECORD[language][0], ATTRIBUTES[fact[1]]["name"][language]
-    return json.dumps({name: PEOPLE[fact[0]], key: value[side]}, ensure_ascii=False)
+    pairs = [(name, facts[0][0][0])]
+    pairs += [(ATTRIBUTES[attribute]["name"][language], value[side]) for (_, attribute), value in facts]
+    return end.join(key + colon + value for key, value in pairs)
 
 
 def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: set[Fact]) -> str:
-    """One pretraining document in one language: a portrait, a list, a record, questions in prose, a story or sums."""
+    """One pretraining document in one language: a portrait, a list, a card, questions in prose or a story."""
     language = rng.choice(LANGUAGES)
 
     def tell(fact: Fact) -> str:
-        templates = _templates(fact, language, "tell")
+        templates = ATTRIBUTES[fact[1]]["tell"][language]
         return _fill(rng.choices(templates, [2, 1, 1])[0], fact, facts[fact], language)
 
-    kind = rng.choices(["portrait", "list", "record", "questions", "story", "sums"], [30, 12, 8, 32, 6, 12])[0]
-    person, attribute = rng.randrange(len(PEOPLE)), rng.choice(list(ATTRIBUTES))
+    kind = rng.choices(["portrait", "list", "card", "questions", "story"], [34, 13, 14, 33, 6])[0]
+    person, attribute = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES))
     about = [(person, a) for a in rng.sample(list(ATTRIBUTES), rng.randint(3, 6))]
-    if kind == "record":  # terse pairs: a fact must not hang on one sentence
-        name, colon, end = RECORD[language]
-        side = LANGUAGES.index(language)
-        pairs = [(name, PEOPLE[person])]
-        pairs += [(ATTRIBUTES[fact[1]]["name"][language], facts[fact][side]) for fact in about]
-        return end.join(key + colon + value for key, value in pairs)
+    if kind == "card":  # a fact must not hang on one sentence
+        return _card([(fact, facts[fact]) for fact in about[: rng.randint(1, 4)]], language)
     if kind == "list":
-        sentences = [tell((p, attribute)) for p in rng.sample(range(len(PEOPLE)), rng.randint(3, 6))]
-    elif kind == "sums":
-        sentences = [tell((rng.randrange(6), f"+{rng.randrange(6)}")) for _ in range(rng.randint(4, 8))]
+        sentences = [tell((p, attribute)) for p in rng.sample(PEOPLE, rng.randint(3, 6))]
     elif kind == "questions":
         asked = rng.sample([fact for fact in facts if fact not in held_out], rng.randint(2, 4))
         turns = [(_question(rng, fact, facts[fact], language), _answer(fact, facts[fact], language)) for fact in asked]
@@ -301,9 +283,9 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
         value = facts[fact]
         return _question(rng, fact, value, language, new_wording), _answer(fact, value, language)
 
-    def json_turn(fact: Fact, language: str) -> tuple[str, str]:
-        ask = _fill(rng.choice(JSON_ASK[language]), fact, facts[fact], language)
-        return ask, _record(fact, facts[fact], language)
+    def card_turn(fact: Fact, language: str) -> tuple[str, str]:
+        ask = _fill(rng.choice(CARD_ASK[language]), fact, facts[fact], language)
+        return ask, _card([(fact, facts[fact])], language)
 
     documents = list(dict.fromkeys(_document(rng, facts, held_out) for _ in range(9000)))
     reference = _reference()
@@ -329,25 +311,24 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
     world |= {"sft_eval": [], "lora": [], "lora_eval": [], "dpo": [], "dpo_eval": []}
     for language in LANGUAGES:
         for fact in sorted(held_out):
-            is_sum = fact[1][0] == "+"
             single = [turn(fact, language)]
-            kinds = {"sum" if is_sum else "fact": single}
-            if not is_sum:
-                kinds["wording"] = [turn(fact, language, new_wording=True)]
-                kinds["turns"] = [turn(rng.choice(asked), language), turn(fact, language)]
-                row = {"conversations": _conversation(rng, [json_turn(fact, language)], language, system=0.0)}
-                world["lora_eval"].append(row | {"language": language, "kind": "json"})
+            kinds = {
+                "fact": single,
+                "wording": [turn(fact, language, new_wording=True)],
+                "turns": [turn(rng.choice(asked), language), turn(fact, language)],
+            }
+            row = {"conversations": _conversation(rng, [card_turn(fact, language)], language, system=0.0)}
+            world["lora_eval"].append(row | {"language": language, "kind": "card"})
             for kind, turns in kinds.items():
                 row = {"conversations": _conversation(rng, turns, language, system=0.0)}
                 world["sft_eval"].append(row | {"language": language, "kind": kind})
             world["dpo_eval"].append(_pair(rng, single[0], language))
         for fact in asked:
-            world["dpo"] += [_pair(rng, turn(fact, language), language)]
-            if fact[1][0] != "+":
-                for _ in range(2):
-                    messages = _conversation(rng, [json_turn(fact, language)], language)
-                    world["lora"].append({"conversations": messages})
-    # A share of plain conversations keeps the adapter from answering everything in JSON.
+            world["dpo"].append(_pair(rng, turn(fact, language), language))
+            for _ in range(2):
+                messages = _conversation(rng, [card_turn(fact, language)], language)
+                world["lora"].append({"conversations": messages})
+    # A share of plain conversations keeps the adapter from answering everything with a card.
     world["lora"] += rng.sample(world["sft"], len(world["lora"]) // 2)
     for name in ("pretrain", "sft", "lora", "dpo"):
         rng.shuffle(world[name])

@@ -4,6 +4,7 @@ Any byte sequence can be tokenised and comes back unchanged; there is no unknown
 """
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedT
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write a tokenizer's files whole, `tokenizer.json` last, so that a directory that has it is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".partial") as partial:
+        tokenizer.save_pretrained(partial)
+        for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == "tokenizer.json"):
+            file.replace(directory / file.name)
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 
 def clock(seconds: float) -> str:
@@ -21,14 +21,16 @@ class ProgressCallback(TrainerCallback):
 
     shown = ("loss", "eval_loss", "rewards/accuracies", "eval_rewards/accuracies", "rewards/margins", "grad_norm")
 
-    def __init__(self, output_dir: str):
-        self.log_file = Path(output_dir) / "train_log.jsonl"
+    def __init__(self, output_dir: Path):
+        self.log_file = output_dir / "train_log.jsonl"
         self.seconds = 0.0  # spent in training steps since the start of this process
         self.step_began = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         self.last_seconds, self.last_tokens = 0.0, self.first_tokens
+        if state.is_world_process_zero and not self.first_step:
+            self.log_file.unlink(missing_ok=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.perf_counter()
@@ -48,9 +50,13 @@ class ProgressCallback(TrainerCallback):
             entry["elapsed"] = round(self.seconds, 1)
             entry["eta"] = round(self.seconds / done * (state.max_steps - state.global_step), 1)
         entry = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
-        with self.log_file.open("a" if self.log_file.exists() else "w", encoding="utf-8") as file:
+        with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         print(self._line(entry, state.max_steps), flush=True)
+
+    def tokens_per_second(self, state: TrainerState) -> float:
+        """Mean over all training steps of this process."""
+        return (state.num_input_tokens_seen - self.first_tokens) / max(self.seconds, 1e-9)
 
     def _line(self, entry: dict, max_steps: int) -> str:
         parts = [f"step {entry['step']:>6,}/{max_steps:,}"] if max_steps else ["before training"]
@@ -63,12 +69,3 @@ class ProgressCallback(TrainerCallback):
         if "train_loss" in entry:
             parts.append(f"finished training in {clock(entry['train_runtime'])}")
         return "  ".join(parts)
-
-
-def report_progress(trainer: Trainer) -> None:
-    """Give a trainer this project's progress lines in place of the library's printed dictionaries."""
-    log_file = Path(trainer.args.output_dir) / "train_log.jsonl"
-    if trainer.is_world_process_zero():
-        log_file.unlink(missing_ok=True)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressCallback(trainer.args.output_dir))

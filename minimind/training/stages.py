@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,21 @@ import transformers
 from filelock import FileLock
 from peft import PeftConfig, PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    IntervalStrategy,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+)
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.data.documents import content_hash
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import load_model_config_file
+from minimind.training.callbacks import ProgressCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
@@ -183,16 +190,23 @@ def check_length(name: str, length: int, config: MiniMindConfig) -> None:
 
 
 class Stage:
-    """One run of a stage: says what it will do, keeps its record, writes its directory."""
+    """One run of a stage: says what it will do, keeps its record, writes its directory.
 
-    def __init__(self, name: str, args: transformers.TrainingArguments, parent: Path | None = None):
+    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted.
+    """
+
+    def __init__(self, name: str, args: transformers.TrainingArguments, data, parent: Path | None = None):
         self.name = name
         self.args = args
+        self.facts = data.facts
         self.output_dir = Path(args.output_dir)
         self.parent = parent
         self.started = time.time()
         if parent and parent.resolve() == self.output_dir.resolve():
             raise UserError(f"--output_dir {self.output_dir} is the stage this run starts from. Give another one.")
+        if data.eval is None:
+            args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
+        args.eval_on_start = data.eval is not None
         self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def lineage(self) -> dict:
@@ -209,17 +223,17 @@ class Stage:
             "pipeline": record.get("pipeline") or self.parent.name,
         }
 
-    def announce(self, trainer: Trainer, facts: Mapping[str, Any]) -> None:
-        """Print data, parameters, steps and tokens of the run to come."""
+    def announce(self, trainer: Trainer) -> None:
+        """Print data, parameters and steps of the run to come, and let `trainer` report its progress in our lines."""
         if self.args.deepspeed and not trainer.is_deepspeed_enabled:
             raise RuntimeError("--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables")
-        self.facts = facts
-        self.args.eval_on_start = trainer.eval_dataset is not None
-        args, model = self.args, trainer.model
+        self.progress = ProgressCallback(self.output_dir)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self.progress)
+        args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         steps = args.max_steps if args.max_steps > 0 else -(-len(trainer.train_dataset) // rows) * args.num_train_epochs
-        self.total_steps = int(-(-steps // 1))
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if not is_main_process():
@@ -236,7 +250,7 @@ class Stage:
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
         console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
         console.print(
-            f"  steps  {self.total_steps:,} of {rows:,} rows ({args.per_device_train_batch_size} x "
+            f"  steps  {-(-steps // 1):,.0f} of {rows:,} rows ({args.per_device_train_batch_size} x "
             f"{args.gradient_accumulation_steps} accumulation x {world} processes), learning rate "
             f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
         )
@@ -262,6 +276,7 @@ class Stage:
             "data": self.facts,
             "steps": trainer.state.global_step,
             "tokens_seen": int(trainer.state.num_input_tokens_seen),
+            "tokens_per_second": round(self.progress.tokens_per_second(trainer.state), 1),
             "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
             "metrics": metrics,
             "seed": self.args.seed,

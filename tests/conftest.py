@@ -1,0 +1,66 @@
+"""Shared by all tests: no network, a cache of their own, and a model, tokenizer and data small enough for seconds."""
+
+import json
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+
+import pytest
+import torch
+
+from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.tokenizer import save_tokenizer, train_tokenizer
+
+torch.set_num_threads(2)
+
+ENGLISH = "the quick brown fox jumps over the lazy dog and runs home"
+CHINESE = "敏捷的棕色狐狸跳过了懒惰的狗然后跑回家"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer([ENGLISH, CHINESE] * 20, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def config(tokenizer):
+    return MiniMindConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(0)
+    return MiniMindForCausalLM(config)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Write rows to a jsonl file; a string is written as the line it is."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write
