@@ -30,7 +30,9 @@ def decode(
 ) -> str:
     """Generate after `input_ids` (1, S), printing as it goes; returns the new text."""
     room = model.config.max_position_embeddings - input_ids.shape[1]
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     output = model.generate(
         input_ids.to(model.device),
         attention_mask=torch.ones_like(input_ids, device=model.device),
@@ -41,9 +43,7 @@ def decode(
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def generate(
-    directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
+def generate(directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Print `prompt` and its continuation."""
     model, tokenizer = load_for_generation(directory)
     set_seed(seed)
@@ -54,9 +54,7 @@ def generate(
     decode(model, tokenizer, ids, max_new_tokens, temperature, top_p)
 
 
-def chat(
-    directory: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
+def chat(directory: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Read messages from standard input until its end and answer each, with all turns so far as the prompt.
 
     When the conversation fills the model's window, the oldest turns are left out of the prompt.

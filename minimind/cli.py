@@ -19,12 +19,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="minimind", description="Train, talk to and measure small chat models.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(required=True, metavar="train")
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(
+        required=True, metavar="train"
+    )
     train = tokenizer.add_parser("train", help="train a byte-level BPE tokenizer with ChatML on documents or chats")
     train.add_argument("files", nargs="+", help="files, directories or globs of documents and conversations")
     train.add_argument("--vocab_size", type=int, default=6400, help="tokens, 256 bytes and 3 specials included")
     train.add_argument("--output_dir", required=True, help="directory to write")
-    train.add_argument("--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows")
+    train.add_argument(
+        "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
+    )
     train.set_defaults(run=train_tokenizer)
 
     def decoding_options(command: argparse.ArgumentParser) -> None:

@@ -61,7 +61,9 @@ def answer(
     batch_size: int = 64,
 ) -> list[str]:
     """The greedy reply to each prompt (messages ending with the user's), batched with padding on the left."""
-    encoded = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts]
+    encoded = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
+    ]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))  # little padding
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -79,17 +81,16 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
             )
-        for index, new in zip(chosen, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
+        for index, new in zip(
+            chosen, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True
+        ):
             replies[index] = new
     return replies
 
 
 def read_questions(files: Sequence[str]) -> list[dict]:
     """Conversations whose last reply is the reference -> rows with "messages", and "kind" and "language" if given."""
-    return [
-        row.data
-        for row in read_rows(files, "error", lambda data: {**data, "messages": to_messages(data)})
-    ]
+    return [row.data for row in read_rows(files, "error", lambda data: {**data, "messages": to_messages(data)})]
 
 
 def score(

@@ -1,6 +1,6 @@
 """The end of scripts/quickstart.sh: measure what each stage changed, and let the last model speak.
 
-    python -m minimind.quickstart runs/quickstart
+python -m minimind.quickstart runs/quickstart
 """
 
 import sys

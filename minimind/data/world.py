@@ -1,12 +1,12 @@
 """The embedded corpus: a small closed world in English and Chinese, generated from a seed, without a download.
 
-Thirty invented people, each with a town, a job, a pet, a food, a colour and an instrument. Every fact stands in the
+Twenty-four invented people, each with a town, a job, a pet, a food, a colour and an instrument. Every fact stands in the
 pretraining documents, many times and in many forms, in both languages. For a fifth of the facts (the held-out ones) no
 question is ever asked in any training row of any stage, in no wording and no language: neither in a conversation, nor
 in a preference pair, nor in a question told as prose.
 
-What it shows: facts memorised from documents become answerable in another form (a conversation, a card of terse
-pairs), and a preference can be moved without losing them. What it does not show: general knowledge or reasoning;
+What it shows: facts memorised from documents become answerable in another form (a conversation, a table
+row), and a preference can be moved without losing them. What it does not show: general knowledge or reasoning;
 asked about a stranger, the model makes something up. (Sums were tried and left out: they stayed unlearned in the time
 there is.) The held-out documents are new arrangements of told facts, so their bits per byte measure memory and form;
 a slice of the Python language reference (`pydoc_data.topics`) stands beside them as real English, and is the only
@@ -20,7 +20,7 @@ Splits (name -> rows):
     dpo, dpo_eval             {"prompt": [messages], "chosen": [message], "rejected": [message]}
 
 Kinds: "fact" (a held-out question in a trained wording), "wording" (held-out question and held-out wording),
-"turns" (a held-out question as the second question of a conversation), "card" (the skill that LoRA adds).
+"turns" (a held-out question as the second question of a conversation), "row" (the skill that LoRA adds).
 """
 
 import json
@@ -43,20 +43,20 @@ SYSTEM = {
 # Names of people and towns are the same in both languages and stand between spaces in Chinese, as Latin words do
 # there: a small BPE vocabulary would otherwise merge a Chinese name with the word after it, another token each time.
 PEOPLE = [
-    "Lena", "Tomas", "Mira", "Oskar", "Nadia", "Felix", "Greta", "Hugo", "Iris", "Jonas",
-    "Kira", "Leo", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tara", "Umar", "Vera",
-    "Wanda", "Xenia", "Yusuf", "Zoe", "Anton", "Bella", "Carlo", "Dora", "Emil", "Fiona",
+    "Lena", "Tomas", "Mira", "Oskar", "Nadia", "Felix", "Greta", "Hugo",
+    "Iris", "Jonas", "Kira", "Leo", "Olga", "Pablo", "Quinn", "Rosa",
+    "Sven", "Tara", "Umar", "Vera", "Wanda", "Xenia", "Yusuf", "Zoe",
 ]  # fmt: skip
 
-# Each attribute: its name (also the key on a card), its values, sentences that tell it and questions that ask for it.
+# Each attribute: its name (also in table rows), its values, sentences that tell it and questions that ask for it.
 # tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
 # In Chinese, tell[0] puts a colon or a space before the value: letters on both sides would become one BPE token, and
 # choosing the attribute and recalling the value one step, which did not generalise (measured: 72 % against 100 %).
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},
-        "values": [("Velo", "Velo"), ("Miru", "Miru"), ("Tanso", "Tanso"), ("Korin", "Korin"), ("Bryn", "Bryn"),
-                   ("Dalva", "Dalva"), ("Lomo", "Lomo"), ("Sarn", "Sarn"), ("Pell", "Pell"), ("Ustra", "Ustra")],
+        "values": [("Velo", "Velo"), ("Miru", "Miru"), ("Tanso", "Tanso"), ("Korin", "Korin"),
+                   ("Bryn", "Bryn"), ("Dalva", "Dalva"), ("Lomo", "Lomo"), ("Sarn", "Sarn")],
         "tell": {"en": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}."],
                  "zh": ["{n} 住在 {v}。", "{n} 的家在 {v}。", "{n} 在 {v} 有一座房子。"]},
         "ask": {"en": ["Where does {n} live?", "In which town does {n} live?", "Tell me where {n} lives.",
@@ -67,8 +67,7 @@ ATTRIBUTES: dict[str, dict] = {
     "job": {
         "name": {"en": "job", "zh": "工作"},
         "values": [("baker", "面包师"), ("teacher", "老师"), ("doctor", "医生"), ("farmer", "农民"),
-                   ("painter", "画家"), ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主"),
-                   ("gardener", "园丁"), ("carpenter", "木匠")],
+                   ("painter", "画家"), ("sailor", "水手"), ("tailor", "裁缝"), ("miller", "磨坊主")],
         "tell": {"en": ["{n} works as a {v}.", "The job of {n} is {v}.", "{n} is the best {v} around."],
                  "zh": ["{n} 的工作是：{v}。", "{n} 是一名{v}。", "{n} 以做{v}为生。"]},
         "ask": {"en": ["What does {n} work as?", "What is the job of {n}?", "Tell me the job of {n}.",
@@ -78,8 +77,8 @@ ATTRIBUTES: dict[str, dict] = {
     },
     "pet": {
         "name": {"en": "pet", "zh": "宠物"},
-        "values": [("cat", "猫"), ("dog", "狗"), ("parrot", "鹦鹉"), ("rabbit", "兔子"), ("turtle", "乌龟"),
-                   ("pony", "小马"), ("goat", "山羊"), ("duck", "鸭子"), ("hamster", "仓鼠"), ("fox", "狐狸")],
+        "values": [("cat", "猫"), ("dog", "狗"), ("parrot", "鹦鹉"), ("rabbit", "兔子"),
+                   ("turtle", "乌龟"), ("pony", "小马"), ("goat", "山羊"), ("duck", "鸭子")],
         "tell": {"en": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "{n} has a {v} at home."],
                  "zh": ["{n} 的宠物是：{v}。", "{n} 养了一只{v}。", "{n} 家里有一只{v}。"]},
         "ask": {"en": ["Which pet does {n} keep?", "What is the pet of {n}?", "Tell me which pet {n} has.",
@@ -90,8 +89,8 @@ ATTRIBUTES: dict[str, dict] = {
     },
     "food": {
         "name": {"en": "food", "zh": "食物"},
-        "values": [("noodles", "面条"), ("soup", "汤"), ("rice", "米饭"), ("dumplings", "饺子"), ("cheese", "奶酪"),
-                   ("pancakes", "煎饼"), ("salad", "沙拉"), ("tofu", "豆腐"), ("honey", "蜂蜜"), ("beans", "豆子")],
+        "values": [("noodles", "面条"), ("soup", "汤"), ("rice", "米饭"), ("dumplings", "饺子"),
+                   ("cheese", "奶酪"), ("pancakes", "煎饼"), ("salad", "沙拉"), ("tofu", "豆腐")],
         "tell": {"en": ["{n} likes to eat {v}.", "The best food for {n} is {v}.", "{n} has {v} every day."],
                  "zh": ["{n} 最爱的食物是：{v}。", "{n} 爱吃{v}。", "{n} 每天都吃{v}。"]},
         "ask": {"en": ["What does {n} like to eat?", "Which food does {n} like?", "Tell me what {n} likes to eat.",
@@ -101,8 +100,8 @@ ATTRIBUTES: dict[str, dict] = {
     },
     "colour": {
         "name": {"en": "colour", "zh": "颜色"},
-        "values": [("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"), ("white", "白色"),
-                   ("black", "黑色"), ("purple", "紫色"), ("brown", "棕色"), ("pink", "粉色"), ("grey", "灰色")],
+        "values": [("red", "红色"), ("blue", "蓝色"), ("green", "绿色"), ("yellow", "黄色"),
+                   ("white", "白色"), ("black", "黑色"), ("purple", "紫色"), ("brown", "棕色")],
         "tell": {"en": ["{n} loves the colour {v}.", "The best colour for {n} is {v}.", "{n} wears {v} clothes."],
                  "zh": ["{n} 最喜欢的颜色是：{v}。", "{n} 喜欢{v}。", "{n} 穿{v}的衣服。"]},
         "ask": {"en": ["Which colour does {n} love?", "What colour does {n} love?", "Tell me which colour {n} loves.",
@@ -113,8 +112,8 @@ ATTRIBUTES: dict[str, dict] = {
     },
     "instrument": {
         "name": {"en": "instrument", "zh": "乐器"},
-        "values": [("flute", "长笛"), ("drum", "鼓"), ("guitar", "吉他"), ("violin", "小提琴"), ("piano", "钢琴"),
-                   ("harp", "竖琴"), ("trumpet", "小号"), ("cello", "大提琴"), ("banjo", "班卓琴"), ("bell", "铃铛")],
+        "values": [("flute", "长笛"), ("drum", "鼓"), ("guitar", "吉他"), ("violin", "小提琴"),
+                   ("piano", "钢琴"), ("harp", "竖琴"), ("trumpet", "小号"), ("cello", "大提琴")],
         "tell": {"en": ["{n} plays the {v}.", "The instrument of {n} is the {v}.", "{n} has learned the {v}."],
                  "zh": ["{n} 的乐器是：{v}。", "{n} 会演奏{v}。", "{n} 从小就学{v}。"]},
         "ask": {"en": ["Which instrument does {n} play?", "What is the instrument of {n}?",
@@ -126,11 +125,10 @@ ATTRIBUTES: dict[str, dict] = {
     },
 }  # fmt: skip
 
-CARD_ASK = {
-    "en": ["Give the {k} of {n} as a card.", "A card please: the {k} of {n}.", "Write a card with the {k} of {n}."],
-    "zh": ["用卡片给出 {n} 的{k}。", "请写成卡片： {n} 的{k}。", "写一张卡片： {n} 的{k}。"],
+ROW_ASK = {
+    "en": ["Give the {k} of {n} as a row.", "A row please: the {k} of {n}.", "Write a row with the {k} of {n}."],
+    "zh": ["用表格给出 {n} 的{k}。", "请写成表格： {n} 的{k}。", "写一行表格： {n} 的{k}。"],
 }
-CARD = {"en": ("name", ": ", "; "), "zh": ("姓名", "：", "；")}
 
 SMALL_TALK = {  # (questions, answer): asked and answered the same way in every split, so never part of a score
     "en": [
@@ -184,12 +182,12 @@ def _draw_facts(rng: random.Random) -> tuple[dict[Fact, tuple[str, str]], set[Fa
         # Every value goes to equally many people, so that guessing the commonest value earns nothing.
         people = rng.sample(PEOPLE, len(PEOPLE))
         facts |= {(person, attribute): table["values"][i % len(table["values"])] for i, person in enumerate(people)}
-        held_out |= {(person, attribute) for person in rng.sample(people, len(PEOPLE) // 5)}
+        held_out |= {(person, attribute) for person in rng.sample(people, round(len(PEOPLE) / 5))}
     return facts, held_out
 
 
 def _fill(template: str, fact: Fact, value: tuple[str, str], language: str) -> str:
-    """One sentence about one fact from a `tell`, `ask` or card template."""
+    """One sentence about one fact from a `tell`, `ask` or row template."""
     person, attribute = fact
     return template.format(n=person, v=value[LANGUAGES.index(language)], k=ATTRIBUTES[attribute]["name"][language])
 
@@ -205,28 +203,25 @@ def _answer(fact: Fact, value: tuple[str, str], language: str) -> str:
     return _fill(ATTRIBUTES[fact[1]]["tell"][language][0], fact, value, language)
 
 
-def _card(facts: list[tuple[Fact, tuple[str, str]]], language: str) -> str:
-    """Facts about one person as terse pairs, for example "name: Lena; town: Velo"."""
-    name, colon, end = CARD[language]
-    side = LANGUAGES.index(language)
-    pairs = [(name, facts[0][0][0])]
-    pairs += [(ATTRIBUTES[attribute]["name"][language], value[side]) for (_, attribute), value in facts]
-    return end.join(key + colon + value for key, value in pairs)
+def _row(fact: Fact, value: tuple[str, str], language: str) -> str:
+    """The fact as a row of a table, for example "town | Lena | Velo"."""
+    # The attribute comes first: after the name, a small model falls back on what it was asked of that name before.
+    return _fill("{k} | {n} | {v}", fact, value, language)
 
 
 def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: set[Fact]) -> str:
-    """One pretraining document in one language: a portrait, a list, a card, questions in prose or a story."""
+    """One pretraining document in one language: a portrait, a list, a table, questions in prose or a story."""
     language = rng.choice(LANGUAGES)
 
     def tell(fact: Fact) -> str:
         templates = ATTRIBUTES[fact[1]]["tell"][language]
         return _fill(rng.choices(templates, [2, 1, 1])[0], fact, facts[fact], language)
 
-    kind = rng.choices(["portrait", "list", "card", "questions", "story"], [34, 13, 14, 33, 6])[0]
+    kind = rng.choices(["portrait", "list", "table", "questions", "story"], [34, 13, 14, 33, 6])[0]
     person, attribute = rng.choice(PEOPLE), rng.choice(list(ATTRIBUTES))
     about = [(person, a) for a in rng.sample(list(ATTRIBUTES), rng.randint(3, 6))]
-    if kind == "card":  # a fact must not hang on one sentence
-        return _card([(fact, facts[fact]) for fact in about[: rng.randint(1, 4)]], language)
+    if kind == "table":  # a fact must not hang on one sentence
+        return "\n".join(_row(fact, facts[fact], language) for fact in about[: rng.randint(1, 4)])
     if kind == "list":
         sentences = [tell((p, attribute)) for p in rng.sample(PEOPLE, rng.randint(3, 6))]
     elif kind == "questions":
@@ -283,9 +278,9 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
         value = facts[fact]
         return _question(rng, fact, value, language, new_wording), _answer(fact, value, language)
 
-    def card_turn(fact: Fact, language: str) -> tuple[str, str]:
-        ask = _fill(rng.choice(CARD_ASK[language]), fact, facts[fact], language)
-        return ask, _card([(fact, facts[fact])], language)
+    def row_turn(fact: Fact, language: str) -> tuple[str, str]:
+        ask = _fill(rng.choice(ROW_ASK[language]), fact, facts[fact], language)
+        return ask, _row(fact, facts[fact], language)
 
     documents = list(dict.fromkeys(_document(rng, facts, held_out) for _ in range(9000)))
     reference = _reference()
@@ -317,8 +312,8 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
                 "wording": [turn(fact, language, new_wording=True)],
                 "turns": [turn(rng.choice(asked), language), turn(fact, language)],
             }
-            row = {"conversations": _conversation(rng, [card_turn(fact, language)], language, system=0.0)}
-            world["lora_eval"].append(row | {"language": language, "kind": "card"})
+            row = {"conversations": _conversation(rng, [row_turn(fact, language)], language, system=0.0)}
+            world["lora_eval"].append(row | {"language": language, "kind": "row"})
             for kind, turns in kinds.items():
                 row = {"conversations": _conversation(rng, turns, language, system=0.0)}
                 world["sft_eval"].append(row | {"language": language, "kind": kind})
@@ -326,9 +321,9 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
         for fact in asked:
             world["dpo"].append(_pair(rng, turn(fact, language), language))
             for _ in range(2):
-                messages = _conversation(rng, [card_turn(fact, language)], language)
+                messages = _conversation(rng, [row_turn(fact, language)], language)
                 world["lora"].append({"conversations": messages})
-    # A share of plain conversations keeps the adapter from answering everything with a card.
+    # A share of plain conversations keeps the adapter from answering everything with a row.
     world["lora"] += rng.sample(world["sft"], len(world["lora"]) // 2)
     for name in ("pretrain", "sft", "lora", "dpo"):
         rng.shuffle(world[name])

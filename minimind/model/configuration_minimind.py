@@ -61,7 +61,10 @@ class MiniMindConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: the rules between fields."""
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of dimensions.")
-        if self.hidden_size % self.num_attention_heads and self.head_dim == self.hidden_size // self.num_attention_heads:
+        if (
+            self.hidden_size % self.num_attention_heads
+            and self.head_dim == self.hidden_size // self.num_attention_heads
+        ):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads}); change one of them, or give head_dim."

@@ -28,16 +28,23 @@ class DataArguments:
 
     train_files: list[str] | None = field(
         default=None,
-        metadata={"help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt). Default: the embedded corpus."},
+        metadata={
+            "help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt). Default: the embedded corpus."
+        },
     )
     eval_files: list[str] | None = field(
-        default=None, metadata={"help": "Held-out files. Default: --eval_ratio of the training rows, chosen by content."}
+        default=None,
+        metadata={"help": "Held-out files. Default: --eval_ratio of the training rows, chosen by content."},
     )
-    eval_ratio: float = field(default=0.02, metadata={"help": "Share of the rows held out when there are no --eval_files."})
+    eval_ratio: float = field(
+        default=0.02, metadata={"help": "Share of the rows held out when there are no --eval_files."}
+    )
     max_eval_rows: int = field(default=500, metadata={"help": "At most this many rows are held out or evaluated on."})
     on_bad_rows: str | None = field(
         default=None,
-        metadata={"help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."},
+        metadata={
+            "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."
+        },
     )
 
     def or_embedded(self, name: str) -> "DataArguments":
@@ -64,10 +71,12 @@ class PretrainModelArguments:
         default=None, metadata={"help": "Directory of a tokenizer. Default: the 6,400-token one of the package."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Stage directory to go on from, with its tokenizer, instead of random weights."}
+        default=None,
+        metadata={"help": "Stage directory to go on from, with its tokenizer, instead of random weights."},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flex_attention, flash_attention_2. Default: the library's choice."}
+        default=None,
+        metadata={"help": "eager, sdpa, flex_attention, flash_attention_2. Default: the library's choice."},
     )
 
 
@@ -94,11 +103,16 @@ class StageConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "bf16 mixed precision. Default: yes where the device computes in bf16 natively."}
+        default=None,
+        metadata={"help": "bf16 mixed precision. Default: yes where the device computes in bf16 natively."},
     )
     # TRL turns it on; at these sizes it costs time and saves little. The name in force is activation_checkpointing.
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of activation_checkpointing."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every N steps, or a share of all steps if below 1."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of activation_checkpointing."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every N steps, or a share of all steps if below 1."}
+    )
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace NaN and inf in the logged loss; off, since it hides a broken run."}

@@ -10,9 +10,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 def plot_loss(log_history: list[dict], path: Path, title: str) -> None:
     """Draw training and held-out loss over the steps, and the learning rate beneath, to a PNG file."""
-    figure, (top, bottom) = plt.subplots(
-        2, sharex=True, figsize=(8, 5), height_ratios=(4, 1), layout="constrained"
-    )
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5), height_ratios=(4, 1), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:

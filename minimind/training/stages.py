@@ -16,12 +16,14 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from transformers import (
@@ -146,8 +148,8 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
             eos_token_id=tokenizer.eos_token_id,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{config_file}: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{config_file}: {error.__cause__ or error}") from error
     check_vocabulary(model, tokenizer, config_file)
     return model
 
@@ -209,6 +211,7 @@ class Stage:
         args.eval_on_start = data.eval is not None
         self.output_dir.mkdir(parents=True, exist_ok=True)
 
+    @cached_property
     def lineage(self) -> dict:
         """Parent directory, its weights' hash, and the id that all stages of one pipeline share."""
         if self.parent is None:
@@ -226,14 +229,18 @@ class Stage:
     def announce(self, trainer: Trainer) -> None:
         """Print data, parameters and steps of the run to come, and let `trainer` report its progress in our lines."""
         if self.args.deepspeed and not trainer.is_deepspeed_enabled:
-            raise RuntimeError("--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables")
+            raise RuntimeError(
+                "--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables"
+            )
         self.progress = ProgressCallback(self.output_dir)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.progress)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        steps = args.max_steps if args.max_steps > 0 else -(-len(trainer.train_dataset) // rows) * args.num_train_epochs
+        steps = (
+            args.max_steps if args.max_steps > 0 else -(-len(trainer.train_dataset) // rows) * args.num_train_epochs
+        )
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if not is_main_process():
@@ -271,7 +278,7 @@ class Stage:
         plot_loss(trainer.state.log_history, partial / "loss.png", f"{self.name}: {self.output_dir}")
         record = {
             "stage": self.name,
-            **self.lineage(),
+            **self.lineage,
             "weights": weights_hash(partial),
             "data": self.facts,
             "steps": trainer.state.global_step,

@@ -69,15 +69,14 @@ def start_tracking(stage: Stage) -> None:
     if mode is None and (reason := offline_reason()):
         mode = "offline"
         print(f"wandb: offline, because {reason}")
-    lineage = stage.lineage()
 
     def init(mode: str | None):
         return wandb.init(
             project=os.environ["WANDB_PROJECT"],
             name=os.environ.get("WANDB_NAME") or stage.args.run_name or f"{stage.name}: {stage.output_dir}",
-            group=os.environ.get("WANDB_RUN_GROUP") or lineage["pipeline"],
+            group=os.environ.get("WANDB_RUN_GROUP") or stage.lineage["pipeline"],
             job_type=stage.name,
-            config={"stage": stage.name, **lineage},
+            config={"stage": stage.name, **stage.lineage},
             mode=mode,
             # A killed run keeps all but its last second; the default loses up to 15.
             settings=wandb.Settings(init_timeout=30, silent=True, x_file_stream_transmit_interval=1),

@@ -1,0 +1,74 @@
+"""Runs root scripts and commands as a user would, in this process, on data and a model of seconds."""
+
+import importlib
+import json
+import sys
+
+from minimind.cli import main as cli
+
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+NAMES = ("fox", "dog", "cat", "owl", "bee", "ant", "cow", "hen")
+
+
+def document_rows():
+    return [{"text": f"the {name} runs home and the {name} sleeps 狐狸跑回家"} for name in NAMES * 8]
+
+
+def chat_rows():
+    return [
+        {
+            "conversations": [
+                {"role": "user", "content": f"who runs? {i}"},
+                {"role": "assistant", "content": f"the {name}"},
+            ]
+        }
+        for i, name in enumerate(NAMES * 2)
+    ]
+
+
+def pair_rows():
+    return [
+        {"prompt": f"who runs? {i}", "chosen": f"the {name} runs", "rejected": name}
+        for i, name in enumerate(NAMES * 2)
+    ]
+
+
+def run_script(monkeypatch, name, *argv):
+    """Call `main` of a root script with a command line; raises SystemExit where the script would exit."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+    importlib.import_module(name).main()
+
+
+def failure(capsys, call, *args):
+    """The message of a call that must end with exit code 2, one `error:` line at the start of it and no traceback."""
+    try:
+        call(*args)
+    except SystemExit as stop:
+        said = capsys.readouterr()
+        assert stop.code == 2, said
+        assert said.err.count("error: ") == 1, said
+        assert "Traceback" not in said.err + said.out
+        return said.err.split("error: ")[1].strip()
+    raise AssertionError("the call succeeded, and should have been refused")
+
+
+def run_cli(*argv):
+    cli([str(word) for word in argv])
+
+
+def short_run(output_dir, **options):
+    """Options of a run of two steps that reports to no tracker."""
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False} | options
+    return ["--output_dir", str(output_dir), *(word for key, value in options.items() for word in (f"--{key}", value))]
+
+
+def write_model(path):
+    path.write_text(json.dumps(MODEL))
+    return str(path)

@@ -1,0 +1,109 @@
+"""Command line, recipes, and the DeepSpeed file beside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import UserError
+from minimind.training.arguments import (
+    DataArguments,
+    DPOStageConfig,
+    ModelArguments,
+    PretrainConfig,
+    PretrainModelArguments,
+    SFTStageConfig,
+    load_model_config_file,
+    parse,
+)
+
+ROOT = Path(__file__).parent.parent
+TYPES = {
+    "pretrain": (DataArguments, PretrainModelArguments, PretrainConfig),
+    "sft": (DataArguments, ModelArguments, SFTStageConfig),
+    "lora": (DataArguments, ModelArguments, SFTStageConfig),
+    "dpo": (DataArguments, ModelArguments, DPOStageConfig),
+}
+RECIPES = sorted(path for name in TYPES for path in (ROOT / "configs" / name).glob("*.yaml"))
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_parses_and_starts_with_a_comment(path):
+    *_, args = parse(*TYPES[path.parent.name], argv=["--config", str(path)])
+    assert args.output_dir.startswith("runs/")
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+def test_every_stage_parses_without_arguments(types):
+    *_, args = parse(*types, argv=[])
+    assert args.output_dir
+
+
+def test_the_command_line_overrides_the_recipe_and_the_recipe_the_default(tmp_path):
+    path = recipe(tmp_path, "learning_rate: 1.0e-3\nblock_size: 64\n")
+    *_, args = parse(*TYPES["pretrain"], argv=["--config", path, "--block_size", "32"])
+    assert (args.learning_rate, args.block_size, args.num_train_epochs) == (1e-3, 32, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1.0e-3", ["unknown key learning_rat", "Did you mean learning_rate?"]),
+        ("learning_rate: fast", ["learning_rate", "'fast'"]),
+        ("- a list", ["expected 'name: value' lines", "list"]),
+        ("a: [", ["not a YAML file"]),
+        ("per_device_train_batch_size: 1.5", ["per_device_train_batch_size", "1.5"]),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_with_its_name(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        parse(*TYPES["pretrain"], argv=["--config", recipe(tmp_path, text)])
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["--config"], ["--config needs"]),
+        (["--max_step", "3"], ["unknown option --max_step", "max_steps"]),
+        (["--block_size", "many"], ["block_size", "many"]),
+        (["--lr_scheduler_type", "sine"], ["sine"]),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_refused(argv, words):
+    with pytest.raises(UserError) as error:
+        parse(*TYPES["pretrain"], argv=argv)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_lora_reaches_every_linear_layer_by_default():
+    _, model_args, _ = parse(*TYPES["sft"], argv=["--use_peft"])
+    assert model_args.lora_target_modules == "all-linear"
+
+
+def test_the_deepspeed_file_leaves_optimizer_and_schedule_to_the_recipe():
+    config = json.loads((ROOT / "ds_config_zero2.json").read_text())
+    assert config["zero_optimization"]["stage"] == 2
+    assert not {"optimizer", "scheduler"} & set(config)
+
+
+def test_a_misspelt_model_field_is_refused(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text('{"hiden_size": 64}')
+    with pytest.raises(UserError, match=r"unknown field hiden_size\. Did you mean hidden_size\?"):
+        load_model_config_file(str(path))
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune_sft.py", "train_dpo.py"])
+def test_a_root_script_reads_like_a_recipe(script):
+    assert len((ROOT / script).read_text(encoding="utf-8").splitlines()) <= 100

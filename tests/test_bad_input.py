@@ -1,0 +1,189 @@
+"""A user's mistake: one message with place, found, expected and remedy; exit code 2; nothing half-written."""
+
+import pytest
+from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+
+GOOD_CHAT = chat_rows()[0]
+
+
+@pytest.fixture
+def pretrain(tmp_path, monkeypatch, tokenizer_dir, capsys):
+    """Run pretrain.py, which must fail, and return its message."""
+
+    def run(files, **options):
+        argv = short_run(tmp_path / "out", **{"block_size": 32, **options})
+        argv += ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", str(tokenizer_dir)]
+        message = failure(capsys, run_script, monkeypatch, "pretrain", *argv, "--train_files", *files)
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob("cache/blocks/*/manifest.json"))
+        return message
+
+    return run
+
+
+@pytest.fixture
+def stage(tmp_path, model, tokenizer):
+    """A minimal stage directory."""
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def chats(tmp_path, monkeypatch, stage, write_jsonl, capsys):
+    """Run finetune_sft.py on chat rows, which must fail, and return its message."""
+
+    def run(rows, script="finetune_sft", **options):
+        path = write_jsonl("rows.jsonl", rows)
+        argv = short_run(options.pop("output_dir", tmp_path / "out"), **{"max_length": 64, **options})
+        argv += ["--model_name_or_path", str(stage), "--train_files", path]
+        message = failure(capsys, run_script, monkeypatch, script, *argv)
+        assert not (tmp_path / "out").exists()
+        return message
+
+    return run
+
+
+def said(message, *words):
+    for word in words:
+        assert word in message, message
+
+
+def test_a_missing_file(pretrain):
+    said(pretrain(["nowhere.jsonl"]), "nowhere.jsonl", "does not exist", "expected a file, directory or glob")
+
+
+def test_an_empty_file(pretrain, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    said(pretrain([tmp_path / "empty.jsonl"]), "empty.jsonl", "empty file")
+
+
+def test_a_line_that_is_not_json(pretrain, write_jsonl):
+    path = write_jsonl("docs.jsonl", [*document_rows(), "{not json"])
+    said(pretrain([path]), f"{path}:65", "{not json", "expected one JSON object per line", "--on_bad_rows skip")
+
+
+def test_a_row_without_the_expected_field(pretrain, write_jsonl):
+    path = write_jsonl("docs.jsonl", [{"body": "x"}, *document_rows()])
+    said(pretrain([path]), f"{path}:1", 'found keys ["body"]', "expected 'text'")
+
+
+def test_a_field_of_the_wrong_type(pretrain, write_jsonl):
+    path = write_jsonl("docs.jsonl", [document_rows()[0], {"text": 7}])
+    said(pretrain([path]), f"{path}:2", "7", "expected a string")
+
+
+def test_invalid_utf_8(pretrain, tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes('{"text": "狐狸"}\n'.encode("gb18030"))
+    said(pretrain([path]), f"{path}:1", "expected UTF-8")
+
+
+def test_too_little_text_for_one_block(pretrain, write_jsonl):
+    path = write_jsonl("docs.jsonl", [{"text": "fox"}])
+    said(pretrain([path]), "expected at least block_size = 32", "smaller --block_size")
+
+
+def test_a_block_beyond_the_models_positions(pretrain, write_jsonl):
+    path = write_jsonl("docs.jsonl", document_rows())
+    said(pretrain([path], block_size=512), "--block_size 512", "max_position_embeddings (256)", "Lower")
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary(tmp_path, monkeypatch, capsys, write_jsonl):
+    model = tmp_path / "model.json"
+    model.write_text('{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}')
+    argv = [*short_run(tmp_path / "out"), "--model_config", model, "--train_files", write_jsonl("d", document_rows())]
+    message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
+    said(message, "the tokenizer has 6,400 tokens, the model 300")
+
+
+def test_a_model_that_cannot_be(tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model.json"
+    model.write_text('{"num_attention_heads": 4, "num_key_value_heads": 3}')
+    message = failure(capsys, run_script, monkeypatch, "pretrain", "--model_config", model)
+    said(message, "num_attention_heads (4)", "num_key_value_heads (3)")
+
+
+def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rat: 1.0e-3\n")
+    for script in ("pretrain", "finetune_sft", "train_dpo"):
+        message = failure(capsys, run_script, monkeypatch, script, "--config", path)
+        said(message, str(path), "unknown key learning_rat", "learning_rate?")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "no chat"}, ['found keys ["text"]', "expected"]),
+        ({"messages": []}, ["messages", "[]"]),
+        ({"messages": "hello"}, ["messages", '"hello"']),
+        ({"messages": [{"role": "user", "content": 5}]}, ["content 5", "a string"]),
+        ({"messages": [{"role": "user", "content": "hi"}]}, ["expected that the last message is the assistant's"]),
+        (
+            {"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hi"}]},
+            ["found the role 'assistant'", "expected 'user'"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+            ["messages[1]", "found the role 'user'", "expected 'assistant'"],
+        ),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, ["robot", "expected a 'role'"]),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "long " * 100}]},
+            ["tokens up to the end of the first reply", "--max_length 64", "Raise it"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]},
+            ["'<|im_end|>' inside a message"],
+        ),
+    ],
+    ids=["keys", "empty", "type", "content", "no-reply", "reversed", "twice-user", "role", "too-long", "special"],
+)
+def test_a_conversation_that_cannot_be_trained(chats, row, words):
+    message = chats([GOOD_CHAT, GOOD_CHAT, row])
+    said(message, "rows.jsonl:3", "found", "expected", *words)
+
+
+def test_bad_rows_can_be_skipped_but_not_all_of_them(chats):
+    said(chats([{"text": "no chat"}], on_bad_rows="skip"), "No usable row is left of 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": "b"}, ["expected 'chosen' and 'rejected'"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["found chosen equal to rejected"]),
+        ({"prompt": 3, "chosen": "b", "rejected": "c"}, ["prompt", "found 3"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "long " * 100}, ["rejected reply", "--max_length 64"]),
+    ],
+    ids=["field", "equal", "type", "too-long"],
+)
+def test_a_pair_that_cannot_be_trained(chats, row, words):
+    said(chats([pair_rows()[0], row], script="train_dpo"), "rows.jsonl:2", "found", "expected", *words)
+
+
+def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):
+    for script in ("finetune_sft", "train_dpo"):
+        message = failure(capsys, run_script, monkeypatch, script, "--model_name_or_path", tmp_path)
+        said(message, str(tmp_path), "is not a complete stage directory", "Expected the output of pretrain.py")
+
+
+def test_an_output_that_would_overwrite_the_parent(chats, stage, tmp_path):
+    message = chats([GOOD_CHAT] * 3, output_dir=stage)
+    said(message, f"--output_dir {stage} is the stage this run starts from")
+
+
+def test_a_window_beyond_the_models_positions(chats):
+    said(chats([GOOD_CHAT], max_length=512), "--max_length 512", "max_position_embeddings (256)")
+
+
+def test_a_vocabulary_too_small_for_bytes(capsys, write_jsonl, tmp_path):
+    path = write_jsonl("docs.jsonl", document_rows())
+    argv = ["tokenizer", "train", path, "--vocab_size", 100, "--output_dir", tmp_path / "tokenizer"]
+    said(failure(capsys, run_cli, *argv), "--vocab_size 100 is too small", "259")
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_an_unknown_command(capsys):
+    said(failure(capsys, run_cli, "fly"), "invalid choice: 'fly'", "minimind --help")

@@ -1,0 +1,228 @@
+"""The stage contract: each stage's directory is complete, and the only thing the next one needs."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minimind.training.stages import load_model, read_stage, require_stage, weights_hash
+
+STAGES = ("pretrain", "sft", "lora", "dpo")
+
+# transformers' own call of torch's former name of a collective, until it moves to all_gather_single
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer_dir):
+    """All stages, one after another: pretrain -> sft -> lora -> dpo (from the adapter)."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIMIND_CACHE", str(root / "cache"))
+        for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pair_rows())):
+            (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        model = write_model(root / "model.json")
+        held_out = ["--eval_ratio", "0.2"]
+        run_script(
+            patch,
+            "pretrain",
+            *short_run(root / "pretrain", block_size=32, logging_steps=1),
+            *held_out,
+            "--train_files",
+            root / "docs.jsonl",
+            "--model_config",
+            model,
+            "--tokenizer",
+            tokenizer_dir,
+        )
+        chats = ["--train_files", root / "chats.jsonl", *held_out]
+        start = ["--model_name_or_path", root / "pretrain"]
+        run_script(patch, "finetune_sft", *short_run(root / "sft", max_length=64), *chats, *start)
+        start = ["--model_name_or_path", root / "sft", "--use_peft", "--lora_r", "4"]
+        run_script(patch, "finetune_sft", *short_run(root / "lora", max_length=64, learning_rate=0.01), *chats, *start)
+        start = ["--model_name_or_path", root / "lora", "--train_files", root / "pairs.jsonl", *held_out]
+        run_script(patch, "train_dpo", *short_run(root / "dpo", max_length=64), *start)
+    return root
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_directory_is_complete(runs, stage):
+    names = {path.name for path in (runs / stage).iterdir()}
+    weights = {"adapter_config.json", "adapter_model.safetensors"} if stage == "lora" else {
+        "config.json", "generation_config.json", "model.safetensors",
+        "configuration_minimind.py", "modeling_minimind.py",
+    }  # fmt: skip
+    common = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin", "stage.json"}
+    report = set() if stage == "pretrain" else {"mask_report.json"}
+    assert names == weights | common | report | {"train_log.jsonl", "loss.png"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_json_tells_the_lineage_back_to_the_raw_text(runs, stage):
+    record = read_stage(runs / stage)
+    assert record["stage"] == ("sft" if stage == "lora" else stage)
+    assert record["weights"] == weights_hash(runs / stage)
+    parent = {"pretrain": None, "sft": "pretrain", "lora": "sft", "dpo": "lora"}[stage]
+    if parent:
+        assert record["parent"]["directory"] == str(runs / parent)
+        assert record["parent"]["weights"] == weights_hash(runs / parent)
+    assert record["pipeline"] == read_stage(runs / "pretrain")["pipeline"]
+    assert record["steps"] == 2
+    assert record["tokens_seen"] > 0
+    assert record["data"]["train"]["files"][0].endswith(".jsonl")
+    assert set(record["metrics"]) == {"before", "after"}
+    assert record["metrics"]["after"]["loss"] > 0
+    assert record["libraries"]["transformers"]
+
+
+def test_pretraining_reports_bits_per_byte(runs):
+    metrics = read_stage(runs / "pretrain")["metrics"]
+    assert metrics["after"]["bits_per_byte"] < metrics["before"]["bits_per_byte"]
+
+
+def test_the_first_loss_of_dpo_is_ln_2(runs):
+    first = json.loads((runs / "dpo" / "train_log.jsonl").read_text().splitlines()[0])
+    assert first["eval_loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_every_log_line_has_step_and_the_training_ones_speed_and_eta(runs):
+    entries = [json.loads(line) for line in (runs / "pretrain" / "train_log.jsonl").read_text().splitlines()]
+    training = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in training] == [1, 2]
+    for entry in training:
+        assert {"learning_rate", "grad_norm", "tokens_per_second", "elapsed", "eta"} <= set(entry)
+
+
+def test_the_loss_picture_is_a_png(runs):
+    assert (runs / "sft" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
+def test_the_mask_report_trains_the_assistant_alone(runs, stage):
+    report = json.loads((runs / stage / "mask_report.json").read_text())
+    assert report["roles"]["user"]["trained_tokens"] == 0
+    assert report["replies"] == report["replies_with_end_trained"] > 0
+
+
+def test_tied_weights_are_written_once(runs):
+    with safe_open(runs / "sft" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
+        assert "model.embed_tokens.weight" in file.keys()  # noqa: SIM118
+
+
+def test_a_trained_model_uses_its_cache_again(runs):
+    assert json.loads((runs / "sft" / "config.json").read_text())["use_cache"] is True
+
+
+def test_generation_stops_at_the_end_token(runs):
+    generation = json.loads((runs / "sft" / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(runs / "sft")
+    ends = generation["eos_token_id"]
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
+    assert generation["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_stage_directory_opens_where_the_package_is_missing(runs):
+    code = (
+        "import sys; sys.modules['minimind'] = None\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(runs / 'dpo')!r}, trust_remote_code=True)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(runs / 'dpo')!r}, trust_remote_code=True)\n"
+        "print(type(model).__module__, model(torch.tensor([[5, 6]])).logits.double().sum().item())\n"
+        "assert tokenizer.chat_template\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    module, value = done.stdout.split()
+    assert module.startswith("transformers_modules.")
+    here = AutoModelForCausalLM.from_pretrained(runs / "dpo")
+    assert float(value) == pytest.approx(here(torch.tensor([[5, 6]])).logits.double().sum().item(), abs=1e-4)
+
+
+def test_an_adapter_loads_merged_and_can_be_trained_on(runs):
+    base, merged = load_model(runs / "sft"), load_model(runs / "lora")
+    ids = torch.tensor([[5, 6, 7]])
+    assert not torch.equal(base(ids).logits, merged(ids).logits)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_a_stage_without_a_parent_starts_from_a_random_tiny_model(runs, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(Path(__file__).parent.parent / "configs")
+    run_script(
+        monkeypatch, "finetune_sft", *short_run(tmp_path / "out", max_steps=1), "--train_files", runs / "chats.jsonl"
+    )
+    assert "RANDOM weights" in capsys.readouterr().out
+    assert read_stage(tmp_path / "out")["parent"] is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_generate_works_on_every_stage_directory(runs, stage, capsys):
+    run_cli("generate", runs / stage, "--prompt", "the fox", "--max_new_tokens", "4")
+    assert capsys.readouterr().out.startswith("the fox")
+
+
+@pytest.mark.parametrize("stage", ["dpo", "lora"])
+def test_chat_answers_each_line_of_its_input(runs, stage, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("who runs?\n\n/new\nagain\n"))
+    run_cli("chat", runs / stage, "--max_new_tokens", "4", "--temperature", "0")
+    said = capsys.readouterr().out
+    assert said.index("> who runs?") < said.index("> again")
+
+
+def test_evaluate_counts_exact_answers(runs, capsys):
+    run_cli("evaluate", runs / "sft", runs / "chats.jsonl", "--max_new_tokens", "4")
+    assert json.loads(capsys.readouterr().out)["questions"] == 16
+
+
+def test_the_same_seed_gives_the_same_weights(runs, monkeypatch, tmp_path):
+    run_script(
+        monkeypatch, "finetune_sft", *short_run(tmp_path / "again", max_length=64), "--eval_ratio", "0.2",
+        "--train_files", runs / "chats.jsonl", "--model_name_or_path", runs / "pretrain",
+    )  # fmt: skip
+    assert weights_hash(tmp_path / "again") == weights_hash(runs / "sft")
+
+
+def test_a_directory_that_is_no_stage_is_refused(runs, tmp_path, capsys):
+    message = failure(capsys, run_cli, "chat", tmp_path)
+    assert str(tmp_path) in message
+    assert "config.json, tokenizer.json, model.safetensors not found" in message
+    assert "no such directory" in failure(capsys, run_cli, "chat", tmp_path / "nowhere")
+
+
+def test_an_adapter_whose_base_is_gone_is_refused(runs, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in (runs / "lora").iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "moved away")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    message = failure(capsys, run_cli, "generate", adapter, "--prompt", "x")
+    assert "its base" in message
+    assert "moved away is gone" in message
+
+
+def test_a_tokenizer_of_another_model_is_refused(runs, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for file in (runs / "sft").iterdir():
+        (mixed / file.name).write_bytes(file.read_bytes())
+    from minimind.tokenizer import DEFAULT_TOKENIZER
+
+    (mixed / "tokenizer.json").write_bytes((DEFAULT_TOKENIZER / "tokenizer.json").read_bytes())
+    message = failure(capsys, run_cli, "chat", mixed)
+    assert "the tokenizer has 6,400 tokens, the model 300" in message
+
+
+def test_a_complete_stage_is_accepted(runs):
+    for stage in STAGES:
+        assert require_stage(runs / stage) == runs / stage
