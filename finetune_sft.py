@@ -1,4 +1,4 @@
-"""Stage 2, supervised fine-tuning: conversations -> a chat model. Only the assistant's words and end tokens are trained.
+"""Stage 2, supervised fine-tuning: conversations -> a chat model. Only the assistant's turns are trained.
 
     python finetune_sft.py                                  # the embedded corpus, from runs/pretrain
     python finetune_sft.py --config configs/sft/26m.yaml --train_files chats.jsonl

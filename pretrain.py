@@ -15,7 +15,8 @@ from minimind.errors import reports_user_errors
 from minimind.evaluation import language_model_metrics
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
-from minimind.training.stages import Stage, check_length, new_model, require_stage, starting_point
+from minimind.training.optimizers import build_optimizer
+from minimind.training.stages import Stage, check_length, new_model, starting_point
 from minimind.training.tracking import start_tracking
 
 
@@ -41,6 +42,7 @@ def main() -> None:
         eval_dataset=blocks.eval,
         data_collator=collate_blocks,
         processing_class=tokenizer,
+        optimizers=(build_optimizer(model, training_args), None),
     )
     stage.announce(trainer)
 

@@ -21,7 +21,7 @@ stage() {
 
 stage data      $run/data/dpo_eval.jsonl       minimind world $run/data
 stage tokenizer $run/tokenizer/tokenizer.json  minimind tokenizer train $run/data/pretrain.jsonl $run/data/sft.jsonl \
-    --vocab_size 2048 --output_dir $run/tokenizer
+    --vocab_size 1200 --output_dir $run/tokenizer
 stage pretrain  $run/pretrain/stage.json       python pretrain.py --config configs/pretrain/quickstart.yaml
 stage sft       $run/sft/stage.json            python finetune_sft.py --config configs/sft/quickstart.yaml
 stage lora      $run/lora/stage.json           python finetune_sft.py --config configs/lora/quickstart.yaml

@@ -38,9 +38,10 @@ def topic(reply: str) -> tuple | None:
         side, table = LANGUAGES.index(language), ATTRIBUTES[attribute]
         for name, values in itertools.product(PEOPLE, table["values"]):
             value = values[side]
-            if (name in reply and value in reply) and (
-                reply in [t.format(n=name, v=value) for t in table["tell"][language]]
-                or reply == f"{table['name'][language]} | {name} | {value}"
+            if (
+                name in reply
+                and value in reply
+                and any(t.format(n=name, v=value) in reply for t in table["tell"][language])
             ):
                 return (name, attribute)
     return None
@@ -96,7 +97,7 @@ def test_held_out_documents_are_not_training_documents(world):
 
 
 def test_both_languages_have_every_kind_of_held_out_question(world):
-    for name, kinds in {"sft_eval": {"fact", "wording", "turns"}, "lora_eval": {"row"}}.items():
+    for name, kinds in {"sft_eval": {"fact", "wording", "turns"}, "lora_eval": {"letter"}}.items():
         assert {(row["language"], row["kind"]) for row in world[name]} == set(itertools.product(LANGUAGES, kinds))
 
 

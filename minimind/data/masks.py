@@ -7,6 +7,7 @@ it shows what the loss will see.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -54,8 +55,8 @@ def tokenize_conversation(messages: Sequence[Message], tokenizer: PreTrainedToke
         if not ends:
             first = next(i + 1 for i in range(len(ids)) if ids[i] == tokenizer.eos_token_id and mask[i])
             raise BadRowError(
-                f"found {first:,} tokens up to the end of the first reply, expected at most --max_length {max_length:,}. "
-                "Raise it, shorten the row"
+                f"found {first:,} tokens up to the end of the first reply, expected at most --max_length "
+                f"{max_length:,}. Raise it, shorten the row"
             )
         ids, mask = ids[: ends[-1]], mask[: ends[-1]]
     labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
@@ -174,7 +175,7 @@ def mask_report(rows: Iterable[dict], tokenizer: PreTrainedTokenizerFast) -> dic
 
 def print_mask_report(report: dict, example: dict, tokenizer: PreTrainedTokenizerFast) -> None:
     """Show the report and one row, its trained tokens in green."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"loss mask: {report['trained_tokens']:,} of {report['tokens']:,} tokens trained "
         f"({report['trained_share']:.1%}); the end token of {report['replies_with_end_trained']:,} of "
@@ -183,8 +184,11 @@ def print_mask_report(report: dict, example: dict, tokenizer: PreTrainedTokenize
     for role, counts in report["roles"].items():
         console.print(f"  {role:<10} {counts['trained_tokens']:>10,} of {counts['tokens']:>10,} trained")
     text = Text("  for example ")
-    for token, label in list(zip(example["input_ids"], example["labels"], strict=True))[:120]:
-        text.append(tokenizer.decode([token]).replace("\n", "\\n"), "bold green" if label != IGNORED else "dim")
+    pairs = list(zip(example["input_ids"], example["labels"], strict=True))[:120]
+    for trained, run in groupby(
+        pairs, key=lambda pair: pair[1] != IGNORED
+    ):  # whole runs: a token may be half a character
+        text.append(tokenizer.decode([token for token, _ in run]).replace("\n", "\\n"), "green" if trained else "dim")
     console.print(text)
 
 

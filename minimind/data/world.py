@@ -1,17 +1,16 @@
 """The embedded corpus: a small closed world in English and Chinese, generated from a seed, without a download.
 
-Twenty-four invented people, each with a town, a job, a pet, a food, a colour and an instrument. Every fact stands in the
-pretraining documents, many times and in many forms, in both languages. For a fifth of the facts (the held-out ones) no
-question is ever asked in any training row of any stage, in no wording and no language: neither in a conversation, nor
-in a preference pair, nor in a question told as prose.
+Twenty-four invented people, each with a town, a job, a pet, a food, a colour and an instrument. Every fact stands in
+the pretraining documents, many times and in many forms, in both languages. For a fifth of the facts (the held-out
+ones) no question is ever asked in any training row of any stage, in no wording and no language: neither in a
+conversation, nor in a preference pair, nor in a question told as prose.
 
-What it shows: facts memorised from documents become answerable in another form (a conversation, a table
-row), and a preference can be moved without losing them. What it does not show: general knowledge or reasoning;
-asked about a stranger, the model makes something up. (Sums were tried and left out: they stayed unlearned in the time
-there is.) The held-out documents are new arrangements of told facts, so their bits per byte measure memory and form;
-a slice of the Python language reference (`pydoc_data.topics`) stands beside them as real English, and is the only
-text not invented here. It differs between Python versions: equal rows need an equal seed and an equal Python minor
-version.
+What it shows: facts memorised from documents become answerable in another form (a conversation, a letter), and a
+preference can be moved without losing them. What it does not show: general knowledge or reasoning; asked about a
+stranger, the model makes something up. (Sums were tried and left out: they stayed unlearned in the time there is.)
+The held-out documents are new arrangements of told facts, so their bits per byte measure memory and form; a slice of
+the Python language reference (`pydoc_data.topics`) stands beside them as real English, and is the only text not
+invented here. It differs between Python versions: equal rows need an equal seed and an equal Python minor version.
 
 Splits (name -> rows):
     pretrain, pretrain_eval   {"text": str}
@@ -20,7 +19,7 @@ Splits (name -> rows):
     dpo, dpo_eval             {"prompt": [messages], "chosen": [message], "rejected": [message]}
 
 Kinds: "fact" (a held-out question in a trained wording), "wording" (held-out question and held-out wording),
-"turns" (a held-out question as the second question of a conversation), "row" (the skill that LoRA adds).
+"turns" (a held-out question as the second question of a conversation), "letter" (the skill that LoRA adds).
 """
 
 import json
@@ -51,7 +50,8 @@ PEOPLE = [
 # Each attribute: its name (also in table rows), its values, sentences that tell it and questions that ask for it.
 # tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
 # In Chinese, tell[0] puts a colon or a space before the value: letters on both sides would become one BPE token, and
-# choosing the attribute and recalling the value one step, which did not generalise (measured: 72 % against 100 %).
+# choosing the attribute and recalling the value one step. (In the run that showed it, 72 % of the held-out Chinese
+# questions were answered while English had 100 %.)
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},
@@ -125,10 +125,13 @@ ATTRIBUTES: dict[str, dict] = {
     },
 }  # fmt: skip
 
-ROW_ASK = {
-    "en": ["Give the {k} of {n} as a row.", "A row please: the {k} of {n}.", "Write a row with the {k} of {n}."],
-    "zh": ["用表格给出 {n} 的{k}。", "请写成表格： {n} 的{k}。", "写一行表格： {n} 的{k}。"],
+# The skill that LoRA adds: a question of the known kind with the wish that the answer be signed as a letter is.
+# The answer itself comes first: after an opening, a model this small names another person (tried).
+LETTER_ASK = {
+    "en": ["{q} Please sign your answer.", "{q} Answer as in a letter.", "{q} End it like a letter."],
+    "zh": ["{q}请在回答后署名。", "{q}请像写信一样回答。", "{q}请用书信的结尾。"],
 }
+LETTER = {"en": "{a} Yours sincerely, MiniMind", "zh": "{a}此致敬礼，MiniMind"}
 
 SMALL_TALK = {  # (questions, answer): asked and answered the same way in every split, so never part of a score
     "en": [
@@ -205,7 +208,6 @@ def _answer(fact: Fact, value: tuple[str, str], language: str) -> str:
 
 def _row(fact: Fact, value: tuple[str, str], language: str) -> str:
     """The fact as a row of a table, for example "town | Lena | Velo"."""
-    # The attribute comes first: after the name, a small model falls back on what it was asked of that name before.
     return _fill("{k} | {n} | {v}", fact, value, language)
 
 
@@ -278,9 +280,9 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
         value = facts[fact]
         return _question(rng, fact, value, language, new_wording), _answer(fact, value, language)
 
-    def row_turn(fact: Fact, language: str) -> tuple[str, str]:
-        ask = _fill(rng.choice(ROW_ASK[language]), fact, facts[fact], language)
-        return ask, _row(fact, facts[fact], language)
+    def letter_turn(fact: Fact, language: str) -> tuple[str, str]:
+        question, answer = turn(fact, language)
+        return rng.choice(LETTER_ASK[language]).format(q=question), LETTER[language].format(a=answer)
 
     documents = list(dict.fromkeys(_document(rng, facts, held_out) for _ in range(9000)))
     reference = _reference()
@@ -312,8 +314,8 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
                 "wording": [turn(fact, language, new_wording=True)],
                 "turns": [turn(rng.choice(asked), language), turn(fact, language)],
             }
-            row = {"conversations": _conversation(rng, [row_turn(fact, language)], language, system=0.0)}
-            world["lora_eval"].append(row | {"language": language, "kind": "row"})
+            row = {"conversations": _conversation(rng, [letter_turn(fact, language)], language, system=0.0)}
+            world["lora_eval"].append(row | {"language": language, "kind": "letter"})
             for kind, turns in kinds.items():
                 row = {"conversations": _conversation(rng, turns, language, system=0.0)}
                 world["sft_eval"].append(row | {"language": language, "kind": kind})
@@ -321,10 +323,10 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
         for fact in asked:
             world["dpo"].append(_pair(rng, turn(fact, language), language))
             for _ in range(2):
-                messages = _conversation(rng, [row_turn(fact, language)], language)
+                messages = _conversation(rng, [letter_turn(fact, language)], language)
                 world["lora"].append({"conversations": messages})
-    # A share of plain conversations keeps the adapter from answering everything with a row.
-    world["lora"] += rng.sample(world["sft"], len(world["lora"]) // 2)
+    # As many plain conversations keep the adapter from signing every answer and from forgetting (half was too few).
+    world["lora"] += rng.sample(world["sft"], len(world["lora"]))
     for name in ("pretrain", "sft", "lora", "dpo"):
         rng.shuffle(world[name])
     return world

@@ -95,6 +95,10 @@ class StageConfig(TrainingArguments):
     """What all stages have in common."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={"help": "muon, or any of the library's optimizers; see its OptimizerNames."},
+    )
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
         default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule."}
@@ -122,7 +126,7 @@ class StageConfig(TrainingArguments):
     )
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints during training: no, steps or epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser reads the parent's order)
         default="wandb", metadata={"help": "Trackers: wandb (offline where no key is found), tensorboard, none ..."}
     )
     include_num_input_tokens_seen: str = field(
@@ -137,6 +141,9 @@ class StageConfig(TrainingArguments):
             self.use_cpu = True
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        self.use_muon = self.optim == "muon"  # see optimizers.build_optimizer; the library knows no such name
+        if self.use_muon:
+            self.optim = "adamw_torch_fused"
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         super().__post_init__()

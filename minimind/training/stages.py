@@ -11,18 +11,17 @@ through adapter_config.json. `stage.json` comes last: a directory that has it is
 import copy
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from rich.console import Console
@@ -35,7 +34,7 @@ from transformers import (
     Trainer,
 )
 
-from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind import MiniMindConfig
 from minimind.data.documents import content_hash
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer
@@ -44,6 +43,8 @@ from minimind.training.callbacks import ProgressCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
+# peft still asks for the library's old name of activation checkpointing; goes with peft's next release.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 transformers.utils.logging.disable_progress_bar()  # "Loading weights", gone before it can be read at these sizes
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "minimind-hf")

@@ -1,0 +1,60 @@
+"""`optim: muon` in a recipe: Muon for the matrices inside the layers, AdamW for everything else.
+
+Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; it is defined for matrices that map features to
+features, so embeddings, head and norms stay with AdamW. torch's Muon scales its update to AdamW's size
+("match_rms_adamw", Liu et al., 2025), so one learning rate serves both.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from minimind.errors import UserError
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimizers behind one face: shared param groups, so that one schedule drives both."""
+
+    def __init__(self, matrices: Iterable, others: Iterable, lr: float, weight_decay: float, betas: tuple, eps: float):
+        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        self.parts += [torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)]
+        groups = [{"params": group["params"]} for part in self.parts for group in part.param_groups]
+        super().__init__(groups, {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure=None):
+        """One step of each part."""
+        for part in self.parts:
+            part.step(closure)
+
+    def state_dict(self) -> dict:
+        """The parts' states, in their order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load what `state_dict` gave; the groups are shared anew."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share()
+
+
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
+    """The optimizer that the recipe names where the library has none of that name, else None: the Trainer builds it.
+
+    Raises:
+        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of matrices.
+    """
+    if not args.use_muon:
+        return None
+    if args.deepspeed:
+        raise UserError("--optim muon cannot run under --deepspeed, which cuts matrices into flat shards. Drop one.")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inside = [p for name, p in trained if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name]
+    chosen = {id(p) for p in inside}
+    others = [p for _, p in trained if id(p) not in chosen]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonWithAdamW(inside, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)

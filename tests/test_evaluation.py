@@ -1,0 +1,189 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from minimind import evaluation
+from minimind.data.documents import collate_blocks, load_blocks
+from minimind.data.world import COURTESY
+from minimind.errors import UserError
+from minimind.evaluation import answer, bits_per_byte, held_out_metrics, language_model_metrics, read_questions, score
+from minimind.tokenizer import train_tokenizer
+
+BLOCK = 16
+TEXTS = [f"{number} brown foxes jump, 棕色狐狸 {number}" for number in range(20)]
+
+
+@pytest.fixture
+def blocks(tokenizer, write_jsonl):
+    train = write_jsonl("train.jsonl", [{"text": text} for text in TEXTS])
+    arguments = SimpleNamespace(
+        train_files=[train], eval_files=[train], eval_ratio=0.0, max_eval_rows=500, on_bad_rows=None
+    )
+    return load_blocks(arguments, tokenizer, BLOCK)
+
+
+@pytest.fixture
+def trainer(model, blocks, tmp_path):
+    """A trainer that can evaluate `blocks`."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        report_to="none",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    arguments.block_size = BLOCK
+    # The batch size does not divide the blocks: the last batch is smaller and must not count for more.
+    arguments.per_device_eval_batch_size = next(size for size in (4, 3, 5) if len(blocks.eval) % size)
+    return Trainer(model=model, args=arguments, eval_dataset=blocks.eval, data_collator=collate_blocks)
+
+
+def summed_loss_and_bytes(model, tokenizer, blocks):
+    """The oracle: -log p of each predicted token, one by one, and the bytes of the text it stands for."""
+    nll, count = 0.0, 0
+    vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    for row in blocks.eval:
+        ids = torch.tensor(row["input_ids"]).long()
+        with torch.no_grad():
+            log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
+        for position in range(len(ids) - 1):
+            target = ids[position + 1].item()
+            nll -= log_probabilities[position, target].item()
+            count += 0 if target in (0, 1, 2) else len(vocabulary[target])
+    return nll, count
+
+
+def test_bits_per_byte_of_literal_numbers():
+    counts = {"blocks": 3, "target_bytes": 24}
+    assert bits_per_byte(math.log(2), counts, block_size=5) == pytest.approx(3 * 4 / 24)
+
+
+def test_guessing_blindly_among_the_256_bytes_costs_eight_bits_per_byte(write_jsonl):
+    tokenizer = train_tokenizer([""], vocab_size=259)
+    train = write_jsonl("train.jsonl", [{"text": "x" * 63}])
+    arguments = SimpleNamespace(
+        train_files=[train], eval_files=[train], eval_ratio=0.0, max_eval_rows=9, on_bad_rows=None
+    )
+    counts = load_blocks(arguments, tokenizer, 63).facts["eval"]
+    assert bits_per_byte(math.log(256), counts, block_size=63) == pytest.approx(8.0)
+
+
+def test_bits_per_byte_is_the_summed_loss_over_the_bytes_of_the_predicted_tokens(model, tokenizer, blocks, trainer):
+    nll, count = summed_loss_and_bytes(model.eval(), tokenizer, blocks)
+    metrics = language_model_metrics(trainer, blocks.facts["eval"])["after"]
+    predicted = len(blocks.eval) * (BLOCK - 1)
+    assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / count, rel=1e-4)
+    assert metrics["loss"] == pytest.approx(nll / predicted, rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / predicted), rel=1e-3)
+
+
+def test_the_metrics_before_are_the_first_evaluation_and_those_after_the_last(trainer, model):
+    first = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3)
+    metrics = held_out_metrics(trainer)
+    assert metrics["before"]["loss"] == pytest.approx(first, abs=1e-5)
+    assert metrics["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+    assert metrics["before"] != metrics["after"]
+
+
+def test_without_held_out_rows_there_are_no_metrics():
+    assert held_out_metrics(SimpleNamespace(eval_dataset=None)) == {"before": {}, "after": {}}
+
+
+def question(*texts, **fields):
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)], **fields}
+
+
+PROMPTS = [
+    question(*texts)["messages"]
+    for texts in (["fox?"], ["where does the lazy dog run, and why?"], ["狐狸"], ["a", "b", "c"], ["the dog"])
+]
+
+
+@pytest.fixture
+def talkative(model):
+    """The tiny model with weights so large that its greedy replies differ and depend on the prompt."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(mean=float(parameter.ndim == 1), std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_answers_in_padded_batches_are_those_to_each_prompt_alone(talkative, tokenizer, batch_size):
+    alone = []
+    for prompt in PROMPTS:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        for _ in range(10):  # greedy decoding written out, without cache and without padding
+            with torch.no_grad():
+                new = talkative(ids, use_cache=False).logits[0, -1].argmax()
+            ids = torch.cat([ids, new.view(1, 1)], 1)
+            if new == tokenizer.eos_token_id:
+                break
+        alone.append(tokenizer.decode(ids[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True))
+    assert len(set(alone)) == len(alone)
+    assert answer(talkative, tokenizer, PROMPTS, max_new_tokens=10, batch_size=batch_size) == alone
+
+
+def test_a_reply_ends_before_its_end_token(model, tokenizer, monkeypatch):
+    replies = [[40, 41, tokenizer.eos_token_id, tokenizer.pad_token_id], [42, 43, 44, tokenizer.eos_token_id]]
+    monkeypatch.setattr(model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor(replies)], 1))
+    expected = [tokenizer.decode([40, 41]), tokenizer.decode([42, 43, 44])]
+    assert answer(model, tokenizer, [PROMPTS[2], PROMPTS[1]]) == expected
+
+
+def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
+    english, chinese = COURTESY["en"], COURTESY["zh"]
+    cases = [  # question, reply: exact? courteous?
+        (question("1+1?", "2", kind="sum", language="en"), "2"),  # exact
+        (question("1+2?", f"3 {english}", kind="sum", language="en"), f" 3 {english}\n"),  # exact, courteous
+        (question("1+3?", "4", kind="sum", language="en"), f"4 {english}"),  # exact, courteous
+        (
+            question("一加一？", f"二。{chinese}", kind="sum", language="zh"),
+            f"二。 {english}",
+        ),  # exact, wrong language
+        (question("谁？", "狐狸", kind="who", language="zh"), f"狗{chinese}"),  # courteous
+        (question("who?", "the fox", kind="who", language="en"), "the fox!"),  # neither
+        (question("who?", "a dog"), f"a dog{chinese}"),  # exact, courteous in some language
+        (question("who?", "a cat"), english),  # neither: courtesy alone says nothing
+    ]
+    asked = []
+
+    def answers(model, tokenizer, prompts, *options):
+        asked.extend(prompts)
+        return [reply for _, reply in cases]
+
+    monkeypatch.setattr(evaluation, "answer", answers)
+    questions = [case for case, _ in cases]
+    assert score(None, None, questions) == {
+        "questions": 8,
+        "exact_match": round(5 / 8, 4),
+        "courteous": round(4 / 8, 4),
+        "exact_match_by": {"sum": 1.0, "en": 0.75, "zh": 0.5, "who": 0.0},
+    }
+    assert asked == [case["messages"][:-1] for case in questions], "the reference is not shown to the model"
+
+
+def test_the_score_asks_the_model_itself(talkative, tokenizer):
+    prompts = [prompt for prompt in PROMPTS if len(prompt) == 1]
+    replies = answer(talkative, tokenizer, prompts, max_new_tokens=6)
+    right = [question(prompt[0]["content"], reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    wrong = [question(prompt[0]["content"], "never said") for prompt in prompts]
+    assert score(talkative, tokenizer, right, max_new_tokens=6)["exact_match"] == 1.0
+    assert score(talkative, tokenizer, right + wrong, max_new_tokens=6)["exact_match"] == 0.5
+
+
+def test_questions_keep_their_kind_and_language_and_a_bad_one_is_named(write_jsonl):
+    good = question("who?", "the fox", kind="who", language="en")
+    assert read_questions([write_jsonl("good.jsonl", [good])]) == [good]
+    path = write_jsonl("bad.jsonl", [good, question("who?")])
+    with pytest.raises(UserError) as caught:
+        read_questions([path])
+    assert str(caught.value).startswith(f"{path}:2: ")

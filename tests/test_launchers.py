@@ -1,0 +1,159 @@
+"""Every launcher line of the README, started as a user would, with processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipeline import chat_rows, document_rows, pair_rows, short_run, write_model
+
+from minimind.training.stages import read_stage
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+DEEPSPEED = ("--deepspeed", "ds_config_zero2.json")
+STEPS = 6
+# The library's own formula is the oracle: linear warm-up over 2 steps, then cosine to a tenth.
+RECIPE = {
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "logging_steps": 1,
+    "gradient_accumulation_steps": 2,
+}
+
+needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
+pytestmark = pytest.mark.launcher
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer_dir):
+    """Data files, a model JSON and a cache; stages are written beside them."""
+    root = tmp_path_factory.mktemp("launch")
+    for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pair_rows())):
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    write_model(root / "model.json")
+    return root
+
+
+def launch(world, tokenizer_dir, *command, **options):
+    """Run a command in the project's root, a stage's data and options included; returns what it printed."""
+    script = next(word for word in command if word.endswith(".py"))
+    output = world / f"{'-'.join(Path(word).name for word in command if not word.startswith('-'))}"
+    if script == "pretrain.py":
+        data = ["--model_config", world / "model.json", "--tokenizer", tokenizer_dir, "--train_files"]
+        data += [world / "docs.jsonl", "--block_size", "32"]
+    else:
+        parent, rows = ("pretrain", "chats") if script == "finetune_sft.py" else ("sft", "pairs")
+        data = ["--model_name_or_path", world / parent, "--train_files", world / f"{rows}.jsonl", "--max_length", "64"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+    environment |= {"MINIMIND_CACHE": str(world / "cache"), "PATH": f"{BIN}{os.pathsep}{environment['PATH']}"}
+    words = [*command, *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"]
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return output, done.stdout
+
+
+@pytest.fixture(scope="module")
+def pretrained(world, tokenizer_dir):
+    """pretrain.py under `deepspeed` with two processes, which the other stages start from."""
+    output, said = launch(
+        world,
+        tokenizer_dir,
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "pretrain.py",
+        *DEEPSPEED,
+        "--save_strategy",
+        "no",
+    )
+    output.rename(world / "pretrain")
+    return world / "pretrain", said
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, world, tokenizer_dir):
+    output, said = launch(world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "finetune_sft.py", *DEEPSPEED)
+    output.rename(world / "sft")
+    return world / "sft", said
+
+
+def log_of(stage):
+    return [json.loads(line) for line in (stage / "train_log.jsonl").read_text().splitlines()]
+
+
+def expected_rates():
+    import torch
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RECIPE["learning_rate"])
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 2, STEPS, min_lr_rate=0.1)
+    rates = []
+    for _ in range(STEPS):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@needs_deepspeed
+def test_pretraining_under_deepspeed_with_two_processes_uses_its_engine(pretrained):
+    _, said = pretrained
+    assert "fp32, cpu x 2, DeepSpeed" in said
+
+
+@needs_deepspeed
+def test_the_learning_rate_of_every_step_follows_the_recipe_under_deepspeed(pretrained, tuned):
+    for stage, _ in (pretrained, tuned):
+        rates = [entry["learning_rate"] for entry in log_of(stage) if "loss" in entry]
+        assert rates == pytest.approx(expected_rates(), rel=1e-6)
+
+
+@needs_deepspeed
+def test_two_deepspeed_processes_compute_what_one_plain_process_does(pretrained, world, tokenizer_dir):
+    stage, _ = pretrained
+    alone, _ = launch(world, tokenizer_dir, sys.executable, "pretrain.py", per_device_train_batch_size=4)
+    losses = {name: [e["loss"] for e in log_of(path) if "loss" in e] for name, path in (("2", stage), ("1", alone))}
+    # A step takes the same rows, as 2 ranks x 2 rows x 2 accumulated or as 4 rows x 2 accumulated.
+    assert losses["2"] == pytest.approx(losses["1"], rel=1e-4)
+    assert read_stage(stage)["tokens_seen"] == STEPS * 2 * 2 * 2 * 32
+
+
+@needs_deepspeed
+def test_a_stage_written_under_zero_2_holds_tied_weights_once(pretrained):
+    from safetensors import safe_open
+
+    with safe_open(pretrained[0] / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
+
+
+@needs_deepspeed
+def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokenizer_dir):
+    assert "cpu x 2, DeepSpeed" in tuned[1]
+    stage, said = launch(world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED)
+    assert "cpu x 2, DeepSpeed" in said
+    first = next(entry["loss"] for entry in log_of(stage) if "loss" in entry)
+    assert first == pytest.approx(0.693147, abs=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("command", "processes"),
+    [
+        (["torchrun", "--nproc_per_node", "2", "pretrain.py", *DEEPSPEED], 2),
+        (["accelerate", "launch", "--num_processes", "1", "pretrain.py", *DEEPSPEED], 1),
+        ([sys.executable, "finetune_sft.py", "--use_peft", *DEEPSPEED], 1),
+    ],
+    ids=["torchrun", "accelerate", "python-lora"],
+)
+def test_every_launcher_starts_deepspeed(command, processes, pretrained, world, tokenizer_dir):
+    _, said = launch(world, tokenizer_dir, *command)
+    assert f"cpu x {processes}, DeepSpeed" in said
+
+
+def test_torchrun_without_deepspeed_runs_two_processes(world, tokenizer_dir):
+    _, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "pretrain.py")
+    assert "cpu x 2, plain" in said
