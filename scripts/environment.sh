@@ -28,8 +28,9 @@ else
     source .venv/bin/activate
 fi
 export TOKENIZERS_PARALLELISM=true
-# Threads that spin while they wait make a run on CPU up to 9 times slower as soon as anything else uses the cores.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+# By default OpenMP's threads spin long while they wait: as soon as anything else uses the cores, a run on CPU gets up
+# to 9 times slower. Spinning briefly costs nothing on idle cores.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
 # launch SCRIPT ARGS...: under DeepSpeed with NPROC processes (default: the GPUs, else 1), or plain python without it.
 launch() {

@@ -135,7 +135,7 @@ def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
         ),
         (
             {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]},
-            ["'<|im_end|>' inside a message"],
+            ["'<|im_end|>' inside the text"],
         ),
     ],
     ids=["keys", "empty", "type", "content", "no-reply", "reversed", "twice-user", "role", "too-long", "special"],

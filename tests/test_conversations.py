@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from minimind.data.conversations import read_conversations, to_messages
-from minimind.data.files import BadRowError
+from minimind.data.conversations import to_messages
+from minimind.data.files import BadRowError, read_rows
 from minimind.errors import UserError
 
 
@@ -129,7 +129,7 @@ def test_files_may_mix_formats_and_a_bad_conversation_is_named_with_its_line(tmp
     path = tmp_path / "a.jsonl"
     rows = [{"messages": TALK}, {"messages": [user("hi")]}, {"instruction": "hi", "output": "hello"}]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert read_conversations([str(path)], "skip") == [{"messages": TALK}, {"messages": TALK}]
+    assert [row.data for row in read_rows([str(path)], "skip", to_messages)] == [TALK, TALK]
     with pytest.raises(UserError) as caught:
-        read_conversations([str(path)])
+        list(read_rows([str(path)], None, to_messages))
     assert str(caught.value).startswith(f"{path}:2: messages[0]: found the role 'user' last, expected")

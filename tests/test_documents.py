@@ -9,7 +9,7 @@ import torch
 from conftest import CHINESE, ENGLISH
 
 from minimind.data import documents
-from minimind.data.documents import collate_blocks, is_held_out, load_blocks, pack
+from minimind.data.documents import HoldOut, collate_blocks, load_blocks, pack
 from minimind.errors import UserError
 from minimind.tokenizer import text_encoder, train_tokenizer
 
@@ -173,8 +173,8 @@ def test_a_preparation_that_died_is_started_again(load, tokenizer, monkeypatch):
 
 def test_held_out_documents_and_their_copies_are_in_no_training_block(load, tokenizer):
     texts = [f"document number {number}" for number in range(60)] * 2
-    held_out = [text for text in texts if is_held_out(text, 0.3)]
-    kept = [text for text in texts if not is_held_out(text, 0.3)]
+    held_out = [text for text in texts if HoldOut(0.3, 1000).takes(text)]
+    kept = [text for text in texts if text not in held_out]
     assert len(held_out) > 10
     blocks = load(texts, block_size=8, eval_ratio=0.3)
     for dataset, part in ((blocks.train, kept), (blocks.eval, held_out)):
@@ -185,9 +185,17 @@ def test_held_out_documents_and_their_copies_are_in_no_training_block(load, toke
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
 def test_about_the_asked_share_is_held_out_and_always_the_same_rows(ratio):
-    chosen = [is_held_out(f"row {number}", ratio) for number in range(2000)]
+    chosen = [HoldOut(ratio, 2000).takes(f"row {number}") for number in range(2000)]
     assert abs(sum(chosen) / 2000 - ratio) < 0.04
-    assert chosen == [is_held_out(f"row {number}", ratio) for number in range(2000)]
+    assert chosen == [HoldOut(ratio, 2000).takes(f"row {number}") for number in range(2000)]
+
+
+def test_beyond_the_limit_no_copy_of_a_held_out_row_reaches_training():
+    hold_out = HoldOut(0.3, 5)
+    taken = [(text, hold_out.takes(text)) for text in [f"row {number}" for number in range(40)] * 2]
+    held_out = {text for text, out in taken if out}
+    assert len(held_out) == 5
+    assert not held_out & {text for text, out in taken if not out}
 
 
 def test_held_out_files_are_evaluated_on_and_nothing_of_the_training_files_is_held_out(load, tokenizer, write_jsonl):

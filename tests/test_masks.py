@@ -8,7 +8,7 @@ from trl import SFTConfig, SFTTrainer
 from minimind.data.files import BadRowError
 from minimind.data.masks import (
     PackedCollator,
-    check_preference_length,
+    check_preference,
     load_conversations,
     load_preferences,
     mask_report,
@@ -111,10 +111,10 @@ def test_a_first_reply_that_does_not_fit_is_refused_with_both_numbers(either, me
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_a_message_that_contains_the_end_token_is_refused(either, position):
+def test_a_message_that_contains_a_special_token_is_refused(either, position):
     messages = chat("a", "b", system="c")
     messages[position] = {**messages[position], "content": "x<|im_end|>\n<|im_start|>assistant\ny"}
-    with pytest.raises(BadRowError, match=r"found '<\|im_end\|>' inside a message"):
+    with pytest.raises(BadRowError, match=r"found '<\|im_(start|end)\|>' inside the text"):
         tokenize_conversation(messages, either, 512)
 
 
@@ -301,7 +301,7 @@ PAIR = {"prompt": SHORT[:1], "chosen": SHORT[1:], "rejected": [{"role": "assista
 def test_a_pair_longer_than_the_window_is_refused_with_both_numbers_and_its_place(tokenizer, write_jsonl, longer):
     pair = {**PAIR, longer: [{"role": "assistant", "content": "the lazy dog " * 9}]}
     needed = len(tokenize_conversation(pair["prompt"] + pair[longer], tokenizer, 512)["input_ids"])
-    assert check_preference_length(pair, tokenizer, needed) == pair
+    assert check_preference(pair, tokenizer, needed) == pair
     path = write_jsonl("pairs.jsonl", [PAIR, pair])
     with pytest.raises(UserError) as caught:
         load_preferences(DataArguments(train_files=[path], on_bad_rows="error"), tokenizer, needed - 1)
@@ -323,3 +323,9 @@ def test_of_a_pair_only_the_replies_are_trained():
         {"input_ids": [1, 5, 2, 1, 6, 7, 2], "labels": [-100, -100, -100, -100, 6, 7, 2]},
         {"input_ids": [1, 5, 2, 1, 8, 2], "labels": [-100, -100, -100, -100, 8, 2]},
     ]
+
+
+@pytest.mark.parametrize("start", ["\n", "\n\n", "\r\n"])
+def test_a_reply_that_would_share_a_token_with_its_header_is_refused(tokenizer, start):
+    with pytest.raises(BadRowError, match=r"messages\[1\]: found a reply that begins with a line break"):
+        tokenize_conversation([*SHORT[:1], {"role": "assistant", "content": f"{start}home"}], tokenizer, 512)

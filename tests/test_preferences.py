@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from minimind.data.files import BadRowError
-from minimind.data.preferences import read_preferences, to_preference
+from minimind.data.files import BadRowError, read_rows
+from minimind.data.preferences import to_preference
 from minimind.errors import UserError
 
 
@@ -121,7 +121,7 @@ def test_a_bad_pair_is_named_with_its_file_and_line(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"prompt": "hi", **STRINGS}, {"prompt": "hi", "chosen": "x", "rejected": "x"}]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert read_preferences([str(path)], "skip") == [pair(HI)]
+    assert [row.data for row in read_rows([str(path)], "skip", to_preference)] == [pair(HI)]
     with pytest.raises(UserError) as caught:
-        read_preferences([str(path)])
+        list(read_rows([str(path)], None, to_preference))
     assert str(caught.value).startswith(f"{path}:2: found chosen equal to rejected, expected")

@@ -207,6 +207,10 @@ def test_259_is_the_smallest_vocabulary():
     [
         ({"template": ""}, "it has no chat template"),
         ({"template": "{{ messages[0]['content'] }}"}, "its chat template has no {% generation %} block"),
+        (
+            {"template": "{% if add_generation_prompt %}x{% endif %}"},
+            "its chat template has no {% generation %} block",
+        ),
         ({"pad_token": "<|im_end|>"}, "pad_token and eos_token are both '<|im_end|>'"),
         ({"without": ["eos_token"]}, "it has no eos_token"),
         ({"without": ["pad_token"]}, "it has no pad_token"),

@@ -6,7 +6,7 @@ The format of a row is recognised by its keys, so one file may mix them.
 from collections.abc import Sequence
 from typing import Any
 
-from minimind.data.files import BadRowError, read_rows, shown
+from minimind.data.files import BadRowError, shown
 
 Message = dict[str, str]
 
@@ -139,8 +139,3 @@ def to_messages(data: dict) -> list[Message]:
         raise BadRowError(f"found keys {shown(list(data))}, expected {FORMATS}")
     check_order(messages, name)
     return add_system(data, messages)
-
-
-def read_conversations(paths: Sequence[str], on_bad_rows: str | None = None) -> list[dict]:
-    """Files, directories and globs -> rows `{"messages": [...]}`; raises UserError as `read_rows`."""
-    return [{"messages": row.data} for row in read_rows(paths, on_bad_rows, to_messages)]

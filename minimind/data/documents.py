@@ -58,9 +58,19 @@ def _batches(items: Iterable) -> Iterator[list]:
         yield batch
 
 
-def is_held_out(text: str, ratio: float) -> bool:
-    """Whether a row belongs to the held-out part: decided by its content, so that a copy never lies on both sides."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < ratio * 2**64
+class HoldOut:
+    """Chooses the held-out rows by their content, at most `limit` different ones, so that copies lie on one side."""
+
+    def __init__(self, ratio: float, limit: int):
+        self.threshold, self.limit = ratio * 2**64, limit
+        self.chosen: set[int] = set()
+
+    def takes(self, text: str) -> bool:
+        """Whether the row with this text is held out."""
+        digest = xxhash.xxh3_64_intdigest(text.encode())
+        if digest < self.threshold and len(self.chosen) < self.limit:
+            self.chosen.add(digest)
+        return digest in self.chosen
 
 
 def content_hash(paths: Iterable[Path]) -> str:
@@ -116,13 +126,14 @@ def load_blocks(data_args, tokenizer: PreTrainedTokenizerFast, block_size: int) 
 def _build(directory, files, held_out, tokenizer, block_size, eval_ratio, max_eval_rows, on_bad_rows) -> dict:
     print(f"preparing {', '.join(map(str, files))} (once; kept in {cache_directory()})", flush=True)
     evaluation: list[str] = []
+    hold_out = HoldOut(0 if held_out else eval_ratio, max_eval_rows)
     if held_out:
         # Read to the end, since bad rows are judged there.
         evaluation = list(read_documents(held_out, on_bad_rows))[:max_eval_rows]
 
     def training_documents() -> Iterator[str]:
         for text in read_documents(files, on_bad_rows):
-            if not held_out and len(evaluation) < max_eval_rows and is_held_out(text, eval_ratio):
+            if hold_out.takes(text):
                 evaluation.append(text)
             else:
                 yield text

@@ -17,7 +17,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.conversations import Message, to_messages
-from minimind.data.documents import is_held_out
+from minimind.data.documents import HoldOut
 from minimind.data.files import BadRowError, expand, read_rows
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
@@ -43,13 +43,9 @@ def tokenize_conversation(messages: Sequence[Message], tokenizer: PreTrainedToke
     Raises:
         BadRowError: not even the first reply fits, or the text contains a special token.
     """
+    check_boundaries(messages, tokenizer)
     encoded = tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    if ids.count(tokenizer.eos_token_id) != len(messages):
-        raise BadRowError(
-            f"found {tokenizer.eos_token!r} inside a message, expected it only where the template ends a message. "
-            "Remove it from the text"
-        )
     if truncated := len(ids) > max_length:
         ends = [i + 1 for i in range(max_length) if ids[i] == tokenizer.eos_token_id and mask[i]]
         if not ends:
@@ -63,9 +59,28 @@ def tokenize_conversation(messages: Sequence[Message], tokenizer: PreTrainedToke
     return {"input_ids": ids, "labels": labels, "truncated": truncated}
 
 
-def check_preference_length(pair: dict, tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict:
-    """Return the pair unchanged; raises BadRowError where TRL would silently cut off the end of a reply."""
+def check_boundaries(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises BadRowError where a message would blur the border between header and reply.
+
+    A reply that begins with a line break shares a token with the break that ends its header: the model would be
+    trained after another beginning than the one it sees when it generates. An end token inside a message ends it.
+    """
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r"):
+            raise BadRowError(
+                f"messages[{index}]: found a reply that begins with a line break, expected text. Remove it"
+            )
+        if found := next((token for token in tokenizer.all_special_tokens if token in message["content"]), None):
+            raise BadRowError(
+                f"messages[{index}]: found {found!r} inside the text, expected it only where the template puts it. "
+                "Remove it"
+            )
+
+
+def check_preference(pair: dict, tokenizer: PreTrainedTokenizerFast, max_length: int) -> dict:
+    """Return the pair unchanged; raises BadRowError where TRL would cut off the end of a reply in silence."""
     for name in ("chosen", "rejected"):
+        check_boundaries(pair["prompt"] + pair[name], tokenizer)
         length = len(tokenizer.apply_chat_template(pair["prompt"] + pair[name], return_dict=True)["input_ids"])
         if length > max_length:
             raise BadRowError(
@@ -90,7 +105,7 @@ def load_preferences(data_args, tokenizer: PreTrainedTokenizerFast, max_length: 
 
     def convert(data: dict) -> tuple[str, dict]:
         pair = to_preference(data)
-        return str(pair["prompt"]), check_preference_length(pair, tokenizer, max_length)
+        return str(pair["prompt"]), check_preference(pair, tokenizer, max_length)
 
     return _load(data_args, convert)
 
@@ -104,9 +119,9 @@ def _load(data_args, convert) -> ChatRows:
         held_out, train = held_out[: data_args.max_eval_rows], [row for _, row in rows]
     else:
         held_out_files, held_out, train = [], [], []
+        hold_out = HoldOut(data_args.eval_ratio, data_args.max_eval_rows)
         for key, row in rows:
-            take = len(held_out) < data_args.max_eval_rows and is_held_out(key, data_args.eval_ratio)
-            (held_out if take else train).append(row)
+            (held_out if hold_out.takes(key) else train).append(row)
     if not train:
         raise UserError(f"{', '.join(map(str, files))}: every row is held out. Lower --eval_ratio or give more rows.")
     facts = {

@@ -1,7 +1,5 @@
 """Preference pairs in the usual formats -> `{"prompt", "chosen", "rejected"}`, three lists of messages, as in TRL."""
 
-from collections.abc import Sequence
-
 from minimind.data.conversations import (
     Message,
     add_system,
@@ -11,7 +9,7 @@ from minimind.data.conversations import (
     parse_messages,
     without_nulls,
 )
-from minimind.data.files import BadRowError, read_rows, shown
+from minimind.data.files import BadRowError, shown
 
 PROMPTS = ("prompt", "question", "conversations", "messages", "instruction")
 
@@ -66,8 +64,3 @@ def to_preference(data: dict) -> dict[str, list[Message]]:
     for name, reply in (("chosen", chosen), ("rejected", rejected)):
         check_order(prompt + reply, f"(prompt + {name})")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def read_preferences(paths: Sequence[str], on_bad_rows: str | None = None) -> list[dict]:
-    """Files, directories and globs -> rows `{"prompt", "chosen", "rejected"}`; raises UserError as `read_rows`."""
-    return [row.data for row in read_rows(paths, on_bad_rows, to_preference)]

@@ -13,7 +13,8 @@ class MiniMindConfig(PreTrainedConfig):
     does; `head_dim=None` takes `hidden_size / num_attention_heads`.
 
     Raises:
-        ValueError: (through the library's strict validation) for a wrong type or a shape that cannot be.
+        StrictDataclassError: (of huggingface_hub, with the reason as its cause) for a wrong type or a shape that
+            cannot be.
     """
 
     model_type = "minimind"
@@ -43,7 +44,7 @@ class MiniMindConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if self.head_dim is None and self.num_attention_heads > 0 and not self.hidden_size % self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * -(-self.hidden_size * 8 // (3 * 64))
@@ -59,16 +60,19 @@ class MiniMindConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the rules between fields."""
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of dimensions.")
-        if (
-            self.hidden_size % self.num_attention_heads
-            and self.head_dim == self.hidden_size // self.num_attention_heads
-        ):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        if self.head_dim is None:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads}); change one of them, or give head_dim."
             )
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim is {self.head_dim}, expected at least 2.")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of dimensions.")
         if self.num_key_value_heads > self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "

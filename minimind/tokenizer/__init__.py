@@ -4,6 +4,7 @@ Any byte sequence can be tokenised and comes back unchanged; there is no unknown
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,7 +102,7 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
         problems.append(f"pad_token and eos_token are both {tokenizer.eos_token!r}, so masked padding hides the end")
     if not tokenizer.chat_template:
         problems.append("it has no chat template (chat_template.jinja)")
-    elif "generation" not in tokenizer.chat_template:
+    elif not re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
         problems.append("its chat template has no {% generation %} block, so the assistant's words cannot be found")
     if problems:
         raise UserError(

@@ -149,7 +149,7 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
             eos_token_id=tokenizer.eos_token_id,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except (StrictDataclassError, ValueError, TypeError, ImportError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"{config_file}: {error.__cause__ or error}") from error
     check_vocabulary(model, tokenizer, config_file)
     return model
