@@ -2,7 +2,7 @@
 
     python finetune_sft.py                                  # the embedded corpus, from runs/pretrain
     python finetune_sft.py --config configs/sft/26m.yaml --train_files chats.jsonl
-    python finetune_sft.py --use_peft --output_dir runs/lora    # LoRA
+    python finetune_sft.py --use_peft --output_dir runs/lora    # LoRA: one more skill, from runs/sft
     deepspeed finetune_sft.py --deepspeed ds_config_zero2.json
 
 Reads   conversations (minimind, OpenAI messages, ShareGPT, alpaca) and a stage directory (--model_name_or_path).
@@ -27,11 +27,10 @@ def main() -> None:
     data_args, model_args, training_args = parse(DataArguments, ModelArguments, SFTStageConfig)
     set_seed(training_args.seed)
 
-    model, tokenizer, parent = starting_point(
-        model_args.model_name_or_path, model_args.attn_implementation, default="runs/pretrain"
-    )
+    default, corpus = ("runs/sft", "lora") if model_args.use_peft else ("runs/pretrain", "sft")
+    model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation, default)
     check_length("max_length", training_args.max_length, model.config)
-    rows = load_conversations(data_args.or_embedded("sft"), tokenizer, training_args.max_length)
+    rows = load_conversations(data_args.or_embedded(corpus), tokenizer, training_args.max_length)
     report = mask_report(rows.train, tokenizer)
     if is_main_process():
         print_mask_report(report, rows.train[0], tokenizer)

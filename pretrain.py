@@ -10,6 +10,7 @@ Writes  a stage directory (--output_dir, default runs/pretrain) for finetune_sft
 
 from transformers import Trainer, set_seed
 
+from minimind.checkpoints import check_same_tokenizer
 from minimind.data.documents import collate_blocks, load_blocks
 from minimind.errors import reports_user_errors
 from minimind.evaluation import language_model_metrics
@@ -27,6 +28,7 @@ def main() -> None:
 
     if model_args.model_name_or_path:
         model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation)
+        check_same_tokenizer(model_args.tokenizer, tokenizer)
     else:
         tokenizer, parent = load_tokenizer(model_args.tokenizer), None
         model = new_model(model_args.model_config, tokenizer, model_args.attn_implementation)

@@ -27,7 +27,7 @@ def main() -> None:
     set_seed(training_args.seed)
 
     model, tokenizer, parent = starting_point(
-        model_args.model_name_or_path, model_args.attn_implementation, default="runs/sft"
+        model_args.model_name_or_path, model_args.attn_implementation, "runs/sft"
     )
     check_length("max_length", training_args.max_length, model.config)
     rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length)

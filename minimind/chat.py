@@ -5,7 +5,8 @@ import sys
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from minimind.training.stages import check_vocabulary, load_model, load_tokenizer, require_stage
+from minimind.checkpoints import check_vocabulary, load_model, require_stage
+from minimind.tokenizer import load_tokenizer
 
 HELP = "Type a message and Enter. /new forgets the conversation, /exit or Ctrl-D ends it."
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 
@@ -26,6 +27,8 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(5)  # a launcher stops all as soon as one is gone: rank 0 must have spoken before
             sys.exit(2)
 
     return wrapped

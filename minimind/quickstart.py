@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.chat import load_for_generation
+from minimind.checkpoints import read_stage, write_json
 from minimind.errors import reports_user_errors
 from minimind.evaluation import answer, read_questions, score
-from minimind.training.stages import read_stage, write_json
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: go to the project's root and make sure its environment is there.
-# An active environment that has the project is used as it is; else .venv is made once from constraints.txt.
+# An active environment that has this checkout installed is used as it is; else .venv is made once from constraints.txt.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 environment_ready() {
@@ -7,7 +7,8 @@ environment_ready() {
     [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$(cat pyproject.toml constraints.txt | cksum)" ]
 }
 
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "import minimind, pytest" 2>/dev/null; then
+if python -P -c 'import minimind, pathlib, pytest, sys
+sys.exit(pathlib.Path(minimind.__file__).parents[1] != pathlib.Path.cwd())' 2>/dev/null; then
     :
 else
     if ! environment_ready; then

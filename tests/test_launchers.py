@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pipeline import chat_rows, document_rows, pair_rows, short_run, write_model
 
-from minimind.training.stages import read_stage
+from minimind.checkpoints import read_stage
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

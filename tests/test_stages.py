@@ -12,7 +12,7 @@ from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minimind.training.stages import load_model, read_stage, require_stage, weights_hash
+from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 

@@ -18,9 +18,10 @@ import torch
 import xxhash
 from datasets import Dataset
 from filelock import FileLock
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.files import expand, read_documents
+from minimind.data.files import content_hash, expand, read_documents
 from minimind.errors import UserError
 from minimind.tokenizer import text_encoder, token_byte_lengths, tokenizer_hash
 
@@ -71,16 +72,6 @@ class HoldOut:
         if digest < self.threshold and len(self.chosen) < self.limit:
             self.chosen.add(digest)
         return digest in self.chosen
-
-
-def content_hash(paths: Iterable[Path]) -> str:
-    """One hash over the bytes of some files, in their order."""
-    digest = xxhash.xxh3_128()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def cache_directory() -> Path:
@@ -138,7 +129,9 @@ def _build(directory, files, held_out, tokenizer, block_size, eval_ratio, max_ev
             else:
                 yield text
 
-    train = _write(directory / "train.arrow", training_documents(), tokenizer, block_size)
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="packing", disable=None) as progress:
+        train = _write(directory / "train.arrow", training_documents(), tokenizer, block_size, progress.update)
     if not train["blocks"]:
         raise UserError(
             f"{', '.join(map(str, files))}: found {train['tokens']:,} tokens, expected at least block_size = "
@@ -147,8 +140,11 @@ def _build(directory, files, held_out, tokenizer, block_size, eval_ratio, max_ev
     return {"train": train, "eval": _write(directory / "eval.arrow", evaluation, tokenizer, block_size)}
 
 
-def _write(path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_size: int) -> dict:
-    """Write the blocks of `texts` as an Arrow stream of fixed-size lists; returns what was counted."""
+def _write(path: Path, texts: Iterable[str], tokenizer, block_size: int, progress=lambda n: None) -> dict:
+    """Write the blocks of `texts` as an Arrow stream of fixed-size lists; returns what was counted.
+
+    `progress` is called with the bytes done since its last call.
+    """
     bytes_of = np.asarray(token_byte_lengths(tokenizer))
     encoder = text_encoder(tokenizer)
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
@@ -160,6 +156,7 @@ def _write(path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast,
                 counts["documents"] += 1
                 counts["tokens"] += len(encoding.ids) + 1
                 yield encoding.ids
+            progress(sum(len(text.encode()) for text in batch))
 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for blocks in pack(token_lists(), block_size, tokenizer.eos_token_id):

@@ -13,13 +13,14 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from minimind.errors import UserError
 
@@ -263,6 +264,16 @@ def expand(paths: Sequence[str]) -> list[Path]:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: found an empty file, expected rows. Remove it or create it again.")
     return list(files)
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """One hash over the bytes of some files, in their order."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_file(path: Path) -> Iterator[Parsable]:

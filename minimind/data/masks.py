@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.text import Text
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.conversations import Message, to_messages
@@ -112,7 +113,8 @@ def load_preferences(data_args, tokenizer: PreTrainedTokenizerFast, max_length: 
 
 def _load(data_args, convert) -> ChatRows:
     files = expand(data_args.train_files)
-    rows = [row.data for row in read_rows(files, data_args.on_bad_rows, convert)]
+    rows = read_rows(files, data_args.on_bad_rows, convert)
+    rows = [row.data for row in tqdm(rows, unit=" rows", desc="tokenising", disable=None)]
     if data_args.eval_files:
         held_out_files = expand(data_args.eval_files)
         held_out = [row.data[1] for row in read_rows(held_out_files, data_args.on_bad_rows, convert)]
