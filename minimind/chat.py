@@ -65,6 +65,7 @@ def chat(directory: str, system: str | None, max_new_tokens: int, temperature: f
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. {HELP}")
+    window = max(1, model.config.max_position_embeddings - max_new_tokens)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while True:
@@ -83,13 +84,21 @@ def chat(directory: str, system: str | None, max_new_tokens: int, temperature: f
         if not interactive:
             print(f"> {text}")
         messages.append({"role": "user", "content": text})
-        window = model.config.max_position_embeddings - max_new_tokens
-        while True:
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )["input_ids"]
-            if ids.shape[1] <= window or len(messages) <= len(opening) + 1:
-                break
+        ids = encode(messages, tokenizer)
+        while ids.shape[1] > window and len(messages) > len(opening) + 1:
             del messages[len(opening) : len(opening) + 2]
-        reply = decode(model, tokenizer, ids[:, -window:], max_new_tokens, temperature, top_p)
+            ids = encode(messages, tokenizer)
+        try:
+            reply = decode(model, tokenizer, ids[:, -window:], max_new_tokens, temperature, top_p)
+        except KeyboardInterrupt:  # this answer is enough; the conversation goes on without it
+            print()
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": reply})
+
+
+def encode(messages: list[dict], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Messages -> the prompt (1, S) that an answer follows."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
+        "input_ids"
+    ]

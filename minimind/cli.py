@@ -75,11 +75,13 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     """`minimind tokenizer train`."""
     from pathlib import Path
 
-    from minimind.data.files import read_texts
+    from minimind.data.conversations import to_text
+    from minimind.data.files import read_rows
     from minimind.tokenizer import save_tokenizer, train_tokenizer
 
     print(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}", flush=True)
-    tokenizer = train_tokenizer(read_texts(args.files, args.on_bad_rows), args.vocab_size)
+    texts = (row.data for row in read_rows(args.files, args.on_bad_rows, to_text))
+    tokenizer = train_tokenizer(texts, args.vocab_size)
     save_tokenizer(tokenizer, Path(args.output_dir))
     fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
     print(f"{len(tokenizer):,} tokens{fewer} -> {args.output_dir}")

@@ -1,11 +1,12 @@
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from minimind.data.files import BadRowError
+from minimind.data.files import BadRowError, content_hash
 from minimind.data.masks import (
     PackedCollator,
     check_preference,
@@ -124,7 +125,8 @@ def test_loaded_conversations_are_the_files_rows_in_order_with_what_was_cut_coun
     rows = load_conversations(DataArguments(train_files=[path], eval_ratio=0.0), tokenizer, window)
     assert list(rows.train) == tokenized([SHORT] * 3, tokenizer)
     assert rows.eval is None
-    assert rows.facts["train"] == {"files": [path], "rows": 3, "truncated": 1}
+    digest = content_hash([Path(path)])
+    assert rows.facts["train"] == {"files": [path], "hash": digest, "rows": 3, "truncated": 1}
 
 
 def test_a_conversation_that_does_not_fit_is_named_with_its_file_and_line(tokenizer, write_jsonl):

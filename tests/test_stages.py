@@ -13,6 +13,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
+from minimind.data.files import content_hash
+from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 
@@ -76,7 +78,9 @@ def test_stage_json_tells_the_lineage_back_to_the_raw_text(runs, stage):
     assert record["pipeline"] == read_stage(runs / "pretrain")["pipeline"]
     assert record["steps"] == 2
     assert record["tokens_seen"] > 0
-    assert record["data"]["train"]["files"][0].endswith(".jsonl")
+    files = record["data"]["train"]["files"]
+    assert record["data"]["train"]["hash"] == content_hash([Path(file) for file in files])
+    assert record["tokenizer"] == read_stage(runs / "pretrain")["tokenizer"]
     assert set(record["metrics"]) == {"before", "after"}
     assert record["metrics"]["after"]["loss"] > 0
     assert record["libraries"]["transformers"]
@@ -216,11 +220,25 @@ def test_a_tokenizer_of_another_model_is_refused(runs, tmp_path, capsys):
     mixed.mkdir()
     for file in (runs / "sft").iterdir():
         (mixed / file.name).write_bytes(file.read_bytes())
-    from minimind.tokenizer import DEFAULT_TOKENIZER
-
     (mixed / "tokenizer.json").write_bytes((DEFAULT_TOKENIZER / "tokenizer.json").read_bytes())
     message = failure(capsys, run_cli, "chat", mixed)
     assert "the tokenizer has 6,400 tokens, the model 300" in message
+
+
+def test_a_tokenizer_exchanged_for_one_of_the_same_size_is_refused(runs, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for file in (runs / "sft").iterdir():
+        (mixed / file.name).write_bytes(file.read_bytes())
+    save_tokenizer(train_tokenizer(["other words for another vocabulary, all of them new"] * 9, 300), mixed)
+    message = failure(capsys, run_cli, "chat", mixed)
+    assert "the tokenizer is not the one this stage was trained with" in message
+
+
+def test_going_on_from_a_stage_with_another_tokenizer_is_refused(runs, monkeypatch, tmp_path, capsys):
+    argv = [*short_run(tmp_path / "out"), "--model_name_or_path", runs / "sft", "--tokenizer", DEFAULT_TOKENIZER]
+    message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
+    assert "is not the tokenizer of the model to go on from" in message
 
 
 def test_a_complete_stage_is_accepted(runs):

@@ -6,7 +6,7 @@ The format of a row is recognised by its keys, so one file may mix them.
 from collections.abc import Sequence
 from typing import Any
 
-from minimind.data.files import BadRowError, shown
+from minimind.data.files import BadRowError, shown, to_document
 
 Message = dict[str, str]
 
@@ -139,3 +139,10 @@ def to_messages(data: dict) -> list[Message]:
         raise BadRowError(f"found keys {shown(list(data))}, expected {FORMATS}")
     check_order(messages, name)
     return add_system(data, messages)
+
+
+def to_text(data: dict) -> str:
+    """A document or a conversation -> its text, for training a tokenizer; raises BadRowError."""
+    if "text" in data or "content" in data:
+        return to_document(data)
+    return "\n".join(message["content"] for message in to_messages(data))

@@ -92,8 +92,7 @@ def load_blocks(data_args, tokenizer: PreTrainedTokenizerFast, block_size: int) 
     eval_ratio, max_eval_rows, on_bad_rows = data_args.eval_ratio, data_args.max_eval_rows, data_args.on_bad_rows
     key = {
         "version": FORMAT_VERSION,
-        "train": content_hash(files),
-        "eval": content_hash(held_out),
+        "files": [content_hash(files), content_hash(held_out)],
         "tokenizer": tokenizer_hash(tokenizer),
         "options": [block_size, None if held_out else eval_ratio, max_eval_rows, on_bad_rows],
     }
@@ -105,11 +104,12 @@ def load_blocks(data_args, tokenizer: PreTrainedTokenizerFast, block_size: int) 
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
             facts = _build(building, files, held_out, tokenizer, block_size, eval_ratio, max_eval_rows, on_bad_rows)
-            (building / "manifest.json").write_text(json.dumps({**key, **facts}, ensure_ascii=False, indent=2))
+            (building / "manifest.json").write_text(json.dumps({"key": key, **facts}, indent=2))
             building.replace(directory)
     facts = json.loads((directory / "manifest.json").read_text())
-    facts["train"]["files"] = [str(file) for file in files]  # the same content may lie elsewhere today
-    facts["eval"]["files"] = [str(file) for file in held_out]
+    for part, paths, digest in zip(("train", "eval"), (files, held_out), key["files"], strict=True):
+        # The same content may lie elsewhere today.
+        facts[part] = {"files": [str(path) for path in paths], "hash": digest if paths else None, **facts[part]}
     train, evaluation = (Dataset.from_file(str(directory / f"{name}.arrow")) for name in ("train", "eval"))
     return Blocks(train.with_format("numpy"), evaluation.with_format("numpy") if len(evaluation) else None, facts)
 

@@ -331,15 +331,3 @@ def to_document(data: dict) -> str:
 def read_documents(paths: Sequence[str], on_bad_rows: str | None = None) -> Iterator[str]:
     """Files, directories and globs -> the documents in them, streamed; raises UserError as `read_rows`."""
     return (row.data for row in read_rows(paths, on_bad_rows, to_document))
-
-
-def read_texts(paths: Sequence[str], on_bad_rows: str | None = None) -> Iterator[str]:
-    """Files of documents or conversations, mixed -> their texts, one string per row, for training a tokenizer."""
-    from minimind.data.conversations import to_messages
-
-    def to_text(data: dict) -> str:
-        if "text" in data or "content" in data:
-            return to_document(data)
-        return "\n".join(message["content"] for message in to_messages(data))
-
-    return (row.data for row in read_rows(paths, on_bad_rows, to_text))

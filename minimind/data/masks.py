@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.conversations import Message, to_messages
 from minimind.data.documents import HoldOut
-from minimind.data.files import BadRowError, expand, read_rows
+from minimind.data.files import BadRowError, content_hash, expand, read_rows
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
 from minimind.tokenizer import BOS_TOKEN
@@ -127,8 +127,12 @@ def _load(data_args, convert) -> ChatRows:
     if not train:
         raise UserError(f"{', '.join(map(str, files))}: every row is held out. Lower --eval_ratio or give more rows.")
     facts = {
-        "train": {"files": list(map(str, files)), "rows": len(train)},
-        "eval": {"files": list(map(str, held_out_files)), "rows": len(held_out)},
+        "train": {"files": list(map(str, files)), "hash": content_hash(files), "rows": len(train)},
+        "eval": {
+            "files": list(map(str, held_out_files)),
+            "hash": content_hash(held_out_files) if held_out_files else None,
+            "rows": len(held_out),
+        },
     }
     if "truncated" in train[0]:
         facts["train"]["truncated"] = sum(row.pop("truncated") for row in train)
