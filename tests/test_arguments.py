@@ -77,6 +77,8 @@ def test_a_recipe_that_is_wrong_is_refused_with_its_name(tmp_path, text, words):
         (["--max_step", "3"], ["unknown option --max_step", "max_steps"]),
         (["--block_size", "many"], ["block_size", "many"]),
         (["--lr_scheduler_type", "sine"], ["sine"]),
+        (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], ["there is no checkpoint in nowhere"]),
+        (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint nowhere: no such directory"]),
     ],
 )
 def test_a_command_line_that_is_wrong_is_refused(argv, words):

@@ -1,6 +1,8 @@
 """The READMEs: their commands exist, both languages say the same."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,11 @@ def test_the_table_in_the_readmes_is_that_of_one_quickstart():
     ]
     assert tables[0][1] == tables[1][1]
     assert "questions answered exactly" in tables[0][1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_every_script_is_valid_and_stops_at_the_first_error(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    if path.name != "environment.sh":  # which is sourced by the others
+        assert "set -euo pipefail" in path.read_text(encoding="utf-8")
+        assert os.access(path, os.X_OK)

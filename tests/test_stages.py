@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,38 @@ def test_the_same_seed_gives_the_same_weights(runs, monkeypatch, tmp_path):
         "--train_files", runs / "chats.jsonl", "--model_name_or_path", runs / "pretrain",
     )  # fmt: skip
     assert weights_hash(tmp_path / "again") == weights_hash(runs / "sft")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_was_not(
+    runs, monkeypatch, tmp_path, tokenizer_dir, optim
+):
+    def pretrain(name, *argv):
+        options = {
+            "block_size": 32,
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "optim": optim,
+        } | options
+        words = [
+            *short_run(tmp_path / name, **options),
+            "--train_files",
+            runs / "docs.jsonl",
+            "--tokenizer",
+            tokenizer_dir,
+        ]
+        run_script(monkeypatch, "pretrain", *words, "--model_config", runs / "model.json", *argv)
+        return tmp_path / name
+
+    whole = pretrain("whole")
+    cut = pretrain("cut")
+    shutil.rmtree(cut / "checkpoint-4")
+    for name in ("model.safetensors", "stage.json"):
+        (cut / name).unlink()
+    pretrain("cut", "--resume_from_checkpoint", "true")
+    assert weights_hash(cut) == weights_hash(whole)
+    assert read_stage(cut)["steps"] == 4
 
 
 def test_a_directory_that_is_no_stage_is_refused(runs, tmp_path, capsys):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from filelock import FileLock
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from minimind.data.documents import cache_directory
@@ -144,6 +145,13 @@ class StageConfig(TrainingArguments):
         self.use_muon = self.optim == "muon"  # see optimizers.build_optimizer; the library knows no such name
         if self.use_muon:
             self.optim = "adamw_torch_fused"
+        if self.resume_from_checkpoint in ("true", "True"):
+            last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
+            if last is None:
+                raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {self.output_dir}")
+            self.resume_from_checkpoint = last
+        elif self.resume_from_checkpoint and not Path(self.resume_from_checkpoint).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         super().__post_init__()
