@@ -201,21 +201,10 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
     runs, monkeypatch, tmp_path, tokenizer_dir, optim
 ):
     def pretrain(name, *argv):
-        options = {
-            "block_size": 32,
-            "max_steps": 4,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "optim": optim,
-        } | options
-        words = [
-            *short_run(tmp_path / name, **options),
-            "--train_files",
-            runs / "docs.jsonl",
-            "--tokenizer",
-            tokenizer_dir,
-        ]
-        run_script(monkeypatch, "pretrain", *words, "--model_config", runs / "model.json", *argv)
+        options = {"block_size": 32, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": optim}
+        data = ["--train_files", runs / "docs.jsonl", "--tokenizer", tokenizer_dir]
+        words = [*short_run(tmp_path / name, **options), "--model_config", runs / "model.json", *data, *argv]
+        run_script(monkeypatch, "pretrain", *words)
         return tmp_path / name
 
     whole = pretrain("whole")
