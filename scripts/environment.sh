@@ -29,8 +29,8 @@ else
     source .venv/bin/activate
 fi
 export TOKENIZERS_PARALLELISM=true
-# By default OpenMP's threads spin long while they wait: as soon as anything else uses the cores, a run on CPU gets up
-# to 9 times slower. Spinning briefly costs nothing on idle cores.
+# By default OpenMP's threads spin long while they wait, and a run on CPU gets several times slower as soon as anything
+# else uses the cores. Spinning briefly costs nothing on idle ones.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
 # launch SCRIPT ARGS...: under DeepSpeed with NPROC processes (default: the GPUs, else 1), or plain python without it.

@@ -50,8 +50,7 @@ PEOPLE = [
 # Each attribute: its name (also in table rows), its values, sentences that tell it and questions that ask for it.
 # tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
 # In Chinese, tell[0] puts a colon or a space before the value: letters on both sides would become one BPE token, and
-# choosing the attribute and recalling the value one step. (In the run that showed it, 72 % of the held-out Chinese
-# questions were answered while English had 100 %.)
+# choosing the attribute and recalling the value one step.
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},

@@ -56,7 +56,7 @@ def _announce_compilation() -> None:
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine computes in bf16 natively; elsewhere bf16 is emulated, about 10 times slower than fp32."""
+    """Whether this machine computes in bf16 natively; elsewhere bf16 is emulated, slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -7,9 +7,9 @@ from trl import SFTTrainer
 class ChatSFTTrainer(SFTTrainer):
     """Identical to TRL's except: the loss is the model's own.
 
-    TRL projects through the head in tiles and in Python, which saves memory at vocabularies of 100,000 and more. At
-    6,400 on a CPU a step takes twice the time so (1.4 s for 8 x 512 tokens of the tiny model on 2 cores, the model's
-    own loss 0.7 s). The price: entropy and token accuracy are not logged.
+    TRL projects through the head in tiles and in Python, which saves memory at vocabularies of 100,000 and more; at
+    6,400 on a CPU it costs most of a step (benchmarks/sft_step.py). The price: entropy and token accuracy are not
+    logged.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
