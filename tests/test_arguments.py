@@ -88,6 +88,18 @@ def test_a_command_line_that_is_wrong_is_refused(argv, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_muon_is_refused_where_it_is_not_used(stage):
+    with pytest.raises(UserError, match="invalid choice: .muon."):
+        parse(*TYPES[stage], argv=["--optim", "muon"])
+
+
+@pytest.mark.parametrize(("schedule", "kwargs"), [("cosine_with_min_lr", {"min_lr_rate": 0.1}), ("linear", None)])
+def test_the_floor_of_the_learning_rate_belongs_to_its_schedule(schedule, kwargs):
+    *_, args = parse(*TYPES["pretrain"], argv=["--lr_scheduler_type", schedule])
+    assert (args.lr_scheduler_kwargs or None) == kwargs
+
+
 def test_lora_reaches_every_linear_layer_by_default():
     _, model_args, _ = parse(*TYPES["sft"], argv=["--use_peft"])
     assert model_args.lora_target_modules == "all-linear"

@@ -96,13 +96,10 @@ class StageConfig(TrainingArguments):
     """What all stages have in common."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    optim: str = field(
-        default="adamw_torch_fused",
-        metadata={"help": "muon, or any of the library's optimizers; see its OptimizerNames."},
-    )
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule."}
+        default=None,
+        metadata={"help": 'Arguments of the schedule. Default: {"min_lr_rate": 0.1} for cosine_with_min_lr.'},
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or the share of all steps if below 1."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
@@ -142,9 +139,8 @@ class StageConfig(TrainingArguments):
             self.use_cpu = True
         if self.use_cpu:
             self.dataloader_pin_memory = False
-        self.use_muon = self.optim == "muon"  # see optimizers.build_optimizer; the library knows no such name
-        if self.use_muon:
-            self.optim = "adamw_torch_fused"
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if self.resume_from_checkpoint in ("true", "True"):
             last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
             if last is None:
@@ -162,9 +158,19 @@ class PretrainConfig(StageConfig):
     """Arguments of pretrain.py."""
 
     output_dir: str | None = field(default="runs/pretrain", metadata={"help": "The stage directory to write."})
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={"help": "muon, or any of the library's optimizers; see its OptimizerNames."},
+    )
     block_size: int = field(default=512, metadata={"help": "Tokens per training row."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per device and micro-batch."})
+
+    def __post_init__(self):
+        self.use_muon = self.optim == "muon"  # see optimizers.build_optimizer; the library knows no such name
+        if self.use_muon:
+            self.optim = "adamw_torch_fused"
+        super().__post_init__()
 
 
 @dataclass
