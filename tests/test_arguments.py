@@ -78,6 +78,7 @@ def test_a_recipe_that_is_wrong_is_refused_with_its_name(tmp_path, text, words):
         (["--block_size", "many"], ["block_size", "many"]),
         (["--lr_scheduler_type", "sine"], ["sine"]),
         (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], ["there is no checkpoint in nowhere"]),
+        (["--hub_token", "secret"], ["--hub_token would reach saved files", "HF_TOKEN"]),
         (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint nowhere: no such directory"]),
     ],
 )

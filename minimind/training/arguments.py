@@ -139,6 +139,8 @@ class StageConfig(TrainingArguments):
             self.use_cpu = True
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        if self.hub_token:
+            raise ValueError("--hub_token would reach saved files and trackers: set the variable HF_TOKEN instead")
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if self.resume_from_checkpoint in ("true", "True"):
