@@ -33,8 +33,10 @@ from minimind.training.callbacks import ProgressCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
-# peft still asks for the library's old name of activation checkpointing; goes with peft's next release.
+# Old names that libraries still call in one another, nothing a user could mend: peft 0.21 asks transformers for
+# gradient checkpointing, accelerate 1.15 and DeepSpeed 0.19 call a collective that torch 2.13 has renamed.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "minimind-hf")
 
 
