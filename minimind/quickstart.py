@@ -69,12 +69,12 @@ def show(summary: dict, console: Console) -> None:
         shown = [format(values[when], form) for when in ("before", "after")]
         table.add_row(stage if timed else "", measure, *shown, *times)
 
-    row("pretrain", "bits per byte (lower is better)", summary["bits_per_byte"], ".3f")
-    row("sft", "questions answered exactly", summary["exact_match"], ".1%")
-    row("lora", "new skill: exact answers", summary["lora"]["new_skill"], ".1%")
-    row("lora", "kept: questions answered exactly", summary["lora"]["kept"], ".1%", timed=False)
-    row("dpo", "preferred (courteous) answers", summary["dpo"]["preferred"], ".1%")
-    row("dpo", "kept: questions answered exactly", summary["dpo"]["kept"], ".1%", timed=False)
+    row("pretrain", "bits per byte", summary["bits_per_byte"], ".3f")
+    row("sft", "held-out questions right", summary["exact_match"], ".1%")
+    row("lora", "new skill right", summary["lora"]["new_skill"], ".1%")
+    row("lora", "held-out questions right", summary["lora"]["kept"], ".1%", timed=False)
+    row("dpo", "courteous answers", summary["dpo"]["preferred"], ".1%")
+    row("dpo", "held-out questions right", summary["dpo"]["kept"], ".1%", timed=False)
     console.print(table)
     for message in summary["chat"]:
         mark = ">" if message["role"] == "user" else " "
