@@ -1,18 +1,24 @@
 """MiniMind on the HuggingFace stack. Importing this package registers the model with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from minimind.model.configuration_minimind import MiniMindConfig
-from minimind.model.modeling_minimind import MiniMindForCausalLM, MiniMindModel
+from minimind.model.modeling_minimind import (
+    MiniMindForCausalLM,
+    MiniMindForSequenceClassification,
+    MiniMindModel,
+)
 
 AutoConfig.register("minimind", MiniMindConfig)
 AutoModel.register(MiniMindConfig, MiniMindModel)
 AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM)
+AutoModelForSequenceClassification.register(MiniMindConfig, MiniMindForSequenceClassification)
 
 # The second registration makes every `save_pretrained` copy the model's code into the checkpoint; with the first
 # alone, a saved checkpoint would name files that are not there.
 MiniMindConfig.register_for_auto_class()
 MiniMindModel.register_for_auto_class("AutoModel")
 MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MiniMindForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindModel"]
+__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindForSequenceClassification", "MiniMindModel"]

@@ -28,6 +28,21 @@ FILES = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.json"))
         ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "expected int, got float", "2.5"]),
         ({"qk_norm": "yes"}, ["qk_norm", "expected bool, got str", "'yes'"]),
         ({"rms_norm_eps": None}, ["rms_norm_eps", "expected float, got NoneType"]),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, ["num_experts_per_tok (3)", "num_experts (2)"]),
+        ({"num_experts": 2, "num_experts_per_tok": 0}, ["num_experts_per_tok is 0, expected at least 1"]),
+        ({"num_experts": -1}, ["num_experts is -1, expected at least 0"]),
+        ({"n_shared_experts": 1}, ["n_shared_experts is 1", "num_experts is 0"]),
+        ({"num_experts": 2, "router_aux_loss_coef": -0.1}, ["router_aux_loss_coef is -0.1, expected at least 0"]),
+        ({"hidden_dropout": 1.0}, ["hidden_dropout is 1.0, expected a probability below 1"]),
+        ({"attention_dropout": -0.1}, ["attention_dropout is -0.1, expected a probability below 1"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["'yarn' has factor None", "at least 1", "8192"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["'linear' has factor 0.5", "at least 1"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": "4"}}, ["'dynamic' has factor '4'", "at least 1"]),
+        ({"rope_parameters": {"rope_type": "yarm", "factor": 4.0}}, ["rope_type is 'yarm'", "yarn"]),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fats": 32}},
+            ["rope_parameters has beta_fats", "beta_fast"],
+        ),
     ],
 )
 def test_an_impossible_shape_is_refused_at_construction_with_what_was_given(fields, words):
@@ -72,7 +87,10 @@ def parameters(fields):
     query_and_output = 2 * hidden * heads * head
     key_and_value = 2 * hidden * groups * head
     norms = 2 * hidden + 2 * head  # before attention and MLP; of queries and keys
-    layer = query_and_output + key_and_value + 3 * hidden * fields["intermediate_size"] + norms
+    experts = fields.get("num_experts", 0)
+    mlp = 3 * hidden * fields["moe_intermediate_size" if experts else "intermediate_size"]
+    mlps = (experts + fields.get("n_shared_experts", 0)) * mlp + experts * hidden if experts else mlp
+    layer = query_and_output + key_and_value + mlps + norms
     return 6400 * hidden + layers * layer + hidden
 
 
@@ -86,7 +104,10 @@ def test_each_model_file_holds_known_fields_and_builds_with_the_parameters_its_s
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters(fields)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("tiny", 4.6), ("26m", 25.8), ("64m", 63.9), ("104m", 104.0)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("tiny", 4.6), ("26m", 25.8), ("64m", 63.9), ("104m", 104.0), ("145m-moe", 145.0), ("198m-moe", 198.4)],
+)
 def test_a_model_file_has_the_size_it_is_known_by(name, millions):
     file = next(file for file in FILES if file.stem == name)
     assert round(parameters(json.loads(file.read_text(encoding="utf-8"))) / 1e6, 1) == millions

@@ -291,13 +291,14 @@ def test_the_rotary_frequencies_are_powers_of_theta_after_from_pretrained(tmp_pa
 
 
 @pytest.mark.parametrize("part", ["config", "base model", "causal model"])
-def test_every_class_saves_the_code_and_the_names_for_all_three_auto_classes(tmp_path, part):
+def test_every_class_saves_the_code_and_the_names_for_all_auto_classes(tmp_path, part):
     model = build()
     {"config": model.config, "base model": model.model, "causal model": model}[part].save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_minimind.MiniMindConfig",
         "AutoModel": "modeling_minimind.MiniMindModel",
         "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_minimind.MiniMindForSequenceClassification",
     }
     if part != "config":
         assert {"configuration_minimind.py", "modeling_minimind.py"} <= {file.name for file in tmp_path.iterdir()}

@@ -3,14 +3,36 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+# What each kind of RoPE takes beside rope_type and rope_theta.
+ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "yarn": {
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    },
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+
 
 @strict
 class MiniMindConfig(PreTrainedConfig):
     """Shape of a MiniMind decoder; field names are the library's, so every tool finds what it looks for.
 
-    With `qk_norm=True` the model computes what Qwen3 computes for the same weights, with `qk_norm=False` what
-    Llama computes. `intermediate_size=None` takes 8/3 of `hidden_size`, rounded up to a multiple of 64, as Llama
-    does; `head_dim=None` takes `hidden_size / num_attention_heads`.
+    For the same weights the model computes what Qwen3 computes with `qk_norm=True`, what Llama computes with
+    `qk_norm=False`, and what Qwen3-MoE computes with `num_experts > 0`. What is left at None is derived:
+    `intermediate_size` is 8/3 of `hidden_size`, rounded up to a multiple of 64, as Llama's; `head_dim` is
+    `hidden_size / num_attention_heads`; `moe_intermediate_size` is `intermediate_size`; `norm_topk_prob` is true for
+    several experts per token and false for one, whose weight would else be 1 whatever the router says, so that the
+    language loss could not train the router.
+
+    Every layer is a mixture of experts when `num_experts > 0`: `num_experts` routed ones of `moe_intermediate_size`,
+    of which a token visits `num_experts_per_tok`, beside `n_shared_experts` that every token visits.
+    `router_aux_loss_coef` weighs the load-balancing loss, taken over the batch or, with `seq_aux`, over each sequence.
+
+    `rope_parameters` is the library's: `{"rope_type": "default" | "linear" | "dynamic" | "yarn" | "llama3",
+    "rope_theta": ..., "factor": ..., ...}`; YaRN also needs `original_max_position_embeddings`.
 
     Raises:
         StrictDataclassError: (of huggingface_hub, with the reason as its cause) for a wrong type or a shape that
@@ -29,12 +51,22 @@ class MiniMindConfig(PreTrainedConfig):
     num_key_value_heads: int | None = 2
     head_dim: int | None = None
     qk_norm: bool = True
+    attention_bias: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool | None = None
+    n_shared_experts: int = 0
+    router_aux_loss_coef: float | int = 0.01
+    seq_aux: bool = False
+    output_router_logits: bool = False
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -48,12 +80,19 @@ class MiniMindConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * -(-self.hidden_size * 8 // (3 * 64))
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.num_experts_per_tok > 1
+        if not self.num_experts:
+            self.router_aux_loss_coef = 0.0  # TRL takes any other value for a sign of routers
         # `save_pretrained` of one class lists only that class: name them all, so that a checkpoint saved from any
         # of them opens through every Auto class.
         self.auto_map = {
             "AutoConfig": "configuration_minimind.MiniMindConfig",
             "AutoModel": "modeling_minimind.MiniMindModel",
             "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_minimind.MiniMindForSequenceClassification",
         }
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
@@ -61,7 +100,8 @@ class MiniMindConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the rules between fields."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+        moe_sizes = ("num_experts_per_tok", "moe_intermediate_size") if self.num_experts else ()
+        for name in (*sizes, "num_key_value_heads", "max_position_embeddings", *moe_sizes):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
         if self.head_dim is None:
@@ -78,6 +118,41 @@ class MiniMindConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}): each key/value head serves a whole group of query heads."
             )
+        for name in ("num_experts", "n_shared_experts", "router_aux_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0.")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability below 1.")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is above num_experts ({self.num_experts}): a token "
+                "visits each expert at most once."
+            )
+        if self.n_shared_experts and not self.num_experts:
+            raise ValueError(
+                f"n_shared_experts is {self.n_shared_experts} and num_experts is 0: shared experts stand beside "
+                "routed ones. Give num_experts, or a larger intermediate_size for a dense model."
+            )
+
+    def validate_rope(self):
+        """The library warns of some RoPE mistakes that would compute something else in silence: refuse them."""
+        rope = self.rope_parameters
+        kind, factor = rope["rope_type"], rope.get("factor")
+        if kind not in ROPE_KEYS:
+            raise ValueError(f"rope_type is {kind!r}, expected one of {', '.join(ROPE_KEYS)}.")
+        unknown = sorted(set(rope) - ROPE_KEYS[kind] - {"rope_type", "rope_theta"})
+        if unknown:
+            raise ValueError(
+                f"rope_parameters has {', '.join(unknown)}, which rope_type {kind!r} does not take; it takes "
+                f"{', '.join(['rope_theta', *sorted(ROPE_KEYS[kind])])}."
+            )
+        if kind != "default" and not (isinstance(factor, int | float) and factor >= 1):
+            raise ValueError(
+                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how many times longer than "
+                f"in training a sequence may be (max_position_embeddings is {self.max_position_embeddings})."
+            )
+        super().validate_rope()
 
 
 __all__ = ["MiniMindConfig"]

@@ -1,27 +1,33 @@
 """MiniMind: a pre-norm decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-Tensor names are Qwen3's. For the same weights the logits are Qwen3's with `qk_norm=True` and Llama's with
-`qk_norm=False`. This file is copied into every checkpoint: it imports torch, transformers and its sibling only.
+With `num_experts > 0` each SwiGLU is a mixture of experts. Tensor names are Qwen3's and Qwen3-MoE's. For the same
+weights the logits are Qwen3's (Qwen3-MoE's) with `qk_norm=True` and Llama's with `qk_norm=False`. This file is copied
+into every checkpoint: it imports torch, transformers and its sibling only.
 
-Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary.
+Shapes: B batch, S sequence, T = B * S tokens, H query heads, K key/value heads, D head_dim, E hidden_size,
+I moe_intermediate_size, V vocabulary.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from torch.nn.functional import embedding, linear, one_hot
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_minimind import MiniMindConfig
 
@@ -92,15 +98,123 @@ def apply_rotary_pos_emb(
 class MiniMindMLP(nn.Module):
     """SwiGLU: down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
 
-    def __init__(self, config: MiniMindConfig):
+    def __init__(self, config: MiniMindConfig, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MiniMindTopKRouter(nn.Module):
+    """The experts that each token visits, and the weight of each. Identical to Qwen3-MoE's."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(T, E) -> logits (T, experts), weights and indices of the chosen experts, each (T, experts per token)."""
+        router_logits = linear(hidden_states, self.weight)
+        routing_weights = router_logits.softmax(dim=-1, dtype=torch.float)
+        top_k_weights, top_k_index = routing_weights.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
+
+
+def eager_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sort the visits by expert, so that each expert is one matrix product over a slice; then sort back.
+
+    hidden_states (T, E), indices and weights (T, experts per token) -> (T, E). The slices' sizes go to the host, which
+    costs nothing on a CPU and a synchronisation elsewhere.
+    """
+    visits = top_k_index.flatten()
+    order = visits.argsort(stable=True)
+    sizes = visits.bincount(minlength=experts.num_experts).tolist()
+    # embedding(i, x) is x[i], except: its backward is parallel on a CPU, where that of x[i] is slow.
+    slices = embedding(order // top_k_index.shape[1], hidden_states).split(sizes)
+    outputs = []
+    for states, gate_up_proj, down_proj in zip(slices, experts.gate_up_proj, experts.down_proj, strict=True):
+        gate, up = linear(states, gate_up_proj).chunk(2, dim=-1)
+        outputs.append(linear(experts.act_fn(gate) * up, down_proj))
+    outputs = embedding(order.argsort(), torch.cat(outputs)).unflatten(0, top_k_index.shape)
+    return (outputs * top_k_weights[..., None]).sum(dim=1)
+
+
+def fastest_experts_forward(experts: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    """The sorted slices on a CPU; elsewhere, and in compiled code, grouped_mm, which leaves the sizes on the device.
+
+    The choice is that of `benchmarks/model_step.py`.
+    """
+    on_host = hidden_states.device.type == "cpu" and not is_torchdynamo_compiling()
+    return (eager_experts_forward if on_host else grouped_mm_experts_forward)(experts, hidden_states, *routing)
+
+
+@use_experts_implementation
+class MiniMindExperts(nn.Module):
+    """SwiGLU experts as stacked tensors: gate_up_proj (experts, 2I, E) and down_proj (experts, E, I)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.intermediate_size = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, self.intermediate_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        return eager_experts_forward(self, hidden_states, *routing)
+
+
+class MiniMindSparseMoeBlock(nn.Module):
+    """Routed experts (Shazeer et al., 2017), beside shared ones that every token visits (DeepSeekMoE, 2024)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate = MiniMindTopKRouter(config)
+        self.experts = MiniMindExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = MiniMindMLP(config, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...], top_k: int, batch_size: int, mask: torch.Tensor | None, seq_aux: bool
+) -> torch.Tensor:
+    """experts * sum_i f_i P_i (Switch Transformers, 2021, eq. 4), the mean over layers; `top_k` if perfectly balanced.
+
+    f_i is the number of visits to expert i per token, P_i its mean probability: over the batch, or with `seq_aux` over
+    each sequence and then averaged (DeepSeekMoE, 2024, eq. 12). For one layer, the batch's is Qwen3-MoE's.
+
+    Args:
+        router_logits: one (T, experts) a layer.
+        mask: (B, S), 0 where a token is padding and does not count.
+    """
+    logits = torch.stack(router_logits)  # (layers, T, experts)
+    num_experts = logits.shape[-1]
+    logits = logits.float().unflatten(1, (batch_size, -1))  # (layers, B, S, experts)
+    probabilities = logits.softmax(dim=-1)
+    visits = one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2)
+    counts = torch.ones(logits.shape[1:3], device=logits.device) if mask is None else mask.to(logits)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1) if seq_aux else counts / counts.sum().clamp(min=1)
+    weighted = "lbse,bs->lbe" if seq_aux else "lbse,bs->le"
+    visits_per_token = torch.einsum(weighted, visits.to(logits), shares)
+    mean_probability = torch.einsum(weighted, probabilities, shares)
+    return num_experts * (visits_per_token * mean_probability).sum(dim=-1).mean()
 
 
 def eager_attention_forward(
@@ -127,7 +241,7 @@ def eager_attention_forward(
 class MiniMindAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023) through the library's attention interface.
 
-    Identical to Qwen3's except: no sliding window, no biases; without `qk_norm`, identical to Llama's.
+    Identical to Qwen3's except: no sliding window; without `qk_norm`, identical to Llama's.
 
         query heads      q0 q1 q2 q3      H = 4
                           \\ /   \\ /
@@ -143,10 +257,18 @@ class MiniMindAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * self.head_dim, bias=config.attention_bias
+        )
+        self.k_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * self.head_dim, bias=config.attention_bias
+        )
+        self.v_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * self.head_dim, bias=config.attention_bias
+        )
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * self.head_dim, config.hidden_size, bias=config.attention_bias
+        )
         # The norm is over D, before the rotation: it bounds the logits whatever the scale of q and k.
         self.q_norm = MiniMindRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = MiniMindRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
@@ -186,23 +308,26 @@ class MiniMindAttention(nn.Module):
 
 
 class MiniMindDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MiniMindAttention(config, layer_idx)
-        self.mlp = MiniMindMLP(config)
+        self.mlp = (
+            MiniMindSparseMoeBlock(config) if config.num_experts else MiniMindMLP(config, config.intermediate_size)
+        )
         self.input_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         residual = hidden_states
         hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = residual + hidden_states
+        hidden_states = residual + self.dropout(hidden_states)
 
         residual = hidden_states
         hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return residual + hidden_states
+        return residual + self.dropout(hidden_states)
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -219,7 +344,22 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MiniMindDecoderLayer, "attentions": MiniMindAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MiniMindDecoderLayer,
+        "attentions": MiniMindAttention,
+        "router_logits": OutputRecorder(MiniMindTopKRouter, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MiniMindExperts | MiniMindTopKRouter):
+            for parameter in module.parameters(recurse=False):
+                initialization.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Identical to the library's except for the default, which depends on the device."""
+        return super().get_correct_experts_implementation(requested_experts or "fastest")
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -245,7 +385,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """`position_ids` (B, S) that restart inside a row, without mask or cache, keep documents apart."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -275,13 +415,17 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
-    """Token ids (B, S) -> logits (B, S, V), and the shifted cross-entropy when `labels` (B, S) are given."""
+    """Token ids (B, S) -> logits (B, S, V), and the shifted cross-entropy when `labels` (B, S) are given.
+
+    In training, a mixture of experts adds `router_aux_loss_coef` times the load-balancing loss; in evaluation the loss
+    stays the cross-entropy, so that it measures the language alone. `output_router_logits` gives both in any mode.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -301,11 +445,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Labels are not shifted by the caller; -100 is ignored. `num_items_in_batch` in `kwargs` makes the loss a
         sum over trained tokens divided by that number, so that gradient accumulation averages over tokens."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        train_router = self.training and labels is not None and self.config.router_aux_loss_coef > 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -313,19 +461,60 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits or train_router,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        if outputs.router_logits:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # it also covers what the cache holds
+            else:
+                mask = None if input_ids is None else input_ids != self.config.pad_token_id
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, self.config.num_experts_per_tok, len(logits), mask, self.config.seq_aux
+            )
+        if train_router:
+            # A trainer sums the losses of its micro-batches and ranks. The cross-entropy is divided for that by
+            # num_items_in_batch; this term has to take its micro-batch's share of the tokens, or it would count once
+            # per micro-batch (https://github.com/huggingface/transformers/issues/48690).
+            share = 1.0
+            if kwargs.get("num_items_in_batch") is not None:
+                share = (labels[..., 1:] != -100).sum() / kwargs["num_items_in_batch"]
+            loss = loss + self.config.router_aux_loss_coef * share * aux_loss
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
         )
 
 
-__all__ = ["MiniMindForCausalLM", "MiniMindModel", "MiniMindPreTrainedModel"]
+class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMindPreTrainedModel):
+    """Token ids (B, S) -> scores (B, num_labels) of the last token that is not padding: a reward model's head."""
+
+    def __init__(self, config: MiniMindConfig):
+        # Identical to the library's except: it names the base class, where the library's asks the Auto classes, which
+        # do not know it in a process that loads this file as remote code.
+        MiniMindPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniMindModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+ALL_EXPERTS_FUNCTIONS.register("fastest", fastest_experts_forward)
+# Files hold one tensor per expert and projection, as those of Qwen2-MoE and Qwen3-MoE do.
+register_checkpoint_conversion_mapping("minimind", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+
+__all__ = [
+    "MiniMindForCausalLM",
+    "MiniMindForSequenceClassification",
+    "MiniMindModel",
+    "MiniMindPreTrainedModel",
+]
