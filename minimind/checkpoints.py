@@ -8,7 +8,12 @@ A LoRA stage has adapter_config.json and adapter_model.safetensors in place of c
 through adapter_config.json. `stage.json` is written last: a directory that has it is complete.
 """
 
+import importlib.metadata
 import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,12 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 transformers.utils.logging.disable_progress_bar()  # "Loading weights", gone before it can be read at these sizes
+# An old name that peft 0.21 still asks transformers for, nothing a user could mend.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "gguf", "minimind-hf")
+# Initialisations of LoRA that take something out of the base's weights, and not the same each time: a base that is
+# loaded again is another one than the adapter was trained on. PiSSA by full SVD and OLoRA can be computed again.
+UNREPEATABLE_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,6 +40,29 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A hidden directory beside `path` to write into, which becomes `path` at the end, or nothing where that failed.
+
+    Raises:
+        UserError: `path` exists and is not an empty directory, or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty. Give a directory that does not exist yet, or remove it.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_stage(path: str | Path) -> Path:
@@ -78,9 +112,7 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
     path = require_stage(path)
     try:
         if (path / "adapter_config.json").exists():
-            base = load_model(adapter_base(path), attn_implementation)
-            config = PeftConfig.from_pretrained(path)
-            model = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
+            model = load_adapter(path, attn_implementation).merge_and_unload()
             model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
         else:
             model = AutoModelForCausalLM.from_pretrained(
@@ -88,6 +120,38 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
             )
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    return model
+
+
+def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftModel:
+    """Load an adapter on its base, both in fp32 and not merged.
+
+    Raises:
+        UserError: it is of a kind that cannot be merged, or its base as it was trained on cannot be had again.
+    """
+    config = PeftConfig.from_pretrained(path)
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{path} holds {config.peft_type.value.lower().replace('_', ' ')}: tokens in front of the text, which no "
+            "weights can express, so it can be neither merged, exported nor trained on. Use it through peft "
+            "(docs/export.md), or train a LoRA adapter."
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith(UNREPEATABLE_INITS):
+        raise UserError(
+            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights in a way that "
+            "cannot be computed again. Give peft's save_pretrained path_initial_model_for_weight_conversion, which "
+            "makes a plain LoRA adapter of it, or train with init_lora_weights='pissa'."
+        )
+    base = load_model(adapter_base(path), attn_implementation)
+    model = PeftModel.from_pretrained(base, path, config=config)
+    layers = {name for name in ("embed_tokens", "lm_head") for key in model.state_dict() if f"{name}.lora_" in key}
+    if base.config.tie_word_embeddings and layers:
+        raise UserError(
+            f"{path} adapts {' and '.join(sorted(layers))}, but embedding and output layer are one matrix in this "
+            "model, and peft merges such an adapter wrongly. Train with --lora_modules_to_save embed_tokens instead, "
+            "which gives the two layers weights of their own."
+        )
     return model
 
 
@@ -130,3 +194,22 @@ def read_stage(path: str | Path) -> dict:
 def weights_hash(path: str | Path) -> str:
     """A hash of the weight files of a stage directory."""
     return content_hash(sorted(Path(path).glob("*.safetensors")))
+
+
+def provenance(path: Path) -> dict:
+    """A stage directory as records name it: where it is, which stage, which weights; of an adapter also its base."""
+    found = {"directory": str(path), "stage": read_stage(path).get("stage"), "weights": weights_hash(path)}
+    if (path / "adapter_config.json").exists():
+        found["base"] = provenance(adapter_base(path))
+    return found
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide what a run computes."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

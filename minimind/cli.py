@@ -55,6 +55,28 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch_size", type=int, default=64, help="questions answered at a time")
     evaluate.set_defaults(run=run_evaluate)
 
+    export = commands.add_parser("export", help="write a model as vLLM, llama.cpp, ollama and transformers read it")
+    export.add_argument("directory", help="a stage directory; adapters are merged")
+    export.add_argument("out", help="directory to write; must not hold anything")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("qwen3", "qwen3-moe", "llama", "minimind", "gguf"),
+        help="qwen3 (qk_norm), qwen3-moe or llama (no qk_norm) for stock tools, minimind with its own code, gguf for "
+        "llama.cpp and ollama",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16", "q8_0"),
+        help="default: that of the saved weights; q8_0 is for gguf",
+    )
+    export.set_defaults(run=run_export)
+
+    merge = commands.add_parser("merge", help="merge an adapter into its base")
+    merge.add_argument("adapter", help="the stage directory of an adapter")
+    merge.add_argument("out", help="stage directory to write; must not hold anything")
+    merge.set_defaults(run=run_merge)
+
     world = commands.add_parser("world", help="write the embedded corpus as files")
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
@@ -112,6 +134,26 @@ def run_evaluate(args: argparse.Namespace) -> None:
     result = score(*load_for_generation(args.directory), questions, args.max_new_tokens, args.batch_size)
     json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
     print()
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """`minimind export`."""
+    from minimind.export import export
+    from minimind.export.verification import report
+
+    record = export(args.directory, args.out, args.format, args.dtype)
+    print(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
+    print(report(record["verification"]))
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """`minimind merge`."""
+    from minimind.export.merging import merge
+    from minimind.export.verification import report
+
+    record = merge(args.adapter, args.out)
+    print(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
+    print(report(record["verification"]))
 
 
 def run_world(args: argparse.Namespace) -> None:

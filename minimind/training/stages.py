@@ -1,7 +1,6 @@
 """One run of a stage: where it starts, what it says, and the stage directory it writes (see checkpoints.py)."""
 
 import copy
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,16 @@ from transformers import (
 )
 
 from minimind import MiniMindConfig
-from minimind.checkpoints import check_vocabulary, load_model, read_stage, require_stage, weights_hash, write_json
+from minimind.checkpoints import (
+    check_vocabulary,
+    library_versions,
+    load_model,
+    provenance,
+    read_stage,
+    require_stage,
+    weights_hash,
+    write_json,
+)
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
@@ -33,11 +41,9 @@ from minimind.training.callbacks import ProgressCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
-# Old names that libraries still call in one another, nothing a user could mend: peft 0.21 asks transformers for
-# gradient checkpointing, accelerate 1.15 and DeepSpeed 0.19 call a collective that torch 2.13 has renamed.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+# An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
+# could mend.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "minimind-hf")
 
 
 def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None):
@@ -126,11 +132,7 @@ class Stage:
             return {"parent": None, "pipeline": f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"}
         record = read_stage(self.parent)
         return {
-            "parent": {
-                "directory": str(self.parent),
-                "stage": record.get("stage"),
-                "weights": weights_hash(self.parent),
-            },
+            "parent": provenance(self.parent),
             "pipeline": record.get("pipeline") or self.parent.name,
         }
 
@@ -245,14 +247,3 @@ def git_commit() -> str | None:
     except FileNotFoundError:
         return None
     return run.stdout.strip() or None
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that decide what a run computes."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

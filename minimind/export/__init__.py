@@ -1,0 +1,158 @@
+"""`minimind export`: a stage directory in a stock layout, compared with the source before it appears."""
+
+import copy
+import io
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from minimind.checkpoints import (
+    adapter_base,
+    check_vocabulary,
+    library_versions,
+    load_model,
+    new_directory,
+    provenance,
+    require_stage,
+    write_json,
+)
+from minimind.errors import UserError
+from minimind.export.gguf import require_gguf, rounded, write_gguf
+from minimind.export.layouts import (
+    FORMATS,
+    STOCK,
+    natural_layout,
+    obstacles,
+    read_json,
+    save_for_all_versions,
+    stock_model,
+)
+from minimind.export.verification import (
+    Probes,
+    check_llama_cpp,
+    check_model,
+    check_tensors,
+    check_tokenizer,
+    largest_difference,
+    logits_of,
+    make_probes,
+)
+from minimind.tokenizer import load_tokenizer
+
+DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+
+
+def export(directory: str | Path, out: str | Path, format: str, dtype: str | None = None) -> dict:
+    """Write the model of a stage directory to directory `out`, in `format`, and return the record in its `export.json`.
+
+    Args:
+        format: one of FORMATS; "gguf" writes `model.gguf`.
+        dtype: one of DTYPES, "q8_0" for GGUF alone. Default: that of the saved weights (of an adapter: its base's).
+
+    Raises:
+        UserError: the format cannot express the model, or what was written is not the source; `out` is not there then.
+    """
+    path = require_stage(directory)
+    if format == "gguf":
+        require_gguf()
+    dtype = dtype or saved_dtype(path)
+    if dtype not in DTYPES or (dtype == "q8_0" and format != "gguf"):
+        raise UserError(f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or bfloat16.")
+    source, tokenizer = load_model(path).eval(), load_tokenizer(path)
+    check_vocabulary(source, tokenizer, path)
+    if found := obstacles(source.config, format):
+        fitting = [name for name in FORMATS if not obstacles(source.config, name)]
+        raise UserError(
+            f"--format {format} cannot express this model: {'; '.join(found)}. Possible: {', '.join(fitting)}."
+        )
+    with new_directory(out) as partial:
+        write = write_gguf_directory if format == "gguf" else write_layout
+        record = {
+            "format": format,
+            "dtype": dtype,
+            "source": provenance(path),
+            "libraries": library_versions(),
+            "verification": write(source, tokenizer, format, dtype, partial),
+        }
+        write_json(partial / "export.json", record)
+    return record
+
+
+def saved_dtype(path: Path) -> str:
+    """The data type of the weights of a stage directory, of an adapter those of its base."""
+    while (path / "adapter_config.json").exists():
+        path = adapter_base(path)
+    config = read_json(path / "config.json")
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def with_weights(source: PreTrainedModel, change: Callable[[str, torch.Tensor], torch.Tensor]) -> PreTrainedModel:
+    """A copy of a model with each parameter `change`d; the buffers stay as they are, in fp32."""
+    model = copy.deepcopy(source)
+    for name, parameter in model.named_parameters():
+        parameter.data = change(name, parameter.data)
+    return model
+
+
+def write_layout(
+    source: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str, out: Path
+) -> dict:
+    """Write a layout of the library, or our own with its code, and compare; returns what was compared."""
+    target = getattr(torch, dtype)
+    reference = with_weights(source, lambda name, weight: weight.to(target).float())
+    probes = make_probes(reference, tokenizer)
+    model = stock_model(reference, format) if format in STOCK else reference
+    tensors = model.state_dict()
+    if format in STOCK:
+        save_for_all_versions(model.to(target), tokenizer, out)
+        reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    else:
+        model.config.use_cache = True
+        model.to(target).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        # The code in the directory itself: the Auto classes would take the package's.
+        reloaded = get_class_from_dynamic_module(f"modeling_minimind.{type(model).__name__}", out).from_pretrained(
+            out, dtype=torch.float32
+        )
+    return compare(source, probes, tensors, reloaded, tokenizer, AutoTokenizer.from_pretrained(out))
+
+
+def write_gguf_directory(
+    source: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str, out: Path
+) -> dict:
+    """Write `model.gguf`, and compare what transformers and, where it is installed, llama.cpp read in it."""
+    layout, file = natural_layout(source.config), out / "model.gguf"
+    model = stock_model(source, layout)
+    write_gguf(model, source.model.rotary_emb.attention_scaling, layout, tokenizer, dtype, file)
+    reference = with_weights(source, lambda name, weight: rounded(name, weight, dtype))
+    probes = make_probes(reference, tokenizer)
+    # The library takes a head_dim of 128, and no RoPE scaling, from a GGUF file that comes without a config.
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        reloaded = type(model).from_pretrained(out, gguf_file=file.name, config=model.config, dtype=torch.float32)
+    reloaded.generation_config = source.generation_config
+    exported_tokenizer = PreTrainedTokenizerFast.from_pretrained(out, gguf_file=file.name)
+    compared = compare(source, probes, reference.state_dict(), reloaded.eval(), tokenizer, exported_tokenizer)
+    return compared | {"llama.cpp": check_llama_cpp(probes, tokenizer, file, dtype)}
+
+
+def compare(
+    source: PreTrainedModel,
+    probes: Probes,
+    tensors: dict[str, torch.Tensor],
+    reloaded: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    reloaded_tokenizer: PreTrainedTokenizerFast,
+) -> dict:
+    """Raises UserError unless what was read back is what was to be written; returns what was compared."""
+    check_tensors(tensors, reloaded.state_dict())
+    return {
+        "read_back_by": f"{type(reloaded).__module__.split('.')[0]}.{type(reloaded).__name__}",
+        "tensors_bitwise_equal": len(tensors),
+        **check_model(probes, reloaded),
+        **check_tokenizer(tokenizer, reloaded_tokenizer),
+        "max_logit_change_by_rounding": largest_difference(logits_of(source, probes.sequences), probes.logits),
+    }

@@ -1,0 +1,196 @@
+"""GGUF, the file format of llama.cpp and ollama: one file with weights, config, tokenizer and chat template.
+
+Matrices have the data type asked for; norms, biases and routers are fp32, as llama.cpp's own converter leaves them.
+"""
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minimind.errors import UserError
+from minimind.tokenizer import SPLIT_PATTERN
+
+ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+Q8_BLOCK = 32  # weights that share a scale
+
+
+def require_gguf() -> None:
+    """Raises UserError where the `gguf` package is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "--format gguf needs the package gguf, which is not installed: pip install 'minimind-hf[gguf]'"
+        )
+
+
+def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What llama.cpp calls the rule by which this tokenizer splits text before merging.
+
+    Another name gives other tokens without any error, so a rule that is not known is refused.
+
+    Raises:
+        UserError: the tokenizer does something that a GGUF file of a byte-level BPE cannot say.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    splitting, bpe = state["pre_tokenizer"] or {}, state["model"]
+    steps = splitting.get("pretokenizers", [splitting])
+    split = steps[0].get("pattern", {}).get("Regex") if steps[0].get("type") == "Split" else None
+    byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1]["add_prefix_space"]
+    name = None
+    if byte_level and len(steps) == 1 and steps[0]["use_regex"]:
+        name = "gpt-2"
+    elif byte_level and len(steps) == 2 and split == SPLIT_PATTERN and not steps[1]["use_regex"]:
+        name = "qwen2" if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] else None
+    if name is None:
+        raise UserError(
+            "a GGUF file cannot say how this tokenizer splits text: known are byte-level BPE with the splitting rule "
+            "of 'minimind tokenizer train' or of GPT-2. Train a tokenizer with 'minimind tokenizer train'."
+        )
+    extras = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(key)]
+    extras += [key for key in ("byte_fallback", "ignore_merges") if bpe.get(key)]
+    extras += ["no merges"] if not bpe["merges"] else []
+    extras += ["a normalizer"] if state["normalizer"] else []
+    extras += (
+        ["tokens added to every text"]
+        if tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False)
+        else []
+    )
+    if bpe["type"] != "BPE" or extras:
+        raise UserError(f"a GGUF file cannot express this tokenizer: {', '.join(extras) or bpe['type']}.")
+    return name
+
+
+def to_ggml(name: str, tensor: torch.Tensor, dtype: str):
+    """A tensor's ggml type and its values in it; `name` is the library's."""
+    from gguf import GGMLQuantizationType, quantize
+
+    exact = tensor.ndim == 1 or name.endswith("mlp.gate.weight")
+    kind = GGMLQuantizationType["F32" if exact else TYPES[dtype]]
+    if kind.name == "Q8_0" and tensor.shape[-1] % Q8_BLOCK:
+        raise UserError(
+            f"q8_0 needs rows of a multiple of {Q8_BLOCK} weights, and those of {name} have {tensor.shape[-1]}. "
+            "Use --dtype float16 or bfloat16."
+        )
+    return kind, quantize(numpy.ascontiguousarray(tensor.float().numpy()), kind)
+
+
+def rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """What a reader gets back of a tensor, in fp32."""
+    from gguf import dequantize
+
+    kind, values = to_ggml(name, tensor, dtype)
+    return torch.from_numpy(dequantize(values, kind)).reshape(tensor.shape)
+
+
+def named_tensors(model: PreTrainedModel, layout: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """A stock model's tensors under their GGUF names, each with the library's name.
+
+    For Llama, llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... where the library rotates the halves of a head,
+    so the rows of q and k are interleaved.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    config = model.config
+    table = get_tensor_name_map(MODEL_ARCH[ARCHITECTURES[layout].upper()], config.num_hidden_layers)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        parts = {name: tensor}
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            parts = {name.replace("gate_up_proj", "gate_proj"): gate, name.replace("gate_up_proj", "up_proj"): up}
+        elif layout == "llama" and re.search(r"\.[qk]_proj\.", name):
+            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            parts = {name: tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)}
+        for part, values in parts.items():
+            module, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", part).groups()
+            tensors[table.get_name(module) + (suffix or ".weight")] = (name, values)
+    return tensors
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    attention_scaling: float,
+    layout: str,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: str,
+    path: Path,
+) -> None:
+    """Write a stock model in fp32 and its tokenizer as a GGUF file.
+
+    Args:
+        attention_scaling: by what YaRN multiplies cosines and sines; 1 in plain RoPE.
+    """
+    from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+
+    config, rope = model.config, model.config.rope_parameters
+    writer = GGUFWriter(path, ARCHITECTURES[layout])
+    writer.add_name("MiniMind")
+    writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
+    if dtype == "q8_0":
+        writer.add_quantization_version(2)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if layout == "qwen3-moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        # llama.cpp multiplies by YaRN's own factor of attention; this key is what stands beside it.
+        writer.add_rope_scaling_attn_factors(attention_scaling / (1 + 0.1 * math.log(rope["factor"])))
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    for name, (library_name, tensor) in named_tensors(model, layout).items():
+        kind, values = to_ggml(library_name, tensor, dtype)
+        writer.add_tensor(name, values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Write vocabulary, merges, special tokens and chat template; ids that no token has become unused ones."""
+    from gguf import TokenType
+
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    types = [TokenType.UNUSED] * vocab_size
+    added = tokenizer.added_tokens_decoder
+    for token, index in tokenizer.get_vocab().items():
+        tokens[index] = token
+        types[index] = TokenType.NORMAL
+        if index in added:
+            types[index] = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")  # any byte-level BPE
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for name in ("bos", "eos", "pad"):
+        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(False)  # the chat template writes the special tokens itself
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)

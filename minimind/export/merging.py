@@ -1,0 +1,54 @@
+"""`minimind merge`: an adapter and its base as one stage directory, compared with the two before it appears."""
+
+import sys
+from pathlib import Path
+
+from minimind.checkpoints import (
+    check_vocabulary,
+    library_versions,
+    load_adapter,
+    load_model,
+    new_directory,
+    provenance,
+    read_stage,
+    require_stage,
+    weights_hash,
+    write_json,
+)
+from minimind.errors import UserError
+from minimind.export.verification import check_model, make_probes
+from minimind.tokenizer import load_tokenizer, tokenizer_hash
+
+
+def merge(adapter: str | Path, out: str | Path) -> dict:
+    """Write the stage directory of an adapter merged into its base, in fp32, and return its `stage.json`.
+
+    Raises:
+        UserError: `adapter` is not an adapter, or the merged model does not answer as adapter and base together do.
+    """
+    path = require_stage(adapter)
+    if not (path / "adapter_config.json").exists():
+        raise UserError(f"{path} is a whole model, no adapter: there is nothing to merge.")
+    tokenizer = load_tokenizer(path)
+    model = load_adapter(path).eval()
+    check_vocabulary(model, tokenizer, path)
+    probes = make_probes(model, tokenizer)
+    with new_directory(out) as partial:
+        merged = model.merge_and_unload()
+        merged.config.use_cache = True
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        compared = check_model(probes, load_model(partial).eval())
+        record = {
+            "stage": "merge",
+            "parent": provenance(path),
+            "pipeline": read_stage(path).get("pipeline") or path.name,
+            "weights": weights_hash(partial),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "verification": compared,
+            "command": " ".join(sys.argv),
+            "python": sys.version.split()[0],
+            "libraries": library_versions(),
+        }
+        write_json(partial / "stage.json", record)
+    return record

@@ -1,0 +1,215 @@
+"""Is a written model the model it was made from? Tensors, logits, greedy tokens and token ids, compared.
+
+The yardstick is the source with its weights rounded as the file rounds them, so that half precision and quantisation
+do not blunt the comparison: what is left is the order of additions.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minimind.errors import UserError
+
+LOGIT_TOLERANCE = 1e-5  # of the largest logit, at least of 1: the same fp32 arithmetic in another order
+# llama.cpp also rounds the activations to the type of the matrix, in q8_0 to 8 bits. Of the differences the median
+# counts, in standard deviations of the logits: a single token that goes to another expert makes the largest one large.
+LLAMA_CPP_TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 0.03, "q8_0": 0.1}
+NEW_TOKENS = 16
+PROMPTS = (
+    "Once upon a time there was",
+    "The three primary colours are red,",
+    "从前有座山，山里有座庙，",
+    "中国的首都是",
+)
+CHATS = (
+    [{"role": "user", "content": "你好！请用一句话介绍你自己。"}],
+    [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "What is 17 + 25?"},
+        {"role": "assistant", "content": "42."},
+        {"role": "user", "content": "And in words? 用中文回答"},
+    ],
+)
+TEXTS = (
+    *PROMPTS,
+    *(
+        "",
+        " ",
+        "a",
+        "  two  spaces\t\ttabs \n\n\nlines\r\nend ",
+        "It's I'LL we've DON'T",
+        "3.14159 1,000,000 2026年10月",
+    ),
+    *("def f(x: int) -> str:\n    return f\"{x!r}\"  # 返回\n\n\nif __name__ == '__main__':\n\tprint(f(0x1F))",),
+    *(
+        "😀👍🏽👨‍👩‍👧🇨🇳",
+        "naïve café e\u0301 ﬁ Ω ß ½",
+        "日本語のテキスト、한국어 Русский عربى",
+        "“引号”，（括号）；——……",
+    ),
+    *(
+        "\x00\x7f\ufeff\u200b\u3000",
+        "https://example.org/a?b=c&d=%20",
+        "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    ),
+)
+
+
+@dataclass
+class Probes:
+    """What every model is asked, and the answers of the source model with rounded weights."""
+
+    prompts: list[torch.Tensor]  # (1, S) each
+    sequences: list[torch.Tensor]  # (1, S + N) each: the prompts and their greedy continuations
+    logits: list[torch.Tensor]  # (S + N, V) each, of the sequences
+
+
+def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probes:
+    """Prompts in Chinese and English, raw and as chats, cut where the model's window leaves no room to continue."""
+    texts = [
+        *PROMPTS,
+        *(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS),
+    ]
+    room = max(1, model.config.max_position_embeddings - NEW_TOKENS)
+    prompts = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]]) for text in texts]
+    sequences = continuations(model, prompts)
+    return Probes(prompts, sequences, logits_of(model, sequences))
+
+
+def continuations(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each prompt with the NEW_TOKENS that greedy decoding adds, past an end token; as one batch, padded on the left."""
+    width = max(ids.shape[1] for ids in prompts)
+    ids = torch.cat([pad(row, (width - row.shape[1], 0)) for row in prompts])
+    mask = torch.cat([pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in prompts])
+    length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    rows = model.generate(ids, attention_mask=mask, do_sample=False, **length)
+    return [row[None, width - prompt.shape[1] :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """(S, V) for each sequence (1, S), in fp32."""
+    return [model(ids, use_cache=False).logits[0].float() for ids in sequences]
+
+
+def tokenisations(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """The ids of the probe texts and of the rendered chats."""
+    chats = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in CHATS]
+    return [*(tokenizer(text).input_ids for text in TEXTS), *chats]
+
+
+def fail(what: str) -> NoReturn:
+    """Raises UserError: what was written is not the source."""
+    raise UserError(f"the verification failed, so nothing was written: {what}. Please report it with the config.json.")
+
+
+def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Over all logits of all probes; NaN where one is."""
+    return torch.stack([(a - b).abs().max() for a, b in zip(left, right, strict=True)]).max().item()
+
+
+def check_tensors(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
+    """Raises UserError unless both hold the same names with bitwise equal values."""
+    if different := sorted(expected.keys() ^ actual.keys()):
+        fail(f"{', '.join(different[:3])} on one side only")
+    for name, tensor in expected.items():
+        if not torch.equal(tensor, actual[name].to(tensor)):
+            fail(f"{name} has other values than the source's, rounded to the data type")
+
+
+def check_model(probes: Probes, model: PreTrainedModel) -> dict:
+    """Raises UserError unless `model` answers as the source; returns what was compared."""
+    difference = largest_difference(probes.logits, logits_of(model, probes.sequences))
+    tolerance = LOGIT_TOLERANCE * max(1.0, *(logits.abs().max().item() for logits in probes.logits))
+    if not difference <= tolerance:
+        fail(f"logits differ by up to {difference:.2g}, where {tolerance:g} is tolerated")
+    if not all(map(torch.equal, continuations(model, probes.prompts), probes.sequences)):
+        fail("the greedy continuations of the probe prompts differ")
+    return {
+        "max_logit_difference": difference,
+        "tolerance": tolerance,
+        "prompts": len(probes.prompts),
+        "greedy_tokens_equal": NEW_TOKENS * len(probes.prompts),
+    }
+
+
+def check_tokenizer(source: PreTrainedTokenizerFast, exported: PreTrainedTokenizerFast) -> dict:
+    """Raises UserError unless both give the same ids and have the same special tokens; returns what was compared."""
+    texts = [*TEXTS, *(str(chat) for chat in CHATS)]
+    for text, left, right in zip(texts, tokenisations(source), tokenisations(exported), strict=True):
+        if left != right:
+            fail(f"the tokenizer splits {text[:40]!r} in another way")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(source, name) != getattr(exported, name):
+            fail(f"{name} is {getattr(exported, name)} instead of {getattr(source, name)}")
+    return {"texts_tokenised_equally": len(texts)}
+
+
+def check_llama_cpp(probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Path, dtype: str) -> dict | None:
+    """Raises UserError unless llama.cpp reads in `file` what the source is; None where it is not installed.
+
+    Its greedy tokens are compared in fp32 only: elsewhere it computes in lower precision than the source.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    import llama_cpp
+
+    longest = max(ids.shape[1] for ids in probes.sequences)
+    fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    llama = llama_cpp.Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False, **fp32)
+    for text in TEXTS:
+        if llama.tokenize(text.encode(), add_bos=False, special=True) != tokenizer(text).input_ids:
+            fail(f"llama.cpp splits {text[:40]!r} in another way")
+    logits = []
+    for ids in probes.sequences:
+        llama.reset()
+        llama.eval(ids[0].tolist())
+        logits.append(torch.from_numpy(llama.scores[: ids.shape[1]].copy()))
+    expected, actual = torch.cat(probes.logits), torch.cat(logits)
+    difference = ((expected - actual).abs().median() / expected.std()).item()
+    if not difference <= LLAMA_CPP_TOLERANCE[dtype]:
+        fail(f"llama.cpp's logits differ by {difference:.2g} standard deviations (median)")
+    agreed = [
+        (left.argmax(-1) == right.argmax(-1))[-NEW_TOKENS - 1 : -1].sum().item()
+        for left, right in zip(probes.logits, logits, strict=True)
+    ]
+    if dtype == "float32" and sum(agreed) < NEW_TOKENS * len(agreed):
+        fail("llama.cpp's greedy continuations of the probe prompts differ")
+    return {
+        "median_logit_difference": difference,
+        "tolerance": LLAMA_CPP_TOLERANCE[dtype],
+        "max_logit_difference": (expected - actual).abs().max().item(),
+        "greedy_tokens_equal": sum(agreed),
+        "texts_tokenised_equally": len(TEXTS),
+        "version": llama_cpp.__version__,
+    }
+
+
+def report(compared: dict) -> str:
+    """What was compared, in a few lines."""
+    lines = [
+        f"verified: logits of {compared['prompts']} prompts differ by at most {compared['max_logit_difference']:.2g} "
+        f"(tolerance {compared['tolerance']:g}), {compared['greedy_tokens_equal']} greedy tokens are equal"
+    ]
+    if "read_back_by" in compared:
+        lines.append(
+            f"  read back by {compared['read_back_by']}: {compared['tensors_bitwise_equal']} tensors bitwise equal, "
+            f"{compared['texts_tokenised_equally']} texts tokenised equally"
+        )
+        lines.append(
+            f"  rounding to the data type moves logits by up to {compared['max_logit_change_by_rounding']:.2g}"
+        )
+    if found := compared.get("llama.cpp"):
+        lines.append(
+            f"  llama.cpp {found['version']}: logits differ by {found['median_logit_difference']:.2g} standard deviations "
+            f"(median, tolerance {found['tolerance']:g}), {found['greedy_tokens_equal']} greedy tokens and "
+            f"{found['texts_tokenised_equally']} tokenisations are equal"
+        )
+    elif "llama.cpp" in compared:
+        lines.append("  llama.cpp is not installed (pip install llama-cpp-python), so it was not asked")
+    return "\n".join(lines)

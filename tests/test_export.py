@@ -1,0 +1,527 @@
+"""`minimind export`: a stage directory in the layouts that other tools read, and what each layout cannot say."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pipeline import failure, run_cli
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import minimind.export
+from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.checkpoints import load_model, weights_hash
+from minimind.export.gguf import pre_tokenizer_name
+from minimind.tokenizer import CHAT_TEMPLATE, SPLIT_PATTERN, load_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
+
+SIZE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+PLAIN = {"qk_norm": False}
+MOE = {"num_experts": 4, "moe_intermediate_size": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FORMATS = ("qwen3", "qwen3-moe", "llama", "minimind", "gguf")
+VARIANTS = {
+    "dense": {},
+    "dense, untied, wide heads": {"tie_word_embeddings": False, "head_dim": 24},
+    "dense, biases": {"attention_bias": True},
+    "dense, GELU": {"hidden_act": "gelu"},
+    "dense, YaRN": {"rope_parameters": YARN},
+    "dense, YaRN with another ramp": {"rope_parameters": YARN | {"beta_fast": 16.0}},
+    "plain": PLAIN,
+    "plain, untied": PLAIN | {"tie_word_embeddings": False},
+    "plain, biases": PLAIN | {"attention_bias": True},
+    "plain, heads that do not divide": PLAIN | {"num_attention_heads": 6, "head_dim": 16},
+    "plain, YaRN": PLAIN | {"rope_parameters": YARN | {"attention_factor": 1.0}},
+    "plain, linear": PLAIN | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "plain, Llama 3 RoPE": PLAIN | {"rope_parameters": LLAMA3},
+    "plain, dynamic": PLAIN | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    "MoE": MOE,
+    "MoE, untied, YaRN": MOE | {"tie_word_embeddings": False, "rope_parameters": YARN},
+    "MoE, top-1": MOE | {"num_experts_per_tok": 1},
+    "MoE, shared experts": MOE | {"n_shared_experts": 1},
+    "MoE, no qk_norm": MOE | PLAIN,
+}
+DENSE_QWEN3 = {"qwen3-moe": "num_experts is 0", "llama": "qk_norm is true"}
+DENSE_LLAMA = {"qwen3-moe": "num_experts is 0", "qwen3": "qk_norm is false"}
+SPARSE = {"qwen3": "num_experts is 4", "llama": "num_experts is 4"}
+REFUSED = {
+    "dense": DENSE_QWEN3,
+    "dense, untied, wide heads": DENSE_QWEN3,
+    "dense, biases": DENSE_QWEN3 | {"gguf": "attention_bias is true"},
+    "dense, GELU": DENSE_QWEN3 | {"gguf": "hidden_act is 'gelu'"},
+    "dense, YaRN": DENSE_QWEN3,
+    "dense, YaRN with another ramp": DENSE_QWEN3 | {"gguf": "beta_fast of YaRN is 16.0"},
+    "plain": DENSE_LLAMA,
+    "plain, untied": DENSE_LLAMA,
+    "plain, biases": DENSE_LLAMA,
+    "plain, heads that do not divide": DENSE_LLAMA | {"llama": "not a multiple", "gguf": "not a multiple"},
+    "plain, YaRN": DENSE_LLAMA,
+    "plain, linear": DENSE_LLAMA,
+    "plain, Llama 3 RoPE": DENSE_LLAMA | {"gguf": "rope_type is 'llama3'"},
+    "plain, dynamic": DENSE_LLAMA | {"gguf": "rope_type is 'dynamic'"},
+    "MoE": SPARSE,
+    "MoE, untied, YaRN": SPARSE,
+    "MoE, top-1": SPARSE | {"gguf": "norm_topk_prob is false"},
+    "MoE, shared experts": dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "n_shared_experts is 1"),
+    "MoE, no qk_norm": dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "qk_norm is false")
+    | {"llama": "num_experts is 4"},
+}
+# Our own layout writes all variants in the same way: a few of them are enough.
+OWN = ("dense, biases", "plain, YaRN", "MoE, shared experts", "MoE, no qk_norm")
+ALLOWED = [
+    (name, format)
+    for name in VARIANTS
+    for format in FORMATS
+    if format not in REFUSED[name] and (format != "minimind" or name in OWN)
+]
+
+
+def ids(vocab_size=300):
+    return torch.randint(3, vocab_size, (2, 90), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(ids()).logits
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, tokenizer):
+    """A stage directory of each variant, whose every weight matters, and a few ids more than its tokenizer has."""
+    root = tmp_path_factory.mktemp("stages")
+    for number, (name, fields) in enumerate(VARIANTS.items()):
+        torch.manual_seed(number)
+        model = MiniMindForCausalLM(MiniMindConfig(**SIZE | fields, vocab_size=len(tokenizer) + 5))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def reload_stock(out):
+    """By the library's class and without the code of a checkpoint, as any tool would."""
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(model).__module__.startswith("transformers.models.")
+    return model
+
+
+@pytest.mark.parametrize(("variant", "format"), ALLOWED)
+def test_an_export_gives_the_logits_of_its_source(variant, format, stages, tmp_path):
+    out, source = tmp_path / "out", load_model(stages / variant)
+    run_cli("export", stages / variant, out, "--format", format)
+    record = json.loads((out / "export.json").read_text())
+    assert record["verification"]["max_logit_difference"] <= record["verification"]["tolerance"]
+    if format == "gguf":
+        reloaded = read_gguf_by_hand(out / "model.gguf", source)
+    elif format == "minimind":
+        reloaded = load_model(out)
+    else:
+        reloaded = reload_stock(out)
+        assert (
+            AutoTokenizer.from_pretrained(out)("the fox 狐狸").input_ids
+            == load_tokenizer(stages / variant)("the fox 狐狸").input_ids
+        )
+    expected = logits(source)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits(reloaded), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "format"), [(name, format) for name in VARIANTS for format in REFUSED[name]])
+def test_what_a_layout_cannot_express_is_refused_with_the_reason(variant, format, stages, tmp_path, capsys):
+    message = failure(capsys, run_cli, "export", stages / variant, tmp_path / "out", "--format", format)
+    assert REFUSED[variant][format] in message
+    possible = message.split("Possible: ")[1].rstrip(".").split(", ")
+    assert possible == [name for name in FORMATS if name not in REFUSED[variant]]
+    assert not list(tmp_path.glob("**/*out*"))
+
+
+def read_gguf_by_hand(file, source):
+    """The oracle for GGUF: the source's class, its config rebuilt from the file's keys and its weights from the file.
+
+    What llama.cpp does with them is written out here: for llama, the inverse of its rotation of neighbouring rows.
+    """
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(file)
+    field = {name: value.contents() for name, value in reader.fields.items()}
+    arch = field["general.architecture"]
+    key = {name.removeprefix(f"{arch}."): value for name, value in field.items()}
+    rope = {"rope_type": key.get("rope.scaling.type", "default"), "rope_theta": key["rope.freq_base"]}
+    if rope["rope_type"] != "default":
+        rope["factor"] = key["rope.scaling.factor"]
+    if rope["rope_type"] == "yarn":
+        rope["original_max_position_embeddings"] = key["rope.scaling.original_context_length"]
+        own_factor = 1 + 0.1 * torch.tensor(rope["factor"]).log().item()
+        rope["attention_factor"] = key["rope.scaling.attn_factor"] * own_factor
+    tensors = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    config = MiniMindConfig(
+        vocab_size=len(field["tokenizer.ggml.tokens"]),
+        hidden_size=key["embedding_length"],
+        intermediate_size=key["feed_forward_length"],
+        num_hidden_layers=key["block_count"],
+        num_attention_heads=key["attention.head_count"],
+        num_key_value_heads=key["attention.head_count_kv"],
+        head_dim=key["attention.key_length"],
+        qk_norm=arch != "llama",
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        max_position_embeddings=key["context_length"],
+        rope_parameters=rope,
+        rms_norm_eps=key["attention.layer_norm_rms_epsilon"],
+        tie_word_embeddings="output.weight" not in tensors,
+        num_experts=key.get("expert_count", 0),
+        num_experts_per_tok=key.get("expert_used_count", 2),
+        moe_intermediate_size=key.get("expert_feed_forward_length"),
+    )
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    names |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate"}
+    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
+    names |= {f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
+    names |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+    state = {}
+    for name, tensor in tensors.items():
+        layer, part, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name).groups()
+        prefix = f"model.layers.{layer}." if layer else ""
+        if arch == "llama" and part in ("attn_q", "attn_k"):
+            heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+            rows = [tensor[h * config.head_dim : (h + 1) * config.head_dim] for h in range(heads)]
+            tensor = torch.cat([half for head in rows for half in (head[0::2], head[1::2])])
+        if part in ("ffn_gate_exps", "ffn_up_exps"):
+            both = torch.cat([tensors[f"blk.{layer}.ffn_{x}_exps.weight"] for x in ("gate", "up")], dim=1)
+            state[f"{prefix}mlp.experts.gate_up_proj"] = both
+        elif part == "ffn_down_exps":
+            state[f"{prefix}mlp.experts.down_proj"] = tensor
+        else:
+            state[f"{prefix}{names[part]}.{kind}"] = tensor
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = MiniMindForCausalLM(config)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+# The files
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+@pytest.mark.parametrize(
+    ("variant", "format"), [("dense, YaRN", "qwen3"), ("plain, untied", "llama"), ("MoE", "qwen3-moe")]
+)
+def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_library(variant, format, stages, tmp_path):
+    run_cli("export", stages / variant, tmp_path / "out", "--format", format)
+    config, source = read(tmp_path / "out/config.json"), MiniMindConfig.from_pretrained(stages / variant)
+    assert config["model_type"] == format.replace("-", "_")
+    assert "auto_map" not in config
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert config["use_cache"] is True
+    assert config["head_dim"] == source.head_dim
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    rope = source.rope_parameters
+    assert config["rope_theta"] == rope["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    old = {name: value for name, value in rope.items() if name != "rope_theta"}
+    assert config["rope_scaling"] == (None if rope["rope_type"] == "default" else old)
+    tokenizer = read(tmp_path / "out/tokenizer_config.json")
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    template = (tmp_path / "out/chat_template.jinja").read_text()
+    assert tokenizer["chat_template"] == template == CHAT_TEMPLATE.read_text()
+    assert read(tmp_path / "out/generation_config.json")["eos_token_id"] == source.eos_token_id
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == rope
+
+
+def test_the_record_says_what_was_exported_and_how_it_was_verified(stages, tmp_path, capsys):
+    run_cli("export", stages / "dense", tmp_path / "out", "--format", "qwen3", "--dtype", "bfloat16")
+    record, said = read(tmp_path / "out/export.json"), capsys.readouterr().out
+    assert (record["format"], record["dtype"]) == ("qwen3", "bfloat16")
+    assert record["source"]["weights"] == weights_hash(stages / "dense")
+    assert record["libraries"]["transformers"]
+    verification = record["verification"]
+    assert verification["read_back_by"] == "transformers.Qwen3ForCausalLM"
+    assert verification["tensors_bitwise_equal"] == len(load_model(stages / "dense").state_dict())
+    assert verification["greedy_tokens_equal"] == 16 * verification["prompts"] > 0
+    assert verification["texts_tokenised_equally"] > 15
+    rounding = verification["max_logit_change_by_rounding"]
+    assert rounding > 100 * verification["max_logit_difference"]
+    assert f"{rounding:.2g}" in said
+    assert "transformers.Qwen3ForCausalLM" in said
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_the_saved_data_type_is_kept_unless_another_is_asked_for(saved, stages, tmp_path, tokenizer):
+    model = load_model(stages / "dense").to(getattr(torch, saved))
+    model.save_pretrained(tmp_path / "stage")
+    tokenizer.save_pretrained(tmp_path / "stage")
+    run_cli("export", tmp_path / "stage", tmp_path / "kept", "--format", "qwen3")
+    run_cli("export", tmp_path / "stage", tmp_path / "asked", "--format", "qwen3", "--dtype", "float16")
+    for out, dtype in (("kept", saved), ("asked", "float16")):
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / out)
+        assert exported.dtype == getattr(torch, dtype)
+        for name, tensor in exported.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name].to(tensor.dtype)), name
+
+
+def test_an_adapter_is_exported_with_its_base(stages, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        load_model(stages / "dense"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    )
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    adapted.peft_config["default"].base_model_name_or_path = str(stages / "dense")
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    run_cli("export", tmp_path / "adapter", tmp_path / "out", "--format", "qwen3")
+    expected = logits(adapted)
+    assert (expected - logits(load_model(stages / "dense"))).abs().max() > 0.5
+    tolerance = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(logits(reload_stock(tmp_path / "out")), expected, atol=tolerance, rtol=0)
+    source = read(tmp_path / "out/export.json")["source"]
+    assert source["weights"] == weights_hash(tmp_path / "adapter")
+    assert source["base"]["weights"] == weights_hash(stages / "dense")
+
+
+def test_our_own_layout_opens_in_a_process_without_the_package(stages, tmp_path):
+    run_cli("export", stages / "MoE, shared experts", tmp_path / "out", "--format", "minimind")
+    torch.save(logits(load_model(stages / "MoE, shared experts")), tmp_path / "expected.pt")
+    torch.save(ids(), tmp_path / "ids.pt")
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True).eval()\n"
+        "with torch.no_grad(): logits = model(torch.load('ids.pt')).logits\n"
+        "assert (logits - torch.load('expected.pt')).abs().max() < 1e-5\n"
+        "assert 'minimind' not in sys.modules and model.config.use_cache\n"
+        "print(AutoTokenizer.from_pretrained('out', trust_remote_code=True).decode([3, 4]))\n"
+    )
+    environment = {
+        "PATH": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-I", "-c", program]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+# GGUF
+
+
+def as_stored(tensor, dtype):
+    """The oracle of rounding: Q8_0 is 32 signed bytes with one fp16 scale, the largest magnitude being 127."""
+    if dtype != "q8_0":
+        return tensor.to(getattr(torch, dtype)).float()
+    blocks = tensor.unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    steps = blocks * torch.where(scale == 0, 0, 1 / scale)
+    return (steps.sign() * (steps.abs() + 0.5).floor() * scale.half().float()).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+def test_a_gguf_file_holds_matrices_in_the_data_type_asked_for_and_the_rest_in_fp32(dtype, stages, tmp_path):
+    from gguf import GGUFReader
+
+    run_cli("export", stages / "MoE", tmp_path / "out", "--format", "gguf", "--dtype", dtype)
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+    source = load_model(stages / "MoE")
+    held = read_gguf_by_hand(tmp_path / "out/model.gguf", source).state_dict()
+    for name, tensor in source.state_dict().items():
+        exact = "norm" in name or name.endswith("mlp.gate.weight")
+        assert torch.equal(held[name], tensor if exact else as_stored(tensor, dtype)), name
+    for tensor in GGUFReader(tmp_path / "out/model.gguf").tensors:
+        exact = "norm" in tensor.name or "gate_inp" in tensor.name
+        assert tensor.tensor_type.name == ("F32" if exact else names[dtype]), tensor.name
+
+
+def test_a_gguf_file_holds_the_tokenizer_and_the_chat_template(stages, tmp_path, tokenizer):
+    from gguf import GGUFReader, TokenType
+
+    run_cli("export", stages / "dense", tmp_path / "out", "--format", "gguf")
+    field = {name: value.contents() for name, value in GGUFReader(tmp_path / "out/model.gguf").fields.items()}
+    assert field["tokenizer.ggml.model"] == "gpt2"
+    assert field["tokenizer.ggml.pre"] == "qwen2"
+    assert field["tokenizer.chat_template"] == tokenizer.chat_template
+    assert field["tokenizer.ggml.add_bos_token"] is False
+    assert field["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert field["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+    assert field["tokenizer.ggml.padding_token_id"] == tokenizer.pad_token_id
+    tokens, types = field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"]
+    assert {token: index for index, token in enumerate(tokens[:-5])} == tokenizer.get_vocab()
+    assert types == [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokenizer) - 3) + [TokenType.UNUSED] * 5
+
+
+def byte_level_tokenizer(*steps):
+    """A tokenizer of bytes and two merges that splits as told."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, "th", "Ġth"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("Ġ", "th")]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps)) if len(steps) > 1 else steps[0]
+    backend.decoder = decoders.ByteLevel()
+    specials = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE.read_text(), **specials)
+
+
+def split(pattern, behavior="isolated"):
+    return pre_tokenizers.Split(Regex(pattern), behavior)
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def test_the_pre_tokenizers_of_this_project_and_of_gpt_2_are_known_by_their_rule(tokenizer):
+    assert pre_tokenizer_name(tokenizer) == "qwen2"
+    assert pre_tokenizer_name(load_tokenizer()) == "qwen2"
+    assert pre_tokenizer_name(byte_level_tokenizer(GPT2)) == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ([split(r"\p{N}{1,3}|" + SPLIT_PATTERN), BYTES], "splits text"),
+        ([split(SPLIT_PATTERN, "removed"), BYTES], "splits text"),
+        ([split(SPLIT_PATTERN), GPT2], "splits text"),
+        ([pre_tokenizers.ByteLevel(add_prefix_space=True)], "splits text"),
+        ([pre_tokenizers.Whitespace()], "splits text"),
+        ([BYTES], "splits text"),
+    ],
+)
+def test_a_splitting_rule_that_llama_cpp_does_not_name_is_refused(steps, reason, stages, tmp_path, capsys):
+    with pytest.raises(minimind.errors.UserError, match=reason):
+        pre_tokenizer_name(byte_level_tokenizer(*steps))
+
+
+def test_a_tokenizer_that_does_more_than_merge_bytes_is_refused(tokenizer):
+    from tokenizers import normalizers, processors
+
+    def changed(change):
+        other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        change(other.backend_tokenizer)
+        return other
+
+    bos = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    for change, reason in (
+        (lambda backend: setattr(backend, "normalizer", normalizers.NFC()), "a normalizer"),
+        (lambda backend: setattr(backend, "post_processor", bos), "tokens added to every text"),
+        (lambda backend: setattr(backend.model, "ignore_merges", True), "ignore_merges"),
+    ):
+        with pytest.raises(minimind.errors.UserError, match=reason):
+            pre_tokenizer_name(changed(change))
+
+
+def test_a_gpt_2_tokenizer_is_exported_too(tmp_path, stages):
+    other = byte_level_tokenizer(GPT2)
+    torch.manual_seed(0)
+    special = {
+        "pad_token_id": other.pad_token_id,
+        "bos_token_id": other.bos_token_id,
+        "eos_token_id": other.eos_token_id,
+    }
+    MiniMindForCausalLM(MiniMindConfig(**SIZE, vocab_size=len(other), **special)).save_pretrained(tmp_path / "stage")
+    other.save_pretrained(tmp_path / "stage")
+    run_cli("export", tmp_path / "stage", tmp_path / "out", "--format", "gguf")
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    for text in ("It's 1234 狐狸  \n\n x<|im_end|>", "<|im_start|>user\nhi"):
+        assert again(text).input_ids == other(text).input_ids
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+@pytest.mark.parametrize(
+    "variant", ["dense", "dense, YaRN", "plain, biases", "plain, YaRN", "plain, linear", "MoE", "MoE, untied, YaRN"]
+)
+def test_llama_cpp_gives_the_logits_and_the_token_ids_of_the_source(variant, dtype, stages, tmp_path):
+    record = minimind.export.export(stages / variant, tmp_path / "out", "gguf", dtype)
+    compared = record["verification"]["llama.cpp"]
+    assert compared["median_logit_difference"] <= compared["tolerance"]
+    assert compared["texts_tokenised_equally"] > 15
+
+
+# What goes wrong
+
+
+def test_a_file_that_is_not_its_source_fails_the_command_and_does_not_appear(tmp_path, capsys, monkeypatch):
+    real = load_tokenizer()  # one that has learnt enough for the name of its splitting rule to matter
+    MiniMindForCausalLM(MiniMindConfig(**SIZE, vocab_size=len(real))).save_pretrained(tmp_path / "stage")
+    real.save_pretrained(tmp_path / "stage")
+    before = sorted(tmp_path.iterdir())
+
+    def check(format, reason):
+        message = failure(capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", format)
+        monkeypatch.undo()
+        assert "verification failed" in message
+        assert reason in message
+        assert sorted(tmp_path.iterdir()) == before
+
+    def edit(name, change):
+        """Change a JSON file after it has been written."""
+        write = minimind.export.save_for_all_versions
+
+        def changed(model, tokenizer, directory):
+            write(model, tokenizer, directory)
+            content = read(directory / name)
+            change(content)
+            (directory / name).write_text(json.dumps(content))
+
+        monkeypatch.setattr(minimind.export, "save_for_all_versions", changed)
+
+    edit("config.json", lambda content: content["rope_parameters"].update(rope_theta=10_000.0))
+    check("qwen3", "logits differ")
+    edit("tokenizer.json", lambda content: content["model"]["merges"].pop(0))
+    check("qwen3", "the tokenizer splits")
+    edit("tokenizer_config.json", lambda content: content.update(eos_token="<|im_start|>"))
+    check("qwen3", "eos_token_id is 1 instead of 2")
+    monkeypatch.setattr(minimind.export.gguf, "pre_tokenizer_name", lambda tokenizer: "gpt-2")
+    check("gguf", "the tokenizer splits")
+    rounding, nine = minimind.export.rounded, torch.tensor(9.0)
+    monkeypatch.setattr(minimind.export, "rounded", lambda *given: torch.nextafter(rounding(*given), nine))
+    check("gguf", "has other values")
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written(stages, tmp_path, capsys, monkeypatch):
+    def refused(*arguments):
+        before = sorted(tmp_path.iterdir())
+        message = failure(capsys, run_cli, "export", *arguments)
+        assert sorted(tmp_path.iterdir()) == before
+        return message
+
+    out = tmp_path / "out"
+    assert "no such directory" in refused(tmp_path / "none", out, "--format", "qwen3")
+    assert "--dtype q8_0" in refused(stages / "dense", out, "--format", "qwen3", "--dtype", "q8_0")
+    assert "invalid choice: 'onnx'" in refused(stages / "dense", out, "--format", "onnx")
+    assert "--format" in refused(stages / "dense", out)
+    assert "exists and is not empty" in refused(stages / "dense", stages / "plain", "--format", "qwen3")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'minimind-hf[gguf]'" in refused(stages / "dense", out, "--format", "gguf")
+
+
+def test_rows_that_q8_0_cannot_hold_are_refused(tmp_path, tokenizer, capsys):
+    MiniMindForCausalLM(MiniMindConfig(**SIZE | {"intermediate_size": 80}, vocab_size=300)).save_pretrained(
+        tmp_path / "stage"
+    )
+    tokenizer.save_pretrained(tmp_path / "stage")
+    message = failure(
+        capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "gguf", "--dtype", "q8_0"
+    )
+    assert "down_proj" in message
+    assert "multiple of 32" in message
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
