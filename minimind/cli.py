@@ -140,7 +140,9 @@ def run_export(args: argparse.Namespace) -> None:
     """`minimind export`."""
     from minimind.export import export
     from minimind.export.verification import report
+    from minimind.training.launch import prepare_launch
 
+    prepare_launch(uses_deepspeed=False)
     record = export(args.directory, args.out, args.format, args.dtype)
     print(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
     print(report(record["verification"]))
@@ -150,7 +152,9 @@ def run_merge(args: argparse.Namespace) -> None:
     """`minimind merge`."""
     from minimind.export.merging import merge
     from minimind.export.verification import report
+    from minimind.training.launch import prepare_launch
 
+    prepare_launch(uses_deepspeed=False)
     record = merge(args.adapter, args.out)
     print(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
     print(report(record["verification"]))

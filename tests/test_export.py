@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import minimind.export
-from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification
 from minimind.checkpoints import load_model, weights_hash
 from minimind.export.gguf import pre_tokenizer_name
 from minimind.tokenizer import CHAT_TEMPLATE, SPLIT_PATTERN, load_tokenizer
@@ -234,6 +234,7 @@ def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_librar
     assert not list((tmp_path / "out").glob("*.py"))
     assert config["use_cache"] is True
     assert config["head_dim"] == source.head_dim
+    assert config.get("num_experts", 0) == config.get("num_local_experts", 0) == source.num_experts
     assert config["dtype"] == config["torch_dtype"] == "float32"
     rope = source.rope_parameters
     assert config["rope_theta"] == rope["rope_theta"] == config["rope_parameters"]["rope_theta"]
@@ -512,6 +513,13 @@ def test_wrong_arguments_are_refused_before_anything_is_written(stages, tmp_path
     assert "exists and is not empty" in refused(stages / "dense", stages / "plain", "--format", "qwen3")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'minimind-hf[gguf]'" in refused(stages / "dense", out, "--format", "gguf")
+
+
+def test_a_reward_model_is_refused(stages, tmp_path, tokenizer, capsys):
+    MiniMindForSequenceClassification(MiniMindConfig(**SIZE, vocab_size=300)).save_pretrained(tmp_path / "stage")
+    tokenizer.save_pretrained(tmp_path / "stage")
+    message = failure(capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "qwen3")
+    assert "holds a reward model" in message
 
 
 def test_rows_that_q8_0_cannot_hold_are_refused(tmp_path, tokenizer, capsys):

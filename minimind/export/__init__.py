@@ -47,7 +47,7 @@ DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 
 def export(directory: str | Path, out: str | Path, format: str, dtype: str | None = None) -> dict:
-    """Write the model of a stage directory to directory `out`, in `format`, and return the record in its `export.json`.
+    """Write the model of a stage directory to directory `out`, in `format`; returns the record in its `export.json`.
 
     Args:
         format: one of FORMATS; "gguf" writes `model.gguf`.
@@ -64,6 +64,10 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
         raise UserError(f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or bfloat16.")
     source, tokenizer = load_model(path).eval(), load_tokenizer(path)
     check_vocabulary(source, tokenizer, path)
+    if "MiniMindForSequenceClassification" in (source.config.architectures or []):
+        raise UserError(
+            f"{path} holds a reward model, which scores replies and writes none: no format has a place for it."
+        )
     if found := obstacles(source.config, format):
         fitting = [name for name in FORMATS if not obstacles(source.config, name)]
         raise UserError(
@@ -136,6 +140,7 @@ def write_gguf_directory(
     reloaded.generation_config = source.generation_config
     exported_tokenizer = PreTrainedTokenizerFast.from_pretrained(out, gguf_file=file.name)
     compared = compare(source, probes, reference.state_dict(), reloaded.eval(), tokenizer, exported_tokenizer)
+    compared["read_back_by"] += ", given the config"
     return compared | {"llama.cpp": check_llama_cpp(probes, tokenizer, file, dtype)}
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.errors import UserError
@@ -18,8 +20,13 @@ from minimind.tokenizer import SPLIT_PATTERN
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32  # weights that share a scale
+BEYOND_GGUF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+# How llama.cpp calls the rules by which a tokenizer splits text before merging.
+PRE_TOKENIZERS = {
+    "qwen2": Sequence([Split(Regex(SPLIT_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "gpt-2": ByteLevel(add_prefix_space=False),
+}
 
 
 def require_gguf() -> None:
@@ -31,40 +38,35 @@ def require_gguf() -> None:
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What llama.cpp calls the rule by which this tokenizer splits text before merging.
-
-    Another name gives other tokens without any error, so a rule that is not known is refused.
+    """llama.cpp's name of a tokenizer's splitting rule. A wrong one gives other tokens without any error.
 
     Raises:
-        UserError: the tokenizer does something that a GGUF file of a byte-level BPE cannot say.
+        UserError: the rule has no name here, or the tokenizer does more than a GGUF file can say.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    splitting, bpe = state["pre_tokenizer"] or {}, state["model"]
-    steps = splitting.get("pretokenizers", [splitting])
-    split = steps[0].get("pattern", {}).get("Regex") if steps[0].get("type") == "Split" else None
-    byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1]["add_prefix_space"]
-    name = None
-    if byte_level and len(steps) == 1 and steps[0]["use_regex"]:
-        name = "gpt-2"
-    elif byte_level and len(steps) == 2 and split == SPLIT_PATTERN and not steps[1]["use_regex"]:
-        name = "qwen2" if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] else None
-    if name is None:
-        raise UserError(
-            "a GGUF file cannot say how this tokenizer splits text: known are byte-level BPE with the splitting rule "
-            "of 'minimind tokenizer train' or of GPT-2. Train a tokenizer with 'minimind tokenizer train'."
-        )
-    extras = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(key)]
-    extras += [key for key in ("byte_fallback", "ignore_merges") if bpe.get(key)]
-    extras += ["no merges"] if not bpe["merges"] else []
-    extras += ["a normalizer"] if state["normalizer"] else []
-    extras += (
-        ["tokens added to every text"]
-        if tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False)
-        else []
+    bpe = state["model"]
+    beyond = [key for key in BEYOND_GGUF if bpe.get(key)]
+    for reason, found in {
+        f"a model of type {bpe['type']}": bpe["type"] != "BPE",
+        "no merges": not bpe.get("merges"),
+        "a normalizer": state["normalizer"],
+        "tokens added to every text": tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False),
+    }.items():
+        beyond += [reason] if found else []
+    if beyond:
+        raise UserError(f"a GGUF file cannot express this tokenizer: it has {', '.join(beyond)}.")
+    for name, rule in PRE_TOKENIZERS.items():
+        if splitting(rule) == splitting(tokenizer.backend_tokenizer.pre_tokenizer):
+            return name
+    raise UserError(
+        "a GGUF file cannot say how this tokenizer splits text: known are the splitting rules of 'minimind tokenizer "
+        "train' and of GPT-2. Use one of the other formats, or a tokenizer of 'minimind tokenizer train'."
     )
-    if bpe["type"] != "BPE" or extras:
-        raise UserError(f"a GGUF file cannot express this tokenizer: {', '.join(extras) or bpe['type']}.")
-    return name
+
+
+def splitting(rule: PreTokenizer | None) -> str | None:
+    """What a splitting rule does, as text; where the offsets of tokens begin does not count."""
+    return rule and rule.__getstate__().decode().replace('"trim_offsets":false', '"trim_offsets":true')
 
 
 def to_ggml(name: str, tensor: torch.Tensor, dtype: str):
@@ -134,7 +136,7 @@ def write_gguf(
     config, rope = model.config, model.config.rope_parameters
     writer = GGUFWriter(path, ARCHITECTURES[layout])
     writer.add_name("MiniMind")
-    writer.add_file_type(LlamaFileType[FILE_TYPES[dtype]])
+    writer.add_file_type(LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{TYPES[dtype]}"])
     if dtype == "q8_0":
         writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)

@@ -1,7 +1,7 @@
 """The stock layouts: what each can express, and MiniMind's weights and config in it.
 
-MiniMind computes what Qwen3, Qwen3-MoE or Llama compute and names its tensors as they do, so that another config is all
-it takes for vLLM, llama.cpp or `transformers serve` to run it.
+MiniMind computes what Qwen3, Qwen3-MoE or Llama compute and names its tensors as they do, so that another config is
+all it takes for vLLM, llama.cpp or `transformers serve` to run it.
 """
 
 import json
@@ -108,8 +108,9 @@ def stock_model(source: PreTrainedModel, layout: str) -> PreTrainedModel:
 def save_for_all_versions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Save a stock model so that tools on transformers 4 read what those on 5 do.
 
-    Version 4 knows neither `rope_parameters` nor `dtype`, and takes its own theta in silence; it knows no
-    `TokenizersBackend`, and other tools look for the chat template in `tokenizer_config.json`.
+    Version 4 knows neither `rope_parameters`, for which it takes its own theta in silence, nor `dtype`, the experts'
+    number only by the name `num_experts`, and no `TokenizersBackend`; other tools look for the chat template in
+    `tokenizer_config.json`.
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -118,6 +119,8 @@ def save_for_all_versions(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config["dtype"]
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
     write_json(directory / "config.json", config)
     write_json(
         directory / "tokenizer_config.json",

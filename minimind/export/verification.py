@@ -37,26 +37,10 @@ CHATS = (
 )
 TEXTS = (
     *PROMPTS,
-    *(
-        "",
-        " ",
-        "a",
-        "  two  spaces\t\ttabs \n\n\nlines\r\nend ",
-        "It's I'LL we've DON'T",
-        "3.14159 1,000,000 2026年10月",
-    ),
-    *("def f(x: int) -> str:\n    return f\"{x!r}\"  # 返回\n\n\nif __name__ == '__main__':\n\tprint(f(0x1F))",),
-    *(
-        "😀👍🏽👨‍👩‍👧🇨🇳",
-        "naïve café e\u0301 ﬁ Ω ß ½",
-        "日本語のテキスト、한국어 Русский عربى",
-        "“引号”，（括号）；——……",
-    ),
-    *(
-        "\x00\x7f\ufeff\u200b\u3000",
-        "https://example.org/a?b=c&d=%20",
-        "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
-    ),
+    *("", " ", "a", "  two  spaces\t\ttabs \n\n\nlines\r\nend ", "It's I'LL we've DON'T", "3.14159 1,000,000 2026年"),
+    "def f(x: int) -> str:\n    return f\"{x!r}\"  # 返回\n\n\nif __name__ == '__main__':\n\tprint(f(0x1F))",
+    *("😀👍🏽👨‍👩‍👧🇨🇳", "naïve café e\u0301 ﬁ Ω ß ½", "日本語のテキスト、한국어 Русский عربى", "“引号”，（括号）；——"),
+    *("\x00\x7f\ufeff\u200b\u3000", "https://example.org/a?b=c&d=%20", "<|im_start|>user\nhi<|im_end|><|endoftext|>"),
 )
 
 
@@ -71,18 +55,15 @@ class Probes:
 
 def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probes:
     """Prompts in Chinese and English, raw and as chats, cut where the model's window leaves no room to continue."""
-    texts = [
-        *PROMPTS,
-        *(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS),
-    ]
+    chats = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS]
     room = max(1, model.config.max_position_embeddings - NEW_TOKENS)
-    prompts = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]]) for text in texts]
+    prompts = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]]) for text in [*PROMPTS, *chats]]
     sequences = continuations(model, prompts)
     return Probes(prompts, sequences, logits_of(model, sequences))
 
 
 def continuations(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each prompt with the NEW_TOKENS that greedy decoding adds, past an end token; as one batch, padded on the left."""
+    """Each prompt and the NEW_TOKENS that greedy decoding adds, past an end token; one batch, padded on the left."""
     width = max(ids.shape[1] for ids in prompts)
     ids = torch.cat([pad(row, (width - row.shape[1], 0)) for row in prompts])
     mask = torch.cat([pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in prompts])
@@ -193,23 +174,19 @@ def check_llama_cpp(probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Pa
 def report(compared: dict) -> str:
     """What was compared, in a few lines."""
     lines = [
-        f"verified: logits of {compared['prompts']} prompts differ by at most {compared['max_logit_difference']:.2g} "
-        f"(tolerance {compared['tolerance']:g}), {compared['greedy_tokens_equal']} greedy tokens are equal"
+        "verified: logits of {prompts} prompts differ by up to {max_logit_difference:.2g} ({tolerance:.2g} tolerated)"
     ]
+    lines.append("  {greedy_tokens_equal} greedy tokens are equal")
     if "read_back_by" in compared:
-        lines.append(
-            f"  read back by {compared['read_back_by']}: {compared['tensors_bitwise_equal']} tensors bitwise equal, "
-            f"{compared['texts_tokenised_equally']} texts tokenised equally"
-        )
-        lines.append(
-            f"  rounding to the data type moves logits by up to {compared['max_logit_change_by_rounding']:.2g}"
-        )
+        lines.append("  {tensors_bitwise_equal} tensors are bitwise equal, read back by {read_back_by}")
+        lines.append("  {texts_tokenised_equally} texts are tokenised equally")
+        lines.append("  rounding to the data type moves logits by up to {max_logit_change_by_rounding:.2g}")
+    lines = [line.format(**compared) for line in lines]
     if found := compared.get("llama.cpp"):
+        differ = f"logits differ by {found['median_logit_difference']:.2g} standard deviations (median)"
         lines.append(
-            f"  llama.cpp {found['version']}: logits differ by {found['median_logit_difference']:.2g} standard deviations "
-            f"(median, tolerance {found['tolerance']:g}), {found['greedy_tokens_equal']} greedy tokens and "
-            f"{found['texts_tokenised_equally']} tokenisations are equal"
+            f"  llama.cpp {found['version']}: {differ}, {found['greedy_tokens_equal']} greedy tokens are equal"
         )
     elif "llama.cpp" in compared:
-        lines.append("  llama.cpp is not installed (pip install llama-cpp-python), so it was not asked")
+        lines.append("  llama.cpp was not asked: it is not installed (pip install llama-cpp-python)")
     return "\n".join(lines)
