@@ -29,7 +29,7 @@ from minimind.checkpoints import check_vocabulary, load_model, read_stage, requi
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
-from minimind.training.callbacks import ProgressCallback
+from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
@@ -143,6 +143,8 @@ class Stage:
         self.progress = ProgressCallback(self.output_dir)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.progress)
+        if getattr(trainer.model.config, "num_experts", 0):
+            trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -160,7 +162,9 @@ class Stage:
             listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
             files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
             console.print(f"  {part:<6} {listed}  [dim]{files}[/]")
-        shown = f"{parameters / 1e6:.2f} M" + ("" if trainable == parameters else f", {trainable / 1e6:.2f} M trained")
+        active = active_parameters(model)
+        shown = f"{parameters / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M active)" if active < parameters else "")
+        shown += "" if trainable == parameters else f", {trainable / 1e6:.2f} M trained"
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
         console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
@@ -210,6 +214,15 @@ class Stage:
         partial.rmdir()
         write_json(self.output_dir / "stage.json", record)
         print(f"{self.name} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that one token passes: all, but of a layer's routed experts only those it visits."""
+    config = model.config
+    if not config.num_experts:
+        return sum(p.numel() for p in model.parameters())
+    idle = 1 - config.num_experts_per_tok / config.num_experts
+    return round(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in model.named_parameters()))
 
 
 def save_model(trainer: Trainer, directory: Path) -> None:
