@@ -37,13 +37,13 @@ def pytest_sessionfinish(session):
     """Below pytest's own report, set MiniMind's results beside its twins', and let that decide on the exit status."""
     yield
     classes = {item.cls for item in session.items}
-    pairs = [(cls.__name__, cls.twin.__name__) for cls in classes if cls.twin in classes]
+    pairs = sorted((cls.__name__, cls.twin.__name__) for cls in classes if cls.twin in classes)
     if not pairs or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return  # interrupted, or only a part was asked for: pytest's own verdict stands
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     results = outcomes_by_test(reporter.stats)
     complaints = [f"{ours}: {line}" for ours, twin in pairs for line in worse(results[ours], results[twin])]
-    for line in (*table(results, sorted(pairs)), *complaints):
+    for line in (*table(results, pairs), *complaints):
         reporter.write_line(line)
     session.exitstatus = pytest.ExitCode.TESTS_FAILED if complaints else pytest.ExitCode.OK
 
