@@ -13,6 +13,8 @@ from minimind.tokenizer import save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # at these sizes a second thread gains nothing, and stalls where other work runs
 
+collect_ignore = ["conformance"]  # the library's tests, run by scripts/conformance.sh with settings of their own
+
 ENGLISH = "the quick brown fox jumps over the lazy dog and runs home"
 CHINESE = "敏捷的棕色狐狸跳过了懒惰的狗然后跑回家"
 
