@@ -211,9 +211,7 @@ def resolve(
         fields |= report.assumed
         theirs = not library and generation is not MINIMIND_3 and "qk_norm" not in raw
         if theirs and fields.get("num_experts_per_tok") == 1:
-            fields["norm_topk_prob"] = (
-                False  # before MiniMind-3 the weights were normalised among several experts only
-            )
+            fields["norm_topk_prob"] = False  # their code normalised the weights of several experts only
         theta = float(fields.pop("rope_theta", MiniMindConfig.default_theta))
         fields["rope_parameters"] = {"rope_type": "default", **fields.get("rope_parameters", {}), "rope_theta": theta}
         return MiniMindConfig(**fields)
@@ -436,8 +434,6 @@ def minimind_rope(raw: dict, rope: dict, fields: dict, origin: Path) -> dict:
             )
         if fields.get("max_position_embeddings", 32768) <= rope.get("original_max_position_embeddings", 2048):
             rope = {}
-    elif "inference_rope_scaling" in raw or "use_moe" in raw:
-        rope = {}
     rope = {"rope_type": rope["type"], **rope} if "type" in rope else rope
     return {key: value for key, value in rope.items() if key not in ("type", "rope_theta") and value is not None}
 

@@ -326,9 +326,29 @@ def test_the_scaling_for_longer_texts_is_kept(tmp_path):
     assert_imported(tmp_path / "a.pth", expected, tmp_path / "again", config=tmp_path / "config.json")
 
 
-def test_a_scaling_that_the_published_code_ignores_is_ignored(tmp_path):
-    published = Published("3", extra={"rope_scaling": {"type": "yarn", "factor": 4.0}})
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"inference_rope_scaling": True, "max_position_embeddings": 2048},
+    ],
+    ids=["not switched on", "not longer than in training"],
+)
+def test_a_scaling_that_the_published_code_ignores_is_ignored(tmp_path, config):
+    published = Published("3", extra=config)
     assert_imported(published.folder(tmp_path / "source"), published.logits(), tmp_path / "out")
+
+
+def test_a_minimind_1_with_other_heads_is_known_by_its_configuration(tmp_path):
+    published = Published("1", heads=8, kv_heads=2)
+    assert_imported(published.folder(tmp_path / "source"), published.logits(), tmp_path / "out")
+
+
+def test_dropout_is_kept_and_the_cache_switched_on(tmp_path):
+    model, _ = import_checkpoint(
+        Published("2").folder(tmp_path / "source", dropout=0.1, use_cache=False), tmp_path / "out"
+    )
+    assert (model.config.attention_dropout, model.config.hidden_dropout, model.config.use_cache) == (0.1, 0.1, True)
 
 
 def test_what_a_file_does_not_tell_can_be_given(tmp_path):
@@ -508,11 +528,16 @@ def test_a_published_chat_template_is_marked_and_writes_the_same_text(tmp_path, 
     assert trained == f"{thought}the fox<|im_end|>{thought}the dog<|im_end|>"
 
 
-def test_another_chat_template_is_kept_and_said_to_have_no_marks(tmp_path, tokenizer_dir):
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0].content }}", "{% set content = messages[0].content %}: {{ content + '</s>' + '\\n' }}"],
+    ids=["unknown", "known words whose marks would eat the space before them"],
+)
+def test_another_chat_template_is_kept_and_said_to_have_no_marks(tmp_path, tokenizer_dir, template):
     source = Published("2").folder(tmp_path / "source", tokenizer_dir)
-    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (source / "chat_template.jinja").write_text(template)
     _, report = import_checkpoint(source, tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
     assert any("does not mark the assistant's words" in note for note in report.notes)
 
 
