@@ -149,8 +149,8 @@ class MiniMindConfig(PreTrainedConfig):
             )
         if kind != "default" and not (isinstance(factor, int | float) and factor >= 1):
             raise ValueError(
-                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how many times longer than "
-                f"in training a sequence may be (max_position_embeddings is {self.max_position_embeddings})."
+                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how many times longer "
+                f"than in training a sequence may be (max_position_embeddings is {self.max_position_embeddings})."
             )
         super().validate_rope()
 
