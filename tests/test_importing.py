@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from transformers import (
 
 from minimind import MiniMindForCausalLM
 from minimind.checkpoints import check_vocabulary, read_stage, require_stage
+from minimind.cli import build_parser
 from minimind.data.masks import tokenize_conversation
-from minimind.importing import import_checkpoint
+from minimind.importing import MINIMIND_1, MINIMIND_2, MINIMIND_2_OLD, MINIMIND_3, import_checkpoint
 from minimind.tokenizer import load_tokenizer
 
 VOCAB, HIDDEN, LAYERS, WIDTH, EXPERTS = 300, 64, 2, 48, 3
@@ -404,6 +406,15 @@ def test_a_folder_of_the_library_keeps_its_logits(tmp_path, name):
     assert_imported(tmp_path / "source", expected, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["Llama 3", "Qwen3-MoE, not normalised"])
+def test_a_state_dict_of_the_library_keeps_its_logits_with_its_configuration(tmp_path, name):
+    model, expected = library_model(name)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    model.config.to_json_file(tmp_path / "config.json")
+    report = assert_imported(tmp_path / "a.pth", expected, tmp_path / "out", config=tmp_path / "config.json")
+    assert report.assumed == {}
+
+
 def test_a_configuration_of_the_librarys_fourth_version_is_read(tmp_path):
     model, expected = library_model("Qwen3, tied, YaRN")
     model.save_pretrained(tmp_path / "source")
@@ -740,3 +751,20 @@ def test_options_that_do_not_fit(refused, saved, tmp_path, tokenizer_dir):
     said(refused(source, "--tokenizer", tokenizer_dir), "the tokenizer has", "tokens, the model 200")
     said(refused(source, "--tokenizer", tmp_path), "holds no tokenizer")
     said(refused(source, "--config", tmp_path / "no.json"), "no.json cannot be read")
+
+
+def test_both_languages_of_the_guide_have_the_same_commands_and_figures():
+    pages = [
+        (Path(__file__).parent.parent / "docs" / name).read_text("utf-8") for name in ("import.md", "import_zh.md")
+    ]
+    blocks = [re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for page in pages]
+    assert blocks[0] == blocks[1] != []
+    for line in blocks[0][0].splitlines():
+        assert build_parser().parse_args(line.split()[1:]).run
+    rows = [[line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")] for page in pages]
+    assert [row[1:4] for row in rows[0]] == [row[1:4] for row in rows[1]]
+    columns = zip(*([cell.strip() for cell in row] for row in rows[0]), strict=True)
+    names, *generations = ([cell.split()[0].strip("`") for cell in column] for column in columns)
+    for values, generation in zip(generations, (MINIMIND_1, MINIMIND_2_OLD, MINIMIND_2, MINIMIND_3), strict=True):
+        for name, value in zip(names, values, strict=True):
+            assert value == "from" or float(value) == generation.assumed[name]
