@@ -10,29 +10,15 @@ DeepSpeed does, `autocast` in fp32, as the plain Trainer does.
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from side_by_side import DEVICE, device_name, side_by_side
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
+from twins import SHAPE, library_twin, read_size
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.training.arguments import load_model_config_file
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 EXPERTS = ("eager", "grouped_mm")
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "pad_token_id")
-MOE_SHAPE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
-
-
-def library_twin(config: MiniMindConfig) -> PreTrainedModel:
-    """The library's model that computes the same."""
-    fields = {name: getattr(config, name) for name in SHAPE}
-    if config.num_experts:
-        fields |= {name: getattr(config, name) for name in MOE_SHAPE}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields, output_router_logits=True))
-    return Qwen3ForCausalLM(Qwen3Config(**fields))
 
 
 def alternatives(config: MiniMindConfig) -> dict[str, PreTrainedModel]:
@@ -82,7 +68,7 @@ def main() -> None:
     for size in args.sizes:
         for precision in args.precisions:
             torch.manual_seed(0)
-            config = MiniMindConfig(**load_model_config_file(str(CONFIGS / f"{size}.json")))
+            config = read_size(size)
             input_ids = torch.randint(3, config.vocab_size, (args.batch_size, args.length), device=DEVICE)
             steps = {name: step(model, input_ids, precision) for name, model in alternatives(config).items()}
             for name, (seconds, ratio) in side_by_side(steps, args.rounds).items():
