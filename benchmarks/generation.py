@@ -2,8 +2,8 @@
 
     python benchmarks/generation.py [--size 26m] [--batch_sizes 1 8] [--new_tokens 128] [--compile]
 
-Prints new tokens per second with a dynamic cache, and with --compile also with a static one and compiled decoding
-(the first call, which compiles, is left out), and that the tokens are the same.
+Prints new tokens per second with a dynamic cache, with --compile also with a static one, for which `generate` compiles
+the decoding on a GPU (the first call, which compiles, is left out), and whether the tokens are the same.
 """
 
 import argparse

@@ -3,7 +3,8 @@
 import json
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests of test_gpu.py run where it is set
 
 import pytest
 import torch

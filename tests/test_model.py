@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
+    StaticCache,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -251,6 +252,21 @@ def test_a_smaller_model_drafts_for_a_larger_one_without_changing_its_tokens():
     assert model.generate(prompt, **options, assistant_model=model).equal(expected)  # a draft that is always right
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch 2.13, of its own compiler
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
+def test_a_decoding_step_compiles_as_one_graph_on_a_static_cache(experts):
+    model, ids = build(num_experts=experts), random_ids(1, 12)
+    step = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(ids[:, :10], past_key_values=cache)
+        for position in (10, 11):
+            position_ids = torch.tensor([[position]])
+            logits = step(ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids).logits
+            torch.testing.assert_close(logits[:, 0], whole[:, position], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_sequence_scores_are_those_of_the_library_twin_at_the_last_token_before_padding(padding):
     torch.manual_seed(0)
@@ -369,6 +385,32 @@ def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attenti
     packed = torch.cat(list(output.logits.detach()))
     torch.testing.assert_close(packed, torch.cat(separate, 1)[0], atol=1e-5, rtol=0)
     assert_gradients_equal(gradients(model), expected)
+
+
+# What transformers 5.23 and torch 2.13 warn of in one another when flex_attention compiles its mask.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"qk_norm": False},
+        {"attention_bias": True},
+        {"rope_parameters": SHAPES["YaRN"]["rope_parameters"]},
+        {"num_experts": 4},
+        {"num_experts": 4, "num_experts_per_tok": 1, "n_shared_experts": 1},
+    ],
+    ids=["qk_norm", "no qk_norm", "biases", "YaRN", "MoE", "MoE, shared"],
+)
+def test_on_every_back_end_each_variant_keeps_packed_documents_apart(variant, attention):
+    """Forward alone: flex_attention has no backward on a CPU. Flash attention needs a GPU: tests/test_gpu.py."""
+    documents = [random_ids(1, n, seed=n) for n in (60, 100)]
+    with torch.no_grad():
+        separate = [build(attn_implementation="eager", **variant)(document).logits for document in documents]
+        positions = torch.cat([torch.arange(60), torch.arange(100)])[None]
+        model = build(attn_implementation=attention, **variant)
+        packed = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, torch.cat(separate, dim=1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -46,6 +46,7 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
     Raises:
         UserError: the file is wrong, or its vocabulary is too small for the tokenizer.
     """
+    check_attention(attn_implementation)
     fields = load_model_config_file(config_file)
     fields.setdefault("vocab_size", len(tokenizer))
     try:
@@ -76,10 +77,19 @@ def starting_point(
         tokenizer = load_tokenizer()
         return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
     path = require_stage(given or default)
+    check_attention(attn_implementation)
     tokenizer = load_tokenizer(path)
     model = load_model(path, attn_implementation)
     check_vocabulary(model, tokenizer, path)
     return model, tokenizer, path
+
+
+def check_attention(attn_implementation: str | None) -> None:
+    """Raises UserError where a back-end cannot train here, which the libraries say in the first backward at best."""
+    if attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError(
+            "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa is the default."
+        )
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
