@@ -118,7 +118,7 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation=attn_implementation
             )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {error}") from error
     return model
 

@@ -77,6 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("out", help="stage directory to write; must not hold anything")
     merge.set_defaults(run=run_merge)
 
+    importing = commands.add_parser("import", help="read a published MiniMind, Llama or Qwen3 checkpoint")
+    importing.add_argument("source", help="a HuggingFace folder, or a state dict (.pth, .bin, .safetensors)")
+    importing.add_argument("destination", help="directory to write")
+    importing.add_argument("--config", help="JSON with fields of the model, ours or theirs; default: the source's")
+    importing.add_argument("--tokenizer", help="directory with tokenizer.json; default: the source")
+    importing.add_argument("--num_attention_heads", type=int, help="query heads; a .pth does not tell")
+    importing.add_argument("--rope_theta", type=float, help="base of RoPE; a .pth does not tell")
+    importing.set_defaults(run=run_import)
+
     world = commands.add_parser("world", help="write the embedded corpus as files")
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
@@ -158,6 +167,27 @@ def run_merge(args: argparse.Namespace) -> None:
     record = merge(args.adapter, args.out)
     print(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
     print(report(record["verification"]))
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """`minimind import`."""
+    from minimind.importing import import_checkpoint
+
+    model, report = import_checkpoint(
+        args.source,
+        args.destination,
+        args.config,
+        args.tokenizer,
+        num_attention_heads=args.num_attention_heads,
+        rope_theta=args.rope_theta,
+    )
+    print(f"{args.source}: {report.layout}, {model.num_parameters() / 1e6:.2f} M parameters, {model.dtype}")
+    for title, fields in {"from the shapes": report.inferred, "ASSUMED": report.assumed}.items():
+        if fields:
+            print(f"  {title}: {', '.join(f'{name} {value}' for name, value in fields.items())}")
+    for note in report.notes:
+        print(f"  note: {note}")
+    print(f"-> {args.destination}")
 
 
 def run_world(args: argparse.Namespace) -> None:

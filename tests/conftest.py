@@ -3,7 +3,8 @@
 import json
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests of test_gpu.py run where it is set
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.tokenizer import save_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # at these sizes a second thread gains nothing, and stalls where other work runs
+
+collect_ignore = ["conformance"]  # the library's tests, run by scripts/conformance.sh with settings of their own
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and runs home"
 CHINESE = "敏捷的棕色狐狸跳过了懒惰的狗然后跑回家"

@@ -12,14 +12,19 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    StaticCache,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import minimind
-from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindModel
+from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification, MiniMindModel
+from minimind.model import modeling_minimind
 
 PAD, EOS = 0, 2
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -126,6 +131,69 @@ def test_logits_are_those_of_the_library_twin_for_the_same_weights(qk_norm, twin
         torch.testing.assert_close(actual[seen], expected[seen], atol=1e-5, rtol=0)
 
 
+def left_padding_mask(ids):
+    mask = torch.ones_like(ids)
+    mask[1, :140] = 0
+    return mask
+
+
+def two_documents_mask(ids):
+    """(B, 1, S, S), causal and block-diagonal: True where a token sees another."""
+    document = torch.arange(ids.shape[1]) >= 170
+    return (document[:, None] == document) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+
+
+MASKS = {
+    "none": lambda ids: None,
+    "left padding": left_padding_mask,
+    "two documents": lambda ids: two_documents_mask(ids).expand(len(ids), 1, -1, -1),
+    "both ways": lambda ids: torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", [128, 129, 300])
+def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(mask, length):
+    """Lengths of one block of queries, one and a bit, and several; masks that let tokens see less, or more."""
+    ids, found = random_ids(2, length), []
+    mask = MASKS[mask](ids)
+    seen = torch.ones_like(ids).bool() if mask is None or mask.ndim == 4 else mask.bool()
+    for attention in ("eager", "sdpa"):
+        model = build(attn_implementation=attention, max_position_embeddings=512).train()
+        # A mask of shape (B, 1, S, S) goes to the layers as it is; eager attention adds it to the weights.
+        given = mask
+        if attention == "eager" and mask is not None and mask.ndim == 4:
+            given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float).min)
+        logits = model(ids, attention_mask=given, use_cache=False).logits
+        logits[seen].square().mean().backward()
+        found.append((logits[seen].detach(), gradients(model)))
+    (expected_logits, expected), (logits, actual) = found
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
+    assert_gradients_equal(actual, expected)
+
+
+def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():
+    layer = build(attention_dropout=0.25).model.layers[0].self_attn
+    query, value = torch.zeros(2, 4, 200, 8), torch.ones(2, 2, 200, 8)  # flat attention to ones: each output is 1
+
+    def outputs():
+        return modeling_minimind.blocked_attention_forward(layer.train(), query, value, value, None, 1.0, dropout=p)[0]
+
+    torch.manual_seed(0)
+    p = 0.25
+    assert outputs()[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])  # the first token sees itself alone
+    assert outputs().mean() == pytest.approx(1, abs=0.02)
+    p = 0.0
+    torch.testing.assert_close(outputs(), torch.ones(2, 200, 4, 8))
+
+
+def test_hidden_dropout_acts_in_training_only():
+    model, ids = build(hidden_dropout=0.5), random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, build()(ids).logits)
+        assert not torch.allclose(model.train()(ids).logits, model(ids).logits, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_eager_attention_gives_the_logits_of_sdpa(shape):
     eager, sdpa = (build(attn_implementation=name, **SHAPES[shape]) for name in ("eager", "sdpa"))
@@ -168,6 +236,58 @@ def test_greedy_generation_of_a_left_padded_batch_is_that_of_each_prompt_alone(q
     assert together.tolist() == [tokens.tolist() for tokens in alone]
 
 
+def test_generation_with_a_static_cache_gives_the_tokens_of_a_dynamic_one():
+    model, prompt = build(seed=1), random_ids(2, 7)
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 12}
+    expected = model.generate(prompt, **options)
+    assert model.generate(prompt, **options, cache_implementation="static", disable_compile=True).equal(expected)
+
+
+def test_a_smaller_model_drafts_for_a_larger_one_without_changing_its_tokens():
+    model, draft = build(seed=1), build(seed=2, num_hidden_layers=1)
+    prompt = random_ids(1, 7)
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 16}
+    expected = model.generate(prompt, **options)
+    assert model.generate(prompt, **options, assistant_model=draft).equal(expected)
+    assert model.generate(prompt, **options, assistant_model=model).equal(expected)  # a draft that is always right
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch 2.13, of its own compiler
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
+def test_a_decoding_step_compiles_as_one_graph_on_a_static_cache(experts):
+    model, ids = build(num_experts=experts), random_ids(1, 12)
+    step = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(ids[:, :10], past_key_values=cache)
+        for position in (10, 11):
+            position_ids = torch.tensor([[position]])
+            logits = step(ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids).logits
+            torch.testing.assert_close(logits[:, 0], whole[:, position], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_sequence_scores_are_those_of_the_library_twin_at_the_last_token_before_padding(padding):
+    torch.manual_seed(0)
+    config = MiniMindConfig(**SIZE, **SHAPES["GQA"], num_labels=1)
+    model = MiniMindForSequenceClassification(config).eval()
+    names = (*SIZE, *SHAPES["GQA"], "head_dim", "rms_norm_eps", "rope_parameters", "pad_token_id", "num_labels")
+    twin = Qwen3ForSequenceClassification(Qwen3Config(**{name: getattr(config, name) for name in names})).eval()
+    twin.load_state_dict(model.state_dict())
+    ids = random_ids(3, 9)
+    mask = torch.ones_like(ids)
+    columns = slice(None, 4) if padding == "left" else slice(5, None)
+    mask[1, columns] = 0
+    ids = ids * mask
+    with torch.no_grad():
+        scores = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(scores, twin(ids, attention_mask=mask).logits, atol=1e-6, rtol=0)
+        alone = model(ids[1:2][mask[1:2].bool()][None]).logits
+    torch.testing.assert_close(scores[1:2], alone, atol=1e-5, rtol=0)
+    assert scores.shape == (3, 1)
+
+
 @pytest.mark.parametrize("num_items", [None, 5, 40])
 def test_the_loss_is_the_cross_entropy_of_the_next_token(trained, num_items):
     labels = random_ids(3, 8)
@@ -175,6 +295,26 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(trained, num_items):
     num_items_in_batch = None if num_items is None else torch.tensor(num_items)
     output = trained(random_ids(3, 8), labels=labels, num_items_in_batch=num_items_in_batch)
     torch.testing.assert_close(output.loss, shifted_cross_entropy(output.logits, labels, num_items))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_the_loss_and_its_gradient_are_those_of_the_library_piece_by_piece(monkeypatch, num_items, dtype):
+    monkeypatch.setattr(modeling_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})  # 16 rows in pieces of 3
+    logits = torch.randn(2, 8, 97, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
+    labels = random_ids(2, 8)
+    labels[0, 2:5] = labels[1, 7] = -100
+    found = []
+    for function in (modeling_minimind.causal_lm_loss, ForCausalLMLoss):
+        leaf = logits.clone().requires_grad_()
+        loss = function(logits=leaf, labels=labels, vocab_size=97, num_items_in_batch=num_items)
+        (3 * loss).backward()
+        found.append((loss.detach(), leaf.grad))
+    (loss, grad), (expected_loss, expected_grad) = found
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(grad, expected_grad)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == dtype
 
 
 def test_a_label_of_minus_100_is_ignored_and_the_first_label_is_nobodys_target(trained):
@@ -223,10 +363,11 @@ def test_gradient_checkpointing_recomputes_each_layer_and_gives_equal_gradients(
     assert_gradients_equal(gradients(trained), expected)
 
 
+@pytest.mark.parametrize("lengths", [((5, 9, 2), (4, 4, 8)), ((70, 3, 90), (100, 61, 2))], ids=["short", "in blocks"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attention):
+def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attention, lengths):
     model = build(attn_implementation=attention).train()
-    rows = [[random_ids(1, n, seed=n) for n in lengths] for lengths in ((5, 9, 2), (4, 4, 8))]
+    rows = [[random_ids(1, n, seed=n) for n in row] for row in lengths]
     documents = [document for row in rows for document in row]
     num_items = torch.tensor(sum(document.shape[1] - 1 for document in documents))
     separate = []
@@ -244,6 +385,32 @@ def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attenti
     packed = torch.cat(list(output.logits.detach()))
     torch.testing.assert_close(packed, torch.cat(separate, 1)[0], atol=1e-5, rtol=0)
     assert_gradients_equal(gradients(model), expected)
+
+
+# What transformers 5.23 and torch 2.13 warn of in one another when flex_attention compiles its mask.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"qk_norm": False},
+        {"attention_bias": True},
+        {"rope_parameters": SHAPES["YaRN"]["rope_parameters"]},
+        {"num_experts": 4},
+        {"num_experts": 4, "num_experts_per_tok": 1, "n_shared_experts": 1},
+    ],
+    ids=["qk_norm", "no qk_norm", "biases", "YaRN", "MoE", "MoE, shared"],
+)
+def test_on_every_back_end_each_variant_keeps_packed_documents_apart(variant, attention):
+    """Forward alone: flex_attention has no backward on a CPU. Flash attention needs a GPU: tests/test_gpu.py."""
+    documents = [random_ids(1, n, seed=n) for n in (60, 100)]
+    with torch.no_grad():
+        separate = [build(attn_implementation="eager", **variant)(document).logits for document in documents]
+        positions = torch.cat([torch.arange(60), torch.arange(100)])[None]
+        model = build(attn_implementation=attention, **variant)
+        packed = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, torch.cat(separate, dim=1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -308,7 +475,7 @@ STRANGER = """
 import sys
 sys.modules["minimind"] = None  # importing it raises ModuleNotFoundError
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 trusted = {"trust_remote_code": True}
 ids = torch.load("ids.pt")
@@ -316,18 +483,23 @@ with torch.no_grad():
     config = AutoConfig.from_pretrained("saved", **trusted)
     model = AutoModelForCausalLM.from_pretrained("saved", **trusted)
     base = AutoModel.from_pretrained("saved", **trusted)
+    scorer = AutoModelForSequenceClassification.from_pretrained("scorer", **trusted)
     model.save_pretrained("again")
     reloaded = AutoModelForCausalLM.from_pretrained("again", **trusted)
     names = [type(thing).__name__ for thing in (config, model, base, reloaded)]
     results = {"names": names, "model": model(ids).logits, "reloaded": reloaded(ids).logits}
+    results["scores"] = scorer(ids).logits
     results["base"] = model.lm_head(base(ids).last_hidden_state)
 torch.save(results, "results.pt")
 """
 
 
-def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tmp_path):
-    model, ids = build(), random_ids(2, 9)
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
+def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tmp_path, experts):
+    model, ids = build(num_experts=experts), random_ids(2, 9)
+    scorer = MiniMindForSequenceClassification(model.config).eval()
     model.save_pretrained(tmp_path / "saved")
+    scorer.save_pretrained(tmp_path / "scorer")
     torch.save(ids, tmp_path / "ids.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment.pop("PYTHONPATH", None)
@@ -343,6 +515,7 @@ def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tm
     assert results.pop("names") == ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindModel", "MiniMindForCausalLM"]
     with torch.no_grad():
         expected = model(ids).logits
+        torch.testing.assert_close(results.pop("scores"), scorer(ids).logits, atol=1e-6, rtol=0)
     for logits in results.values():
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")  # what a stranger saved is ours again
@@ -353,6 +526,9 @@ def test_the_auto_classes_build_minimind_without_remote_code(tmp_path):
     build().save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is MiniMindConfig
     assert type(AutoModel.from_pretrained(tmp_path)) is MiniMindModel
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    assert type(scorer) is MiniMindForSequenceClassification
+    assert torch.equal(scorer.model.embed_tokens.weight, build().model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("name", ["configuration_minimind.py", "modeling_minimind.py"])

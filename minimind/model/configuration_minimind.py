@@ -97,6 +97,26 @@ class MiniMindConfig(PreTrainedConfig):
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the layers: attention by heads, each SwiGLU by its inner width.
+
+        A property, since what there is to split depends on the configuration, and the plan must name nothing else.
+        """
+        swiglu = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        plan = {f"self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+        plan |= {"self_attn.o_proj": "rowwise"}
+        if self.qk_norm:
+            # Each process normalises its own heads with the whole weight, whose gradient is the sum over all heads.
+            plan |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+        if self.num_experts:
+            experts = {".gate_up_proj": "packed_colwise", ".down_proj": "rowwise", "": "moe_tp_experts"}
+            plan |= {f"mlp.experts{name}": style for name, style in experts.items()}
+        if not self.num_experts or self.n_shared_experts:
+            prefix = "mlp.shared_experts" if self.num_experts else "mlp"
+            plan |= {f"{prefix}.{name}": style for name, style in swiglu.items()}
+        return {f"layers.*.{name}": style for name, style in plan.items()}
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the rules between fields."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -149,8 +169,8 @@ class MiniMindConfig(PreTrainedConfig):
             )
         if kind != "default" and not (isinstance(factor, int | float) and factor >= 1):
             raise ValueError(
-                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how many times longer than "
-                f"in training a sequence may be (max_position_embeddings is {self.max_position_embeddings})."
+                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how many times longer "
+                f"than in training a sequence may be (max_position_embeddings is {self.max_position_embeddings})."
             )
         super().validate_rope()
 

@@ -31,6 +31,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_minimind import MiniMindConfig
 
+BLOCK = 128  # queries per block of `blocked_attention_forward`
+PIECE = {True: 2**19, False: 2**26}  # logits per piece of `CrossEntropy`: a cache's worth on a CPU, memory elsewhere
+MAX_BLOCKED_LENGTH = 1024  # beyond it the probabilities take too much memory for the time they save
+
 
 class MiniMindRMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019), the statistics in fp32."""
@@ -75,24 +79,17 @@ class MiniMindRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids (B, S) -> cos, sin, each (B, S, D) in the dtype of `x`."""
+        """position_ids (B, S) -> cos, sin, each (B, S, D) in the dtype of `x`; the first half of sin is negated."""
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        emb = torch.cat((freqs, freqs), dim=-1)
-        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+        cos, sin = freqs.cos() * self.attention_scaling, freqs.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(x1, x2) -> (-x2, x1) over the halves of the last dimension: the rotation by 90 degrees."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate (B, H, S, D) queries and (B, K, S, D) keys by their positions; cos and sin are (B, S, D)."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (B, S, heads, D) by the positions of cos and sin (B, S, D): (x1 cos - x2 sin, x2 cos + x1 sin) over the
+    halves x1, x2 of D. The minus is in sin, so that swapping the halves is one roll."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
 
 class MiniMindMLP(nn.Module):
@@ -238,6 +235,44 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def blocked_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of a sequence to itself, a block of queries at a time, each up to the last key it may see.
+
+    The same sums as SDPA's. For short sequences on a CPU, matrix products over whole blocks are faster than torch's
+    fused kernel, the more so in bf16 (`benchmarks/model_step.py`); the probabilities stay in memory for the backward.
+    """
+    (B, H, S, D), K = query.shape, key.shape[1]
+    query = (query * scaling).to(value.dtype).reshape(B * K, H // K, S, D)  # under autocast, value is in its dtype
+    key, value = key.to(value.dtype).reshape(B * K, S, D).transpose(1, 2), value.reshape(B * K, S, D)
+    seen = attention_mask if attention_mask is not None else query.new_ones(S, S, dtype=torch.bool).tril()[None, None]
+    bias = torch.zeros_like(seen, dtype=value.dtype).masked_fill_(~seen, torch.finfo(value.dtype).min)
+    outputs = []
+    for start in range(0, S, BLOCK):
+        rows = slice(start, start + BLOCK)
+        end = min(start + BLOCK, S)
+        if seen[:, :, rows, end:].any():  # a mask given by hand may let a token see what comes after it
+            end = S
+        weights = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end) + bias[:, :, rows, :end]
+        weights = nn.functional.dropout(weights.softmax(dim=-1), p=dropout, training=module.training)
+        outputs.append((weights.view(B * K, -1, end) @ value[:, :end]).view(B, H, -1, D))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether to take `blocked_attention_forward` for SDPA: on a CPU, not in compiled code, without earlier keys."""
+    on_host = query.device.type == "cpu" and not is_torchdynamo_compiling()
+    return on_host and 1 < query.shape[2] == key.shape[2] <= MAX_BLOCKED_LENGTH
+
+
 class MiniMindAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023) through the library's attention interface.
 
@@ -283,10 +318,11 @@ class MiniMindAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
-        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape))
+        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape))
+        query_states = apply_rotary_pos_emb(query_states, *position_embeddings).transpose(1, 2)
+        key_states = apply_rotary_pos_emb(key_states, *position_embeddings).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
@@ -294,6 +330,8 @@ class MiniMindAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.config._attn_implementation == "sdpa" and blocks_are_faster(query_states, key_states):
+            attention_interface = blocked_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -420,6 +458,55 @@ class MiniMindModel(MiniMindPreTrainedModel):
         )
 
 
+class CrossEntropy(torch.autograd.Function):
+    """logits (N, V), labels (N,) -> the sum of -log p(label) in fp32, labels of `ignore_index` left out.
+
+    Identical to `nn.functional.cross_entropy(logits.float(), labels, reduction="sum")` except: the gradient is made
+    from the logits, a cache-sized piece at a time, so that neither an fp32 copy of the logits nor their log-softmax is
+    ever held; it is the logits' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        rows = max(1, PIECE[logits.device.type == "cpu"] // logits.shape[1])
+        trained = labels != ignore_index
+        labels = labels.where(trained, 0)[:, None]
+        log_sum_exp = torch.cat([piece.float().logsumexp(dim=-1, keepdim=True) for piece in logits.split(rows)])
+        ctx.save_for_backward(logits, labels, trained, log_sum_exp)
+        ctx.rows = rows
+        return ((log_sum_exp - logits.gather(1, labels).float()).squeeze(1) * trained).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, labels, trained, log_sum_exp = ctx.saved_tensors
+        scale = (grad_loss * trained)[:, None]
+        grad = torch.empty_like(logits)
+        for out, piece, total, factor in zip(
+            *(t.split(ctx.rows) for t in (grad, logits, log_sum_exp, scale)), strict=True
+        ):
+            torch.mul((piece.float() - total).exp_(), factor, out=out)
+        return grad.scatter_add_(1, labels, -scale.to(grad.dtype)), None, None
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> torch.Tensor:
+    """Identical to the library's ForCausalLMLoss except for `CrossEntropy`: less memory, less time."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.reshape(-1).to(logits.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != ignore_index).sum()
+    return CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index) / num_items_in_batch
+
+
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """Token ids (B, S) -> logits (B, S, V), and the shifted cross-entropy when `labels` (B, S) are given.
 
@@ -428,11 +515,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
         self.model = MiniMindModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

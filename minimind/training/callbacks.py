@@ -4,7 +4,11 @@ import json
 import time
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerState
+
+from minimind.model.modeling_minimind import MiniMindTopKRouter
 
 
 def clock(seconds: float) -> str:
@@ -20,6 +24,7 @@ class ProgressCallback(TrainerCallback):
     """
 
     shown = ("loss", "eval_loss", "rewards/accuracies", "eval_rewards/accuracies", "rewards/margins", "grad_norm")
+    shown += ("router_load/max",)
 
     def __init__(self, output_dir: Path):
         self.log_file = output_dir / "train_log.jsonl"
@@ -69,3 +74,45 @@ class ProgressCallback(TrainerCallback):
         if "train_loss" in entry:
             parts.append(f"finished training in {clock(entry['train_runtime'])}")
         return "  ".join(parts)
+
+
+class RouterLoadCallback(TrainerCallback):
+    """Adds to each log how a mixture of experts spreads its tokens: `router_load/layer_0/expert_1` is the share of the
+    visits since the last log, `router_load/max` the busiest expert's of all layers. Counted on the device, on the main
+    process's tokens.
+
+    It has to stand before the trackers' callbacks: they report the logs as they find them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.routers = [module for module in model.modules() if isinstance(module, MiniMindTopKRouter)]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.visits = [router.weight.new_zeros(len(router.weight), dtype=torch.float) for router in self.routers]
+        self.hooks = [
+            router.register_forward_hook(
+                lambda module, inputs, outputs, visits=visits: self._count(module, outputs, visits)
+            )
+            for router, visits in zip(self.routers, self.visits, strict=True)
+        ]
+
+    @staticmethod
+    @torch.no_grad()
+    def _count(router: MiniMindTopKRouter, outputs: tuple, visits: torch.Tensor) -> None:
+        if router.training:
+            top_k_index = outputs[-1].flatten()
+            visits.scatter_add_(0, top_k_index, torch.ones_like(top_k_index, dtype=visits.dtype))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        shares = [(visits / visits.sum()).tolist() for visits in self.visits]
+        for layer, experts in enumerate(shares):
+            logs.update({f"router_load/layer_{layer}/expert_{i}": round(share, 4) for i, share in enumerate(experts)})
+        logs["router_load/max"] = max(map(max, shares))
+        for visits in self.visits:
+            visits.zero_()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for hook in self.hooks:
+            hook.remove()

@@ -46,12 +46,17 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
     """The optimizer that the recipe names where the library has none of that name, else None: the Trainer builds it.
 
     Raises:
-        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of matrices.
+        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of matrices; or for a
+            mixture of experts, whose stacked matrices torch's Muon does not take.
     """
     if not args.use_muon:
         return None
     if args.deepspeed:
         raise UserError("--optim muon cannot run under --deepspeed, which cuts matrices into flat shards. Drop one.")
+    if model.config.num_experts:
+        raise UserError(
+            "--optim muon cannot train stacked experts: torch's Muon takes matrices. Use adamw_torch_fused."
+        )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in trained if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name]
     chosen = {id(p) for p in inside}

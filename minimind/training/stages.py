@@ -37,7 +37,7 @@ from minimind.checkpoints import (
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
-from minimind.training.callbacks import ProgressCallback
+from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
@@ -52,6 +52,7 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
     Raises:
         UserError: the file is wrong, or its vocabulary is too small for the tokenizer.
     """
+    check_attention(attn_implementation)
     fields = load_model_config_file(config_file)
     fields.setdefault("vocab_size", len(tokenizer))
     try:
@@ -82,10 +83,19 @@ def starting_point(
         tokenizer = load_tokenizer()
         return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
     path = require_stage(given or default)
+    check_attention(attn_implementation)
     tokenizer = load_tokenizer(path)
     model = load_model(path, attn_implementation)
     check_vocabulary(model, tokenizer, path)
     return model, tokenizer, path
+
+
+def check_attention(attn_implementation: str | None) -> None:
+    """Raises UserError where a back-end cannot train here, which the libraries say in the first backward at best."""
+    if attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError(
+            "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa is the default."
+        )
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -145,6 +155,8 @@ class Stage:
         self.progress = ProgressCallback(self.output_dir)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.progress)
+        if getattr(trainer.model.config, "num_experts", 0):
+            trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -162,7 +174,9 @@ class Stage:
             listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
             files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
             console.print(f"  {part:<6} {listed}  [dim]{files}[/]")
-        shown = f"{parameters / 1e6:.2f} M" + ("" if trainable == parameters else f", {trainable / 1e6:.2f} M trained")
+        active = active_parameters(model)
+        shown = f"{parameters / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M active)" if active < parameters else "")
+        shown += "" if trainable == parameters else f", {trainable / 1e6:.2f} M trained"
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
         console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
@@ -212,6 +226,15 @@ class Stage:
         partial.rmdir()
         write_json(self.output_dir / "stage.json", record)
         print(f"{self.name} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that one token passes: all, but of a layer's routed experts only those it visits."""
+    config = model.config
+    if not config.num_experts:
+        return sum(p.numel() for p in model.parameters())
+    idle = 1 - config.num_experts_per_tok / config.num_experts
+    return round(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in model.named_parameters()))
 
 
 def save_model(trainer: Trainer, directory: Path) -> None:

@@ -1,0 +1,59 @@
+"""What needs a CUDA device: `CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py`. Skipped elsewhere."""
+
+import pytest
+import torch
+from test_model import build, gradients, random_ids
+from transformers.utils import is_flash_attn_2_available
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+VARIANTS = {"dense": {}, "no qk_norm": {"qk_norm": False}, "MoE": {"num_experts": 4}}
+
+
+def packed_batch():
+    documents = [random_ids(1, n, seed=n) for n in (60, 100)]
+    positions = torch.cat([torch.arange(60), torch.arange(100)])[None]
+    ids = torch.cat(documents, dim=1)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+
+def run(device, attention, dtype, variant):
+    model = build(attn_implementation=attention, **VARIANTS[variant]).train().to(device, dtype)
+    output = model(**{key: value.to(device) for key, value in packed_batch().items()}, use_cache=False)
+    output.loss.backward()
+    return output.logits.float().cpu(), {name: grad.float().cpu() for name, grad in gradients(model).items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_packed_logits_and_gradients_on_the_gpu_are_those_on_the_cpu(attention, variant):
+    logits, actual = run("cuda", attention, torch.float, variant)
+    expected_logits, expected = run("cpu", "eager", torch.float, variant)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flash_attention_keeps_packed_documents_apart(variant):
+    logits, _ = run("cuda", "flash_attention_2", torch.bfloat16, variant)
+    expected, _ = run("cuda", "eager", torch.bfloat16, variant)
+    torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.bfloat16])
+def test_experts_on_the_gpu_give_the_same_by_every_implementation(dtype):
+    ids, found = random_ids(2, 50).cuda(), []
+    for implementation in ("fastest", "eager", "grouped_mm"):
+        model = build(num_experts=4).to("cuda", dtype)
+        model.set_experts_implementation(implementation)
+        with torch.no_grad():
+            found.append(model(ids).logits.float())
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], atol=1e-4 if dtype == torch.float else 0.1, rtol=1e-2)
+
+
+def test_generation_compiles_on_a_static_cache():
+    model, prompt = build(seed=1).cuda(), random_ids(2, 7).cuda()
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 12}
+    assert model.generate(prompt, **options, cache_implementation="static").equal(model.generate(prompt, **options))
