@@ -30,8 +30,8 @@ transformers.utils.logging.disable_progress_bar()  # "Loading weights", gone bef
 # An old name that peft 0.21 still asks transformers for, nothing a user could mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "gguf", "minimind-hf")
-# Initialisations of LoRA that take something out of the base's weights, and not the same each time: a base that is
-# loaded again is another one than the adapter was trained on. PiSSA by full SVD and OLoRA can be computed again.
+# Initialisations of LoRA that take something out of the base's weights by chance, data or quantisation: nothing
+# warrants that it is the same again when the adapter is loaded. PiSSA by full SVD and OLoRA are computed again.
 UNREPEATABLE_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
@@ -139,9 +139,10 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(UNREPEATABLE_INITS):
         raise UserError(
-            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights in a way that "
-            "cannot be computed again. Give peft's save_pretrained path_initial_model_for_weight_conversion, which "
-            "makes a plain LoRA adapter of it, or train with init_lora_weights='pissa'."
+            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights, and nothing warrants "
+            "that loading it changes them in the same way. Give peft's save_pretrained "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it, or train with "
+            "init_lora_weights='pissa'."
         )
     base = load_model(adapter_base(path), attn_implementation)
     model = PeftModel.from_pretrained(base, path, config=config)

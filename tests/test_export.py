@@ -18,6 +18,7 @@ import minimind.export
 from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification
 from minimind.checkpoints import load_model, weights_hash
 from minimind.export.gguf import pre_tokenizer_name
+from minimind.export.layouts import obstacles
 from minimind.tokenizer import CHAT_TEMPLATE, SPLIT_PATTERN, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
@@ -36,23 +37,24 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FORMATS = ("qwen3", "qwen3-moe", "llama", "minimind", "gguf")
 VARIANTS = {
-    "dense": {},
-    "dense, untied, wide heads": {"tie_word_embeddings": False, "head_dim": 24},
-    "dense, biases": {"attention_bias": True},
-    "dense, GELU": {"hidden_act": "gelu"},
-    "dense, YaRN": {"rope_parameters": YARN},
-    "dense, YaRN with another ramp": {"rope_parameters": YARN | {"beta_fast": 16.0}},
-    "plain": PLAIN,
-    "plain, untied": PLAIN | {"tie_word_embeddings": False},
-    "plain, biases": PLAIN | {"attention_bias": True},
-    "plain, heads that do not divide": PLAIN | {"num_attention_heads": 6, "head_dim": 16},
-    "plain, YaRN": PLAIN | {"rope_parameters": YARN | {"attention_factor": 1.0}},
-    "plain, linear": PLAIN | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-    "plain, Llama 3 RoPE": PLAIN | {"rope_parameters": LLAMA3},
-    "plain, dynamic": PLAIN | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    "qk_norm": {},
+    "qk_norm, untied, head_dim 24": {"tie_word_embeddings": False, "head_dim": 24},
+    "qk_norm, attention_bias": {"attention_bias": True},
+    "qk_norm, GELU": {"hidden_act": "gelu"},
+    "qk_norm, YaRN": {"rope_parameters": YARN},
+    "qk_norm, YaRN, beta_fast 16": {"rope_parameters": YARN | {"beta_fast": 16.0}},
+    "no qk_norm": PLAIN,
+    "no qk_norm, untied": PLAIN | {"tie_word_embeddings": False},
+    "no qk_norm, attention_bias": PLAIN | {"attention_bias": True},
+    "no qk_norm, 6 heads in 64": PLAIN | {"num_attention_heads": 6, "head_dim": 16},
+    "no qk_norm, YaRN": PLAIN | {"rope_parameters": YARN | {"attention_factor": 1.0}},
+    "no qk_norm, linear RoPE": PLAIN | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "no qk_norm, llama3 RoPE": PLAIN | {"rope_parameters": LLAMA3},
+    "no qk_norm, dynamic RoPE": PLAIN
+    | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     "MoE": MOE,
     "MoE, untied, YaRN": MOE | {"tie_word_embeddings": False, "rope_parameters": YARN},
-    "MoE, top-1": MOE | {"num_experts_per_tok": 1},
+    "MoE, top-1 not normalised": MOE | {"num_experts_per_tok": 1},
     "MoE, shared experts": MOE | {"n_shared_experts": 1},
     "MoE, no qk_norm": MOE | PLAIN,
 }
@@ -60,29 +62,29 @@ DENSE_QWEN3 = {"qwen3-moe": "num_experts is 0", "llama": "qk_norm is true"}
 DENSE_LLAMA = {"qwen3-moe": "num_experts is 0", "qwen3": "qk_norm is false"}
 SPARSE = {"qwen3": "num_experts is 4", "llama": "num_experts is 4"}
 REFUSED = {
-    "dense": DENSE_QWEN3,
-    "dense, untied, wide heads": DENSE_QWEN3,
-    "dense, biases": DENSE_QWEN3 | {"gguf": "attention_bias is true"},
-    "dense, GELU": DENSE_QWEN3 | {"gguf": "hidden_act is 'gelu'"},
-    "dense, YaRN": DENSE_QWEN3,
-    "dense, YaRN with another ramp": DENSE_QWEN3 | {"gguf": "beta_fast of YaRN is 16.0"},
-    "plain": DENSE_LLAMA,
-    "plain, untied": DENSE_LLAMA,
-    "plain, biases": DENSE_LLAMA,
-    "plain, heads that do not divide": DENSE_LLAMA | {"llama": "not a multiple", "gguf": "not a multiple"},
-    "plain, YaRN": DENSE_LLAMA,
-    "plain, linear": DENSE_LLAMA,
-    "plain, Llama 3 RoPE": DENSE_LLAMA | {"gguf": "rope_type is 'llama3'"},
-    "plain, dynamic": DENSE_LLAMA | {"gguf": "rope_type is 'dynamic'"},
+    "qk_norm": DENSE_QWEN3,
+    "qk_norm, untied, head_dim 24": DENSE_QWEN3,
+    "qk_norm, attention_bias": DENSE_QWEN3 | {"gguf": "attention_bias is true"},
+    "qk_norm, GELU": DENSE_QWEN3 | {"gguf": "hidden_act is 'gelu'"},
+    "qk_norm, YaRN": DENSE_QWEN3,
+    "qk_norm, YaRN, beta_fast 16": DENSE_QWEN3 | {"gguf": "beta_fast of YaRN is 16.0"},
+    "no qk_norm": DENSE_LLAMA,
+    "no qk_norm, untied": DENSE_LLAMA,
+    "no qk_norm, attention_bias": DENSE_LLAMA,
+    "no qk_norm, 6 heads in 64": DENSE_LLAMA | {"llama": "not a multiple", "gguf": "not a multiple"},
+    "no qk_norm, YaRN": DENSE_LLAMA,
+    "no qk_norm, linear RoPE": DENSE_LLAMA,
+    "no qk_norm, llama3 RoPE": DENSE_LLAMA | {"gguf": "rope_type is 'llama3'"},
+    "no qk_norm, dynamic RoPE": DENSE_LLAMA | {"gguf": "rope_type is 'dynamic'"},
     "MoE": SPARSE,
     "MoE, untied, YaRN": SPARSE,
-    "MoE, top-1": SPARSE | {"gguf": "norm_topk_prob is false"},
+    "MoE, top-1 not normalised": SPARSE | {"gguf": "norm_topk_prob is false"},
     "MoE, shared experts": dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "n_shared_experts is 1"),
     "MoE, no qk_norm": dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "qk_norm is false")
     | {"llama": "num_experts is 4"},
 }
 # Our own layout writes all variants in the same way: a few of them are enough.
-OWN = ("dense, biases", "plain, YaRN", "MoE, shared experts", "MoE, no qk_norm")
+OWN = ("qk_norm, attention_bias", "no qk_norm, YaRN", "MoE, shared experts", "MoE, no qk_norm")
 ALLOWED = [
     (name, format)
     for name in VARIANTS
@@ -216,6 +218,18 @@ def read_gguf_by_hand(file, source):
     return model
 
 
+@pytest.mark.parametrize("document", ["export.md", "export_zh.md"])
+def test_the_table_in_the_documentation_is_what_the_command_does(document):
+    text = (Path(__file__).parent.parent / "docs" / document).read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    table = {cells[0]: cells[1:] for cells in rows if len(cells) == len(FORMATS) + 1}
+    expected = {}
+    for name, fields in VARIANTS.items():
+        config = MiniMindConfig(**SIZE | fields)
+        expected[f"`{name}`"] = [not obstacles(config, format) for format in FORMATS]
+    assert {name: [cell in ("yes", "是") for cell in cells] for name, cells in table.items()} == expected
+
+
 # The files
 
 
@@ -224,7 +238,7 @@ def read(path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "format"), [("dense, YaRN", "qwen3"), ("plain, untied", "llama"), ("MoE", "qwen3-moe")]
+    ("variant", "format"), [("qk_norm, YaRN", "qwen3"), ("no qk_norm, untied", "llama"), ("MoE", "qwen3-moe")]
 )
 def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_library(variant, format, stages, tmp_path):
     run_cli("export", stages / variant, tmp_path / "out", "--format", format)
@@ -249,14 +263,14 @@ def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_librar
 
 
 def test_the_record_says_what_was_exported_and_how_it_was_verified(stages, tmp_path, capsys):
-    run_cli("export", stages / "dense", tmp_path / "out", "--format", "qwen3", "--dtype", "bfloat16")
+    run_cli("export", stages / "qk_norm", tmp_path / "out", "--format", "qwen3", "--dtype", "bfloat16")
     record, said = read(tmp_path / "out/export.json"), capsys.readouterr().out
     assert (record["format"], record["dtype"]) == ("qwen3", "bfloat16")
-    assert record["source"]["weights"] == weights_hash(stages / "dense")
+    assert record["source"]["weights"] == weights_hash(stages / "qk_norm")
     assert record["libraries"]["transformers"]
     verification = record["verification"]
     assert verification["read_back_by"] == "transformers.Qwen3ForCausalLM"
-    assert verification["tensors_bitwise_equal"] == len(load_model(stages / "dense").state_dict())
+    assert verification["tensors_bitwise_equal"] == len(load_model(stages / "qk_norm").state_dict())
     assert verification["greedy_tokens_equal"] == 16 * verification["prompts"] > 0
     assert verification["texts_tokenised_equally"] > 15
     rounding = verification["max_logit_change_by_rounding"]
@@ -267,7 +281,7 @@ def test_the_record_says_what_was_exported_and_how_it_was_verified(stages, tmp_p
 
 @pytest.mark.parametrize("saved", ["float32", "bfloat16"])
 def test_the_saved_data_type_is_kept_unless_another_is_asked_for(saved, stages, tmp_path, tokenizer):
-    model = load_model(stages / "dense").to(getattr(torch, saved))
+    model = load_model(stages / "qk_norm").to(getattr(torch, saved))
     model.save_pretrained(tmp_path / "stage")
     tokenizer.save_pretrained(tmp_path / "stage")
     run_cli("export", tmp_path / "stage", tmp_path / "kept", "--format", "qwen3")
@@ -282,23 +296,23 @@ def test_the_saved_data_type_is_kept_unless_another_is_asked_for(saved, stages, 
 def test_an_adapter_is_exported_with_its_base(stages, tmp_path, tokenizer):
     torch.manual_seed(0)
     adapted = get_peft_model(
-        load_model(stages / "dense"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        load_model(stages / "qk_norm"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     )
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0, 0.1)
-    adapted.peft_config["default"].base_model_name_or_path = str(stages / "dense")
+    adapted.peft_config["default"].base_model_name_or_path = str(stages / "qk_norm")
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     run_cli("export", tmp_path / "adapter", tmp_path / "out", "--format", "qwen3")
     expected = logits(adapted)
-    assert (expected - logits(load_model(stages / "dense"))).abs().max() > 0.5
+    assert (expected - logits(load_model(stages / "qk_norm"))).abs().max() > 0.5
     tolerance = 1e-5 * expected.abs().max().item()
     torch.testing.assert_close(logits(reload_stock(tmp_path / "out")), expected, atol=tolerance, rtol=0)
     source = read(tmp_path / "out/export.json")["source"]
     assert source["weights"] == weights_hash(tmp_path / "adapter")
-    assert source["base"]["weights"] == weights_hash(stages / "dense")
+    assert source["base"]["weights"] == weights_hash(stages / "qk_norm")
 
 
 def test_our_own_layout_opens_in_a_process_without_the_package(stages, tmp_path):
@@ -356,7 +370,7 @@ def test_a_gguf_file_holds_matrices_in_the_data_type_asked_for_and_the_rest_in_f
 def test_a_gguf_file_holds_the_tokenizer_and_the_chat_template(stages, tmp_path, tokenizer):
     from gguf import GGUFReader, TokenType
 
-    run_cli("export", stages / "dense", tmp_path / "out", "--format", "gguf")
+    run_cli("export", stages / "qk_norm", tmp_path / "out", "--format", "gguf")
     field = {name: value.contents() for name, value in GGUFReader(tmp_path / "out/model.gguf").fields.items()}
     assert field["tokenizer.ggml.model"] == "gpt2"
     assert field["tokenizer.ggml.pre"] == "qwen2"
@@ -431,6 +445,7 @@ def test_a_tokenizer_that_does_more_than_merge_bytes_is_refused(tokenizer):
 
 def test_a_gpt_2_tokenizer_is_exported_too(tmp_path, stages):
     other = byte_level_tokenizer(GPT2)
+    other.add_tokens(["<think>"])  # not special, and never cut
     torch.manual_seed(0)
     special = {
         "pad_token_id": other.pad_token_id,
@@ -441,14 +456,23 @@ def test_a_gpt_2_tokenizer_is_exported_too(tmp_path, stages):
     other.save_pretrained(tmp_path / "stage")
     run_cli("export", tmp_path / "stage", tmp_path / "out", "--format", "gguf")
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
-    for text in ("It's 1234 狐狸  \n\n x<|im_end|>", "<|im_start|>user\nhi"):
+    for text in ("It's 1234 狐狸  \n\n x<|im_end|>", "<|im_start|>user\n<think>hi"):
         assert again(text).input_ids == other(text).input_ids
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 @pytest.mark.parametrize(
-    "variant", ["dense", "dense, YaRN", "plain, biases", "plain, YaRN", "plain, linear", "MoE", "MoE, untied, YaRN"]
+    "variant",
+    [
+        "qk_norm",
+        "qk_norm, YaRN",
+        "no qk_norm, attention_bias",
+        "no qk_norm, YaRN",
+        "no qk_norm, linear RoPE",
+        "MoE",
+        "MoE, untied, YaRN",
+    ],
 )
 def test_llama_cpp_gives_the_logits_and_the_token_ids_of_the_source(variant, dtype, stages, tmp_path):
     record = minimind.export.export(stages / variant, tmp_path / "out", "gguf", dtype)
@@ -507,12 +531,12 @@ def test_wrong_arguments_are_refused_before_anything_is_written(stages, tmp_path
 
     out = tmp_path / "out"
     assert "no such directory" in refused(tmp_path / "none", out, "--format", "qwen3")
-    assert "--dtype q8_0" in refused(stages / "dense", out, "--format", "qwen3", "--dtype", "q8_0")
-    assert "invalid choice: 'onnx'" in refused(stages / "dense", out, "--format", "onnx")
-    assert "--format" in refused(stages / "dense", out)
-    assert "exists and is not empty" in refused(stages / "dense", stages / "plain", "--format", "qwen3")
+    assert "--dtype q8_0" in refused(stages / "qk_norm", out, "--format", "qwen3", "--dtype", "q8_0")
+    assert "invalid choice: 'onnx'" in refused(stages / "qk_norm", out, "--format", "onnx")
+    assert "--format" in refused(stages / "qk_norm", out)
+    assert "exists and is not empty" in refused(stages / "qk_norm", stages / "no qk_norm", "--format", "qwen3")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'minimind-hf[gguf]'" in refused(stages / "dense", out, "--format", "gguf")
+    assert "pip install 'minimind-hf[gguf]'" in refused(stages / "qk_norm", out, "--format", "gguf")
 
 
 def test_a_reward_model_is_refused(stages, tmp_path, tokenizer, capsys):

@@ -4,7 +4,16 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from pipeline import chat_rows, failure, pair_rows, run_cli, run_script, short_run
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +32,13 @@ ADAPTERS = {
     "DoRA": {"target_modules": ATTENTION_AND_MLP, "use_dora": True},
     "PiSSA": {"target_modules": ATTENTION_AND_MLP, "init_lora_weights": "pissa"},
     "OLoRA": {"target_modules": ATTENTION_AND_MLP, "init_lora_weights": "olora"},
+    "LoHa": {"kind": LoHaConfig, "target_modules": ATTENTION_AND_MLP, "r": 4, "alpha": 8},
+    "OFT": {"kind": OFTConfig, "target_modules": ATTENTION_AND_MLP, "oft_block_size": 8},
+    "IA3": {
+        "kind": IA3Config,
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
 }
 MOE_ADAPTERS = {
     "attention and experts": {
@@ -58,10 +74,11 @@ def write_base(directory, config, tokenizer):
     return directory
 
 
-def write_adapter(directory, base, tokenizer, r=4, **options):
+def write_adapter(directory, base, tokenizer, kind=LoraConfig, **options):
     """An adapter whose matrices get noise, as if trained. Returns the logits of base and adapter together."""
     torch.manual_seed(1)
-    model = get_peft_model(load_model(base), LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=8, **options))
+    options = {"r": 4, "lora_alpha": 8} | options if kind is LoraConfig else options
+    model = get_peft_model(load_model(base), kind(task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "magnitude" not in name:
@@ -204,6 +221,12 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
         pairs,
     )
     assert read_stage(tmp_path / "dpo")["parent"]["weights"] == weights_hash(merged)
+
+
+@pytest.mark.parametrize("option", [["--use_dora"], ["--lora_dropout", "0.1"]])
+def test_what_peft_cannot_do_with_experts_is_refused_before_training(option, tmp_path, monkeypatch, capsys):
+    options = [*short_run(tmp_path / "adapter"), "--use_peft", "--lora_target_parameters", *EXPERTS, *option]
+    assert "--lora_target_parameters" in failure(capsys, run_script, monkeypatch, "finetune_sft", *options)
 
 
 def test_a_merge_that_fails_its_verification_leaves_nothing(tmp_path, config, tokenizer, capsys, monkeypatch):

@@ -90,6 +90,14 @@ class ModelArguments(ModelConfig):
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_target_parameters and (self.use_dora or self.lora_dropout):
+            raise UserError(
+                "--lora_target_parameters adapts stacked tensors, for which peft has neither DoRA nor dropout. Leave "
+                "out --use_dora and --lora_dropout, or the target parameters."
+            )
+
 
 @dataclass
 class StageConfig(TrainingArguments):
