@@ -9,7 +9,8 @@ from minimind.training.arguments import load_model_config_file
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "pad_token_id")
+SHAPE += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+SHAPE += ("pad_token_id", "bos_token_id", "eos_token_id")
 MOE_SHAPE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 
 

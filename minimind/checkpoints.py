@@ -139,8 +139,8 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(UNREPEATABLE_INITS):
         raise UserError(
-            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights, and nothing warrants "
-            "that loading it changes them in the same way. Give peft's save_pretrained "
+            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights, and nothing "
+            "warrants that loading it changes them in the same way. Give peft's save_pretrained "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it, or train with "
             "init_lora_weights='pissa'."
         )

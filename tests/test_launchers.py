@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipeline import chat_rows, document_rows, pair_rows, short_run, write_model
+from pipeline import MODEL, chat_rows, document_rows, pair_rows, short_run, write_model
 
 from minimind.checkpoints import read_stage
 
@@ -43,7 +43,8 @@ def launch(world, tokenizer_dir, *command, **options):
     script = next(word for word in command if word.endswith(".py"))
     output = world / f"{'-'.join(Path(word).name for word in command if not word.startswith('-'))}"
     if script == "pretrain.py":
-        data = ["--model_config", world / "model.json", "--tokenizer", tokenizer_dir, "--train_files"]
+        config = options.pop("model_config", world / "model.json")
+        data = ["--model_config", config, "--tokenizer", tokenizer_dir, "--train_files"]
         data += [world / "docs.jsonl", "--block_size", "32"]
     else:
         parent, rows = ("pretrain", "chats") if script == "finetune_sft.py" else ("sft", "pairs")
@@ -154,6 +155,20 @@ def test_every_launcher_starts_deepspeed(command, processes, pretrained, world, 
     assert f"cpu x {processes}, DeepSpeed" in said
 
 
-def test_torchrun_without_deepspeed_runs_two_processes(world, tokenizer_dir):
-    _, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "pretrain.py")
+def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
+    """The router's loss weighs a hundred times its usual: counted per rank or micro-batch it could not be missed."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "seq_aux": True, "router_aux_loss_coef": 1.0}
+    (world / "moe.json").write_text(json.dumps(MODEL | moe))
+    options = {"model_config": world / "moe.json"}
+    two, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "pretrain.py", **options)
     assert "cpu x 2, plain" in said
+    one, _ = launch(
+        world,
+        tokenizer_dir,
+        *(sys.executable, "pretrain.py"),
+        **options | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    )
+    for key in ("loss", "grad_norm"):
+        values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert any(key.startswith("router_load/") for key in log_of(two)[-3])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear, one_hot
+from torch.nn.functional import embedding, linear, one_hot, rms_norm
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -45,6 +45,8 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == torch.float:  # the same in one call; in bf16 it rounds after the weight, not before
+            return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         states = hidden_states.float()
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * states.to(hidden_states.dtype)
@@ -269,8 +271,8 @@ def blocked_attention_forward(
 
 def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether to take `blocked_attention_forward` for SDPA: on a CPU, not in compiled code, without earlier keys."""
-    on_host = query.device.type == "cpu" and not is_torchdynamo_compiling()
-    return on_host and 1 < query.shape[2] == key.shape[2] <= MAX_BLOCKED_LENGTH
+    short = 1 < query.shape[2] == key.shape[2] <= MAX_BLOCKED_LENGTH
+    return short and query.device.type == "cpu" and not is_torchdynamo_compiling()
 
 
 class MiniMindAttention(nn.Module):
@@ -327,10 +329,9 @@ class MiniMindAttention(nn.Module):
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if self.config._attn_implementation == "sdpa" and blocks_are_faster(query_states, key_states):
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and blocks_are_faster(query_states, key_states):
             attention_interface = blocked_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
@@ -356,16 +357,16 @@ class MiniMindDecoderLayer(GradientCheckpointingLayer):
         )
         self.input_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.hidden_dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         residual = hidden_states
         hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = residual + self.dropout(hidden_states)
+        hidden_states = residual + nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
 
         residual = hidden_states
         hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return residual + self.dropout(hidden_states)
+        return residual + nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
