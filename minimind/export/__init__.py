@@ -1,7 +1,9 @@
 """`minimind export`: a stage directory in a stock layout, compared with the source before it appears."""
 
 import copy
+import inspect
 import io
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -119,10 +121,14 @@ def write_layout(
         model.to(target).save_pretrained(out)
         tokenizer.save_pretrained(out)
         # The code in the directory itself: the Auto classes would take the package's.
-        reloaded = get_class_from_dynamic_module(f"modeling_minimind.{type(model).__name__}", out).from_pretrained(
-            out, dtype=torch.float32
-        )
-    return compare(source, probes, tensors, reloaded, tokenizer, AutoTokenizer.from_pretrained(out))
+        shipped_class = get_class_from_dynamic_module(f"modeling_minimind.{type(model).__name__}", out)
+        reloaded = shipped_class.from_pretrained(out, dtype=torch.float32)
+    compared = compare(source, probes, tensors, reloaded, tokenizer, AutoTokenizer.from_pretrained(out))
+    if format not in STOCK:
+        shutil.rmtree(
+            Path(inspect.getfile(shipped_class)).parents[1]
+        )  # the library's copy of a directory soon renamed
+    return compared
 
 
 def write_gguf_directory(

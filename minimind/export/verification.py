@@ -151,6 +151,7 @@ def check_llama_cpp(probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Pa
         llama.reset()
         llama.eval(ids[0].tolist())
         logits.append(torch.from_numpy(llama.scores[: ids.shape[1]].copy()))
+    llama.close()
     expected, actual = torch.cat(probes.logits), torch.cat(logits)
     difference = ((expected - actual).abs().median() / expected.std()).item()
     if not difference <= LLAMA_CPP_TOLERANCE[dtype]:
