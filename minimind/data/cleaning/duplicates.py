@@ -147,8 +147,7 @@ class NearDedup(Dedup):
         reduced = NOT_WORD.sub("", text.casefold()) or text
         last = max(len(reduced) - self.ngram, 0)
         signature = require("rensa").RMinHash(self.num_perm, SEED)
-        # Sorted, so that the order of the set, which differs from process to process, cannot matter.
-        signature.update(sorted({reduced[start : start + self.ngram] for start in range(last + 1)}))
+        signature.update([reduced[start : start + self.ngram] for start in range(last + 1)])
         return signature.__getstate__()
 
     def index(self) -> NearIndex:
@@ -247,7 +246,7 @@ class Decontaminate(Filter):
         for row in read_rows(self.against, "error"):
             for text in _strings(row.data):
                 units = units_of(text.casefold())
-                chinese = is_chinese(units)
+                chinese = is_chinese(text, len(units))
                 shortest, n = (self.min_characters, self.characters) if chinese else (self.min_words, self.words)
                 if len(units) >= shortest:
                     index.add(units, n)

@@ -19,6 +19,7 @@ from minimind.data.cleaning.steps import Filter, check_positive, check_share
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 HAN_CHARACTER = re.compile(f"[{HAN}]")
 KANA = re.compile("[\u3041-\u30fa\u30fc-\u30ff]")
+WORD = re.compile(rf"[{HAN}]|[^\W\d_{HAN}]+")  # as UNIT, without numbers
 UNIT = re.compile(rf"[{HAN}]|[^\W{HAN}]+")
 
 
@@ -31,9 +32,9 @@ def units_of(text: str) -> list[str]:
     return UNIT.findall(text)
 
 
-def is_chinese(units: list[str]) -> bool:
-    """Whether at least half of the units are Chinese characters."""
-    return 2 * sum(1 for unit in units if HAN_CHARACTER.match(unit)) >= max(len(units), 1)
+def is_chinese(text: str, units: int) -> bool:
+    """Whether at least half of the `units` of a text are Chinese characters."""
+    return 2 * len(HAN_CHARACTER.findall(text)) >= max(units, 1)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def detect_language(text: str) -> tuple[str, float]:
     Text in Chinese characters without kana is Chinese by its script ("zh", 1.0): the model (fastText's lid.176,
     compressed) takes classical Chinese for Japanese, and short sentences for English.
     """
-    letters = [unit for unit in units_of(text[:10_000]) if not unit.isdigit()]
-    if not letters:
+    text = text[:10_000]
+    words = len(WORD.findall(text))
+    if not words:
         return "unknown", 0.0
-    if is_chinese(letters) and 50 * len(KANA.findall(text)) <= len(letters):
+    if is_chinese(text, words) and 50 * len(KANA.findall(text)) <= words:
         return "zh", 1.0
     found = _language_model().detect(text, k=1)
     if not found:
@@ -130,7 +132,8 @@ CHINESE_STOP_CHARACTERS = frozenset(
 )
 SYMBOL = re.compile(r"""[^\w\s.,;:!?'"()\[\]\-–—…·‘’“”«»，。；：！？、（）《》〈〉「」『』【】〔〕～￥%/]""")
 DIGIT = re.compile(r"\d")
-BULLET = re.compile(r"[ \t]*(?:[•‣▪▫●○◦■□◆◇★☆►▶·※-]|\*(?!\*))[ \t]*\S")
+BULLET = re.compile(r"[ \t]*(?:[•‣▪▫●○◦■□◆◇★☆►▶·※-]|\*(?!\*))[ \t]*\S.{,60}$")  # a menu's; longer ones are sentences
+REPEATS = 5  # of an n-gram: fewer are a refrain
 ELLIPSIS = re.compile(r"(?:…|\.\.\.|。。。)[\"”’)）]*$")
 
 
@@ -145,11 +148,11 @@ class Quality(Filter):
     max_digit_share: float | None = 0.35
     max_replacement_share: float | None = 0.001  # U+FFFD, the trace of lost characters
     max_bullet_line_share: float | None = 0.9
-    max_ellipsis_line_share: float | None = 0.3
+    max_ellipsis_line_share: float | None = 0.5
     max_duplicate_line_share: float | None = 0.3
     max_duplicate_line_char_share: float | None = 0.2
     max_top_ngram_shares: list[float] | None = field(default_factory=lambda: [0.20, 0.18, 0.16])  # of 2-, 3-, 4-grams
-    max_duplicate_ngram_share: float | None = 0.3  # characters in repeated 10-grams
+    max_duplicate_ngram_share: float | None = 0.5  # characters in repeated 10-grams
     min_alphabetic_word_share: float | None = 0.6
     min_mean_word_length: float | None = 2.5  # English only
     max_mean_word_length: float | None = 12
@@ -193,17 +196,17 @@ class Quality(Filter):
         units = units_of(text)
         if len(units) < self.min_units:
             return
-        chinese = is_chinese(units)
+        chinese = is_chinese(text, len(units))
         scale = 2 if chinese else 1  # a Chinese word has about two characters
-        if self.max_top_ngram_shares or self.max_duplicate_ngram_share:
-            lengths = [len(unit) for unit in units]
-            total = sum(lengths)
-            for n, limit in enumerate(self.max_top_ngram_shares or [], 2):
-                if _top_ngram_share(units, n * scale, total) > limit:
-                    yield f"one {n}-gram repeated"
-            if _above(_duplicate_ngram_share(units, lengths, 10 * scale, total), self.max_duplicate_ngram_share):
-                yield "repeated 10-grams"
-        if _above(self.min_alphabetic_word_share, sum(1 for unit in units if not unit.isdigit()) / len(units)):
+        for n, limit in enumerate(self.max_top_ngram_shares or [], 2):
+            share = _top_ngram_share(units, n * scale)
+            if share > limit:
+                yield f"one {n}-gram repeated"
+            if not share:  # then no longer one comes that often either
+                break
+        if _above(_duplicate_ngram_share(units, 10 * scale), self.max_duplicate_ngram_share):
+            yield "repeated 10-grams"
+        if _above(self.min_alphabetic_word_share, 1 - sum(map(str.isdigit, units)) / len(units)):
             yield "few words with letters"
         if chinese:
             if _above(self.min_stop_words, len(CHINESE_STOP_CHARACTERS.intersection(units))):
@@ -225,22 +228,29 @@ def _above(found: float | None, limit: float | None) -> bool:
     return found is not None and limit is not None and found > limit
 
 
-def _top_ngram_share(units: list[str], n: int, total: int) -> float:
-    """Share of the characters that the most frequent n-gram covers, of those that come at least twice."""
-    counts = Counter(zip(*(units[start:] for start in range(n)), strict=False))
-    if not counts:
+def _ngrams(units: list[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(units[start:] for start in range(n)), strict=False))
+
+
+def _top_ngram_share(units: list[str], n: int) -> float:
+    """Share of the characters that the most frequent n-gram covers; 0 if it comes fewer than `REPEATS` times."""
+    counts = Counter(_ngrams(units, n))
+    ngram = max(counts, key=counts.get, default=None)
+    if ngram is None or counts[ngram] < REPEATS:
         return 0.0
-    ngram, count = counts.most_common(1)[0]
-    return count * sum(map(len, ngram)) / total if count > 1 else 0.0
+    return counts[ngram] * sum(map(len, ngram)) / sum(map(len, units))
 
 
-def _duplicate_ngram_share(units: list[str], lengths: list[int], n: int, total: int) -> float:
+def _duplicate_ngram_share(units: list[str], n: int) -> float:
     """Share of the characters within n-grams that came before in the text, each character counted once."""
+    ngrams = _ngrams(units, n)
+    if len(set(ngrams)) == len(ngrams):
+        return 0.0
     seen: set[tuple[str, ...]] = set()
     covered, end = 0, 0  # `end`: units before it are counted
-    for start, ngram in enumerate(zip(*(units[offset:] for offset in range(n)), strict=False)):
+    for start, ngram in enumerate(ngrams):
         if ngram in seen:
-            covered += sum(lengths[max(start, end) : start + n])
+            covered += sum(map(len, units[max(start, end) : start + n]))
             end = start + n
         seen.add(ngram)
-    return covered / total
+    return covered / sum(map(len, units))

@@ -5,6 +5,7 @@ All are conservative: what may be meant (code, formulas, Chinese punctuation, em
 
 import html
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -54,15 +55,17 @@ class FixUnicode(Transform):
 
     def __call__(self, text: str) -> str:
         """A text -> the text with its characters as they were meant."""
-        if text.isascii():
-            return text
         import ftfy
+        from ftfy.badness import is_bad
 
-        return ftfy.fix_text(text, _ftfy_config(self.fix_encoding, self.normalization))
+        # ftfy's own test of the whole text, which spares clean text its line by line attempts.
+        if "\x1b" in text or (self.fix_encoding and is_bad(text)):
+            text = ftfy.fix_text(text, _ftfy_config(self.fix_encoding))
+        return unicodedata.normalize(self.normalization, text) if self.normalization else text
 
 
 @cache
-def _ftfy_config(fix_encoding: bool, normalization: str | None):
+def _ftfy_config(fix_encoding: bool):
     import ftfy
 
     return ftfy.TextFixerConfig(
@@ -74,7 +77,7 @@ def _ftfy_config(fix_encoding: bool, normalization: str | None):
         uncurl_quotes=False,
         fix_line_breaks=True,
         remove_control_chars=False,  # control_characters does it
-        normalization=normalization,
+        normalization=None,
         explain=False,
     )
 
@@ -247,7 +250,7 @@ class ControlCharacters(Transform):
 
     def __call__(self, text: str) -> str:
         """A text -> the text without control characters."""
-        if text.isascii() and text.isprintable():
+        if text.replace("\n", "").isprintable():  # a quick way out for most; characters to remove are not printable
             return text
         return CONTROL.sub(lambda match: match["flag"] or "", LINE_BREAKS.sub("\n", text))
 
@@ -256,7 +259,6 @@ SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 TRAILING = re.compile(r"(?<![ \t\u3000])[ \t\u3000]++$", re.MULTILINE)
 INDENT = re.compile("^[ \t]*\u3000[ \t\u3000]*", re.MULTILINE)
 RUN = r"(?<=[^\s])([ \t\u3000])[ \t\u3000]+(?=[^\s])"
-BLANK_LINES = re.compile(r"\n{3,}")
 
 
 @dataclass(frozen=True)
@@ -277,8 +279,10 @@ class Whitespace(Transform):
         """A text -> the text with plain whitespace."""
         text = LINE_BREAKS.sub("\n", SPACES.sub(" ", text))
         text = TRAILING.sub("", INDENT.sub("", text))
-        text = sub_outside_code(RUN, lambda match: match[match.lastindex], text)
+        if "  " in text or "\t" in text or "\u3000" in text:
+            text = sub_outside_code(RUN, lambda match: match[match.lastindex], text)
         allowed = "\n" * (self.max_blank_lines + 1)
-        text = re.sub(rf"\n{{{len(allowed) + 1},}}", allowed, text)
+        if allowed + "\n" in text:
+            text = re.sub(rf"\n{{{len(allowed) + 1},}}", allowed, text)
         # The indent of a first line means something only among other indented lines.
         return text.strip() if "\n " not in text and "\n\t" not in text else text.strip("\n").rstrip()

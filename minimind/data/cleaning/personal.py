@@ -38,6 +38,7 @@ LANDLINE = (
 )
 NORTH_AMERICA = rf"{START}(?:\+?1[ .-])?(?:\([2-9]\d\d\)[ ]?|[2-9]\d\d(?P<dash>[.-]))[2-9]\d\d[.-]\d{{4}}{END}"
 INTERNATIONAL = rf"(?<![\w+*/=^.-])(?<![\w)] )\+[1-9]\d{{0,2}}(?:[ .-]?\(?\d{{1,5}}\)?){{1,6}}{END}"
+SIX_DIGITS = re.compile(r"\d(?:[ .()（）-]{0,2}\d){5}")  # fewer are never masked
 PHONES = [re.compile(pattern) for pattern in (MOBILE, LANDLINE, NORTH_AMERICA, INTERNATIONAL)]
 
 ID_NUMBER = re.compile(
@@ -118,7 +119,7 @@ class MaskPersonalData(Transform):
         """A text -> the text with placeholders."""
         if "email" in self.kinds and "@" in text:
             text = _mask(EMAIL, _email, "email", text)
-        if not any(character.isdigit() for character in text):
+        if not SIX_DIGITS.search(text):
             return text
         # Longer numbers first, so that no phone number is seen inside of them.
         if "id_number" in self.kinds:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from minimind.data.conversations import PAIRS, TOOL_ROLES, to_messages
@@ -53,15 +54,14 @@ class Texts:
     """The texts of one row; `replace` and `mask` change the row in place, all its other fields stay as they are."""
 
     def __init__(self, row: dict):
-        self.row = row
         self.slots = list(_slots(row))
 
-    @property
+    @cached_property
     def prose(self) -> str:
         """What a reader would read and training shall imitate, joined by newlines: filters judge this."""
         return "\n".join(slot.text for slot in self.slots if not slot.machine and not slot.rejected)
 
-    @property
+    @cached_property
     def whole(self) -> str:
         """All texts joined by newlines: lengths, duplicates and evaluation sets are found in this."""
         return "\n".join(slot.text for slot in self.slots)
@@ -76,6 +76,7 @@ class Texts:
                 if after != before:
                     slot.container[slot.key] = after
                     changed = True
+                    self._forget()
                     emptied = emptied or (not after.strip() and bool(before.strip()))
         return changed, emptied
 
@@ -89,7 +90,12 @@ class Texts:
                 if after != before:
                     slot.container[slot.key] = after
                     changed = True
+                    self._forget()
         return changed, emptied
+
+    def _forget(self) -> None:
+        self.__dict__.pop("prose", None)
+        self.__dict__.pop("whole", None)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
