@@ -134,7 +134,7 @@ SYMBOL = re.compile(r"""[^\w\s.,;:!?'"()\[\]\-–—…·‘’“”«»，。�
 DIGIT = re.compile(r"\d")
 BULLET = re.compile(r"[ \t]*(?:[•‣▪▫●○◦■□◆◇★☆►▶·※-]|\*(?!\*))[ \t]*\S.{,60}$")  # a menu's; longer ones are sentences
 REPEATS = 5  # of an n-gram: fewer are a refrain
-ELLIPSIS = re.compile(r"(?:…|\.\.\.|。。。)[\"”’)）]*$")
+ELLIPSIS = re.compile(r"(?:…|\.\.\.|。。。)$")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Quality(Filter):
     max_ellipsis_line_share: float | None = 0.5
     max_duplicate_line_share: float | None = 0.3
     max_duplicate_line_char_share: float | None = 0.2
-    max_top_ngram_shares: list[float] | None = field(default_factory=lambda: [0.20, 0.18, 0.16])  # of 2-, 3-, 4-grams
+    max_top_ngram_shares: list[float] | None = field(default_factory=lambda: [0.3, 0.27, 0.25])  # of 2-, 3-, 4-grams
     max_duplicate_ngram_share: float | None = 0.5  # characters in repeated 10-grams
     min_alphabetic_word_share: float | None = 0.6
     min_mean_word_length: float | None = 2.5  # English only
@@ -185,7 +185,11 @@ class Quality(Filter):
             yield "bullet lines"
         if _above(sum(1 for line in lines if ELLIPSIS.search(line)) / len(lines), self.max_ellipsis_line_share):
             yield "lines that end in an ellipsis"
+        # Shorter ones are names of speakers, labels and closing brackets, which come again in good text.
+        lines = [line for line in lines if len(line) >= (16 if line.isascii() else 8)]
         repeats = Counter(lines)
+        if len(repeats) == len(lines):
+            return
         if _above(1 - len(repeats) / len(lines), self.max_duplicate_line_share):
             yield "duplicate lines"
         repeated = sum(len(line) * (count - 1) for line, count in repeats.items())
@@ -194,10 +198,10 @@ class Quality(Filter):
 
     def _words(self, text: str) -> Iterator[str]:
         units = units_of(text)
-        if len(units) < self.min_units:
-            return
         chinese = is_chinese(text, len(units))
         scale = 2 if chinese else 1  # a Chinese word has about two characters
+        if len(units) < self.min_units * scale:
+            return
         for n, limit in enumerate(self.max_top_ngram_shares or [], 2):
             share = _top_ngram_share(units, n * scale)
             if share > limit:
@@ -212,7 +216,7 @@ class Quality(Filter):
             if _above(self.min_stop_words, len(CHINESE_STOP_CHARACTERS.intersection(units))):
                 yield "no function characters"
             return
-        words = [unit for unit in units if unit.isalpha() and unit.isascii()]
+        words = [unit for unit in units if unit.isascii() and not unit.isdigit()]
         if not words:
             return
         mean = sum(map(len, words)) / len(words)

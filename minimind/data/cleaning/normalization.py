@@ -105,13 +105,14 @@ BLOCKS = _words(
 CELLS = _words("td th")
 BARE = _words("br hr wbr p li tr td th dd dt img")  # need neither a partner nor attributes to be HTML
 DROPPED = ("script", "style", "noscript", "svg", "iframe", "template", "ref")  # with all that is inside
+UNQUOTED = r"(?<!['\"“‘「『])"  # what is quoted is talked about
 TAG = (
-    r"<(?P<slash>/?)(?P<name>[A-Za-z][A-Za-z0-9]*+)"
+    UNQUOTED + r"<(?P<slash>/?)(?P<name>[A-Za-z][A-Za-z0-9]*+)"
     r"(?P<attributes>(?>\s++[\w:@.-]++(?>\s*+=\s*+(?>\"[^\"<>]*+\"|'[^'<>]*+'|[^\s\"'=<>`]++))?+)*+)\s*+/?>"
 )
 ENTITY = r"&(?>[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});"
 DECLARATION = r"<!(?i:doctype)\b[^<>]*+>|<\?xml\b[^<>]*+\?>"
-OPENING = re.compile(rf"{CODE}|<!--|<(?P<name>{'|'.join(DROPPED)})\b[^<>]*+>", re.IGNORECASE)
+OPENING = re.compile(rf"{CODE}|{UNQUOTED}<!--|{UNQUOTED}<(?P<name>{'|'.join(DROPPED)})\b[^<>]*+>", re.IGNORECASE)
 
 
 def _without_dropped(text: str) -> str:
@@ -133,21 +134,48 @@ def _without_dropped(text: str) -> str:
     return "".join([*kept, text[position:]])
 
 
-def strip_html(text: str) -> str:
-    """Remove HTML: known elements only, and a bare opening tag only where its closing one is in the text too.
+# A word for it beside a tag, a tag alone in brackets, a fragment, or an attribute in braces: it is written about.
+ABOUT = re.compile(r"标签|標籤|标记|元素|属性|组件|HTML|JSX|\b(?:tags?(?!:)|elements?|attributes?|components?)\b")
+MENTION = re.compile(r"[(（]</?[A-Za-z][^<>]*>[)）]|</?>|<[A-Za-z][^<>]*=\{")
 
-    `List<int>`, `a < b`, `<name>` and anything in Markdown code stay.
+
+def is_about_markup(text: str) -> bool:
+    """Whether the tags in a text are what it is about, as in the documentation of HTML or React.
+
+    Signs: a word such as 标签 or element next to a tag, a component (`<Link />`), an opening tag that nothing closes
+    (`<div>` in a sentence), and what `MENTION` finds.
     """
+    if MENTION.search(text):
+        return True
+    tags = [match for match in _outside_code(TAG).finditer(text) if match["code"] is None]
+    pairs = {(bool(match["slash"]), match["name"].lower()) for match in tags}
+    for match in tags:
+        start, end, name = match.start(), match.end(), match["name"].lower()
+        if not match["name"].islower() and not match["name"].isupper():
+            # Java's and TypeScript's generics are no components: they stand at the end of a word.
+            if not (start and text[start - 1].isascii() and text[start - 1].isalnum()):
+                return True
+        elif name in ELEMENTS:
+            closed = match["slash"] or (True, name) in pairs or name in BARE or "=" in match["attributes"]
+            if not closed or ABOUT.search(text[max(start - 12, 0) : start] + "\n" + text[end : end + 12]):
+                return True
+    return False
+
+
+def strip_html(text: str) -> str:
+    """Remove the HTML elements of a text, unless it is a text about markup.
+
+    `List<int>`, `a < b`, `<name>` and anything in Markdown code or directly behind a quote stay in any case.
+    """
+    if is_about_markup(text):
+        return text
     text = _without_dropped(text)
-    names = {(bool(m["slash"]), m["name"].lower()) for m in re.finditer(TAG, text)}
 
     def replace(match: re.Match) -> str:
         if match["name"] is None:  # a declaration
             return ""
         name = match["name"].lower()
-        same_case = match["name"].islower() or match["name"].isupper()  # not so a component such as <Link>
-        is_html = name in BARE or "=" in match["attributes"] or (not match["slash"], name) in names
-        if name not in ELEMENTS or not same_case or not is_html:
+        if name not in ELEMENTS or not (match["name"].islower() or match["name"].isupper()):
             return match[0]
         if name in BLOCKS:
             return "\n"
@@ -157,8 +185,8 @@ def strip_html(text: str) -> str:
 
 
 def decode_entities(text: str) -> str:
-    """`&amp;` -> `&`, `&#20013;` -> 中, outside of Markdown code; unknown names stay."""
-    return sub_outside_code(ENTITY, lambda match: html.unescape(match[0]), text)
+    """`&amp;` -> `&`, `&#20013;` -> 中; unknown names stay, and what stands in quotes or Markdown code."""
+    return sub_outside_code(f"{UNQUOTED}{ENTITY}|{ENTITY}(?!['\"”’」』])", lambda match: html.unescape(match[0]), text)
 
 
 WIKI_EVIDENCE = re.compile(

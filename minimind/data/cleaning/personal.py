@@ -36,16 +36,17 @@ LANDLINE = (
     rf"{START}(?:(?:\+|00)86[ -]?)?(?:0(?:10|2\d|[3-9]\d\d)[ -]|[(（]0(?:10|2\d|[3-9]\d\d)[)）][ -]?)"
     rf"[2-8]\d{{2,3}}[ -]?\d{{4}}(?:[ -]?(?:转|ext\.?|x)[ -]?\d{{1,6}})?{END}"
 )
-NORTH_AMERICA = rf"{START}(?:\+?1[ .-])?(?:\([2-9]\d\d\)[ ]?|[2-9]\d\d(?P<dash>[.-]))[2-9]\d\d[.-]\d{{4}}{END}"
+# Without 400 and 800, which are companies' service numbers.
+NORTH_AMERICA = rf"{START}(?:\+?1[ .-])?(?!\(?[48]00)(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{{4}}{END}"
 INTERNATIONAL = rf"(?<![\w+*/=^.-])(?<![\w)] )\+[1-9]\d{{0,2}}(?:[ .-]?\(?\d{{1,5}}\)?){{1,6}}{END}"
 SIX_DIGITS = re.compile(r"\d(?:[ .()（）-]{0,2}\d){5}")  # fewer are never masked
 PHONES = [re.compile(pattern) for pattern in (MOBILE, LANDLINE, NORTH_AMERICA, INTERNATIONAL)]
 
 ID_NUMBER = re.compile(
-    r"(?<![0-9A-Za-z_.])[1-9]\d{5}(?P<year>19\d\d|20\d\d)(?P<month>\d\d)(?P<day>\d\d)\d{3}[\dXx](?![0-9A-Za-z_])"
+    r"(?<![0-9A-Za-z_./=&%-])[1-9]\d{5}(?P<year>19\d\d|20\d\d)(?P<month>\d\d)(?P<day>\d\d)\d{3}[\dXx](?![0-9A-Za-z_])"
 )
 BANK_CARD = re.compile(
-    r"(?<![0-9A-Za-z_.+-])[2-6]\d{3}(?:\d{11,15}|(?P<gap>[ -])\d{4}(?:(?P=gap)\d{4}){2}(?:(?P=gap)\d{3})?)"
+    r"(?<![0-9A-Za-z_.+/=&%-])[2-6]\d{3}(?:\d{11,15}|(?P<gap>[ -])\d{4}(?:(?P=gap)\d{4}){2}(?:(?P=gap)\d{3})?)"
     r"(?![0-9A-Za-z_]|[.-]\d)"
 )
 CARD_PREFIX = re.compile(r"4|5[1-5]|2[2-7]|62|60|65|3[47]")

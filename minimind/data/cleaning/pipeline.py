@@ -7,11 +7,13 @@ hidden directory beside the destination, each with its counts and what the dedup
 that was killed goes on behind the last finished part. The destination appears whole, by one rename.
 """
 
+import io
 import json
 import logging
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +95,13 @@ def clean(
     hashes = [content_hash([path]) for path in paths]
     key = recipe.key(hashes)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(destination.with_name(f".{destination.name}.lock")):
+    lock = destination.with_name(f".{destination.name}.lock")
+    with FileLock(lock):
         report = finished_report(destination, key)
         job = Cleaning(recipe, paths, hashes, key, destination, BadRows(on_bad_rows))
         if not (already := report is not None):
             report = job.run(num_proc or os.cpu_count() or 1)
+        lock.unlink()  # whoever waits for it finds the destination finished
     seconds = time.monotonic() - started
     rows = report["rows"]["in"]
     run = {
@@ -262,8 +266,9 @@ class Cleaning:
             facts = json.loads((self.state / f"{part:05d}.json").read_text())
             if content_hash([self._shard(part)]) != facts["shard"]["hash"]:
                 return False
-            arrays = [dict(np.load(self.state / f"{part:05d}-{number}.npz")) for number in range(len(self.indexes))]
-        except (OSError, ValueError, KeyError):
+            saved = [(self.state / f"{part:05d}-{number}.npz").read_bytes() for number in range(len(self.indexes))]
+            arrays = [dict(np.load(io.BytesIO(content))) for content in saved]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False
         for index, values in zip(self.indexes, arrays, strict=True):
             index.restore(values)

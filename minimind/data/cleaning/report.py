@@ -46,6 +46,28 @@ removed, {rows["bad"]:,} bad; {characters["in"]:,} characters in, {characters["o
 """
 
 
+def report_text(report: dict[str, Any]) -> str:
+    """A report from `clean` -> the lines to print."""
+    rows, run = report["rows"], report["run"]
+    head = f"{'step':<20}{'rows in':>12}{'changed':>10}{'removed':>10}  reasons"
+    lines = [
+        f"{step['step']:<20}{step['rows_in']:>12,}{step['rows_changed']:>10,}{step['rows_removed']:>10,}  "
+        + ", ".join(f"{reason} {count:,}" for reason, count in list(step["reasons"].items())[:3])
+        + (", ..." if len(step["reasons"]) > 3 else "")
+        for step in report["steps"]
+    ]
+    speed = (
+        f"{run['rows_per_second']:,.0f} rows/s with {run['processes']} processes, {run['seconds']:.1f} s"
+        if run["rows_found_finished"] < rows["in"]
+        else "was cleaned before"
+    )
+    total = (
+        f"{rows['in']:,} rows in = {rows['out']:,} out + {rows['removed']:,} removed + {rows['bad']:,} bad; "
+        f"{_share(report['characters']['out'], report['characters']['in'])} of the characters kept ({speed})"
+    )
+    return "\n".join([head, *(line.rstrip() for line in lines), total, f"-> {run['destination']}/report.html"])
+
+
 def _share(part: int, whole: int) -> str:
     share = part / whole if whole else 0.0
     return f"{share:.1%}" if share in (0, 1) or 0.001 <= share <= 0.999 else f"{share:.3%}"
