@@ -196,7 +196,7 @@ class Part:
     def __init__(self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict):
         self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
         self.packer = packer(options["packing_strategy"], options["block_size"], encoder.eos_token_id)
-        self.document_mask, self.bytes_of = options["document_mask"], bytes_of
+        self.block_size, self.document_mask, self.bytes_of = options["block_size"], options["document_mask"], bytes_of
         self.texts: list[str] = []
         self.characters = 0
         self.pending: deque[Future] = deque()
@@ -219,7 +219,8 @@ class Part:
         self._write(self.packer.finish())
         self.writer.close()
         self.sink.close()
-        return {**self.counts, "dropped_tokens": self.counts["tokens"] - self.packed}
+        padding = self.counts["blocks"] * self.block_size - self.packed
+        return {**self.counts, "padding": padding, "dropped_tokens": self.counts["tokens"] - self.packed}
 
     def _submit(self, ahead: int | None = None) -> None:
         if self.texts:

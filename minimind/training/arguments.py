@@ -192,6 +192,11 @@ class PretrainConfig(StageConfig):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per device and micro-batch."})
 
+    @property
+    def packing(self) -> dict:
+        """What `documents.load_blocks` has to know of a run."""
+        return {name: getattr(self, name) for name in ("block_size", "packing_strategy", "document_mask", "seed")}
+
     def __post_init__(self):
         self.use_muon = self.optim == "muon"  # see optimizers.build_optimizer; the library knows no such name
         if self.use_muon:
