@@ -15,7 +15,17 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from minimind.data.formats import KNOWN, TEXT_UNITS, BadRowError, Parsable, Progress, format_of, read_file, shown
+from minimind.data.formats import (
+    KNOWN,
+    TEXT_UNITS,
+    BadRowError,
+    Parsable,
+    Progress,
+    check_text,
+    format_of,
+    read_file,
+    shown,
+)
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
 from minimind.errors import UserError
 
@@ -23,6 +33,7 @@ __all__ = [
     "BadRowError",
     "BadRows",
     "Row",
+    "check_text",
     "content_hash",
     "expand",
     "read_documents",
@@ -284,6 +295,7 @@ def to_document(data: dict) -> str:
         raise BadRowError(f"found {name!r}: {shown(data[name])}, expected a string")
     if not data[name].strip():
         raise BadRowError(f"found {name!r} without text, expected a string that is not empty")
+    check_text(data[name], name)
     return data[name]
 
 
