@@ -204,7 +204,8 @@ def run_import(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """`minimind prepare`."""
-    from minimind.data.documents import cache_directory, load_blocks
+    from minimind.data.documents import load_blocks
+    from minimind.data.files import cache_directory
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
-from minimind.data.documents import cache_directory
+from minimind.data.files import cache_directory
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.training.launch import bf16_is_fast, prepare_launch
@@ -30,7 +30,7 @@ class DataArguments:
     train_files: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt), each perhaps with its share "
+            "help": "Files, directories or globs (jsonl, json, parquet, csv, txt ...), each perhaps with its share "
             "of an epoch (a.jsonl:0.7) or how often one takes it (b.jsonl:3x). Default: the embedded corpus."
         },
     )
@@ -49,6 +49,9 @@ class DataArguments:
     mixing_stop: str = field(
         default="first_exhausted",
         metadata={"help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row."},
+    )
+    text_unit: str = field(
+        default="file", metadata={"help": "What one document of a txt file is: the file, a paragraph or a line."}
     )
     on_bad_rows: str | None = field(
         default=None,
