@@ -94,8 +94,21 @@ def build_parser() -> argparse.ArgumentParser:
     clean.add_argument(
         "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
     )
+    clean.add_argument(
+        "--text_unit",
+        choices=("file", "paragraph", "line"),
+        default="file",
+        help="what one row of a txt file is (default: the whole file)",
+    )
     clean.add_argument("--json", action="store_true", help="print the report as one JSON object")
     clean.set_defaults(run=run_clean)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="tokenise and pack a corpus ahead of pretraining",
+        description="Takes the options of pretrain.py, --config included, and does what that does before it trains.",
+    )
+    prepare.set_defaults(run=run_prepare)
 
     world = commands.add_parser("world", help="write the embedded corpus as files")
     world.add_argument("directory", help="directory to write")
@@ -106,7 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if args.run is run_prepare:
+        args.options = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.run(args)
 
 
@@ -208,8 +226,26 @@ def run_clean(args: argparse.Namespace) -> None:
     from minimind.data.cleaning import clean
     from minimind.data.cleaning.report import report_text
 
-    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows)
+    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit)
     print(json.dumps(report, ensure_ascii=False) if args.json else report_text(report))
+
+
+def run_prepare(args: argparse.Namespace) -> None:
+    """`minimind prepare`."""
+    from minimind.data.documents import load_blocks
+    from minimind.data.files import cache_directory
+    from minimind.tokenizer import load_tokenizer
+    from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
+
+    data_args, model_args, training_args = parse(
+        DataArguments, PretrainModelArguments, PretrainConfig, argv=args.options
+    )
+    tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.tokenizer)
+    facts = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing).facts
+    for part, counts in facts.items():
+        shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
+        print(f"{part:<6} {shown}")
+    print(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
 
 
 def run_world(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,17 @@ from minimind.data.cleaning.report import report_page
 from minimind.data.cleaning.segments import Done, Item, group_of, segments_of
 from minimind.data.cleaning.texts import Texts, check_row
 from minimind.data.cleaning.workers import Workers
-from minimind.data.files import BAD_ROWS_NAMED, BadRowError, BadRows, _read_file, content_hash, expand
+from minimind.data.files import (
+    BAD_ROWS_NAMED,
+    BadRowError,
+    BadRows,
+    File,
+    content_hash,
+    expand,
+    parsables,
+    total_size,
+)
+from minimind.data.formats import TEXT_UNITS
 from minimind.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +56,6 @@ class Batch:
     part: int
     items: list[Item] = field(default_factory=list)
     characters: int = 0
-    rows: int = 0  # read for it, bad ones included
     last: bool = False  # ends its part
     counts: Counts = field(default_factory=Counts)
 
@@ -56,17 +65,18 @@ def as_recipe(recipe: str | Path | Recipe) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def cache_key(files: Sequence[str], recipe: str | Path | Recipe) -> str:
+def cache_key(files: Sequence[str | File], recipe: str | Path | Recipe, text_unit: str = "file") -> str:
     """One hash over all that the output of `clean` depends on: the files' contents, the recipe, library versions."""
-    return as_recipe(recipe).key([content_hash([path]) for path in expand(files)])
+    return as_recipe(recipe).key([*(content_hash([file]) for file in expand(files)), text_unit])
 
 
 def clean(
-    files: Sequence[str],
+    files: Sequence[str | File],
     destination: str | Path,
     recipe: str | Path | Recipe,
     num_proc: int | None = None,
     on_bad_rows: str | None = None,
+    text_unit: str = "file",
 ) -> dict[str, Any]:
     """Clean rows of any kind into the new directory `destination`; returns the report.
 
@@ -77,6 +87,7 @@ def clean(
         recipe: a YAML file, or a Recipe.
         num_proc: processes; default: all cores. The result does not depend on it.
         on_bad_rows: as in `files.BadRows`.
+        text_unit: what one row of a txt file is, as in `files.read_rows`.
 
     Returns:
         What `report.json` holds, and under "run" what is not the same each time: seconds, rows per second,
@@ -86,19 +97,21 @@ def clean(
         UserError: what `files.expand` and `load_recipe` refuse; bad rows as the policy says; a destination that holds
             something else; a missing library; no row left.
     """
-    recipe, paths, started = as_recipe(recipe), expand(files), time.monotonic()
+    recipe, found, started = as_recipe(recipe), expand(files), time.monotonic()
     if num_proc is not None and num_proc < 1:
         raise UserError(f"num_proc: found {num_proc}, expected at least 1.")
+    if text_unit not in TEXT_UNITS:
+        raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}.")
     destination = Path(destination).expanduser()
     destination = Path.cwd() / destination
     recipe.prepare()
-    hashes = [content_hash([path]) for path in paths]
-    key = recipe.key(hashes)
+    hashes = [content_hash([file]) for file in found]
+    key = recipe.key([*hashes, text_unit])
     destination.parent.mkdir(parents=True, exist_ok=True)
     lock = destination.with_name(f".{destination.name}.lock")
     with FileLock(lock):
         report = finished_report(destination, key)
-        job = Cleaning(recipe, paths, hashes, key, destination, BadRows(on_bad_rows))
+        job = Cleaning(recipe, found, hashes, key, destination, BadRows(on_bad_rows), text_unit)
         if not (already := report is not None):
             report = job.run(num_proc or os.cpu_count() or 1)
         lock.unlink()  # whoever waits for it finds the destination finished
@@ -108,8 +121,8 @@ def clean(
         "destination": str(destination),
         "processes": num_proc or os.cpu_count() or 1,
         "seconds": round(seconds, 3),
-        "rows_found_finished": (found := rows if already else min(job.resumed_rows, rows)),
-        "rows_per_second": round((rows - found) / seconds, 1),
+        "rows_found_finished": (finished := rows if already else min(job.resumed_rows, rows)),
+        "rows_per_second": round((rows - finished) / seconds, 1),
     }
     return {**report, "run": run}
 
@@ -132,10 +145,18 @@ class Cleaning:
     """One cleaning, from reading to the rename."""
 
     def __init__(
-        self, recipe: Recipe, paths: list[Path], hashes: list[str], key: str, destination: Path, bad: BadRows
+        self,
+        recipe: Recipe,
+        files: list[File],
+        hashes: list[str],
+        key: str,
+        destination: Path,
+        bad: BadRows,
+        text_unit: str,
     ):
-        self.recipe, self.paths, self.hashes, self.key, self.destination = recipe, paths, hashes, key, destination
-        self.bad = bad
+        self.recipe, self.files, self.hashes, self.key, self.destination = recipe, files, hashes, key, destination
+        self.bad, self.text_unit = bad, text_unit
+        self.rows = 0  # read so far, bad ones included
         self.partial = destination.with_name(f".{destination.name}.partial")
         self.state = self.partial / ".state"
         self.segments = segments_of(recipe)
@@ -148,54 +169,55 @@ class Cleaning:
 
     def run(self, num_proc: int) -> dict[str, Any]:
         """Clean, publish, and return the report."""
-        total = sum(1 for path in self.paths for _ in _read_file(path))
-        if not total:
-            raise UserError(
-                f"{', '.join(map(str, self.paths))}: found no rows, expected at least one. Check the files."
-            )
         self._open_state()
-        done_before = min(self.resumed_rows, total)
+        size = total_size(self.files)
         with (
-            Workers(self.recipe, min(num_proc, -(-total // BATCH_ROWS))) as workers,
-            tqdm(total=total, initial=done_before, unit=" rows", desc="cleaning", disable=None) as progress,
+            Workers(self.recipe, num_proc) as workers,
+            tqdm(total=size or None, unit="B", unit_scale=True, desc="cleaning", disable=None) as progress,
         ):
             lines: list[bytes] = []
-            for batch, done in self._stream(workers, self._read(total)):
+            for batch, done in self._stream(workers, self._read(progress.update)):
                 batch.counts.merge(done.counts, self.recipe.settings.examples)
                 self.counts.merge(batch.counts, self.recipe.settings.examples)
                 lines += done.lines
-                progress.update(batch.rows)
                 if batch.last:
                     self._finish_part(batch.part, lines)
                     lines = []
-        self.bad.finish(total)
-        return self._publish(total)
+        self.bad.finish(self.rows)
+        return self._publish(self.rows)
 
     # --- streaming -------------------------------------------------------------------------------------------------
 
-    def _read(self, total: int) -> Iterator[Batch]:
+    def _read(self, progress: Callable[[int], Any]) -> Iterator[Batch]:
         """The rows behind those found finished, in batches that do not reach over the end of a part."""
-        size, number, batch = self.recipe.settings.rows_per_shard, 0, Batch(len(self.shards))
-        for path in self.paths:
-            for place, parse in _read_file(path):
-                number += 1
-                if number <= self.resumed_rows:
+        size, batch = self.recipe.settings.rows_per_shard, Batch(len(self.shards))
+        for file in self.files:
+            before = self.rows
+            for place, parse in parsables(file, self.text_unit, progress):
+                self.rows += 1
+                if self.rows <= self.resumed_rows:
                     continue
-                where = f"{path}:{place}"
-                batch.rows += 1
-                try:
-                    row = check_row(parse())
-                except BadRowError as problem:
-                    count, first = self.bad_of_part.get(batch.part, (0, []))
-                    self.bad_of_part[batch.part] = (count + 1, [*first, (where, str(problem))][:BAD_ROWS_NAMED])
-                    self.bad.add(where, str(problem))
-                else:
-                    batch.items.append(Item(number, where, row))
-                    batch.characters += len(Texts(row).whole)
-                batch.last = number % size == 0 or number == total
+                self._add_row(batch, f"{file}:{place}", parse)
+                batch.last = self.rows % size == 0
                 if batch.last or len(batch.items) == BATCH_ROWS or batch.characters > BATCH_CHARACTERS:
                     yield batch
                     batch = Batch(batch.part + batch.last)
+            if self.rows == before:
+                raise UserError(f"{file}: found no rows, expected at least one. Remove the file or create it again.")
+        if self.rows > max(self.resumed_rows, batch.part * size):  # the last part is shorter than the others
+            batch.last = True
+            yield batch
+
+    def _add_row(self, batch: Batch, where: str, parse: Callable[[], dict]) -> None:
+        try:
+            row = check_row(parse())
+        except BadRowError as problem:
+            count, first = self.bad_of_part.get(batch.part, (0, []))
+            self.bad_of_part[batch.part] = (count + 1, [*first, (where, str(problem))][:BAD_ROWS_NAMED])
+            self.bad.add(where, str(problem))
+        else:
+            batch.items.append(Item(self.rows, where, row))
+            batch.characters += len(Texts(row).whole)
 
     def _stream(self, workers: Workers, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Done]]:
         """Batches through all segments and dedup steps, in order."""
@@ -264,7 +286,7 @@ class Cleaning:
     def _restore_part(self, part: int) -> bool:
         try:
             facts = json.loads((self.state / f"{part:05d}.json").read_text())
-            if content_hash([self._shard(part)]) != facts["shard"]["hash"]:
+            if xxhash.xxh3_128_hexdigest(self._shard(part).read_bytes()) != facts["shard"]["hash"]:
                 return False
             saved = [(self.state / f"{part:05d}-{number}.npz").read_bytes() for number in range(len(self.indexes))]
             arrays = [dict(np.load(io.BytesIO(content))) for content in saved]
@@ -322,8 +344,8 @@ class Cleaning:
             "recipe": self.recipe.as_dict(),
             "packages": {package: version(package) for package in packages},
             "inputs": [
-                {"path": str(path), "bytes": path.stat().st_size, "hash": digest}
-                for path, digest in zip(self.paths, self.hashes, strict=True)
+                {"path": str(file), "bytes": total_size([file]), "hash": digest}
+                for file, digest in zip(self.files, self.hashes, strict=True)
             ],
             "rows": rows,
             "characters": {"in": steps[0].characters_in, "out": steps[-1].characters_out},
@@ -338,12 +360,12 @@ class Cleaning:
         examples = (example for step in steps for kept in step.examples.values() for example in kept)
         wanted = {example["repeats"] for example in examples if "repeats" in example}
         found: dict[int, dict[str, str]] = {}
-        places = ((path, place, parse) for path in self.paths for place, parse in _read_file(path))
-        for number, (path, place, parse) in enumerate(places, 1):
+        places = ((file, *row) for file in self.files for row in parsables(file, self.text_unit, None))
+        for number, (file, place, parse) in enumerate(places, 1):
             if len(found) == len(wanted):
                 break
             if number in wanted:
-                found[number] = {"where": f"{path}:{place}", "text": excerpt(Texts(parse()).whole)}
+                found[number] = {"where": f"{file}:{place}", "text": excerpt(Texts(parse()).whole)}
         return found
 
 

@@ -34,7 +34,7 @@ serve()
 
 
 class Workers:
-    """Runs `run_segment` in `num_proc` processes (none besides this one for 1). Use as a context manager."""
+    """Runs `run_segment` in up to `num_proc` processes (in this one for 1). Use as a context manager."""
 
     def __init__(self, recipe: Recipe, num_proc: int):
         self.recipe, self.num_proc = recipe, num_proc
@@ -44,15 +44,16 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.num_proc > 1:
-            command = [sys.executable, "-c", BOOTSTRAP, str(PACKAGE)]
-            for _ in range(self.num_proc):
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                pickle.dump(self.recipe.as_dict(), process.stdin)
-                process.stdin.flush()
-                self.processes.append(process)
-                self.idle.put(process)
             self.threads = ThreadPoolExecutor(self.num_proc)
         return self
+
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, "-c", BOOTSTRAP, str(PACKAGE)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.processes.append(process)
+        pickle.dump(self.recipe.as_dict(), process.stdin)
+        process.stdin.flush()
+        return process
 
     def __exit__(self, *exception) -> None:
         if self.threads:
@@ -63,7 +64,10 @@ class Workers:
             process.stdout.close()
 
     def _call(self, segment: int, items: list[Item]) -> Done:
-        process = self.idle.get()
+        try:
+            process = self.idle.get_nowait()
+        except queue.Empty:  # as many threads as processes, so never more than num_proc
+            process = self._start()
         try:
             pickle.dump((segment, items), process.stdin, protocol=5)
             process.stdin.flush()
