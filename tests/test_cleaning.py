@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from malformed import malformed
 from test_cleaning_steps import CHINESE, ENGLISH, POEM, STATUTE
 
 from minimind.cli import main
@@ -499,3 +500,22 @@ def test_cleaning_needs_neither_torch_nor_transformers():
     code = "import minimind.data.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", WITHOUT_MODEL + code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtests):
+    (tmp_path / "data").mkdir()
+    for number, case in enumerate(malformed(tmp_path / "data")):
+        out = tmp_path / str(number)
+        with subtests.test(case.name):
+            try:
+                report = clean(case.paths, out, recipe("control_characters", "whitespace"), 1, "skip")
+            except UserError as error:
+                assert case.expected == "error" or not case.kept
+                assert re.match(case.pattern, str(error)), error
+                assert not out.exists()
+            else:
+                assert case.expected == "skip"
+                rows = report["rows"]
+                bad = 0 if " among " in case.name else case.skipped  # here rows of all kinds may mix
+                assert (rows["bad"], rows["removed"]) == (bad, 0)
+                assert rows["out"] == case.kept + case.skipped - bad == len(output(out))

@@ -142,12 +142,16 @@ class NearDedup(Dedup):
         """Import rensa; raises UserError."""
         require("rensa")
 
-    def key(self, text: str) -> bytes:
-        """A text -> its MinHash signature, as rensa stores it (about 670 bytes)."""
+    def shingles(self, text: str) -> list[str]:
+        """The character n-grams of a text's letters and digits; of a shorter text, all of it as one."""
         reduced = NOT_WORD.sub("", text.casefold()) or text
         last = max(len(reduced) - self.ngram, 0)
+        return [reduced[start : start + self.ngram] for start in range(last + 1)]
+
+    def key(self, text: str) -> bytes:
+        """A text -> its MinHash signature, as rensa stores it (about 670 bytes)."""
         signature = require("rensa").RMinHash(self.num_perm, SEED)
-        signature.update([reduced[start : start + self.ngram] for start in range(last + 1)])
+        signature.update(self.shingles(text))
         return signature.__getstate__()
 
     def index(self) -> NearIndex:

@@ -57,8 +57,11 @@ def group_of(recipe: Recipe, row: dict) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def run_segment(recipe: Recipe, number: int, items: list[Item]) -> Done:
-    """Put items through the recipe's segment with this number. The rows are changed in place."""
+def run_segment(recipe: Recipe, number: int, items: list[Item], as_lines: bool = True) -> Done:
+    """Put items through the recipe's segment with this number, changing the rows in place.
+
+    The last segment gives lines; without `as_lines` each gives items, and no keys.
+    """
     segments = segments_of(recipe)
     segment, limit = segments[number], recipe.settings.examples
     done = Done()
@@ -69,7 +72,9 @@ def run_segment(recipe: Recipe, number: int, items: list[Item]) -> Done:
             done.counts.group(group)["characters_in"] += len(texts.whole)
         if not all(_apply(label, step, item, texts, group, done.counts, limit) for label, step in segment.steps):
             continue
-        if segment.dedup:
+        if not as_lines:
+            done.items.append(item)
+        elif segment.dedup:
             done.items.append(item)
             done.keys.append(segment.dedup[1].key(texts.whole))
         else:
