@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 KEPT, CHANGED, REMOVED = "#3b7dd8", "#e0a526", "#c9453b"
-WIDTH, HEIGHT, FLOW, TOP = 1100, 330, 190, 46  # of the picture, of a bar that holds all rows, and above the bars
+WIDTH, HEIGHT, FLOW, TOP, TURN = 1100, 330, 190, 46, 12  # of the picture; of a bar with all rows; above the bars
 
 STYLE = f"""
 :root {{ color-scheme: light dark; }}
@@ -12,7 +12,7 @@ body {{ font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; }}
 body {{ max-width: 1160px; margin: 2em auto; padding: 0 1em; }}
 table {{ border-collapse: collapse; margin: 1em 0; }}
 th, td {{ padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884; vertical-align: top; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child, th:last-child, td:last-child {{ text-align: left; }}
 svg {{ width: 100%; height: auto; }} svg text {{ fill: currentColor; font-size: 13px; }}
 details {{ margin: .3em 0; }} summary {{ cursor: pointer; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: .8em; margin: .6em 0 1.2em; }}
@@ -82,8 +82,7 @@ def flow_svg(report: dict[str, Any]) -> str:
     step = (WIDTH - 90) / len(stages)
     shapes = []
     for number, (name, rows_in, removed, changed) in enumerate(stages):
-        left, right = 10 + number * step, 10 + (number + 1) * step
-        middle, kept = left + step * 0.55, rows_in - removed
+        left, kept = 10 + number * step, rows_in - removed
         title = f"<title>{escape(name)}: {rows_in:,} in, {changed:,} changed, {removed:,} removed</title>"
         shapes.append(
             f'<rect x="{left:.1f}" y="{TOP}" width="{step - 3:.1f}" height="{max(kept * scale, 0.5):.2f}" '
@@ -95,18 +94,17 @@ def flow_svg(report: dict[str, Any]) -> str:
                 f'fill="{CHANGED}" fill-opacity=".75">{title}</rect>'
             )
         if removed:
+            # Along the lower edge of the bar, then a quarter turn of radius TURN, then down.
             top, height = TOP + kept * scale, max(removed * scale, 0.8)
-            end = TOP + FLOW + 30
+            bend, width, end = left + step * 0.3, min(height, step * 0.5), TOP + FLOW + TURN + 18
+            inner, outer = bend + TURN, bend + TURN + width
             shapes.append(
-                f'<path d="M{left:.1f},{top:.2f} H{middle:.1f} Q{middle + height:.1f},{top:.2f} {middle + height:.1f},'
-                f'{end} H{middle:.1f} Q{middle:.1f},{top + height:.2f} {left:.1f},{top + height:.2f} Z" '
-                f'fill="{REMOVED}" fill-opacity=".75">{title}</path>'
-                f'<text x="{middle + height / 2:.1f}" y="{end + 16}" text-anchor="middle">−{removed:,}</text>'
+                f'<path d="M{left:.1f},{top:.2f} H{bend:.1f} Q{outer:.1f},{top:.2f} {outer:.1f},'
+                f"{top + height + TURN:.2f} V{end} H{inner:.1f} V{top + height + TURN:.2f} Q{inner:.1f},{top + height:.2f} {bend:.1f},"
+                f'{top + height:.2f} H{left:.1f} Z" fill="{REMOVED}" fill-opacity=".75">{title}</path>'
+                f'<text x="{(inner + outer) / 2:.1f}" y="{end + 16}" text-anchor="middle">−{removed:,}</text>'
             )
-        shapes.append(
-            f'<text x="{left:.1f}" y="{TOP - 10 - 16 * (number % 2)}">{escape(name)}</text>'
-            f'<text x="{right - 3:.1f}" y="0" text-anchor="end"></text>'
-        )
+        shapes.append(f'<text x="{left:.1f}" y="{TOP - 10 - 16 * (number % 2)}">{escape(name)}</text>')
     shapes.append(
         f'<text x="{WIDTH - 76}" y="{TOP + 14}">{rows["out"]:,}</text>'
         f'<text x="{WIDTH - 76}" y="{TOP + 32}">kept</text>'
