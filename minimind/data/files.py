@@ -162,7 +162,12 @@ def _known(path: Path) -> list[Path]:
 def _regular(path: Path) -> Path:
     """The path, if it can be read more than once; a pipe would block or be used up by the first look at it."""
     if not path.is_file():
-        kinds = {"a link to nothing": not path.exists(), "a pipe": path.is_fifo(), "a socket": path.is_socket()}
+        kinds = {
+            "a link to nothing": path.is_symlink() and not path.exists(),
+            "nothing": not path.exists(),
+            "a pipe": path.is_fifo(),
+            "a socket": path.is_socket(),
+        }
         kind = next((kind for kind, applies in kinds.items() if applies), "a device")
         raise UserError(f"{path}: found {kind}, expected a regular file. Remove it, or store the data in a file.")
     return path
