@@ -98,10 +98,11 @@ def flow_svg(report: dict[str, Any]) -> str:
             top, height = TOP + kept * scale, max(removed * scale, 0.8)
             bend, width, end = left + step * 0.3, min(height, step * 0.5), TOP + FLOW + TURN + 18
             inner, outer = bend + TURN, bend + TURN + width
+            low, turned = top + height, top + height + TURN
             shapes.append(
-                f'<path d="M{left:.1f},{top:.2f} H{bend:.1f} Q{outer:.1f},{top:.2f} {outer:.1f},'
-                f"{top + height + TURN:.2f} V{end} H{inner:.1f} V{top + height + TURN:.2f} Q{inner:.1f},{top + height:.2f} {bend:.1f},"
-                f'{top + height:.2f} H{left:.1f} Z" fill="{REMOVED}" fill-opacity=".75">{title}</path>'
+                f'<path d="M{left:.1f},{top:.2f} H{bend:.1f} Q{outer:.1f},{top:.2f} {outer:.1f},{turned:.2f} V{end} '
+                f'H{inner:.1f} V{turned:.2f} Q{inner:.1f},{low:.2f} {bend:.1f},{low:.2f} H{left:.1f} Z" '
+                f'fill="{REMOVED}" fill-opacity=".75">{title}</path>'
                 f'<text x="{(inner + outer) / 2:.1f}" y="{end + 16}" text-anchor="middle">−{removed:,}</text>'
             )
         shapes.append(f'<text x="{left:.1f}" y="{TOP - 10 - 16 * (number % 2)}">{escape(name)}</text>')
