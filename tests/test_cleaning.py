@@ -519,3 +519,15 @@ def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtest
                 bad = 0 if " among " in case.name else case.skipped  # here rows of all kinds may mix
                 assert (rows["bad"], rows["removed"]) == (bad, 0)
                 assert rows["out"] == case.kept + case.skipped - bad == len(output(out))
+
+
+def test_the_guides_show_the_same_commands_and_name_every_step():
+    english, chinese = (
+        (ROOT / "docs" / f"clean{language}.md").read_text(encoding="utf-8") for language in ("", "_zh")
+    )
+    blocks = [re.findall(r"```(\w*)\n(.*?)```", guide, re.DOTALL) for guide in (english, chinese)]
+    assert blocks[0] == blocks[1]
+    for guide in (english, chinese):
+        assert re.findall(r"^\| `(\w+)` \|", guide, re.MULTILINE) == list(STEPS)
+    (example,) = (text for language, text in blocks[0] if language == "yaml")
+    assert len(Recipe.from_dict(yaml.safe_load(example)).steps) == 4

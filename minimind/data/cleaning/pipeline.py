@@ -102,8 +102,7 @@ def clean(
         raise UserError(f"num_proc: found {num_proc}, expected at least 1.")
     if text_unit not in TEXT_UNITS:
         raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}.")
-    destination = Path(destination).expanduser()
-    destination = Path.cwd() / destination
+    given, destination = str(destination), Path.cwd() / Path(destination).expanduser()
     recipe.prepare()
     hashes = [content_hash([file]) for file in found]
     key = recipe.key([*hashes, text_unit])
@@ -118,7 +117,7 @@ def clean(
     seconds = time.monotonic() - started
     rows = report["rows"]["in"]
     run = {
-        "destination": str(destination),
+        "destination": given,
         "processes": num_proc or os.cpu_count() or 1,
         "seconds": round(seconds, 3),
         "rows_found_finished": (finished := rows if already else min(job.resumed_rows, rows)),
