@@ -151,16 +151,24 @@ def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
             {"role": "user", "content": "<b>go</b>"},
             {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments, "n": 1}}]},
             {"role": "tool", "content": '{"html":  "<b>y</b>"}'},
+            {"role": "tool", "content": {"mail": "a@b.org", "html": "<b>z</b>"}},
+            {
+                "role": "assistant",
+                "reasoning_content": "<b>think</b>",
+                "content": [{"type": "text", "text": "<i>x</i>"}],
+            },
         ]
     }
     texts = Texts(row)
     for step in (STEPS["remove_markup"](), STEPS["mask_pii"]()):
         (texts.mask if step.machine else texts.replace)(step)
-    user, call, result = row["messages"]
+    user, call, result, other, reply = row["messages"]
     assert user["content"] == "go"
     masked = json.loads(call["tool_calls"][0]["function"]["arguments"])
     assert masked == {"to": "[EMAIL]", "phone": "[PHONE]", "html": "<b>x</b> &amp;"}
     assert result["content"] == '{"html":  "<b>y</b>"}'
+    assert other["content"] == {"mail": "[EMAIL]", "html": "<b>z</b>"}
+    assert (reply["reasoning_content"], reply["content"]) == ("think", [{"type": "text", "text": "x"}])
 
 
 def test_a_row_that_loses_the_text_of_a_message_is_dropped_and_counted(tmp_path, write_jsonl):
