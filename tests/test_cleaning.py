@@ -271,16 +271,27 @@ def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_two_cleanings_into_one_directory_wait_for_each_other(tmp_path, write_jsonl):
+    path, steps = write_jsonl("a.jsonl", corpus(300)), small_shards(tmp_path)
+    clean([path], tmp_path / "expected", steps, 1)
+    both = [start([path, tmp_path / "out", "--recipe", steps, "--num_proc", 1, "--json"]) for _ in range(2)]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    found = sorted(json.loads(output)["run"]["rows_found_finished"] for output, _ in outputs)
+    assert found[0] == 0 and found[1] in (0, 300)
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
 def interrupted(monkeypatch, path, out, steps, parts=3):
     """Clean in this process and fail after some parts."""
     from minimind.data.cleaning.pipeline import Cleaning
 
     finish = Cleaning._finish_part
 
-    def failing(self, part, lines):
+    def failing(self, part):
         if part == parts:
             raise KeyboardInterrupt
-        finish(self, part, lines)
+        finish(self, part)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Cleaning, "_finish_part", failing)
