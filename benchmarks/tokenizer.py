@@ -3,11 +3,12 @@
     python benchmarks/tokenizer.py split DIR FILES...      DIR/train.jsonl and DIR/held_out.jsonl
     minimind tokenizer train DIR/train.jsonl --output_dir TOKENIZER
     minimind tokenizer compare TOKENIZER PEER --files DIR/held_out.jsonl
-    python benchmarks/tokenizer.py sources PEER DIR --leave_out wiki books --weights ...
+    python benchmarks/tokenizer.py sources PEER DIR --leave_out books en_wiki+zh_wiki --weights ...
 
 `split` holds out a tenth of the documents, chosen by the hash of their key: all pieces of a document (rows whose field
 "doc" is the same up to its last colon) lie on one side. `sources` trains the same recipe once more without each of
-some sources and measures it on all of that source's text: how the figure holds on writing of a kind never seen.
+some sources (joined by "+": of all of these) and measures it on their text: how the figure holds on writing of a kind
+never seen.
 """
 
 import argparse
@@ -59,21 +60,20 @@ def split(directory: Path, files: list[Path]) -> None:
 
 
 def sources(peer: str, directory: Path, left_out: list[str], weights: dict[str, float]) -> None:
-    """Train without each of some sources, and measure on it."""
+    """Train without each of some sources, or of groups of them joined by "+", and measure on their text."""
     train = list(read_texts([str(directory / "train.jsonl")]))
     every = [*train, *read_texts([str(directory / "held_out.jsonl")])]
-    print(f"{'source left out':24} {'MB':>6} {'tokens':>10} {'of ' + Path(peer).name:>12} {'difference':>10}")
-    for source in left_out:
-        rest = weighted(
-            (text for text in train if text.domain != source), {k: w for k, w in weights.items() if k != source}
-        )
-        measured = [text for text in every if text.domain == source]
+    print(f"{'left out':40} {'MB':>6} {'tokens':>10} {'of ' + Path(peer).name:>12} {'difference':>10}")
+    for group in left_out:
+        without = set(group.split("+"))
+        rest = {domain: weight for domain, weight in weights.items() if domain not in without}
+        texts = weighted((text for text in train if text.domain not in without), rest)
         with tempfile.TemporaryDirectory() as made:
-            save_tokenizer(train_tokenizer(text.text for text in rest), Path(made))
-            result = compare([made, peer], measured)["total"]
+            save_tokenizer(train_tokenizer(text.text for text in texts), Path(made))
+            result = compare([made, peer], [text for text in every if text.domain in without])["total"]
         ours, theirs = result["tokens"]
         print(
-            f"{source:24} {result['bytes'] / 1e6:6.2f} {ours:10,} {theirs:12,} {ours / theirs - 1:+10.1%}", flush=True
+            f"{group:40} {result['bytes'] / 1e6:6.2f} {ours:10,} {theirs:12,} {ours / theirs - 1:+10.1%}", flush=True
         )
 
 

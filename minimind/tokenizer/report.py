@@ -11,6 +11,7 @@ from rich.table import Table
 from minimind.errors import UserError
 
 DOMAINS_SHOWN = 30
+WIDTH = 120  # columns, where no terminal says
 SAVERS = {".svg": "save_svg", ".html": "save_html", ".txt": "save_text"}
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English", "other": "other"}
 
@@ -26,6 +27,8 @@ def check_save(save: str | None) -> None:
 def show(tables: Sequence[Table | str], title: str, save: str | None = None, quiet: bool = False) -> None:
     """Print tables, unless `quiet`, and write them to `save`, a picture (.svg), a page (.html) or text (.txt)."""
     console = Console(record=bool(save), highlight=False, file=io.StringIO() if quiet else None)
+    if save or not console.is_terminal:
+        console.width = WIDTH
     for table in tables:
         console.print(table)
     if save:
@@ -48,24 +51,30 @@ def evaluation_tables(result: dict) -> list[Table | str]:
         _sizes(result),
         _vocabulary(result),
         _kinds(result),
-        _round_trip([(facts["directory"], result["round_trip"])]),
+        _round_trip({facts["directory"]: result["round_trip"]}),
     ]
 
 
 def comparison_tables(result: dict) -> list[Table | str]:
     """The result of `judging.compare` -> what is printed."""
     judged = result["tokenizers"]
-    names = [one["directory"] for one in judged]
+    names = _short([one["directory"] for one in judged])
     return [
         _contests(result, names),
         _side_by_side(judged, names),
-        _round_trip([(one["directory"], one["round_trip"]) for one in judged]),
+        _round_trip({name: one["round_trip"] for name, one in zip(names, judged, strict=True)}),
     ]
+
+
+def _short(directories: list[str]) -> list[str]:
+    """The last parts of some paths, or the paths where those are not distinct."""
+    names = [Path(directory).resolve().name for directory in directories]
+    return names if len(set(names)) == len(names) else directories
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(escape(column), justify="right")
     return table
@@ -114,7 +123,7 @@ def _contests(result: dict, names: list[str]) -> Table:
             f"{found['bytes'] / 1e6:.2f}",
             *tokens,
             *(f"{ratio - 1:+.1%}" for ratio in found["ratio"][1:]),
-            escape(found["winner"] or "several"),
+            escape(names[found["tokens"].index(best)] if found["winner"] else "several"),
         ]
 
     title = "Tokens of the same text; 'against': how many more or fewer the first has"
@@ -147,8 +156,7 @@ def _vocabulary(result: dict) -> Table:
     table = _table("Vocabulary", "", "")
     for name, value in _judgement_rows(result).items():
         table.add_row(name, value)
-    longest = "  ".join(f"{found['token']!r} x {found['uses']:,}" for found in result["longest"])
-    table.add_row("longest tokens", escape(longest))
+    table.add_row("longest tokens, and how often", escape(" ".join(_used(found) for found in result["longest"])))
     return table
 
 
@@ -163,6 +171,10 @@ def _side_by_side(judged: list[dict], names: list[str]) -> Table:
     return table
 
 
+def _used(found: dict) -> str:
+    return f"{found['token']!r}\u00a0{found['uses']:,}"
+
+
 def _kinds(result: dict) -> Table:
     table = _table("Tokens by kind", "kind", "in the vocabulary", "share of the text's tokens")
     for kind, found in result["kinds"].items():
@@ -170,19 +182,20 @@ def _kinds(result: dict) -> Table:
     return table
 
 
-def _round_trip(trips: list[tuple[str, dict]]) -> Table:
-    columns = [f"{header}\n{name}" for name, _ in trips for header in ("exact", "tokens")]
+def _round_trip(trips: dict[str, dict]) -> Table:
+    headers = ("exact", "tokens")
+    columns = [f"{header}\n{name}" if len(trips) > 1 else header for name in trips for header in headers]
     table = _table("Round trip of texts that tokenizers lose", "texts", "bytes", *columns)
-    for probe, first in trips[0][1]["probes"].items():
+    for probe, first in next(iter(trips.values()))["probes"].items():
         cells = []
-        for _, trip in trips:
+        for trip in trips.values():
             found = trip["probes"][probe]
             mark = "green" if found["exact"] == found["texts"] else "red"
             cells += [f"[{mark}]{found['exact']} of {found['texts']}[/{mark}]", f"{found['tokens']:,}"]
         table.add_row(probe, f"{first['bytes']:,}", *cells)
-    changed = [(name, found) for name, trip in trips for found in trip["changed"]]
-    if changed:
-        table.caption = "\n".join(
-            escape(f"{name}: {found['text']!r} came back as {found['back']!r}") for name, found in changed[:10]
-        )
+    lines = [
+        f"{name}: {one['text']!r} came back as {one['back']!r}" for name in trips for one in trips[name]["changed"]
+    ]
+    if lines:
+        table.caption = escape("\n".join(lines[:10]))
     return table
