@@ -6,7 +6,7 @@ The format of a row is recognised by its keys, so one file may mix them.
 from collections.abc import Sequence
 from typing import Any
 
-from minimind.data.files import BadRowError, shown, to_document
+from minimind.data.files import BadRowError, check_text, shown, to_document
 
 Message = dict[str, str]
 
@@ -98,6 +98,7 @@ def add_system(data: dict, messages: list[Message]) -> list[Message]:
     system = data.get("system", "")
     if not isinstance(system, str):
         raise BadRowError(f"system: found {shown(system)}, expected a string")
+    check_text(system, "system")
     if not system.strip():
         return messages
     if messages[0]["role"] == "system" and messages[0]["content"] != system:
@@ -107,6 +108,8 @@ def add_system(data: dict, messages: list[Message]) -> list[Message]:
 
 def check_order(messages: Sequence[Message], name: str = "messages") -> None:
     """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text."""
+    for index, message in enumerate(messages):
+        check_text(message["content"], f"{name}[{index}]")
     first = 1 if messages and messages[0]["role"] == "system" else 0
     for index, message in enumerate(messages[first:], first):
         expected = TURNS[(index - first) % 2]
