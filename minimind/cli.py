@@ -179,7 +179,8 @@ def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
     from minimind.tokenizer.texts import read_texts
 
     report.check_save(args.save)
-    result = judging.evaluate(tokenizer_directory(args.directory), read_texts(args.files, args.on_bad_rows))
+    texts = read_texts(args.files, args.on_bad_rows, "tokenising")
+    result = judging.evaluate(tokenizer_directory(args.directory), texts)
     print_report(args, result, report.evaluation_tables)
 
 
@@ -192,7 +193,8 @@ def run_tokenizer_compare(args: argparse.Namespace) -> None:
         raise UserError("compare: found one directory, expected at least two: compare DIR DIR --files FILE.")
     report.check_save(args.save)
     directories = [tokenizer_directory(directory) for directory in args.directories]
-    result = judging.compare(directories, read_texts(args.files, args.on_bad_rows))
+    texts = read_texts(args.files, args.on_bad_rows, "tokenising")
+    result = judging.compare(directories, texts)
     print_report(args, result, report.comparison_tables)
 
 

@@ -14,6 +14,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, PRE_TOKENIZERS, load_tokenizer, train_tokenizer
 from minimind.tokenizer.judging import BYTE_OF, Judged, compare, evaluate, token_bytes
 from minimind.tokenizer.probes import PROBES
+from minimind.tokenizer.report import comparison_tables, evaluation_tables
 from minimind.tokenizer.texts import Text, read_texts, script, weighted
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
@@ -242,6 +243,14 @@ def test_a_rare_pair_is_not_merged_and_an_unknown_rule_is_refused():
         train_tokenizer([ENGLISH], pre_tokenizer="gpt-5")
 
 
+def test_a_tokenizer_that_makes_nothing_of_a_text_has_no_bytes_per_token(tmp_path):
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    found = evaluate(tmp_path, [Text("你", "x")])
+    assert (found["total"]["tokens"], found["total"]["bytes_per_token"], found["pieces"]) == (0, None, None)
+    assert evaluation_tables(found)
+    assert comparison_tables(compare([tmp_path, DEFAULT_TOKENIZER], [Text("你", "x")]))
+
+
 # The commands
 
 
@@ -296,6 +305,7 @@ def test_train_takes_weights_and_the_rule_and_writes_a_tokenizer(corpus, tmp_pat
         (["train", "{corpus}", "--weights", "wiki", "--output_dir", "{missing}"], "argument --weights: invalid"),
         (["train", "{corpus}", "--weights", "wiki=a", "--output_dir", "{missing}"], "argument --weights: invalid"),
         (["train", "{corpus}", "--weights", "wiki=2", "--output_dir", "{missing}"], "--weights wiki: no text has"),
+        (["train", "{corpus}", "--min_frequency", "-1", "--output_dir", "{missing}"], "--min_frequency -1: expected"),
         (["train", "{corpus}", "--pre_tokenizer", "x", "--output_dir", "{missing}"], "--pre_tokenizer x: expected"),
     ],
 )

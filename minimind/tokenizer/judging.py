@@ -197,6 +197,11 @@ def compare(directories: Sequence[str | Path], texts: Iterable[Text]) -> dict:
     }
 
 
+def _ratio(part: int, whole: int) -> float | None:
+    """None where a tokenizer without an unknown token made nothing of a text."""
+    return part / whole if whole else None
+
+
 def _figures(sizes: np.ndarray) -> dict:
     documents, characters, size, tokens = map(int, sizes)
     return {
@@ -204,9 +209,9 @@ def _figures(sizes: np.ndarray) -> dict:
         "characters": characters,
         "bytes": size,
         "tokens": tokens,
-        "bytes_per_token": size / tokens,
-        "characters_per_token": characters / tokens,
-        "tokens_per_document": tokens / documents,
+        "bytes_per_token": _ratio(size, tokens),
+        "characters_per_token": _ratio(characters, tokens),
+        "tokens_per_document": _ratio(tokens, documents),
     }
 
 
@@ -218,8 +223,8 @@ def _contest(sizes: np.ndarray, directories: Sequence[str | Path]) -> dict:
         "characters": characters,
         "bytes": size,
         "tokens": tokens,
-        "bytes_per_token": [size / count for count in tokens],
-        "ratio": [tokens[0] / count for count in tokens],
+        "bytes_per_token": [_ratio(size, count) for count in tokens],
+        "ratio": [_ratio(tokens[0], count) for count in tokens],
         "winner": str(directories[best[0]]) if len(best) == 1 else None,
     }
 
@@ -231,7 +236,7 @@ def _judgement(found: Measurement, index: int) -> dict:
     usable = np.array([token is not None and i not in judged.special for i, token in enumerate(judged.bytes)])
     frequent = np.sort(total)[::-1].cumsum()
     one_byte = np.array([token is not None and len(token) == 1 for token in judged.bytes]) & (judged.kinds == "piece")
-    text, zh, en = total.sum(), *(uses[LANGUAGES.index(name)] for name in ("zh", "en"))
+    text, zh, en = int(total.sum()), *(uses[LANGUAGES.index(name)] for name in ("zh", "en"))
 
     def tokens(counts: np.ndarray, *kinds: str) -> int:
         return int(counts[np.isin(judged.kinds, kinds)].sum())
@@ -239,8 +244,8 @@ def _judgement(found: Measurement, index: int) -> dict:
     longest = sorted(np.flatnonzero(usable), key=lambda i: (-len(judged.bytes[i]), i))
     return {
         "fertility": {
-            "en": tokens(en, "English", "mixed") / found.words if found.words else None,
-            "zh": tokens(zh, "Chinese", "mixed", "piece") / found.han if found.han else None,
+            "en": _ratio(tokens(en, "English", "mixed"), found.words),
+            "zh": _ratio(tokens(zh, "Chinese", "mixed", "piece"), found.han),
         },
         "vocabulary": {
             "tokens": int(usable.sum()),
@@ -248,10 +253,10 @@ def _judgement(found: Measurement, index: int) -> dict:
             "used_fewer_than": {str(times): float((total[usable] < times).mean()) for times in RARE},
             "tokens_that_cover": {str(share): int(np.searchsorted(frequent, share * text) + 1) for share in COVERAGES},
         },
-        "pieces": tokens(total, "piece") / int(text),
-        "byte_tokens": int(total[one_byte].sum()) / int(text),
+        "pieces": _ratio(tokens(total, "piece"), text),
+        "byte_tokens": _ratio(int(total[one_byte].sum()), text),
         "kinds": {
-            kind: {"tokens": int((judged.kinds == kind).sum()), "text": tokens(total, kind) / int(text)}
+            kind: {"tokens": int((judged.kinds == kind).sum()), "text": _ratio(tokens(total, kind), text)}
             for kind in KINDS
             if (judged.kinds == kind).any()
         },

@@ -106,9 +106,9 @@ def _sizes(result: dict) -> Table:
             f"{found['documents']:,}",
             f"{found['bytes'] / 1e6:.2f}",
             f"{found['tokens']:,}",
-            f"{found['bytes_per_token']:.3f}",
-            f"{found['characters_per_token']:.3f}",
-            f"{found['tokens_per_document']:,.1f}",
+            _figure(found["bytes_per_token"]),
+            _figure(found["characters_per_token"]),
+            _figure(found["tokens_per_document"], ",.1f"),
         ),
     )
 
@@ -122,7 +122,7 @@ def _contests(result: dict, names: list[str]) -> Table:
         return [
             f"{found['bytes'] / 1e6:.2f}",
             *tokens,
-            *(f"{ratio - 1:+.1%}" for ratio in found["ratio"][1:]),
+            *(_figure(ratio and ratio - 1, "+.1%") for ratio in found["ratio"][1:]),
             escape(names[found["tokens"].index(best)] if found["winner"] else "several"),
         ]
 
@@ -178,7 +178,7 @@ def _used(found: dict) -> str:
 def _kinds(result: dict) -> Table:
     table = _table("Tokens by kind", "kind", "in the vocabulary", "share of the text's tokens")
     for kind, found in result["kinds"].items():
-        table.add_row(kind, f"{found['tokens']:,}", f"{found['text']:.2%}")
+        table.add_row(kind, f"{found['tokens']:,}", _figure(found["text"], ".2%"))
     return table
 
 

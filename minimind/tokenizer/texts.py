@@ -8,12 +8,13 @@ of the writing it holds most of: Chinese characters ("zh"), words in Latin lette
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
+from tqdm import tqdm
 
 from minimind.data.conversations import to_text
-from minimind.data.files import read_rows
+from minimind.data.files import expand, read_rows, total_size
 from minimind.errors import UserError
 
 LANGUAGES = ("zh", "en", "other")
@@ -50,11 +51,21 @@ def script(text: str) -> Script:
     return Script(han, len(WORD.findall(text)), sum(map(len, OTHER_LETTERS.findall(text))))
 
 
-def read_texts(files: Sequence[str], on_bad_rows: str | None = None) -> Iterator[Text]:
-    """Files, directories and globs of documents and conversations -> their texts; raises UserError as `read_rows`."""
-    for row in read_rows(files, on_bad_rows, lambda data: (to_text(data), data.get("source"))):
-        text, source = row.data
-        yield Text(text, source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name)
+def read_texts(files: Sequence[str], on_bad_rows: str | None = None, title: str | None = None) -> Iterator[Text]:
+    """Files, directories and globs of documents and conversations -> their texts, with a `title` under a progress bar.
+
+    Raises UserError as `read_rows`.
+    """
+    found = expand(files)
+    hidden = None if title else True
+    with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden) as bar:
+        for row in read_rows(found, on_bad_rows, _text_and_source, progress=bar.update):
+            text, source = row.data
+            yield Text(text, source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name)
+
+
+def _text_and_source(data: dict) -> tuple[str, Any]:
+    return to_text(data), data.get("source")
 
 
 def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Text]:

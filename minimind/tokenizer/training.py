@@ -27,13 +27,16 @@ def train_tokenizer(
     The result may hold fewer tokens than `vocab_size` where the texts have no more pairs to merge.
 
     Raises:
-        UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens, or `pre_tokenizer` is none.
+        UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens, `pre_tokenizer` is none of
+            them, or `min_frequency` is below 0.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}.")
     if pre_tokenizer not in PRE_TOKENIZERS:
         raise UserError(f"--pre_tokenizer {pre_tokenizer}: expected one of {', '.join(PRE_TOKENIZERS)}.")
+    if min_frequency < 0:
+        raise UserError(f"--min_frequency {min_frequency}: expected 0 or more.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
     bpe.decoder = decoders.ByteLevel()
@@ -42,7 +45,7 @@ def train_tokenizer(
         min_frequency=min_frequency,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=sys.stderr.isatty(),  # the trainer draws its own bars, of reading and of merging
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
