@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import CHINESE, ENGLISH
@@ -9,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from benchmarks.tokenizer import split
 from minimind.cli import main
 from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, PRE_TOKENIZERS, load_tokenizer, train_tokenizer
@@ -320,3 +322,25 @@ def test_mistakes_are_one_message_and_nothing_is_written(arguments, message, cor
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert not (tmp_path / "missing").exists()
+
+
+# The held-out part on which the default tokenizer is measured
+
+
+def test_the_split_keeps_every_row_and_all_pieces_of_a_document_on_one_side(write_jsonl, tmp_path):
+    documents = [f"book/{number}.txt#{part}" for number in range(100) for part in range(2)]
+    rows = [{"text": f"{key} {i}", "doc": f"{key}:{i}", "source": "book"} for key in documents for i in range(5)]
+    chat = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "Ho"}]}
+    files = [Path(write_jsonl("books.jsonl", rows)), Path(write_jsonl("chats.jsonl", [chat] * 3))]
+    split(tmp_path / "out", files)
+    parts = {name: read_jsonl(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out")}
+    keys = {name: {row["text"].rsplit(" ", 1)[0] for row in found} for name, found in parts.items()}
+    assert not keys["train"] & keys["held_out"]
+    assert 5 <= len(keys["held_out"] & set(documents)) <= 40
+    written = sorted(row["text"] for found in parts.values() for row in found)
+    assert written == sorted([row["text"] for row in rows] + ["Hi\nHo"] * 3)
+    assert {row["source"] for found in parts.values() for row in found} == {"book", "chats"}
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
