@@ -33,6 +33,7 @@ __all__ = [
     "BadRowError",
     "BadRows",
     "Row",
+    "cache_directory",
     "check_text",
     "content_hash",
     "expand",
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
+LARGE = 2**26  # bytes of a file that is not hashed again at every start
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # marks of `save_to_disk`
 
@@ -220,17 +222,36 @@ def _saved_shards(directory: Path) -> list[Path]:
         ) from None
 
 
+def cache_directory() -> Path:
+    """Where prepared data is kept: $MINIMIND_CACHE, or ~/.cache/minimind."""
+    return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
+
+
 def content_hash(files: Iterable[File]) -> str:
-    """One hash over the bytes of some files, in their order; for a dataset of the Hub over its revision."""
-    digest = xxhash.xxh3_128()
-    for path in files:
-        if isinstance(path, HubDataset):
-            digest.update(path.fingerprint.encode())
-            continue
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    """One hash over the contents of some files, in their order; for a dataset of the Hub over its revision."""
+    hashes = [file.fingerprint if isinstance(file, HubDataset) else _file_hash(file) for file in files]
+    return xxhash.xxh3_128_hexdigest("\n".join(hashes).encode())
+
+
+def _file_hash(path: Path) -> str:
+    """The hash of a file's bytes; that of a large one is remembered as long as its size and time do not change."""
+    status = path.stat()
+    known = f"{status.st_size} {status.st_mtime_ns}"
+    memory = cache_directory() / "hashes" / xxhash.xxh3_128_hexdigest(os.path.realpath(path).encode())
+    if status.st_size >= LARGE and memory.is_file():
+        remembered, _, digest = memory.read_text().rpartition(" ")
+        if remembered == known:
+            return digest
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    if status.st_size >= LARGE:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}")
+        partial.write_text(f"{known} {hasher.hexdigest()}")
+        partial.replace(memory)
+    return hasher.hexdigest()
 
 
 def total_size(files: Iterable[File]) -> int:

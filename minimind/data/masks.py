@@ -120,10 +120,9 @@ def _load(data_args, convert) -> ChatRows:
         held_out = [row.data[1] for row in read_rows(held_out_files, data_args.on_bad_rows, convert)]
         held_out, train = held_out[: data_args.max_eval_rows], [row for _, row in rows]
     else:
-        held_out_files, held_out, train = [], [], []
         hold_out = HoldOut(data_args.eval_ratio, data_args.max_eval_rows)
-        for key, row in rows:
-            (held_out if hold_out.takes(key) else train).append(row)
+        train = [certain for key, row in rows for certain in hold_out.offer(key, row)]
+        held_out_files, held_out = [], hold_out.chosen()
     if not train:
         raise UserError(f"{', '.join(map(str, files))}: every row is held out. Lower --eval_ratio or give more rows.")
     facts = {
