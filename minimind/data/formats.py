@@ -417,16 +417,14 @@ def _read_arrow(path: Path, reached: Progress) -> Iterator[Parsable]:
 
     def batches() -> Iterator[pa.RecordBatch]:
         with pa.OSFile(str(path)) as source:
-            if source.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(source)
-                found = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                source.seek(0)
-                found = iter(pa.ipc.open_stream(source))
-            for batch in found:
+            size, is_file = source.size(), source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            count = reader.num_record_batches if is_file else 0
+            for done, batch in enumerate(map(reader.get_batch, range(count)) if is_file else reader, 1):
                 batch.validate(full=True)  # offsets in a damaged file would be read beyond its memory
                 yield batch
-                reached(source.tell())
+                reached(size * done // count if is_file else source.tell())
 
     yield from _columnar_rows(path, batches())
 
