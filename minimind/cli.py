@@ -76,6 +76,23 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--rope_theta", type=float, help="base of RoPE; a .pth does not tell")
     importing.set_defaults(run=run_import)
 
+    clean = commands.add_parser("clean", help="clean, filter and deduplicate data, with a report of each step")
+    clean.add_argument("files", nargs="+", metavar="SRC", help="files, directories or globs of rows of any kind")
+    clean.add_argument("destination", metavar="DST", help="directory to write: shards, report.json, report.html")
+    clean.add_argument("--recipe", required=True, help="YAML file with the steps, such as configs/data/pretrain.yaml")
+    clean.add_argument("--num_proc", type=int, help="processes; default: all cores. The result is the same")
+    clean.add_argument(
+        "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
+    )
+    clean.add_argument(
+        "--text_unit",
+        choices=("file", "paragraph", "line"),
+        default="file",
+        help="what one row of a txt file is (default: the whole file)",
+    )
+    clean.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    clean.set_defaults(run=run_clean)
+
     prepare = commands.add_parser(
         "prepare",
         help="tokenise and pack a corpus ahead of pretraining",
@@ -290,6 +307,17 @@ def run_import(args: argparse.Namespace) -> None:
     for note in report.notes:
         print(f"  note: {note}")
     print(f"-> {args.destination}")
+
+
+def run_clean(args: argparse.Namespace) -> None:
+    """`minimind clean`."""
+    import json
+
+    from minimind.data.cleaning import clean
+    from minimind.data.cleaning.report import report_text
+
+    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit)
+    print(json.dumps(report, ensure_ascii=False) if args.json else report_text(report))
 
 
 def run_prepare(args: argparse.Namespace) -> None:
