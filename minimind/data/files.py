@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,8 +181,12 @@ def _matches(pattern: Path) -> list[Path]:
     """What a glob matches, sorted; hidden names only where the pattern spells them out. Raises ValueError."""
     root = Path(pattern.anchor)
     matches = root.glob(str(pattern.relative_to(root)))  # unlike glob.glob it stays out of loops of links
-    spelled = set(pattern.parts)
-    return sorted(m for m in matches if not any(part.startswith(".") for part in set(m.parts) - spelled))
+    spelled = [part for part in pattern.parts if part.startswith(".")]
+
+    def is_asked_for(part: str) -> bool:
+        return not part.startswith(".") or any(fnmatchcase(part, each) for each in spelled)
+
+    return sorted(match for match in matches if all(map(is_asked_for, match.parts)))
 
 
 def _search(top: Path) -> list[Path]:
