@@ -38,6 +38,7 @@ __all__ = [
     "check_text",
     "content_hash",
     "expand",
+    "parsables",
     "read_documents",
     "read_rows",
     "shown",
@@ -297,7 +298,7 @@ def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Pr
     try:
         for file in files:
             before = total
-            for place, parse in _parsables(file, text_unit, progress):
+            for place, parse in parsables(file, text_unit, progress):
                 total += 1
                 try:
                     row = Row(f"{file}:{place}", convert(parse()))
@@ -313,7 +314,8 @@ def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Pr
     bad.finish(total)
 
 
-def _parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
+def parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
+    """The rows of one of `expand`'s files, each as its place and a function that parses it or raises BadRowError."""
     return file.rows() if isinstance(file, HubDataset) else read_file(file, text_unit, progress)
 
 
