@@ -241,7 +241,7 @@ class _Window:
                 if self.ended or not cut_off or len(self.text) - self.position > ROW_LIMIT:
                     raise
             else:
-                if end < len(self.text) or self.ended:  # a number may go on in what has not been read
+                if end < len(self.text) - 2 or self.ended:  # a number may go on: 1.5 and then e+16
                     self.advance(end)
                     return parse
             self.read_more()
