@@ -10,7 +10,7 @@ Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an a
 """
 
 from transformers import set_seed
-from trl import DPOTrainer, get_peft_config
+from trl import get_peft_config
 
 from minimind.data.masks import load_preferences, mask_report, preference_labels, print_mask_report
 from minimind.errors import reports_user_errors
@@ -19,6 +19,7 @@ from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArgu
 from minimind.training.launch import is_main_process
 from minimind.training.stages import Stage, check_length, frozen_copy, starting_point
 from minimind.training.tracking import start_tracking
+from minimind.training.trainers import PreferenceTrainer
 
 
 @reports_user_errors
@@ -32,9 +33,9 @@ def main() -> None:
     check_length("max_length", training_args.max_length, model.config)
     rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length)
 
-    stage = Stage("dpo", training_args, rows, parent)
+    stage = Stage("dpo", training_args, rows, model, tokenizer, parent, options=[model_args])
     start_tracking(stage)
-    trainer = DPOTrainer(
+    trainer = PreferenceTrainer(
         model=model,
         # With an adapter the reference is the model without it.
         ref_model=None if model_args.use_peft else frozen_copy(model),

@@ -1,10 +1,12 @@
 """Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
 
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
+
+from minimind.training.resume import ResumableTrainer
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(ResumableTrainer):
     """Identical to the library's except: held-out loss is the mean over targets, also where rows have different
     numbers of them. The library takes the mean of each batch, and then of the batches.
 
@@ -24,7 +26,7 @@ class BlockTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class ChatSFTTrainer(SFTTrainer):
+class ChatSFTTrainer(ResumableTrainer, SFTTrainer):
     """Identical to TRL's except: the loss is the model's own.
 
     TRL projects through the head in tiles and in Python, which saves memory at vocabularies of 100,000 and more; at
@@ -35,3 +37,7 @@ class ChatSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs["use_cache"] = False  # with a cache, position_ids that restart would not keep conversations apart
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class PreferenceTrainer(ResumableTrainer, DPOTrainer):
+    """TRL's, made resumable."""
