@@ -20,7 +20,7 @@ from minimind.data.files import cache_directory
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.training.launch import bf16_is_fast, prepare_launch
-from minimind.training.resume import check_output_directory
+from minimind.training.resume import check_output_directory, checkpoints
 
 
 @dataclass
@@ -180,6 +180,8 @@ class StageConfig(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if str(self.resume_from_checkpoint).lower() in ("auto", "true", "false", "none"):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower().replace("none", "auto")
+            if self.resume_from_checkpoint == "true" and not checkpoints(Path(self.output_dir)):
+                raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {self.output_dir}")
         elif not Path(self.resume_from_checkpoint).is_dir():
             raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
         if self.bf16 is None:
