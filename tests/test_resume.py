@@ -245,7 +245,7 @@ def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(world, cache
     run(words)
     said = capsys.readouterr().out
     assert "beginning anew" in said
-    assert [line["step"] for line in log_of(unfinished)][0] == 0
+    assert log_of(unfinished)[0]["step"] == 0
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_not_whole(world, cache, tokenizer_dir, tmp_path):
@@ -317,10 +317,9 @@ def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
     assert group["betas"] == (0.95 - 0.05, 0.9)
     # The rate of the ninth step is the new recipe's, as an undisturbed run would have it.
     run(command(world, "pretrain", unfinished.parent / "new", tokenizer_dir, **other))
-    rates = [
-        [e["learning_rate"] for e in log_of(path) if e["step"] == 9 and "loss" in e]
-        for path in (unfinished, unfinished.parent / "new")
-    ]
+    rates = []
+    for path in (unfinished, unfinished.parent / "new"):
+        rates += [line["learning_rate"] for line in log_of(path) if line["step"] == 9 and "loss" in line]
     assert rates[0] == pytest.approx(rates[1])
 
 
