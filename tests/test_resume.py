@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +136,7 @@ RUNS = {
         [],
     ),
     "sft": ("sft", {"eval_strategy": "steps", "eval_steps": 3}, []),
+    "sft-grouped": ("sft", {"packing": False, "train_sampling_strategy": "group_by_length"}, []),
     "lora": ("sft", {"lora_dropout": 0.1}, ["--use_peft", "--lora_r", "4"]),
     "dpo": ("dpo", {"disable_dropout": False}, []),
 }
@@ -407,3 +411,42 @@ def test_time_goes_on_and_wandb_stays_in_the_same_run(world, cache, tokenizer_di
     elapsed = [line["elapsed"] for line in lines]
     assert elapsed == sorted(elapsed)
     assert lines[-1]["eta"] == 0
+
+
+def test_several_processes_resume_in_the_midst_of_a_later_epoch_in_its_own_order():
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from torch.utils.data import DataLoader
+
+    def loader(process):
+        torch.manual_seed(0)
+        data = DataLoader(list(range(64)), batch_size=4, shuffle=True)
+        return prepare_data_loader(
+            data, num_processes=2, process_index=process, put_on_device=False, use_seedable_sampler=True
+        )
+
+    def rest(process, ours):
+        whole = loader(process)
+        if ours:
+            resume.set_epoch(whole, 2)
+        skipping = skip_first_batches(whole, 3)
+        skipping.set_epoch(2)
+        return [batch.tolist() for batch in skipping]
+
+    for process in (0, 1):
+        undisturbed = loader(process)
+        undisturbed.set_epoch(2)
+        expected = [batch.tolist() for batch in undisturbed][3:]
+        assert rest(process, ours=True) == expected
+        assert rest(process, ours=False) != expected  # why we do it
+
+
+@pytest.mark.launcher
+def test_a_short_storm_of_kills_ends_as_an_undisturbed_run_does():
+    words = [sys.executable, "benchmarks/resume_storm.py", "--kills", "3", "--json"]
+    done = subprocess.run(words, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert result["same_weights"]
+    assert result["same_log"]
+    assert sum("moment" in life for life in result["lives"]) == 3
+    assert any(life.get("moment", "").startswith("writing") for life in result["lives"])

@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimind.checkpoints import library_versions, weights_hash, write_json
@@ -399,8 +401,8 @@ class ResumableTrainer(Trainer):
 
     a checkpoint is declared whole by a manifest, and rotation keeps whole ones; a resumed run takes up what the
     library forgets (the loss since the last log, the trackers' means, the callbacks' counts, time spent), shuffles a
-    later epoch as that epoch (the library shuffles it as the first where several processes resume in its midst), and
-    does not train on where the last step was done.
+    later epoch as that epoch (the library shuffles it as the first where several processes resume in its midst, and
+    draws groups of alike lengths anew), and does not train on where the last step was done.
     """
 
     stage = None  # set by `Stage.announce`
@@ -453,6 +455,8 @@ class ResumableTrainer(Trainer):
         if hasattr(self, "_total_train_tokens"):  # TRL's
             state["trl_tokens"] = self._total_train_tokens
             state["trl_metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
+        if getattr(self.args, "sync_ref_model", False):  # DPO's reference that follows the model
+            state["reference"] = self.accelerator.unwrap_model(self.ref_model).state_dict()
         return state
 
     def take_up(self, checkpoint: Path) -> None:
@@ -481,10 +485,16 @@ class ResumableTrainer(Trainer):
             self._total_train_tokens = state["trl_tokens"]
             for mode, values in state["trl_metrics"].items():
                 self._metrics[mode].update(values)
+        if "reference" in state:
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(state["reference"])
         if self.stage:
             self.stage.started -= state["wall_seconds"]
         if self.args.should_save:
             restore_logs(checkpoint, Path(self.args.output_dir))
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return SeededEpochs(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""
@@ -512,17 +522,41 @@ class ResumableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        sampler = getattr(train_dataloader, "batch_sampler", None)
-        while sampler is not None:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        set_epoch(train_dataloader, epoch)
         super()._run_epoch(
             model=model, epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs
         )
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
+
+
+def set_epoch(dataloader, epoch: int) -> None:
+    """Tell the sampler at the bottom of a dataloader its epoch; accelerate's own call stops two wrappers above it
+    where batches are both divided among processes and skipped."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while sampler is not None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
+class SeededEpochs(Sampler):
+    """A sampler whose order depends on seed and epoch alone, where its own would on all random numbers drawn before."""
+
+    def __init__(self, sampler: Sampler, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self):
+        return len(self.sampler)
 
 
 class ResumeCallback(TrainerCallback):
@@ -541,7 +575,7 @@ class ResumeCallback(TrainerCallback):
             self.trainer.take_up(Path(args.resume_from_checkpoint))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save and (state.epoch == int(state.epoch) or control.should_training_stop):
+        if control.should_save and (state.epoch == int(state.epoch) or state.global_step >= state.max_steps):
             control.should_save, self.postponed = False, True
 
     def on_epoch_end(self, args, state, control, **kwargs):
