@@ -542,7 +542,7 @@ def set_epoch(dataloader, epoch: int) -> None:
 
 
 class SeededEpochs(Sampler):
-    """A sampler whose order depends on seed and epoch alone, where its own would on all random numbers drawn before."""
+    """A sampler whose order depends on seed and epoch alone, not on the random numbers drawn before."""
 
     def __init__(self, sampler: Sampler, seed: int):
         self.sampler, self.seed, self.epoch = sampler, seed, 0
