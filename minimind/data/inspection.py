@@ -1,0 +1,596 @@
+"""What a run will train on, counted from the finished rows of token ids and labels.
+
+Nothing here asks the chat template: roles are read off the ids, so that a wrong mask shows instead of explaining
+itself. Whatever is worth a word is a *finding*, with a severity:
+
+    error     a run with these options would learn something wrong, or would stop
+    warning   it would run, and be worse for it
+    info      good to know
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import xxhash
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from minimind.tokenizer import BOS_TOKEN
+
+IGNORED = -100
+SEVERITIES = ("error", "warning", "info")
+PLACES = 5  # named in one finding
+HEADER = 12  # tokens after a message's start token among which its role must stand
+WINDOWS = (256, 512, 1024, 2048)
+PERCENTILES = (50, 90, 95, 99, 100)
+BINS = 16  # of the length histogram
+BATCH = 8  # rows padded to the longest of them, where padding is estimated
+CUT_SHARE = 0.01  # of the rows: more than this cut and it is worth a warning
+LOST_SHARE = 0.2  # of the rows: more than this and a run stops
+LONGER_SHARE = 0.7  # of the pairs: where chosen is longer this often, length alone tells it from rejected
+SHORT_REPLY = 2  # words (tokens without the end token) that make a reply at least worth a look
+SEARCHED = 1 << 20  # tokens turned into text at a time
+REPLIES = ("chosen", "rejected")  # the order of a pair's two rows
+NO_TEXT = b"\xff"  # stands for a special token among bytes of text; UTF-8 has no such byte
+
+
+class Tokens:
+    """Rows of tokens as flat arrays: row r is `ids[starts[r]:starts[r + 1]]`.
+
+    Shapes: `ids`, `labels` (tokens,); `starts` (rows + 1,); `lengths`, `lengths_before` (rows,), the latter before
+    anything was cut. `where` names the place of each row. `roles` (tokens,), where the loader gave it, is the role of
+    each token, for templates whose ids do not tell it.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | Sequence[Mapping[str, Any]],
+        where: Sequence[str] | None = None,
+        lengths_before: Sequence[int] | None = None,
+        roles: np.ndarray | None = None,
+    ):
+        self.ids, self.starts = _flat(rows, "input_ids")
+        self.labels, starts = _flat(rows, "labels")
+        if not np.array_equal(self.starts, starts):
+            raise ValueError("a row's input_ids and labels differ in length")
+        self.lengths = np.diff(self.starts)
+        self.lengths_before = self.lengths if lengths_before is None else np.asarray(lengths_before)
+        self.where = list(where) if where is not None else [f"row {number}" for number in range(1, len(self) + 1)]
+        self.roles = roles
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Which tokens have a label: shape (tokens,), bool."""
+        return self.labels != IGNORED
+
+    @cached_property
+    def trained_before(self) -> np.ndarray:
+        """How many tokens before each position have a label: shape (tokens + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.trained)])
+
+    def row_of(self, positions: np.ndarray) -> np.ndarray:
+        """Positions in the flat arrays -> their rows."""
+        return np.searchsorted(self.starts, positions, side="right") - 1
+
+    def places(self, rows: np.ndarray) -> list[str]:
+        """Row numbers -> where these rows stand, each once."""
+        return [self.where[row] for row in np.unique(rows)]
+
+    @cached_property
+    def hashes(self) -> list[int]:
+        """A hash of each row's ids."""
+        edges = zip(self.starts[:-1], self.starts[1:], strict=True)
+        return [xxhash.xxh3_128_intdigest(self.ids[start:end].tobytes()) for start, end in edges]
+
+
+def _flat(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists -> all its values in one array, and where each list starts in it (and the last one ends)."""
+    if isinstance(rows, Dataset):
+        chunks = rows.with_format("arrow")[:][name].chunks
+        lengths = np.concatenate([[0], *(chunk.value_lengths().to_numpy() for chunk in chunks)])
+        values = [chunk.flatten().to_numpy() for chunk in chunks]
+        return np.concatenate(values).astype(np.int64), np.cumsum(lengths)
+    starts = np.cumsum([0, *(len(row[name]) for row in rows)])
+    return np.fromiter((value for row in rows for value in row[name]), np.int64, starts[-1]), starts
+
+
+class Messages:
+    """The messages of some rows, read off the ids; arrays of shape (messages,).
+
+    `start` and `end` (exclusive) are positions in the flat arrays, `content` is the first position after the header,
+    `stop` that of the end token (-1: there is none), `row` the row, `role` an index into `names`, `reply` whether the
+    assistant says it.
+
+    In ChatML the ids tell the role. In a row without ChatML it is the loader's; without a loader all is "other", and
+    each run of trained tokens is taken for a reply, so that at least its end can be judged.
+    """
+
+    def __init__(self, tokens: Tokens, tokenizer: PreTrainedTokenizerFast):
+        ids = tokens.ids
+        opens = ids == tokenizer.convert_tokens_to_ids(BOS_TOKEN)
+        row_starts = tokens.starts[:-1][tokens.lengths > 0]
+        is_chatml = np.repeat(np.add.reduceat(opens, row_starts) > 0, tokens.lengths[tokens.lengths > 0])
+        given = tokens.trained if tokens.roles is None else np.unique(tokens.roles, return_inverse=True)[1]
+        changes = np.flatnonzero((given[1:] != given[:-1]) & ~is_chatml[1:]) + 1
+        self.start = np.unique(np.concatenate([np.flatnonzero(opens), row_starts, changes]))
+        self.end = np.append(self.start[1:], len(ids))
+        self.row = tokens.row_of(self.start)
+
+        window = self.start[:, None] + 1 + np.arange(HEADER)
+        inside = (window < self.end[:, None]) & opens[self.start][:, None]
+        header = np.where(inside, ids[np.minimum(window, len(ids) - 1)], 0)
+        breaks = np.array([b"\n" in piece for piece in token_bytes(tokenizer)])[header] & inside
+        special = np.isin(header, tokenizer.all_special_ids) & inside
+        breaks &= np.cumsum(special, axis=1) == 0
+        has_header, last = breaks.any(1), breaks.argmax(1)
+        header[(np.arange(HEADER) > last[:, None]) | ~has_header[:, None]] = -1
+        different, which = np.unique(header, axis=0, return_inverse=True)
+        roles = [tokenizer.decode(ids[ids >= 0]).split("\n")[0].strip() or "other" for ids in different]
+        roles = np.array(roles, dtype=object)[which.reshape(-1)]
+        if tokens.roles is not None:
+            roles = np.where(is_chatml[self.start], roles, np.asarray(tokens.roles, dtype=object)[self.start])
+        self.names, self.role = np.unique(roles.astype(str), return_inverse=True)
+        self.content = self.start + np.where(has_header, last + 2, 0)
+        self.reply = roles == "assistant"
+        if tokens.roles is None:
+            self.reply |= ~is_chatml[self.start] & tokens.trained[self.start]
+
+        ends = np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))
+        following = ends[np.searchsorted(ends, self.content)]
+        self.stop = np.where(following < self.end, following, -1)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @cached_property
+    def of_token(self) -> np.ndarray:
+        """The message of each token: shape (tokens,)."""
+        return np.repeat(np.arange(len(self)), self.end - self.start)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of text that each token id stands for; special tokens stand for none.
+
+    Reads byte-level vocabularies, in which each character of a token is one byte, and those of SentencePiece, in which
+    "▁" is a space and <0xE4> a byte.
+    """
+    of_character = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
+    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
+    vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    byte_level = all(
+        c in of_character for token_id, token in vocabulary.items() if token_id not in added for c in token
+    )
+    pieces = [b""] * (max(vocabulary) + 1)
+    for token_id, token in vocabulary.items():
+        if token_id in special or (token_id in added and added[token_id].special):
+            continue
+        if token_id in added:
+            pieces[token_id] = token.encode()
+        elif byte_level:
+            pieces[token_id] = b"".join(of_character[character] for character in token)
+        elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            pieces[token_id] = bytes.fromhex(match[1])
+        else:
+            pieces[token_id] = token.replace("▁", " ").encode()
+    return pieces
+
+
+# The counts.
+
+
+def count_roles(tokens: Tokens, messages: Messages) -> dict[str, dict]:
+    """Role -> how many tokens of its messages (header and end token included) there are, and have a label."""
+    role = messages.role[messages.of_token]
+    size = len(messages.names)
+    counts = zip(np.bincount(role, minlength=size), np.bincount(role[tokens.trained], minlength=size), strict=True)
+    return {
+        str(name): {"tokens": int(total), "trained": int(trained), "trained_share": _share(trained, total)}
+        for name, (total, trained) in zip(messages.names, counts, strict=True)
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(int(part) / max(int(whole), 1), 4)
+
+
+class Replies:
+    """What is trained of each reply; arrays of shape (replies,).
+
+    `trained` and `words` count tokens (the end token is no word). True where: `ended`, the end token is there;
+    `end_trained`, it has a label; `whole`, all from the first word to the end has one; `border`, something has one
+    that the template writes and the model never: the header, or what follows the end.
+    """
+
+    def __init__(self, tokens: Tokens, messages: Messages):
+        chosen, before = messages.reply, tokens.trained_before
+        start, content, end, stop = (
+            positions[chosen] for positions in (messages.start, messages.content, messages.end, messages.stop)
+        )
+        last = np.where(stop >= 0, stop, end - 1)
+        self.row = messages.row[chosen]
+        self.ended = stop >= 0
+        self.words = np.maximum(last - content + ~self.ended, 0)
+        self.trained = before[end] - before[start]
+        self.end_trained = self.ended & tokens.trained[stop]
+        self.whole = before[last + 1] - before[content] == last + 1 - content
+        self.border = (before[content] > before[start]) | (before[end] > before[last + 1])
+
+
+def packed_rows(lengths: Iterable[int], window: int) -> int:
+    """How many rows of `window` tokens hold these conversations whole, by best fit, the longest first.
+
+    The longer ones, which do not fit any row, are left out.
+    """
+    free = [0] * (window + 1)  # space -> open rows with just so much of it
+    open_spaces = 0  # bit s is set where free[s] is not 0: the smallest fitting space is one bit operation away
+    rows = 0
+    for length in sorted(map(int, lengths), reverse=True):
+        if length > window:
+            continue
+        fitting = open_spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            free[space] -= 1
+            open_spaces &= ~((not free[space]) << space)
+        else:
+            space, rows = window, rows + 1
+        left = space - length
+        free[left] += 1
+        open_spaces |= 1 << left
+    return rows
+
+
+def padding_share(lengths: np.ndarray) -> float:
+    """The share of padding where random batches of 8 rows are padded to their longest."""
+    shuffled = np.random.default_rng(0).permutation(lengths)
+    padded = np.zeros(-(-len(lengths) // BATCH) * BATCH, np.int64)
+    padded[: len(shuffled)] = shuffled
+    in_batch = np.minimum(BATCH, len(lengths) - BATCH * np.arange(len(padded) // BATCH))
+    return round(1 - int(lengths.sum()) / max(int((padded.reshape(-1, BATCH).max(1) * in_batch).sum()), 1), 4)
+
+
+def percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths -> {"50": the length that half of them do not exceed, ...}."""
+    values = np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
+    return dict(zip(map(str, PERCENTILES), values, strict=True))
+
+
+def describe_lengths(lengths: np.ndarray, of: str = "row") -> dict:
+    """Rows' lengths in tokens -> percentiles, histogram, and what fits into windows of some sizes.
+
+    `windows`: for the sizes that --max_length usually has and for each percentile, the share of rows and of tokens in
+    rows that fit whole, the rows that best-fit packing makes of them, the share of padding in these, and in batches
+    of 8 unpacked rows. `suggested_max_length` is the smallest multiple of 64 into which 99 % of the rows fit.
+    """
+    shares = percentiles(lengths)
+    longest = shares["100"]
+    # The last bin takes the tail: with even bins one long row would squeeze all others into the first.
+    width = max(-(-shares["99"] // (BINS - 1)), 1)
+    edges = [*range(0, longest, width)][:BINS]
+    counts = np.histogram(lengths, [*edges, longest + 1])[0]
+    windows = []
+    for size in sorted({*WINDOWS, *shares.values()}):
+        fitting = lengths[lengths <= size]
+        tokens, packed = int(fitting.sum()), packed_rows(fitting, size)
+        windows.append(
+            {
+                "max_length": size,
+                "rows_share": _share(len(fitting), len(lengths)),
+                "tokens_share": _share(tokens, lengths.sum()),
+                "packed_rows": packed,
+                "packed_padding": round(1 - tokens / max(packed * size, 1), 4),
+                "unpacked_padding": padding_share(fitting),
+            }
+        )
+    return {
+        "of": of,
+        "mean": round(float(lengths.mean()), 1),
+        "percentiles": shares,
+        "histogram": {"edges": [*edges, longest], "counts": counts.tolist()},
+        "windows": windows,
+        "suggested_max_length": -(-shares["99"] // 64) * 64,
+    }
+
+
+# The findings.
+
+
+class Findings(list):
+    """Findings, the worst first when sorted; each {"name", "severity", "count", "text", "advice", "places"}."""
+
+    def add(self, name: str, severity: str, count: int, text: str, advice: str, places: Iterable[str] = ()) -> None:
+        """Append one, with the first few of its places; nothing if `count` is 0."""
+        if count:
+            finding = {"name": name, "severity": severity, "count": int(count), "text": text, "advice": advice}
+            self.append({**finding, "places": list(islice(places, PLACES))})
+
+    def in_order(self) -> list[dict]:
+        """The worst first, otherwise as they were found."""
+        return sorted(self, key=lambda finding: SEVERITIES.index(finding["severity"]))
+
+
+def check_tokenizer(found: Findings, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Find what makes a tokenizer unfit for training."""
+    if tokenizer.eos_token_id is None:
+        text, advice = "the tokenizer has no end token (eos_token)", "Set one, or no reply can end."
+        found.add("no_end_token", "error", 1, text, advice)
+    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+        text = f"pad_token and eos_token are both {tokenizer.eos_token!r}"
+        advice = "Give padding a token of its own: where padding is masked, the end of each reply would be too."
+        found.add("padding_is_end_token", "error", 1, text, advice)
+
+
+def check_mask(
+    found: Findings, tokens: Tokens, messages: Messages, replies: Replies, tokenizer, every_reply: bool = True
+) -> None:
+    """Find wrong labels. `every_reply`: whether the options ask to train all replies (false for pairs too)."""
+    trained, before = tokens.trained, tokens.trained_before
+    tags = "Check the generation tags of the chat template."
+    if not trained.any():
+        found.add("nothing_trained", "error", len(tokens), "no token has a label: nothing would be learnt", tags)
+        return
+    per_row = before[tokens.starts[1:]] - before[tokens.starts[:-1]]
+    empty = np.flatnonzero(per_row == 0)
+    text = f"{len(empty):,} of {len(tokens):,} rows have no trained token"
+    advice = "They cost time and teach nothing. Leave them out, or check their roles."
+    found.add("rows_without_trained_token", "warning", len(empty), text, advice, tokens.places(empty))
+
+    wrong = np.flatnonzero(trained & (tokens.labels != tokens.ids))
+    text = f"{len(wrong):,} labels differ from the token at their own position"
+    advice = "The model shifts the labels itself: a label is the token beside it, not the next one, or it is -100."
+    found.add("labels_differ", "error", len(wrong), text, advice, tokens.places(tokens.row_of(wrong)))
+
+    foreign = before[messages.end] - before[messages.start]
+    foreign[messages.reply | (messages.names[messages.role] == "other")] = 0
+    names = ", ".join(np.unique(messages.names[messages.role][foreign > 0]))
+    text = f"{foreign.sum():,} tokens of {names} have a label; only the assistant's may"
+    found.add("other_roles_trained", "error", foreign.sum(), text, tags, tokens.places(messages.row[foreign > 0]))
+
+    learnt = replies.trained > 0
+    missing = learnt & ~replies.end_trained
+    places = tokens.places(replies.row[missing])
+    if missing.all() or (learnt.any() and not replies.end_trained.any()):
+        text = f"no reply's end token {tokenizer.eos_token!r} has a label: the model would never learn to stop"
+        found.add("end_never_trained", "error", missing.sum(), text, tags, places)
+    else:
+        text = f"{missing.sum():,} of {learnt.sum():,} trained replies end without a trained {tokenizer.eos_token!r}"
+        advice = "Cut conversations after a reply, not within, or the model learns to stop less often."
+        found.add("end_not_trained", "warning", missing.sum(), text, advice, places)
+
+    border = replies.border
+    text = f"in {border.sum():,} of {learnt.sum():,} trained replies the header or what follows the end has a label"
+    advice = f"The mask is shifted, or its tags are too wide: the template writes these tokens. {tags}"
+    found.add("border_trained", "error", border.sum(), text, advice, tokens.places(replies.row[border]))
+    partly = learnt & ~replies.whole & ~missing & ~border
+    text = f"{partly.sum():,} of {learnt.sum():,} trained replies have words without a label"
+    advice = (
+        "Right where only a part is meant to be learnt (an answer without its reasoning); else check the template."
+    )
+    found.add("replies_partly_trained", "warning", partly.sum(), text, advice, tokens.places(replies.row[partly]))
+    if every_reply:
+        without = ~learnt & (per_row[replies.row] > 0)
+        text = f"{without.sum():,} of {len(learnt):,} replies are context only"
+        advice = "Right where the options or the rows choose the turns to train."
+        found.add("replies_not_trained", "info", without.sum(), text, advice, tokens.places(replies.row[without]))
+
+
+def check_replies(found: Findings, tokens: Tokens, replies: Replies) -> None:
+    """Find replies that say nothing, or next to nothing."""
+    learnt = replies.trained > 0
+    empty, short = learnt & (replies.words == 0), learnt & (replies.words > 0) & (replies.words <= SHORT_REPLY)
+    text = f"{empty.sum():,} trained replies have no word before their end token"
+    advice = "The model would learn to say nothing. Remove them."
+    found.add("empty_replies", "warning", empty.sum(), text, advice, tokens.places(replies.row[empty]))
+    text = f"{short.sum():,} of {learnt.sum():,} trained replies are of {SHORT_REPLY} tokens at most"
+    advice = "Look whether they are answers."
+    found.add("short_replies", "info", short.sum(), text, advice, tokens.places(replies.row[short]))
+
+
+def check_structure(found: Findings, tokens: Tokens, messages: Messages, tokenizer) -> None:
+    """Find control tokens where no template puts them: a text that was taken for structure."""
+    ids = tokens.ids
+    opens = ids == tokenizer.convert_tokens_to_ids(BOS_TOKEN)
+    if not opens.any():
+        return
+    of_token = messages.of_token
+    stop = messages.stop[of_token]
+    stray = (ids == tokenizer.eos_token_id) & (stop >= 0) & (np.arange(len(ids)) > stop)
+    stray |= ids == (-1 if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) else tokenizer.pad_token_id)
+    stray |= opens & (messages.names[messages.role] == "other")[of_token]
+    same = (messages.role[1:] == messages.role[:-1]) & (messages.row[1:] == messages.row[:-1])
+    same &= np.isin(messages.names[messages.role[1:]], ("system", "user", "assistant"))
+    rows = np.concatenate([tokens.row_of(np.flatnonzero(stray)), messages.row[1:][same]])
+    count = len(np.unique(rows))
+    text = f"in {count:,} rows control tokens stand where no template puts them, or a role speaks twice running"
+    advice = (
+        "Text was taken for control tokens: whoever wrote it chose the roles. Tokenise text without special tokens."
+    )
+    found.add("control_tokens_in_text", "error", count, text, advice, tokens.places(rows))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The strings of the tokens that are structure and no text, the longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def search_text(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, pattern: re.Pattern[bytes]) -> np.ndarray:
+    """The positions of the tokens in whose text a match of `pattern` begins; no match spans special tokens."""
+    pieces = [piece or NO_TEXT for piece in token_bytes(tokenizer)]
+    sizes = np.array([len(piece) for piece in pieces])
+    offsets, text = np.cumsum(sizes) - sizes, np.frombuffer(b"".join(pieces), np.uint8)
+    found = []
+    row = 0
+    while row < len(tokens):  # whole rows at a time, so that the memory is bounded and no match is cut
+        next_row = max(int(np.searchsorted(tokens.starts, tokens.starts[row] + SEARCHED)), row + 1)
+        begin, end = tokens.starts[row], tokens.starts[min(next_row, len(tokens))]
+        ids, row = tokens.ids[begin:end], next_row
+        size = sizes[ids]
+        starts = np.cumsum(size) - size
+        index = np.repeat(offsets[ids] - starts, size) + np.arange(size.sum())
+        matches = np.array([match.start() for match in pattern.finditer(text[index].tobytes())], np.int64)
+        found.append(begin + np.searchsorted(starts, matches, side="right") - 1)
+    return np.concatenate(found)
+
+
+def check_text(found: Findings, tokens: Tokens, messages: Messages, tokenizer) -> None:
+    """Find special tokens spelled out within text, by role."""
+    names = [name.encode() for name in special_tokens(tokenizer)]
+    positions = search_text(tokens, tokenizer, re.compile(b"|".join(map(re.escape, names))))
+    roles = messages.names[messages.role[messages.of_token[positions]]]
+    for role in np.unique(roles):
+        rows = np.unique(tokens.row_of(positions[roles == role]))
+        text = f"special tokens are spelled out in the {role} text of {len(rows):,} rows"
+        advice = "They are tokenised as plain text and control nothing. Look whether the rows are attacks or mishaps."
+        found.add("special_tokens_in_text", "warning", len(rows), text, advice, tokens.places(rows))
+        found[-1]["role"] = str(role)
+
+
+def check_copies(found: Findings, tokens: Tokens, held_out: Tokens | None, replies_per_row: int = 1) -> None:
+    """Find rows (of pairs: two rows at a time) that occur more than once, or are held out and trained on."""
+
+    def keys(part: Tokens) -> list[tuple[int, ...]]:
+        return list(zip(*(part.hashes[start::replies_per_row] for start in range(replies_per_row)), strict=True))
+
+    first: dict[tuple[int, ...], int] = {}
+    copies = []
+    for number, key in enumerate(keys(tokens)):
+        if first.setdefault(key, number) != number:
+            copies.append((number, first[key]))
+    where = tokens.where[::replies_per_row]
+    places = (f"{where[number]} (as {where[original]})" for number, original in copies)
+    text = (
+        f"{len(copies):,} of {len(where):,} rows ({_share(len(copies), len(where)):.1%}) are copies of an earlier one"
+    )
+    found.add("duplicate_rows", "warning", len(copies), text, "Remove them: 'minimind clean'.", places)
+    if held_out is not None and len(held_out):
+        both = [(number, first[key]) for number, key in enumerate(keys(held_out)) if key in first]
+        held_where = held_out.where[::replies_per_row]
+        places = (f"{held_where[number]} (as {where[original]})" for number, original in both)
+        text = f"{len(both):,} of {len(held_where):,} held-out rows are trained on too"
+        advice = "The held-out loss would flatter. Remove them from one side."
+        found.add("held_out_rows_trained", "warning", len(both), text, advice, places)
+
+
+def check_lengths(found: Findings, tokens: Tokens) -> None:
+    """Find rows that were cut."""
+    lost = tokens.lengths_before - tokens.lengths
+    cut = np.flatnonzero(lost > 0)
+    share = _share(len(cut), len(tokens))
+    text = (
+        f"{len(cut):,} of {len(tokens):,} rows ({share:.1%}) were cut to --max_length, and with that "
+        f"{lost.sum():,} tokens ({_share(lost.sum(), tokens.lengths_before.sum()):.1%}) lost"
+    )
+    severity = "warning" if share > CUT_SHARE else "info"
+    found.add("truncated_rows", severity, len(cut), text, "Raise --max_length if they matter.", tokens.places(cut))
+
+
+def check_pairs(found: Findings, tokens: Tokens) -> None:
+    """Find pairs that teach nothing, the opposite of others, or length. Rows are chosen, rejected, chosen, ..."""
+    pairs = list(zip(tokens.hashes[::2], tokens.hashes[1::2], strict=True))
+    where = tokens.where[::2]
+    same = [place for place, (chosen, rejected) in zip(where, pairs, strict=True) if chosen == rejected]
+    text = f"in {len(same):,} of {len(pairs):,} pairs chosen and rejected are the same tokens"
+    advice = "They have no preference to learn. Remove them."
+    found.add("identical_pairs", "warning", len(same), text, advice, same)
+    known = set(pairs)
+    opposite = [place for place, (a, b) in zip(where, pairs, strict=True) if a != b and (b, a) in known]
+    text = f"{len(opposite):,} pairs stand in the data the other way round too"
+    found.add("contradicting_pairs", "warning", len(opposite), text, "Keep one of each two.", opposite)
+    trained = np.diff(tokens.trained_before[tokens.starts])
+    chosen, rejected = trained[::2], trained[1::2]
+    longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
+    share = max(longer, shorter) / max(longer + shorter, 1)
+    if share > LONGER_SHARE and longer + shorter >= 20:
+        text = (
+            f"chosen is longer than rejected in {_share(longer, len(chosen)):.0%} of the pairs and shorter in "
+            f"{_share(shorter, len(chosen)):.0%} (mean {chosen.mean():.0f} and {rejected.mean():.0f} tokens)"
+        )
+        advice = (
+            "Length alone tells them apart: the model may learn to be long or short. Compare its replies' lengths."
+        )
+        found.add("length_bias", "warning", max(longer, shorter), text, advice)
+
+
+# The report.
+
+
+class Inspection:
+    """Rows, what was read off them, and the report, a dict fit for JSON (docs/inspect.md names its fields)."""
+
+    def __init__(self, stage: str, tokens: Tokens, messages: Messages, report: dict):
+        self.stage, self.tokens, self.messages, self.report = stage, tokens, messages, report
+
+    def rows(self, limit: int | None = None) -> Iterator[dict]:
+        """The first rows as {"where", "input_ids", "labels"}; of pairs also "reply", the name of the reply."""
+        for number in range(len(self.tokens) if limit is None else min(limit, len(self.tokens))):
+            span = slice(self.tokens.starts[number], self.tokens.starts[number + 1])
+            row = {"where": self.tokens.where[number]}
+            if self.stage == "dpo":
+                row["reply"] = REPLIES[number % 2]
+            yield {**row, "input_ids": self.tokens.ids[span].tolist(), "labels": self.tokens.labels[span].tolist()}
+
+    def title(self, number: int) -> str:
+        """The place of a row, and which reply of a pair it is."""
+        return self.tokens.where[number] + (f" ({REPLIES[number % 2]})" if self.stage == "dpo" else "")
+
+    def errors(self) -> list[dict]:
+        """The findings that stop a run."""
+        return [finding for finding in self.report["findings"] if finding["severity"] == "error"]
+
+
+def inspect_rows(
+    stage: str,
+    tokens: Tokens,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: Tokens | None = None,
+    found: Findings | None = None,
+    every_reply: bool = True,
+) -> Inspection:
+    """Finished rows of "sft", or of "dpo" (chosen, rejected, chosen, ...), -> their report.
+
+    `found` holds what the loader found; `every_reply` is false where the options choose the turns to train.
+    """
+    found = Findings() if found is None else found
+    check_tokenizer(found, tokenizer)
+    messages = Messages(tokens, tokenizer)
+    replies = Replies(tokens, messages)
+    check_mask(found, tokens, messages, replies, tokenizer, every_reply and stage == "sft")
+    check_structure(found, tokens, messages, tokenizer)
+    check_text(found, tokens, messages, tokenizer)
+    check_replies(found, tokens, replies)
+    check_lengths(found, tokens)
+    check_copies(found, tokens, held_out, replies_per_row=1 if stage == "sft" else 2)
+    lengths = describe_lengths(tokens.lengths_before)
+    if stage == "dpo":
+        check_pairs(found, tokens)
+        for start, name in enumerate(REPLIES):
+            trained = np.diff(tokens.trained_before[tokens.starts])[start::2]
+            lengths[name] = {"mean": round(float(trained.mean()), 1), "percentiles": percentiles(trained)}
+    without = int((np.diff(tokens.trained_before[tokens.starts]) == 0).sum())
+    total, trained = len(tokens.ids), int(tokens.trained.sum())
+    report = {
+        "stage": stage,
+        "rows": len(tokens),
+        "rows_without_trained_token": without,
+        "truncated_rows": int((tokens.lengths_before > tokens.lengths).sum()),
+        "truncated_tokens": int((tokens.lengths_before - tokens.lengths).sum()),
+        "replies": len(replies.row),
+        "replies_trained": int((replies.trained > 0).sum()),
+        "replies_with_end_trained": int(replies.end_trained.sum()),
+        "tokens": total,
+        "trained_tokens": trained,
+        "trained_share": _share(trained, total),
+        "roles": count_roles(tokens, messages),
+        "lengths": lengths,
+        "findings": found.in_order(),
+    }
+    return Inspection(stage, tokens, messages, report)
