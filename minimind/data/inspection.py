@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +26,9 @@ from minimind.tokenizer import BOS_TOKEN
 IGNORED = -100
 SEVERITIES = ("error", "warning", "info")
 PLACES = 5  # named in one finding
-HEADER = 12  # tokens after a message's start token among which its role must stand
+HEADER = 12  # tokens at the start of a message among which its role must stand
+ROLE = re.compile(rb"[A-Za-z_]+")
+OTHER = "other"  # the role of what cannot be told
 WINDOWS = (256, 512, 1024, 2048)
 PERCENTILES = (50, 90, 95, 99, 100)
 BINS = 16  # of the length histogram
@@ -43,8 +46,8 @@ class Tokens:
     """Rows of tokens as flat arrays: row r is `ids[starts[r]:starts[r + 1]]`.
 
     Shapes: `ids`, `labels` (tokens,); `starts` (rows + 1,); `lengths`, `lengths_before` (rows,), the latter before
-    anything was cut. `where` names the place of each row. `roles` (tokens,), where the loader gave it, is the role of
-    each token, for templates whose ids do not tell it.
+    anything was cut. `where` names the place of each row. `roles` (tokens,), an index into `role_names`, is whose each
+    token is by the loader's account, for templates whose ids do not tell it.
     """
 
     def __init__(
@@ -53,15 +56,17 @@ class Tokens:
         where: Sequence[str] | None = None,
         lengths_before: Sequence[int] | None = None,
         roles: np.ndarray | None = None,
+        role_names: Sequence[str] = (),
     ):
         self.ids, self.starts = _flat(rows, "input_ids")
-        self.labels, starts = _flat(rows, "labels")
+        unlabelled = isinstance(rows, Dataset) and "labels" not in rows.column_names  # blocks: every token is trained
+        self.labels, starts = (self.ids, self.starts) if unlabelled else _flat(rows, "labels")
         if not np.array_equal(self.starts, starts):
             raise ValueError("a row's input_ids and labels differ in length")
         self.lengths = np.diff(self.starts)
         self.lengths_before = self.lengths if lengths_before is None else np.asarray(lengths_before)
         self.where = list(where) if where is not None else [f"row {number}" for number in range(1, len(self) + 1)]
-        self.roles = roles
+        self.roles, self.role_names = roles, role_names
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -95,7 +100,7 @@ def _flat(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> tuple[np.nd
     """A column of lists -> all its values in one array, and where each list starts in it (and the last one ends)."""
     if isinstance(rows, Dataset):
         chunks = rows.with_format("arrow")[:][name].chunks
-        lengths = np.concatenate([[0], *(chunk.value_lengths().to_numpy() for chunk in chunks)])
+        lengths = np.concatenate([[0], *(pc.list_value_length(chunk).to_numpy() for chunk in chunks)])
         values = [chunk.flatten().to_numpy() for chunk in chunks]
         return np.concatenate(values).astype(np.int64), np.cumsum(lengths)
     starts = np.cumsum([0, *(len(row[name]) for row in rows)])
@@ -109,40 +114,31 @@ class Messages:
     `stop` that of the end token (-1: there is none), `row` the row, `role` an index into `names`, `reply` whether the
     assistant says it.
 
-    In ChatML the ids tell the role. In a row without ChatML it is the loader's; without a loader all is "other", and
-    each run of trained tokens is taken for a reply, so that at least its end can be judged.
+    In ChatML the ids tell the role; what a user message calls <tool_response> is the tool's. Of another template the
+    loader's roles are taken; without them all is "other", and each run of trained tokens is taken for a reply, so that
+    at least its end can be judged.
     """
 
     def __init__(self, tokens: Tokens, tokenizer: PreTrainedTokenizerFast):
         ids = tokens.ids
-        opens = ids == tokenizer.convert_tokens_to_ids(BOS_TOKEN)
+        opens = np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(BOS_TOKEN))
         row_starts = tokens.starts[:-1][tokens.lengths > 0]
-        is_chatml = np.repeat(np.add.reduceat(opens, row_starts) > 0, tokens.lengths[tokens.lengths > 0])
-        given = tokens.trained if tokens.roles is None else np.unique(tokens.roles, return_inverse=True)[1]
-        changes = np.flatnonzero((given[1:] != given[:-1]) & ~is_chatml[1:]) + 1
-        self.start = np.unique(np.concatenate([np.flatnonzero(opens), row_starts, changes]))
+        self.start = np.union1d(row_starts, opens)
+        roles, header = _read_headers(ids, self.start, tokenizer)
+        self.is_chatml = 2 * int((roles != OTHER).sum()) > len(opens)
+        if not self.is_chatml:
+            key = tokens.trained if tokens.roles is None else tokens.roles
+            self.start = np.union1d(row_starts, np.flatnonzero(key[1:] != key[:-1]) + 1)
+            roles, header = np.full(len(self.start), OTHER, object), np.zeros(len(self.start), np.int64)
+            if tokens.roles is not None:
+                roles = np.array(tokens.role_names, object)[tokens.roles[self.start]]
         self.end = np.append(self.start[1:], len(ids))
         self.row = tokens.row_of(self.start)
-
-        window = self.start[:, None] + 1 + np.arange(HEADER)
-        inside = (window < self.end[:, None]) & opens[self.start][:, None]
-        header = np.where(inside, ids[np.minimum(window, len(ids) - 1)], 0)
-        breaks = np.array([b"\n" in piece for piece in token_bytes(tokenizer)])[header] & inside
-        special = np.isin(header, tokenizer.all_special_ids) & inside
-        breaks &= np.cumsum(special, axis=1) == 0
-        has_header, last = breaks.any(1), breaks.argmax(1)
-        header[(np.arange(HEADER) > last[:, None]) | ~has_header[:, None]] = -1
-        different, which = np.unique(header, axis=0, return_inverse=True)
-        roles = [tokenizer.decode(ids[ids >= 0]).split("\n")[0].strip() or "other" for ids in different]
-        roles = np.array(roles, dtype=object)[which.reshape(-1)]
-        if tokens.roles is not None:
-            roles = np.where(is_chatml[self.start], roles, np.asarray(tokens.roles, dtype=object)[self.start])
+        self.content = self.start + header
         self.names, self.role = np.unique(roles.astype(str), return_inverse=True)
-        self.content = self.start + np.where(has_header, last + 2, 0)
         self.reply = roles == "assistant"
-        if tokens.roles is None:
-            self.reply |= ~is_chatml[self.start] & tokens.trained[self.start]
-
+        if not self.is_chatml and tokens.roles is None:
+            self.reply = tokens.trained[self.start]
         ends = np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))
         following = ends[np.searchsorted(ends, self.content)]
         self.stop = np.where(following < self.end, following, -1)
@@ -154,6 +150,37 @@ class Messages:
     def of_token(self) -> np.ndarray:
         """The message of each token: shape (tokens,)."""
         return np.repeat(np.arange(len(self)), self.end - self.start)
+
+
+def _read_headers(ids: np.ndarray, start: np.ndarray, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Where messages start -> their roles, "other" without a readable header, and the tokens of their headers."""
+    pieces = token_bytes(tokenizer)
+    end = np.append(start[1:], len(ids))
+    window = start[:, None] + np.arange(HEADER)
+    inside = window < end[:, None]
+    header = np.where(inside, ids[np.minimum(window, len(ids) - 1)], -1)
+    ends_line = np.array([b"\n" in piece for piece in pieces])[header] & inside
+    last = ends_line.argmax(1)
+    header[(np.arange(HEADER) > last[:, None]) | ~ends_line.any(1)[:, None]] = -1
+    different, which = np.unique(header, axis=0, return_inverse=True)
+    start_id, names = tokenizer.convert_tokens_to_ids(BOS_TOKEN), []
+    for row in different.tolist():
+        first, *others = [token for token in row if token >= 0] or [-1]
+        text = b"".join(pieces[token] or NO_TEXT for token in others).split(b"\n")[0]
+        names.append(text.decode() if first == start_id and ROLE.fullmatch(text) else OTHER)
+    roles = np.array(names, object)[which.reshape(-1)]
+    size = np.where(roles == OTHER, 0, last + 1)
+
+    # A template may have no header for tools and show what they answer as the user's words, in a tag.
+    mark = b"<tool_response>"
+    texts = [piece or tokenizer.convert_ids_to_tokens(token).encode() for token, piece in enumerate(pieces)]
+    begins = np.array([mark.startswith(text) or text.startswith(mark) for text in texts])
+    first = ids[np.minimum(start + size, len(ids) - 1)]
+    for message in np.flatnonzero((roles == "user") & begins[first]):
+        words = ids[start[message] + size[message] : end[message]][: len(mark)]
+        if b"".join(texts[token] for token in words).startswith(mark):
+            roles[message] = "tool"
+    return roles, size
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
@@ -349,7 +376,7 @@ def check_mask(
     found.add("labels_differ", "error", len(wrong), text, advice, tokens.places(tokens.row_of(wrong)))
 
     foreign = before[messages.end] - before[messages.start]
-    foreign[messages.reply | (messages.names[messages.role] == "other")] = 0
+    foreign[messages.reply | (messages.names[messages.role] == OTHER)] = 0
     names = ", ".join(np.unique(messages.names[messages.role][foreign > 0]))
     text = f"{foreign.sum():,} tokens of {names} have a label; only the assistant's may"
     found.add("other_roles_trained", "error", foreign.sum(), text, tags, tokens.places(messages.row[foreign > 0]))
@@ -397,14 +424,13 @@ def check_replies(found: Findings, tokens: Tokens, replies: Replies) -> None:
 def check_structure(found: Findings, tokens: Tokens, messages: Messages, tokenizer) -> None:
     """Find control tokens where no template puts them: a text that was taken for structure."""
     ids = tokens.ids
-    opens = ids == tokenizer.convert_tokens_to_ids(BOS_TOKEN)
-    if not opens.any():
+    if not messages.is_chatml:
         return
     of_token = messages.of_token
     stop = messages.stop[of_token]
     stray = (ids == tokenizer.eos_token_id) & (stop >= 0) & (np.arange(len(ids)) > stop)
     stray |= ids == (-1 if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) else tokenizer.pad_token_id)
-    stray |= opens & (messages.names[messages.role] == "other")[of_token]
+    stray |= (messages.names[messages.role] == OTHER)[of_token]
     same = (messages.role[1:] == messages.role[:-1]) & (messages.row[1:] == messages.row[:-1])
     same &= np.isin(messages.names[messages.role[1:]], ("system", "user", "assistant"))
     rows = np.concatenate([tokens.row_of(np.flatnonzero(stray)), messages.row[1:][same]])
