@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from minimind.data.files import BadRows, read_rows, to_document
 from minimind.tokenizer import BOS_TOKEN
 
 IGNORED = -100
@@ -36,6 +37,7 @@ BATCH = 8  # rows padded to the longest of them, where padding is estimated
 CUT_SHARE = 0.01  # of the rows: more than this cut and it is worth a warning
 LOST_SHARE = 0.2  # of the rows: more than this and a run stops
 LONGER_SHARE = 0.7  # of the pairs: where chosen is longer this often, length alone tells it from rejected
+PARTS_SHARE = 0.1  # of the tokens: more than this parts of characters and the tokenizer does not fit
 SHORT_REPLY = 2  # words (tokens without the end token) that make a reply at least worth a look
 SEARCHED = 1 << 20  # tokens turned into text at a time
 REPLIES = ("chosen", "rejected")  # the order of a pair's two rows
@@ -620,3 +622,107 @@ def inspect_rows(
         "findings": found.in_order(),
     }
     return Inspection(stage, tokens, messages, report)
+
+
+# Documents.
+
+
+class Documents:
+    """What `Messages` is for chats: the tokens of blocks are the documents' own, or the end tokens between them."""
+
+    names = np.array(["document", "end"])
+    role = np.array([0, 1])
+
+    def __init__(self, tokens: Tokens, tokenizer: PreTrainedTokenizerFast):
+        self.of_token = (tokens.ids == tokenizer.eos_token_id).astype(np.int64)
+
+
+def document_lengths(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """The tokens of each document, its end token included, as far as it lies in the blocks."""
+    ends = np.flatnonzero(tokens.ids == tokenizer.eos_token_id) + 1
+    edges = np.union1d(ends, [0, len(tokens.ids)])
+    return np.diff(edges)
+
+
+class Texts:
+    """The documents in some files, read once more for what only the text tells."""
+
+    def __init__(self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast):
+        self.bad = BadRows("skip")
+        self.count = self.bytes = 0
+        self.first: dict[int, str] = {}  # hash -> place
+        self.copies, self.marked = [], []
+        names = special_tokens(tokenizer)
+        for row in read_rows(paths, self.bad, to_document):
+            raw = row.data.encode()
+            self.count += 1
+            self.bytes += len(raw)
+            if (original := self.first.setdefault(xxhash.xxh3_128_intdigest(raw), row.where)) != row.where:
+                self.copies.append((row.where, original))
+            if any(name in row.data for name in names):
+                self.marked.append(row.where)
+
+
+def inspect_documents(
+    blocks: Dataset, facts: dict, texts: Texts, tokenizer, held_out: Texts | None = None, found: Findings | None = None
+) -> Inspection:
+    """Blocks of `documents.load_blocks`, its counts of them and the texts they were made from -> their report."""
+    found = Findings() if found is None else found
+    check_tokenizer(found, tokenizer)
+    tokens = Tokens(blocks, [f"block {number}" for number in range(1, len(blocks) + 1)])
+    documents = Documents(tokens, tokenizer)
+    ends = int(documents.of_token.sum())
+    if ends < facts["documents"] - facts["dropped_tokens"]:  # at most each dropped token ended a document
+        text = f"{facts['documents']:,} documents, but only {ends:,} end tokens between them"
+        advice = f"Each document must be followed by {tokenizer.eos_token!r}, or the model learns to run on."
+        found.add("documents_not_separated", "error", facts["documents"] - ends, text, advice)
+    partial = np.array([not _is_text(piece) for piece in token_bytes(tokenizer)])
+    parts = int(partial[tokens.ids].sum())
+    if _share(parts, len(tokens.ids)) > PARTS_SHARE:
+        text = f"{_share(parts, len(tokens.ids)):.1%} of the tokens are parts of a character"
+        advice = "The tokenizer hardly knows this script: train one on such text ('minimind tokenizer train')."
+        found.add("split_characters", "warning", parts, text, advice)
+    dropped = _share(facts["dropped_tokens"], facts["tokens"])
+    text = f"{facts['dropped_tokens']:,} tokens ({dropped:.1%}) at the end do not fill a block"
+    advice = "They are left out. With so little text, take a smaller --block_size."
+    found.add("dropped_tail", "warning", facts["dropped_tokens"] if dropped > CUT_SHARE else 0, text, advice)
+    copies = len(texts.copies)
+    text = f"{copies:,} of {texts.count:,} documents ({_share(copies, texts.count):.1%}) are copies of an earlier one"
+    places = (f"{where} (as {original})" for where, original in texts.copies)
+    found.add("duplicate_rows", "warning", copies, text, "Remove them: 'minimind clean'.", places)
+    if held_out:
+        both = [(where, texts.first[digest]) for digest, where in held_out.first.items() if digest in texts.first]
+        text = f"{len(both):,} of {held_out.count:,} held-out documents are trained on too"
+        places = (f"{where} (as {original})" for where, original in both)
+        advice = "The held-out loss would flatter. Remove them from one side."
+        found.add("held_out_rows_trained", "warning", len(both), text, advice, places)
+    text = f"special tokens are spelled out in {len(texts.marked):,} documents"
+    advice = "They are tokenised as plain text and control nothing. Look whether the rows are attacks or mishaps."
+    found.add("special_tokens_in_text", "warning", len(texts.marked), text, advice, texts.marked)
+    trained = int(tokens.trained.sum())
+    report = {
+        "stage": "pretrain",
+        "rows": len(tokens),
+        "documents": facts["documents"],
+        "bytes": texts.bytes,
+        "bytes_per_token": round(texts.bytes / max(facts["tokens"] - facts["documents"], 1), 3),
+        "end_tokens": ends,
+        "dropped_tokens": facts["dropped_tokens"],
+        "dropped_share": dropped,
+        "partial_character_share": _share(parts, len(tokens.ids)),
+        "tokens": len(tokens.ids),
+        "trained_tokens": trained,
+        "trained_share": _share(trained, len(tokens.ids)),
+        "roles": count_roles(tokens, documents),
+        "lengths": describe_lengths(document_lengths(tokens, tokenizer), of="document"),
+        "findings": found.in_order(),
+    }
+    return Inspection("pretrain", tokens, documents, report)
+
+
+def _is_text(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
