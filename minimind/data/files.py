@@ -285,7 +285,7 @@ def _read_file(path: Path) -> Iterator[Parsable]:
 
 
 def read_rows(
-    paths: Sequence[str], on_bad_rows: str | None = None, convert: Callable[[dict], Any] = lambda data: data
+    paths: Sequence[str], on_bad_rows: str | BadRows | None = None, convert: Callable[[dict], Any] = lambda data: data
 ) -> Iterator[Row]:
     """Files, directories and globs -> their rows, streamed; `Row.data` is what `convert` makes of the row's dict.
 
@@ -293,7 +293,8 @@ def read_rows(
     for what `expand` refuses; while reading for a broken file and for bad rows, as `BadRows` says; and if no row is
     left. Without a policy bad rows are judged at the end, so do not act on the rows before the iteration is over.
     """
-    return _rows(expand(paths), BadRows(on_bad_rows), convert)
+    bad = on_bad_rows if isinstance(on_bad_rows, BadRows) else BadRows(on_bad_rows)
+    return _rows(expand(paths), bad, convert)
 
 
 def _rows(files: list[Path], bad: BadRows, convert: Callable[[dict], Any]) -> Iterator[Row]:
