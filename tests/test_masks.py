@@ -7,15 +7,14 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from minimind.data.files import BadRowError, content_hash
-from minimind.data.masks import (
+from minimind.data.chats import (
     PackedCollator,
-    check_preference,
     load_conversations,
     load_preferences,
-    mask_report,
     preference_labels,
     tokenize_conversation,
 )
+from minimind.data.masks import mask_report
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, train_tokenizer
 from minimind.training.arguments import DataArguments
