@@ -95,6 +95,39 @@ class ChatArguments:
         return bool(self.weighted_loss) or self.loss_normalization != "token"
 
 
+class TooLongError(BadRowError):
+    """A conversation of which nothing fits; `length`: its tokens."""
+
+    def __init__(self, problem: str, length: int):
+        super().__init__(problem)
+        self.length = length
+
+
+class Reading:
+    """What became of the conversations that were read for training, for the report of an inspection.
+
+    `bad` are its bad rows; `lengths` the tokens of every conversation before any cut, also of one that is left out for
+    them; `counts` and `places` what became of how many and where the first stand; `held_out` where the held-out rows do.
+    """
+
+    NAMED = 5
+
+    def __init__(self, bad: BadRows):
+        self.bad = bad
+        self.lengths: list[int] = []
+        self.counts = Counter()
+        self.places: dict[str, list[str]] = {}
+        self.held_out: list[str] = []
+
+    def add(self, where: str, names: Iterable[str], length: int) -> None:
+        """Note one conversation."""
+        self.lengths.append(length)
+        for name in names:
+            self.counts[name] += 1
+            if self.counts[name] <= self.NAMED:
+                self.places.setdefault(name, []).append(where)
+
+
 class ChatRows(NamedTuple):
     """Rows for a trainer; `facts`: files, rows and what became of the conversations, of both parts.
 
@@ -106,6 +139,7 @@ class ChatRows(NamedTuple):
     facts: dict
     where: list[str]
     lengths: list[int]
+    reading: Reading
 
 
 class Encoded(NamedTuple):
@@ -460,7 +494,8 @@ def shorten(
             first = max(last, first + 1)
         if pieces:
             return pieces
-    raise BadRowError(f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}. {TOO_LONG}")
+    problem = f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}. {TOO_LONG}"
+    raise TooLongError(problem, len(encoded.ids))
 
 
 def to_row(conversation: Conversation, encoded: Encoded, args: ChatArguments) -> dict | None:
@@ -604,10 +639,8 @@ def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, ar
         if args.long_conversations == "drop":
             return Tokenized([], Counter(dropped=1), whole)
     name = max(lengths, key=lengths.get)
-    raise BadRowError(
-        f"found {lengths[name]:,} tokens of prompt and {name} reply, expected at most --max_length {max_length:,}. "
-        f"{TOO_LONG}"
-    )
+    found = f"found {lengths[name]:,} tokens of prompt and {name} reply"
+    raise TooLongError(f"{found}, expected at most --max_length {max_length:,}. {TOO_LONG}", whole)
 
 
 def _pair_row(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> tuple[dict, dict[str, int], bool]:
@@ -697,14 +730,17 @@ def load_preferences(
 
 
 def _load(data_args, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
-    def read(files) -> Iterator[tuple[str, str, Tokenized]]:
-        bad = _Unjudged(data_args.on_bad_rows)
+    def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
+        bad = reading.bad
         rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
                     bad.add(row.where, str(result))
+                    if isinstance(result, TooLongError):
+                        reading.add(row.where, ["too_long"], result.length)
                 else:
+                    reading.add(row.where, result.counts, result.length)
                     yield key(row.data), row.where, result
         bad.judge()
 
@@ -712,14 +748,16 @@ def _load(data_args, parse: Callable, tokenize: Callable, key: Callable) -> Chat
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
     hold_out = HoldOut(0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
     train, held_out = _Part(), _Part()
-    for text, where, result in read(files):
+    reading = Reading(_Unjudged(data_args.on_bad_rows))
+    for text, where, result in read(files, reading):
         (held_out if hold_out.takes(text) else train).add(where, result)
     if not train.rows and not train.tables:
         raise UserError(
             f"{', '.join(map(str, files))}: no row is left to train ({train.counted() or 'all are held out'}). "
             "Lower --eval_ratio, give more rows, or change --long_conversations or --train_turns."
         )
-    for number, (_, where, result) in enumerate(read(held_out_files) if held_out_files else ()):
+    others = read(held_out_files, Reading(_Unjudged(data_args.on_bad_rows))) if held_out_files else ()
+    for number, (_, where, result) in enumerate(others):
         if number < data_args.max_eval_rows:
             held_out.add(where, result)
     facts = {
@@ -732,7 +770,8 @@ def _load(data_args, parse: Callable, tokenize: Callable, key: Callable) -> Chat
         }
         for name, paths, part in (("train", files, train), ("eval", held_out_files, held_out))
     }
-    return ChatRows(train.dataset(), held_out.dataset(), facts, train.where, train.lengths)
+    reading.held_out = held_out.where
+    return ChatRows(train.dataset(), held_out.dataset(), facts, train.where, train.lengths, reading)
 
 
 class _Part:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -85,10 +86,32 @@ def bar(share: float) -> str:
 
 def table(*columns: str) -> Table:
     """An empty table, its first column aligned to the left and the others to the right."""
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for number, name in enumerate(columns):
-        made.add_column(name, justify="right" if number else "left")
+        made.add_column(name, justify="right" if number else "left", no_wrap=True)
     return made
+
+
+def terminal() -> Console:
+    """A console that neither colours numbers by itself nor breaks lines where the output is a file."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_inspection(inspection: Inspection, numbers: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> None:
+    """The report and some rows."""
+    console = terminal()
+    print_report(inspection.report, console)
+    print_rows(inspection, numbers, tokenizer, console)
+
+
+def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
+    """The report as one JSON object, with the rows in place of their number; row by row, since they may be many."""
+    head = json.dumps({**inspection.report, "rows": None}, ensure_ascii=False, indent=2)
+    before, after = head.split('"rows": null', 1)
+    print(before + '"rows": [', end="")
+    for index, number in enumerate(numbers):
+        print("," if index else "", json.dumps(inspection.row(number), ensure_ascii=False), sep="\n    ", end="")
+    print("]" + after)
 
 
 def print_report(report: dict, console: Console) -> None:
@@ -128,7 +151,7 @@ def summary(report: dict) -> str:
 
 def windows_table(lengths: dict) -> Table:
     """What fits into which --max_length."""
-    made = table("--max_length", "rows that fit", "their tokens", "packed into", "padding", "unpacked")
+    made = table("--max_length", "fits", "tokens", "packed into", "padding", "unpacked")
     of_size = {value: name for name, value in reversed(lengths["percentiles"].items())}
     for window in lengths["windows"]:
         size = window["max_length"]
@@ -205,7 +228,7 @@ body:has(#trained:not(:checked)) i.t, body:has(#ignored:not(:checked)) i:not(.t)
 """
 
 
-def figure_png(lengths: dict) -> bytes:
+def length_png(lengths: dict) -> bytes:
     """The histogram of `describe_lengths` as a PNG."""
     import matplotlib as mpl
 
@@ -254,7 +277,7 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
     for index, name in enumerate(names):
         style += f".r{index} {{ --hue: {COLOURS.get(name, COLOURS[''])[1]} }}\n"
         style += f"body:has(#r{index}:not(:checked)) i.r{index} {{ display: none }}\n"
-    image = base64.b64encode(figure_png(report["lengths"])).decode()
+    image = base64.b64encode(length_png(report["lengths"])).decode()
     roles = table("role", "tokens", "trained", "share")
     for name, counts in report["roles"].items():
         roles.add_row(name, f"{counts['tokens']:,}", f"{counts['trained']:,}", f"{counts['trained_share']:.1%}")

@@ -8,8 +8,9 @@ itself. Whatever is worth a word is a *finding*, with a severity:
     info      good to know
 """
 
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -21,10 +22,23 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minimind.data.files import BadRows, read_rows, to_document
+from minimind.data.chats import (
+    IGNORED,
+    ChatArguments,
+    ChatRows,
+    Reading,
+    load_conversations,
+    load_preferences,
+    preference_labels,
+    set_chat_template,
+)
+from minimind.data.conversations import to_conversation
+from minimind.data.documents import load_blocks
+from minimind.data.files import BAD_ROW_SHARE, BadRowError, BadRows, read_rows, to_document
+from minimind.data.preferences import to_preference
+from minimind.errors import UserError
 from minimind.tokenizer import BOS_TOKEN
 
-IGNORED = -100
 SEVERITIES = ("error", "warning", "info")
 PLACES = 5  # named in one finding
 HEADER = 12  # tokens at the start of a message among which its role must stand
@@ -40,35 +54,37 @@ LONGER_SHARE = 0.7  # of the pairs: where chosen is longer this often, length al
 PARTS_SHARE = 0.1  # of the tokens: more than this parts of characters and the tokenizer does not fit
 SHORT_REPLY = 2  # words (tokens without the end token) that make a reply at least worth a look
 SEARCHED = 1 << 20  # tokens turned into text at a time
+RECOGNISED = 20  # rows in which a stage is looked for
 REPLIES = ("chosen", "rejected")  # the order of a pair's two rows
+REASONS = (  # what a bad row's problem says, the name of the finding, and what to do
+    ("found chosen equal to rejected", "identical_pairs", "They have no preference to learn. Remove them."),
+    ("--max_length", "too_long_rows", "Raise it, or shorten them."),
+    ("an empty reply", "empty_replies", "The model would learn to say nothing. Remove them."),
+)
 NO_TEXT = b"\xff"  # stands for a special token among bytes of text; UTF-8 has no such byte
 
 
 class Tokens:
     """Rows of tokens as flat arrays: row r is `ids[starts[r]:starts[r + 1]]`.
 
-    Shapes: `ids`, `labels` (tokens,); `starts` (rows + 1,); `lengths`, `lengths_before` (rows,), the latter before
-    anything was cut. `where` names the place of each row. `roles` (tokens,), an index into `role_names`, is whose each
+    Shapes: `ids`, `labels` (tokens,); `starts` (rows + 1,); `lengths` (rows,). `where` names the place of each row.
+    Where the rows have a column of roles, `roles` (tokens,) are indices into `role_names`, otherwise None: whose each
     token is by the loader's account, for templates whose ids do not tell it.
     """
 
-    def __init__(
-        self,
-        rows: Dataset | Sequence[Mapping[str, Any]],
-        where: Sequence[str] | None = None,
-        lengths_before: Sequence[int] | None = None,
-        roles: np.ndarray | None = None,
-        role_names: Sequence[str] = (),
-    ):
+    def __init__(self, rows: Dataset | Sequence[Mapping[str, Any]], where: Sequence[str] | None = None):
+        columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
         self.ids, self.starts = _flat(rows, "input_ids")
-        unlabelled = isinstance(rows, Dataset) and "labels" not in rows.column_names  # blocks: every token is trained
-        self.labels, starts = (self.ids, self.starts) if unlabelled else _flat(rows, "labels")
+        # Blocks have no labels: every token is trained.
+        self.labels, starts = _flat(rows, "labels") if "labels" in columns else (self.ids, self.starts)
         if not np.array_equal(self.starts, starts):
             raise ValueError("a row's input_ids and labels differ in length")
         self.lengths = np.diff(self.starts)
-        self.lengths_before = self.lengths if lengths_before is None else np.asarray(lengths_before)
         self.where = list(where) if where is not None else [f"row {number}" for number in range(1, len(self) + 1)]
-        self.roles, self.role_names = roles, role_names
+        self.roles, self.role_names = None, []
+        if "roles" in columns and isinstance(rows, Dataset):
+            encoded = pc.list_flatten(rows.with_format("arrow")[:]["roles"]).combine_chunks().dictionary_encode()
+            self.roles, self.role_names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -221,7 +237,12 @@ def count_roles(tokens: Tokens, messages: Messages) -> dict[str, dict]:
     size = len(messages.names)
     counts = zip(np.bincount(role, minlength=size), np.bincount(role[tokens.trained], minlength=size), strict=True)
     return {
-        str(name): {"tokens": int(total), "trained": int(trained), "trained_share": _share(trained, total)}
+        str(name): {
+            "tokens": int(total),
+            "trained": int(trained),
+            "trained_tokens": int(trained),  # the name that mask_report.json has had from its beginning
+            "trained_share": _share(trained, total),
+        }
         for name, (total, trained) in zip(messages.names, counts, strict=True)
     }
 
@@ -508,17 +529,54 @@ def check_copies(found: Findings, tokens: Tokens, held_out: Tokens | None, repli
         found.add("held_out_rows_trained", "warning", len(both), text, advice, places)
 
 
-def check_lengths(found: Findings, tokens: Tokens) -> None:
-    """Find rows that were cut."""
-    lost = tokens.lengths_before - tokens.lengths
-    cut = np.flatnonzero(lost > 0)
-    share = _share(len(cut), len(tokens))
+def check_cuts(found: Findings, tokens: Tokens, lengths_before: np.ndarray, size: int = 1) -> tuple[int, int]:
+    """Find conversations of which a part was cut off; returns how many there are and how many tokens they lost.
+
+    `lengths_before` (rows,) are the lengths of the conversations that the rows are made of, those of one conversation
+    next to each other; of pairs (`size` 2) that of the longer side.
+    """
+    lengths = tokens.lengths.reshape(-1, size).max(1)
+    before, where = lengths_before[::size], np.array(tokens.where[::size], object)
+    first = np.flatnonzero(np.append(True, where[1:] != where[:-1]))
+    lost = np.maximum(before[first] - np.add.reduceat(lengths, first), 0)
+    cut = int((lost > 0).sum())
     text = (
-        f"{len(cut):,} of {len(tokens):,} rows ({share:.1%}) were cut to --max_length, and with that "
-        f"{lost.sum():,} tokens ({_share(lost.sum(), tokens.lengths_before.sum()):.1%}) lost"
+        f"{cut:,} of {len(first):,} rows ({_share(cut, len(first)):.1%}) were cut to --max_length, and with that "
+        f"{lost.sum():,} tokens ({_share(lost.sum(), before[first].sum()):.1%}) lost"
     )
-    severity = "warning" if share > CUT_SHARE else "info"
-    found.add("truncated_rows", severity, len(cut), text, "Raise --max_length if they matter.", tokens.places(cut))
+    severity = "warning" if _share(cut, len(first)) > CUT_SHARE else "info"
+    found.add("truncated_rows", severity, cut, text, "Raise --max_length if they matter.", where[first[lost > 0]])
+    return cut, int(lost.sum())
+
+
+def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -> None:
+    """Find rows that were read and are not trained on. `on_bad_rows` is the policy that a run has."""
+    bad, counts = reading.bad, reading.counts
+    refused = bad.count > (0 if on_bad_rows == "error" else BAD_ROW_SHARE * bad.total) and on_bad_rows != "skip"
+    severity = "error" if refused else "warning"
+    stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
+    for reason, (count, places) in bad.reasons.items():
+        name, advice = next((known[1:] for known in REASONS if known[0] in reason), ("bad_rows", "Mend them."))
+        what = (
+            "their last turn alone is longer than --max_length" if name == "too_long_rows" else reason.split(". ")[0]
+        )
+        text = f"{count:,} of {bad.total:,} rows are left out: {what}"
+        found.add(name, severity, count, text, advice + stops, places)
+    text = f"{counts['dropped']:,} of {bad.total:,} rows are longer than --max_length and left out"
+    found.add("too_long_rows", "warning", counts["dropped"], text, "Raise it.", reading.places.get("dropped", ()))
+    text = f"{counts['untrained']:,} of {bad.total:,} rows have no reply to train and are left out"
+    advice = "Their flags, weights or the options leave all of their replies out."
+    places = reading.places.get("untrained", ())
+    found.add("rows_without_trained_token", "warning", counts["untrained"], text, advice, places)
+    text = f"{counts['split']:,} of {bad.total:,} rows are longer than --max_length and split into several"
+    found.add("split_rows", "info", counts["split"], text, "Nothing to do.", reading.places.get("split", ()))
+    lost = bad.count + counts["dropped"] + counts["untrained"]
+    if lost > LOST_SHARE * bad.total:
+        text = f"{lost:,} of {bad.total:,} rows ({_share(lost, bad.total):.1%}) are left out"
+        advice = (
+            f"More than {LOST_SHARE:.0%} are a mistake more often than not. Their reasons are findings of their own."
+        )
+        found.add("rows_lost", "error", lost, text, advice)
 
 
 def check_pairs(found: Findings, tokens: Tokens) -> None:
@@ -557,14 +615,21 @@ class Inspection:
     def __init__(self, stage: str, tokens: Tokens, messages: Messages, report: dict):
         self.stage, self.tokens, self.messages, self.report = stage, tokens, messages, report
 
-    def rows(self, limit: int | None = None) -> Iterator[dict]:
-        """The first rows as {"where", "input_ids", "labels"}; of pairs also "reply", the name of the reply."""
-        for number in range(len(self.tokens) if limit is None else min(limit, len(self.tokens))):
-            span = slice(self.tokens.starts[number], self.tokens.starts[number + 1])
-            row = {"where": self.tokens.where[number]}
-            if self.stage == "dpo":
-                row["reply"] = REPLIES[number % 2]
-            yield {**row, "input_ids": self.tokens.ids[span].tolist(), "labels": self.tokens.labels[span].tolist()}
+    def row(self, number: int) -> dict:
+        """One row as {"where", "input_ids", "labels"}; of pairs also "reply", which of the two it is."""
+        span = slice(self.tokens.starts[number], self.tokens.starts[number + 1])
+        reply = {"reply": REPLIES[number % 2]} if self.stage == "dpo" else {}
+        ids, labels = (values[span].tolist() for values in (self.tokens.ids, self.tokens.labels))
+        return {"where": self.tokens.where[number], **reply, "input_ids": ids, "labels": labels}
+
+    def find(self, where: str) -> list[int]:
+        """The rows at a place, "file:line", or the end of one, ":12"; raises UserError where there is none."""
+        found = [number for number, place in enumerate(self.tokens.where) if place == where]
+        found = found or [number for number, place in enumerate(self.tokens.where) if place.endswith(where)]
+        if not found:
+            known = f"{self.tokens.where[0]} to {self.tokens.where[-1]}"
+            raise UserError(f"--row {where}: found no such row among {known}. It may be left out: see the findings.")
+        return found
 
     def title(self, number: int) -> str:
         """The place of a row, and which reply of a pair it is."""
@@ -574,20 +639,37 @@ class Inspection:
         """The findings that stop a run."""
         return [finding for finding in self.report["findings"] if finding["severity"] == "error"]
 
+    def stop(self, on_findings: str) -> None:
+        """Raises UserError if there are errors and they are not to be taken as warnings."""
+        if on_findings == "error" and (errors := self.errors()):
+            listed = "\n".join(f"  {finding['name']}: {finding['text']}. {finding['advice']}" for finding in errors)
+            raise UserError(
+                f"this data would train a wrong model:\n{listed}\nTo train on it still: --on_findings warn."
+            )
+
 
 def inspect_rows(
     stage: str,
     tokens: Tokens,
     tokenizer: PreTrainedTokenizerFast,
-    held_out: Tokens | None = None,
+    *,
     found: Findings | None = None,
+    held_out: Tokens | None = None,
+    lengths_before: np.ndarray | None = None,
+    lengths_read: np.ndarray | None = None,
     every_reply: bool = True,
 ) -> Inspection:
     """Finished rows of "sft", or of "dpo" (chosen, rejected, chosen, ...), -> their report.
 
-    `found` holds what the loader found; `every_reply` is false where the options choose the turns to train.
+    Args:
+        found: what was found before.
+        held_out: the held-out rows.
+        lengths_before: see `check_cuts`.
+        lengths_read: the lengths of all that was read, also of what was left out as too long.
+        every_reply: whether the options ask to train all replies.
     """
     found = Findings() if found is None else found
+    size = len(REPLIES) if stage == "dpo" else 1
     check_tokenizer(found, tokenizer)
     messages = Messages(tokens, tokenizer)
     replies = Replies(tokens, messages)
@@ -595,33 +677,63 @@ def inspect_rows(
     check_structure(found, tokens, messages, tokenizer)
     check_text(found, tokens, messages, tokenizer)
     check_replies(found, tokens, replies)
-    check_lengths(found, tokens)
-    check_copies(found, tokens, held_out, replies_per_row=1 if stage == "sft" else 2)
-    lengths = describe_lengths(tokens.lengths_before)
+    cut, lost = check_cuts(found, tokens, tokens.lengths if lengths_before is None else lengths_before, size)
+    check_copies(found, tokens, held_out, size)
+    trained = np.diff(tokens.trained_before[tokens.starts])
+    lengths = describe_lengths(
+        tokens.lengths.reshape(-1, size).max(1) if lengths_read is None else lengths_read,
+        "pair (its longer side)" if stage == "dpo" else "conversation",
+    )
     if stage == "dpo":
         check_pairs(found, tokens)
         for start, name in enumerate(REPLIES):
-            trained = np.diff(tokens.trained_before[tokens.starts])[start::2]
-            lengths[name] = {"mean": round(float(trained.mean()), 1), "percentiles": percentiles(trained)}
-    without = int((np.diff(tokens.trained_before[tokens.starts]) == 0).sum())
-    total, trained = len(tokens.ids), int(tokens.trained.sum())
+            of_reply = trained[start::2]
+            lengths[name] = {"mean": round(float(of_reply.mean()), 1), "percentiles": percentiles(of_reply)}
     report = {
         "stage": stage,
-        "rows": len(tokens),
-        "rows_without_trained_token": without,
-        "truncated_rows": int((tokens.lengths_before > tokens.lengths).sum()),
-        "truncated_tokens": int((tokens.lengths_before - tokens.lengths).sum()),
+        "rows": len(tokens) // size,
+        "rows_without_trained_token": int((trained == 0).sum()),
+        "truncated_rows": cut,
+        "truncated_tokens": lost,
         "replies": len(replies.row),
         "replies_trained": int((replies.trained > 0).sum()),
         "replies_with_end_trained": int(replies.end_trained.sum()),
-        "tokens": total,
-        "trained_tokens": trained,
-        "trained_share": _share(trained, total),
+        "tokens": len(tokens.ids),
+        "trained_tokens": int(trained.sum()),
+        "trained_share": _share(trained.sum(), len(tokens.ids)),
         "roles": count_roles(tokens, messages),
         "lengths": lengths,
         "findings": found.in_order(),
     }
     return Inspection(stage, tokens, messages, report)
+
+
+def inspect_chats(
+    stage: str, rows: ChatRows, tokenizer, on_bad_rows: str | None = None, every_reply: bool = True
+) -> Inspection:
+    """What `load_conversations` ("sft") or `load_preferences` ("dpo") gives -> its report, see `inspect_rows`."""
+    size = len(REPLIES) if stage == "dpo" else 1
+
+    def flat(part: Dataset, where: Sequence[str]) -> Tokens:
+        return Tokens(preference_labels(part) if stage == "dpo" else part, np.repeat(where, size).tolist())
+
+    found = Findings()
+    check_left_out(found, rows.reading, on_bad_rows)
+    return inspect_rows(
+        stage,
+        flat(rows.train, rows.where),
+        tokenizer,
+        found=found,
+        held_out=rows.eval and flat(rows.eval, rows.reading.held_out),
+        lengths_before=np.repeat(rows.lengths, size),
+        lengths_read=np.array(rows.reading.lengths),
+        every_reply=every_reply,
+    )
+
+
+def has_roles(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the ids of the chat template's conversations tell the roles, so that no loader has to."""
+    return BOS_TOKEN in tokenizer.chat_template
 
 
 # Documents.
@@ -726,3 +838,49 @@ def _is_text(piece: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+# Files.
+
+
+def recognise_stage(paths: Sequence[str]) -> str:
+    """What the first usable row of some files is for: "dpo", "sft" or "pretrain"; raises UserError."""
+    converters = {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}
+    problems: dict[str, str] = {}
+    for row in islice(read_rows(paths, "skip"), RECOGNISED):
+        for stage, convert in converters.items():
+            try:
+                convert(row.data)
+            except BadRowError as problem:
+                problems.setdefault(stage, f"{row.where}: {problem}")
+            else:
+                return stage
+    found = "\n".join(f"  as {stage}: {problem}" for stage, problem in problems.items())
+    raise UserError(
+        f"the stage cannot be told from the first {RECOGNISED} rows:\n{found}\nMend them, or name the --stage."
+    )
+
+
+def inspect_files(
+    stage: str, data_args, tokenizer, max_length: int, chat_args: ChatArguments | None = None
+) -> Inspection:
+    """Files, read and tokenised as a run of the stage does it -> their report; bad rows are findings.
+
+    Raises:
+        UserError: as the stage's loader.
+    """
+    policy, data_args = data_args.on_bad_rows, dataclasses.replace(data_args, on_bad_rows="skip")
+    if stage == "pretrain":
+        texts = Texts(data_args.train_files, tokenizer)
+        held_out = Texts(data_args.eval_files, tokenizer) if data_args.eval_files else None
+        found = Findings()
+        check_left_out(found, Reading(texts.bad), policy)
+        blocks = load_blocks(data_args, tokenizer, max_length)
+        return inspect_documents(blocks.train, blocks.facts["train"], texts, tokenizer, held_out, found)
+    chat_args = chat_args or ChatArguments()
+    set_chat_template(tokenizer, chat_args.chat_template)
+    if stage == "dpo":
+        rows = load_preferences(data_args, tokenizer, max_length, chat_args)
+    else:
+        rows = load_conversations(data_args, tokenizer, max_length, chat_args, roles=not has_roles(tokenizer))
+    return inspect_chats(stage, rows, tokenizer, policy, chat_args.train_turns == "all")

@@ -184,7 +184,24 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class SFTStageConfig(StageConfig, SFTConfig):
+class InspectedStageConfig(StageConfig):
+    """What the stages that open with an inspection of their data have in common."""
+
+    on_findings: str = field(
+        default="error",
+        metadata={
+            "help": "What an error among the findings of the inspection does. error: stops the run; warn: is just said."
+        },
+    )
+
+    def __post_init__(self):
+        if self.on_findings not in ("error", "warn"):
+            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
+        super().__post_init__()
+
+
+@dataclass
+class SFTStageConfig(InspectedStageConfig, SFTConfig):
     """Arguments of finetune_sft.py."""
 
     output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
@@ -196,7 +213,7 @@ class SFTStageConfig(StageConfig, SFTConfig):
 
 
 @dataclass
-class DPOStageConfig(StageConfig, DPOConfig):
+class DPOStageConfig(InspectedStageConfig, DPOConfig):
     """Arguments of train_dpo.py."""
 
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
