@@ -190,7 +190,7 @@ class InspectedStageConfig(StageConfig):
     on_findings: str = field(
         default="error",
         metadata={
-            "help": "What an error among the findings of the inspection does. error: stops the run; warn: is just said."
+            "help": "What an error among the findings of the inspection does. error: stops the run; warn: nothing."
         },
     )
 

@@ -106,9 +106,7 @@ def report_tables(report: dict) -> dict:
     roles = [[name, *(counts[column] for column in columns)] for name, counts in report["roles"].items()]
     windows = report["lengths"]["windows"]
     fields = ["severity", "name", "count", "text", "advice"]
-    findings = [
-        [*(finding[field] for field in fields), ", ".join(finding["places"])] for finding in report["findings"]
-    ]
+    findings = [[*(each[field] for field in fields), ", ".join(each["places"])] for each in report["findings"]]
     return {
         "inspection/roles": wandb.Table(["role", *columns], roles),
         "inspection/lengths": wandb.Table([*windows[0]], [[*window.values()] for window in windows]),
