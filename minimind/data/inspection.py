@@ -153,6 +153,10 @@ class Messages:
         self.end = np.append(self.start[1:], len(ids))
         self.row = tokens.row_of(self.start)
         self.content = self.start + header
+        if not self.is_chatml:  # where a header ends cannot be told: the words begin with the first that is trained
+            trained = np.append(np.flatnonzero(tokens.trained), len(ids))
+            first = trained[np.searchsorted(trained, self.start)]
+            self.content = np.where(first < self.end, first, self.start)
         self.names, self.role = np.unique(roles.astype(str), return_inverse=True)
         self.reply = roles == "assistant"
         if not self.is_chatml and tokens.roles is None:
