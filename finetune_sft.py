@@ -35,7 +35,9 @@ def main() -> None:
     model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation, default)
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
-    rows = load_conversations(data_args.or_embedded(corpus), tokenizer, training_args.max_length, chat_args)
+    rows = load_conversations(
+        data_args.or_embedded(corpus), tokenizer, training_args.max_length, chat_args, seed=training_args.seed
+    )
     report = mask_report(rows.train, tokenizer)
     if is_main_process():
         print_mask_report(report, rows.train[0], tokenizer)

@@ -35,7 +35,9 @@ def main() -> None:
     )
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
-    rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args)
+    rows = load_preferences(
+        data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args, training_args.seed
+    )
     labels = preference_labels(rows.train)
     report = mask_report(labels, tokenizer)
     if is_main_process():
