@@ -37,7 +37,12 @@ def main() -> None:
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
     rows = load_conversations(
-        data_args.or_embedded(corpus), tokenizer, training_args.max_length, chat_args, roles=not has_roles(tokenizer)
+        data_args.or_embedded(corpus),
+        tokenizer,
+        training_args.max_length,
+        chat_args,
+        roles=not has_roles(tokenizer),
+        seed=training_args.seed,
     )
     inspection = inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all")
     if is_main_process():

@@ -8,10 +8,11 @@ Reads   documents (jsonl with "text", txt, parquet, csv ...), joined with EOS an
 Writes  a stage directory (--output_dir, default runs/pretrain) for finetune_sft.py.
 """
 
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from minimind.checkpoints import check_same_tokenizer
-from minimind.data.documents import collate_blocks, load_blocks
+from minimind.data.documents import load_blocks
+from minimind.data.packing import BlockCollator
 from minimind.errors import reports_user_errors
 from minimind.evaluation import language_model_metrics
 from minimind.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ from minimind.training.arguments import DataArguments, PretrainConfig, PretrainM
 from minimind.training.optimizers import build_optimizer
 from minimind.training.stages import Stage, check_length, new_model, starting_point
 from minimind.training.tracking import start_tracking
+from minimind.training.trainers import BlockTrainer
 
 
 @reports_user_errors
@@ -33,18 +35,26 @@ def main() -> None:
         tokenizer, parent = load_tokenizer(model_args.tokenizer), None
         model = new_model(model_args.model_config, tokenizer, model_args.attn_implementation)
     check_length("block_size", training_args.block_size, model.config)
-    blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, training_args.block_size)
+    blocks = load_blocks(
+        data_args.or_embedded("pretrain"),
+        tokenizer,
+        training_args.block_size,
+        training_args.packing_strategy,
+        training_args.document_mask,
+        training_args.seed,
+    )
 
     stage = Stage("pretrain", training_args, blocks, parent)
     start_tracking(stage)
-    trainer = Trainer(
+    trainer = BlockTrainer(
         model=model,
         args=training_args,
         train_dataset=blocks.train,
         eval_dataset=blocks.eval,
-        data_collator=collate_blocks,
+        data_collator=BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id, training_args.document_mask),
         processing_class=tokenizer,
         optimizers=(build_optimizer(model, training_args), None),
+        eval_counts=blocks.facts["eval"] if blocks.eval else None,
     )
     stage.announce(trainer)
 

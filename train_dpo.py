@@ -36,7 +36,9 @@ def main() -> None:
     )
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
-    rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args)
+    rows = load_preferences(
+        data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args, training_args.seed
+    )
     inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
     if is_main_process():
         print_inspection(inspection, range(2), tokenizer)

@@ -34,13 +34,12 @@ def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
     }
 
 
-def bits_per_byte(loss: float, counts: dict, block_size: int) -> float:
+def bits_per_byte(loss: float, counts: dict) -> float:
     """Mean loss in nats per predicted token -> bits per byte of the text, which compares models across tokenizers.
 
-    Summed loss / (ln 2 x bytes of the predicted tokens). Every block of `counts` (see `documents.load_blocks`) has the
-    same number of targets, so the mean gives the sum exactly.
+    Summed loss / (ln 2 x bytes of the predicted tokens); both numbers are in `counts`, see `documents.load_blocks`.
     """
-    return loss * counts["blocks"] * (block_size - 1) / (math.log(2) * counts["target_bytes"])
+    return loss * counts["targets"] / (math.log(2) * counts["target_bytes"])
 
 
 def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str, float]]:
@@ -49,7 +48,7 @@ def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str
     for values in metrics.values():
         if values:
             values["perplexity"] = round(math.exp(min(values["loss"], 100)), 4)
-            values["bits_per_byte"] = round(bits_per_byte(values["loss"], counts, trainer.args.block_size), 6)
+            values["bits_per_byte"] = round(bits_per_byte(values["loss"], counts), 6)
     return metrics
 
 

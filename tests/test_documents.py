@@ -1,17 +1,17 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+import xxhash
 from conftest import CHINESE, ENGLISH
 
 from minimind.data import documents
-from minimind.data.documents import HoldOut, collate_blocks, load_blocks, pack
+from minimind.data.documents import HoldOut, load_blocks
 from minimind.errors import UserError
 from minimind.tokenizer import text_encoder, train_tokenizer
+from minimind.training.arguments import DataArguments
 
 EOS = 2
 DOCUMENTS = [f"{number}: {text}" for number in range(12) for text in (ENGLISH, CHINESE)]
@@ -19,15 +19,15 @@ DOCUMENTS = [f"{number}: {text}" for number in range(12) for text in (ENGLISH, C
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(documents, "BATCH", 2)
+    monkeypatch.setattr(documents, "BATCH", 50)
 
 
 @pytest.fixture
 def builds(monkeypatch):
     """Counts how often data is prepared."""
     calls = []
-    build = documents._build
-    monkeypatch.setattr(documents, "_build", lambda *args: calls.append(args) or build(*args))
+    build = documents._prepare
+    monkeypatch.setattr(documents, "_prepare", lambda *args, **options: calls.append(args) or build(*args, **options))
     return calls
 
 
@@ -37,9 +37,7 @@ def load(tokenizer, write_jsonl):
 
     def load(texts=DOCUMENTS, block_size=16, tokenizer=tokenizer, name="train.jsonl", **options):
         train = write_jsonl(name, [{"text": text} for text in texts])
-        defaults = {"eval_files": None, "eval_ratio": 0.0, "max_eval_rows": 500, "on_bad_rows": None}
-        arguments = SimpleNamespace(train_files=[train], **{**defaults, **options})
-        return load_blocks(arguments, tokenizer, block_size)
+        return load_blocks(DataArguments([train], **{"eval_ratio": 0.0, **options}), tokenizer, block_size)
 
     return load
 
@@ -55,34 +53,7 @@ def rows(dataset):
 
 
 def joined(dataset):
-    return dataset[:]["input_ids"].ravel().tolist()
-
-
-@pytest.mark.parametrize(
-    ("token_lists", "blocks"),
-    [
-        ([[5, 6, 7], [8], [9, 9]], [[5, 6, 7, 2], [8, 2, 9, 9]]),
-        ([[5, 6, 7]], [[5, 6, 7, 2]]),
-        ([[5, 6]], []),
-        ([[5], [6], [7], [8]], [[5, 2, 6, 2], [7, 2, 8, 2]]),
-        ([[5, 6, 7, 8, 9, 10, 11, 12, 13], [14]], [[5, 6, 7, 8], [9, 10, 11, 12], [13, 2, 14, 2]]),
-        ([[], [5], []], [[2, 5, 2, 2]]),
-        ([], []),
-    ],
-)
-@pytest.mark.parametrize("batch", [1, 2, 1000])
-def test_documents_are_joined_in_order_with_eos_and_only_the_tail_is_lost(monkeypatch, token_lists, blocks, batch):
-    monkeypatch.setattr(documents, "BATCH", batch)
-    assert [row.tolist() for part in pack(token_lists, 4, EOS) for row in part] == blocks
-
-
-@pytest.mark.parametrize("batch", [1, 2, 7])
-def test_the_blocks_do_not_depend_on_how_many_documents_are_read_at_a_time(monkeypatch, batch):
-    lists = [[10 + number] * (number * 7 % 11) for number in range(40)]
-    monkeypatch.setattr(documents, "BATCH", batch)
-    packed = np.concatenate(list(pack(iter(lists), 16, EOS)))
-    whole = [i for ids in lists for i in [*ids, EOS]]
-    assert packed.ravel().tolist() == whole[: len(whole) // 16 * 16]
+    return [i for row in rows(dataset) for i in row]
 
 
 def test_the_blocks_of_a_file_are_its_tokens_one_after_the_other(load, tokenizer, small_batches):
@@ -159,43 +130,51 @@ def test_a_changed_file_size_tokenizer_or_option_is_prepared_anew(load, builds, 
 
 
 def test_a_preparation_that_died_is_started_again(load, tokenizer, monkeypatch):
-    def die(path, *args):
-        path.write_bytes(b"half a file")
+    def die(part):
+        part.sink.write(b"half a file")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(documents, "_write", die)
+        patch.setattr(documents.Part, "finish", die)
         load()
     ids = joined(load().train)
     assert ids == stream(DOCUMENTS, tokenizer)[: len(ids)]
     assert len(ids) > 100
 
 
-def test_held_out_documents_and_their_copies_are_in_no_training_block(load, tokenizer):
+def held_out_of(texts, ratio, limit):
+    """The oracle: of the different texts whose hash is in the first `ratio` of all hashes, the `limit` smallest."""
+    hashes = {xxhash.xxh3_64_intdigest(text.encode()): text for text in texts}
+    return {hashes[digest] for digest in sorted(digest for digest in hashes if digest < ratio * 2**64)[:limit]}
+
+
+@pytest.mark.parametrize("limit", [1000, 5, 0])
+def test_held_out_documents_and_their_copies_are_in_no_training_block(load, tokenizer, limit):
     texts = [f"document number {number}" for number in range(60)] * 2
-    held_out = [text for text in texts if HoldOut(0.3, 1000).takes(text)]
-    kept = [text for text in texts if text not in held_out]
-    assert len(held_out) > 10
-    blocks = load(texts, block_size=8, eval_ratio=0.3)
-    for dataset, part in ((blocks.train, kept), (blocks.eval, held_out)):
-        ids = joined(dataset)
-        assert ids == stream(part, tokenizer)[: len(ids)]
-    assert (blocks.facts["train"]["documents"], blocks.facts["eval"]["documents"]) == (len(kept), len(held_out))
+    held_out = held_out_of(texts, 0.3, limit)
+    assert len(held_out) == min(limit, len(held_out_of(texts, 0.3, 1000))) != 60
+    blocks = load(texts, block_size=1, eval_ratio=0.3, max_eval_rows=limit)
+    found = {}
+    for part, dataset in (("train", blocks.train), ("eval", blocks.eval)):
+        ids = np.array(joined(dataset) if dataset else [])
+        documents = np.split(ids, np.flatnonzero(ids == EOS) + 1)[:-1]
+        found[part] = [tokenizer.decode(document[:-1].tolist()) for document in documents]
+    assert sorted(found["eval"]) == sorted(text for text in texts if text in held_out)
+    assert sorted(found["train"]) == sorted(text for text in texts if text not in held_out)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
-def test_about_the_asked_share_is_held_out_and_always_the_same_rows(ratio):
-    chosen = [HoldOut(ratio, 2000).takes(f"row {number}") for number in range(2000)]
-    assert abs(sum(chosen) / 2000 - ratio) < 0.04
-    assert chosen == [HoldOut(ratio, 2000).takes(f"row {number}") for number in range(2000)]
-
-
-def test_beyond_the_limit_no_copy_of_a_held_out_row_reaches_training():
-    hold_out = HoldOut(0.3, 5)
-    taken = [(text, hold_out.takes(text)) for text in [f"row {number}" for number in range(40)] * 2]
-    held_out = {text for text, out in taken if out}
-    assert len(held_out) == 5
-    assert not held_out & {text for text, out in taken if not out}
+def test_about_the_asked_share_is_held_out_and_it_does_not_depend_on_the_order(ratio):
+    texts = [f"row {number}" for number in range(2000)]
+    chosen = []
+    for order in (texts, texts[::-1]):
+        hold_out = HoldOut(ratio, 300)
+        trained = [row for text in order for row in hold_out.offer(text, text)]
+        chosen.append(set(hold_out.chosen()))
+        assert sorted([*trained, *hold_out.chosen()]) == sorted(texts)
+    assert chosen[0] == chosen[1]
+    assert abs(len(chosen[0]) - min(ratio * 2000, 300)) < 80
+    assert len(chosen[0]) <= 300
 
 
 def test_held_out_files_are_evaluated_on_and_nothing_of_the_training_files_is_held_out(load, tokenizer, write_jsonl):
@@ -225,29 +204,19 @@ def test_a_bad_row_is_named_with_its_file_and_line(load, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / 'train.jsonl'}:2: ")
 
 
-def test_collated_labels_equal_the_input_ids_and_are_another_tensor(load):
-    blocks = load()
-    batch = collate_blocks([blocks.train[0], blocks.train[1]])
-    assert batch["input_ids"].tolist() == rows(blocks.train)[:2]
-    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
-    assert torch.equal(batch["input_ids"], batch["labels"])
-    batch["labels"][0, 0] = -100
-    assert batch["input_ids"][0, 0] != -100
-
-
 def test_two_that_prepare_at_the_same_time_build_once_and_read_the_same(load, tokenizer, builds, monkeypatch):
-    build, start = documents._build, threading.Barrier(2)
+    build, start = documents._prepare, threading.Barrier(2)
 
-    def slow(*args):
+    def slow(*args, **options):
         time.sleep(0.3)  # long enough for the other to arrive
-        return build(*args)
+        return build(*args, **options)
 
     def arrive(name):
         start.wait(timeout=30)
         return joined(load(name=name).train)
 
     # Two threads stand for two processes: each opens the lock file by itself, which is what the lock goes by.
-    monkeypatch.setattr(documents, "_build", slow)
+    monkeypatch.setattr(documents, "_prepare", slow)
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(arrive, ["a.jsonl", "b.jsonl"]))
     expected = stream(DOCUMENTS, tokenizer)

@@ -3,30 +3,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from minimind import evaluation
-from minimind.data.documents import collate_blocks, load_blocks
+from minimind.data.documents import load_blocks
+from minimind.data.packing import BlockCollator
 from minimind.data.world import COURTESY
 from minimind.errors import UserError
 from minimind.evaluation import answer, bits_per_byte, held_out_metrics, language_model_metrics, read_questions, score
 from minimind.tokenizer import train_tokenizer
+from minimind.training.arguments import DataArguments
+from minimind.training.trainers import BlockTrainer
 
 BLOCK = 16
 TEXTS = [f"{number} brown foxes jump, 棕色狐狸 {number}" for number in range(20)]
 
 
+@pytest.fixture(params=[("wrapped", False), ("wrapped", True), ("bfd_split", True)], ids=str)
+def packing(request):
+    return request.param
+
+
 @pytest.fixture
-def blocks(tokenizer, write_jsonl):
+def blocks(tokenizer, write_jsonl, packing):
     train = write_jsonl("train.jsonl", [{"text": text} for text in TEXTS])
-    arguments = SimpleNamespace(
-        train_files=[train], eval_files=[train], eval_ratio=0.0, max_eval_rows=500, on_bad_rows=None
-    )
-    return load_blocks(arguments, tokenizer, BLOCK)
+    return load_blocks(DataArguments([train], [train]), tokenizer, BLOCK, *packing)
 
 
 @pytest.fixture
-def trainer(model, blocks, tmp_path):
+def trainer(model, blocks, packing, tmp_path):
     """A trainer that can evaluate `blocks`."""
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"),
@@ -35,49 +40,59 @@ def trainer(model, blocks, tmp_path):
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    arguments.block_size = BLOCK
     # The batch size does not divide the blocks: the last batch is smaller and must not count for more.
     arguments.per_device_eval_batch_size = next(size for size in (4, 3, 5) if len(blocks.eval) % size)
-    return Trainer(model=model, args=arguments, eval_dataset=blocks.eval, data_collator=collate_blocks)
+    return BlockTrainer(
+        model=model,
+        args=arguments,
+        eval_dataset=blocks.eval,
+        data_collator=BlockCollator(0, 2, document_mask=packing[1]),
+        eval_counts=blocks.facts["eval"],
+    )
 
 
-def summed_loss_and_bytes(model, tokenizer, blocks):
-    """The oracle: -log p of each predicted token, one by one, and the bytes of the text it stands for."""
-    nll, count = 0.0, 0
+def summed_loss_tokens_and_bytes(model, tokenizer, blocks, document_mask):
+    """The oracle: -log p of each predicted token, one by one, how many they are, and the bytes of their text."""
+    nll, tokens, count = 0.0, 0, 0
     vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     for row in blocks.eval:
         ids = torch.tensor(row["input_ids"]).long()
-        with torch.no_grad():
-            log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
-        for position in range(len(ids) - 1):
-            target = ids[position + 1].item()
-            nll -= log_probabilities[position, target].item()
-            count += 0 if target in (0, 1, 2) else len(vocabulary[target])
-    return nll, count
+        ends = [i + 1 for i, token in enumerate(ids.tolist()) if token == 2]
+        for part in ids.tensor_split(ends) if document_mask else [ids]:
+            if len(part) < 2:
+                continue
+            with torch.no_grad():
+                log_probabilities = model(part[None]).logits[0].log_softmax(-1)
+            for position in range(len(part) - 1):
+                target = part[position + 1].item()
+                nll -= log_probabilities[position, target].item()
+                tokens += 1
+                count += 0 if target in (0, 1, 2) else len(vocabulary[target])
+    return nll, tokens, count
 
 
 def test_bits_per_byte_of_literal_numbers():
-    counts = {"blocks": 3, "target_bytes": 24}
-    assert bits_per_byte(math.log(2), counts, block_size=5) == pytest.approx(3 * 4 / 24)
+    counts = {"targets": 12, "target_bytes": 24}
+    assert bits_per_byte(math.log(2), counts) == pytest.approx(12 / 24)
 
 
 def test_guessing_blindly_among_the_256_bytes_costs_eight_bits_per_byte(write_jsonl):
     tokenizer = train_tokenizer([""], vocab_size=259)
     train = write_jsonl("train.jsonl", [{"text": "x" * 63}])
-    arguments = SimpleNamespace(
-        train_files=[train], eval_files=[train], eval_ratio=0.0, max_eval_rows=9, on_bad_rows=None
-    )
-    counts = load_blocks(arguments, tokenizer, 63).facts["eval"]
-    assert bits_per_byte(math.log(256), counts, block_size=63) == pytest.approx(8.0)
+    counts = load_blocks(DataArguments([train], [train]), tokenizer, 63).facts["eval"]
+    assert bits_per_byte(math.log(256), counts) == pytest.approx(8.0)
 
 
-def test_bits_per_byte_is_the_summed_loss_over_the_bytes_of_the_predicted_tokens(model, tokenizer, blocks, trainer):
-    nll, count = summed_loss_and_bytes(model.eval(), tokenizer, blocks)
+def test_bits_per_byte_is_the_summed_loss_over_the_bytes_of_the_predicted_tokens(
+    model, tokenizer, blocks, trainer, packing
+):
+    nll, tokens, count = summed_loss_tokens_and_bytes(model.eval(), tokenizer, blocks, packing[1])
+    model.config.use_cache = False  # as in training; with a cache documents would not be kept apart
     metrics = language_model_metrics(trainer, blocks.facts["eval"])["after"]
-    predicted = len(blocks.eval) * (BLOCK - 1)
+    assert blocks.facts["eval"]["targets"] == tokens
     assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / count, rel=1e-4)
-    assert metrics["loss"] == pytest.approx(nll / predicted, rel=1e-4)
-    assert metrics["perplexity"] == pytest.approx(math.exp(nll / predicted), rel=1e-3)
+    assert metrics["loss"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-3)
 
 
 def test_the_metrics_before_are_the_first_evaluation_and_those_after_the_last(trainer, model):

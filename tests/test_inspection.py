@@ -422,18 +422,8 @@ def test_the_stage_is_recognised_from_the_rows(tokenizer_dir, write_jsonl, capsy
         "pretrain": write_jsonl("docs.jsonl", [{"text": "the fox runs home"}] * 9),
     }
     for stage, path in files.items():
-        told = inspect(
-            capsys,
-            path,
-            "--tokenizer",
-            tokenizer_dir,
-            "--max_length",
-            64,
-            "--on_bad_rows",
-            "skip",
-            code=stage == "sft",
-        )
-        assert told["stage"] == stage
+        options = ["--tokenizer", tokenizer_dir, "--max_length", 64, "--on_bad_rows", "skip"]
+        assert inspect(capsys, path, *options)["stage"] == stage
 
 
 def test_a_pair_gives_two_rows_of_which_the_replies_are_trained(tokenizer, tokenizer_dir, write_jsonl, capsys):
@@ -539,7 +529,7 @@ def test_the_results_of_tools_have_a_role_of_their_own(tokenizer_dir, write_json
         {"role": "assistant", "content": "Yes, it rains."},
     ]
     path = write_jsonl("chats.jsonl", [{"messages": messages, "tools": [tool]}])
-    report = inspect(capsys, path, "--tokenizer", tokenizer_dir)
+    report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--max_length", 2048)
     assert set(report["roles"]) == {"system", "user", "assistant", "tool"}
     assert report["roles"]["tool"]["trained"] == 0 < report["roles"]["tool"]["tokens"]
     assert (report["replies"], report["replies_with_end_trained"], names(report)) == (2, 2, [])

@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -32,9 +33,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from minimind.data.conversations import Conversation, Message, to_conversation
 from minimind.data.documents import HoldOut
 from minimind.data.files import BadRowError, BadRows, content_hash, expand, read_rows
+from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
-from minimind.tokenizer import CHAT_TEMPLATE
+from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
+from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 IGNORED = -100
 BATCH = 1000  # conversations tokenised at a time
@@ -106,14 +109,15 @@ class TooLongError(BadRowError):
 class Reading:
     """What became of the conversations that were read for training, for the report of an inspection.
 
-    `bad` are its bad rows; `lengths` the tokens of every conversation before any cut, also of one that is left out for
-    them; `counts` and `places` what became of how many and where the first stand; `held_out` where the held-out rows do.
+    `bad` are the bad rows of each source; `lengths` the tokens of every conversation before any cut, also of one that
+    is left out for them; `counts` and `places` what became of how many, and where the first of them stand; `held_out`
+    where the held-out rows do.
     """
 
     NAMED = 5
 
-    def __init__(self, bad: BadRows):
-        self.bad = bad
+    def __init__(self):
+        self.bad: list[BadRows] = []
         self.lengths: list[int] = []
         self.counts = Counter()
         self.places: dict[str, list[str]] = {}
@@ -157,7 +161,7 @@ class Encoded(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """The rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: tokens before cuts."""
+    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: its tokens before cuts."""
 
     rows: list[dict]
     counts: Counter
@@ -175,15 +179,23 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template()
-        added = tokenizer.added_tokens_decoder.values()
+        added = list(tokenizer.added_tokens_decoder.values())
         controls = [token.content for token in added if token.special or token.content in self.template]
         self.controls = sorted(controls, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, self.controls)) or "(?!)")
+        self.control_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in controls}
         # A post-processor adds special tokens, which the template does, or trims offsets, which would hide spaces.
         state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "post_processor": None}
         state.update(padding=None, truncation=None)
-        self.encoder = Tokenizer.from_str(json.dumps(state))
+        self.library = Tokenizer.from_str(json.dumps(state))
         self.plain = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
+        self.segments = DocumentEncoder(tokenizer)
+        # In byte-level BPE what stands between two control tokens is encoded as if it stood alone.
+        greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
+        self.fast = self.segments.engine is not None and not greedy
+        self.bytes_of = np.asarray(token_byte_lengths(tokenizer))
+        for token, index in self.control_ids.items():
+            self.bytes_of[index] = len(token.encode())
 
     @cached_property
     def keeps_reasoning(self) -> bool:
@@ -223,20 +235,78 @@ class ChatEncoder:
                     check_rendering(conversation, text, spans)
                 if self.pattern.search(_words(conversation)):
                     results[index] = self._encode_hostile(conversation, text, prompt, roles)
-                else:
+                elif self.fast:
                     harmless.append((index, text, spans))
+                else:
+                    encoding = self.library.encode(text, add_special_tokens=False)
+                    results[index] = self._finish(conversation, text, spans, encoding.ids, encoding.offsets, roles)
             except BadRowError as problem:
                 results[index] = problem
-        encodings = self.encoder.encode_batch([text for _, text, _ in harmless], add_special_tokens=False)
-        for (index, text, spans), encoding in zip(harmless, encodings, strict=True):
+        if harmless:
             try:
-                replies = [tuple(_token_at(encoding, char, len(text)) for char in span) for span in spans]
-            except BadRowError as problem:
-                results[index] = problem
-                continue
-            names = self._roles(conversations[index], text, spans, encoding.offsets) if roles else None
-            results[index] = Encoded(encoding.ids, replies, roles=names)
+                self._encode_harmless(conversations, harmless, results, roles)
+            except WrongIdsError:
+                self.fast = False
+                return self.encode(conversations, prompt, roles)
         return results
+
+    def _encode_harmless(
+        self, conversations: Sequence[Conversation], rendered: list, results: list, roles: bool
+    ) -> None:
+        """Fill in the results of all `rendered`: (index, text, spans)."""
+        ids, begins, starts, stops = self._encode_segments([text for _, text, _ in rendered])
+        edges = []
+        for start, (_, text, spans) in zip(starts, rendered, strict=True):
+            edges += [begins[start] + edge for edge in _bytes_until(text, [edge for span in spans for edge in span])]
+        found = np.searchsorted(begins, edges)
+        exact, position = begins[found] == edges, 0
+        for (index, text, spans), start, stop in zip(rendered, starts.tolist(), stops.tolist(), strict=True):
+            here = slice(position, position := position + 2 * len(spans))
+            if not exact[here].all():
+                results[index] = BadRowError(BLURRED)
+                continue
+            names = None
+            if roles:
+                places, owners = self._roles(conversations[index], text, spans)
+                which = np.searchsorted(_bytes_until(text, places), begins[start:stop] - begins[start], side="right")
+                names = [owners[owner - 1] for owner in which]
+            tokens = (found[here] - start).tolist()
+            replies = list(zip(tokens[::2], tokens[1::2], strict=True))
+            results[index] = Encoded(ids[start:stop].tolist(), replies, roles=names)
+
+    def _encode_segments(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted on through all
+        texts and a byte for each mark; and from where to where the ids of each text go."""
+        segments, controls = [], []
+        for text in texts:
+            segments += self.pattern.split(text)
+            controls += [self.control_ids[token] for token in self.pattern.findall(text)]
+            controls.append(-1)
+        ids = self.segments(segments).astype(np.int32)  # an end token after each segment: where a control token goes
+        ends, controls = np.flatnonzero(ids == self.segments.eos_token_id), np.asarray(controls)
+        ids[ends] = controls
+        lengths = np.where(ids < 0, 1, self.bytes_of[ids])
+        stops = ends[controls < 0]
+        return ids, np.cumsum(lengths) - lengths, np.concatenate([[0], stops[:-1] + 1]), stops
+
+    def _finish(
+        self,
+        conversation: Conversation,
+        text: str,
+        spans: list,
+        ids: list,
+        offsets: list,
+        roles: bool,
+        escaped: int = 0,
+    ) -> Encoded:
+        starts = {start: index for index, (start, _) in reversed([*enumerate(offsets)])} | {len(text): len(ids)}
+        if not all(char in starts for span in spans for char in span):
+            raise BadRowError(BLURRED)
+        names = None
+        if roles:
+            places, owners = self._roles(conversation, text, spans)
+            names = [owners[bisect_right(places, start) - 1] for start, _ in offsets]
+        return Encoded(ids, [(starts[start], starts[end]) for start, end in spans], escaped, names)
 
     def _encode_hostile(self, conversation: Conversation, text: str, prompt: bool, roles: bool) -> Encoded:
         """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
@@ -258,8 +328,8 @@ class ChatEncoder:
         covered, spans = self.render(conversation._replace(**hide(conversation._asdict())), prompt)
         if covers.sub(lambda match: names[match.group()], covered) != text:
             raise BadRowError(
-                f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the text "
-                "there, so it cannot be told from its own. Remove it"
+                f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
+                "text there, so it cannot be told from its own. Remove it"
             )
         ids, offsets, position = [], [], 0
         for match in [*self.pattern.finditer(covered), None]:
@@ -268,18 +338,13 @@ class ChatEncoder:
             ids += encoding.ids
             offsets += [(position + a, position + b) for a, b in encoding.offsets]
             if match:
-                ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
+                ids.append(self.control_ids[match.group()])
                 offsets.append(match.span())
                 position = match.end()
-        starts = {start: index for index, (start, _) in reversed([*enumerate(offsets)])} | {len(text): len(ids)}
-        if not all(char in starts for span in spans for char in span):
-            raise BadRowError(BLURRED)
-        replies = [(starts[start], starts[end]) for start, end in spans]
-        named = self._roles(conversation, text, spans, offsets) if roles else None
-        return Encoded(ids, replies, len(covers.findall(covered)), named)
+        return self._finish(conversation, text, spans, ids, offsets, roles, len(covers.findall(covered)))
 
-    def _roles(self, conversation: Conversation, text: str, spans: list, offsets: list) -> list[str]:
-        """The role of each token: of the message whose words or header it belongs to, in ChatML its end too.
+    def _roles(self, conversation: Conversation, text: str, spans: list) -> tuple[list[int], list[str]]:
+        """At which characters the parts of the text begin, and whose they are: a message's header, words and end.
 
         Rendered again with marks around the words; "other" where that changes the text and so tells nothing.
         """
@@ -293,22 +358,24 @@ class ChatEncoder:
         except BadRowError:
             rendered = ""
         if rendered.replace(OPEN, "").replace(CLOSE, "") != text:
-            return ["other"] * len(offsets)
-        pieces = re.split(f"[{OPEN}{CLOSE}]", rendered)  # template, words, template, words, ...
-        edges = [0]
-        for piece in pieces:
-            edges.append(edges[-1] + len(piece))
-        said = iter(zip(edges[1::2], edges[2::2], strict=False))
-        replied = iter(spans)
-        places = [next(replied if m["role"] == "assistant" else said) for m in conversation.messages]
-        begins, names = [0], ["system"]  # of each message, its header included; before the first stand the tools
-        before = 0
-        for message, (start, end) in zip(conversation.messages, places, strict=True):
+            return [0], ["other"]
+        edges = np.cumsum([len(piece) for piece in re.split(f"[{OPEN}{CLOSE}]", rendered)]).tolist()
+        said, replied = zip(edges[::2], edges[1::2], strict=False), iter(spans)  # template, words, template, words ...
+        begins, names, before = [0], ["system"], 0  # what stands before the first message are the tools
+        for message in conversation.messages:
+            start, end = next(replied if message["role"] == "assistant" else said)
             header = text.rfind(self.tokenizer.bos_token or "\0", before, start)
             begins.append(before if header < 0 else header)
             names.append(message["role"])
             before = end
-        return [names[bisect_right(begins, start) - 1] for start, _ in offsets]
+        return begins, names
+
+
+def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
+    """Ascending positions in characters -> the same in bytes of UTF-8."""
+    if text.isascii():
+        return list(characters)
+    return list(accumulate(len(text[a:b].encode()) for a, b in pairwise([0, *characters])))
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) -> None:
@@ -340,22 +407,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) ->
     if encoded.ids[encoded.replies[0][1] - 1] != tokenizer.eos_token_id:
         tokenizer.chat_template = before
         raise UserError(
-            f"--chat_template {path}: the generation block does not end with the end token {tokenizer.eos_token!r}, so "
-            "the model would never learn to stop. Put it before {% endgeneration %}."
+            f"--chat_template {path}: the generation block does not end with the end token {tokenizer.eos_token!r}, "
+            "so the model would never learn to stop. Put it before {% endgeneration %}."
         )
 
 
 BLURRED = "found a reply that shares a token with what stands before or after it, expected a border between tokens"
-
-
-def _token_at(encoding, char: int, length: int) -> int:
-    """The token that begins at a character; raises BadRowError where none does."""
-    if char == length:
-        return len(encoding.ids)
-    token = encoding.char_to_token(char)
-    if token is None or encoding.token_to_chars(token)[0] != char:
-        raise BadRowError(BLURRED)
-    return token
 
 
 def _words(conversation: Conversation) -> str:
@@ -406,8 +463,8 @@ def with_weights(conversation: Conversation, args: ChatArguments) -> Conversatio
     given = [conversation.messages[index].get("weight") for index in replies] + [conversation.weight]
     if args.weighted_loss is None and any(weight not in (None, 0, 1) for weight in given):
         raise BadRowError(
-            f"found weights other than 0 and 1 ({', '.join(map(str, given))}). Say what they are: --weighted_loss true "
-            "multiplies the losses by them, --weighted_loss false ignores them"
+            f"found weights other than 0 and 1 ({', '.join(map(str, given))}). Say what they are: --weighted_loss "
+            "true multiplies the losses by them, --weighted_loss false ignores them"
         )
     messages = list(conversation.messages)
     for index in replies:
@@ -505,19 +562,19 @@ def to_row(conversation: Conversation, encoded: Encoded, args: ChatArguments) ->
     row's sum of message weights.
     """
     weights = [message["weight"] for message in conversation.messages if message["role"] == "assistant"]
-    labels = [IGNORED] * len(encoded.ids)
-    loss_weights = [0.0] * len(encoded.ids)
-    for (start, end), weight in zip(encoded.replies, weights, strict=True):
-        if weight:
-            labels[start:end] = encoded.ids[start:end]
-            loss_weights[start:end] = [weight] * (end - start)
-    total = sum(loss_weights)
+    trained = [(start, end, weight) for (start, end), weight in zip(encoded.replies, weights, strict=True) if weight]
+    total = sum(weight * (end - start) for start, end, weight in trained)
     if not total * conversation.weight:
         return None
+    labels = [IGNORED] * len(encoded.ids)
+    for start, end, _ in trained:
+        labels[start:end] = encoded.ids[start:end]
     row = {"input_ids": encoded.ids, "labels": labels}
     if args.needs_weights:
         scale = conversation.weight / (total if args.loss_normalization == "conversation" else 1.0)
-        row["loss_weights"] = [weight * scale for weight in loss_weights]
+        row["loss_weights"] = [0.0] * len(encoded.ids)
+        for start, end, weight in trained:
+            row["loss_weights"][start:end] = [weight * scale] * (end - start)
     if encoded.roles:
         row["roles"] = encoded.roles
     return row
@@ -695,6 +752,7 @@ def load_conversations(
     max_length: int | None,
     args: ChatArguments | None = None,
     roles: bool = False,
+    seed: int = 42,
 ) -> ChatRows:
     """Conversations in the files of `data_args` -> rows with input_ids, labels and, if needed, loss_weights and roles.
 
@@ -704,6 +762,7 @@ def load_conversations(
     encoder = ChatEncoder(tokenizer)
     return _load(
         data_args,
+        seed,
         to_conversation,
         lambda conversations: tokenize_conversations(conversations, encoder, max_length, args, roles),
         lambda conversation: str(conversation.messages),
@@ -711,7 +770,11 @@ def load_conversations(
 
 
 def load_preferences(
-    data_args, tokenizer: PreTrainedTokenizerFast, max_length: int, args: ChatArguments | None = None
+    data_args,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int | None,
+    args: ChatArguments | None = None,
+    seed: int = 42,
 ) -> ChatRows:
     """Preference pairs in the files of `data_args` -> the rows of `tokenize_preferences`; raises UserError."""
     args = args or ChatArguments()
@@ -723,15 +786,17 @@ def load_preferences(
     encoder = ChatEncoder(tokenizer)
     return _load(
         data_args,
+        seed,
         to_preference,
         lambda pairs: tokenize_preferences(pairs, encoder, max_length, args),
         lambda pair: str(pair["prompt"]),
     )
 
 
-def _load(data_args, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
+def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
     def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
-        bad = reading.bad
+        bad = _Unjudged(data_args.on_bad_rows)
+        reading.bad.append(bad)
         rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
@@ -744,34 +809,60 @@ def _load(data_args, parse: Callable, tokenize: Callable, key: Callable) -> Chat
                     yield key(row.data), row.where, result
         bad.judge()
 
-    files = expand(data_args.train_files)
+    temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
+    sources = parse_sources(data_args.train_files, temperature)
+    files = [expand(source.paths) for source in sources]
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
-    hold_out = HoldOut(0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
-    train, held_out = _Part(), _Part()
-    reading = Reading(_Unjudged(data_args.on_bad_rows))
-    for text, where, result in read(files, reading):
-        (held_out if hold_out.takes(text) else train).add(where, result)
-    if not train.rows and not train.tables:
-        raise UserError(
-            f"{', '.join(map(str, files))}: no row is left to train ({train.counted() or 'all are held out'}). "
-            "Lower --eval_ratio, give more rows, or change --long_conversations or --train_turns."
-        )
-    others = read(held_out_files, Reading(_Unjudged(data_args.on_bad_rows))) if held_out_files else ()
-    for number, (_, where, result) in enumerate(others):
-        if number < data_args.max_eval_rows:
+    hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
+    parts, held_out = [_Part() for _ in sources], _Part()
+    reading, apart = Reading(), Reading()
+    for part, paths in zip(parts, files, strict=True):
+        for text, where, result in read(paths, reading):
+            for owner, *certain in hold_out.offer(text, (part, where, result)):
+                owner.add(*certain)
+    for _, where, result in hold_out.chosen():
+        held_out.add(where, result)
+    for number, (_, where, result) in enumerate(read(held_out_files, apart) if held_out_files else ()):
+        if number < data_args.max_eval_rows:  # and read on, since bad rows are judged at the end
             held_out.add(where, result)
+    for part, paths in zip(parts, files, strict=True):
+        if not part.where:
+            raise UserError(
+                f"{', '.join(map(str, paths))}: no row is left to train ({part.counted() or 'all are held out'}). "
+                "Lower --eval_ratio, give more rows, or change --long_conversations or --train_turns."
+            )
+    counted = [part.facts() for part in parts]
+    train = concatenate_datasets([part.dataset() for part in parts])
+    where, lengths = ([each for part in parts for each in getattr(part, name)] for name in ("where", "lengths"))
+    sizes = [len(part.where) for part in parts]
+    wanted = rows_per_epoch(sources, sizes, temperature, stopping)
+    if wanted != sizes:
+        chosen = mixture(sizes, wanted, seed)
+        train, where, lengths = train.select(chosen), [where[i] for i in chosen], [lengths[i] for i in chosen]
+    everything = [path for paths in files for path in paths]
     facts = {
-        name: {
-            "files": list(map(str, paths)),
-            "hash": content_hash(paths) if paths else None,
-            "rows": len(part.where),
-            "truncated": part.counts.pop("truncated", 0),
-            **part.counts,
-        }
-        for name, paths, part in (("train", files, train), ("eval", held_out_files, held_out))
+        "train": {
+            "files": list(map(str, everything)),
+            "hash": content_hash(everything),
+            **{
+                name: sum(each.get(name, 0) for each in counted)
+                for name in {n: None for each in counted for n in each}
+            },
+        },
+        "eval": {
+            "files": list(map(str, held_out_files)),
+            "hash": content_hash(held_out_files) if held_out_files else None,
+            **held_out.facts(),
+        },
     }
+    if len(sources) > 1:
+        facts["train"]["rows_per_epoch"] = sum(wanted)
+        facts["train"]["sources"] = [
+            {"files": source.paths, **each, "rows_per_epoch": want}
+            for source, each, want in zip(sources, counted, wanted, strict=True)
+        ]
     reading.held_out = held_out.where
-    return ChatRows(train.dataset(), held_out.dataset(), facts, train.where, train.lengths, reading)
+    return ChatRows(train, held_out.dataset(), facts, where, lengths, reading)
 
 
 class _Part:
@@ -803,6 +894,9 @@ class _Part:
 
     def counted(self) -> str:
         return ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
+
+    def facts(self) -> dict[str, int]:
+        return {"rows": len(self.where), "truncated": 0, **self.counts}
 
     def dataset(self) -> Dataset | None:
         self.flush()

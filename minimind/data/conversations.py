@@ -130,14 +130,14 @@ def split_reasoning(content: str) -> tuple[str, str]:
     """
     text = content.lstrip()
     closing = "</think>" if text.startswith("<think>") else "</think>\n"
-    if closing not in text or "<think>" in text and not text.startswith("<think>"):
+    if closing not in text or ("<think>" in text and not text.startswith("<think>")):
         return "", content
     reasoning, _, answer = text.removeprefix("<think>").partition("</think>")
     return reasoning.strip("\n"), answer.lstrip("\n")
 
 
 def split_calls(content: str, name: str) -> tuple[str, list[dict]]:
-    """A reply -> its text and the calls in its last <tool_call> blocks; without such blocks, or with others, as it is."""
+    """A reply -> its text and the calls in the <tool_call> blocks that end it; as it is where there are none."""
     text, *blocks = content.split("<tool_call>")
     calls = []
     for block in blocks:

@@ -1,32 +1,36 @@
-"""Documents -> packed blocks: each document is followed by EOS, all are joined, and the stream is cut every
-`block_size` tokens. Only the tail of the whole corpus is lost, less than one block.
+"""Documents -> packed rows on disk, prepared once and found again.
 
-    doc A  doc B        A A A EOS B B | B B B B EOS C | C ...      block_size = 6
+Every document is followed by EOS, tokenised in threads, packed (see packing.py) and written to Arrow files that are
+mapped into memory, so that a corpus may be larger than it.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from heapq import heappush, heappushpop
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 import xxhash
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.files import content_hash, expand, read_documents
+from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
+from minimind.data.packing import Rows, is_target, packer
 from minimind.errors import UserError
-from minimind.tokenizer import text_encoder, token_byte_lengths, tokenizer_hash
+from minimind.tokenizer import token_byte_lengths, tokenizer_hash
+from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
-FORMAT_VERSION = 1  # part of the cache key: raise it when the same input gives other blocks
-BATCH = 1000  # documents tokenised at a time
+FORMAT_VERSION = 2  # part of the cache key: raise it when the same input gives other rows
+BATCH = 2**18  # characters tokenised at a time by one thread
 
 
 class Blocks(NamedTuple):
@@ -37,41 +41,35 @@ class Blocks(NamedTuple):
     facts: dict
 
 
-def pack(token_lists: Iterable[Sequence[int]], block_size: int, eos_token_id: int) -> Iterator[np.ndarray]:
-    """Join documents with EOS and cut blocks; yields arrays of shape (blocks, block_size), one per input batch.
-
-    >>> [block.tolist() for block in pack([[5, 6, 7], [8], [9, 9]], 4, 2)]
-    [[[5, 6, 7, 2], [8, 2, 9, 9]]]
-    """
-    rest: list[np.ndarray] = []
-    for batch in _batches(token_lists):
-        parts = [np.asarray([*ids, eos_token_id], dtype=np.int32) for ids in batch]
-        stream = np.concatenate([*rest, *parts])
-        whole = len(stream) // block_size * block_size
-        if whole:
-            yield stream[:whole].reshape(-1, block_size)
-        rest = [stream[whole:]]
-
-
-def _batches(items: Iterable) -> Iterator[list]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
-
-
 class HoldOut:
-    """Chooses the held-out rows by their content, at most `limit` different ones, so that copies lie on one side."""
+    """Chooses the held-out rows by a hash of their content: the `limit` smallest among a share `ratio` of all hashes.
+
+    So the choice is spread over all sources, depends on nothing but the rows, and copies lie on one side.
+    """
 
     def __init__(self, ratio: float, limit: int):
         self.threshold, self.limit = ratio * 2**64, limit
-        self.chosen: set[int] = set()
+        self.rows: dict[int, list] = {}
+        self.largest: list[int] = []  # a heap of the negated hashes that are held out
 
-    def takes(self, text: str) -> bool:
-        """Whether the row with this text is held out."""
+    def offer(self, text: str, row: Any) -> Sequence:
+        """The rows that are certain now to be trained on: mostly this one."""
         digest = xxhash.xxh3_64_intdigest(text.encode())
-        if digest < self.threshold and len(self.chosen) < self.limit:
-            self.chosen.add(digest)
-        return digest in self.chosen
+        if digest in self.rows:
+            self.rows[digest].append(row)
+            return ()
+        full = len(self.largest) >= self.limit
+        if digest >= self.threshold or self.limit == 0 or (full and digest > -self.largest[0]):
+            return (row,)
+        self.rows[digest] = [row]
+        if full:
+            return self.rows.pop(-heappushpop(self.largest, -digest))
+        heappush(self.largest, -digest)
+        return ()
+
+    def chosen(self) -> list:
+        """The held-out rows, copies beside each other."""
+        return [row for copies in self.rows.values() for row in copies]
 
 
 def cache_directory() -> Path:
@@ -79,97 +77,169 @@ def cache_directory() -> Path:
     return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
 
 
-def load_blocks(data_args, tokenizer: PreTrainedTokenizerFast, block_size: int) -> Blocks:
-    """Documents -> packed blocks, prepared once and found again by the content of files, tokenizer and options.
+def load_blocks(
+    data_args,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    packing_strategy: str = "wrapped",
+    document_mask: bool = False,
+    seed: int = 42,
+) -> Blocks:
+    """Documents -> packed rows, prepared once and found again by the content of files, tokenizer and options.
 
     Of several processes the first prepares under a file lock and the others find the result, so no collective waits.
+    The mixture of the sources is made from the prepared rows, so that other weights prepare nothing anew.
 
     Raises:
-        UserError: see `files.read_documents`; or there is too little text for one block.
+        UserError: see `files.read_documents` and `mixing.parse_sources`; or there is too little text for one row.
     """
-    files = expand(data_args.train_files)
+    temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
+    sources = parse_sources(data_args.train_files, temperature)
+    files = [expand(source.paths) for source in sources]
     held_out = expand(data_args.eval_files) if data_args.eval_files else []
-    eval_ratio, max_eval_rows, on_bad_rows = data_args.eval_ratio, data_args.max_eval_rows, data_args.on_bad_rows
-    key = {
-        "version": FORMAT_VERSION,
-        "files": [content_hash(files), content_hash(held_out)],
-        "tokenizer": tokenizer_hash(tokenizer),
-        "options": [block_size, None if held_out else eval_ratio, max_eval_rows, on_bad_rows],
+    options = {
+        "block_size": block_size,
+        "packing_strategy": packing_strategy,
+        "document_mask": document_mask,
+        "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
+        "max_eval_rows": data_args.max_eval_rows,
+        "on_bad_rows": data_args.on_bad_rows,
     }
+    hashes = {"train": [content_hash(paths) for paths in files], "eval": content_hash(held_out) if held_out else None}
+    key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
     directory = cache_directory() / "blocks" / xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not (directory / "manifest.json").is_file():
+            try:
+                parts = _prepare(directory, files, held_out, tokenizer, options)
+            except WrongIdsError as error:
+                print(f"{error}; beginning again with tokenizers alone", flush=True)
+                parts = _prepare(directory, files, held_out, tokenizer, options, fast=False)
             building = Path(f"{directory}.building")
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-            facts = _build(building, files, held_out, tokenizer, block_size, eval_ratio, max_eval_rows, on_bad_rows)
-            (building / "manifest.json").write_text(json.dumps({"key": key, **facts}, indent=2))
+            (building / "manifest.json").write_text(json.dumps({"key": key, **parts}, indent=2))
             building.replace(directory)
-    facts = json.loads((directory / "manifest.json").read_text())
-    for part, paths, digest in zip(("train", "eval"), (files, held_out), key["files"], strict=True):
+    parts = json.loads((directory / "manifest.json").read_text())
+    train = [_open(directory / f"train-{index}.arrow") for index in range(len(files))]
+    wanted = rows_per_epoch(sources, [len(dataset) for dataset in train], temperature, stopping)
+    rows = concatenate_datasets(train)
+    if wanted != [len(dataset) for dataset in train]:
+        rows = rows.select(mixture([len(dataset) for dataset in train], wanted, seed))
+    evaluation = _open(directory / "eval.arrow")
+    for part, paths, digest in (
+        ("train", [path for each in files for path in each], _joined(hashes["train"])),
+        ("eval", held_out, hashes["eval"]),
+    ):
         # The same content may lie elsewhere today.
-        facts[part] = {"files": [str(path) for path in paths], "hash": digest if paths else None, **facts[part]}
-    train, evaluation = (Dataset.from_file(str(directory / f"{name}.arrow")) for name in ("train", "eval"))
-    return Blocks(train.with_format("numpy"), evaluation.with_format("numpy") if len(evaluation) else None, facts)
+        parts[part] = {"files": [str(path) for path in paths], "hash": digest, **parts[part]}
+    if len(sources) > 1:
+        for source, counts, want in zip(sources, parts["sources"], wanted, strict=True):
+            counts |= {"files": source.paths, "rows_per_epoch": want}
+        parts["train"]["rows_per_epoch"] = sum(wanted)
+        parts["train"]["sources"] = parts["sources"]
+    facts = {"train": parts["train"], "eval": parts["eval"]}
+    return Blocks(rows, evaluation if len(evaluation) else None, facts)
 
 
-def _build(directory, files, held_out, tokenizer, block_size, eval_ratio, max_eval_rows, on_bad_rows) -> dict:
-    print(f"preparing {', '.join(map(str, files))} (once; kept in {cache_directory()})", flush=True)
-    evaluation: list[str] = []
-    hold_out = HoldOut(0 if held_out else eval_ratio, max_eval_rows)
-    if held_out:
-        # Read to the end, since bad rows are judged there.
-        evaluation = list(read_documents(held_out, on_bad_rows))[:max_eval_rows]
-
-    def training_documents() -> Iterator[str]:
-        for text in read_documents(files, on_bad_rows):
-            if hold_out.takes(text):
-                evaluation.append(text)
-            else:
-                yield text
-
-    size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="packing", disable=None) as progress:
-        train = _write(directory / "train.arrow", training_documents(), tokenizer, block_size, progress.update)
-    if not train["blocks"]:
-        raise UserError(
-            f"{', '.join(map(str, files))}: found {train['tokens']:,} tokens, expected at least block_size = "
-            f"{block_size:,}. Give more text or a smaller --block_size."
-        )
-    return {"train": train, "eval": _write(directory / "eval.arrow", evaluation, tokenizer, block_size)}
+def _joined(hashes: Sequence[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
-def _write(path: Path, texts: Iterable[str], tokenizer, block_size: int, progress=lambda n: None) -> dict:
-    """Write the blocks of `texts` as an Arrow stream of fixed-size lists; returns what was counted.
-
-    `progress` is called with the bytes done since its last call.
-    """
-    bytes_of = np.asarray(token_byte_lengths(tokenizer))
-    encoder = text_encoder(tokenizer)
-    schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
-    counts = {"documents": 0, "tokens": 0, "blocks": 0, "target_bytes": 0}
-
-    def token_lists() -> Iterator[list[int]]:
-        for batch in _batches(texts):
-            for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-                counts["documents"] += 1
-                counts["tokens"] += len(encoding.ids) + 1
-                yield encoding.ids
-            progress(sum(len(text.encode()) for text in batch))
-
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for blocks in pack(token_lists(), block_size, tokenizer.eos_token_id):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.ravel()), block_size)
-            writer.write_batch(pa.record_batch([column], schema=schema))
-            counts["blocks"] += len(blocks)
-            # The first token of a block is no target, so its bytes are not predicted.
-            counts["target_bytes"] += int(bytes_of[blocks[:, 1:]].sum())
-    counts["dropped_tokens"] = counts["tokens"] - counts["blocks"] * block_size
-    return counts
+def _open(path: Path) -> Dataset:
+    return Dataset.from_file(str(path)).with_format("numpy")
 
 
-def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks -> input_ids and labels, both (batch, block_size); the model shifts the labels itself."""
-    input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: bool = True) -> dict:
+    """Write the Arrow files of all parts beside `directory`; returns what was counted."""
+    building = Path(f"{directory}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    everything = [path for paths in files for path in paths]
+    print(f"preparing {', '.join(map(str, everything))} (once; kept in {cache_directory()})", flush=True)
+    hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
+    encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size = sum(path.stat().st_size for path in everything)
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=size, unit="B", unit_scale=True, desc="packing", disable=None),
+    ):
+
+        def part(name: str) -> Part:
+            return Part(building / f"{name}.arrow", encoder, pool, threads, bytes_of, options)
+
+        parts = [part(f"train-{index}") for index in range(len(files))]
+        for index, paths in enumerate(files):
+            for text in read_documents(paths, options["on_bad_rows"]):
+                for owner, document in hold_out.offer(text, (index, text)):
+                    parts[owner].add(document)
+        counts = [each.finish() for each in parts]
+        evaluation = part("eval")
+        # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
+        given = list(read_documents(held_out, options["on_bad_rows"])) if held_out else []
+        for text in given[: options["max_eval_rows"]] or [text for _, text in hold_out.chosen()]:
+            evaluation.add(text)
+        held_out_counts = evaluation.finish()
+    for paths, count in zip(files, counts, strict=True):
+        if not count["blocks"]:
+            raise UserError(
+                f"{', '.join(map(str, paths))}: found {count['tokens']:,} tokens, expected at least block_size = "
+                f"{options['block_size']:,}. Give more text or a smaller --block_size."
+            )
+    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    return {"train": total, "eval": held_out_counts, "sources": counts}
+
+
+class Part:
+    """An Arrow file in the making: documents are tokenised by the threads of `pool`, packed and written in order."""
+
+    def __init__(self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict):
+        self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
+        self.packer = packer(options["packing_strategy"], options["block_size"], encoder.eos_token_id)
+        self.document_mask, self.bytes_of = options["document_mask"], bytes_of
+        self.texts: list[str] = []
+        self.characters = 0
+        self.pending: deque[Future] = deque()
+        self.counts = dict.fromkeys(("documents", "tokens", "blocks", "targets", "target_bytes"), 0)
+        self.packed = 0
+        self.schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(encoder.dtype))})
+        self.sink = pa.OSFile(str(path), "wb")
+        self.writer = pa.ipc.new_stream(self.sink, self.schema)
+
+    def add(self, text: str) -> None:
+        """Take one document."""
+        self.texts.append(text)
+        self.characters += len(text)
+        if self.characters >= BATCH:
+            self._submit()
+
+    def finish(self) -> dict:
+        """Write what is left and close the file; returns the counts."""
+        self._submit(ahead=0)
+        self._write(self.packer.finish())
+        self.writer.close()
+        self.sink.close()
+        return {**self.counts, "dropped_tokens": self.counts["tokens"] - self.packed}
+
+    def _submit(self, ahead: int | None = None) -> None:
+        if self.texts:
+            self.counts["documents"] += len(self.texts)
+            self.pending.append(self.pool.submit(self.encoder, self.texts))
+            self.texts, self.characters = [], 0
+        while len(self.pending) > (self.ahead if ahead is None else ahead):
+            ids = self.pending.popleft().result()
+            self.counts["tokens"] += len(ids)
+            self._write(self.packer.add(ids))
+
+    def _write(self, rows: Rows) -> None:
+        if not len(rows.lengths):
+            return
+        offsets = np.concatenate(([0], np.cumsum(rows.lengths))).astype(np.int32)
+        ids = rows.ids.astype(self.encoder.dtype, copy=False)
+        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))
+        self.writer.write_batch(pa.record_batch([column], schema=self.schema))
+        targets = is_target(rows, self.document_mask, self.encoder.eos_token_id)
+        self.counts["blocks"] += len(rows.lengths)
+        self.counts["targets"] += int(targets.sum())
+        self.counts["target_bytes"] += int(self.bytes_of[ids[targets]].sum())
+        self.packed += len(ids)

@@ -35,6 +35,8 @@ from minimind.data.chats import (
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks
 from minimind.data.files import BAD_ROW_SHARE, BadRowError, BadRows, read_rows, to_document
+from minimind.data.mixing import parse_sources
+from minimind.data.packing import best_fit
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
 from minimind.tokenizer import BOS_TOKEN
@@ -278,30 +280,6 @@ class Replies:
         self.border = (before[content] > before[start]) | (before[end] > before[last + 1])
 
 
-def packed_rows(lengths: Iterable[int], window: int) -> int:
-    """How many rows of `window` tokens hold these conversations whole, by best fit, the longest first.
-
-    The longer ones, which do not fit any row, are left out.
-    """
-    free = [0] * (window + 1)  # space -> open rows with just so much of it
-    open_spaces = 0  # bit s is set where free[s] is not 0: the smallest fitting space is one bit operation away
-    rows = 0
-    for length in sorted(map(int, lengths), reverse=True):
-        if length > window:
-            continue
-        fitting = open_spaces >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            free[space] -= 1
-            open_spaces &= ~((not free[space]) << space)
-        else:
-            space, rows = window, rows + 1
-        left = space - length
-        free[left] += 1
-        open_spaces |= 1 << left
-    return rows
-
-
 def padding_share(lengths: np.ndarray) -> float:
     """The share of padding where random batches of 8 rows are padded to their longest."""
     shuffled = np.random.default_rng(0).permutation(lengths)
@@ -333,7 +311,7 @@ def describe_lengths(lengths: np.ndarray, of: str = "row") -> dict:
     windows = []
     for size in sorted({*WINDOWS, *shares.values()}):
         fitting = lengths[lengths <= size]
-        tokens, packed = int(fitting.sum()), packed_rows(fitting, size)
+        tokens, packed = int(fitting.sum()), len(best_fit(fitting, size))
         windows.append(
             {
                 "max_length": size,
@@ -514,11 +492,11 @@ def check_copies(found: Findings, tokens: Tokens, held_out: Tokens | None, repli
         return list(zip(*(part.hashes[start::replies_per_row] for start in range(replies_per_row)), strict=True))
 
     first: dict[tuple[int, ...], int] = {}
-    copies = []
+    copies, where = [], tokens.where[::replies_per_row]
     for number, key in enumerate(keys(tokens)):
-        if first.setdefault(key, number) != number:
+        # A row that a mixture takes several times is no copy.
+        if where[first.setdefault(key, number)] != where[number]:
             copies.append((number, first[key]))
-    where = tokens.where[::replies_per_row]
     places = (f"{where[number]} (as {where[original]})" for number, original in copies)
     text = (
         f"{len(copies):,} of {len(where):,} rows ({_share(len(copies), len(where)):.1%}) are copies of an earlier one"
@@ -555,28 +533,28 @@ def check_cuts(found: Findings, tokens: Tokens, lengths_before: np.ndarray, size
 
 def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -> None:
     """Find rows that were read and are not trained on. `on_bad_rows` is the policy that a run has."""
-    bad, counts = reading.bad, reading.counts
-    refused = bad.count > (0 if on_bad_rows == "error" else BAD_ROW_SHARE * bad.total) and on_bad_rows != "skip"
-    severity = "error" if refused else "warning"
-    stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
-    for reason, (count, places) in bad.reasons.items():
-        name, advice = next((known[1:] for known in REASONS if known[0] in reason), ("bad_rows", "Mend them."))
-        what = (
-            "their last turn alone is longer than --max_length" if name == "too_long_rows" else reason.split(". ")[0]
-        )
-        text = f"{count:,} of {bad.total:,} rows are left out: {what}"
-        found.add(name, severity, count, text, advice + stops, places)
-    text = f"{counts['dropped']:,} of {bad.total:,} rows are longer than --max_length and left out"
+    counts, total = reading.counts, sum(bad.total for bad in reading.bad)
+    allowed = 0 if on_bad_rows == "error" else BAD_ROW_SHARE
+    for bad in reading.bad:
+        refused = bad.count > allowed * bad.total and on_bad_rows != "skip"
+        stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
+        for reason, (count, places) in bad.reasons.items():
+            name, advice = next((known[1:] for known in REASONS if known[0] in reason), ("bad_rows", "Mend them."))
+            long = name == "too_long_rows"
+            what = "their last turn alone is beyond --max_length" if long else reason.split(". ")[0]
+            text = f"{count:,} of {bad.total:,} rows are left out: {what}"
+            found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
+    text = f"{counts['dropped']:,} of {total:,} rows are longer than --max_length and left out"
     found.add("too_long_rows", "warning", counts["dropped"], text, "Raise it.", reading.places.get("dropped", ()))
-    text = f"{counts['untrained']:,} of {bad.total:,} rows have no reply to train and are left out"
+    text = f"{counts['untrained']:,} of {total:,} rows have no reply to train and are left out"
     advice = "Their flags, weights or the options leave all of their replies out."
     places = reading.places.get("untrained", ())
     found.add("rows_without_trained_token", "warning", counts["untrained"], text, advice, places)
-    text = f"{counts['split']:,} of {bad.total:,} rows are longer than --max_length and split into several"
+    text = f"{counts['split']:,} of {total:,} rows are longer than --max_length and split into several"
     found.add("split_rows", "info", counts["split"], text, "Nothing to do.", reading.places.get("split", ()))
-    lost = bad.count + counts["dropped"] + counts["untrained"]
-    if lost > LOST_SHARE * bad.total:
-        text = f"{lost:,} of {bad.total:,} rows ({_share(lost, bad.total):.1%}) are left out"
+    lost = sum(bad.count for bad in reading.bad) + counts["dropped"] + counts["untrained"]
+    if lost > LOST_SHARE * total:
+        text = f"{lost:,} of {total:,} rows ({_share(lost, total):.1%}) are left out"
         advice = (
             f"More than {LOST_SHARE:.0%} are a mistake more often than not. Their reasons are findings of their own."
         )
@@ -847,11 +825,11 @@ def _is_text(piece: bytes) -> bool:
 # Files.
 
 
-def recognise_stage(paths: Sequence[str]) -> str:
+def recognise_stage(words: Sequence[str]) -> str:
     """What the first usable row of some files is for: "dpo", "sft" or "pretrain"; raises UserError."""
     converters = {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}
     problems: dict[str, str] = {}
-    for row in islice(read_rows(paths, "skip"), RECOGNISED):
+    for row in islice(read_rows(data_paths(words), "skip"), RECOGNISED):
         for stage, convert in converters.items():
             try:
                 convert(row.data)
@@ -865,6 +843,11 @@ def recognise_stage(paths: Sequence[str]) -> str:
     )
 
 
+def data_paths(words: Sequence[str]) -> list[str]:
+    """Words of `--train_files` -> the paths in them."""
+    return [path for source in parse_sources(words) for path in source.paths]
+
+
 def inspect_files(
     stage: str, data_args, tokenizer, max_length: int, chat_args: ChatArguments | None = None
 ) -> Inspection:
@@ -875,10 +858,12 @@ def inspect_files(
     """
     policy, data_args = data_args.on_bad_rows, dataclasses.replace(data_args, on_bad_rows="skip")
     if stage == "pretrain":
-        texts = Texts(data_args.train_files, tokenizer)
+        texts = Texts(data_paths(data_args.train_files), tokenizer)
         held_out = Texts(data_args.eval_files, tokenizer) if data_args.eval_files else None
         found = Findings()
-        check_left_out(found, Reading(texts.bad), policy)
+        reading = Reading()
+        reading.bad.append(texts.bad)
+        check_left_out(found, reading, policy)
         blocks = load_blocks(data_args, tokenizer, max_length)
         return inspect_documents(blocks.train, blocks.facts["train"], texts, tokenizer, held_out, found)
     chat_args = chat_args or ChatArguments()

@@ -38,10 +38,9 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
 
 
 def to_preference(data: dict) -> dict[str, list]:
-    """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected (replies), and tools where
-    it has some; raises BadRowError.
+    """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected (replies), tools if any.
 
-    The prompt is spelled out, or is what two whole conversations have in common, or both.
+    The prompt is spelled out, or is what two whole conversations have in common, or both. Raises BadRowError.
     """
     data = without_nulls(data)
     if "chosen" not in data or "rejected" not in data:

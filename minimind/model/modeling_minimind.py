@@ -127,6 +127,39 @@ class MiniMindTopKRouter(nn.Module):
         return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
 
 
+class GroupedLinear(torch.autograd.Function):
+    """states (T, in) sorted by expert, weight (experts, out, in), how many tokens each expert has -> (T, out).
+
+    Identical to `linear` on slices except: outputs and gradients are written where they belong. Slices of a stacked
+    weight have gradients of their own, which autograd would join at the cost of another pass over all experts.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.sizes = sizes
+        output = states.new_empty(len(states), weight.shape[1])
+        for out, slice_, matrix in zip(output.split(sizes), states.split(sizes), weight, strict=True):
+            torch.mm(slice_, matrix.T, out=out)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        states, weight = ctx.saved_tensors
+        grads = grad_output.contiguous().split(ctx.sizes)
+        grad_states = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_states = torch.empty_like(states)
+            for out, grad, matrix in zip(grad_states.split(ctx.sizes), grads, weight, strict=True):
+                torch.mm(grad, matrix, out=out)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            for out, grad, slice_ in zip(grad_weight, grads, states.split(ctx.sizes), strict=True):
+                torch.mm(grad.T, slice_, out=out)
+        return grad_states, grad_weight, None
+
+
 def eager_experts_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -135,16 +168,16 @@ def eager_experts_forward(
     hidden_states (T, E), indices and weights (T, experts per token) -> (T, E). The slices' sizes go to the host, which
     costs nothing on a CPU and a synchronisation elsewhere.
     """
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     visits = top_k_index.flatten()
     order = visits.argsort(stable=True)
     sizes = visits.bincount(minlength=experts.num_experts).tolist()
     # embedding(i, x) is x[i], except: its backward is parallel on a CPU, where that of x[i] is slow.
-    slices = embedding(order // top_k_index.shape[1], hidden_states).split(sizes)
-    outputs = []
-    for states, gate_up_proj, down_proj in zip(slices, experts.gate_up_proj, experts.down_proj, strict=True):
-        gate, up = linear(states, gate_up_proj).chunk(2, dim=-1)
-        outputs.append(linear(experts.act_fn(gate) * up, down_proj))
-    outputs = embedding(order.argsort(), torch.cat(outputs)).unflatten(0, top_k_index.shape)
+    states = embedding(order // top_k_index.shape[1], hidden_states.to(dtype))
+    gate, up = GroupedLinear.apply(states, experts.gate_up_proj.to(dtype), sizes).chunk(2, dim=-1)
+    outputs = GroupedLinear.apply(experts.act_fn(gate) * up, experts.down_proj.to(dtype), sizes)
+    outputs = embedding(order.argsort(), outputs).unflatten(0, top_k_index.shape)
     return (outputs * top_k_weights[..., None]).sum(dim=1)
 
 

@@ -30,7 +30,8 @@ class DataArguments:
     train_files: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt). Default: the embedded corpus."
+            "help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt), each perhaps with its share "
+            "of an epoch (a.jsonl:0.7) or how often one takes it (b.jsonl:3x). Default: the embedded corpus."
         },
     )
     eval_files: list[str] | None = field(
@@ -41,6 +42,14 @@ class DataArguments:
         default=0.02, metadata={"help": "Share of the rows held out when there are no --eval_files."}
     )
     max_eval_rows: int = field(default=500, metadata={"help": "At most this many rows are held out or evaluated on."})
+    mixing_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Weigh the sources by size ** (1 / temperature): 1 by their size, high values all alike."},
+    )
+    mixing_stop: str = field(
+        default="first_exhausted",
+        metadata={"help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row."},
+    )
     on_bad_rows: str | None = field(
         default=None,
         metadata={
@@ -173,6 +182,13 @@ class PretrainConfig(StageConfig):
         metadata={"help": "muon, or any of the library's optimizers; see its OptimizerNames."},
     )
     block_size: int = field(default=512, metadata={"help": "Tokens per training row."})
+    packing_strategy: str = field(
+        default="wrapped",
+        metadata={"help": "wrapped: every row full; bfd_split: best-fit, only documents longer than a row are cut."},
+    )
+    document_mask: bool = field(
+        default=False, metadata={"help": "Documents in one row cannot see each other, and their positions restart."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per device and micro-batch."})
 
