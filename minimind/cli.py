@@ -88,6 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--rope_theta", type=float, help="base of RoPE; a .pth does not tell")
     importing.set_defaults(run=run_import)
 
+    prepare = commands.add_parser(
+        "prepare",
+        help="tokenise and pack a corpus ahead of pretraining",
+        description="Takes the options of pretrain.py, --config included, and does what that does before it trains.",
+    )
+    prepare.set_defaults(run=run_prepare)
+
     world = commands.add_parser("world", help="write the embedded corpus as files")
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
@@ -129,7 +136,12 @@ def inspect_command(commands) -> None:
 @reports_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if args.run is run_prepare:
+        args.options = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.run(args)
 
 
@@ -263,6 +275,24 @@ def run_import(args: argparse.Namespace) -> None:
     for note in report.notes:
         print(f"  note: {note}")
     print(f"-> {args.destination}")
+
+
+def run_prepare(args: argparse.Namespace) -> None:
+    """`minimind prepare`."""
+    from minimind.data.documents import load_blocks
+    from minimind.data.files import cache_directory
+    from minimind.tokenizer import load_tokenizer
+    from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
+
+    data_args, model_args, training_args = parse(
+        DataArguments, PretrainModelArguments, PretrainConfig, argv=args.options
+    )
+    tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.tokenizer)
+    facts = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing).facts
+    for part, counts in facts.items():
+        shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
+        print(f"{part:<6} {shown}")
+    print(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
 
 
 def run_world(args: argparse.Namespace) -> None:

@@ -1,11 +1,13 @@
 import gzip
 import json
 import logging
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from minimind.data import files
 from minimind.data.files import BadRowError, BadRows, expand, read_documents, read_rows
 from minimind.errors import UserError
 
@@ -78,7 +80,7 @@ def test_a_csv_row_over_several_lines_has_the_number_of_its_first_line(tmp_path)
         ("a.jsonl", GOOD.encode() + '{"text": "中"}'.encode("gb18030"), 2, ["0xd6", "offset 10", "UTF-8", "iconv"]),
         ("a.jsonl", GOOD + '{"text": "\\ud83d"}', 2, ["surrogate", "expected whole characters"]),
         ("a.jsonl", GOOD + "[" * 100_000, 2, ["not JSON", "expected"]),
-        ("a.jsonl", GOOD + "1" * 5_000, 2, ["not JSON", "expected"]),
+        ("a.jsonl", GOOD + "1" * 5_000, 2, ["found the number", "expected one within"]),
         ("a.json", "{\n" + GOOD, 1, ["not JSON", "one list of objects"]),
         ("a.json", '[\n{"text": "good"},\n\n"plain"]', 4, ['found "plain"', "expected a JSON object"]),
         ("a.csv", "text,n\ngood,1\nbad\n", 3, ["found 1 fields", "expected 2: text, n"]),
@@ -246,3 +248,21 @@ def test_a_row_without_a_document_is_named_with_its_line_number(tmp_path, row, f
     message = refusal(lambda: list(read_documents([path], "error")))
     assert message.startswith(f"{path}:2: {found}")
     assert expected in message
+
+
+def test_a_large_file_is_hashed_again_only_if_its_size_or_time_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGE", 0)
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10, 10))
+    first = files.content_hash([path])
+    path.write_bytes(b"two")
+    os.utime(path, ns=(10, 10))
+    assert files.content_hash([path]) == first  # the price of not reading it
+    os.utime(path, ns=(10, 20))
+    second = files.content_hash([path])
+    assert second != first
+    path.write_bytes(b"longer")
+    os.utime(path, ns=(10, 20))
+    assert files.content_hash([path]) not in (first, second)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from minimind.data.files import BadRowError, shown, to_document
+from minimind.data.files import BadRowError, check_text, shown, to_document
 
 Message = dict[str, Any]
 
@@ -249,6 +249,7 @@ def add_system(data: dict, messages: list[Message]) -> list[Message]:
     system = data.get("system", "")
     if not isinstance(system, str):
         raise BadRowError(f"system: found {shown(system)}, expected a string")
+    check_text(system, "system")
     if not system.strip():
         return messages
     if messages[0]["role"] == "system" and messages[0]["content"] != system:
@@ -279,10 +280,16 @@ def without_empty_system(messages: list[Message], tools: list[dict] | None) -> l
 
 
 def check_order(messages: Sequence[Message], name: str = "messages") -> None:
+<<<<<<< HEAD
     """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text.
 
     A reply may call tools instead; their results follow it, then the assistant again.
     """
+=======
+    """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text."""
+    for index, message in enumerate(messages):
+        check_text(message["content"], f"{name}[{index}]")
+>>>>>>> main
     first = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ("user",)
     ids = set()

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from minimind.data.formats import KNOWN, TEXT_UNITS, BadRowError, Parsable, Progress, format_of, read_file, shown
+from minimind.data.formats import (
+    KNOWN,
+    TEXT_UNITS,
+    BadRowError,
+    Parsable,
+    Progress,
+    check_text,
+    format_of,
+    read_file,
+    shown,
+)
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
 from minimind.errors import UserError
 
@@ -24,6 +34,8 @@ __all__ = [
     "BadRowError",
     "BadRows",
     "Row",
+    "cache_directory",
+    "check_text",
     "content_hash",
     "expand",
     "read_documents",
@@ -37,8 +49,12 @@ logger = logging.getLogger(__name__)
 
 BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
+<<<<<<< HEAD
 REASONS = 100  # different ones told apart
 PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
+=======
+LARGE = 2**26  # bytes of a file that is not hashed again at every start
+>>>>>>> main
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # marks of `save_to_disk`
 
@@ -160,7 +176,12 @@ def _known(path: Path) -> list[Path]:
 def _regular(path: Path) -> Path:
     """The path, if it can be read more than once; a pipe would block or be used up by the first look at it."""
     if not path.is_file():
-        kinds = {"a link to nothing": not path.exists(), "a pipe": path.is_fifo(), "a socket": path.is_socket()}
+        kinds = {
+            "a link to nothing": path.is_symlink() and not path.exists(),
+            "nothing": not path.exists(),
+            "a pipe": path.is_fifo(),
+            "a socket": path.is_socket(),
+        }
         kind = next((kind for kind, applies in kinds.items() if applies), "a device")
         raise UserError(f"{path}: found {kind}, expected a regular file. Remove it, or store the data in a file.")
     return path
@@ -213,17 +234,36 @@ def _saved_shards(directory: Path) -> list[Path]:
         ) from None
 
 
+def cache_directory() -> Path:
+    """Where prepared data is kept: $MINIMIND_CACHE, or ~/.cache/minimind."""
+    return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
+
+
 def content_hash(files: Iterable[File]) -> str:
-    """One hash over the bytes of some files, in their order; for a dataset of the Hub over its revision."""
-    digest = xxhash.xxh3_128()
-    for path in files:
-        if isinstance(path, HubDataset):
-            digest.update(path.fingerprint.encode())
-            continue
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    """One hash over the contents of some files, in their order; for a dataset of the Hub over its revision."""
+    hashes = [file.fingerprint if isinstance(file, HubDataset) else _file_hash(file) for file in files]
+    return xxhash.xxh3_128_hexdigest("\n".join(hashes).encode())
+
+
+def _file_hash(path: Path) -> str:
+    """The hash of a file's bytes; that of a large one is remembered as long as its size and time do not change."""
+    status = path.stat()
+    known = f"{status.st_size} {status.st_mtime_ns}"
+    memory = cache_directory() / "hashes" / xxhash.xxh3_128_hexdigest(os.path.realpath(path).encode())
+    if status.st_size >= LARGE and memory.is_file():
+        remembered, _, digest = memory.read_text().rpartition(" ")
+        if remembered == known:
+            return digest
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    if status.st_size >= LARGE:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}")
+        partial.write_text(f"{known} {hasher.hexdigest()}")
+        partial.replace(memory)
+    return hasher.hexdigest()
 
 
 def total_size(files: Iterable[File]) -> int:
@@ -294,6 +334,7 @@ def to_document(data: dict) -> str:
         raise BadRowError(f"found {name!r}: {shown(data[name])}, expected a string")
     if not data[name].strip():
         raise BadRowError(f"found {name!r} without text, expected a string that is not empty")
+    check_text(data[name], name)
     return data[name]
 
 

@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +53,12 @@ class BadRowError(ValueError):
     """A row that cannot be used; the text says what was found and what was expected."""
 
 
+def check_text(text: str, name: str) -> None:
+    """Refuse (BadRowError) a text that holds a NUL: it is binary data, or was cut out of it."""
+    if (position := text.find("\0")) >= 0:
+        raise BadRowError(f"{name}: found a NUL character at offset {position}, expected text")
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """A value -> the start of its JSON, for messages."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode("utf-8")
@@ -84,8 +91,23 @@ def _no_constant(name: str) -> None:
     raise BadRowError(f"found {name}, which is not JSON, expected a number or null")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise BadRowError(f"found the number {digits[:20]}..., expected one within the range of floating point")
+    return number
+
+
+def _integer(digits: str) -> int | float:
+    if len(digits) <= 20 and -(2**63) <= (number := int(digits)) < 2**64:
+        return number
+    return _finite(digits)
+
+
 LENIENT = json.JSONDecoder()
-STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+)
 
 
 def count_keys(value: dict | list, depth: int = 1) -> int:
@@ -391,10 +413,10 @@ def _read_parquet(path: Path, reached: Progress) -> Iterator[Parsable]:
 
 
 def _read_arrow(path: Path, reached: Progress) -> Iterator[Parsable]:
-    """Arrow's IPC file and IPC stream, which `datasets` writes; in memory is only what is looked at."""
+    """Arrow's IPC file and IPC stream, which `datasets` writes; in memory is one batch as it was written."""
 
     def batches() -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(str(path)) as source:
+        with pa.OSFile(str(path)) as source:
             if source.read(6) == b"ARROW1":
                 reader = pa.ipc.open_file(source)
                 found = map(reader.get_batch, range(reader.num_record_batches))

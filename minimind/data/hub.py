@@ -36,10 +36,17 @@ class HubDataset:
             )
         self.spelling, self.name, self.split = spelling, parts["name"], parts["split"] or "train"
         from datasets import load_dataset_builder  # here, since it takes a second
+        from datasets.packaged_modules.cache.cache import Cache
 
         with _refusing(self.spelling, self.name):
             # Scripts in a dataset's repository are never run: the library has no support for them any more.
-            self._builder = load_dataset_builder(self.name, parts["config"] or None, revision=parts["revision"])
+            self._builder = load_dataset_builder(
+                PREFIX + self.name, parts["config"] or None, revision=parts["revision"]
+            )
+            if parts["revision"] and isinstance(self._builder, Cache) and self._builder.hash != parts["revision"]:
+                raise ConnectionError(
+                    f"only revision {self._builder.hash} is in the cache, and the Hub is out of reach"
+                )
 
     def __str__(self) -> str:
         return self.spelling
