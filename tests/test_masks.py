@@ -14,7 +14,6 @@ from minimind.data.chats import (
     preference_labels,
     tokenize_conversation,
 )
-from minimind.data.masks import mask_report
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, train_tokenizer
 from minimind.training.arguments import DataArguments
@@ -155,59 +154,6 @@ def test_held_out_files_are_the_held_out_rows(tokenizer, write_jsonl):
     rows = load_conversations(arguments, tokenizer, 512)
     assert list(rows.train) == tokenized([SHORT] * 3, tokenizer)
     assert list(rows.eval) == tokenized([LONG, SHORT], tokenizer)
-
-
-def test_the_mask_report_counts_tokens_by_role(bytewise):
-    rows = tokenized([chat("ab", "cde", "f", "g", system="hij"), chat("k", "lm")], bytewise)
-    rows.append({"input_ids": rows[1]["input_ids"], "labels": [IGNORED] * len(rows[1]["input_ids"])})
-    # <start> role \n words <end> and, but for a row's last message, the \n after it
-    system, user = 1 + 7 + 3 + 1 + 1, (1 + 5 + 2 + 1 + 1) + (1 + 5 + 1 + 1 + 1) + 2 * (1 + 5 + 1 + 1 + 1)
-    assistant = (1 + 10 + 3 + 1 + 1) + (1 + 10 + 1 + 1) + 2 * (1 + 10 + 2 + 1)
-    trained = (3 + 1) + (1 + 1) + (2 + 1)
-    assert mask_report(rows, bytewise) == {
-        "rows": 3,
-        "rows_without_trained_token": 1,
-        "replies": 4,
-        "replies_with_end_trained": 3,
-        "tokens": system + user + assistant,
-        "trained_tokens": trained,
-        "trained_share": round(trained / (system + user + assistant), 4),
-        "roles": {
-            "assistant": {
-                "tokens": assistant,
-                "trained_tokens": trained,
-                "trained_share": round(trained / assistant, 4),
-            },
-            "system": {"tokens": system, "trained_tokens": 0, "trained_share": 0.0},
-            "user": {"tokens": user, "trained_tokens": 0, "trained_share": 0.0},
-        },
-    }
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        ("nothing", "no token has a loss, so nothing would be learnt"),
-        ("no end", "no reply's end token '<|im_end|>' has a loss, so the model would never learn to stop"),
-        ("everything", "words of system, user have a loss"),
-        ("user", "words of user have a loss"),
-    ],
-)
-def test_a_mask_that_would_teach_the_wrong_thing_is_refused(either, fault, reason):
-    (row,) = tokenized([chat("ab", "cd", system="ef")], either)
-    ids, labels = row["input_ids"], row["labels"]
-    user_words = [i for i, token in enumerate(ids) if token == START][1] + 1
-    labels = {
-        "nothing": [IGNORED] * len(ids),
-        "no end": [IGNORED if label == END else label for label in labels],
-        "everything": list(ids),
-        "user": [
-            token if i == user_words else label for i, (token, label) in enumerate(zip(ids, labels, strict=True))
-        ],
-    }[fault]
-    with pytest.raises(UserError) as caught:
-        mask_report([{"input_ids": ids, "labels": labels}], either)
-    assert f"the loss mask is wrong: {reason}" in str(caught.value)
 
 
 def test_the_packed_collator_restarts_positions_and_pads_without_training_the_padding():
