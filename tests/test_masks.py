@@ -6,7 +6,6 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from minimind.data.files import BadRowError, content_hash
 from minimind.data.chats import (
     PackedCollator,
     load_conversations,
@@ -14,6 +13,7 @@ from minimind.data.chats import (
     preference_labels,
     tokenize_conversation,
 )
+from minimind.data.files import BadRowError, content_hash
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, train_tokenizer
 from minimind.training.arguments import DataArguments

@@ -161,7 +161,7 @@ class Encoded(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: its tokens before cuts."""
+    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: tokens before cuts."""
 
     rows: list[dict]
     counts: Counter

@@ -280,16 +280,12 @@ def without_empty_system(messages: list[Message], tools: list[dict] | None) -> l
 
 
 def check_order(messages: Sequence[Message], name: str = "messages") -> None:
-<<<<<<< HEAD
     """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text.
 
     A reply may call tools instead; their results follow it, then the assistant again.
     """
-=======
-    """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text."""
     for index, message in enumerate(messages):
         check_text(message["content"], f"{name}[{index}]")
->>>>>>> main
     first = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ("user",)
     ids = set()

@@ -49,12 +49,9 @@ logger = logging.getLogger(__name__)
 
 BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
-<<<<<<< HEAD
 REASONS = 100  # different ones told apart
 PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
-=======
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
->>>>>>> main
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # marks of `save_to_disk`
 
