@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -677,7 +678,7 @@ def test_the_printed_report_tells_roles_lengths_and_findings(tokenizer_dir, writ
     run_cli("inspect", path, "--tokenizer", tokenizer_dir, "--png", tmp_path / "lengths.png", "--rows", 1)
     said = capsys.readouterr().out
     assert "sft: 5 rows" in said
-    assert "the end token of 7 of 7 replies" in said
+    assert "the end token of 7 of 7 trained replies" in said
     assert "0.0%" in re.search(r"^user .*$", said, re.MULTILINE).group()
     assert f"{path}:5 (as {path}:1)" in said
     assert "--max_length" in said
@@ -752,7 +753,7 @@ def test_a_run_that_would_train_nothing_stops(monkeypatch, capsys, tmp_path, sta
     assert "no row is left to train" in said
 
 
-def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, tmp_path, stage_dir, write_jsonl):
+def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, stage_dir, write_jsonl):
     for name in ("WANDB_API_KEY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_BASE_URL", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -763,7 +764,8 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, tmp_path, stage_di
 
     wandb.finish()
     tables = {}
-    for file in (tmp_path / "wandb").glob("offline-run-*/files/media/table/inspection/*.table.json"):
+    run = Path(re.search(r"wandb sync (.*)", capsys.readouterr().out)[1])
+    for file in (run / "files" / "media" / "table" / "inspection").glob("*.table.json"):
         told = json.loads(file.read_text())
         tables[file.name.split("_")[0]] = [dict(zip(told["columns"], row, strict=True)) for row in told["data"]]
     saved = json.loads((tmp_path / "out" / "mask_report.json").read_text())

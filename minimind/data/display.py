@@ -132,35 +132,46 @@ def print_report(report: dict, console: Console) -> None:
         console.print(f"{low:>8,} to {high:<7,} {count:>9,}  [green]{bar(count / max(counts))}[/]")
     console.print()
     console.print(windows_table(lengths))
-    advice = f"--max_length {lengths['suggested_max_length']} holds 99 % of them"
-    console.print(f"suggested: {advice}, multiples of 64\n")
+    console.print(f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n")
     print_findings(report["findings"], console)
 
 
 def summary(report: dict) -> str:
     """The report in one line."""
     text = f"{report['stage']}: {report['rows']:,} rows, {report['tokens']:,} tokens, "
-    text += f"{report['trained_share']:.1%} trained"
-    if "replies" in report:
-        text += (
-            f"; the end token of {report['replies_with_end_trained']:,} of {report['replies']:,} replies; "
-            f"{report['rows_without_trained_token']:,} rows without a trained token"
+    if report["stage"] == "pretrain":
+        return text + (
+            f"{report['documents']:,} documents, {report['bytes_per_token']} bytes per token, "
+            f"{report['dropped_tokens']:,} tokens left over, "
+            f"{report['partial_character_share']:.1%} of the tokens are parts of characters"
         )
-    return text
+    return text + (
+        f"{report['trained_share']:.1%} trained; the end token of {report['replies_with_end_trained']:,} of "
+        f"{report['replies_trained']:,} trained replies; {report['rows_without_trained_token']:,} rows without a "
+        "trained token"
+    )
+
+
+def option(lengths: dict) -> str:
+    """The option that says how long a row is."""
+    return "--block_size" if lengths["of"] == "document" else "--max_length"
 
 
 def windows_table(lengths: dict) -> Table:
-    """What fits into which --max_length."""
-    made = table("--max_length", "fits", "tokens", "packed into", "padding", "unpacked")
+    """What fits into which --max_length; pairs are never packed."""
+    packed = not lengths["of"].startswith("pair")
+    made = table(
+        option(lengths), "fits", "tokens", *(("packed into", "padding") if packed else ()), "padding unpacked"
+    )
     of_size = {value: name for name, value in reversed(lengths["percentiles"].items())}
     for window in lengths["windows"]:
         size = window["max_length"]
+        rows = (f"{window['packed_rows']:,}", f"{window['packed_padding']:.1%}") if packed else ()
         made.add_row(
             f"{size:,}{f'  ({of_size[size]} %)' if size in of_size else ''}",
             f"{window['rows_share']:.1%}",
             f"{window['tokens_share']:.1%}",
-            f"{window['packed_rows']:,}",
-            f"{window['packed_padding']:.1%}",
+            *rows,
             f"{window['unpacked_padding']:.1%}",
         )
     return made

@@ -76,7 +76,8 @@ class BadRows:
             raise UserError(f"on_bad_rows: found {policy!r}, expected error, skip or nothing (skip at most 0.1 %)")
         self.policy = policy
         self.count = self.total = 0  # `total` rows, the good ones included, once they are read
-        self.reasons: dict[str, tuple[int, list[str]]] = {}  # problem without its particulars -> count, first places
+        # A problem without its particulars -> how often, the first time with particulars, and the first places.
+        self.reasons: dict[str, tuple[int, str, list[str]]] = {}
         self.first: list[tuple[str, str]] = []
 
     def add(self, where: str, problem: str) -> None:
@@ -85,9 +86,9 @@ class BadRows:
         if len(self.first) < BAD_ROWS_NAMED:
             self.first.append((where, problem))
         reason = PARTICULARS.sub("…", problem)
-        count, places = self.reasons.get(reason, (0, []))
+        count, first, places = self.reasons.get(reason, (0, problem, []))
         if count or len(self.reasons) < REASONS:
-            self.reasons[reason] = (count + 1, [*places, where] if count < BAD_ROWS_NAMED else places)
+            self.reasons[reason] = (count + 1, first, [*places, where] if count < BAD_ROWS_NAMED else places)
         if self.policy == "error":
             raise UserError(f"{self}\nMend the row, or leave out bad rows with --on_bad_rows skip.")
 

@@ -60,9 +60,9 @@ RECOGNISED = 20  # rows in which a stage is looked for
 REPLIES = ("chosen", "rejected")  # the order of a pair's two rows
 REASONS = (  # what a bad row's problem says, the name of the finding, and what to do
     ("found chosen equal to rejected", "identical_pairs", "They have no preference to learn. Remove them."),
-    ("--max_length", "too_long_rows", "Raise it, or shorten them."),
     ("an empty reply", "empty_replies", "The model would learn to say nothing. Remove them."),
 )
+LONG = ("--max_length", "Raise it, or shorten them.")
 NO_TEXT = b"\xff"  # stands for a special token among bytes of text; UTF-8 has no such byte
 
 
@@ -538,11 +538,16 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
     for bad in reading.bad:
         refused = bad.count > allowed * bad.total and on_bad_rows != "skip"
         stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
-        for reason, (count, places) in bad.reasons.items():
-            name, advice = next((known[1:] for known in REASONS if known[0] in reason), ("bad_rows", "Mend them."))
-            long = name == "too_long_rows"
-            what = "their last turn alone is beyond --max_length" if long else reason.split(". ")[0]
-            text = f"{count:,} of {bad.total:,} rows are left out: {what}"
+        long = [(count, places) for count, problem, places in bad.reasons.values() if LONG[0] in problem]
+        others = [reason for reason in bad.reasons.values() if LONG[0] not in reason[1]]
+        number = sum(count for count, _ in long)
+        text = f"{number:,} of {bad.total:,} rows are left out: the last turn alone is longer than --max_length"
+        places = [place for _, places in long for place in places]
+        found.add("too_long_rows", "error" if refused else "warning", number, text, LONG[1] + stops, places)
+        for count, problem, places in others:
+            name, advice = next((known[1:] for known in REASONS if known[0] in problem), ("bad_rows", "Mend them."))
+            first = "in the first " if count > 1 else ""
+            text = f"{count:,} of {bad.total:,} rows are left out: {first}{problem}"
             found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
     text = f"{counts['dropped']:,} of {total:,} rows are longer than --max_length and left out"
     found.add("too_long_rows", "warning", counts["dropped"], text, "Raise it.", reading.places.get("dropped", ()))
