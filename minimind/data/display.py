@@ -160,9 +160,8 @@ def option(lengths: dict) -> str:
 def windows_table(lengths: dict) -> Table:
     """What fits into which --max_length; pairs are never packed."""
     packed = not lengths["of"].startswith("pair")
-    made = table(
-        option(lengths), "fits", "tokens", *(("packed into", "padding") if packed else ()), "padding unpacked"
-    )
+    columns = ("packed into", "padding", "unpacked") if packed else ("padding",)
+    made = table(option(lengths), "fits", "tokens", *columns)
     of_size = {value: name for name, value in reversed(lengths["percentiles"].items())}
     for window in lengths["windows"]:
         size = window["max_length"]
@@ -180,10 +179,8 @@ def windows_table(lengths: dict) -> Table:
 def print_findings(findings: Iterable[dict], console: Console) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
-        line = Text(f"{finding['severity']:<8}", SEVERITIES[finding["severity"]])
-        line.append(f"{finding['name']}: ", "bold").append(finding["text"] + ". ", "not bold").append(
-            finding["advice"]
-        )
+        line = Text().append(f"{finding['severity']:<8}", SEVERITIES[finding["severity"]])
+        line.append(f"{finding['name']}: ", "bold").append(finding["text"] + ". ").append(finding["advice"])
         console.print(line)
         if finding["places"]:
             more = ", ..." if finding["count"] > len(finding["places"]) else ""
@@ -207,11 +204,14 @@ def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
 def print_rows(inspection: Inspection, numbers: Iterable[int], tokenizer, console: Console) -> None:
     """Some rows, after a legend."""
     pieces = Pieces(inspection, tokenizer)
-    legend = Text("\ntokens: ")
-    for name in inspection.report["roles"]:
+    legend = Text("\ntokens, every second one underlined: ")
+    for name, counts in inspection.report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
-        legend.append(f" {name} trained ", f"bold black on {colour}").append(f" {name} ignored ", f"dim {colour}")
-    console.print(legend.append("  every second one underlined"))
+        if counts["trained"] < counts["tokens"]:
+            legend.append(name, f"dim {colour}").append("  ")
+        if counts["trained"]:
+            legend.append(f"{name} trained", f"bold black on {colour}").append("  ")
+    console.print(legend)
     for number in numbers:
         console.print(Text(f"\n{inspection.title(number)}", "bold"))
         console.print(row_text(inspection, number, pieces))
@@ -234,7 +234,8 @@ img { max-width: 100%; background: #fff } dt { margin-top: .6rem } dd { margin-l
 fieldset { border: 1px solid var(--line); position: sticky; top: 0; background: var(--paper) }
 .row { font: 14px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; margin: .3rem 0 1.5rem }
 i { font-style: normal; border-left: 1px solid var(--line); padding: 1px 0; color: hsl(var(--hue) 45% 50%) }
-i.t { color: #111; background: hsl(var(--hue) 60% 75%); font-weight: 600 }
+i.t { color: #111; background: hsl(var(--hue) 60% 78%); border-left-color: hsl(var(--hue) 40% 55%); font-weight: 600 }
+label span { padding: 0 .3rem; background: hsl(var(--hue) 60% 78%); color: #111 }
 body:has(#trained:not(:checked)) i.t, body:has(#ignored:not(:checked)) i:not(.t) { display: none }
 """
 
@@ -298,13 +299,9 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
         f"<span class=where>{html.escape(', '.join(finding['places']))}</span></dd>"
         for finding in report["findings"]
     )
-    boxes = [(f"r{index}", name) for index, name in enumerate(names)] + [
-        ("trained", "trained"),
-        ("ignored", "ignored"),
-    ]
-    filters = "".join(
-        f"<label><input type=checkbox id={key} checked> {html.escape(name)}</label>" for key, name in boxes
-    )
+    boxes = {f"r{index}": f'<span class="r{index}">{html.escape(name)}</span>' for index, name in enumerate(names)}
+    boxes |= {"trained": "trained", "ignored": "ignored"}
+    filters = "".join(f"<label><input type=checkbox id={key} checked> {name}</label>" for key, name in boxes.items())
     rows = []
     for number in numbers:
         shown = []

@@ -501,7 +501,7 @@ def check_copies(found: Findings, tokens: Tokens, held_out: Tokens | None, repli
     text = (
         f"{len(copies):,} of {len(where):,} rows ({_share(len(copies), len(where)):.1%}) are copies of an earlier one"
     )
-    found.add("duplicate_rows", "warning", len(copies), text, "Remove them: 'minimind clean'.", places)
+    found.add("duplicate_rows", "warning", len(copies), text, "Remove them, or they weigh more than others.", places)
     if held_out is not None and len(held_out):
         both = [(number, first[key]) for number, key in enumerate(keys(held_out)) if key in first]
         held_where = held_out.where[::replies_per_row]
@@ -788,7 +788,7 @@ def inspect_documents(
     copies = len(texts.copies)
     text = f"{copies:,} of {texts.count:,} documents ({_share(copies, texts.count):.1%}) are copies of an earlier one"
     places = (f"{where} (as {original})" for where, original in texts.copies)
-    found.add("duplicate_rows", "warning", copies, text, "Remove them: 'minimind clean'.", places)
+    found.add("duplicate_rows", "warning", copies, text, "Remove them, or they weigh more than others.", places)
     if held_out:
         both = [(where, texts.first[digest]) for digest, where in held_out.first.items() if digest in texts.first]
         text = f"{len(both):,} of {held_out.count:,} held-out documents are trained on too"
