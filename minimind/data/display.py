@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class Piece(NamedTuple):
     token_id: int
     label: int
     role: str
+    special: bool
 
     @property
     def trained(self) -> bool:
@@ -55,6 +56,7 @@ class Pieces:
             self.readable(raw, tokenizer.convert_ids_to_tokens(token_id))
             for token_id, raw in enumerate(token_bytes(tokenizer))
         ]
+        self.special = {token_id for token_id, raw in enumerate(token_bytes(tokenizer)) if not raw}
 
     @staticmethod
     def readable(raw: bytes, name: str) -> str:
@@ -72,7 +74,7 @@ class Pieces:
         span = slice(tokens.starts[number], tokens.starts[number + 1])
         roles = messages.names[messages.role[messages.of_token[span]]]
         for token_id, label, role in zip(tokens.ids[span].tolist(), tokens.labels[span].tolist(), roles, strict=True):
-            yield Piece(self.texts[token_id], token_id, label, str(role))
+            yield Piece(self.texts[token_id], token_id, label, str(role), token_id in self.special)
 
 
 # The terminal.
@@ -97,7 +99,7 @@ def terminal() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def print_inspection(inspection: Inspection, numbers: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> None:
+def print_inspection(inspection: Inspection, numbers: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> None:
     """The report and some rows."""
     console = terminal()
     print_report(inspection.report, console)
@@ -190,21 +192,25 @@ def print_findings(findings: Iterable[dict], console: Console) -> None:
 
 
 def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
-    """One row: trained tokens on their role's colour, ignored ones in it and dim, every second one underlined."""
+    """One row: trained tokens on their role's colour, ignored ones in it and dim; every second one underlined, so that
+    borders show, and special tokens in italics, unlike text that spells one."""
     shown = Text()
     for position, piece in enumerate(pieces.of_row(number)):
         colour = COLOURS.get(piece.role, COLOURS[""])[0]
         style = f"bold black on {colour}" if piece.trained else f"dim {colour}"
-        shown.append(piece.text, f"{style} underline" if position % 2 else style)
+        style += " underline" * (position % 2) + " italic" * piece.special
+        shown.append(piece.text, style)
         if piece.text.endswith("⏎"):
             shown.append("\n")
     return shown
 
 
-def print_rows(inspection: Inspection, numbers: Iterable[int], tokenizer, console: Console) -> None:
+def print_rows(inspection: Inspection, numbers: Sequence[int], tokenizer, console: Console) -> None:
     """Some rows, after a legend."""
+    if not numbers:
+        return
     pieces = Pieces(inspection, tokenizer)
-    legend = Text("\ntokens, every second one underlined: ")
+    legend = Text("\ntokens, every second one underlined, special ones in italics: ")
     for name, counts in inspection.report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
         if counts["trained"] < counts["tokens"]:
@@ -235,6 +241,7 @@ fieldset { border: 1px solid var(--line); position: sticky; top: 0; background: 
 .row { font: 14px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; margin: .3rem 0 1.5rem }
 i { font-style: normal; border-left: 1px solid var(--line); padding: 1px 0; color: hsl(var(--hue) 45% 50%) }
 i.t { color: #111; background: hsl(var(--hue) 60% 78%); border-left-color: hsl(var(--hue) 40% 55%); font-weight: 600 }
+i.s { font-style: italic; opacity: .75 }
 label span { padding: 0 .3rem; background: hsl(var(--hue) 60% 78%); color: #111 }
 body:has(#trained:not(:checked)) i.t, body:has(#ignored:not(:checked)) i:not(.t) { display: none }
 """
@@ -308,7 +315,7 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
         for piece in pieces.of_row(number):
             label = piece.label if piece.trained else "ignored"
             tip = html.escape(f"id {piece.token_id}, label {label}, {piece.role}", quote=True)
-            trained = " t" if piece.trained else ""
+            trained = " t" * piece.trained + " s" * piece.special
             line = "<br>" if piece.text.endswith("⏎") else ""
             text = html.escape(piece.text)
             shown.append(f'<i class="r{names.index(piece.role)}{trained}" title="{tip}">{text}</i>{line}')
