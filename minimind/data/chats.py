@@ -41,6 +41,8 @@ from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 IGNORED = -100
 BATCH = 1000  # conversations tokenised at a time
+FEW = 16  # conversations that are not worth setting up the fast engine for
+BORDER = 8  # tokens that a template may write between two turns and leaves out before the first
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
 GENERATION = re.compile(r"{%-?\s*generation\b")
 CHOICES = {
@@ -126,7 +128,7 @@ class Encoded(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: its tokens before cuts."""
+    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: tokens before any cut."""
 
     rows: list[dict]
     counts: Counter
@@ -153,14 +155,25 @@ class ChatEncoder:
         state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "post_processor": None}
         state.update(padding=None, truncation=None)
         self.library = Tokenizer.from_str(json.dumps(state))
-        self.plain = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
-        self.segments = DocumentEncoder(tokenizer)
-        # In byte-level BPE what stands between two control tokens is encoded as if it stood alone.
-        greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
-        self.fast = self.segments.engine is not None and not greedy
+        self.greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
         self.bytes_of = np.asarray(token_byte_lengths(tokenizer))
         for token, index in self.control_ids.items():
             self.bytes_of[index] = len(token.encode())
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
+        return Tokenizer.from_str(json.dumps({**json.loads(self.library.to_str()), "added_tokens": []}))
+
+    @cached_property
+    def segments(self) -> DocumentEncoder:
+        """The fast engine for what stands between two control tokens."""
+        return DocumentEncoder(self.tokenizer)
+
+    @cached_property
+    def fast(self) -> bool:
+        """Whether what stands between two control tokens is encoded as if it stood alone, as in byte-level BPE."""
+        return self.segments.engine is not None and not self.greedy
 
     @cached_property
     def keeps_reasoning(self) -> bool:
@@ -200,7 +213,7 @@ class ChatEncoder:
                     check_rendering(conversation, text, spans)
                 if self.pattern.search(_words(conversation)):
                     results[index] = self._encode_hostile(conversation, text, prompt, roles)
-                elif self.fast:
+                elif len(conversations) > FEW and self.fast:
                     harmless.append((index, text, spans))
                 else:
                     encoding = self.library.encode(text, add_special_tokens=False)
@@ -499,7 +512,7 @@ def shorten(
     elif policy == "keep_last":
         for turn in range(1, len(borders)):
             is_last = turn == len(borders) - 1
-            if (is_last or until[-1] - until[turn] <= max_length) and (
+            if (is_last or until[-1] - until[turn] <= max_length + BORDER) and (
                 found := fitting(borders[turn][0], len(long.messages))
             ):
                 return [found]
@@ -507,7 +520,7 @@ def shorten(
         pieces, first = [], 0
         while first < len(borders):
             last = first + 1
-            while last < len(borders) and until[last + 1] - until[first] <= max_length:
+            while last < len(borders) and until[last + 1] - until[first] <= max_length + BORDER:
                 last += 1
             start = borders[first][0] if first else 0
             while last > first and not (found := fitting(start, borders[last - 1][1])):
@@ -621,6 +634,20 @@ def tokenize_conversation(
     if len(result.rows) != 1:
         raise BadRowError(f"found {len(result.rows)} rows ({dict(result.counts)}), expected one")
     return {**result.rows[0], "truncated": bool(result.counts["truncated"])}
+
+
+def encode_prompts(prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder) -> list[list[int]]:
+    """Conversations that end with a question -> the ids that an answer follows.
+
+    Raises:
+        UserError: the template cannot render one.
+    """
+    conversations = [p if isinstance(p, Conversation) else Conversation(list(p)) for p in prompts]
+    results = encoder.encode(conversations, prompt=True)
+    for number, result in enumerate(results, 1):
+        if isinstance(result, BadRowError):
+            raise UserError(f"prompt {number}: {result}.")
+    return [result.ids for result in results]
 
 
 # Preference pairs
