@@ -18,6 +18,7 @@ from minimind.data.chats import (
     ChatArguments,
     ChatEncoder,
     PackedCollator,
+    TooLongError,
     encode_prompts,
     load_conversations,
     load_preferences,
@@ -574,12 +575,14 @@ def test_a_conversation_as_long_as_the_window_is_whole(either):
         ("split", SHORT, SHORT, "in the last turn with the system prompt"),
     ],
 )
-def test_a_turn_that_does_not_fit_is_refused_with_both_numbers(either, policy, messages, needed, what):
+def test_a_conversation_of_which_no_turn_fits_is_dropped_with_both_numbers(either, policy, messages, needed, what):
     needed = fits(needed, either)
-    with pytest.raises(
-        BadRowError, match=rf"found {needed} tokens {what}, expected at most --max_length {needed - 1}\b"
-    ):
-        rows_of(messages, either, needed - 1, long_conversations=policy)
+    args = ChatArguments(long_conversations=policy)
+    (found,) = tokenize_conversations([Conversation(messages)], ChatEncoder(either), needed - 1, args)
+    assert (found.rows, found.counts) == ([], {"dropped": 1})
+    assert found.problem == f"found {needed} tokens {what}, expected at most --max_length {needed - 1}"
+    with pytest.raises(TooLongError):
+        tokenize_conversation(messages, either, needed - 1, args)
 
 
 # Which turns are trained, and how much they count
@@ -846,20 +849,25 @@ def test_what_became_of_the_conversations_is_counted(tokenizer, write_jsonl):
         )
 
 
-def test_a_conversation_that_does_not_fit_is_named_with_its_file_and_line(tokenizer, write_jsonl):
-    path = write_jsonl("chats.jsonl", [{"messages": SHORT}, {"messages": chat("fox " * 40, "dog")}])
+def test_conversations_of_which_nothing_fits_are_counted_and_the_first_is_named(tokenizer, write_jsonl, caplog):
+    rows = [SHORT, chat("fox " * 40, "dog"), SHORT, chat("fox " * 50, "dog")]
+    path = write_jsonl("chats.jsonl", [{"messages": messages} for messages in rows])
     window = fits(SHORT, tokenizer)
-    with pytest.raises(UserError) as caught:
-        load_conversations(DataArguments(train_files=[path], on_bad_rows="error"), tokenizer, window)
-    assert str(caught.value).startswith(f"{path}:2: found ")
-    assert f"expected at most --max_length {window}" in str(caught.value)
+    rows = load_conversations(DataArguments(train_files=[path], eval_ratio=0.0), tokenizer, window)
+    assert (rows.facts["train"]["rows"], rows.facts["train"]["dropped"]) == (2, 2)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("minimind")]
+    assert warning.startswith(f"skipped 2 of 4 rows: {path}:2: found ")
+    assert f"expected at most --max_length {window} (and 1 more: {path}:4)" in warning
 
 
 def test_rows_refused_while_reading_and_while_tokenising_are_counted_together(tokenizer, write_jsonl):
-    rows = [{"messages": SHORT}] * 2 + [{"messages": []}, {"messages": chat("fox " * 40, "dog")}]
+    rows = [{"messages": SHORT}] * 2 + [{"messages": []}, {"messages": chat("fox", "\ndog")}]
     path = write_jsonl("chats.jsonl", rows)
     with pytest.raises(UserError, match=r"2 of 4 rows are bad"):
-        load_conversations(DataArguments(train_files=[path]), tokenizer, fits(SHORT, tokenizer))
+        load_conversations(DataArguments(train_files=[path]), tokenizer, 512)
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}:2: messages\[1\]: found a reply that begins"):
+        path = write_jsonl("chats.jsonl", [{"messages": SHORT}, {"messages": chat("fox", "\ndog")}])
+        load_conversations(DataArguments(train_files=[path], on_bad_rows="error"), tokenizer, 512)
 
 
 def test_copies_of_a_conversation_are_never_on_both_sides(tokenizer, write_jsonl):
@@ -917,7 +925,8 @@ def dpo_arguments(tmp_path):
 
 
 def test_pairs_are_tokenised_and_batched_as_by_trl(model, tokenizer, tmp_path):
-    calling = {"prompt": CALLING[:4], "chosen": CALLING[4:], "rejected": [assistant("3")]}
+    called = {**CALLING[1], "tool_calls": [call(a=1)]}  # one call: a Dataset would give each the other's arguments
+    calling = {"prompt": [CALLING[0], called, CALLING[2]], "chosen": CALLING[4:], "rejected": [assistant("3")]}
     pairs = [PAIR, {**PAIR, "prompt": LONG[:5]}, calling]
     theirs = DPOTrainer(
         model=model,
@@ -974,15 +983,16 @@ def test_control_tokens_in_a_pair_are_plain_text(either):
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
-def test_a_pair_longer_than_the_window_is_refused_with_both_numbers_and_its_place(tokenizer, write_jsonl, longer):
+def test_a_pair_that_does_not_fit_is_dropped_with_both_numbers_and_its_place(tokenizer, write_jsonl, longer, caplog):
     pair = {**PAIR, longer: [assistant("the lazy dog " * 9)]}
     needed = fits(pair["prompt"] + pair[longer], tokenizer)
     assert pair_rows_of(pair, tokenizer, needed)[1] == {}
     path = write_jsonl("pairs.jsonl", [PAIR, pair])
-    with pytest.raises(UserError) as caught:
-        load_preferences(DataArguments(train_files=[path], on_bad_rows="error"), tokenizer, needed - 1)
-    assert f"{path}:2: found {needed} tokens of prompt and {longer} reply" in str(caught.value)
-    assert f"expected at most --max_length {needed - 1}" in str(caught.value)
+    rows = load_preferences(DataArguments(train_files=[path], eval_ratio=0.0), tokenizer, needed - 1)
+    assert (rows.facts["train"]["rows"], rows.facts["train"]["dropped"]) == (1, 1)
+    assert (
+        f"{path}:2: found {needed} tokens of prompt and {longer} reply, expected at most --max_length" in caplog.text
+    )
 
 
 def test_a_long_pair_loses_the_oldest_turns_of_its_prompt_or_is_dropped(either):

@@ -50,7 +50,6 @@ CHOICES = {
     "train_turns": ("all", "last", "flags"),
     "loss_normalization": ("token", "conversation"),
 }
-TOO_LONG = "Raise it, shorten the row, or leave out what is too long with --long_conversations drop"
 OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a message's words while roles are looked for
 
 
@@ -67,7 +66,7 @@ class ChatArguments:
         metadata={
             "help": "What of a conversation longer than --max_length is used. keep_last: system prompt and the last "
             "turns that fit; keep_first: the first replies that fit; split: all turns, as several rows, each with the "
-            "system prompt; drop: nothing."
+            "system prompt; drop: nothing. Replies are never cut; a conversation of which no turn fits is dropped."
         },
     )
     train_turns: str = field(
@@ -128,11 +127,17 @@ class Encoded(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: tokens before any cut."""
+    """Rows of one conversation or pair; `counts`: what became of it; `length`: tokens before any cut; `problem`: why
+    it was dropped, if it was."""
 
     rows: list[dict]
     counts: Counter
     length: int
+    problem: str | None = None
+
+
+class TooLongError(BadRowError):
+    """Nothing of a conversation or pair fits."""
 
 
 class ChatEncoder:
@@ -485,7 +490,7 @@ def by_reasoning(conversation: Conversation) -> list[Conversation]:
 def shorten(
     encoder: ChatEncoder, long: Conversation, encoded: Encoded, max_length: int, policy: str, roles: bool
 ) -> list[tuple[Conversation, Encoded]]:
-    """What of a conversation longer than `max_length` is used, cut between turns; raises BadRowError for nothing."""
+    """What of a conversation longer than `max_length` is used, cut between turns; raises TooLongError for nothing."""
     head = long.messages[:1] if long.messages[0]["role"] == "system" else []
     borders = turns(long.messages)
     at = [index for index, message in enumerate(long.messages) if message["role"] == "assistant"]
@@ -503,8 +508,8 @@ def shorten(
 
     needed, what = len(encoded.ids), "in the last turn with the system prompt"
     if policy == "drop":
-        return []
-    if policy == "keep_first":
+        what = "in it"
+    elif policy == "keep_first":
         for index in reversed(at):
             if ends[index] <= max_length and (found := fitting(0, index + 1)):
                 return [found]
@@ -529,7 +534,7 @@ def shorten(
             first = max(last, first + 1)
         if pieces:
             return pieces
-    raise BadRowError(f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}. {TOO_LONG}")
+    raise TooLongError(f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}")
 
 
 def to_row(conversation: Conversation, encoded: Encoded, args: ChatArguments) -> dict | None:
@@ -569,7 +574,7 @@ def tokenize_conversations(
     Args:
         roles: adds "roles" to the rows, the role whose message each token belongs to.
 
-    Counted are `truncated` (turns left out), `split`, `dropped` (too long), `untrained` (no reply is trained; no row),
+    Counted are `truncated` (turns left out), `split`, `dropped` (nothing fits), `untrained` (no reply is trained),
     `escaped` (control tokens stand in the words), `reasoning_rows` (given once for each turn that reasons).
     """
     args = args or ChatArguments()
@@ -591,27 +596,28 @@ def tokenize_conversations(
 
 
 def _tokenized(group, results, encoder: ChatEncoder, max_length, args, roles) -> Tokenized | BadRowError:
-    counts = Counter(reasoning_rows=len(group) > 1)
-    kept = []
-    try:
-        for conversation, result in zip(group, results, strict=True):
-            if isinstance(result, BadRowError):
-                raise result
-            counts["escaped"] |= result.escaped > 0
-            if max_length is None or len(result.ids) <= max_length:
-                kept.append((conversation, result))
-                continue
-            parts = shorten(encoder, conversation, result, max_length, args.long_conversations, roles)
-            counts["dropped"] |= not parts
-            counts["split"] |= len(parts) > 1
-            replies = sum(len(part.replies) for _, part in parts)
-            counts["truncated"] |= bool(parts) and replies < len(result.replies)
-            kept += parts
-    except BadRowError as problem:
+    """The pieces of one conversation and what encoding them gave -> its rows."""
+    problem = next((result for result in results if isinstance(result, BadRowError)), None)
+    if problem:
         return problem
+    escaped = any(result.escaped for result in results)
+    kept, counts = [], Counter(reasoning_rows=int(len(group) > 1), escaped=int(escaped))
+    for conversation, result in zip(group, results, strict=True):
+        if max_length is None or len(result.ids) <= max_length:
+            kept.append((conversation, result))
+            continue
+        try:
+            parts = shorten(encoder, conversation, result, max_length, args.long_conversations, roles)
+        except TooLongError as error:
+            problem, parts = error, []
+        counts["split"] |= len(parts) > 1
+        counts["truncated"] |= sum(len(part.replies) for _, part in parts) < len(result.replies)
+        kept += parts
+    if not kept:
+        return Tokenized([], Counter(dropped=1), len(results[-1].ids), str(problem))
     rows = [row for conversation, result in kept if (row := to_row(conversation, result, args))]
-    counts["untrained"] = bool(kept) and not rows
-    return Tokenized(rows, +Counter({name: int(value) for name, value in counts.items()}), len(results[-1].ids))
+    counts["untrained"] = int(not rows)
+    return Tokenized(rows, +counts, len(results[-1].ids))
 
 
 def tokenize_conversation(
@@ -625,12 +631,15 @@ def tokenize_conversation(
 
     Raises:
         BadRowError: it cannot be used, or gives no row or several (see `tokenize_conversations`).
+        TooLongError: nothing of it fits.
     """
     if not isinstance(conversation, Conversation):
         conversation = Conversation(list(conversation))
     (result,) = tokenize_conversations([conversation], ChatEncoder(tokenizer), max_length, args, roles)
     if isinstance(result, BadRowError):
         raise result
+    if result.problem:
+        raise TooLongError(result.problem)
     if len(result.rows) != 1:
         raise BadRowError(f"found {len(result.rows)} rows ({dict(result.counts)}), expected one")
     return {**result.rows[0], "truncated": bool(result.counts["truncated"])}
@@ -672,25 +681,23 @@ def tokenize_preferences(
 
 
 def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments) -> Tokenized:
-    whole, counts = None, Counter()
     prompt, tools = pair["prompt"], pair.get("tools")
-    starts = [start for start, _ in turns(prompt)]
+    starts, first = [start for start, _ in turns(prompt)], None
     for start in starts:
-        messages = (
-            prompt if start == starts[0] else [*(m for m in prompt[:1] if m["role"] == "system"), *prompt[start:]]
-        )
+        head = [message for message in prompt[:start] if message["role"] == "system"]
+        messages = prompt if start == starts[0] else head + prompt[start:]
         row, lengths, escaped = _pair_row(Conversation(messages, tools), pair, encoder)
-        whole = whole or max(lengths.values())
+        first = first or max(lengths.values())
         if max_length is None or max(lengths.values()) <= max_length:
-            counts.update(truncated=int(start != starts[0]), escaped=int(escaped))
-            return Tokenized([row], +counts, whole)
+            counts = Counter(truncated=int(start != starts[0]), escaped=int(escaped))
+            return Tokenized([row], +counts, first)
         if args.long_conversations == "drop":
-            return Tokenized([], Counter(dropped=1), whole)
+            break
     name = max(lengths, key=lengths.get)
-    raise BadRowError(
-        f"found {lengths[name]:,} tokens of prompt and {name} reply, expected at most --max_length {max_length:,}. "
-        f"{TOO_LONG}"
+    problem = (
+        f"found {lengths[name]:,} tokens of prompt and {name} reply, expected at most --max_length {max_length:,}"
     )
+    return Tokenized([], Counter(dropped=1), first, problem)
 
 
 def _pair_row(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> tuple[dict, dict[str, int], bool]:
@@ -788,15 +795,18 @@ def load_preferences(
 
 def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
     def read(files) -> Iterator[tuple[str, str, Tokenized]]:
-        bad = _Unjudged(data_args.on_bad_rows)
+        bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
         rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
                     bad.add(row.where, str(result))
-                else:
-                    yield key(row.data), row.where, result
+                    continue
+                if result.problem:
+                    too_long.add(row.where, result.problem)
+                yield key(row.data), row.where, result
         bad.judge()
+        too_long.warn(bad.total)
 
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
     sources = parse_sources(data_args.train_files, temperature)
