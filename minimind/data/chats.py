@@ -41,6 +41,8 @@ from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 IGNORED = -100
 BATCH = 1000  # conversations tokenised at a time
+FEW = 16  # conversations that are not worth setting up the fast engine for
+BORDER = 8  # tokens that a template may write between two turns and leaves out before the first
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
 GENERATION = re.compile(r"{%-?\s*generation\b")
 CHOICES = {
@@ -48,7 +50,6 @@ CHOICES = {
     "train_turns": ("all", "last", "flags"),
     "loss_normalization": ("token", "conversation"),
 }
-TOO_LONG = "Raise it, shorten the row, or leave out what is too long with --long_conversations drop"
 OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a message's words while roles are looked for
 
 
@@ -65,7 +66,7 @@ class ChatArguments:
         metadata={
             "help": "What of a conversation longer than --max_length is used. keep_last: system prompt and the last "
             "turns that fit; keep_first: the first replies that fit; split: all turns, as several rows, each with the "
-            "system prompt; drop: nothing."
+            "system prompt; drop: nothing. Replies are never cut; a conversation of which no turn fits is dropped."
         },
     )
     train_turns: str = field(
@@ -98,20 +99,12 @@ class ChatArguments:
         return bool(self.weighted_loss) or self.loss_normalization != "token"
 
 
-class TooLongError(BadRowError):
-    """A conversation of which nothing fits; `length`: its tokens."""
-
-    def __init__(self, problem: str, length: int):
-        super().__init__(problem)
-        self.length = length
-
-
 class Reading:
     """What became of the conversations that were read for training, for the report of an inspection.
 
     `bad` are the bad rows of each source; `lengths` the tokens of every conversation before any cut, also of one that
-    is left out for them; `counts` and `places` what became of how many, and where the first of them stand; `held_out`
-    where the held-out rows do.
+    is dropped; `counts` and `places` what became of how many, and where the first of them stand; `held_out` where the
+    held-out rows do.
     """
 
     NAMED = 5
@@ -123,10 +116,10 @@ class Reading:
         self.places: dict[str, list[str]] = {}
         self.held_out: list[str] = []
 
-    def add(self, where: str, names: Iterable[str], length: int) -> None:
+    def add(self, where: str, result: "Tokenized") -> None:
         """Note one conversation."""
-        self.lengths.append(length)
-        for name in names:
+        self.lengths.append(result.length)
+        for name in result.counts:
             self.counts[name] += 1
             if self.counts[name] <= self.NAMED:
                 self.places.setdefault(name, []).append(where)
@@ -161,11 +154,17 @@ class Encoded(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Rows of one conversation or pair, perhaps none; `counts`: what became of it; `length`: tokens before cuts."""
+    """Rows of one conversation or pair; `counts`: what became of it; `length`: tokens before any cut; `problem`: why
+    it was dropped, if it was."""
 
     rows: list[dict]
     counts: Counter
     length: int
+    problem: str | None = None
+
+
+class TooLongError(BadRowError):
+    """Nothing of a conversation or pair fits."""
 
 
 class ChatEncoder:
@@ -188,14 +187,25 @@ class ChatEncoder:
         state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "post_processor": None}
         state.update(padding=None, truncation=None)
         self.library = Tokenizer.from_str(json.dumps(state))
-        self.plain = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
-        self.segments = DocumentEncoder(tokenizer)
-        # In byte-level BPE what stands between two control tokens is encoded as if it stood alone.
-        greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
-        self.fast = self.segments.engine is not None and not greedy
+        self.greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
         self.bytes_of = np.asarray(token_byte_lengths(tokenizer))
         for token, index in self.control_ids.items():
             self.bytes_of[index] = len(token.encode())
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
+        return Tokenizer.from_str(json.dumps({**json.loads(self.library.to_str()), "added_tokens": []}))
+
+    @cached_property
+    def segments(self) -> DocumentEncoder:
+        """The fast engine for what stands between two control tokens."""
+        return DocumentEncoder(self.tokenizer)
+
+    @cached_property
+    def fast(self) -> bool:
+        """Whether what stands between two control tokens is encoded as if it stood alone, as in byte-level BPE."""
+        return self.segments.engine is not None and not self.greedy
 
     @cached_property
     def keeps_reasoning(self) -> bool:
@@ -235,7 +245,7 @@ class ChatEncoder:
                     check_rendering(conversation, text, spans)
                 if self.pattern.search(_words(conversation)):
                     results[index] = self._encode_hostile(conversation, text, prompt, roles)
-                elif self.fast:
+                elif len(conversations) > FEW and self.fast:
                     harmless.append((index, text, spans))
                 else:
                     encoding = self.library.encode(text, add_special_tokens=False)
@@ -507,7 +517,7 @@ def by_reasoning(conversation: Conversation) -> list[Conversation]:
 def shorten(
     encoder: ChatEncoder, long: Conversation, encoded: Encoded, max_length: int, policy: str, roles: bool
 ) -> list[tuple[Conversation, Encoded]]:
-    """What of a conversation longer than `max_length` is used, cut between turns; raises BadRowError for nothing."""
+    """What of a conversation longer than `max_length` is used, cut between turns; raises TooLongError for nothing."""
     head = long.messages[:1] if long.messages[0]["role"] == "system" else []
     borders = turns(long.messages)
     at = [index for index, message in enumerate(long.messages) if message["role"] == "assistant"]
@@ -525,8 +535,8 @@ def shorten(
 
     needed, what = len(encoded.ids), "in the last turn with the system prompt"
     if policy == "drop":
-        return []
-    if policy == "keep_first":
+        what = "in it"
+    elif policy == "keep_first":
         for index in reversed(at):
             if ends[index] <= max_length and (found := fitting(0, index + 1)):
                 return [found]
@@ -534,7 +544,7 @@ def shorten(
     elif policy == "keep_last":
         for turn in range(1, len(borders)):
             is_last = turn == len(borders) - 1
-            if (is_last or until[-1] - until[turn] <= max_length) and (
+            if (is_last or until[-1] - until[turn] <= max_length + BORDER) and (
                 found := fitting(borders[turn][0], len(long.messages))
             ):
                 return [found]
@@ -542,7 +552,7 @@ def shorten(
         pieces, first = [], 0
         while first < len(borders):
             last = first + 1
-            while last < len(borders) and until[last + 1] - until[first] <= max_length:
+            while last < len(borders) and until[last + 1] - until[first] <= max_length + BORDER:
                 last += 1
             start = borders[first][0] if first else 0
             while last > first and not (found := fitting(start, borders[last - 1][1])):
@@ -551,8 +561,7 @@ def shorten(
             first = max(last, first + 1)
         if pieces:
             return pieces
-    problem = f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}. {TOO_LONG}"
-    raise TooLongError(problem, len(encoded.ids))
+    raise TooLongError(f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}")
 
 
 def to_row(conversation: Conversation, encoded: Encoded, args: ChatArguments) -> dict | None:
@@ -592,7 +601,7 @@ def tokenize_conversations(
     Args:
         roles: adds "roles" to the rows, the role whose message each token belongs to.
 
-    Counted are `truncated` (turns left out), `split`, `dropped` (too long), `untrained` (no reply is trained; no row),
+    Counted are `truncated` (turns left out), `split`, `dropped` (nothing fits), `untrained` (no reply is trained),
     `escaped` (control tokens stand in the words), `reasoning_rows` (given once for each turn that reasons).
     """
     args = args or ChatArguments()
@@ -614,27 +623,28 @@ def tokenize_conversations(
 
 
 def _tokenized(group, results, encoder: ChatEncoder, max_length, args, roles) -> Tokenized | BadRowError:
-    counts = Counter(reasoning_rows=len(group) > 1)
-    kept = []
-    try:
-        for conversation, result in zip(group, results, strict=True):
-            if isinstance(result, BadRowError):
-                raise result
-            counts["escaped"] |= result.escaped > 0
-            if max_length is None or len(result.ids) <= max_length:
-                kept.append((conversation, result))
-                continue
-            parts = shorten(encoder, conversation, result, max_length, args.long_conversations, roles)
-            counts["dropped"] |= not parts
-            counts["split"] |= len(parts) > 1
-            replies = sum(len(part.replies) for _, part in parts)
-            counts["truncated"] |= bool(parts) and replies < len(result.replies)
-            kept += parts
-    except BadRowError as problem:
+    """The pieces of one conversation and what encoding them gave -> its rows."""
+    problem = next((result for result in results if isinstance(result, BadRowError)), None)
+    if problem:
         return problem
+    escaped = any(result.escaped for result in results)
+    kept, counts = [], Counter(reasoning_rows=int(len(group) > 1), escaped=int(escaped))
+    for conversation, result in zip(group, results, strict=True):
+        if max_length is None or len(result.ids) <= max_length:
+            kept.append((conversation, result))
+            continue
+        try:
+            parts = shorten(encoder, conversation, result, max_length, args.long_conversations, roles)
+        except TooLongError as error:
+            problem, parts = error, []
+        counts["split"] |= len(parts) > 1
+        counts["truncated"] |= sum(len(part.replies) for _, part in parts) < len(result.replies)
+        kept += parts
+    if not kept:
+        return Tokenized([], Counter(dropped=1), len(results[-1].ids), str(problem))
     rows = [row for conversation, result in kept if (row := to_row(conversation, result, args))]
-    counts["untrained"] = bool(kept) and not rows
-    return Tokenized(rows, +Counter({name: int(value) for name, value in counts.items()}), len(results[-1].ids))
+    counts["untrained"] = int(not rows)
+    return Tokenized(rows, +counts, len(results[-1].ids))
 
 
 def tokenize_conversation(
@@ -648,15 +658,32 @@ def tokenize_conversation(
 
     Raises:
         BadRowError: it cannot be used, or gives no row or several (see `tokenize_conversations`).
+        TooLongError: nothing of it fits.
     """
     if not isinstance(conversation, Conversation):
         conversation = Conversation(list(conversation))
     (result,) = tokenize_conversations([conversation], ChatEncoder(tokenizer), max_length, args, roles)
     if isinstance(result, BadRowError):
         raise result
+    if result.problem:
+        raise TooLongError(result.problem)
     if len(result.rows) != 1:
         raise BadRowError(f"found {len(result.rows)} rows ({dict(result.counts)}), expected one")
     return {**result.rows[0], "truncated": bool(result.counts["truncated"])}
+
+
+def encode_prompts(prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder) -> list[list[int]]:
+    """Conversations that end with a question -> the ids that an answer follows.
+
+    Raises:
+        UserError: the template cannot render one.
+    """
+    conversations = [p if isinstance(p, Conversation) else Conversation(list(p)) for p in prompts]
+    results = encoder.encode(conversations, prompt=True)
+    for number, result in enumerate(results, 1):
+        if isinstance(result, BadRowError):
+            raise UserError(f"prompt {number}: {result}.")
+    return [result.ids for result in results]
 
 
 # Preference pairs
@@ -681,23 +708,23 @@ def tokenize_preferences(
 
 
 def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments) -> Tokenized:
-    whole, counts = None, Counter()
     prompt, tools = pair["prompt"], pair.get("tools")
-    starts = [start for start, _ in turns(prompt)]
+    starts, first = [start for start, _ in turns(prompt)], None
     for start in starts:
-        messages = (
-            prompt if start == starts[0] else [*(m for m in prompt[:1] if m["role"] == "system"), *prompt[start:]]
-        )
+        head = [message for message in prompt[:start] if message["role"] == "system"]
+        messages = prompt if start == starts[0] else head + prompt[start:]
         row, lengths, escaped = _pair_row(Conversation(messages, tools), pair, encoder)
-        whole = whole or max(lengths.values())
+        first = first or max(lengths.values())
         if max_length is None or max(lengths.values()) <= max_length:
-            counts.update(truncated=int(start != starts[0]), escaped=int(escaped))
-            return Tokenized([row], +counts, whole)
+            counts = Counter(truncated=int(start != starts[0]), escaped=int(escaped))
+            return Tokenized([row], +counts, first)
         if args.long_conversations == "drop":
-            return Tokenized([], Counter(dropped=1), whole)
+            break
     name = max(lengths, key=lengths.get)
-    found = f"found {lengths[name]:,} tokens of prompt and {name} reply"
-    raise TooLongError(f"{found}, expected at most --max_length {max_length:,}. {TOO_LONG}", whole)
+    problem = (
+        f"found {lengths[name]:,} tokens of prompt and {name} reply, expected at most --max_length {max_length:,}"
+    )
+    return Tokenized([], Counter(dropped=1), first, problem)
 
 
 def _pair_row(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> tuple[dict, dict[str, int], bool]:
@@ -795,19 +822,20 @@ def load_preferences(
 
 def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
     def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
-        bad = _Unjudged(data_args.on_bad_rows)
+        bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
         reading.bad.append(bad)
         rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
                     bad.add(row.where, str(result))
-                    if isinstance(result, TooLongError):
-                        reading.add(row.where, ["too_long"], result.length)
-                else:
-                    reading.add(row.where, result.counts, result.length)
-                    yield key(row.data), row.where, result
+                    continue
+                if result.problem:
+                    too_long.add(row.where, result.problem)
+                reading.add(row.where, result)
+                yield key(row.data), row.where, result
         bad.judge()
+        too_long.warn(bad.total)
 
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
     sources = parse_sources(data_args.train_files, temperature)

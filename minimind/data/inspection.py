@@ -62,7 +62,6 @@ REASONS = (  # what a bad row's problem says, the name of the finding, and what 
     ("found chosen equal to rejected", "identical_pairs", "They have no preference to learn. Remove them."),
     ("an empty reply", "empty_replies", "The model would learn to say nothing. Remove them."),
 )
-LONG = ("--max_length", "Raise it, or shorten them.")
 NO_TEXT = b"\xff"  # stands for a special token among bytes of text; UTF-8 has no such byte
 
 
@@ -538,19 +537,16 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
     for bad in reading.bad:
         refused = bad.count > allowed * bad.total and on_bad_rows != "skip"
         stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
-        long = [(count, places) for count, problem, places in bad.reasons.values() if LONG[0] in problem]
-        others = [reason for reason in bad.reasons.values() if LONG[0] not in reason[1]]
-        number = sum(count for count, _ in long)
-        text = f"{number:,} of {bad.total:,} rows are left out: the last turn alone is longer than --max_length"
-        places = [place for _, places in long for place in places]
-        found.add("too_long_rows", "error" if refused else "warning", number, text, LONG[1] + stops, places)
-        for count, problem, places in others:
+        for count, problem, places in bad.reasons.values():
             name, advice = next((known[1:] for known in REASONS if known[0] in problem), ("bad_rows", "Mend them."))
             first = "in the first " if count > 1 else ""
             text = f"{count:,} of {bad.total:,} rows are left out: {first}{problem}"
             found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
-    text = f"{counts['dropped']:,} of {total:,} rows are longer than --max_length and left out"
-    found.add("too_long_rows", "warning", counts["dropped"], text, "Raise it.", reading.places.get("dropped", ()))
+    text = (
+        f"{counts['dropped']:,} of {total:,} rows ({_share(counts['dropped'], total):.1%}) are left out: no turn fits"
+    )
+    advice = "Raise --max_length, or shorten them."
+    found.add("too_long_rows", "warning", counts["dropped"], text, advice, reading.places.get("dropped", ()))
     text = f"{counts['untrained']:,} of {total:,} rows have no reply to train and are left out"
     advice = "Their flags, weights or the options leave all of their replies out."
     places = reading.places.get("untrained", ())
