@@ -713,6 +713,7 @@ def test_a_run_that_would_lose_a_fifth_of_its_rows_stops_before_it_writes(
     path = write_jsonl("chats.jsonl", GOOD + BAD)
     said = failure(capsys, sft, monkeypatch, tmp_path / "out", stage_dir, path, "--on_bad_rows", "skip")
     assert "rows_lost: 3 of 11 rows (27.3%) are left out" in said
+    assert f"{path}:9\n" in said
     assert "--on_findings warn" in said
     assert not (tmp_path / "out").exists()
     sft(monkeypatch, tmp_path / "out", stage_dir, path, "--on_bad_rows", "skip", "--on_findings", "warn")
@@ -763,6 +764,7 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, 
     import wandb
 
     wandb.finish()
+    wandb.teardown()  # the process would keep this test's directory
     tables = {}
     run = Path(re.search(r"wandb sync (.*)", capsys.readouterr().out)[1])
     for file in (run / "files" / "media" / "table" / "inspection").glob("*.table.json"):

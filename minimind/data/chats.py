@@ -102,15 +102,16 @@ class ChatArguments:
 class Reading:
     """What became of the conversations that were read for training, for the report of an inspection.
 
-    `bad` are the bad rows of each source; `lengths` the tokens of every conversation before any cut, also of one that
-    is dropped; `counts` and `places` what became of how many, and where the first of them stand; `held_out` where the
-    held-out rows do.
+    `bad` are the bad rows of each source and `too_long` those of which nothing fits; `lengths` the tokens of every
+    conversation before any cut, also of one that is dropped; `counts` and `places` what became of how many, and where
+    the first of them stand; `held_out` where the held-out rows do.
     """
 
     NAMED = 5
 
     def __init__(self):
         self.bad: list[BadRows] = []
+        self.too_long: list[BadRows] = []
         self.lengths: list[int] = []
         self.counts = Counter()
         self.places: dict[str, list[str]] = {}
@@ -824,6 +825,7 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
     def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
         bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
         reading.bad.append(bad)
+        reading.too_long.append(too_long)
         rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):

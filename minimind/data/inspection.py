@@ -62,6 +62,7 @@ REASONS = (  # what a bad row's problem says, the name of the finding, and what 
     ("found chosen equal to rejected", "identical_pairs", "They have no preference to learn. Remove them."),
     ("an empty reply", "empty_replies", "The model would learn to say nothing. Remove them."),
 )
+LEFT_OUT = {"bad_rows", "too_long_rows", "rows_without_trained_token", *(name for _, name, _ in REASONS)}
 NO_TEXT = b"\xff"  # stands for a special token among bytes of text; UTF-8 has no such byte
 
 
@@ -539,14 +540,16 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
         stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
         for count, problem, places in bad.reasons.values():
             name, advice = next((known[1:] for known in REASONS if known[0] in problem), ("bad_rows", "Mend them."))
-            first = "in the first " if count > 1 else ""
-            text = f"{count:,} of {bad.total:,} rows are left out: {first}{problem}"
+            text = f"{count:,} of {bad.total:,} rows are left out: {'in the first ' * (count > 1)}{problem}"
             found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
+    long = counts["dropped"]
+    reasons = [reason for bad in reading.too_long for reason in bad.reasons.values()]
+    problem = next((problem for _, problem, _ in reasons), "")
     text = (
-        f"{counts['dropped']:,} of {total:,} rows ({_share(counts['dropped'], total):.1%}) are left out: no turn fits"
+        f"{long:,} of {total:,} rows ({_share(long, total):.1%}) are left out: {'in the first ' * (long > 1)}{problem}"
     )
-    advice = "Raise --max_length, or shorten them."
-    found.add("too_long_rows", "warning", counts["dropped"], text, advice, reading.places.get("dropped", ()))
+    advice = "Raise it, or shorten them."
+    found.add("too_long_rows", "warning", long, text, advice, reading.places.get("dropped", ()))
     text = f"{counts['untrained']:,} of {total:,} rows have no reply to train and are left out"
     advice = "Their flags, weights or the options leave all of their replies out."
     places = reading.places.get("untrained", ())
@@ -624,11 +627,16 @@ class Inspection:
 
     def stop(self, on_findings: str) -> None:
         """Raises UserError if there are errors and they are not to be taken as warnings."""
-        if on_findings == "error" and (errors := self.errors()):
-            listed = "\n".join(f"  {finding['name']}: {finding['text']}. {finding['advice']}" for finding in errors)
-            raise UserError(
-                f"this data would train a wrong model:\n{listed}\nTo train on it still: --on_findings warn."
-            )
+        if on_findings != "error" or not (told := self.errors()):
+            return
+        if any(finding["name"] == "rows_lost" for finding in told):
+            told += [f for f in self.report["findings"] if f["name"] in LEFT_OUT and f["severity"] != "error"]
+        listed = "".join(
+            f"\n  {finding['name']}: {finding['text']}. {finding['advice']}"
+            + "".join(f"\n    {place}" for place in finding["places"])
+            for finding in told
+        )
+        raise UserError(f"the inspection of the data found errors:{listed}\nTo train it still: --on_findings warn.")
 
 
 def inspect_rows(
