@@ -285,7 +285,8 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
     A reply may call tools instead; their results follow it, then the assistant again.
     """
     for index, message in enumerate(messages):
-        check_text(message["content"], f"{name}[{index}]")
+        if "\0" in message["content"]:  # before the name is made, since there are many messages
+            check_text(message["content"], f"{name}[{index}]")
     first = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ("user",)
     ids = set()
