@@ -23,6 +23,7 @@ from minimind.data.inspection import (
     inspect_rows,
     token_bytes,
 )
+from minimind.data.world import write_world
 from minimind.tokenizer import load_tokenizer, save_tokenizer, text_encoder, train_tokenizer
 
 PAD, START, END = 0, 1, 2
@@ -776,3 +777,23 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, 
     assert tables["lengths"] == saved["lengths"]["windows"]
     assert [row["name"] for row in tables["findings"]] == ["duplicate_rows"]
     assert tables["findings"][0]["places"] == f"{path}:9 (as {path}:1)"
+
+
+# The guides.
+
+
+@pytest.mark.parametrize("guide", ["inspect.md", "inspect_zh.md"])
+def test_the_guide_shows_what_the_command_prints_and_names_every_finding(guide, monkeypatch, tmp_path, capsys):
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / guide).read_text(encoding="utf-8")
+    source = (root / "minimind" / "data" / "inspection.py").read_text(encoding="utf-8")
+    in_code = set(re.findall(r'found\.add\(\s*"(\w+)"', source)) | {"bad_rows"}
+    in_guide = {
+        name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert in_guide == in_code
+    monkeypatch.chdir(tmp_path)
+    write_world(Path("world"))
+    command, shown = re.search(r"<!-- minimind (.*?) -->\n```\n(.*?)\n```", text, re.DOTALL).groups()
+    run_cli(*command.split())
+    assert [line.rstrip() for line in capsys.readouterr().out.rstrip().split("\n")] == shown.split("\n")
