@@ -35,14 +35,7 @@ def main() -> None:
         tokenizer, parent = load_tokenizer(model_args.tokenizer), None
         model = new_model(model_args.model_config, tokenizer, model_args.attn_implementation)
     check_length("block_size", training_args.block_size, model.config)
-    blocks = load_blocks(
-        data_args.or_embedded("pretrain"),
-        tokenizer,
-        training_args.block_size,
-        training_args.packing_strategy,
-        training_args.document_mask,
-        training_args.seed,
-    )
+    blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing)
 
     stage = Stage("pretrain", training_args, blocks, parent)
     start_tracking(stage)

@@ -1,10 +1,10 @@
 """Forward and backward of MiniMind beside the library's model of the same shape, on the same weights and tokens.
 
-    python benchmarks/model_step.py [--sizes 26m 64m 198m-moe] [--precisions float32 bfloat16 autocast]
+    python benchmarks/model_step.py [--sizes 26m 64m 198m-moe] [--precisions float32 bfloat16 autocast] [--profile]
 
 A dense size is compared with Qwen3ForCausalLM; a mixture of experts with the dense model of the same active size,
 every implementation of the experts and Qwen3MoeForCausalLM beside it. `bfloat16` holds the weights in bf16, as
-DeepSpeed does, `autocast` in fp32, as the plain Trainer does.
+DeepSpeed does, `autocast` in fp32, as the plain Trainer does. `--profile` says where each one's time goes.
 """
 
 import argparse
@@ -56,6 +56,15 @@ def step(model: PreTrainedModel, input_ids: torch.Tensor, precision: str) -> Cal
     return run
 
 
+def shares(run: Callable[[], None], count: int = 8) -> str:
+    """The operators that take most of one step, each with its share."""
+    with torch.profiler.profile() as profile:
+        run()
+    spent = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in profile.key_averages()}
+    most = sorted(spent, key=spent.get, reverse=True)[:count]
+    return ", ".join(f"{name.removeprefix('aten::')} {spent[name] / sum(spent.values()):.0%}" for name in most)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["26m", "64m", "198m-moe"], help="files of configs/model")
@@ -63,6 +72,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="also print each model's most expensive operators")
     args = parser.parse_args()
     print(f"{device_name()}, {args.batch_size} x {args.length} tokens, {args.rounds} rounds")
     for size in args.sizes:
@@ -73,6 +83,8 @@ def main() -> None:
             steps = {name: step(model, input_ids, precision) for name, model in alternatives(config).items()}
             for name, (seconds, ratio) in side_by_side(steps, args.rounds).items():
                 print(f"{size:9} {precision:9} {name:26} {seconds * 1000:8.0f} ms   x {ratio:.2f}", flush=True)
+            for name, run in steps.items() if args.profile else ():
+                print(f"    {name}: {shares(run)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from minimind.data.files import BadRowError, shown, to_document
+from minimind.data.files import BadRowError, check_text, shown, to_document
 
 Message = dict[str, Any]
 
@@ -249,6 +249,7 @@ def add_system(data: dict, messages: list[Message]) -> list[Message]:
     system = data.get("system", "")
     if not isinstance(system, str):
         raise BadRowError(f"system: found {shown(system)}, expected a string")
+    check_text(system, "system")
     if not system.strip():
         return messages
     if messages[0]["role"] == "system" and messages[0]["content"] != system:
@@ -283,6 +284,10 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
 
     A reply may call tools instead; their results follow it, then the assistant again.
     """
+    for index, message in enumerate(messages):
+        for text in (message["content"], message.get("reasoning_content", "")):
+            if "\0" in text:  # before the name is made, since there are many messages
+                check_text(text, f"{name}[{index}]")
     first = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ("user",)
     ids = set()

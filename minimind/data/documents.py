@@ -22,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.files import content_hash, expand, read_documents
+from minimind.data.files import cache_directory, content_hash, expand, read_documents, total_size
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
 from minimind.errors import UserError
@@ -72,11 +72,6 @@ class HoldOut:
         return [row for copies in self.rows.values() for row in copies]
 
 
-def cache_directory() -> Path:
-    """Where prepared data is kept: $MINIMIND_CACHE, or ~/.cache/minimind."""
-    return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
-
-
 def load_blocks(
     data_args,
     tokenizer: PreTrainedTokenizerFast,
@@ -104,6 +99,7 @@ def load_blocks(
         "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
         "max_eval_rows": data_args.max_eval_rows,
         "on_bad_rows": data_args.on_bad_rows,
+        "text_unit": data_args.text_unit,
     }
     hashes = {"train": [content_hash(paths) for paths in files], "eval": content_hash(held_out) if held_out else None}
     key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
@@ -158,11 +154,11 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     print(f"preparing {', '.join(map(str, everything))} (once; kept in {cache_directory()})", flush=True)
     hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
+    reading = {name: options[name] for name in ("on_bad_rows", "text_unit")}
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    size = sum(path.stat().st_size for path in everything)
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=size, unit="B", unit_scale=True, desc="packing", disable=None),
+        tqdm(total=total_size(everything), unit="B", unit_scale=True, desc="packing", disable=None) as progress,
     ):
 
         def part(name: str) -> Part:
@@ -170,13 +166,13 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
 
         parts = [part(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):
-            for text in read_documents(paths, options["on_bad_rows"]):
+            for text in read_documents(paths, **reading, progress=progress.update):
                 for owner, document in hold_out.offer(text, (index, text)):
                     parts[owner].add(document)
         counts = [each.finish() for each in parts]
         evaluation = part("eval")
         # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
-        given = list(read_documents(held_out, options["on_bad_rows"])) if held_out else []
+        given = list(read_documents(held_out, **reading)) if held_out else []
         for text in given[: options["max_eval_rows"]] or [text for _, text in hold_out.chosen()]:
             evaluation.add(text)
         held_out_counts = evaluation.finish()
@@ -196,7 +192,7 @@ class Part:
     def __init__(self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict):
         self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
         self.packer = packer(options["packing_strategy"], options["block_size"], encoder.eos_token_id)
-        self.document_mask, self.bytes_of = options["document_mask"], bytes_of
+        self.block_size, self.document_mask, self.bytes_of = options["block_size"], options["document_mask"], bytes_of
         self.texts: list[str] = []
         self.characters = 0
         self.pending: deque[Future] = deque()
@@ -219,7 +215,8 @@ class Part:
         self._write(self.packer.finish())
         self.writer.close()
         self.sink.close()
-        return {**self.counts, "dropped_tokens": self.counts["tokens"] - self.packed}
+        padding = self.counts["blocks"] * self.block_size - self.packed
+        return {**self.counts, "padding": padding, "dropped_tokens": self.counts["tokens"] - self.packed}
 
     def _submit(self, ahead: int | None = None) -> None:
         if self.texts:

@@ -1,51 +1,67 @@
 """Raw data files -> rows, each with the place it came from.
 
 A row that cannot be used is a *bad row*: named as `file:line` with what was found and what was expected, then refused
-or skipped as `--on_bad_rows` says. Only a file whose structure is lost (a broken JSON list, an unclosed CSV quote) is
-refused whatever the policy, because nobody can say how many rows would be lost with it.
+or skipped as `--on_bad_rows` says. Only a file whose structure is lost (a broken JSON list, an unclosed CSV quote, a
+damaged archive) is refused whatever the policy, because nobody can say how many rows would be lost with it.
 """
 
-import csv
 import glob
-import gzip
-import io
 import json
 import logging
-import re
-import zlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
+from minimind.data.formats import (
+    KNOWN,
+    TEXT_UNITS,
+    BadRowError,
+    Parsable,
+    Progress,
+    check_text,
+    format_of,
+    read_file,
+    shown,
+)
+from minimind.data.hub import PREFIX, SPELLING, HubDataset
 from minimind.errors import UserError
+
+__all__ = [
+    "BadRowError",
+    "BadRows",
+    "Row",
+    "cache_directory",
+    "check_text",
+    "content_hash",
+    "expand",
+    "parsables",
+    "read_documents",
+    "read_rows",
+    "shown",
+    "to_document",
+    "total_size",
+]
 
 logger = logging.getLogger(__name__)
 
 BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
-BOM = b"\xef\xbb\xbf"
-JSON_ROW = "one JSON object per line (a .json file may also be one list of objects)"
-JSON_LIST_START = re.compile(r"\s*\[\s*(?P<end>\]\s*\Z)?")
-JSON_LIST_SEPARATOR = re.compile(r"\s*(?:,\s*|(?P<end>\])\s*\Z)")
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+LARGE = 2**26  # bytes of a file that is not hashed again at every start
+DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
+SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # marks of `save_to_disk`
 
-Parsable = tuple[int | str, Callable[[], dict]]
+File = Path | HubDataset
 
 
 class Row(NamedTuple):
-    """One row of a data file: `where` is "file:line" ("file:row N" for parquet)."""
+    """One row of a data file: `where` is "file:line" ("file:row N" for parquet, arrow and datasets of the Hub)."""
 
     where: str
     data: Any
-
-
-class BadRowError(ValueError):
-    """A row that cannot be used; the text says what was found and what was expected."""
 
 
 class BadRows:
@@ -93,228 +109,215 @@ class BadRows:
         return f"{where}: {problem} (and {self.count - 1:,} more: {', '.join(w for w, _ in others)}{ellipsis})"
 
 
-def shown(value: Any, limit: int = 60) -> str:
-    """A value -> the start of its JSON, for messages."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= limit else text[:limit] + "..."
+def expand(paths: Sequence[str | File]) -> list[File]:
+    """Files, directories, globs and datasets of the Hub -> what is to be read, each once, in a stable order.
 
+    Directories are searched to the bottom, through links too, and give their files with known extensions, hidden ones
+    left out; one that `datasets.save_to_disk` wrote gives its arrow files. A glob gives what it would in a shell, `**`
+    included, as far as directories or files with known extensions.
 
-def decoded(raw: bytes) -> str:
-    """UTF-8 bytes -> text; raises BadRowError naming the first byte that is not UTF-8."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRowError(
-            f"found byte 0x{raw[error.start]:02x} at byte offset {error.start}, expected UTF-8 text "
-            "(a Chinese file from Windows: iconv -f gb18030 -t utf-8)"
-        ) from None
-
-
-def _json_row(value: Any, text: str) -> dict:
-    if not isinstance(value, dict):
-        raise BadRowError(f"found {shown(value)}, expected a JSON object, such as {{...}}")
-    if SURROGATE_ESCAPE.search(text):  # JSON can escape half a character, which no tokenizer can encode
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRowError(
-                "found half of a surrogate pair (\\ud800 to \\udfff), expected whole characters"
-            ) from None
-    return value
-
-
-def _parse_line(raw: bytes) -> dict:
-    text = decoded(raw).strip()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).replace("line 1 ", "")
-        raise BadRowError(f"found {text[:60]!r}, which is not JSON ({reason}), expected {JSON_ROW}") from None
-    return _json_row(value, text)
-
-
-# A reader yields the place of each row and a function without arguments that gives its dict or raises BadRowError.
-
-
-def _read_jsonl(path: Path, file: BinaryIO) -> Iterator[Parsable]:
-    for number, raw in enumerate(file, 1):
-        line = raw.removeprefix(BOM) if number == 1 else raw
-        if line.strip():
-            yield number, partial(_parse_line, line)
-
-
-def _read_json(path: Path, file: BinaryIO) -> Iterator[Parsable]:
-    """A list of objects, decoded one by one so that each has its line number; otherwise as .jsonl."""
-    start = file.read(4096).removeprefix(BOM).lstrip()
-    file.seek(0)
-    if not start.startswith(b"["):
-        yield from _read_jsonl(path, file)
-        return
-    try:
-        text, line, position = decoded(file.read().removeprefix(BOM)), 1, 0
-        separator, decoder = JSON_LIST_START.match(text), json.JSONDecoder()
-        while separator and not separator["end"]:
-            line += text.count("\n", position, separator.end())
-            value, position = decoder.raw_decode(text, separator.end())
-            yield line, partial(_json_row, value, text[separator.end() : position])
-            line += text.count("\n", separator.end(), position)
-            if (separator := JSON_LIST_SEPARATOR.match(text, position)) is None:
-                raise json.JSONDecodeError("Expecting ',' or the end of the list", text, position)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON at column {error.colno} ({error.msg}), expected a list of objects. "
-            "Mend the file there, or store one object per line as .jsonl, where bad rows can be skipped."
-        ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # BadRowError of `decoded`, a number or nesting beyond Python's limits
-        raise UserError(f"{path}: {error}. Save the file again as a list of objects in UTF-8.") from None
-
-
-def _read_txt(path: Path, file: BinaryIO) -> Iterator[Parsable]:
-    raw = file.read().removeprefix(BOM).replace(b"\r\n", b"\n")
-    yield 1, lambda: {"text": decoded(raw)}
-
-
-def _csv_row(header: list[str], fields: list[str]) -> dict:
-    if len(fields) != len(header):
-        raise BadRowError(f"found {len(fields)} fields, expected {len(header)}: {', '.join(header)}")
-    for field in fields:
-        decoded(field.encode("utf-8", "surrogateescape"))
-    return dict(zip(header, fields, strict=True))
-
-
-def _read_csv(path: Path, file: BinaryIO, delimiter: str = ",") -> Iterator[Parsable]:
-    csv.field_size_limit(2**31 - 1)  # the module refuses fields above 128 KiB by default; a document may be longer
-    header, line = None, 1
-    try:
-        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            for fields in reader:
-                if fields and header is None:
-                    header = fields
-                    if len(set(header)) < len(header):
-                        raise UserError(f"{path}:{line}: found the header {header}, expected each column name once.")
-                elif fields:
-                    yield line, partial(_csv_row, header, fields)
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{line}: found a broken row ({error}), expected fields with closed quotes, and quotes inside them "
-            "doubled. Mend the row that starts there."
-        ) from None
-
-
-def _read_parquet(path: Path, file: BinaryIO) -> Iterator[Parsable]:
-    done = 0
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for number, data in enumerate(batch.to_pylist(), done + 1):
-                yield f"row {number}", partial(dict, data)
-            done += len(batch)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: after row {done} not readable as parquet ({error}). Download it again.") from None
-
-
-READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".txt": _read_txt,
-    ".csv": _read_csv,
-    ".tsv": partial(_read_csv, delimiter="\t"),
-    ".parquet": _read_parquet,
-}
-KNOWN = f"{', '.join(READERS)}, also with .gz"
-
-
-def _reader(path: Path) -> Callable[[Path, BinaryIO], Iterator[Parsable]] | None:
-    return READERS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
-
-
-def expand(paths: Sequence[str]) -> list[Path]:
-    """Files, directories (searched to the bottom) and globs -> the data files, each once, in a stable order.
-
-    Directories and globs give their files with known extensions, hidden ones left out. Raises UserError for a path
-    that does not exist or gives no file, an unknown extension and an empty file.
+    Raises:
+        UserError: a path does not exist, gives no file or cannot be looked up; a file is empty, has an unknown
+            extension or is no regular file; a dataset cannot be found.
     """
     if not paths:
         raise UserError(f"found no data files, expected at least one file, directory or glob ({KNOWN}).")
-    files: dict[Path, None] = {}
-    for given in map(str, paths):
-        path = Path(given).expanduser()
-        if path.is_file():
-            if _reader(path) is None:
-                raise UserError(
-                    f"{given}: found the extension {path.suffix!r}, expected {KNOWN}. Convert or rename it."
-                )
-            found = [path]
-        elif path.is_dir():
-            inside = [file.relative_to(path) for file in sorted(path.rglob("*"))]
-            found = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
-        elif glob.has_magic(given):
-            found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (absolute too)
-        else:
-            raise UserError(f"{given}: does not exist, expected a file, directory or glob. Looked in {Path.cwd()}.")
-        found = [file for file in found if file.is_file() and _reader(file)]
-        if not found:
-            raise UserError(f"{given}: found no data file in it, expected files with {KNOWN}. Check the path.")
-        files |= dict.fromkeys(found)
-    for file in files:
-        if file.stat().st_size == 0:
+    files: dict[str, File] = {}
+    for given in paths:
+        try:
+            found = _found(given)
+        except (OSError, ValueError, RuntimeError) as error:  # no permission, a name no file can have, no such ~user
+            raise UserError(f"{given}: cannot be looked up ({error}). Check the path.") from None
+        for file in found:
+            files.setdefault(str(file) if isinstance(file, HubDataset) else os.path.realpath(file), file)
+    for file in files.values():
+        if isinstance(file, Path) and file.stat().st_size == 0:
             raise UserError(f"{file}: found an empty file, expected rows. Remove it or create it again.")
-    return list(files)
+    return list(files.values())
 
 
-def content_hash(paths: Iterable[Path]) -> str:
-    """One hash over the bytes of some files, in their order."""
-    digest = xxhash.xxh3_128()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _found(given: str | File) -> list[File]:
+    if isinstance(given, HubDataset):
+        return [given]
+    if str(given).startswith(PREFIX):
+        return [HubDataset(str(given))]
+    path = Path(given).expanduser()
+    if path.is_dir():
+        found = _search(path)
+    elif path.exists() or path.is_symlink():
+        if format_of(path)[0] is None:
+            raise UserError(f"{given}: found the extension {path.suffix!r}, expected {KNOWN}. Convert or rename it.")
+        found = [_regular(path)]
+    elif glob.has_magic(str(given)):
+        found = [file for match in _matches(path) for file in (_search(match) if match.is_dir() else _known(match))]
+    else:
+        raise UserError(
+            f"{given}: does not exist, expected a file, directory or glob, or {SPELLING}. Looked in {Path.cwd()}."
+        )
+    if not found:
+        raise UserError(f"{given}: found no data file in it, expected files with {KNOWN}. Check the path.")
+    return found
 
 
-def _read_file(path: Path) -> Iterator[Parsable]:
+def _known(path: Path) -> list[Path]:
+    return [_regular(path)] if format_of(path)[0] else []
+
+
+def _regular(path: Path) -> Path:
+    """The path, if it can be read more than once; a pipe would block or be used up by the first look at it."""
+    if not path.is_file():
+        kinds = {
+            "a link to nothing": path.is_symlink() and not path.exists(),
+            "nothing": not path.exists(),
+            "a pipe": path.is_fifo(),
+            "a socket": path.is_socket(),
+        }
+        kind = next((kind for kind, applies in kinds.items() if applies), "a device")
+        raise UserError(f"{path}: found {kind}, expected a regular file. Remove it, or store the data in a file.")
+    return path
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob matches, sorted; hidden names only where the pattern spells them out. Raises ValueError."""
+    root = Path(pattern.anchor)
+    matches = root.glob(str(pattern.relative_to(root)))  # unlike glob.glob it stays out of loops of links
+    spelled = [part for part in pattern.parts if part.startswith(".")]
+
+    def is_asked_for(part: str) -> bool:
+        return not part.startswith(".") or any(fnmatchcase(part, each) for each in spelled)
+
+    return sorted(match for match in matches if all(map(is_asked_for, match.parts)))
+
+
+def _search(top: Path) -> list[Path]:
+    """The data files of a directory and all below it, sorted; each directory once, however many links lead to it."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    found: list[Path] = []
+    for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        here = Path(folder)
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if SAVED_SPLITS in names:
+            splits = ", ".join(str(here / name) for name in folders)
+            raise UserError(f"{here}: found a saved DatasetDict, expected one of its splits: {splits}.")
+        if SAVED_DATASET in names and not DATASET_FACTS.isdisjoint(names):
+            found += _saved_shards(here)
+            continue
+        for name in set(names) - DATASET_FACTS:
+            if not name.startswith("."):
+                found += _known(here / name)
+    return sorted(found)
+
+
+def _saved_shards(directory: Path) -> list[Path]:
+    """The arrow files of a dataset saved by `save_to_disk`; others beside them are left over or caches."""
+    state = directory / SAVED_DATASET
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield from _reader(path)(path, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Check the file, or download it again.") from None
+        return [_regular(directory / shard["filename"]) for shard in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{state}: not the state of a saved dataset ({error!r}). Save the dataset again, or give its files."
+        ) from None
+
+
+def cache_directory() -> Path:
+    """Where prepared data is kept: $MINIMIND_CACHE, or ~/.cache/minimind."""
+    return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
+
+
+def content_hash(files: Iterable[File]) -> str:
+    """One hash over the contents of some files, in their order; for a dataset of the Hub over its revision."""
+    hashes = [file.fingerprint if isinstance(file, HubDataset) else _file_hash(file) for file in files]
+    return xxhash.xxh3_128_hexdigest("\n".join(hashes).encode())
+
+
+def _file_hash(path: Path) -> str:
+    """The hash of a file's bytes; that of a large one is remembered as long as its size and time do not change."""
+    status = path.stat()
+    known = f"{status.st_size} {status.st_mtime_ns}"
+    memory = cache_directory() / "hashes" / xxhash.xxh3_128_hexdigest(os.path.realpath(path).encode())
+    if status.st_size >= LARGE and memory.is_file():
+        remembered, _, digest = memory.read_text().rpartition(" ")
+        if remembered == known:
+            return digest
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    if status.st_size >= LARGE:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}")
+        partial.write_text(f"{known} {hasher.hexdigest()}")
+        partial.replace(memory)
+    return hasher.hexdigest()
+
+
+def total_size(files: Iterable[File]) -> int:
+    """The bytes of some files as they lie on the disk, what `progress` of `read_rows` adds up to; 0 for the Hub's."""
+    return sum(file.stat().st_size for file in files if isinstance(file, Path))
 
 
 def read_rows(
-    paths: Sequence[str], on_bad_rows: str | BadRows | None = None, convert: Callable[[dict], Any] = lambda data: data
+    paths: Sequence[str | File],
+    on_bad_rows: str | BadRows | None = None,
+    convert: Callable[[dict], Any] = lambda data: data,
+    text_unit: str = "file",
+    progress: Progress | None = None,
 ) -> Iterator[Row]:
-    """Files, directories and globs -> their rows, streamed; `Row.data` is what `convert` makes of the row's dict.
+    """Files, directories, globs and datasets of the Hub -> their rows, streamed.
 
-    A row that `convert` refuses with BadRowError is a bad row like one that cannot be parsed. Raises UserError at once
-    for what `expand` refuses; while reading for a broken file and for bad rows, as `BadRows` says; and if no row is
-    left. Without a policy bad rows are judged at the end, so do not act on the rows before the iteration is over.
+    Args:
+        paths: what `expand` takes.
+        on_bad_rows: the policy of `BadRows`, or one of them that the caller judges.
+        convert: makes `Row.data` of a row's dict. A row that it refuses with BadRowError is a bad row like one that
+            cannot be parsed.
+        text_unit: what one row of a txt file is: the whole "file", a "paragraph" (blank lines around it), or a "line".
+        progress: called with the bytes read since its last call, as they lie on the disk (compressed, if the file is);
+            in all the size of the files.
+
+    Raises:
+        UserError: at once for what `expand` refuses; while reading for a broken file, one without rows, and bad rows,
+            as `BadRows` says. Without a policy bad rows are judged at the end, so do not act on the rows before the
+            iteration is over.
     """
+    if text_unit not in TEXT_UNITS:
+        raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}")
     bad = on_bad_rows if isinstance(on_bad_rows, BadRows) else BadRows(on_bad_rows)
-    return _rows(expand(paths), bad, convert)
+    return _rows(expand(paths), bad, convert, text_unit, progress)
 
 
-def _rows(files: list[Path], bad: BadRows, convert: Callable[[dict], Any]) -> Iterator[Row]:
+def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Progress | None) -> Iterator[Row]:
     total = 0
     try:
-        for path in files:
-            for place, parse in _read_file(path):
+        for file in files:
+            before = total
+            for place, parse in parsables(file, text_unit, progress):
                 total += 1
                 try:
-                    row = Row(f"{path}:{place}", convert(parse()))
+                    row = Row(f"{file}:{place}", convert(parse()))
                 except BadRowError as problem:
-                    bad.add(f"{path}:{place}", str(problem))
+                    bad.add(f"{file}:{place}", str(problem))
                 else:
                     yield row
+            if total == before:
+                raise UserError(f"{file}: found no rows, expected at least one. Remove the file or create it again.")
     except GeneratorExit:  # the caller had enough; what was skipped is still said
         bad.warn(total)
         raise
-    if not total:
-        raise UserError(f"{', '.join(map(str, files))}: found no rows, expected at least one. Check the files.")
     bad.finish(total)
+
+
+def parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
+    """The rows of one of `expand`'s files, each as its place and a function that parses it or raises BadRowError."""
+    return file.rows() if isinstance(file, HubDataset) else read_file(file, text_unit, progress)
 
 
 def to_document(data: dict) -> str:
@@ -326,9 +329,15 @@ def to_document(data: dict) -> str:
         raise BadRowError(f"found {name!r}: {shown(data[name])}, expected a string")
     if not data[name].strip():
         raise BadRowError(f"found {name!r} without text, expected a string that is not empty")
+    check_text(data[name], name)
     return data[name]
 
 
-def read_documents(paths: Sequence[str], on_bad_rows: str | None = None) -> Iterator[str]:
-    """Files, directories and globs -> the documents in them, streamed; raises UserError as `read_rows`."""
-    return (row.data for row in read_rows(paths, on_bad_rows, to_document))
+def read_documents(
+    paths: Sequence[str | File],
+    on_bad_rows: str | None = None,
+    text_unit: str = "file",
+    progress: Progress | None = None,
+) -> Iterator[str]:
+    """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`."""
+    return (row.data for row in read_rows(paths, on_bad_rows, to_document, text_unit, progress))

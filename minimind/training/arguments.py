@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
-from minimind.data.documents import cache_directory
+from minimind.data.files import cache_directory
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.training.launch import bf16_is_fast, prepare_launch
@@ -30,7 +30,7 @@ class DataArguments:
     train_files: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files, directories or globs (jsonl, json, parquet, csv, tsv, txt), each perhaps with its share "
+            "help": "Files, directories or globs (jsonl, json, parquet, csv, txt ...), each perhaps with its share "
             "of an epoch (a.jsonl:0.7) or how often one takes it (b.jsonl:3x). Default: the embedded corpus."
         },
     )
@@ -49,6 +49,9 @@ class DataArguments:
     mixing_stop: str = field(
         default="first_exhausted",
         metadata={"help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row."},
+    )
+    text_unit: str = field(
+        default="file", metadata={"help": "What one document of a txt file is: the file, a paragraph or a line."}
     )
     on_bad_rows: str | None = field(
         default=None,
@@ -191,6 +194,11 @@ class PretrainConfig(StageConfig):
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per device and micro-batch."})
+
+    @property
+    def packing(self) -> dict:
+        """What `documents.load_blocks` has to know of a run."""
+        return {name: getattr(self, name) for name in ("block_size", "packing_strategy", "document_mask", "seed")}
 
     def __post_init__(self):
         self.use_muon = self.optim == "muon"  # see optimizers.build_optimizer; the library knows no such name

@@ -1,0 +1,76 @@
+"""Datasets of the Hugging Face Hub, streamed by the `datasets` library."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from minimind.data.formats import Parsable
+from minimind.errors import UserError
+
+PREFIX = "hf://datasets/"
+SPELLING = "hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]"
+PARTS = re.compile(
+    re.escape(PREFIX) + r"(?P<name>[\w.-]+(/[\w.-]+)?)"
+    r"(@(?P<revision>refs/\w+/[\w.-]+|[^/:]+))?"
+    r"(:(?P<config>[^:]*)(:(?P<split>[^:]+))?)?"
+)
+
+
+class HubDataset:
+    """One split of a dataset on the Hub, or of it in the cache of `datasets` if the Hub cannot be reached.
+
+    It is named as the Hub's own file system names it, with the revision after an "@", then the config and the split as
+    `datasets.load_dataset` takes them; without them the only config and the split "train" are read:
+    hf://datasets/owner/name, hf://datasets/owner/name@v1.0:zh:validation, hf://datasets/owner/name::test.
+
+    Raises:
+        UserError: not such a name, or there is no such dataset, config or revision within reach.
+    """
+
+    def __init__(self, spelling: str):
+        parts = PARTS.fullmatch(spelling)
+        if not parts:
+            raise UserError(
+                f"{spelling}: not the name of a dataset, expected {SPELLING}. The split is train by default."
+            )
+        self.spelling, self.name, self.split = spelling, parts["name"], parts["split"] or "train"
+        from datasets import load_dataset_builder  # here, since it takes a second
+        from datasets.packaged_modules.cache.cache import Cache
+
+        with _refusing(self.spelling, self.name):
+            # Scripts in a dataset's repository are never run: the library has no support for them any more.
+            self._builder = load_dataset_builder(
+                PREFIX + self.name, parts["config"] or None, revision=parts["revision"]
+            )
+            if parts["revision"] and isinstance(self._builder, Cache) and self._builder.hash != parts["revision"]:
+                raise ConnectionError(
+                    f"only revision {self._builder.hash} is in the cache, and the Hub is out of reach"
+                )
+
+    def __str__(self) -> str:
+        return self.spelling
+
+    @property
+    def fingerprint(self) -> str:
+        """What changes whenever the data does: the commit on the Hub, or the hash in the cache."""
+        return f"{self.name}:{self._builder.config.name}:{self.split}@{self._builder.hash}"
+
+    def rows(self) -> Iterator[Parsable]:
+        """The rows, with their numbers; images and sounds stay undecoded. Raises UserError."""
+        with _refusing(self.spelling, self.name):
+            rows = self._builder.as_streaming_dataset(self.split).decode(False)
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", partial(dict, row)
+
+
+@contextmanager
+def _refusing(spelling: str, name: str) -> Iterator[None]:
+    """Turn whatever the library, the network or the Hub raises into one UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{spelling}: cannot be read ({type(error).__name__}: {error}). Check the name, config and split on "
+            f"https://huggingface.co/datasets/{name}, and that the network is up and HF_HUB_OFFLINE is not set."
+        ) from error

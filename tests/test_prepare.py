@@ -1,0 +1,27 @@
+import json
+
+from pipeline import document_rows, failure, run_cli, run_script, short_run, write_model
+
+from minimind.data import documents
+
+
+def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, monkeypatch):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in document_rows()))
+    options = ["--train_files", path, "--tokenizer", tokenizer_dir, "--block_size", "32", "--eval_ratio", "0.2"]
+    options += ["--packing_strategy", "bfd_split", "--document_mask", "true"]
+    run_cli("prepare", *options)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("prepared twice")
+
+    monkeypatch.setattr(documents, "_prepare", refuse)
+    model = ["--model_config", write_model(tmp_path / "model.json")]
+    run_script(monkeypatch, "pretrain", *options, *model, *short_run(tmp_path / "run"))
+    stage = json.loads((tmp_path / "run" / "stage.json").read_text())
+    assert stage["data"]["train"]["documents"] + stage["data"]["eval"]["documents"] == len(document_rows())
+
+
+def test_an_option_that_pretraining_does_not_know_is_refused(capsys):
+    assert "--blok_size" in failure(capsys, run_cli, "prepare", "--blok_size", "32")
+    assert "--foo" in failure(capsys, run_cli, "world", "x", "--foo")
