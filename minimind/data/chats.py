@@ -859,7 +859,7 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
         if not part.where:
             raise UserError(
                 f"{', '.join(map(str, paths))}: no row is left to train ({part.counted() or 'all are held out'}). "
-                "Lower --eval_ratio, give more rows, or change --long_conversations or --train_turns."
+                "Raise --max_length, lower --eval_ratio, give more rows, or choose another --train_turns."
             )
     counted = [part.facts() for part in parts]
     train = concatenate_datasets([part.dataset() for part in parts])
