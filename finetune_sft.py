@@ -5,14 +5,16 @@
     python finetune_sft.py --use_peft --output_dir runs/lora    # LoRA: one more skill, from runs/sft
     deepspeed finetune_sft.py --deepspeed ds_config_zero2.json
 
-Reads   conversations (minimind, OpenAI messages, ShareGPT, alpaca) and a stage directory (--model_name_or_path).
+Reads   conversations (minimind, OpenAI messages, ShareGPT, alpaca; tools and reasoning too) and a stage directory
+        (--model_name_or_path).
 Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; with --use_peft an adapter.
 """
 
 from transformers import set_seed
 from trl import get_peft_config
 
-from minimind.data.masks import PackedCollator, load_conversations, mask_report, print_mask_report
+from minimind.data.chats import ChatArguments, load_conversations, set_chat_template
+from minimind.data.masks import mask_report, print_mask_report
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
@@ -24,13 +26,18 @@ from minimind.training.trainers import ChatSFTTrainer
 
 @reports_user_errors
 def main() -> None:
-    data_args, model_args, training_args = parse(DataArguments, ModelArguments, SFTStageConfig)
+    data_args, chat_args, model_args, training_args = parse(
+        DataArguments, ChatArguments, ModelArguments, SFTStageConfig
+    )
     set_seed(training_args.seed)
 
     default, corpus = ("runs/sft", "lora") if model_args.use_peft else ("runs/pretrain", "sft")
     model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation, default)
     check_length("max_length", training_args.max_length, model.config)
-    rows = load_conversations(data_args.or_embedded(corpus), tokenizer, training_args.max_length)
+    set_chat_template(tokenizer, chat_args.chat_template)
+    rows = load_conversations(
+        data_args.or_embedded(corpus), tokenizer, training_args.max_length, chat_args, seed=training_args.seed
+    )
     report = mask_report(rows.train, tokenizer)
     if is_main_process():
         print_mask_report(report, rows.train[0], tokenizer)
@@ -45,8 +52,6 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    if training_args.packing:
-        trainer.data_collator = PackedCollator(tokenizer.pad_token_id)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -269,7 +269,7 @@ def total_size(files: Iterable[File]) -> int:
 
 def read_rows(
     paths: Sequence[str | File],
-    on_bad_rows: str | None = None,
+    on_bad_rows: str | BadRows | None = None,
     convert: Callable[[dict], Any] = lambda data: data,
     text_unit: str = "file",
     progress: Progress | None = None,
@@ -278,7 +278,7 @@ def read_rows(
 
     Args:
         paths: what `expand` takes.
-        on_bad_rows: the policy of `BadRows`.
+        on_bad_rows: the policy of `BadRows`, or one of them that the caller judges.
         convert: makes `Row.data` of a row's dict. A row that it refuses with BadRowError is a bad row like one that
             cannot be parsed.
         text_unit: what one row of a txt file is: the whole "file", a "paragraph" (blank lines around it), or a "line".
@@ -292,7 +292,8 @@ def read_rows(
     """
     if text_unit not in TEXT_UNITS:
         raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}")
-    return _rows(expand(paths), BadRows(on_bad_rows), convert, text_unit, progress)
+    bad = on_bad_rows if isinstance(on_bad_rows, BadRows) else BadRows(on_bad_rows)
+    return _rows(expand(paths), bad, convert, text_unit, progress)
 
 
 def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Progress | None) -> Iterator[Row]:

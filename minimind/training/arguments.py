@@ -235,6 +235,19 @@ class SFTStageConfig(StageConfig, SFTConfig):
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
 
+    def __post_init__(self):
+        for name, answer in {
+            "chat_template_path": "give --chat_template",
+            "packing_strategy": "whole conversations are packed by best-fit",
+            "truncation_mode": "give --long_conversations",
+            "loss_type": "the loss is the cross-entropy",
+            "assistant_only_loss": "it is the only way here; see --train_turns",
+        }.items():
+            default = next(each.default for each in dataclasses.fields(SFTConfig) if each.name == name)
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name} {getattr(self, name)} has no meaning here: {answer}")
+        super().__post_init__()
+
 
 @dataclass
 class DPOStageConfig(StageConfig, DPOConfig):
