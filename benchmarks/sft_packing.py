@@ -2,6 +2,7 @@
 
     python benchmarks/sft_packing.py chats.jsonl [more.jsonl ...]       # 26m, 4 x 1,024
     python benchmarks/sft_packing.py chats.jsonl --model configs/model/tiny.json --length 512 --rounds 3    # small
+    python benchmarks/sft_packing.py chats.jsonl --length 512 --conversations 1000000 --rounds 0    # padding alone
 
 All four train the same model on the same token rows, in turn, `--rounds` steps each after one to warm up; the
 optimizer is out of the measure. Useful tokens are those that are not padding, trained or context. The bare model takes
@@ -77,6 +78,10 @@ def main() -> None:
         "ours, packed": waste(trainers["ours, packed"].train_dataset, args.length),
         "TRL, packed (bfd)": waste(trainers["TRL, packed (bfd)"].train_dataset, args.length),
     }
+    if not args.rounds:
+        for name, share in padding.items():
+            print(f"{name:<20}{len(rows):,} conversations in rows of {args.length:,}: {share:.2%} padding")
+        return
     steps = {name: stepper(each) for name, each in trainers.items()}
     steps["bare model"] = bare(trainers["ours, packed"], rows, args.batch, args.length)
     packs = [trainers["ours, packed"].train_dataset[index] for index in range(args.batch)]
