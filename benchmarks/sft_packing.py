@@ -16,7 +16,6 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from side_by_side import DEVICE, device_name
@@ -25,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.data.chats import load_conversations
 from minimind.tokenizer import load_tokenizer
+from minimind.training.arguments import DataArguments
 from minimind.training.launch import bf16_is_fast
 from minimind.training.trainers import ChatSFTTrainer
 
@@ -43,9 +43,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     tokenizer = load_tokenizer()
-    options = {"eval_files": None, "eval_ratio": 0.0, "max_eval_rows": 0, "on_bad_rows": "skip"}
-    mixing = {"mixing_temperature": None, "mixing_stop": "first_exhausted"}
-    data_args = SimpleNamespace(train_files=args.files, **options, **mixing)
+    data_args = DataArguments(train_files=args.files, eval_ratio=0.0, on_bad_rows="skip")
     rows = load_conversations(data_args, tokenizer, args.length).train.shuffle(seed=0)
     rows = rows.select(range(min(args.conversations, len(rows))))
     fields = json.loads(Path(args.model).read_text(encoding="utf-8"))
