@@ -174,7 +174,8 @@ class StageConfig(TrainingArguments):
         default=False, metadata={"help": "Go on from a checkpoint although options that decide the result changed."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the run that is in --output_dir and begin anew."}
+        default=False,
+        metadata={"help": "Delete the run in --output_dir and begin anew, unless it is this very one, interrupted."},
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser reads the parent's order)
         default="wandb", metadata={"help": "Trackers: wandb (offline where no key is found), tensorboard, none ..."}

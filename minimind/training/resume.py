@@ -212,6 +212,12 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{key}", inner
 
 
+def _changed(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """The differences that make another run, whatever the number of processes."""
+    changes = differences(saved, now)
+    return {key: pair for key, pair in changes.items() if not _is_about(key, (*INFORMATION, *WORLD))}
+
+
 def _is_about(key: str, names: Iterable[str]) -> bool:
     return key.split(".")[0] in names
 
@@ -273,6 +279,8 @@ def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
             decision = _decide(args, recipe, pipeline)
         except UserError as error:
             decision = {"error": str(error)}
+        except OSError as error:
+            decision = {"error": f"--output_dir {args.output_dir} cannot be used: {error}"}
     (decision,) = broadcast_object_list([decision])
     if "error" in decision:
         raise UserError(decision["error"])
@@ -288,11 +296,14 @@ def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
 
 def _decide(args, recipe: dict, pipeline: str) -> dict:
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    if args.overwrite_output_dir and output_dir.is_dir() and asked in ("auto", "false"):
-        clear(output_dir)
     former = _read(output_dir / RUN)
-    named = asked not in ("auto", "true", "false")
-    if (output_dir / "stage.json").exists() and not named:
+    complete = (output_dir / "stage.json").exists()
+    if args.overwrite_output_dir and output_dir.is_dir() and asked in ("auto", "false"):
+        # The same command again, after an interruption, goes on with the new run.
+        if asked == "false" or complete or _changed(former.get("recipe", {}), recipe):
+            clear(output_dir)
+            former, complete = {}, False
+    if complete and asked in ("auto", "true", "false"):
         return _complete(output_dir, former.get("recipe"), recipe)
     checkpoint, problems = _choose(output_dir, asked)
     for problem in problems:
@@ -320,12 +331,7 @@ def _read(file: Path) -> dict:
 
 def _complete(output_dir: Path, saved: dict | None, recipe: dict) -> dict:
     """The stage was finished before: fine if this is the same run again."""
-    changes = {
-        key: pair
-        for key, pair in (differences(saved, recipe) if saved else {}).items()
-        if not _is_about(key, (*INFORMATION, *WORLD))
-    }
-    if changes:
+    if changes := _changed(saved, recipe) if saved else None:
         raise UserError(
             f"--output_dir {output_dir} holds a complete run of another recipe:\n{listed(changes)}\nGive another "
             "--output_dir, or delete that run and begin again with --overwrite_output_dir true."
