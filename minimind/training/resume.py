@@ -298,11 +298,11 @@ def _decide(args, recipe: dict, pipeline: str) -> dict:
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
     former = _read(output_dir / RUN)
     complete = (output_dir / "stage.json").exists()
-    if args.overwrite_output_dir and output_dir.is_dir() and asked in ("auto", "false"):
-        # The same command again, after an interruption, goes on with the new run.
-        if asked == "false" or complete or _changed(former.get("recipe", {}), recipe):
-            clear(output_dir)
-            former, complete = {}, False
+    # The same command again, after an interruption, goes on with the run that it began anew.
+    another = asked == "false" or (asked == "auto" and (complete or _changed(former.get("recipe", {}), recipe)))
+    if args.overwrite_output_dir and output_dir.is_dir() and another:
+        clear(output_dir)
+        former, complete = {}, False
     if complete and asked in ("auto", "true", "false"):
         return _complete(output_dir, former.get("recipe"), recipe)
     checkpoint, problems = _choose(output_dir, asked)
