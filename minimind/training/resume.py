@@ -406,9 +406,8 @@ class ResumableTrainer(Trainer):
     """Mixed into the libraries' trainers; identical to them except:
 
     a checkpoint is declared whole by a manifest, and rotation keeps whole ones; a resumed run takes up what the
-    library forgets (the loss since the last log, the trackers' means, the callbacks' counts, time spent), shuffles a
-    later epoch as that epoch (the library shuffles it as the first where several processes resume in its midst, and
-    draws groups of alike lengths anew), and does not train on where the last step was done.
+    library forgets (the loss since the last log, the trackers' means, the callbacks' counts, time spent), does not
+    train on where the last step was done, and groups rows by length as it did before.
     """
 
     stage = None  # set by `Stage.announce`
@@ -523,28 +522,15 @@ class ResumableTrainer(Trainer):
             if "betas" in group:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
 
-    def _run_epoch(self, model, epoch, train_dataloader, start_time, **kwargs):
+    def _run_epoch(self, *args, start_time, **kwargs):
         self.train_began = start_time
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        set_epoch(train_dataloader, epoch)
-        super()._run_epoch(
-            model=model, epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs
-        )
+        super()._run_epoch(*args, start_time=start_time, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
-
-
-def set_epoch(dataloader, epoch: int) -> None:
-    """Tell the sampler at the bottom of a dataloader its epoch; accelerate's own call stops two wrappers above it
-    where batches are both divided among processes and skipped."""
-    sampler = getattr(dataloader, "batch_sampler", None)
-    while sampler is not None:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 class SeededEpochs(Sampler):
