@@ -52,7 +52,8 @@ HARMLESS = frozenset((
     "batch_eval_metrics", "include_for_metrics", "skip_memory_metrics", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_multiprocessing_context", "dataset_num_proc", "ddp_timeout",
-    "restore_callback_states_from_checkpoint", "torch_empty_cache_steps", "debug",
+    "restore_callback_states_from_checkpoint", "torch_empty_cache_steps", "debug", "sample_steps", "sample_prompts",
+    "sample_tokens",
     "model_config", "tokenizer", "model_name_or_path", "trust_remote_code", "model_revision",
 ))
 # fmt: on
