@@ -286,6 +286,7 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     piece = min(logits, max(PIECE[step.device == "cpu"], config.vocab_size))
     tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.pairs else 0
     tiles = tile * (c + 24 * (step.device == "cpu"))  # on a GPU one kernel folds the tile in place
+    widened = 4 * logits * (step.device == "cpu" and c == 2)  # by scatter_add_, which a CPU computes in fp32
     transient = _transient(config, step) * tokens
 
     def moment(gradients: float, layers_left: int, weight_casts: float, **parts: float) -> dict[str, float]:
@@ -297,7 +298,7 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     held = casts["head"] + casts["layer"] * layers * (not step.checkpointing)
     moments = [
         moment(before, layers, all_casts, logits=saved["head"] + 4 * logits * autocast + max(tiles, 8 * piece)),
-        moment(before, layers, held, logits=saved["head"] + c * logits + max(tiles, 12 * piece)),
+        moment(before, layers, held, logits=saved["head"] + c * logits + max(tiles, 12 * piece, widened)),
     ]
     for left in range(layers, 0, -1):
         gradients = before or outside + gradient["layer"] * (layers - left)
