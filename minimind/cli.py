@@ -19,17 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="minimind", description="Train, talk to and measure small chat models.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(
-        required=True, metavar="train"
-    )
-    train = tokenizer.add_parser("train", help="train a byte-level BPE tokenizer with ChatML on documents or chats")
-    train.add_argument("files", nargs="+", help="files, directories or globs of documents and conversations")
-    train.add_argument("--vocab_size", type=int, default=6400, help="tokens, 256 bytes and 3 specials included")
-    train.add_argument("--output_dir", required=True, help="directory to write")
-    train.add_argument(
-        "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
-    )
-    train.set_defaults(run=train_tokenizer)
+    tokenizer_commands(commands)
 
     def decoding_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("directory", help="a stage directory; adapters included")
@@ -86,6 +76,23 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--rope_theta", type=float, help="base of RoPE; a .pth does not tell")
     importing.set_defaults(run=run_import)
 
+    clean = commands.add_parser("clean", help="clean, filter and deduplicate data, with a report of each step")
+    clean.add_argument("files", nargs="+", metavar="SRC", help="files, directories or globs of rows of any kind")
+    clean.add_argument("destination", metavar="DST", help="directory to write: shards, report.json, report.html")
+    clean.add_argument("--recipe", required=True, help="YAML file with the steps, such as configs/data/pretrain.yaml")
+    clean.add_argument("--num_proc", type=int, help="processes; default: all cores. The result is the same")
+    clean.add_argument(
+        "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
+    )
+    clean.add_argument(
+        "--text_unit",
+        choices=("file", "paragraph", "line"),
+        default="file",
+        help="what one row of a txt file is (default: the whole file)",
+    )
+    clean.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    clean.set_defaults(run=run_clean)
+
     prepare = commands.add_parser(
         "prepare",
         help="tokenise and pack a corpus ahead of pretraining",
@@ -97,6 +104,58 @@ def build_parser() -> argparse.ArgumentParser:
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
     return parser
+
+
+def tokenizer_commands(commands) -> None:
+    """`minimind tokenizer train|evaluate|compare`."""
+    tokenizer = commands.add_parser("tokenizer", help="train and judge tokenizers").add_subparsers(
+        required=True, metavar="train|evaluate|compare"
+    )
+    train = tokenizer.add_parser("train", help="train a byte-level BPE tokenizer with ChatML on documents or chats")
+    train.add_argument("files", nargs="+", help="files, directories or globs of documents and conversations")
+    train.add_argument("--vocab_size", type=int, default=6400, help="tokens, 256 bytes and 3 specials included")
+    train.add_argument(
+        "--pre_tokenizer", default="qwen2", help="llama.cpp's name of the rule that splits text before merging"
+    )
+    train.add_argument("--min_frequency", type=int, default=0, help="merge no pair that is rarer")
+    train.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        type=domain_weight,
+        metavar="DOMAIN=WEIGHT",
+        help="how often the texts of a domain count (a row's 'source', else the name of its file): 0.25 takes every "
+        "fourth, 0 none; others count once",
+    )
+    train.add_argument("--output_dir", required=True, help="directory to write")
+    train.set_defaults(run=run_tokenizer_train)
+
+    evaluate = tokenizer.add_parser("evaluate", help="measure what a tokenizer makes of texts")
+    evaluate.add_argument("directory", help="a directory with tokenizer.json, or 'default'")
+    evaluate.add_argument("files", nargs="+", help="documents and conversations, best held-out ones")
+    evaluate.set_defaults(run=run_tokenizer_evaluate)
+
+    compare = tokenizer.add_parser("compare", help="measure tokenizers side by side on the same texts")
+    compare.add_argument("directories", nargs="+", help="directories with tokenizer.json, or 'default'; at least two")
+    compare.add_argument("--files", nargs="+", required=True, help="documents and conversations, best held-out ones")
+    compare.set_defaults(run=run_tokenizer_compare)
+
+    for name, command in {"evaluate": evaluate, "compare": compare}.items():
+        command.set_defaults(command=name)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument("--save", metavar="FILE", help="also write the report: .svg, .html or .txt")
+    for command in (train, evaluate, compare):
+        command.add_argument(
+            "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
+        )
+
+
+def domain_weight(text: str) -> tuple[str, float]:
+    """A domain and its weight, from "domain=weight"."""
+    domain, _, weight = text.rpartition("=")
+    if not domain:
+        raise ValueError(text)
+    return domain, float(weight)
 
 
 @reports_user_errors
@@ -114,20 +173,68 @@ def main(argv: list[str] | None = None) -> None:
 # The imports below stand inside the functions, so that `minimind --help` answers without loading torch.
 
 
-def train_tokenizer(args: argparse.Namespace) -> None:
+def run_tokenizer_train(args: argparse.Namespace) -> None:
     """`minimind tokenizer train`."""
+    import time
     from pathlib import Path
 
-    from minimind.data.conversations import to_text
-    from minimind.data.files import read_rows
     from minimind.tokenizer import save_tokenizer, train_tokenizer
+    from minimind.tokenizer.texts import read_texts, weighted
 
     print(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}", flush=True)
-    texts = (row.data for row in read_rows(args.files, args.on_bad_rows, to_text))
-    tokenizer = train_tokenizer(texts, args.vocab_size)
+    began = time.perf_counter()
+    texts = weighted(read_texts(args.files, args.on_bad_rows), dict(args.weights))
+    tokenizer = train_tokenizer((text.text for text in texts), args.vocab_size, args.pre_tokenizer, args.min_frequency)
     save_tokenizer(tokenizer, Path(args.output_dir))
     fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
-    print(f"{len(tokenizer):,} tokens{fewer} -> {args.output_dir}")
+    print(f"{len(tokenizer):,} tokens{fewer} in {time.perf_counter() - began:.0f} s -> {args.output_dir}")
+
+
+def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
+    """`minimind tokenizer evaluate`."""
+    from minimind.tokenizer import judging, report
+    from minimind.tokenizer.texts import read_texts
+
+    report.check_save(args.save)
+    texts = read_texts(args.files, args.on_bad_rows, "tokenising")
+    result = judging.evaluate(tokenizer_directory(args.directory), texts)
+    print_report(args, result, report.evaluation_tables)
+
+
+def run_tokenizer_compare(args: argparse.Namespace) -> None:
+    """`minimind tokenizer compare`."""
+    from minimind.tokenizer import judging, report
+    from minimind.tokenizer.texts import read_texts
+
+    if len(args.directories) < 2:
+        raise UserError("compare: found one directory, expected at least two: compare DIR DIR --files FILE.")
+    report.check_save(args.save)
+    directories = [tokenizer_directory(directory) for directory in args.directories]
+    texts = read_texts(args.files, args.on_bad_rows, "tokenising")
+    result = judging.compare(directories, texts)
+    print_report(args, result, report.comparison_tables)
+
+
+def tokenizer_directory(name: str) -> str:
+    """A tokenizer's directory as given; "default" is the one that ships with the package."""
+    from pathlib import Path
+
+    from minimind.tokenizer import DEFAULT_TOKENIZER
+
+    return str(DEFAULT_TOKENIZER) if name == "default" and not Path(name).exists() else name
+
+
+def print_report(args: argparse.Namespace, result: dict, tables) -> None:
+    """Print a result as JSON or as tables."""
+    import json
+
+    from minimind.tokenizer.report import show
+
+    if args.json:
+        json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
+        print()
+    if args.save or not args.json:
+        show(tables(result), f"minimind tokenizer {args.command}", args.save, quiet=args.json)
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -200,6 +307,17 @@ def run_import(args: argparse.Namespace) -> None:
     for note in report.notes:
         print(f"  note: {note}")
     print(f"-> {args.destination}")
+
+
+def run_clean(args: argparse.Namespace) -> None:
+    """`minimind clean`."""
+    import json
+
+    from minimind.data.cleaning import clean
+    from minimind.data.cleaning.report import report_text
+
+    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit)
+    print(json.dumps(report, ensure_ascii=False) if args.json else report_text(report))
 
 
 def run_prepare(args: argparse.Namespace) -> None:

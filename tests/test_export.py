@@ -19,7 +19,7 @@ from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceCla
 from minimind.checkpoints import load_model, weights_hash
 from minimind.export.gguf import pre_tokenizer_name
 from minimind.export.layouts import obstacles
-from minimind.tokenizer import CHAT_TEMPLATE, SPLIT_PATTERN, load_tokenizer
+from minimind.tokenizer import CHAT_TEMPLATE, PRE_TOKENIZERS, SPLIT_PATTERN, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
 
@@ -407,6 +407,9 @@ def test_the_pre_tokenizers_of_this_project_and_of_gpt_2_are_known_by_their_rule
     assert pre_tokenizer_name(tokenizer) == "qwen2"
     assert pre_tokenizer_name(load_tokenizer()) == "qwen2"
     assert pre_tokenizer_name(byte_level_tokenizer(GPT2)) == "gpt-2"
+    assert {rule: pre_tokenizer_name(byte_level_tokenizer(steps)) for rule, steps in PRE_TOKENIZERS.items()} == {
+        "qwen2": "qwen2", "qwen35": "qwen35", "smollm": "smollm", "gpt-2": "gpt-2"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -443,8 +446,9 @@ def test_a_tokenizer_that_does_more_than_merge_bytes_is_refused(tokenizer):
             pre_tokenizer_name(changed(change))
 
 
-def test_a_gpt_2_tokenizer_is_exported_too(tmp_path, stages):
-    other = byte_level_tokenizer(GPT2)
+@pytest.mark.parametrize("rule", PRE_TOKENIZERS)
+def test_a_tokenizer_of_every_known_rule_is_exported(rule, tmp_path, stages):
+    other = byte_level_tokenizer(PRE_TOKENIZERS[rule])
     other.add_tokens(["<think>"])  # not special, and never cut
     torch.manual_seed(0)
     special = {

@@ -2,13 +2,25 @@ import gzip
 import json
 import logging
 import os
+import shutil
+from pathlib import Path
 
+import datasets
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimind.data import files
-from minimind.data.files import BadRowError, BadRows, expand, read_documents, read_rows
+from minimind.data import files, formats
+from minimind.data.files import (
+    BadRowError,
+    BadRows,
+    content_hash,
+    expand,
+    read_documents,
+    read_rows,
+    total_size,
+)
 from minimind.errors import UserError
 
 GOOD = '{"text": "good"}\n'
@@ -32,6 +44,11 @@ def refusal(action):
 
 TWO = [{"text": "一"}, {"text": "two"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO)
+SKIPPABLE_FRAME = bytes.fromhex("502a4d18 04000000 00000000")  # RFC 8878, section 3.1.2
+
+
+def zstd(data):
+    return pa.compress(data, codec="zstd", asbytes=True)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +58,12 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO)
         ("a.jsonl", "\n" + LINES.replace("\n", "\r\n\r\n"), ["2", "4"]),
         ("a.JSONL", b"\xef\xbb\xbf" + LINES.encode(), ["1", "2"]),
         ("a.jsonl.gz", gzip.compress(LINES.encode()), ["1", "2"]),
+        ("a.ndjson", LINES, ["1", "2"]),
+        ("a.JSONL.GZ", gzip.compress(LINES[:14].encode()) + gzip.compress(LINES[14:].encode()), ["1", "2"]),
+        ("a.jsonl.zst", zstd(LINES.encode()), ["1", "2"]),
+        ("a.jsonl.zst", zstd(LINES[:14].encode()) + SKIPPABLE_FRAME + zstd(LINES[14:].encode()), ["1", "2"]),
+        ("a.json.zst", zstd(json.dumps(TWO, indent=2).encode()), ["2", "5"]),
+        ("a.csv.zst", zstd("text\n一\ntwo\n".encode()), ["2", "3"]),
         ("a.json", LINES, ["1", "2"]),
         ("a.json", json.dumps(TWO), ["1", "1"]),
         ("a.json", b"\xef\xbb\xbf" + json.dumps(TWO, indent=2, ensure_ascii=False).encode(), ["2", "5"]),
@@ -61,8 +84,151 @@ def test_parquet_gives_its_rows_with_their_row_numbers_across_batches(tmp_path):
     assert rows_of(str(path)) == [(f"row {i + 1}", row) for i, row in enumerate(data)]
 
 
-def test_a_txt_file_is_one_document(tmp_path):
-    assert list(read_documents([write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\n")])) == ["one\n\ntwo\n"]
+@pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_gives_its_rows_with_their_row_numbers_across_batches(tmp_path, make):
+    path = tmp_path / "a.arrow"
+    data = [{"text": str(i), "messages": [{"role": "user"}]} for i in range(2500)]
+    table = pa.Table.from_pylist(data)
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    assert rows_of(str(path)) == [(f"row {i + 1}", row) for i, row in enumerate(data)]
+
+
+def test_a_dataset_saved_to_disk_gives_its_rows_and_not_what_else_lies_there(tmp_path):
+    datasets.Dataset.from_list(TWO).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "cache-0123.arrow").write_bytes(b"left by map")
+    assert list(read_documents([str(tmp_path / "saved")])) == ["一", "two"]
+
+
+def test_a_saved_dataset_of_several_splits_is_refused_with_their_names(tmp_path):
+    split = datasets.Dataset.from_list(TWO)
+    datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "saved")
+    message = refusal(lambda: expand([str(tmp_path / "saved")]))
+    assert all(str(tmp_path / "saved" / name) in message for name in ("train", "test"))
+    assert list(read_documents([str(tmp_path / "saved" / "train")])) == ["一", "two"]
+
+
+TEXT = b"\xef\xbb\xbfone\r\n still one\r\n\r\n \r\n\r\ntwo\n\n"
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("file", [("1", "one\n still one\n\n \n\ntwo\n\n")]),
+        ("paragraph", [("1", "one\n still one"), ("6", "two")]),
+        ("line", [("1", "one"), ("2", " still one"), ("6", "two")]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_txt_file_is_one_document_or_its_paragraphs_or_its_lines(tmp_path, name, unit, expected):
+    path = write(tmp_path / name, gzip.compress(TEXT) if name.endswith(".gz") else TEXT)
+    assert rows_of(path, text_unit=unit) == [(place, {"text": text}) for place, text in expected]
+
+
+def test_an_unknown_text_unit_is_refused(tmp_path):
+    path = write(tmp_path / "a.txt", "text")
+    assert "found 'word', expected file, paragraph, line" in refusal(lambda: read_rows([path], text_unit="word"))
+
+
+@pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
+def test_a_row_beyond_the_limit_is_refused_and_the_others_are_read(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(formats, "ROW_LIMIT", 40)
+    monkeypatch.setattr(formats, "BUFFER", 16)
+    path = write(tmp_path / "a.txt", "one\n\n" + "x" * 100 + "\n\n" + "y\n" * 19 + "\nthree")
+    if unit == "file":
+        assert "--text_unit paragraph" in refusal(lambda: list(read_rows([path], "skip")))
+    else:
+        kept = list(read_documents([path], "skip", text_unit=unit))
+        assert kept == ["one", *(["\n".join("y" * 19)] if unit == "paragraph" else "y" * 19), "three"]
+        message = refusal(lambda: list(read_rows([path], "error", text_unit=unit)))
+        assert message.startswith(f"{path}:3: found a row of more than 40 bytes, expected shorter rows")
+
+
+def test_a_jsonl_line_beyond_the_limit_is_a_bad_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "ROW_LIMIT", 40)
+    lines = [json.dumps({"text": "x" * length}) for length in (1, 60, 200, 28, 27)]  # 12 bytes around each text
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    assert [len(text) for text in read_documents([path], "skip")] == [1, 27]
+    assert refusal(lambda: list(read_rows([path], "error"))).startswith(f"{path}:2: found a row of more than 40 bytes")
+
+
+def test_a_list_is_read_as_it_goes_and_its_values_may_be_larger_than_the_buffer(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "BUFFER", 8)
+    data = [{"text": "狐狸" * 100, "n": -12.5e-3}, {"text": "\\u4e00 \\", "more": [1, [True, None]]}]
+    path = write(tmp_path / "a.json", "\ufeff \n[ \n" + ",\n\n".join(map(json.dumps, data)) + "\n ] \n")
+    assert rows_of(path) == [("3", data[0]), ("5", data[1])]
+
+
+def test_a_mistake_in_a_list_is_found_where_it_is_whatever_the_buffer(tmp_path, monkeypatch):
+    text = '[\n{"text": "one"},\n {"text": "two", "n": 17, "狐": tru},\n{"text": "three"}\n]'
+    line, column = next((i, row.index("tru") + 1) for i, row in enumerate(text.split("\n"), 1) if "狐" in row)
+    for size in (1, 3, 16, 33, 1 << 20):
+        monkeypatch.setattr(formats, "BUFFER", size)
+        path = write(tmp_path / "a.json", text)
+        assert f"{path}:{line}: not JSON at column {column} (Expecting value)" in refusal(
+            lambda path=path: list(read_rows([path]))
+        )
+
+
+def test_the_memory_of_reading_does_not_grow_with_the_files(tmp_path):
+    def make(directory, rows):
+        data = [{"text": f"{i} " + "the fox runs home " * 200} for i in range(rows)]
+        table, lines = pa.Table.from_pylist(data), "".join(json.dumps(row) + "\n" for row in data)
+        for name, content in [
+            ("a.jsonl", lines.encode()),
+            ("a.jsonl.gz", gzip.compress(lines.encode(), 1)),
+            ("a.jsonl.zst", zstd(lines.encode())),
+            ("a.json", json.dumps(data).encode()),
+            ("a.csv", b"text\n" + "\n".join(row["text"] for row in data).encode()),
+            ("a.txt", "\n".join(row["text"] for row in data).encode()),
+        ]:
+            write(directory / name, content)
+        pq.write_table(table, directory / "a.parquet", compression="none", use_dictionary=False)
+        with pa.OSFile(str(directory / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+        return str(directory)
+
+    def growth(directory):
+        process = psutil.Process()
+        before, sizes, rows = process.memory_info().rss, [], 0
+        for rows, _ in enumerate(read_documents([directory], text_unit="line"), 1):
+            if rows % 50 == 0:
+                sizes.append(process.memory_info().rss)
+        return max(sizes) - before, rows
+
+    small, large = make(tmp_path / "small", 1_000), make(tmp_path / "large", 10_000)
+    growth(small)  # fills buffers that are kept
+    grown, rows = growth(large)
+    assert rows == 8 * 10_000
+    assert grown < 18e6 < (tmp_path / "large" / "a.json").stat().st_size / 2
+
+
+def test_progress_adds_up_to_the_size_of_the_files_as_they_lie_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "BUFFER", 4096)
+    lines = "".join(json.dumps({"text": f"{i * 7919 % 10007} fox"}) + "\n" for i in range(40_000)).encode()
+    write(tmp_path / "a.jsonl", lines)
+    write(tmp_path / "b.jsonl.gz", gzip.compress(lines))
+    write(tmp_path / "c.jsonl.zst", zstd(lines))
+    table = pa.Table.from_pylist([json.loads(line) for line in lines.splitlines()])
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pa.OSFile(str(tmp_path / "e.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    for path in sorted(tmp_path.glob("?.*")):
+        steps, done, at = [], [], []
+        for row, _ in enumerate(read_rows([str(path)], progress=steps.append), 1):
+            if row in (10_000, 30_000):
+                done.append(sum(steps) / path.stat().st_size)
+                at.append(row / 40_000)
+        assert sum(steps) == path.stat().st_size
+        assert all(step > 0 for step in steps)
+        slack = 0.05 + (2**16 / path.stat().st_size if path.suffix in (".gz", ".zst") else 0)  # what is read ahead
+        assert all(abs(share - expected) <= slack for share, expected in zip(done, at, strict=True)), path
+    everything = expand([str(tmp_path)])
+    steps = []
+    assert sum(1 for _ in read_rows([str(tmp_path)], progress=steps.append)) == 6 * 40_000
+    assert sum(steps) == total_size(everything) == sum(path.stat().st_size for path in everything)
 
 
 def test_a_csv_row_over_several_lines_has_the_number_of_its_first_line(tmp_path):
@@ -136,6 +302,56 @@ def test_files_directories_and_globs_mix_and_give_each_file_once(tmp_path):
         write(tmp_path / name, GOOD)
     given = [str(tmp_path / "b.jsonl"), str(tmp_path / "*.jsonl"), str(tmp_path), str(tmp_path / "**" / "*.csv")]
     assert [str(path.relative_to(tmp_path)) for path in expand(given)] == ["b.jsonl", "a.jsonl", "deep/er/c.csv"]
+
+
+def test_links_are_followed_and_give_each_file_once_even_where_they_go_round(tmp_path):
+    write(tmp_path / "store" / "a.jsonl", GOOD)
+    write(tmp_path / "store" / "deep" / "b.jsonl", GOOD)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "linked").symlink_to(tmp_path / "store")
+    (data / "linked-again").symlink_to(tmp_path / "store")
+    (data / "c.jsonl").symlink_to(tmp_path / "store" / "a.jsonl")
+    (tmp_path / "store" / "up").symlink_to(tmp_path)
+    (tmp_path / "store" / "self").symlink_to(tmp_path / "store")
+    for given in ([str(data)], [str(data), str(tmp_path)], [f"{tmp_path}/**"], [f"{data}/*"]):
+        assert {file.resolve().name for file in expand(given)} == {"a.jsonl", "b.jsonl"}
+        assert len(expand(given)) == 2
+
+
+def test_a_glob_gives_directories_as_a_shell_would_and_hidden_names_only_where_it_spells_them(tmp_path):
+    for name in ["one/a.jsonl", ".hidden/b.jsonl", "two.jsonl/c.csv", "two.jsonl/.d.csv"]:
+        write(tmp_path / name, GOOD)
+    expected = {"*": ["a.jsonl", "c.csv"], "*.jsonl": ["c.csv"], ".hid*/*": ["b.jsonl"], ".hidden/*": ["b.jsonl"]}
+    assert {pattern: [f.name for f in expand([f"{tmp_path}/{pattern}"])] for pattern in expected} == expected
+
+
+def test_what_cannot_be_looked_into_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", GOOD)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def no_permission(path):  # modes do not bind every user who runs tests
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", no_permission)
+    message = refusal(lambda: expand([str(tmp_path)]))
+    assert message.startswith(f"{tmp_path}: cannot be looked up")
+    assert "Permission denied" in message
+    assert str(closed) in message
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", GOOD)
+
+    def no_permission(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", no_permission)
+    assert refusal(lambda: list(read_rows([path]))).startswith(f"{path}: cannot be read ([Errno 13] Permission denied")
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
@@ -266,3 +482,65 @@ def test_a_large_file_is_hashed_again_only_if_its_size_or_time_changed(tmp_path,
     path.write_bytes(b"longer")
     os.utime(path, ns=(10, 20))
     assert files.content_hash([path]) not in (first, second)
+
+
+@pytest.fixture
+def cached_dataset(tmp_path, monkeypatch):
+    """owner/name with the config "zh" and the splits train and test, as `datasets` keeps it after a download."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    splits = {name: write(tmp_path / f"{name}.jsonl", f'{{"text": "{name}"}}\n' + GOOD) for name in ("train", "test")}
+    builder = datasets.load_dataset_builder("json", "zh", data_files=splits, cache_dir=str(tmp_path / "built"))
+    builder.download_and_prepare()
+    cached = tmp_path / "hub" / "owner___name" / "zh" / "0.0.0" / "0123abcd"
+    shutil.copytree(builder.cache_dir, cached)
+    for path in cached.glob("json-*"):
+        path.rename(cached / path.name.replace("json-", "name-"))
+    facts = json.loads((cached / "dataset_info.json").read_text())
+    (cached / "dataset_info.json").write_text(json.dumps(facts | {"config_name": "zh", "dataset_name": "name"}))
+
+
+@pytest.mark.parametrize(
+    ("given", "split"),
+    [("", "train"), (":zh", "train"), (":zh:test", "test"), ("::test", "test"), ("@0123abcd", "train")],
+)
+def test_a_dataset_of_the_hub_gives_the_rows_of_one_split(cached_dataset, given, split):
+    spelling = f"hf://datasets/owner/name{given}"
+    found = list(read_rows([spelling], "skip", progress=pytest.fail))
+    assert found == [(f"{spelling}:row 1", {"text": split}), (f"{spelling}:row 2", {"text": "good"})]
+    (file,) = expand([spelling])
+    assert str(file) == spelling
+    assert total_size([file]) == 0
+    assert list(read_rows([file])) == found
+
+
+def test_the_hash_of_a_dataset_of_the_hub_follows_its_split_and_revision(cached_dataset, tmp_path):
+    def hash_of(given):
+        return content_hash(expand([f"hf://datasets/owner/name{given}"]))
+
+    first = hash_of("")
+    assert first == hash_of(":zh:train") != hash_of(":zh:test")
+    (cached,) = (tmp_path / "hub" / "owner___name" / "zh" / "0.0.0").iterdir()
+    cached.rename(cached.with_name("4567ef"))
+    assert hash_of("") != first
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "hf://datasets/owner/other",
+            ["ConnectionError", "HF_HUB_OFFLINE", "https://huggingface.co/datasets/owner/other"],
+        ),
+        ("hf://datasets/owner/name:en", ["ValueError", "'en'", "'zh'", "Check the name, config and split"]),
+        ("hf://datasets/owner/name:zh:dev", ["Bad split: dev", "['train', 'test']"]),
+        ("hf://datasets/owner/name@v2", ["only revision 0123abcd is in the cache"]),
+        ("hf://datasets/json", ["cannot be read"]),
+        ("hf://datasets/owner/name/train.jsonl", ["not the name of a dataset", "expected hf://datasets/OWNER/NAME"]),
+        ("hf://datasets/", ["not the name of a dataset"]),
+        ("owner/name", ["does not exist", "or hf://datasets/OWNER/NAME"]),
+    ],
+)
+def test_a_dataset_out_of_reach_is_one_clear_message(cached_dataset, given, words):
+    message = refusal(lambda: list(read_rows([given])))
+    assert message.startswith(f"{given}: ")
+    assert all(word in message for word in words), message

@@ -109,7 +109,8 @@ def add_system(data: dict, messages: list[Message]) -> list[Message]:
 def check_order(messages: Sequence[Message], name: str = "messages") -> None:
     """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text."""
     for index, message in enumerate(messages):
-        check_text(message["content"], f"{name}[{index}]")
+        if "\0" in message["content"]:  # before the name is made, since there are many messages
+            check_text(message["content"], f"{name}[{index}]")
     first = 1 if messages and messages[0]["role"] == "system" else 0
     for index, message in enumerate(messages[first:], first):
         expected = TURNS[(index - first) % 2]

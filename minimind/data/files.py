@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ __all__ = [
     "check_text",
     "content_hash",
     "expand",
+    "parsables",
     "read_documents",
     "read_rows",
     "shown",
@@ -179,8 +181,12 @@ def _matches(pattern: Path) -> list[Path]:
     """What a glob matches, sorted; hidden names only where the pattern spells them out. Raises ValueError."""
     root = Path(pattern.anchor)
     matches = root.glob(str(pattern.relative_to(root)))  # unlike glob.glob it stays out of loops of links
-    spelled = set(pattern.parts)
-    return sorted(m for m in matches if not any(part.startswith(".") for part in set(m.parts) - spelled))
+    spelled = [part for part in pattern.parts if part.startswith(".")]
+
+    def is_asked_for(part: str) -> bool:
+        return not part.startswith(".") or any(fnmatchcase(part, each) for each in spelled)
+
+    return sorted(match for match in matches if all(map(is_asked_for, match.parts)))
 
 
 def _search(top: Path) -> list[Path]:
@@ -292,7 +298,7 @@ def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Pr
     try:
         for file in files:
             before = total
-            for place, parse in _parsables(file, text_unit, progress):
+            for place, parse in parsables(file, text_unit, progress):
                 total += 1
                 try:
                     row = Row(f"{file}:{place}", convert(parse()))
@@ -308,7 +314,8 @@ def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Pr
     bad.finish(total)
 
 
-def _parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
+def parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
+    """The rows of one of `expand`'s files, each as its place and a function that parses it or raises BadRowError."""
     return file.rows() if isinstance(file, HubDataset) else read_file(file, text_unit, progress)
 
 

