@@ -204,12 +204,14 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     E, H, D = config.hidden_size, config.num_attention_heads, config.head_dim
     A, K = H * D, config.num_key_value_heads * D
     named = dict(core(model).named_modules())
-    layer = {name.removeprefix("model.layers.0."): m for name, m in named.items() if name.startswith("model.layers.0.")}
+    layer = {
+        name.removeprefix("model.layers.0."): m for name, m in named.items() if name.startswith("model.layers.0.")
+    }
     norms_trained = layer["input_layernorm"].weight.requires_grad
 
     def norm(width: int, of_stream: bool) -> float:
         """The input in fp32, its scale, and the normed input if the weight is trained; see MiniMindRMSNorm."""
-        fused = of_stream and not step.pure_half or not half
+        fused = (of_stream and not step.pure_half) or not half
         dtype = 4 if fused else c
         return 4 * width + 4 + dtype * width * (norms_trained and not (fused and cuda))
 

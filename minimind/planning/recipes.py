@@ -200,8 +200,8 @@ def stage_of(path: Path, overrides: Sequence[str]) -> str:
         fitting = [_stage_of_data(files if isinstance(files, list) else [files])]
     if len(fitting) > 1:
         raise UserError(
-            f"{path} could be a recipe of {' or '.join(fitting)}. Say which with --stage {'|'.join(STAGES)}, or put it "
-            "into a folder of that name."
+            f"{path} could be a recipe of {' or '.join(fitting)}. Say which with --stage {'|'.join(STAGES)}, or put "
+            "it into a folder of that name."
         )
     return "lora" if fitting[0] == "sft" and uses_peft else fitting[0]
 
@@ -250,7 +250,9 @@ def count_blocks(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, o
         first = packing.add(ids)
         filled = len(ids) / limit if options.packing_strategy == "wrapped" else len(first.lengths)
         filled += len(packing.finish().lengths)
-        held_out = 0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / len(documents) / scale)
+        held_out = (
+            0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / len(documents) / scale)
+        )
         rows.append(filled * scale * (1 - held_out))
         tokens.append(len(ids) * scale * (1 - held_out))
     wanted = rows_per_epoch(place.sources, rows, data_args.mixing_temperature, data_args.mixing_stop)
@@ -312,7 +314,7 @@ def padded_length(lengths: Sequence[int], batch_size: int) -> float:
 
 
 def sample(files: Sequence, convert: Callable, data_args: DataArguments, total: int) -> tuple[list, float]:
-    """Rows from the beginning of every file, SAMPLE bytes in all, and how many times more there are; raises UserError."""
+    """Rows from the beginning of every file, SAMPLE bytes in all, and how many times more there are."""
     rows: list = []
     taken = 0
     for file in files:
