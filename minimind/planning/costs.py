@@ -1,8 +1,8 @@
 """What one training step of a MiniMind computes and holds, from shapes alone.
 
 The model is built on the meta device, which allocates nothing, so that parameters, adapters and tied weights are the
-real model's. What autograd keeps is counted operation by operation from `modeling_minimind.py`; `tests/test_planning.py`
-holds every count against the real thing.
+real model's. What autograd keeps is counted operation by operation from `modeling_minimind.py`, and every count is
+held against the real thing in `tests/test_planning.py`.
 
 Symbols: B rows, S length, E hidden_size, A = heads * head_dim, K = key/value heads * head_dim, I inner width, V
 vocabulary.
@@ -35,9 +35,9 @@ DPO_TILE = 4096  # positions that TRL's head projects at a time
 class Step:
     """How a training step is run on each device.
 
-    `length` is that of the longest row. `pairs`: each row is a preference pair, so two sequences. `reference`: "copy" is
-    DPO's frozen second model, "adapter" the same model without its adapter. `masked`: rows come with an attention mask
-    of their own, because they are padded or hold several documents. `zero_stage` None is a run without DeepSpeed.
+    `length` is that of the longest row. `pairs`: each row is a preference pair, so two sequences. `reference`: "copy"
+    is DPO's frozen second model, "adapter" the same model without its adapter. `masked`: rows come with an attention
+    mask of their own, because they are padded or hold several documents. `zero_stage` None is a run without DeepSpeed.
     """
 
     batch_size: int
@@ -153,9 +153,10 @@ def attended(step: Step) -> int:
 def flops(model: nn.Module, step: Step) -> dict[str, float]:
     """Floating-point operations of the matrix products of one micro-batch, forward and backward.
 
-    `model`: what the mathematics needs (what MFU is measured by, Chowdhery et al., 2022, appendix B): 2 for each weight
-    and position forward, 2 for the gradient of its input, 2 for that of the weight if trained. `hardware`: what is
-    executed, also what checkpointing and TRL's head compute a second time and the reference model of DPO.
+    `model`: what the mathematics needs, by which MFU is measured (Chowdhery et al., 2022, appendix B): 2 for each
+    weight and position forward, 2 for the gradient of its input, 2 for that of the weight if trained; for DPO also the
+    reference model's forward. `hardware`: what is executed, so also what checkpointing and TRL's head compute a second
+    time.
     """
     config = model.config
     embedding_trained = core(model).get_input_embeddings().weight.requires_grad
@@ -263,11 +264,10 @@ ADAMW, MUON = 8, 4
 
 
 def memory(model: nn.Module, step: Step) -> dict[str, float]:
-    """Bytes per device at the moment of a step that needs most, by part; "peak" is their sum, "host" what is offloaded.
+    """Bytes per device at the moment of a step that needs most, by part, and "peak", their sum; "host" lies elsewhere.
 
-    The moments looked at are the end of the forward, where accelerate holds the logits in fp32 as well, the gradient of
-    the logits, the backward of each layer, and the optimizer's step. What DeepSpeed divides among the processes is that
-    of Rajbhandari et al., 2020 (section 5): the optimizer's states from stage 1, gradients from 2, weights from 3.
+    The moments looked at are the end of the forward, where accelerate holds the logits in fp32 as well, the gradient
+    of the logits, the backward of each layer, and the optimizer's step.
     """
     config, counts = model.config, parameter_counts(model)
     layers, tokens, c = config.num_hidden_layers, step.tokens, step.width
@@ -329,7 +329,11 @@ def _transient(config: MiniMindConfig, step: Step) -> float:
 
 
 def model_states(model: nn.Module, step: Step) -> dict[str, float]:
-    """Bytes of weights, gradients, optimizer and DPO's reference on each device, and of what lies on the "host"."""
+    """Bytes of weights, gradients, optimizer and DPO's reference on each device, and of what lies on the "host".
+
+    What DeepSpeed divides among the processes is that of Rajbhandari et al., 2020 (section 5): the optimizer's states
+    from stage 1, gradients from 2, weights from 3.
+    """
     named = list(model.named_parameters())
     total, trained = sum(p.numel() for _, p in named), sum(p.numel() for _, p in named if p.requires_grad)
     # The matrices that optimizers.build_optimizer gives to Muon.

@@ -23,6 +23,7 @@ from minimind.planning.costs import Step, flops, memory
 from minimind.planning.devices import Device, this_device
 from minimind.planning.plans import gib
 from minimind.planning.recipes import Recipe
+from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.launch import is_main_process
 
 MEASURED_STEPS = 5
@@ -212,15 +213,14 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="minimind-plan-") as directory:
         report = Path(directory) / "report.json"
         words = [*recipe.words, "--output_dir", f"{directory}/run", "--max_steps", str(steps), "--report_to", "none"]
-        parent = recipe.parent
+        parent, tokenizer_dir = recipe.parent, getattr(recipe.options, "tokenizer", None)
         if parent and not Path(parent).is_dir():
             config, tokenizer, _ = recipe.starting_point()
             AutoModelForCausalLM.from_config(config).save_pretrained(f"{directory}/parent")
             tokenizer.save_pretrained(f"{directory}/parent")
             words += ["--model_name_or_path", f"{directory}/parent"]
-        elif recipe.stage == "pretrain" and not parent and recipe.options.tokenizer:
-            if not Path(recipe.options.tokenizer).exists():
-                words += ["--tokenizer", str(Path(__file__).parents[1] / "tokenizer" / "default")]
+        elif not parent and tokenizer_dir and not Path(tokenizer_dir).exists():
+            words += ["--tokenizer", str(DEFAULT_TOKENIZER)]
         command = [sys.executable, "-m", __name__, str(script), str(report), *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not report.is_file():

@@ -271,7 +271,7 @@ def plans_as_json(plans: Sequence[Plan], price: Price | None) -> dict:
 
 def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     """Print the plans side by side, what they rest on, and what does not fit."""
-    device, processes = plans[0].device, plans[0].step.processes
+    processes = plans[0].step.processes
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for plan in plans:
