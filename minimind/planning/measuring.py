@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 
@@ -69,13 +70,19 @@ class StepMeter(TrainerCallback):
         self.trainer, self.steps = trainer, steps
         self.seconds: list[float] = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        models = [self.trainer.model, getattr(self.trainer, "ref_model", None)]
-        tensors = {p for model in models if model is not None for p in model.parameters()}
-        self.peak = PeakMemory(args.device, sum(p.numel() * p.element_size() for p in tensors))
-
     def on_step_begin(self, args, state, control, **kwargs):
+        if len(self.seconds) == 1:  # the first step loads code and makes the optimizer's states
+            self.peak = PeakMemory(args.device, sum(t.numel() * t.element_size() for t in self._standing()))
         self.began = time.perf_counter()
+
+    def _standing(self) -> Iterator[torch.Tensor]:
+        """The tensors that are there between two steps."""
+        models = [self.trainer.model, getattr(self.trainer, "ref_model", None)]
+        yield from {parameter for model in models if model is not None for parameter in model.parameters()}
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        for part in getattr(optimizer, "parts", [optimizer]):
+            for state in part.state.values():
+                yield from (value for value in state.values() if torch.is_tensor(value))
 
     def on_step_end(self, args, state, control, **kwargs):
         if len(self.seconds) >= self.steps:
@@ -119,8 +126,6 @@ class PlanCallback(StepMeter):
     def on_train_begin(self, args, state, control, **kwargs):
         left = state.max_steps - state.global_step
         self.steps = min(WATCHED_STEPS, left) if left >= MEASURED_STEPS and is_main_process() else 0
-        if self.steps:
-            super().on_train_begin(args, state, control, **kwargs)
 
     def finished(self, state) -> None:
         try:
