@@ -17,7 +17,8 @@ GIB = 2**30
 class Device:
     """Peaks in FLOP/s of dense matrix products with fp32 accumulation; `utilisation` is the assumed MFU.
 
-    `reserved`: bytes that a process holds beside its tensors (context, libraries' workspaces, gaps between blocks).
+    A process holds more than its tensors: `reserved` bytes (context, code, libraries' workspaces), and `gaps`, the
+    share that lies between them in the allocator's blocks.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Device:
     memory: float
     utilisation: float
     reserved: float
+    gaps: float
     source: str
 
     def peak(self, precision: str) -> float:
@@ -36,14 +38,21 @@ class Device:
     @property
     def usable(self) -> float:
         """Bytes for a run's tensors."""
-        return self.memory - self.reserved
+        return (self.memory - self.reserved) / (1 + self.gaps)
+
+    def account(self, tensors: float) -> float:
+        """What this device's own account says of so many bytes of tensors: on a CPU it is that of the process."""
+        return tensors * (1 + self.gaps) if self.kind == "cpu" else tensors
+
+
+# Bytes and share that a process takes beside its tensors, allowances of ours: a card's context and its allocator's
+# gaps; on a CPU, glibc keeps a fifth to a third more than a step's tensors (benchmarks/plan_memory.py).
+CUDA_ALLOWANCES = (0.75 * GIB, 0.05)
+CPU_ALLOWANCES = (1.5 * GIB, 0.25)
 
 
 def _card(name: str, half: float, fp32: float, gib: float, utilisation: float, source: str) -> Device:
-    # 0.75 GiB of context and workspaces, and 4 % that lie in gaps: allowances of ours.
-    return Device(
-        name, "cuda", half * 1e12, fp32 * 1e12, gib * GIB, utilisation, 0.75 * GIB + 0.04 * gib * GIB, source
-    )
+    return Device(name, "cuda", half * 1e12, fp32 * 1e12, gib * GIB, utilisation, *CUDA_ALLOWANCES, source)
 
 
 # Peaks and memory from the makers' documents, without sparsity. The utilisations are assumptions: what training
@@ -81,8 +90,7 @@ def this_device() -> Device:
     if known:
         return replace(known, name=name, memory=memory)
     peaks = {dtype: matmul_peak("cuda", dtype) for dtype in (torch.bfloat16, torch.float32)}
-    reserved = 0.75 * GIB + 0.04 * memory
-    return Device(name, "cuda", *peaks.values(), memory, 0.35, reserved, "matrix products measured here")
+    return Device(name, "cuda", *peaks.values(), memory, 0.35, *CUDA_ALLOWANCES, "matrix products measured here")
 
 
 def this_cpu() -> Device:
@@ -96,7 +104,7 @@ def this_cpu() -> Device:
         peaks[-1],
         memory,
         CPU_UTILISATION,
-        1.5 * GIB,  # Python with the libraries and the system
+        *CPU_ALLOWANCES,
         "matrix products measured here",
     )
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from minimind.checkpoints import write_json
 from minimind.errors import UserError
-from minimind.planning.costs import Step, flops, memory
+from minimind.planning.costs import Step, core, empty_model, flops, memory
 from minimind.planning.devices import Device, this_device
 from minimind.planning.plans import gib
 from minimind.planning.recipes import Recipe
@@ -121,6 +122,7 @@ class PlanCallback(StepMeter):
 
     def __init__(self, trainer: Trainer):
         super().__init__(trainer, WATCHED_STEPS)
+        self.due = False
         self.found: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -128,24 +130,41 @@ class PlanCallback(StepMeter):
         self.steps = min(WATCHED_STEPS, left) if left >= MEASURED_STEPS and is_main_process() else 0
 
     def finished(self, state) -> None:
+        self.due = True  # not compared here, where the time would count as a step's
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._compare_once()
+        super().on_step_begin(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self._compare_once()
+        if self.found and logs is not None and "loss" in logs:
+            logs.update({name: round(value, 4) for name, value in self.found.items()})
+            self.found = {}
+
+    def _compare_once(self) -> None:
+        if not self.due:
+            return
+        self.due = False
         try:
             self.compare()
         except Exception as error:
-            print(
-                f"plan: the first {self.steps} steps cannot be compared ({type(error).__name__}: {error})", flush=True
-            )
+            reason = f"{type(error).__name__}: {error}"
+            print(f"plan: the first {self.steps} steps cannot be compared ({reason})", flush=True)
 
     def compare(self) -> None:
         """Plan these steps on the device they ran on, print both, and keep the numbers for the log."""
         device, found = this_device(), self.results()
         step, padded = step_of(self.trainer, device)
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        mean = Step(**{**vars(step), "length": max(2, round(padded))})
+        real = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        adapter = real.peft_config[real.active_adapter] if isinstance(real, PeftModel) else None
+        model = empty_model(core(real).config, adapter)  # the real one's weights may be divided among processes
+        mean = replace(step, length=max(2, round(padded)))
         work = flops(model, mean)
         rate = device.peak(step.precision)
         planned = {
             "seconds_per_step": work["hardware"] * step.accumulation / rate / device.utilisation,
-            "peak_memory": memory(model, step)["peak"],
+            "peak_memory": device.account(memory(model, step)["peak"]),
         }
         mfu = work["model"] * step.accumulation / found["seconds_per_step"] / rate
         self.found = {"plan/mfu": mfu}
@@ -158,11 +177,6 @@ class PlanCallback(StepMeter):
             said.append(f"{show(found[name])} instead of {show(planned[name])} ({difference:+.0%})")
         said.append(f"MFU {mfu:.0%} instead of {device.utilisation:.0%}")
         print(f"plan: over the first {self.steps} steps on {device.name}: {', '.join(said)}", flush=True)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.found and logs is not None and "loss" in logs:
-            logs.update(self.found)
-            self.found = {}
 
 
 def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:

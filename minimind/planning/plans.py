@@ -107,6 +107,7 @@ class Plan:
             "cost": price and price.amount * device_hours,
             "memory": {key: round(value) for key, value in self.memory.items()},
             "states": {key: round(value) for key, value in self.states.items()},
+            "process": round(self.device.account(self.memory["peak"])),
             "peak_with_checkpointing": round(self.peak_with_checkpointing),
             "peak_without_checkpointing": round(self.peak_without_checkpointing),
             "fits": self.fits,
@@ -294,7 +295,7 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     row("FLOPs a token", lambda p: amount(p.flops_per_token))
     row("FLOPs", lambda p: f"{p.flops['model']:.2e}")
     table.add_section()
-    row("memory at the peak", lambda p: gib(p.memory["peak"]), "bold")
+    row("memory of tensors at peak", lambda p: gib(p.memory["peak"]), "bold")
     for key, label in PARTS.items():
         if any(p.memory[key] or p.states.get(key) for p in plans):
             row(f"  {label}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else held(p, key))
@@ -305,7 +306,9 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     else:
         row("with checkpointing", lambda p: gib(p.peak_with_checkpointing))
     if any(p.measured and p.measured.get("peak_memory") for p in plans):
-        row("measured", lambda p: gib(p.measured["peak_memory"]) if p.measured else "-")
+        if plans[0].device.kind == "cpu":
+            row("in the process", lambda p: gib(p.device.account(p.memory["peak"])))
+        row("  measured", lambda p: gib(p.measured["peak_memory"]) if p.measured else "-")
     row("largest batch that fits", lambda p: f"{p.largest_batch:,}")
     table.add_section()
     row("tokens/s", lambda p: f"{p.tokens / (p.hours * 3600):,.0f}")
@@ -341,7 +344,9 @@ def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
     else:
         how = f"utilisation {device.utilisation:.0%} ASSUMED; --device measured runs {5} steps here"
     lines = [
-        f"{cards}: {peak}, {device.memory / GIB:.0f} GiB, {how}",
+        f"{cards}: {peak}, {how}",
+        f"tensors can take {gib(device.usable)} of {gib(device.memory)}: {gib(device.reserved)} are left to libraries "
+        f"and {device.gaps:.0%} more than tensors take to the allocator's gaps",
         "time is that of the training steps, without evaluation, saving and start-up",
         "in brackets: what is there at another moment than the peak",
     ]
