@@ -236,7 +236,8 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     out_kept = linears("self_attn.o_proj")
     if step.blocked:
         total += c * (A + 2 * K) + c * H * attended(step) / step.length + out_kept
-    elif step.attention == "eager":
+    elif step.attention == "eager" or (cuda and not half and config.num_key_value_heads < H and not step.masked):
+        # In fp32 a GPU has no fused kernel for grouped queries: SDPA computes as the eager attention does.
         total += c * 3 * A + (4 + c * half) * H * step.length + out_kept
     else:  # the fused kernels keep their output, which is o_proj's input
         repeated = A if step.masked and step.attention == "sdpa" else K
@@ -286,6 +287,7 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     kept = saved["checkpoint"] if step.checkpointing else saved["layer"]
     logits = 0 if step.pairs else config.vocab_size * tokens
     piece = min(logits, max(PIECE[step.device == "cpu"], config.vocab_size))
+    pieces = piece * (8 if c == 2 else 4)  # CrossEntropy's, in fp32: widened, and the exponentials
     tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.pairs else 0
     tiles = tile * (c + 24 * (step.device == "cpu"))  # on a GPU one kernel folds the tile in place
     widened = 4 * logits * (step.device == "cpu" and c == 2)  # by scatter_add_, which a CPU computes in fp32
@@ -299,8 +301,8 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     all_casts = casts["layer"] * layers + casts["head"]
     held = casts["head"] + casts["layer"] * layers * (not step.checkpointing)
     moments = [
-        moment(before, layers, all_casts, logits=saved["head"] + 4 * logits * autocast + max(tiles, 8 * piece)),
-        moment(before, layers, held, logits=saved["head"] + c * logits + max(tiles, 12 * piece, widened)),
+        moment(before, layers, all_casts, logits=saved["head"] + max(tiles, pieces, 4 * logits * autocast)),
+        moment(before, layers, held, logits=saved["head"] + c * logits + max(tiles, pieces, widened)),
     ]
     for left in range(layers, 0, -1):
         gradients = before or outside + gradient["layer"] * (layers - left)
