@@ -5,14 +5,17 @@
     python finetune_sft.py --use_peft --output_dir runs/lora    # LoRA: one more skill, from runs/sft
     deepspeed finetune_sft.py --deepspeed ds_config_zero2.json
 
-Reads   conversations (minimind, OpenAI messages, ShareGPT, alpaca) and a stage directory (--model_name_or_path).
+Reads   conversations (minimind, OpenAI messages, ShareGPT, alpaca; tools and reasoning too) and a stage directory
+        (--model_name_or_path).
 Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; with --use_peft an adapter.
 """
 
 from transformers import set_seed
 from trl import get_peft_config
 
-from minimind.data.masks import PackedCollator, load_conversations, mask_report, print_mask_report
+from minimind.data.chats import ChatArguments, load_conversations, set_chat_template
+from minimind.data.display import print_inspection
+from minimind.data.inspection import has_roles, inspect_chats
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
@@ -24,19 +27,30 @@ from minimind.training.trainers import ChatSFTTrainer
 
 @reports_user_errors
 def main() -> None:
-    data_args, model_args, training_args = parse(DataArguments, ModelArguments, SFTStageConfig)
+    data_args, chat_args, model_args, training_args = parse(
+        DataArguments, ChatArguments, ModelArguments, SFTStageConfig
+    )
     set_seed(training_args.seed)
 
     default, corpus = ("runs/sft", "lora") if model_args.use_peft else ("runs/pretrain", "sft")
     model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation, default)
     check_length("max_length", training_args.max_length, model.config)
-    rows = load_conversations(data_args.or_embedded(corpus), tokenizer, training_args.max_length)
-    report = mask_report(rows.train, tokenizer)
+    set_chat_template(tokenizer, chat_args.chat_template)
+    rows = load_conversations(
+        data_args.or_embedded(corpus),
+        tokenizer,
+        training_args.max_length,
+        chat_args,
+        roles=not has_roles(tokenizer),
+        seed=training_args.seed,
+    )
+    inspection = inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all")
     if is_main_process():
-        print_mask_report(report, rows.train[0], tokenizer)
+        print_inspection(inspection, range(1), tokenizer)
+    inspection.stop(training_args.on_findings)
 
     stage = Stage("sft", training_args, rows, parent)
-    start_tracking(stage)
+    start_tracking(stage, inspection.report)
     trainer = ChatSFTTrainer(
         model=model,
         args=training_args,
@@ -45,12 +59,10 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    if training_args.packing:
-        trainer.data_collator = PackedCollator(tokenizer.pad_token_id)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)
+    stage.finish(trainer, tokenizer, held_out_metrics(trainer), inspection.report)
 
 
 if __name__ == "__main__":

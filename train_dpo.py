@@ -10,31 +10,43 @@ Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an a
 """
 
 from transformers import set_seed
-from trl import DPOTrainer, get_peft_config
+from trl import get_peft_config
 
-from minimind.data.masks import load_preferences, mask_report, preference_labels, print_mask_report
+from minimind.data.chats import ChatArguments, load_preferences, set_chat_template
+from minimind.data.display import print_inspection
+from minimind.data.inspection import inspect_chats
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
 from minimind.training.launch import is_main_process
 from minimind.training.stages import Stage, check_length, frozen_copy, starting_point
 from minimind.training.tracking import start_tracking
+from minimind.training.trainers import PreferenceTrainer
 
 
 @reports_user_errors
 def main() -> None:
-    data_args, model_args, training_args = parse(DataArguments, ModelArguments, DPOStageConfig)
+    data_args, chat_args, model_args, training_args = parse(
+        DataArguments, ChatArguments, ModelArguments, DPOStageConfig
+    )
     set_seed(training_args.seed)
 
     model, tokenizer, parent = starting_point(
         model_args.model_name_or_path, model_args.attn_implementation, "runs/sft"
     )
     check_length("max_length", training_args.max_length, model.config)
-    rows = load_preferences(data_args.or_embedded("dpo"), tokenizer, training_args.max_length)
+    set_chat_template(tokenizer, chat_args.chat_template)
+    rows = load_preferences(
+        data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args, training_args.seed
+    )
+    inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
+    if is_main_process():
+        print_inspection(inspection, range(2), tokenizer)
+    inspection.stop(training_args.on_findings)
 
     stage = Stage("dpo", training_args, rows, parent)
-    start_tracking(stage)
-    trainer = DPOTrainer(
+    start_tracking(stage, inspection.report)
+    trainer = PreferenceTrainer(
         model=model,
         # With an adapter the reference is the model without it.
         ref_model=None if model_args.use_peft else frozen_copy(model),
@@ -44,14 +56,10 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    labels = preference_labels(trainer.train_dataset)
-    report = mask_report(labels, tokenizer)
-    if is_main_process():
-        print_mask_report(report, labels[0], tokenizer)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)
+    stage.finish(trainer, tokenizer, held_out_metrics(trainer), inspection.report)
 
 
 if __name__ == "__main__":

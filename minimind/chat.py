@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
 
 from minimind.checkpoints import check_vocabulary, load_model, require_stage
+from minimind.data.chats import ChatEncoder, encode_prompts
+from minimind.data.conversations import parse_message
 from minimind.tokenizer import load_tokenizer
 
 HELP = "Type a message and Enter. /new forgets the conversation, /exit or Ctrl-D ends it."
@@ -65,6 +67,7 @@ def chat(directory: str, system: str | None, max_new_tokens: int, temperature: f
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. {HELP}")
+    encoder = ChatEncoder(tokenizer)
     window = max(1, model.config.max_position_embeddings - max_new_tokens)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -84,21 +87,14 @@ def chat(directory: str, system: str | None, max_new_tokens: int, temperature: f
         if not interactive:
             print(f"> {text}")
         messages.append({"role": "user", "content": text})
-        ids = encode(messages, tokenizer)
+        ids = torch.tensor(encode_prompts([messages], encoder))
         while ids.shape[1] > window and len(messages) > len(opening) + 1:
             del messages[len(opening) : len(opening) + 2]
-            ids = encode(messages, tokenizer)
+            ids = torch.tensor(encode_prompts([messages], encoder))
         try:
             reply = decode(model, tokenizer, ids[:, -window:], max_new_tokens, temperature, top_p)
         except KeyboardInterrupt:  # this answer is enough; the conversation goes on without it
             print()
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": reply})
-
-
-def encode(messages: list[dict], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Messages -> the prompt (1, S) that an answer follows."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
-        "input_ids"
-    ]
+        messages.append(parse_message({"role": "assistant", "content": reply}, "the reply"))

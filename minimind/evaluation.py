@@ -8,7 +8,8 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.data.conversations import Message, to_messages
+from minimind.data.chats import ChatEncoder, encode_prompts
+from minimind.data.conversations import Conversation, Message, split_reasoning, to_conversation
 from minimind.data.files import read_rows
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy
 
@@ -55,14 +56,12 @@ def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[list[Message]],
+    prompts: Sequence[Conversation | list[Message]],
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> list[str]:
     """The greedy reply to each prompt (messages ending with the user's), batched with padding on the left."""
-    encoded = [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
-    ]
+    encoded = encode_prompts(prompts, ChatEncoder(tokenizer))
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))  # little padding
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -88,8 +87,14 @@ def answer(
 
 
 def read_questions(files: Sequence[str]) -> list[dict]:
-    """Conversations whose last reply is the reference -> rows with "messages", and "kind" and "language" if given."""
-    return [row.data for row in read_rows(files, "error", lambda data: {**data, "messages": to_messages(data)})]
+    """Conversations whose last reply is the reference -> rows with "messages", and "tools", "kind" and "language" if
+    given."""
+
+    def convert(data: dict) -> dict:
+        messages, tools, _ = to_conversation(data)
+        return {**data, "messages": messages} | ({"tools": tools} if tools else {})
+
+    return [row.data for row in read_rows(files, "error", convert)]
 
 
 def score(
@@ -105,8 +110,8 @@ def score(
     embedded corpus taken away on both sides; `courteous`, the share of replies that end with it in the question's
     language; `exact_match_by`, the first share for each kind and language that the questions name.
     """
-    prompts = [question["messages"][:-1] for question in questions]
-    replies = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+    prompts = [Conversation(question["messages"][:-1], question.get("tools")) for question in questions]
+    replies = [split_reasoning(reply)[1] for reply in answer(model, tokenizer, prompts, max_new_tokens, batch_size)]
     exact, courteous = [], []
     for question, reply in zip(questions, replies, strict=True):
         languages = [question["language"]] if "language" in question else COURTESY

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from minimind.data.conversations import to_messages
+from minimind.data.conversations import Conversation, to_conversation, to_messages, to_text
 from minimind.data.files import BadRowError, read_rows
 from minimind.errors import UserError
 
@@ -15,8 +15,12 @@ def user(content):
     return {"role": "user", "content": content}
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
+def assistant(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+def result(content):
+    return {"role": "tool", "content": content}
 
 
 def turn(who, value):
@@ -102,27 +106,204 @@ def test_a_conversation_out_of_order_says_which_message_what_was_found_and_expec
     assert all(word in str(caught.value) for word in words)
 
 
+ADD = {"name": "add", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": ADD}]
+
+
+def call(name="add", **fields):
+    return {**fields, "type": "function", "function": {"name": name, "arguments": {"a": 1, "b": None}}}
+
+
+CALLED = [user("1+?"), assistant("", tool_calls=[call()]), result("2"), assistant("It is 2.")]
+ARGUMENTS = '{"a": 1, "b": null}'
+
+
 @pytest.mark.parametrize(
-    "row",
+    ("row", "messages", "tools"),
     [
-        {"conversations": TALK, "tools": '[{"name": "clock"}]'},
-        {"messages": TALK, "tools": [{"name": "clock"}]},
-        {"messages": [dict(system(""), tools="[{}]"), *TALK]},
-        {"messages": [user("hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-        {"messages": [user("hi"), {"role": "tool", "content": "12:00"}]},
-        {"conversations": [turn("human", "hi"), turn("function_call", "{}")]},
-        {"conversations": [turn("human", "hi"), turn("observation", "{}")]},
+        # OpenAI's
+        ({"messages": CALLED, "tools": TOOLS}, CALLED, TOOLS),
+        (
+            {
+                "messages": [
+                    user("1+?"),
+                    assistant(None, tool_calls=[{"id": "7", "function": {"name": "add", "arguments": ARGUMENTS}}]),
+                    {"role": "tool", "tool_call_id": "7", "name": "add", "content": "2", "weight": None},
+                    assistant("It is 2.", tool_calls=None, refusal=None),
+                ],
+                "tools": [json.dumps(TOOLS[0])],
+            },
+            [
+                *(CALLED[0], assistant("", tool_calls=[call(id="7")])),
+                *({**result("2"), "name": "add", "tool_call_id": "7"}, CALLED[3]),
+            ],
+            TOOLS,
+        ),
+        (
+            {
+                "messages": [
+                    user("1+?"),
+                    assistant(None, function_call={"name": "add", "arguments": ARGUMENTS}),
+                    {"role": "function", "name": "add", "content": {"x": "二"}},
+                    assistant("It is 2."),
+                ],
+                "functions": [ADD],
+            },
+            [*CALLED[:2], {**result('{"x": "二"}'), "name": "add"}, CALLED[3]],
+            TOOLS,
+        ),
+        # minimind's: JSON in strings, the tools on the system message
+        (
+            {
+                "conversations": [
+                    {"role": "system", "content": "", "tools": json.dumps(TOOLS)},
+                    user("1+?"),
+                    assistant("", tool_calls=json.dumps([{"name": "add", "arguments": {"a": 1, "b": None}}])),
+                    dict(result("2"), tools="", reasoning_content=""),
+                    assistant("It is 2.", reasoning_content=""),
+                ]
+            },
+            CALLED,
+            TOOLS,
+        ),
+        (
+            {"conversations": [dict(system("be brief"), tools=json.dumps(TOOLS)), *TALK]},
+            [system("be brief"), *TALK],
+            TOOLS,
+        ),
+        # ShareGPT's, as in LLaMA-Factory
+        (
+            {
+                "conversations": [
+                    turn("human", "1+?"),
+                    turn("function_call", f'{{"name": "add", "arguments": {ARGUMENTS}}}'),
+                    turn("observation", "2"),
+                    turn("gpt", "It is 2."),
+                ],
+                "tools": json.dumps([ADD]),
+            },
+            CALLED,
+            TOOLS,
+        ),
+        # Hermes': the calls in the text
+        (
+            {
+                "conversations": [
+                    turn("system", "<tools>[...]</tools>"),
+                    turn("human", "1+?"),
+                    turn("gpt", f'Well.\n<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}\n</tool_call>'),
+                    turn("tool", "2"),
+                    turn("gpt", "It is 2."),
+                ],
+                "tools": json.dumps(TOOLS),
+            },
+            [system("<tools>[...]</tools>"), CALLED[0], assistant("Well.", tool_calls=[call()]), *CALLED[2:]],
+            None,
+        ),
+        ({"messages": [*CALLED[:3], result("3"), *CALLED[3:]]}, [*CALLED[:3], result("3"), *CALLED[3:]], None),
+        ({"messages": CALLED[:2], "tools": TOOLS}, CALLED[:2], TOOLS),
+        (
+            {"messages": [user("x"), assistant("<tool_call> is a tag")]},
+            [user("x"), assistant("<tool_call> is a tag")],
+            None,
+        ),
+        ({"messages": TALK, "tools": "[]"}, TALK, None),
     ],
 )
-def test_tool_conversations_are_refused_with_one_clear_message(row):
-    with pytest.raises(BadRowError, match="tool conversations are not supported yet"):
-        to_messages(row)
+def test_tools_their_calls_and_results_of_every_format_become_openais(row, messages, tools):
+    assert to_conversation(row) == Conversation(messages, tools)
 
 
-def test_separate_reasoning_is_refused_rather_than_lost():
-    row = {"messages": [user("hi"), dict(assistant("hello"), reasoning_content="a greeting")]}
-    with pytest.raises(BadRowError, match=r"messages\[1\]: found 'reasoning_content'.*not supported yet"):
-        to_messages(row)
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (assistant("b", reasoning_content="\na\n"), assistant("b", reasoning_content="a")),
+        (assistant("b", reasoning="a"), assistant("b", reasoning_content="a")),
+        (assistant("<think>\na\nc\n</think>\n\nb"), assistant("b", reasoning_content="a\nc")),
+        (assistant("a\n</think>\n\nb"), assistant("b", reasoning_content="a")),
+        (assistant("<think>\n\n</think>\n\nb"), assistant("b")),
+        (assistant("b </think> c"), assistant("b </think> c")),
+        (assistant("<think>unfinished"), assistant("<think>unfinished")),
+        (assistant("b", reasoning_content=""), assistant("b")),
+    ],
+)
+def test_reasoning_is_split_from_the_words(reply, expected):
+    assert to_conversation({"messages": [user("x"), reply]}).messages == [user("x"), expected]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ({"train": False}, {"weight": 0.0}),
+        ({"train": True}, {"weight": 1.0}),
+        ({"weight": 0}, {"weight": 0.0}),
+        ({"weight": 0.5, "train": True}, {"weight": 0.5}),
+        ({"weight": "0.5"}, {"weight": 0.5}),
+        ({"weight": None}, {}),
+    ],
+)
+def test_flags_and_weights_of_replies_are_kept(reply, expected):
+    row = {"messages": [user("x") | {"train": False}, assistant("y", **reply)], "weight": 2}
+    assert to_conversation(row) == Conversation([user("x"), assistant("y", **expected)], None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [user("x"), result("y")]}, ["messages[1]: found the role 'tool', expected 'assistant'"]),
+        ({"messages": [*TALK, result("y")]}, ["messages[2]: found the role 'tool', expected 'user'"]),
+        ({"messages": [*CALLED[:2], user("y")]}, ["messages[2]: found the role 'user', expected 'tool'"]),
+        ({"messages": [*CALLED[:2], assistant("y")]}, ["messages[2]: found the role 'assistant', expected 'tool'"]),
+        (
+            {"messages": [*CALLED[:3], user("y")]},
+            ["messages[3]: found the role 'user', expected 'tool' or 'assistant'"],
+        ),
+        ({"messages": CALLED[:3]}, ["messages[2]: found the role 'tool' last"]),
+        ({"messages": TALK, "tools": "[{"}, ['tools: found "[{"', "expected JSON"]),
+        ({"messages": TALK, "tools": [{"x": 1}]}, ["tools[0]: found", "expected a function with a 'name'"]),
+        ({"messages": TALK, "tools": [3]}, ["tools[0]: found 3", "expected a function with a 'name'"]),
+        (
+            {"messages": [user("x"), assistant("", tool_calls=[{"name": "f", "arguments": "[1]"}])]},
+            ["messages[1]: tool_calls[0]: found the arguments [1], expected an object"],
+        ),
+        (
+            {"messages": [user("x"), assistant("", tool_calls=[{"name": "f", "arguments": '{"a": NaN}'}])]},
+            ["messages[1]: tool_calls[0]: arguments: found", "expected JSON"],
+        ),
+        ({"messages": [user("x"), assistant("", tool_calls=["f"])]}, ["messages[1]: tool_calls[0]: found", "a call"]),
+        ({"conversations": [turn("human", "x"), turn("function_call", "f(1)")]}, ["found", "f(1)", "expected JSON"]),
+        ({"messages": [{**user("x"), "tool_calls": [call()]}, TALK[1]]}, ["messages[0]: found tool calls", "'user'"]),
+        (
+            {"messages": [user("x"), assistant("", tool_calls=[call(id="1")]), {**result("y"), "tool_call_id": "2"}]},
+            ["messages[2]: found the tool_call_id '2', expected one of the calls before: 1"],
+        ),
+        (
+            {"conversations": [dict(system(""), tools=json.dumps([ADD])), *TALK], "tools": '[{"name": "other"}]'},
+            ["two different lists of tools", "expected one"],
+        ),
+        ({"messages": [user("x"), assistant("y", reasoning_content=3)]}, ["messages[1]: found the reasoning 3"]),
+        ({"messages": [user("x"), assistant("", reasoning_content="y")]}, ["messages[1]: found an empty reply"]),
+        ({"messages": [user("x"), assistant("y", weight=-1)]}, ["messages[1]: found 'weight': -1", "from 0 up"]),
+        ({"messages": TALK, "weight": "much"}, ["the row: found 'weight': \"much\"", "from 0 up"]),
+        ({"messages": [user("x"), assistant("y", train=3)]}, ["messages[1]: found 'train': 3", "true or false"]),
+        ({"messages": [user("x") | {"train": True}, TALK[1]]}, ["messages[0]: found 'train': true", "assistant only"]),
+    ],
+)
+def test_tools_and_weights_out_of_order_say_what_was_found_and_expected(row, words):
+    with pytest.raises(BadRowError) as caught:
+        to_conversation(row)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert to_messages({"messages": [user(parts), assistant("x")]}) == [user("a\nb"), assistant("x")]
+
+
+def test_the_text_of_a_conversation_has_its_tools_reasoning_and_calls():
+    row = {"messages": [user("u"), assistant("c", reasoning_content="r", tool_calls=[call()])], "tools": TOOLS}
+    called = '{"name": "add", "arguments": {"a": 1, "b": null}}'
+    assert to_text(row) == f"{json.dumps(TOOLS[0])}\nu\nr\nc\n{called}"
 
 
 def test_files_may_mix_formats_and_a_bad_conversation_is_named_with_its_line(tmp_path):

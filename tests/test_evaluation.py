@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from minimind import evaluation
+from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.data.world import COURTESY
@@ -183,7 +184,9 @@ def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
         "courteous": round(4 / 8, 4),
         "exact_match_by": {"sum": 1.0, "en": 0.75, "zh": 0.5, "who": 0.0},
     }
-    assert asked == [case["messages"][:-1] for case in questions], "the reference is not shown to the model"
+    assert asked == [Conversation(case["messages"][:-1]) for case in questions], (
+        "the reference is not shown to the model"
+    )
 
 
 def test_the_score_asks_the_model_itself(talkative, tokenizer):

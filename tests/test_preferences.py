@@ -33,6 +33,13 @@ STRINGS = {"chosen": "good", "rejected": "bad"}
 REPLIES = {"chosen": [assistant("good")], "rejected": [assistant("bad")]}
 
 
+ADD = {"name": "add", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": ADD}]
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+CALLED = [*HI, {**assistant(""), "tool_calls": CALLS}, {"role": "tool", "content": "2"}]
+THOUGHT = {**assistant("good"), "reasoning_content": "why"}
+
+
 def whole(prompt):
     return {"chosen": [*prompt, assistant("good")], "rejected": [*prompt, assistant("bad")]}
 
@@ -66,6 +73,12 @@ def whole(prompt):
             pair([system("be brief"), *HI]),
         ),
         ({"instruction": "add", "input": "1 2", **STRINGS}, pair([user("add\n1 2")])),
+        ({"prompt": "hi", "tools": json.dumps([ADD]), **STRINGS}, {**pair(HI), "tools": TOOLS}),
+        (
+            whole([{**system(""), "tools": json.dumps([ADD])}, *CALLED]),
+            {**pair(CALLED), "tools": TOOLS},
+        ),
+        ({"prompt": "hi", "chosen": "<think>\nwhy\n</think>\n\ngood", "rejected": "bad"}, pair(HI, [THOUGHT])),
     ],
 )
 def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
@@ -108,7 +121,7 @@ def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
                 "expected that the last message is the assistant's",
             ],
         ),
-        ({"prompt": "hi", "tools": "[{}]", **STRINGS}, ["tool conversations are not supported yet"]),
+        ({"prompt": "hi", "tools": "[{}]", **STRINGS}, ["tools[0]: found {}", "expected a function with a 'name'"]),
     ],
 )
 def test_a_pair_that_teaches_nothing_clear_says_what_was_found_and_expected(row, words):

@@ -85,7 +85,7 @@ class Preparation(NamedTuple):
 def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
     """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse."""
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
-    files = [expand(source.paths) for source in sources]
+    files = [data_args.expand(source.paths) for source in sources]
     held_out = expand(data_args.eval_files) if data_args.eval_files else []
     options = {
         **packing,

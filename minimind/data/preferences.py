@@ -4,9 +4,11 @@ from minimind.data.conversations import (
     Message,
     add_system,
     check_order,
+    find_tools,
     parse_history,
     parse_instruction,
     parse_messages,
+    without_empty_system,
     without_nulls,
 )
 from minimind.data.files import BadRowError, shown
@@ -27,18 +29,18 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
     """Two whole conversations -> how many messages they share, the last one the user's; raises BadRowError."""
     pairs = zip(chosen, rejected, strict=False)
     shared = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
-    if not shared or chosen[shared - 1]["role"] != "user":
+    if not shared or chosen[shared - 1]["role"] not in ("user", "tool"):
         raise BadRowError(
             f"found prompts that differ between chosen and rejected at message {shared}, "
-            "expected the same messages up to a user message, then two different replies"
+            "expected the same messages up to a question, then two different replies"
         )
     return shared
 
 
-def to_preference(data: dict) -> dict[str, list[Message]]:
-    """One row in any of the formats -> prompt (the user last), chosen and rejected (replies); raises BadRowError.
+def to_preference(data: dict) -> dict[str, list]:
+    """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected (replies), tools if any.
 
-    The prompt is spelled out, or is what two whole conversations have in common, or both.
+    The prompt is spelled out, or is what two whole conversations have in common, or both. Raises BadRowError.
     """
     data = without_nulls(data)
     if "chosen" not in data or "rejected" not in data:
@@ -60,7 +62,10 @@ def to_preference(data: dict) -> dict[str, list[Message]]:
         raise BadRowError(
             f"found keys {shown(list(data))}, expected one of {', '.join(PROMPTS)}, or whole conversations in chosen"
         )
-    prompt = add_system(data, prompt)
+    name = next((name for name in PROMPTS if name in data), "chosen")
+    tools = find_tools(data, data[name], data["chosen"])
+    prompt = add_system(data, without_empty_system(prompt, tools))
     for name, reply in (("chosen", chosen), ("rejected", rejected)):
         check_order(prompt + reply, f"(prompt + {name})")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {**pair, "tools": tools} if tools else pair

@@ -52,6 +52,7 @@ class Step:
     masked: bool = False
     pairs: bool = False
     reference: str | None = None
+    weighted: bool = False
     zero_stage: int | None = None
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -257,6 +258,7 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     head = norm(E, of_stream=True) + c * E
     if not step.pairs:  # TRL's DPO never holds the logits
         head += c * config.vocab_size + 13
+        head += 4 * config.vocab_size * step.weighted  # log-probabilities in fp32
     return {"layer": total, "checkpoint": stream * E, "head": head}
 
 
@@ -287,10 +289,14 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     kept = saved["checkpoint"] if step.checkpointing else saved["layer"]
     logits = 0 if step.pairs else config.vocab_size * tokens
     piece = min(logits, max(PIECE[step.device == "cpu"], config.vocab_size))
-    pieces = piece * (8 if c == 2 else 4)  # CrossEntropy's, in fp32: widened, and the exponentials
+    if step.weighted:
+        piece = logits
+    pieces = piece * (8 if c == 2 or step.weighted else 4)  # CrossEntropy's, in fp32: widened, and the exponentials
     tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.pairs else 0
     tiles = tile * (c + 24 * (step.device == "cpu"))  # on a GPU one kernel folds the tile in place
-    widened = 4 * logits * (step.device == "cpu" and c == 2)  # by scatter_add_, which a CPU computes in fp32
+    widened = (
+        4 * logits * (step.device == "cpu" and c == 2 and not step.weighted)
+    )  # by scatter_add_, which a CPU computes in fp32
     transient = _transient(config, step) * tokens
 
     def moment(gradients: float, layers_left: int, weight_casts: float, **parts: float) -> dict[str, float]:

@@ -212,6 +212,7 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         masked=not hasattr(args, "block_size") or args.document_mask,
         pairs=pairs,
         reference=("adapter" if adapter else "copy") if pairs and not args.precompute_ref_log_probs else None,
+        weighted=getattr(trainer, "weighted", False),
         zero_stage=zero.get("stage", 0) if plugin else None,
         offload_optimizer=offload["offload_optimizer"],
         offload_parameters=offload["offload_param"],

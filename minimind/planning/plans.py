@@ -189,6 +189,7 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
         masked=not packed or recipe.stage != "pretrain" or options.document_mask,
         pairs=recipe.stage == "dpo",
         reference=("adapter" if recipe.adapter else "copy") if copy else None,
+        weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,19 @@ from trl import get_peft_config, pack_dataset
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import adapter_base, require_stage
-from minimind.data.conversations import to_messages
+from minimind.data.chats import (
+    ChatArguments,
+    ChatEncoder,
+    load_conversations,
+    load_preferences,
+    set_chat_template,
+    tokenize_conversations,
+    tokenize_preferences,
+)
+from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks, preparation
-from minimind.data.files import BadRowError, expand, read_rows, to_document, total_size
-from minimind.data.masks import check_preference, load_conversations, load_preferences, tokenize_conversation
-from minimind.data.mixing import rows_per_epoch
+from minimind.data.files import BadRowError, read_rows, to_document, total_size
+from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
@@ -46,9 +54,9 @@ COUNTED = 2**25  # bytes of data that are tokenised whole; of more, a sample
 SAMPLE = 2**22
 STAGES = {
     "pretrain": ("pretrain.py", (DataArguments, PretrainModelArguments, PretrainConfig)),
-    "sft": ("finetune_sft.py", (DataArguments, ModelArguments, SFTStageConfig)),
-    "lora": ("finetune_sft.py", (DataArguments, ModelArguments, SFTStageConfig)),
-    "dpo": ("train_dpo.py", (DataArguments, ModelArguments, DPOStageConfig)),
+    "sft": ("finetune_sft.py", (DataArguments, ChatArguments, ModelArguments, SFTStageConfig)),
+    "lora": ("finetune_sft.py", (DataArguments, ChatArguments, ModelArguments, SFTStageConfig)),
+    "dpo": ("train_dpo.py", (DataArguments, ChatArguments, ModelArguments, DPOStageConfig)),
 }
 
 
@@ -96,7 +104,19 @@ class Recipe:
         """The files it reads; without any, the embedded corpus."""
         names = [each.name for each in dataclasses.fields(DataArguments)]
         corpus = "lora" if self.adapter else "sft" if self.stage == "lora" else self.stage
-        return DataArguments(**{name: getattr(self.options, name) for name in names}).or_embedded(corpus)
+        return self._made(DataArguments, names).or_embedded(corpus)
+
+    @property
+    def chat_args(self) -> ChatArguments | None:
+        """How its conversations become rows; None where it reads documents."""
+        names = [each.name for each in dataclasses.fields(ChatArguments)]
+        return None if self.stage == "pretrain" else self._made(ChatArguments, names)
+
+    def _made(self, kind: type, names: Sequence[str]):
+        try:
+            return kind(**{name: getattr(self.options, name) for name in names})
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from error
 
     @property
     def adapter(self) -> PeftConfig | None:
@@ -104,7 +124,7 @@ class Recipe:
         if not getattr(self.options, "use_peft", False):
             return None
         names = [each.name for each in dataclasses.fields(ModelArguments) if each.init]
-        return get_peft_config(ModelArguments(**{name: getattr(self.options, name) for name in names}))
+        return get_peft_config(self._made(ModelArguments, names))
 
     @property
     def parent(self) -> str | None:
@@ -165,9 +185,7 @@ class Recipe:
         data_args = self.data_args
         if self.stage == "pretrain":
             return count_blocks(data_args, tokenizer, self.options)
-        if self.stage == "dpo":
-            return count_pairs(data_args, tokenizer, self.options)
-        return count_conversations(data_args, tokenizer, self.options)
+        return count_chats(data_args, self.chat_args, tokenizer, self.options, pairs=self.stage == "dpo")
 
 
 def read_recipes(paths: Sequence[str], overrides: Sequence[str], stage: str | None = None) -> list[Recipe]:
@@ -219,7 +237,7 @@ def _keys(path: Path) -> dict:
 
 def _stage_of_data(files: list[str]) -> str:
     row = next(iter(read_rows(files, "skip"))).data
-    for stage, convert in {"dpo": to_preference, "sft": to_messages, "pretrain": to_document}.items():
+    for stage, convert in {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}.items():
         try:
             convert(row)
         except BadRowError:
@@ -260,51 +278,59 @@ def count_blocks(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, o
     return Rows(round(sum(wanted)), round(total), limit, limit, _sampled(size), False)
 
 
-def count_conversations(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, options: Namespace) -> Rows:
-    """The rows of conversations, packed as TRL packs them."""
+def count_chats(
+    data_args: DataArguments,
+    chat_args: ChatArguments,
+    tokenizer: PreTrainedTokenizerFast,
+    options: Namespace,
+    pairs: bool,
+) -> Rows:
+    """The rows of conversations, packed as the trainer packs them, or of preference pairs.
 
-    def convert(data: dict) -> list[int]:
-        return tokenize_conversation(to_messages(data), tokenizer, options.max_length)["input_ids"]
-
-    files = expand(data_args.train_files)
-    size, scale = total_size(files), 1.0
+    The tokens of a pair are those of both its sequences, the prompt twice, as it is computed.
+    """
+    set_chat_template(tokenizer, chat_args.chat_template)
+    limit = options.max_length
+    sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
+    files = [data_args.expand(source.paths) for source in sources]
+    size = total_size([path for paths in files for path in paths])
     if size <= COUNTED:
-        ids = load_conversations(data_args, tokenizer, options.max_length).train["input_ids"]
+        load = load_preferences if pairs else load_conversations
+        lengths = _lengths(load(data_args, tokenizer, limit, chat_args, seed=options.seed).train[:], pairs)
+        scale, tokens, how = 1.0, sum(map(sum, lengths)), "counted"
     else:
-        ids, scale = sample(files, convert, data_args, size)
-    lengths, tokens = [len(row) for row in ids], sum(map(len, ids))
-    if options.packing:
-        packed = pack_dataset(Dataset.from_dict({"input_ids": ids}), options.max_length, options.packing_strategy)
-        lengths = [len(row) for row in packed["input_ids"]]
-    how = "counted" if size <= COUNTED else _sampled(size)
-    padded = padded_length(lengths, options.per_device_train_batch_size)
-    return Rows(round(len(lengths) * scale), round(tokens * scale), padded, max(lengths), how, size <= COUNTED)
+        encoder, how = ChatEncoder(tokenizer), _sampled(size)
+        lengths, tokens, parts = [], 0.0, []
+        tokenize, parse = (tokenize_preferences, to_preference) if pairs else (tokenize_conversations, to_conversation)
+        for paths in files:
+            read, factor = sample(paths, parse, data_args, size)
+            results = [r for r in tokenize(read, encoder, limit, chat_args) if not isinstance(r, BadRowError)]
+            found = [row for result in results for row in result.rows]
+            parts.append((_lengths({name: [row[name] for row in found] for name in found[0]}, pairs), factor))
+        have = [len(part) * factor for part, factor in parts]
+        wanted = rows_per_epoch(sources, have, data_args.mixing_temperature, data_args.mixing_stop)
+        held_out = 0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / sum(have))
+        lengths = [length for part, _ in parts for length in part]
+        mean = [fmean(map(sum, part)) for part, _ in parts]
+        tokens = sum(want * each for want, each in zip(wanted, mean, strict=True)) * (1 - held_out)
+        scale = sum(wanted) / len(lengths) * (1 - held_out)
+    longest = [max(each) for each in lengths]
+    if not pairs and options.packing:
+        blank = Dataset.from_dict({"input_ids": [[0] * length for length in longest]})
+        longest = [len(row) for row in pack_dataset(blank, limit, "bfd", {"batch_size": None})["input_ids"]]
+    padded = padded_length(longest, options.per_device_train_batch_size)
+    return Rows(round(len(longest) * scale), round(tokens), padded, max(longest), how, size <= COUNTED)
 
 
-def count_pairs(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, options: Namespace) -> Rows:
-    """The rows of preference pairs; tokens are those of both sequences, the prompt counted twice as it is computed."""
-
-    def convert(data: dict) -> dict:
-        return check_preference(to_preference(data), tokenizer, options.max_length)
-
-    files = expand(data_args.train_files)
-    size, scale = total_size(files), 1.0
-    if size <= COUNTED:
-        pairs: Iterable[dict] = load_preferences(data_args, tokenizer, options.max_length).train
-    else:
-        pairs, scale = sample(files, convert, data_args, size)
-    both = [
-        [
-            len(tokenizer.apply_chat_template(pair["prompt"] + pair[name], return_dict=True)["input_ids"])
-            for name in ("chosen", "rejected")
-        ]
-        for pair in pairs
+def _lengths(columns: dict[str, list], pairs: bool) -> list[tuple[int, ...]]:
+    """Tokens of the sequences of each row: one, or a pair's two."""
+    if not pairs:
+        return [(len(ids),) for ids in columns["input_ids"]]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [
+        (len(prompt) + len(chosen), len(prompt) + len(rejected))
+        for prompt, chosen, rejected in zip(*(columns[name] for name in names), strict=True)
     ]
-    longer = [max(pair) for pair in both]
-    how = "counted" if size <= COUNTED else _sampled(size)
-    padded = padded_length(longer, options.per_device_train_batch_size)
-    tokens = sum(map(sum, both))
-    return Rows(round(len(both) * scale), round(tokens * scale), padded, max(longer), how, size <= COUNTED)
 
 
 def padded_length(lengths: Sequence[int], batch_size: int) -> float:

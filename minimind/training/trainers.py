@@ -1,7 +1,28 @@
 """Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
 
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy, pad
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer, pack_dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from minimind.data.chats import IGNORED, PackedCollator
+
+
+def weighted_causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    loss_weights: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """sum(w * -log p) / num_items_in_batch over trained tokens: logits (B, S, V), labels and loss_weights (B, S)."""
+    targets = pad(labels[..., 1:], (0, 1), value=IGNORED).reshape(-1)
+    weights = pad(loss_weights[..., 1:], (0, 1)).reshape(-1)
+    losses = cross_entropy(logits.view(-1, vocab_size).float(), targets, ignore_index=IGNORED, reduction="none")
+    return (weights * losses).sum() / num_items_in_batch
 
 
 class BlockTrainer(Trainer):
@@ -25,13 +46,77 @@ class BlockTrainer(Trainer):
 
 
 class ChatSFTTrainer(SFTTrainer):
-    """Identical to TRL's except: the loss is the model's own.
+    """For rows of `load_conversations`. Identical to TRL's except:
 
-    TRL projects through the head in tiles and in Python, which saves memory at vocabularies of 100,000 and more; at
-    6,400 on a CPU it costs most of a step (benchmarks/sft_step.py). The price: entropy and token accuracy are not
-    logged.
+    The loss is the model's own. TRL projects through the head in tiles and in Python, which saves memory at
+    vocabularies of 100,000 and more; at 6,400 on a CPU it costs most of a step (benchmarks/sft_packing.py). The price:
+    entropy and token accuracy are not logged.
+
+    Rows that have loss_weights keep them, and the loss is sum(w * loss) / sum(w) over all tokens of a step: those of
+    its micro-batches and of all processes.
+
+    Packing is best-fit over the whole data, not over each 1,000 rows, and a batch of packed rows stays in rows.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weighted = "loss_weights" in self.train_dataset.column_names
+        if self.weighted:
+            model = self.accelerator.unwrap_model(self.model)
+            getattr(model, "get_base_model", lambda: model)().loss_function = weighted_causal_lm_loss
+        if self.args.packing or self.weighted:
+            self.data_collator = PackedCollator(self.processing_class.pad_token_id)
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
+        if packing and "seq_lengths" not in dataset.column_names:
+            dataset = pack_dataset(dataset, args.max_length, "bfd", {"batch_size": None, "desc": "packing"})
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "loss_weights"})
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Scales the weights of a step so that dividing by its trained tokens is dividing by their sum."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.weighted and batches:
+            total = sum(batch["loss_weights"].sum() for batch in batches).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.gather(total).sum()
+            for batch in batches:
+                batch["loss_weights"] = batch["loss_weights"] * (num_items / total).to(batch["loss_weights"].device)
+        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs["use_cache"] = False  # with a cache, position_ids that restart would not keep conversations apart
+        if self.weighted and num_items_in_batch is None:  # in evaluation each batch stands for itself
+            num_items_in_batch = inputs["loss_weights"].sum()
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class PreferenceCollator(DataCollatorForPreference):
+    """TRL's, except: of a reply in several messages only the assistant's count, not the results of its tools."""
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        masks = [example[f"{name}_mask"] for name in ("chosen", "rejected") for example in examples]
+        for row, (mask, example) in enumerate(zip(masks, examples * 2, strict=True)):
+            start = len(example["prompt_ids"])
+            batch["completion_mask"][row, start : start + len(mask)] = torch.as_tensor(mask)
+        return batch
+
+
+class PreferenceTrainer(DPOTrainer):
+    """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL tokenises by itself and
+    would take control tokens in somebody's words for real."""
+
+    def __init__(self, *args, processing_class, **kwargs):
+        collator = PreferenceCollator(processing_class.pad_token_id)
+        super().__init__(*args, processing_class=processing_class, data_collator=collator, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
