@@ -2,9 +2,9 @@
 
     python benchmarks/plan_memory.py [--steps 3] [--json]
 
-Each row is a real run of a stage's script on the embedded corpus, in a process of its own, twice: with every tensor in
-a mapping of its own, so that the process's resident memory is that of its tensors, and with glibc's allocator as it is.
-On a GPU it is the allocator's account, once.
+Each row is a real run of a stage's script on the embedded corpus, in a process of its own, twice: with every tensor
+in a mapping of its own, so that the process's resident memory is that of its tensors, and with glibc's allocator as it
+is. On a GPU it is the allocator's account, twice.
 """
 
 import argparse
@@ -36,6 +36,7 @@ CASES = (
     f"configs/pretrain/26m.yaml --per_device_train_batch_size 8 {CHECKPOINTING}",
     "configs/pretrain/26m.yaml --per_device_train_batch_size 1 --gradient_accumulation_steps 2",
     "configs/sft/26m.yaml --per_device_train_batch_size 2",
+    "configs/sft/26m.yaml --per_device_train_batch_size 2 --loss_normalization conversation",
     "configs/lora/26m.yaml --per_device_train_batch_size 2",
     "configs/dpo/26m.yaml --per_device_train_batch_size 8",
     "configs/pretrain/64m.yaml --per_device_train_batch_size 2 --bf16 false",
