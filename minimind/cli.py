@@ -110,11 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML recipes, of one stage or a whole pipeline")
     plan.add_argument(
         "--device",
-        default="measured",
-        help="rtx3090, rtx4090, a100, h100, h200, cpu, or measured (default): five real steps on this machine",
+        help="rtx3090, rtx4090, a100, h100, h200, cpu, or measured: five real steps on this machine; default: what "
+        "this machine has",
     )
     plan.add_argument("--processes", type=int, default=1, help="devices that train together")
     plan.add_argument("--price", help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h")
+    plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
     plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=run_plan)
@@ -434,7 +435,7 @@ def run_plan(args: argparse.Namespace) -> None:
     """`minimind plan`."""
     from minimind.planning.plans import run
 
-    run(args.recipes, args.options, args.device, args.processes, args.price, args.stage, args.json)
+    run(args.recipes, args.options, args.device, args.processes, args.price, args.stage, args.tokens, args.json)
 
 
 def run_world(args: argparse.Namespace) -> None:

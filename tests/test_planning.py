@@ -423,6 +423,19 @@ def test_the_table_says_what_is_assumed_and_what_does_not_fit(pipeline, capsys):
     assert "--gradient_accumulation_steps" in said
 
 
+def test_tokens_can_be_given_where_there_is_no_data_yet(pipeline, capsys):
+    found = plan_json(capsys, pipeline["pretrain"], "--device", "a100", "--tokens", "1e9")["stages"][0]
+    assert found["tokens"] == 10**9
+    assert found["steps"] == math.ceil(math.ceil(1e9 / 32) / 2)
+    refused = failure(capsys, run_cli, "plan", pipeline["sft"], "--device", "a100", "--tokens", "1e9")
+    assert "a recipe of pretraining" in refused
+
+
+def test_steps_that_would_not_fit_are_not_measured(pipeline, capsys):
+    words = ["--device", "measured", "--per_device_train_batch_size", "4000000"]
+    assert "cannot be run here" in failure(capsys, run_cli, "plan", pipeline["pretrain"], *words)
+
+
 def test_measured_takes_the_time_of_real_steps(pipeline, capsys, monkeypatch):
     found = {"steps": 5, "seconds_per_step": 0.5, "peak_memory": 10**6}
     monkeypatch.setattr(measuring, "measure", lambda recipe: found)
@@ -506,5 +519,5 @@ def test_a_comparison_that_fails_does_not_end_the_run(monkeypatch, tmp_path, fil
 
     monkeypatch.setattr(measuring, "this_device", broken)
     assert not run_with_plan(monkeypatch, tmp_path, files, tokenizer_dir)
-    assert "cannot be compared (RuntimeError: no such card)" in capsys.readouterr().out
+    assert "cannot be compared with one (RuntimeError: no such card)" in capsys.readouterr().out
     assert read_stage(tmp_path / "out")["steps"] == 6

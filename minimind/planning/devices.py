@@ -68,8 +68,10 @@ NAMES = (*DEVICES, "cpu", "measured")
 CPU_UTILISATION = 0.5
 
 
-def find_device(name: str) -> Device:
-    """The device of a `--device`: a row of the table, or this machine's; raises UserError."""
+def find_device(name: str | None) -> Device:
+    """The device of a `--device`: a row of the table, or this machine's, as is the default; raises UserError."""
+    if name is None:
+        return this_device()
     key = name.lower().replace("-", "").replace("_", "").replace(" ", "")
     if key in DEVICES:
         return DEVICES[key]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
@@ -129,28 +129,35 @@ class PlanCallback(StepMeter):
         left = state.max_steps - state.global_step
         self.steps = min(WATCHED_STEPS, left) if left >= MEASURED_STEPS and is_main_process() else 0
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.steps:
+            self._try(self._compare_once)
+            self._try(lambda: super(PlanCallback, self).on_step_begin(args, state, control, **kwargs))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.steps:
+            self._try(lambda: super(PlanCallback, self).on_step_end(args, state, control, **kwargs))
+
     def finished(self, state) -> None:
         self.due = True  # not compared here, where the time would count as a step's
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._compare_once()
-        super().on_step_begin(args, state, control, **kwargs)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._compare_once()
+        self._try(self._compare_once)
         if self.found and logs is not None and "loss" in logs:
             logs.update({name: round(value, 4) for name, value in self.found.items()})
             self.found = {}
 
     def _compare_once(self) -> None:
-        if not self.due:
-            return
-        self.due = False
-        try:
+        if self.due:
+            self.due = False
             self.compare()
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            print(f"plan: the first {self.steps} steps cannot be compared ({reason})", flush=True)
+            print(f"plan: this run cannot be compared with one ({type(error).__name__}: {error})", flush=True)
+            self.steps = 0
 
     def compare(self) -> None:
         """Plan these steps on the device they ran on, print both, and keep the numbers for the log."""
@@ -170,8 +177,8 @@ class PlanCallback(StepMeter):
         self.found = {"plan/mfu": mfu}
         said = []
         for name, show in (("seconds_per_step", lambda x: f"{x:.3g} s a step"), ("peak_memory", gib)):
-            if found[name] is None:
-                continue
+            if found[name] is None or (name == "peak_memory" and device.kind == "cpu" and step.zero_stage is not None):
+                continue  # of DeepSpeed's own buffers nobody knows what is resident
             difference = found[name] / planned[name] - 1
             self.found |= {f"plan/{name}": found[name], f"plan/{name}_planned": planned[name]}
             said.append(f"{show(found[name])} instead of {show(planned[name])} ({difference:+.0%})")

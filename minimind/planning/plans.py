@@ -120,10 +120,11 @@ class Plan:
 def run(
     paths: Sequence[str],
     overrides: Sequence[str],
-    device: str = "measured",
+    device: str | None = None,
     processes: int = 1,
     price: str | None = None,
     stage: str | None = None,
+    tokens: float | None = None,
     as_json: bool = False,
 ) -> None:
     """`minimind plan`: plan some recipes on a device and print the plans, as tables or as one JSON object.
@@ -131,7 +132,7 @@ def run(
     Raises:
         UserError: an unknown device or price, or what `read_recipes` and `make_plan` refuse.
     """
-    from minimind.planning.measuring import measure
+    from minimind.planning.measuring import MEASURED_STEPS, measure
 
     datasets.disable_progress_bars()
     cost = parse_price(price) if price else None
@@ -140,9 +141,16 @@ def run(
     plans = []
     with redirect_stdout(sys.stderr):  # where data are prepared on the way, that is told
         target = find_device(device)
-        for recipe in read_recipes(paths, overrides, stage):
+        read = read_recipes(paths, overrides, stage, tokens)
+        for recipe in read:
             plan = make_plan(recipe, target, processes)
-            plans.append(replace(plan, measured=measure(recipe)) if device == "measured" else plan)
+            if device == "measured":
+                if not plan.fits:
+                    raise UserError(f"--device measured: the steps cannot be run here. {advice(plan)}")
+                guess = duration(MEASURED_STEPS * plan.seconds_per_step / 3600)
+                print(f"{recipe.path}: {MEASURED_STEPS} real steps, about {guess}", flush=True)
+                plan = replace(plan, measured=measure(recipe))
+            plans.append(plan)
     if as_json:
         print(json.dumps(plans_as_json(plans, cost), ensure_ascii=False))
     else:
@@ -201,6 +209,8 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
 def steps_of(options, rows: Rows, processes: int) -> tuple[int, float]:
     """Optimizer steps, and how often they go through the rows: as the Trainer counts, partial batches included."""
     batches = ceil(rows.rows / (options.per_device_train_batch_size * processes))
+    if options.dataloader_drop_last:
+        batches = rows.rows // (options.per_device_train_batch_size * processes)
     per_epoch = ceil(batches / options.gradient_accumulation_steps)
     if options.max_steps > 0:
         return options.max_steps, options.max_steps / per_epoch
@@ -343,7 +353,7 @@ def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
         used = ", ".join(f"{plan.stage} {plan.utilisation:.0%}" for plan in measured)
         how = f"utilisation measured over {measured[0].measured['steps']} steps: {used}"
     else:
-        how = f"utilisation {device.utilisation:.0%} ASSUMED; --device measured runs {5} steps here"
+        how = f"utilisation {device.utilisation:.0%} ASSUMED; --device measured runs real steps here"
     lines = [
         f"{cards}: {peak}, {how}",
         f"tensors can take {gib(device.usable)} of {gib(device.memory)}: {gib(device.reserved)} are left to libraries "
@@ -351,6 +361,8 @@ def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
         "time is that of the training steps, without evaluation, saving and start-up",
         "in brackets: what is there at another moment than the peak",
     ]
+    if step.processes > 1:
+        lines.append("the time that the processes take to talk to each other is not counted")
     if step.zero_stage is not None:
         lines.append(f"DeepSpeed ZeRO-{step.zero_stage}, states divided among {step.processes} processes")
     if any(not plan.rows.exact for plan in plans):

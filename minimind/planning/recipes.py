@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 
@@ -78,12 +79,16 @@ class Rows:
 
 @dataclass
 class Recipe:
-    """What a recipe and the options beside it say of one run. `others`: recipes that may write its parent."""
+    """What a recipe and the options beside it say of one run.
+
+    `others`: recipes that may write its parent. `tokens`: to be pretrained on in an epoch, in place of data.
+    """
 
     path: Path
     stage: str
     words: list[str]
     others: list["Recipe"] = field(default_factory=list, repr=False)
+    tokens: float | None = None
 
     @property
     def script(self) -> str:
@@ -157,7 +162,8 @@ class Recipe:
         elif parent:
             writer = self._writer(parent)
             config, tokenizer, notes = writer.starting_point()
-            notes = [*notes, f"{parent} is still to be written; its model is taken from {writer.path}"]
+            notes = [note for note in notes if "train_files" not in note]
+            notes.append(f"{parent} is still to be written; its model is taken from {writer.path}")
         else:
             given = getattr(self.options, "tokenizer", None)
             exists = given is None or Path(given).exists()
@@ -166,6 +172,9 @@ class Recipe:
             with torch.device("meta"):
                 file = getattr(self.options, "model_config", "configs/model/tiny.json")
                 config = new_model(file, tokenizer).config
+        if not self.options.train_files and not self.tokens:
+            hint = "; --tokens 1e9 plans without data" if self.stage == "pretrain" else ""
+            notes.append(f"{self.path} names no train_files: planned for the embedded corpus{hint}")
         check_length("block_size" if self.stage == "pretrain" else "max_length", self.length, config)
         return config, tokenizer, notes
 
@@ -182,14 +191,20 @@ class Recipe:
 
     def rows(self, tokenizer: PreTrainedTokenizerFast) -> Rows:
         """The rows it trains on: counted, or of large files estimated from a sample of each; raises UserError."""
+        if self.tokens:
+            return Rows(
+                ceil(self.tokens / self.length), round(self.tokens), self.length, self.length, "as given", True
+            )
         data_args = self.data_args
         if self.stage == "pretrain":
             return count_blocks(data_args, tokenizer, self.options)
         return count_chats(data_args, self.chat_args, tokenizer, self.options, pairs=self.stage == "dpo")
 
 
-def read_recipes(paths: Sequence[str], overrides: Sequence[str], stage: str | None = None) -> list[Recipe]:
-    """Recipes with the same options beside each.
+def read_recipes(
+    paths: Sequence[str], overrides: Sequence[str], stage: str | None = None, tokens: float | None = None
+) -> list[Recipe]:
+    """Recipes with the same options beside each; `tokens` are those of pretraining.
 
     Raises:
         UserError: a recipe that is not there or whose stage cannot be told, or an unknown option.
@@ -200,6 +215,11 @@ def read_recipes(paths: Sequence[str], overrides: Sequence[str], stage: str | No
         recipes.append(Recipe(Path(path), stage or stage_of(Path(path), overrides), words))
     for recipe in recipes:
         recipe.others = recipes
+        recipe.tokens = tokens if recipe.stage == "pretrain" else None
+    if tokens is not None and (tokens < 1 or not any(recipe.tokens for recipe in recipes)):
+        raise UserError(
+            f"--tokens {tokens:g}: expected a number above 0, and a recipe of pretraining among those given."
+        )
     return recipes
 
 
