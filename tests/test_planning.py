@@ -135,13 +135,17 @@ def test_flops_a_token_are_six_a_weight_and_twelve_a_width_length_and_layer():
 # Memory
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("attention", "length"), [("sdpa", 200), ("sdpa", 1100), ("eager", 200)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "DeepSpeed's bf16"])
+@pytest.mark.parametrize(
+    ("variant", "attention", "length"),
+    [*((variant, "sdpa", 200) for variant in VARIANTS), ("dense", "sdpa", 1100), ("dense", "eager", 200)],
+)
 def test_activations_are_what_autograd_keeps(variant, adapter, precision, attention, length):
     config = configuration(variant)
     model = real_model(config, adapter, attention)
+    if precision.startswith("DeepSpeed"):
+        model.bfloat16()
     ids = torch.randint(3, 400, (2, length))
     weights = {tuple(sorted(p.shape)) for p in model.parameters()}
     addresses = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -158,7 +162,8 @@ def test_activations_are_what_autograd_keeps(variant, adapter, precision, attent
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         output = model(input_ids=ids, labels=ids, use_cache=False)
     assert output.loss > 0
-    step = Step(2, length, precision=precision, attention=attention)
+    zero_stage = 2 if precision.startswith("DeepSpeed") else None
+    step = Step(2, length, precision=precision[-4:], attention=attention, zero_stage=zero_stage)
     saved = saved_per_token(empty_model(config, adapter), step)
     planned = (saved["layer"] * config.num_hidden_layers + saved["head"]) * step.tokens
     assert planned == pytest.approx(sum(size for _, size in kept.values()), rel=0.08)

@@ -287,7 +287,7 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(f"{plan.stage}\n{plan.output_dir}", justify="right")
+        table.add_column(f"{plan.stage}\n{plan.output_dir}", justify="right", overflow="fold")
 
     def row(label: str, value, style: str | None = None) -> None:
         table.add_row(label, *(str(value(plan)) for plan in plans), style=style)
