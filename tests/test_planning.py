@@ -5,11 +5,13 @@ import json
 import math
 import types
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from pipeline import MODEL, chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
 from torch import nn
@@ -21,7 +23,16 @@ from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.checkpoints import read_stage
 from minimind.errors import UserError
 from minimind.planning import measuring, recipes
-from minimind.planning.costs import Step, empty_model, flops, memory, model_states, parameter_counts, saved_per_token
+from minimind.planning.costs import (
+    Step,
+    empty_model,
+    evaluation_memory,
+    flops,
+    memory,
+    model_states,
+    parameter_counts,
+    saved_per_token,
+)
 from minimind.planning.devices import DEVICES, find_device, parse_price, this_cpu
 from minimind.planning.plans import largest_batch, make_plan
 from minimind.training.optimizers import build_optimizer
@@ -184,12 +195,14 @@ def allocated_peak(model, optimizer, forward, micro_batches, ids):
     now = sum(t.numel() * t.element_size() for t in [*model.parameters(), *states])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    return peak_of(profiler, now)
+
+
+def peak_of(profiler, now):
+    """The peak of torch's own account of allocations, of which `now` bytes were there before."""
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = now
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=now))
 
 
 @pytest.mark.parametrize(
@@ -216,8 +229,6 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(variant, step):
     optimizer = build_optimizer(model, settings) or torch.optim.AdamW(model.parameters(), fused=True)
     forward = model.forward
     if step.precision == "bf16":
-        from accelerate.utils import convert_outputs_to_fp32
-
         forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(forward))
     ids = torch.randint(3, 2000, (step.batch_size, step.length))
     real = allocated_peak(model, optimizer, forward, step.accumulation, ids)
@@ -232,6 +243,19 @@ def test_the_peak_of_a_real_run_is_within_15_percent_of_the_planned_one(tmp_path
     found = measuring.measure(recipe, steps=2)
     assert make_plan(recipe, this_cpu()).memory["peak"] == pytest.approx(found["peak_memory"], rel=0.15)
     assert 0 < found["seconds_per_step"] < 60
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_planned_peak_of_an_evaluation_is_within_15_percent_of_the_allocators(precision):
+    config = configuration(hidden_size=128, intermediate_size=352, vocab_size=2000)
+    model, ids = real_model(config).eval(), torch.randint(3, 2000, (8, 128))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = convert_outputs_to_fp32(autocast(model.forward))(input_ids=ids, labels=ids, use_cache=False)
+    assert output["logits"].dtype == torch.float
+    step = Step(1, 128, precision=precision)
+    planned = evaluation_memory(empty_model(config), step, 8) - 8 * model.num_parameters()  # no optimizer here
+    assert planned == pytest.approx(peak_of(profiler, 4 * model.num_parameters()), rel=0.15)
 
 
 def test_zero_divides_the_states_as_in_its_paper():

@@ -10,7 +10,7 @@ vocabulary.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -322,6 +322,21 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     worst = max(moments, key=lambda parts: sum(parts.values()) - parts["host"])
     host = worst.pop("host")
     return {"logits": 0.0, "temporary": 0.0, **worst, "peak": sum(worst.values()), "host": host}
+
+
+def evaluation_memory(model: nn.Module, step: Step, batch_size: int) -> float:
+    """Bytes at the peak of an evaluation in batches of so many rows, between two steps: nothing is kept for a
+    backward, but all logits are there, under autocast once more in fp32."""
+    config, states = model.config, model_states(model, step)
+    each = replace(step, batch_size=batch_size)
+    standing = sum(value for part, value in states.items() if part not in ("host", "gradients"))
+    standing += states["gradients"] * (step.zero_stage is not None)
+    autocast = step.precision != "fp32" and not step.pure_half
+    casts = 2 * sum(p.numel() for p in core(model).parameters() if p.ndim > 1) * autocast
+    logits = 0 if step.pairs else config.vocab_size * each.tokens
+    hidden = 2 * saved_per_token(model, each)["checkpoint"] * each.tokens
+    inside = casts + hidden + max(step.width * logits, _transient(config, each) * each.tokens)
+    return standing + max(inside, (step.width + 4 * autocast) * logits)
 
 
 def _transient(config: MiniMindConfig, step: Step) -> float:

@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.errors import UserError
-from minimind.planning.costs import CHINCHILLA, Step, empty_model, flops, memory, model_states, parameter_counts
+from minimind.planning.costs import (
+    CHINCHILLA,
+    Step,
+    empty_model,
+    evaluation_memory,
+    flops,
+    memory,
+    model_states,
+    parameter_counts,
+)
 from minimind.planning.devices import GIB, Device, Price, find_device, parse_price
 from minimind.planning.recipes import Recipe, Rows, deepspeed_of, read_recipes
 
@@ -48,6 +57,7 @@ class Plan:
     flops: dict[str, float]
     memory: dict[str, float]
     states: dict[str, float]
+    evaluation_peak: float
     peak_without_checkpointing: float
     peak_with_checkpointing: float
     largest_batch: int
@@ -78,7 +88,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the run's memory is there."""
-        return self.memory["peak"] <= self.device.usable
+        return max(self.memory["peak"], self.evaluation_peak) <= self.device.usable
 
     def as_json(self, price: Price | None) -> dict:
         """The plan as one JSON object."""
@@ -107,6 +117,7 @@ class Plan:
             "cost": price and price.amount * device_hours,
             "memory": {key: round(value) for key, value in self.memory.items()},
             "states": {key: round(value) for key, value in self.states.items()},
+            "evaluation_peak": round(self.evaluation_peak),
             "process": round(self.device.account(self.memory["peak"])),
             "peak_with_checkpointing": round(self.peak_with_checkpointing),
             "peak_without_checkpointing": round(self.peak_without_checkpointing),
@@ -181,7 +192,6 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
     model = empty_model(config, recipe.adapter)
     rows = recipe.rows(tokenizer)
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
-    packed = recipe.stage == "pretrain" or options.packing if recipe.stage != "dpo" else False
     copy = recipe.stage == "dpo" and not options.precompute_ref_log_probs
     checkpointing = options.activation_checkpointing or options.gradient_checkpointing
     step = Step(
@@ -194,7 +204,7 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
         optimizer=optimizer_of(options),
         checkpointing=bool(checkpointing),
         attention=options.attn_implementation or "sdpa",
-        masked=not packed or recipe.stage != "pretrain" or options.document_mask,
+        masked=recipe.stage != "pretrain" or options.document_mask,
         pairs=recipe.stage == "dpo",
         reference=("adapter" if recipe.adapter else "copy") if copy else None,
         weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
@@ -239,6 +249,7 @@ def assemble(
         flops={name: value * passes for name, value in per_row.items()},
         memory=memory(model, step),
         states=model_states(model, step),
+        evaluation_peak=evaluation_memory(model, step, recipe.options.per_device_eval_batch_size),
         peak_without_checkpointing=memory(model, replace(step, checkpointing=False))["peak"],
         peak_with_checkpointing=memory(model, replace(step, checkpointing=True))["peak"],
         largest_batch=largest_batch(model, step, device.usable),
@@ -310,6 +321,8 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     for key, label in PARTS.items():
         if any(p.memory[key] or p.states.get(key) for p in plans):
             row(f"  {label}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else held(p, key))
+    if any(p.evaluation_peak > p.memory["peak"] for p in plans):
+        row("in evaluation", lambda p: gib(p.evaluation_peak))
     if any(p.memory["host"] for p in plans):
         row("  on the host", lambda p: gib(p.memory["host"]))
     if all(p.step.checkpointing for p in plans):
@@ -373,6 +386,9 @@ def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
 def advice(plan: Plan) -> str:
     """What to change where a run does not fit."""
     asked, step = plan.memory["peak"], plan.step
+    if asked <= plan.device.usable:
+        usable = f"{gib(plan.evaluation_peak)} of {gib(plan.device.usable)} on {plan.device.name}"
+        return f"{plan.recipe}: evaluation needs {usable}. Lower --per_device_eval_batch_size."
     said = f"{plan.recipe}: needs {gib(asked)} of {gib(plan.device.usable)} on {plan.device.name}."
     if plan.largest_batch:
         parts = next(n for n in range(2, step.batch_size + 1) if -(-step.batch_size // n) <= plan.largest_batch)
