@@ -191,6 +191,8 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
     config, tokenizer, notes = recipe.starting_point()
     model = empty_model(config, recipe.adapter)
     rows = recipe.rows(tokenizer)
+    if options.optim != "muon" and not options.optim.startswith("adamw_torch"):
+        notes.append(f"{recipe.path}: optim {options.optim} is reckoned as AdamW in fp32")
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
     copy = recipe.stage == "dpo" and not options.precompute_ref_log_probs
     checkpointing = options.activation_checkpointing or options.gradient_checkpointing
