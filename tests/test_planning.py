@@ -443,6 +443,14 @@ def test_json_has_hours_and_cost_of_each_stage_and_in_all(pipeline, capsys):
     assert math.isclose(found["total"]["cost"], sum(stage["cost"] for stage in found["stages"]))
 
 
+def test_each_zero_stage_takes_less_and_the_chosen_one_is_the_plans(pipeline, capsys):
+    words = ["--device", "a100", "--processes", "4", "--deepspeed", "ds_config_zero2.json"]
+    (stage,) = plan_json(capsys, pipeline["pretrain"], *words)["stages"]
+    peaks = list(stage["peak_under"].values())
+    assert peaks[:4] == sorted(peaks[:4], reverse=True)
+    assert stage["peak_under"]["ZeRO-2, offloading"] < stage["peak_under"]["ZeRO-2"] == stage["memory"]["peak"]
+
+
 def test_the_table_says_what_is_assumed_and_what_does_not_fit(pipeline, capsys):
     words = ["--device", "rtx4090", "--per_device_train_batch_size", "4000000"]
     run_cli("plan", pipeline["pretrain"], *words)

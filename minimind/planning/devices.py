@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minimind.errors import UserError
+from minimind.planning.costs import Step
 from minimind.training.launch import bf16_is_fast
 
 GIB = 2**30
@@ -40,15 +41,20 @@ class Device:
         """Bytes for a run's tensors."""
         return (self.memory - self.reserved) / (1 + self.gaps)
 
+    def running(self, step: Step) -> "Device":
+        """This device with the gaps that such a step leaves."""
+        return replace(self, gaps=CPU_CHECKPOINTING_GAPS) if self.kind == "cpu" and step.checkpointing else self
+
     def account(self, tensors: float) -> float:
         """What this device's own account says of so many bytes of tensors: on a CPU it is that of the process."""
         return tensors * (1 + self.gaps) if self.kind == "cpu" else tensors
 
 
 # Bytes and share that a process takes beside its tensors, allowances of ours: a card's context and its allocator's
-# gaps; on a CPU, glibc keeps a fifth to a third more than a step's tensors (benchmarks/plan_memory.py).
+# gaps; on a CPU those that benchmarks/plan_memory.py finds in glibc, many more where layers are computed again.
 CUDA_ALLOWANCES = (0.75 * GIB, 0.05)
-CPU_ALLOWANCES = (1.5 * GIB, 0.25)
+CPU_ALLOWANCES = (1.5 * GIB, 0.22)
+CPU_CHECKPOINTING_GAPS = 0.5
 
 
 def _card(name: str, half: float, fp32: float, gib: float, utilisation: float, source: str) -> Device:

@@ -163,6 +163,7 @@ class PlanCallback(StepMeter):
         """Plan these steps on the device they ran on, print both, and keep the numbers for the log."""
         device, found = this_device(), self.results()
         step, padded = step_of(self.trainer, device)
+        device = device.running(step)
         real = self.trainer.accelerator.unwrap_model(self.trainer.model)
         adapter = real.peft_config[real.active_adapter] if isinstance(real, PeftModel) else None
         model = empty_model(core(real).config, adapter)  # the real one's weights may be divided among processes

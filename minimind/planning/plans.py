@@ -26,6 +26,9 @@ from minimind.planning.devices import GIB, Device, Price, find_device, parse_pri
 from minimind.planning.recipes import Recipe, Rows, deepspeed_of, read_recipes
 
 BATCH_LIMIT = 2**16
+ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
+ZERO["ZeRO-2, offloading"] = {"zero_stage": 2, "offload_optimizer": True}
+ZERO["ZeRO-3, offloading"] = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -58,6 +61,7 @@ class Plan:
     memory: dict[str, float]
     states: dict[str, float]
     evaluation_peak: float
+    peak_under: dict[str, float]
     peak_without_checkpointing: float
     peak_with_checkpointing: float
     largest_batch: int
@@ -117,6 +121,7 @@ class Plan:
             "cost": price and price.amount * device_hours,
             "memory": {key: round(value) for key, value in self.memory.items()},
             "states": {key: round(value) for key, value in self.states.items()},
+            "peak_under": {name: round(value) for name, value in self.peak_under.items()},
             "evaluation_peak": round(self.evaluation_peak),
             "process": round(self.device.account(self.memory["peak"])),
             "peak_with_checkpointing": round(self.peak_with_checkpointing),
@@ -215,7 +220,7 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
         offload_parameters=offload_parameters,
     )
     steps, consumed = steps_of(options, rows, processes)
-    return assemble(recipe, device, model, step, rows, steps, consumed, notes)
+    return assemble(recipe, device.running(step), model, step, rows, steps, consumed, notes)
 
 
 def steps_of(options, rows: Rows, processes: int) -> tuple[int, float]:
@@ -252,6 +257,12 @@ def assemble(
         memory=memory(model, step),
         states=model_states(model, step),
         evaluation_peak=evaluation_memory(model, step, recipe.options.per_device_eval_batch_size),
+        peak_under={
+            name: memory(model, replace(step, **{"offload_optimizer": False, "offload_parameters": False} | options))[
+                "peak"
+            ]
+            for name, options in ZERO.items()
+        },
         peak_without_checkpointing=memory(model, replace(step, checkpointing=False))["peak"],
         peak_with_checkpointing=memory(model, replace(step, checkpointing=True))["peak"],
         largest_batch=largest_batch(model, step, device.usable),
@@ -331,6 +342,9 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
         row("without checkpointing", lambda p: gib(p.peak_without_checkpointing))
     else:
         row("with checkpointing", lambda p: gib(p.peak_with_checkpointing))
+    if processes > 1 or any(p.step.zero_stage is not None for p in plans):
+        for name in ZERO:
+            row(f"under {name}", lambda p, name=name: gib(p.peak_under[name]))
     if any(p.measured and p.measured.get("peak_memory") for p in plans):
         if plans[0].device.kind == "cpu":
             row("in the process", lambda p: gib(p.device.account(p.memory["peak"])))
