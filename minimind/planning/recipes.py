@@ -20,12 +20,11 @@ from trl import get_peft_config, pack_dataset
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import adapter_base, require_stage
+from minimind.data.chat_encoder import ChatEncoder, set_chat_template
 from minimind.data.chats import (
     ChatArguments,
-    ChatEncoder,
     load_conversations,
     load_preferences,
-    set_chat_template,
     tokenize_conversations,
     tokenize_preferences,
 )
