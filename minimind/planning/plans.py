@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 
 import datasets
 from rich.console import Console
@@ -311,7 +312,7 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(f"{plan.stage}\n{plan.output_dir}", justify="right", overflow="fold")
+        table.add_column(f"{plan.stage}\n{Path(plan.recipe).stem}", justify="right", overflow="fold")
 
     def row(label: str, value, style: str | None = None) -> None:
         table.add_row(label, *(str(value(plan)) for plan in plans), style=style)
@@ -326,7 +327,7 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     row("rows a step", lambda p: f"{p.rows_per_step:,}")
     row("steps", lambda p: f"{p.steps:,}")
     row("tokens", lambda p: ("" if p.rows.exact else "~") + amount(p.tokens))
-    row("  per parameter", lambda p: f"{p.tokens / p.parameters['total']:.2g} of {CHINCHILLA}")
+    row(f"  per parameter (of {CHINCHILLA})", lambda p: f"{p.tokens / p.parameters['total']:.2g}")
     row("FLOPs a token", lambda p: amount(p.flops_per_token))
     row("FLOPs", lambda p: f"{p.flops['model']:.2e}")
     table.add_section()
