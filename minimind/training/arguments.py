@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,23 +299,50 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options = {action.dest for action in parser._actions}
-    while "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _read_recipe(Path(argv[position + 1]), options)
-        argv = recipe + argv[:position] + argv[position + 2 :]
+    argv = with_recipe(parser, sys.argv[1:] if argv is None else argv)
     prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
     try:
         return parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, FileNotFoundError) as error:
         unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
         if unknown:
-            names = ", ".join(f"--{name}" for name in unknown)
-            raise UserError(f"unknown option {names}.{_suggest(' '.join(unknown), options)}") from error
+            raise _unknown_options(parser, unknown) from error
         raise UserError(f"the arguments do not fit together: {error}") from error
+
+
+def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
+    """The same as one namespace, without making the dataclasses: no device is set up, nothing is checked together.
+
+    Raises:
+        UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
+    """
+    parser = StageParser(dataclass_types)
+    options, others = parser.parse_known_args(with_recipe(parser, argv))
+    if others:
+        raise _unknown_options(parser, [word.removeprefix("--") for word in others if word.startswith("--")] or others)
+    return options
+
+
+def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
+    """A command line with the words of its `--config` in front; raises UserError."""
+    argv = list(argv)
+    while "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML recipe.")
+        recipe = _read_recipe(Path(argv[position + 1]), option_names(parser))
+        argv = recipe + argv[:position] + argv[position + 2 :]
+    return argv
+
+
+def option_names(parser: StageParser) -> set[str]:
+    """What may stand in a recipe."""
+    return {action.dest for action in parser._actions}
+
+
+def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
+    names = ", ".join(f"--{name}" for name in unknown)
+    return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
 
 
 def _read_recipe(path: Path, options: set[str]) -> list[str]:

@@ -157,6 +157,9 @@ class Stage:
         trainer.add_callback(self.progress)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+
+        trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
