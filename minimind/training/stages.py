@@ -40,6 +40,7 @@ from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
+from minimind.training.signals import InterruptCallback
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -157,6 +158,7 @@ class Stage:
         trainer.add_callback(self.progress)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        trainer.add_callback(InterruptCallback(trainer))
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
