@@ -27,9 +27,7 @@ from minimind.training.launch import is_main_process
 INTERRUPTED = 75
 # What a shell shows for a process that SIGINT ended.
 LEFT_AT_ONCE = 130
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 LAUNCHER_GONE = 1000  # travels where a signal's number does
 # torchrun passes a Ctrl-C on to processes that the terminal has told already: not the second one.
 ECHO_SECONDS = 1.0
