@@ -20,6 +20,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
+from minimind.training.elastic import keep_global_batch
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 
 
@@ -187,6 +188,8 @@ class StageConfig(TrainingArguments):
             self.resume_from_checkpoint = last
         elif self.resume_from_checkpoint and not Path(self.resume_from_checkpoint).is_dir():
             raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
+        if self.resume_from_checkpoint:
+            keep_global_batch(self, self.resume_from_checkpoint)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         super().__post_init__()

@@ -39,7 +39,7 @@ LAUNCHER_MODULES |= {"torch.distributed.launch", "accelerate.commands.launch"}
 class InterruptCallback(TrainerCallback):
     """On SIGTERM, SIGINT, SIGUSR1, SIGHUP, or when the launcher is gone: a checkpoint at the end of the step, exit 75.
 
-    All processes agree on the step by an all-reduced maximum, one element per step, so that one told process is enough.
+    All processes agree on the step by an all-reduced maximum, one element per step, so one told process is enough.
     A second Ctrl-C leaves at once, without a checkpoint, with exit code 130.
 
     It is the Trainer's `on_epoch_end` that leaves: by then the checkpoint is whole and every callback has seen it.

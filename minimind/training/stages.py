@@ -38,6 +38,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.training.elastic import BatchRecord, prepare_checkpoint
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 from minimind.training.signals import InterruptCallback
@@ -158,7 +159,9 @@ class Stage:
         trainer.add_callback(self.progress)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        trainer.add_callback(BatchRecord())
         trainer.add_callback(InterruptCallback(trainer))
+        prepare_checkpoint(trainer)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world

@@ -1,0 +1,198 @@
+"""A run that another number of processes continues: the same rows in every step, the same weights and optimizer state.
+
+The rows of step k are those at [k * rows, (k + 1) * rows) of a permutation that the seed decides, however many
+processes share them. So a checkpoint fits any number of processes that divides its rows per step: micro-batch and
+accumulation are computed anew (`keep_global_batch`), and ZeRO's shards, which belong to the number of processes that
+wrote them, go through DeepSpeed's universal checkpoint (`prepare_checkpoint`).
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from minimind.errors import UserError
+from minimind.training.launch import is_main_process
+
+# What DeepSpeed's converter knows: weights, first and second moment.
+CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How one optimizer step is shared out."""
+
+    processes: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+
+    @property
+    def rows(self) -> int:
+        """Rows per optimizer step, of all processes."""
+        return self.processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def __str__(self) -> str:
+        plural = "es" if self.processes > 1 else ""
+        return (
+            f"{self.rows:,} rows ({self.per_device_train_batch_size} x {self.gradient_accumulation_steps} accumulation "
+            f"x {self.processes} process{plural})"
+        )
+
+    def shared_by(self, processes: int) -> "Batch | None":
+        """The same rows with another number of processes and no larger micro-batch; None where they do not divide."""
+        share, rest = divmod(self.rows, processes)
+        if rest:
+            return None
+        sizes = range(min(share, self.per_device_train_batch_size), 0, -1)
+        micro_batch = next(size for size in sizes if share % size == 0)
+        return Batch(processes, micro_batch, share // micro_batch)
+
+
+class BatchRecord(TrainerCallback, ExportableState):
+    """Writes into each checkpoint's trainer_state.json how its steps were shared out."""
+
+    def __init__(self):
+        self.batch = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.batch = asdict(Batch(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps))
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"batch": self.batch}}
+
+
+def saved_processes(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint: each leaves the state of its random numbers."""
+    return len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+
+
+def saved_batch(checkpoint: Path, args: TrainingArguments) -> Batch:
+    """How the steps of a checkpoint were shared out; of one without our record, as `args` say."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return Batch(**state["stateful_callbacks"][BatchRecord.__name__]["attributes"]["batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        processes = saved_processes(checkpoint)
+        return Batch(processes, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether DeepSpeed wrote the optimizer state of a checkpoint."""
+    return any(checkpoint.glob("global_step*"))
+
+
+def keep_global_batch(args: TrainingArguments, checkpoint: str | Path) -> None:
+    """Set micro-batch and accumulation so that a step takes the rows it took when `checkpoint` was written.
+
+    Call it before `TrainingArguments.__post_init__`, which hands the numbers on to DeepSpeed. Nothing changes where
+    the number of processes ($WORLD_SIZE) is that of the checkpoint.
+
+    Raises:
+        UserError: the rows cannot be shared out evenly, or the optimizer state cannot be carried over.
+    """
+    checkpoint = Path(checkpoint)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not (checkpoint / "trainer_state.json").is_file():
+        return  # not a checkpoint of the Trainer, which will say so
+    if is_sharded(checkpoint) != bool(args.deepspeed):
+        wrote, asked = ("with", "without") if is_sharded(checkpoint) else ("without", "with")
+        raise UserError(
+            f"{checkpoint} was written {wrote} DeepSpeed, this run is {asked} it, and the optimizer state fits only "
+            f"its own kind. {'Give' if wrote == 'with' else 'Leave out'} --deepspeed."
+        )
+    saved = saved_batch(checkpoint, args)
+    if saved.processes == processes:
+        return
+    if args.deepspeed and (getattr(args, "use_muon", False) or args.optim not in CONVERTIBLE_OPTIMIZERS):
+        name = "muon" if getattr(args, "use_muon", False) else args.optim
+        raise UserError(
+            f"{checkpoint} was written by {saved.processes} processes, this run has {processes}, and under DeepSpeed "
+            f"the optimizer state of {name} cannot be shared out anew (that of {CONVERTIBLE_OPTIMIZERS[0]} can). "
+            f"Start {saved.processes} processes."
+        )
+    batch = saved.shared_by(processes)
+    if batch is None:
+        fitting = [str(count) for count in range(1, saved.rows + 1) if saved.rows % count == 0]
+        raise UserError(
+            f"{checkpoint} takes {saved} per step, which {processes} processes cannot share evenly. Start "
+            f"{', '.join(fitting[:-1])} or {fitting[-1]} processes."
+        )
+    if is_main_process():
+        print(f"{checkpoint} took {saved} per step; this run goes on with {batch}", flush=True)
+    args.per_device_train_batch_size = batch.per_device_train_batch_size
+    args.gradient_accumulation_steps = batch.gradient_accumulation_steps
+
+
+def prepare_checkpoint(trainer: Trainer) -> None:
+    """Make the shards of another number of processes loadable: call it on all of them, just before `train`.
+
+    It converts into a hidden directory beside the checkpoint, which stays as it is, and points
+    `trainer.args.resume_from_checkpoint` there. The directory goes after the first step.
+
+    Raises:
+        UserError: DeepSpeed's converter failed.
+    """
+    args = trainer.args
+    if not (args.resume_from_checkpoint and trainer.is_deepspeed_enabled):
+        return
+    checkpoint = Path(args.resume_from_checkpoint)
+    if saved_processes(checkpoint) == args.world_size:
+        return
+    converted = checkpoint.with_name(f".universal-{checkpoint.name}")
+    if is_main_process():
+        _convert(checkpoint, converted)
+    if dist.is_initialized():
+        dist.barrier()
+    trainer.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
+    args.resume_from_checkpoint = str(converted)
+    trainer.add_callback(_RemoveConverted(trainer, converted))
+
+
+class _RemoveConverted(TrainerCallback):
+    def __init__(self, trainer: Trainer, directory: Path):
+        self.trainer, self.directory = trainer, directory
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Checkpoints written from now on are ordinary ones, and load as such (the best model at the end).
+        self.trainer.model_wrapped._config.load_universal_checkpoint = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (
+            is_main_process() and self.directory.exists()
+        ):  # every process has read its part, or this step were not done
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _convert(checkpoint: Path, target: Path) -> None:
+    """Links to everything in `checkpoint`, and its shards in DeepSpeed's universal form."""
+    shards = max(checkpoint.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    partial = target.with_name(f"{target.name}.partial")
+    for directory in (target, partial):
+        shutil.rmtree(directory, ignore_errors=True)
+    partial.mkdir()
+    for entry in checkpoint.iterdir():
+        (partial / entry.name).symlink_to(entry.resolve())
+    words = ["--input_folder", partial / shards.name, "--output_folder", partial / f"{shards.name}_universal"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words, "--inject_missing_state"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(
+            f"{checkpoint} was written by {saved_processes(checkpoint)} processes and DeepSpeed cannot convert it for "
+            f"another number: {reason}. Start {saved_processes(checkpoint)} processes."
+        )
+    partial.replace(target)
