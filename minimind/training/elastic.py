@@ -42,8 +42,8 @@ class Batch:
     def __str__(self) -> str:
         plural = "es" if self.processes > 1 else ""
         return (
-            f"{self.rows:,} rows ({self.per_device_train_batch_size} x {self.gradient_accumulation_steps} accumulation "
-            f"x {self.processes} process{plural})"
+            f"{self.rows:,} rows ({self.per_device_train_batch_size} x {self.gradient_accumulation_steps} "
+            f"accumulation x {self.processes} process{plural})"
         )
 
     def shared_by(self, processes: int) -> "Batch | None":
@@ -102,7 +102,8 @@ def keep_global_batch(args: TrainingArguments, checkpoint: str | Path) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not (checkpoint / "trainer_state.json").is_file():
         return  # not a checkpoint of the Trainer, which will say so
-    if is_sharded(checkpoint) != bool(args.deepspeed):
+    deepspeed = bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if is_sharded(checkpoint) != deepspeed:
         wrote, asked = ("with", "without") if is_sharded(checkpoint) else ("without", "with")
         raise UserError(
             f"{checkpoint} was written {wrote} DeepSpeed, this run is {asked} it, and the optimizer state fits only "
@@ -111,7 +112,7 @@ def keep_global_batch(args: TrainingArguments, checkpoint: str | Path) -> None:
     saved = saved_batch(checkpoint, args)
     if saved.processes == processes:
         return
-    if args.deepspeed and (getattr(args, "use_muon", False) or args.optim not in CONVERTIBLE_OPTIMIZERS):
+    if deepspeed and (getattr(args, "use_muon", False) or args.optim not in CONVERTIBLE_OPTIMIZERS):
         name = "muon" if getattr(args, "use_muon", False) else args.optim
         raise UserError(
             f"{checkpoint} was written by {saved.processes} processes, this run has {processes}, and under DeepSpeed "
@@ -165,9 +166,7 @@ class _RemoveConverted(TrainerCallback):
         self.trainer.model_wrapped._config.load_universal_checkpoint = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if (
-            is_main_process() and self.directory.exists()
-        ):  # every process has read its part, or this step were not done
+        if is_main_process() and self.directory.exists():  # all have read their part: this step is done
             shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -39,6 +39,7 @@ from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
 from minimind.training.elastic import BatchRecord, prepare_checkpoint
+from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 from minimind.training.signals import InterruptCallback
@@ -160,6 +161,7 @@ class Stage:
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
         trainer.add_callback(BatchRecord())
+        trainer.add_callback(HeartbeatCallback())
         trainer.add_callback(InterruptCallback(trainer))
         prepare_checkpoint(trainer)
         args, model, facts = self.args, trainer.model, self.facts
