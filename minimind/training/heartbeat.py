@@ -75,9 +75,9 @@ class HeartbeatCallback(TrainerCallback):
             lost = [other for other, seconds in self.silent.items() if seconds > self.silence]
             if lost:
                 print(
-                    f"error: no sign of life from host {', '.join(map(str, lost))} (of {len(self.silent) + 1}, counted "
-                    f"from 0) for {self.silence} s, so host {self.index} ends too. Run the same command again, with "
-                    "the hosts that are left: it goes on from the last checkpoint.",
+                    f"error: no sign of life from host {', '.join(map(str, lost))} for {self.silence} s, so host "
+                    f"{self.index} ends too (hosts are counted from 0). Run the same command again, with the hosts "
+                    "that are left: it goes on from the last checkpoint.",
                     file=sys.stderr,
                     flush=True,
                 )

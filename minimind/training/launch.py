@@ -56,8 +56,8 @@ def check_port() -> None:
             meeting_point.bind(("", int(port)))
         except OSError as error:
             raise UserError(
-                f"port {port}, at which the processes are to meet, is in use, by another run perhaps ({error.strerror})"
-                f". Give another one: deepspeed --master_port {int(port) + 1} ..., or MASTER_PORT={int(port) + 1}."
+                f"port {port}, at which the processes are to meet, cannot be opened: {error.strerror}, perhaps by "
+                f"another run. Give another one: deepspeed --master_port {int(port) + 1} ..., or MASTER_PORT."
             ) from error
 
 
