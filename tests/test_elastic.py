@@ -84,15 +84,15 @@ def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(
 
 
 def test_a_checkpoint_of_the_other_engine_is_refused_since_its_optimizer_state_would_be_lost(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="written with DeepSpeed, this run is without it.*Give --deepspeed"):
+    with pytest.raises(UserError, match=r"written with DeepSpeed, this run is without it.*Give --deepspeed"):
         resumed(checkpoint(tmp_path / "checkpoint-2", (2, 2, 2), sharded=True), 2, monkeypatch)
-    with pytest.raises(UserError, match="written without DeepSpeed, this run is with it.*Leave out --deepspeed"):
+    with pytest.raises(UserError, match=r"written without DeepSpeed, this run is with it.*Leave out --deepspeed"):
         resumed(checkpoint(tmp_path / "checkpoint-3", (1, 2, 2)), 1, monkeypatch, deepspeed="ds_config_zero2.json")
 
 
 def test_an_optimizer_whose_shards_cannot_be_converted_keeps_its_number_of_processes(tmp_path, monkeypatch):
     path = checkpoint(tmp_path / "checkpoint-2", (2, 2, 2), sharded=True)
-    with pytest.raises(UserError, match="muon cannot be shared out anew.*Start 2 processes"):
+    with pytest.raises(UserError, match=r"muon cannot be shared out anew.*Start 2 processes"):
         resumed(path, 1, monkeypatch, deepspeed="ds_config_zero2.json", optim="muon")
 
 
