@@ -42,7 +42,7 @@ def main() -> None:
     if is_main_process():
         print_mask_report(report, rows.train[0], tokenizer)
 
-    stage = Stage("sft", training_args, rows, parent)
+    stage = Stage("sft", training_args, rows, model, tokenizer, parent, options=[model_args])
     start_tracking(stage)
     trainer = ChatSFTTrainer(
         model=model,

@@ -43,7 +43,7 @@ def main() -> None:
     if is_main_process():
         print_mask_report(report, labels[0], tokenizer)
 
-    stage = Stage("dpo", training_args, rows, parent)
+    stage = Stage("dpo", training_args, rows, model, tokenizer, parent, options=[model_args])
     start_tracking(stage)
     trainer = PreferenceTrainer(
         model=model,

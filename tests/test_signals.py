@@ -124,11 +124,12 @@ def test_an_interrupted_run_adds_no_evaluation_and_no_summary(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(model, tmp_path):
-    best = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 2}
+@pytest.mark.parametrize("greater", [False, True], ids=["better", "worse"])
+def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(greater, model, tmp_path):
+    best = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": greater}
+    best |= {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2}
     interrupted(model, tmp_path, Tell(2, signal.SIGTERM), **best)
-    # The evaluation of step 2 decided about that step's checkpoint, so the run stopped one step later.
-    assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
 
 
 def test_a_signal_that_was_ignored_before_the_run_stays_ignored(model, tmp_path):

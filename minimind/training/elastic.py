@@ -2,22 +2,20 @@
 
 The rows of step k are those at [k * rows, (k + 1) * rows) of a permutation that the seed decides, however many
 processes share them. So a checkpoint fits any number of processes that divides its rows per step: micro-batch and
-accumulation are computed anew (`keep_global_batch`), and ZeRO's shards, which belong to the number of processes that
+accumulation are computed anew (`check_world_size`), and ZeRO's shards, which belong to the number of processes that
 wrote them, go through DeepSpeed's universal checkpoint (`prepare_checkpoint`).
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from minimind.errors import UserError
 from minimind.training.launch import is_main_process
@@ -56,80 +54,52 @@ class Batch:
         return Batch(processes, micro_batch, share // micro_batch)
 
 
-class BatchRecord(TrainerCallback, ExportableState):
-    """Writes into each checkpoint's trainer_state.json how its steps were shared out."""
-
-    def __init__(self):
-        self.batch = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.batch = asdict(Batch(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps))
-
-    def state(self) -> dict:
-        return {"args": {}, "attributes": {"batch": self.batch}}
-
-
 def saved_processes(checkpoint: Path) -> int:
     """How many processes wrote a checkpoint: each leaves the state of its random numbers."""
     return len(list(checkpoint.glob("rng_state_*.pth"))) or 1
 
 
-def saved_batch(checkpoint: Path, args: TrainingArguments) -> Batch:
-    """How the steps of a checkpoint were shared out; of one without our record, as `args` say."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return Batch(**state["stateful_callbacks"][BatchRecord.__name__]["attributes"]["batch"])
-    except (OSError, ValueError, KeyError, TypeError):
-        processes = saved_processes(checkpoint)
-        return Batch(processes, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
+    """Set micro-batch and accumulation so that a step takes the rows it took in the run's first start.
 
+    Called in every process, before there is a Trainer, when a checkpoint is continued by another number of processes
+    than wrote it.
 
-def is_sharded(checkpoint: Path) -> bool:
-    """Whether DeepSpeed wrote the optimizer state of a checkpoint."""
-    return any(checkpoint.glob("global_step*"))
-
-
-def keep_global_batch(args: TrainingArguments, checkpoint: str | Path) -> None:
-    """Set micro-batch and accumulation so that a step takes the rows it took when `checkpoint` was written.
-
-    Call it before `TrainingArguments.__post_init__`, which hands the numbers on to DeepSpeed. Nothing changes where
-    the number of processes ($WORLD_SIZE) is that of the checkpoint.
+    Args:
+        saved: the run's recipe (`resume.recipe_of`), with "processes", "per_device_train_batch_size" and
+            "gradient_accumulation_steps" of its first start.
+        now: the recipe of this command.
+        args: the training arguments; `resume_from_checkpoint` is the path of the checkpoint.
 
     Raises:
-        UserError: the rows cannot be shared out evenly, or the optimizer state cannot be carried over.
+        UserError: the rows cannot be shared out evenly, or the optimizer state cannot be.
     """
-    checkpoint = Path(checkpoint)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if not (checkpoint / "trainer_state.json").is_file():
-        return  # not a checkpoint of the Trainer, which will say so
-    deepspeed = bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if is_sharded(checkpoint) != deepspeed:
-        wrote, asked = ("with", "without") if is_sharded(checkpoint) else ("without", "with")
+    first = Batch(*(saved[name] for name in Batch.__dataclass_fields__))
+    checkpoint, processes = Path(args.resume_from_checkpoint), now["processes"]
+    wrote = saved_processes(checkpoint)
+    optimizer = "muon" if getattr(args, "use_muon", False) else getattr(args.optim, "value", args.optim)
+    if args.deepspeed and wrote != processes and optimizer not in CONVERTIBLE_OPTIMIZERS:
         raise UserError(
-            f"{checkpoint} was written {wrote} DeepSpeed, this run is {asked} it, and the optimizer state fits only "
-            f"its own kind. {'Give' if wrote == 'with' else 'Leave out'} --deepspeed."
+            f"{checkpoint} was written by {wrote} processes, this command starts {processes}, and under DeepSpeed the "
+            f"optimizer state of {optimizer} cannot be shared out anew (that of {CONVERTIBLE_OPTIMIZERS[0]} can). "
+            f"Start {wrote} processes."
         )
-    saved = saved_batch(checkpoint, args)
-    if saved.processes == processes:
-        return
-    if deepspeed and (getattr(args, "use_muon", False) or args.optim not in CONVERTIBLE_OPTIMIZERS):
-        name = "muon" if getattr(args, "use_muon", False) else args.optim
-        raise UserError(
-            f"{checkpoint} was written by {saved.processes} processes, this run has {processes}, and under DeepSpeed "
-            f"the optimizer state of {name} cannot be shared out anew (that of {CONVERTIBLE_OPTIMIZERS[0]} can). "
-            f"Start {saved.processes} processes."
-        )
-    batch = saved.shared_by(processes)
+    batch = first.shared_by(processes)
     if batch is None:
-        fitting = [str(count) for count in range(1, saved.rows + 1) if saved.rows % count == 0]
+        *fitting, last = [str(count) for count in range(1, first.rows + 1) if first.rows % count == 0]
         raise UserError(
-            f"{checkpoint} takes {saved} per step, which {processes} processes cannot share evenly. Start "
-            f"{', '.join(fitting[:-1])} or {fitting[-1]} processes."
+            f"{checkpoint} is of a run with {first} per step, which {processes} processes cannot share evenly. Start "
+            f"{', '.join(fitting)} or {last} processes, or begin anew in another --output_dir."
         )
     if is_main_process():
-        print(f"{checkpoint} took {saved} per step; this run goes on with {batch}", flush=True)
+        print(f"the run began with {first} per step, and goes on with {batch}", flush=True)
     args.per_device_train_batch_size = batch.per_device_train_batch_size
     args.gradient_accumulation_steps = batch.gradient_accumulation_steps
+    if args.deepspeed:  # these were copied when the arguments were read
+        config = args.hf_deepspeed_config.config
+        config["train_micro_batch_size_per_gpu"] = batch.per_device_train_batch_size
+        config["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
+        config.pop("train_batch_size", None)  # the product, which DeepSpeed works out
 
 
 def prepare_checkpoint(trainer: Trainer) -> None:

@@ -19,7 +19,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 
 from minimind.training.launch import is_main_process
 
@@ -42,7 +41,7 @@ class InterruptCallback(TrainerCallback):
     All processes agree on the step by an all-reduced maximum, one element per step, so one told process is enough.
     A second Ctrl-C leaves at once, without a checkpoint, with exit code 130.
 
-    It is the Trainer's `on_epoch_end` that leaves: by then the checkpoint is whole and every callback has seen it.
+    It leaves from the Trainer's `on_save`, when the checkpoint is whole; to be added after callbacks that look at it.
 
     Raises:
         SystemExit: with code 75, from `Trainer.train`, on all processes.
@@ -54,7 +53,7 @@ class InterruptCallback(TrainerCallback):
         self.received = 0  # this process: a signal's number, or LAUNCHER_GONE
         self.agreed = 0  # all processes
         self.first_interrupt = None
-        self.waited = False
+        self.left = False
         self.before: dict[int, Callable | int | None] = {}
         self.launchers = find_launchers()
         self.finished = threading.Event()
@@ -71,6 +70,9 @@ class InterruptCallback(TrainerCallback):
             threading.Thread(target=self._watch_launchers, name="launchers", daemon=True).start()
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.agreed and not self.left:  # `--save_strategy best` has found the step's model no better and not saved
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            self._leave(args, state, control)
         self.finished.set()
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -103,17 +105,16 @@ class InterruptCallback(TrainerCallback):
             if not self.agreed:
                 return
             keep_output_writable()
+        control.should_save = True
         if state.global_step >= state.max_steps:
-            # Nothing is left to train: keep the weights, should the evaluation that follows not end in time.
-            control.should_save, self.agreed = True, 0
-            return
-        best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
-        if best and not self.waited:  # this step's evaluation decides what is saved, so stop one step later
-            self.waited = True
-            return
-        if best:
-            control.should_evaluate = False
-        control.should_save = control.should_training_stop = True
+            # Nothing is left to train: only keep the weights, should the evaluation that follows not end in time.
+            self.agreed = 0
+        else:
+            control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.agreed and control.should_training_stop:
+            self._leave(args, state, control)
 
     def _agree(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):
@@ -122,10 +123,9 @@ class InterruptCallback(TrainerCallback):
         dist.all_reduce(self.flag, dist.ReduceOp.MAX)
         return int(self.flag)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if not (self.agreed and control.should_training_stop):
-            return
-        # The trackers close their runs; no training is complete, so neither summary nor evaluation belongs in them.
+    def _leave(self, args, state, control) -> None:
+        # The trackers close their runs. The training is not complete, so its summary does not belong in them.
+        self.left = True
         self.trainer.callback_handler.on_train_end(args, state, control)
         close_wandb()
         if dist.is_available() and dist.is_initialized():
