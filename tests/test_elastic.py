@@ -7,93 +7,69 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pipeline import NAMES, short_run, write_model
 
 from minimind.errors import UserError
-from minimind.training.arguments import PretrainConfig
-from minimind.training.elastic import Batch, saved_processes
+from minimind.training.elastic import Batch, check_world_size, saved_processes
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
 
 
-def checkpoint(path, batch, sharded=False):
-    """What the code looks at in a checkpoint."""
+def resized(path, first, wrote, processes, **options):
+    """Sizes that `check_world_size` chooses for a run that began as `first` and whose checkpoint `wrote` processes."""
     path.mkdir()
-    record = {"processes": batch[0], "per_device_train_batch_size": batch[1], "gradient_accumulation_steps": batch[2]}
-    state = {"stateful_callbacks": {"BatchRecord": {"args": {}, "attributes": {"batch": record}}}}
-    (path / "trainer_state.json").write_text(json.dumps(state))
-    names = ["rng_state.pth"] if batch[0] == 1 else [f"rng_state_{rank}.pth" for rank in range(batch[0])]
-    for name in names:
+    for name in ["rng_state.pth"] if wrote == 1 else [f"rng_state_{rank}.pth" for rank in range(wrote)]:
         (path / name).touch()
-    if sharded:
-        (path / "global_step2").mkdir()
-    return path
-
-
-def resumed(path, processes, monkeypatch, **options):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    # The group of processes is not there: only what happens before it is asked for is looked at.
-    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
-    return PretrainConfig(output_dir="x", report_to="none", resume_from_checkpoint=str(path), **options)
+    names = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+    saved = dict(zip(names, first, strict=True))
+    options = {"optim": "adamw_torch_fused", "deepspeed": None, "use_muon": False} | options
+    args = SimpleNamespace(resume_from_checkpoint=str(path), **options)
+    check_world_size(saved, {"processes": processes}, args)
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps
 
 
 @pytest.mark.parametrize(
-    ("saved", "processes", "micro_batch", "accumulation"),
+    ("first", "processes", "sizes"),
     [
-        ((1, 8, 4), 2, 8, 2),
-        ((2, 8, 2), 1, 8, 4),
-        ((2, 4, 2), 4, 4, 1),
-        ((1, 8, 1), 2, 4, 1),  # no accumulation left to divide: smaller micro-batches
-        ((1, 8, 3), 4, 6, 1),
-        ((3, 4, 1), 2, 3, 2),
-        ((2, 8, 2), 2, 5, 7),  # the same number of processes: nothing of ours
+        ((1, 8, 4), 2, (8, 2)),
+        ((2, 8, 2), 1, (8, 4)),
+        ((2, 4, 2), 4, (4, 1)),
+        ((1, 8, 1), 2, (4, 1)),  # no accumulation left to divide: smaller micro-batches
+        ((1, 8, 3), 4, (6, 1)),
+        ((3, 4, 1), 2, (3, 2)),
     ],
 )
-def test_the_rows_of_a_step_stay_the_same(saved, processes, micro_batch, accumulation, tmp_path, monkeypatch):
-    given = {"per_device_train_batch_size": saved[1], "gradient_accumulation_steps": saved[2]}
-    if saved[0] == processes:
-        given = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-    args = resumed(checkpoint(tmp_path / "checkpoint-2", saved), processes, monkeypatch, **given)
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (micro_batch, accumulation)
+def test_the_rows_of_a_step_stay_the_same(first, processes, sizes, tmp_path):
+    assert resized(tmp_path / "checkpoint-2", first, first[0], processes) == sizes
+
+
+def test_back_at_the_first_number_of_processes_a_step_is_shared_as_at_first(tmp_path):
+    assert resized(tmp_path / "checkpoint-2", (2, 8, 3), 3, 2) == (8, 3)
 
 
 def test_every_division_that_is_possible_is_found_and_keeps_the_rows():
-    for processes, micro_batch, accumulation, now in itertools.product(
-        (1, 2, 3, 4), (1, 3, 8), (1, 2, 5), (1, 2, 3, 6)
-    ):
-        saved = Batch(processes, micro_batch, accumulation)
+    for *numbers, now in itertools.product((1, 2, 3, 4), (1, 3, 8), (1, 2, 5), (1, 2, 3, 6)):
+        saved = Batch(*numbers)
         found = saved.shared_by(now)
         assert (found is None) == (saved.rows % now != 0)
-        assert found is None or (found.rows == saved.rows and found.per_device_train_batch_size <= micro_batch)
+        if found:
+            assert found.rows == saved.rows
+            assert found.per_device_train_batch_size <= saved.per_device_train_batch_size
 
 
-def test_a_user_who_has_shared_out_the_rows_anew_gets_the_same_rows(tmp_path, monkeypatch):
-    path = checkpoint(tmp_path / "checkpoint-2", (2, 8, 2))
-    given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
-    assert resumed(path, 1, monkeypatch, **given).gradient_accumulation_steps == 4
-
-
-def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(tmp_path, monkeypatch):
-    path = checkpoint(tmp_path / "checkpoint-2", (2, 2, 2))
+def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(tmp_path):
     with pytest.raises(UserError, match=r"8 rows .* 3 processes cannot share evenly. Start 1, 2, 4 or 8 processes"):
-        resumed(path, 3, monkeypatch, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        resized(tmp_path / "checkpoint-2", (2, 2, 2), 2, 3)
 
 
-def test_a_checkpoint_of_the_other_engine_is_refused_since_its_optimizer_state_would_be_lost(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"written with DeepSpeed, this run is without it.*Give --deepspeed"):
-        resumed(checkpoint(tmp_path / "checkpoint-2", (2, 2, 2), sharded=True), 2, monkeypatch)
-    with pytest.raises(UserError, match=r"written without DeepSpeed, this run is with it.*Leave out --deepspeed"):
-        resumed(checkpoint(tmp_path / "checkpoint-3", (1, 2, 2)), 1, monkeypatch, deepspeed="ds_config_zero2.json")
-
-
-def test_an_optimizer_whose_shards_cannot_be_converted_keeps_its_number_of_processes(tmp_path, monkeypatch):
-    path = checkpoint(tmp_path / "checkpoint-2", (2, 2, 2), sharded=True)
+def test_an_optimizer_whose_shards_cannot_be_converted_keeps_its_number_of_processes(tmp_path):
     with pytest.raises(UserError, match=r"muon cannot be shared out anew.*Start 2 processes"):
-        resumed(path, 1, monkeypatch, deepspeed="ds_config_zero2.json", optim="muon")
+        resized(tmp_path / "checkpoint-2", (2, 2, 2), 2, 1, deepspeed="ds_config_zero2.json", use_muon=True)
 
 
 # --- with a launcher -----------------------------------------------------------------------------------------------
@@ -133,8 +109,9 @@ def launch(tmp_path_factory, tokenizer_dir):
     return run
 
 
-def assert_continues(losses, undisturbed, first):
-    assert list(losses) == list(range(first, STEPS + 1))
+def assert_continues(losses, undisturbed):
+    """A continued run has all steps in its log, the former process's too."""
+    assert list(losses) == list(range(1, STEPS + 1))
     assert max(abs(loss - undisturbed[step]) for step, loss in losses.items()) < 1e-3
 
 
@@ -142,12 +119,12 @@ def assert_continues(losses, undisturbed, first):
 def test_one_two_and_one_process_again_continue_one_curve(launch):
     undisturbed, one, _ = launch("one", 1, **ROWS)
     losses, two, said = launch("two", 2, "--resume_from_checkpoint", one / "checkpoint-10", **ROWS)
-    assert "this run goes on with 4 rows (2 x 1 accumulation x 2 processes)" in said
+    assert "and goes on with 4 rows (2 x 1 accumulation x 2 processes)" in said
     assert saved_processes(two / "checkpoint-20") == 2
-    assert_continues(losses, undisturbed, 11)
+    assert_continues(losses, undisturbed)
     losses, _, said = launch("again", 1, "--resume_from_checkpoint", two / "checkpoint-30", **ROWS)
-    assert "this run goes on with 4 rows (2 x 2 accumulation x 1 process)" in said
-    assert_continues(losses, undisturbed, 31)
+    assert "and goes on with 4 rows (2 x 2 accumulation x 1 process)" in said
+    assert_continues(losses, undisturbed)
 
 
 @pytest.mark.launcher
@@ -156,10 +133,10 @@ def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch):
     zero = ("--deepspeed", "ds_config_zero2.json")
     undisturbed, two, _ = launch("zero2", 2, *zero, **ROWS)
     losses, one, said = launch("zero1", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS)
-    assert "this run goes on with 8 rows (2 x 4 accumulation x 1 process)" in said
-    assert_continues(losses, undisturbed, 11)
+    assert "and goes on with 8 rows (2 x 4 accumulation x 1 process)" in said
+    assert_continues(losses, undisturbed)
     losses, four, said = launch("zero4", 4, *zero, "--resume_from_checkpoint", one / "checkpoint-20", **ROWS)
-    assert "this run goes on with 8 rows (2 x 1 accumulation x 4 processes)" in said
-    assert_continues(losses, undisturbed, 21)
+    assert "and goes on with 8 rows (2 x 1 accumulation x 4 processes)" in said
+    assert_continues(losses, undisturbed)
     assert not list(one.glob(".universal*"))  # the converted copy is gone
     assert len(list(four.glob("checkpoint-30/global_step30/*optim_states.pt"))) == 4
