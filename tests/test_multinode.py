@@ -191,7 +191,7 @@ def test_the_slurm_script_saves_on_usr1_and_puts_the_job_back_into_the_queue(com
     slurm |= {"NODEID": 0, "NNODES": 1}
     environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}
-    words = words[: words.index("--deepspeed")] + ["--max_steps", "100000"]
+    words = [*words[: words.index("--deepspeed")], "--max_steps", "100000"]
     with (tmp_path / "log").open("w") as log:
         script = ["bash", str(ROOT / "scripts" / "slurm_pretrain.sbatch"), *words]
         job = subprocess.Popen(script, cwd=tmp_path, env=environment, stdout=log, stderr=log)
