@@ -1,4 +1,4 @@
-"""What agreeing on signals costs a step: the all-reduced flag of minimind/training/signals.py, and its watching threads.
+"""What agreeing on signals costs a step: the all-reduced flag of minimind/training/signals.py.
 
     python benchmarks/signals_overhead.py [--processes 2] [--steps 2000] [--json]
 

@@ -1,4 +1,4 @@
-"""Eight rows make the same step however they are shared out: micro-batches, processes, ZeRO, recomputed activations."""
+"""Eight rows make the same step however they are shared out: micro-batches, processes, ZeRO, checkpointing."""
 
 import json
 import os

@@ -74,9 +74,9 @@ class InterruptCallback(TrainerCallback):
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
             self._leave(args, state, control)
         self.finished.set()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
+        if not self.left:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         if os.getpid() != self.pid:  # a forked child that has no handler of its own yet
