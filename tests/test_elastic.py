@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from pipeline import NAMES, short_run, write_model
+from torch.utils.data import BatchSampler
 
 from minimind.errors import UserError
-from minimind.training.elastic import Batch, check_world_size, saved_processes
+from minimind.training.elastic import Batch, SharedBatches, check_world_size, saved_processes
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -60,6 +61,21 @@ def test_every_division_that_is_possible_is_found_and_keeps_the_rows():
         if found:
             assert found.rows == saved.rows
             assert found.per_device_train_batch_size <= saved.per_device_train_batch_size
+
+
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 3), (2, 3), (2, 1), (4, 2), (3, 4)])
+def test_every_row_of_an_epoch_is_taken_once_and_in_the_step_of_a_single_process(processes, micro_batch):
+    for rows in range(1, 40):
+        inner = BatchSampler(range(rows), micro_batch, drop_last=False)
+        shards = [list(SharedBatches(inner, processes, rank)) for rank in range(processes)]
+        lengths = {len(SharedBatches(inner, processes, rank)) for rank in range(processes)}
+        assert {len(shard) for shard in shards} == lengths
+        taken = [[row for shard in step for row in shard] for step in zip(*shards, strict=True)]
+        size = processes * micro_batch
+        expected = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+        if len(expected[-1]) < processes:  # somebody has to take a row that another has too
+            assert set(taken.pop()) == set(expected.pop())
+        assert taken == expected
 
 
 def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(tmp_path):

@@ -11,10 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from minimind.errors import UserError
@@ -100,6 +103,40 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
         config["train_micro_batch_size_per_gpu"] = batch.per_device_train_batch_size
         config["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
         config.pop("train_batch_size", None)  # the product, which DeepSpeed works out
+
+
+class SharedBatches(BatchSamplerShard):
+    """Identical to accelerate's except: the rows left over at the end of an epoch are divided among the processes,
+    where accelerate fills each up to a whole micro-batch with rows from the epoch's beginning.
+
+    So every step takes the rows that one process takes. (Of fewer rows than processes some take the first one too.)
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = []
+        for batch in self.batch_sampler:
+            batches.append(batch)
+            if len(batches) == self.num_processes and len(batch) == self.batch_size:
+                yield batches[self.process_index]
+                batches = []
+        rows = [row for batch in batches for row in batch]
+        if rows and not self.drop_last:
+            ends = [len(rows) * (self.process_index + offset) // self.num_processes for offset in (0, 1)]
+            yield rows[slice(*ends)] or rows[:1]
+
+
+def share_last_rows(trainer: Trainer) -> None:
+    """Let the training data of `trainer` end as `SharedBatches` says; nothing changes for one process."""
+    build = trainer.get_train_dataloader
+
+    def build_shared():
+        loader = build()
+        shard = getattr(loader, "batch_sampler", None)
+        if type(shard) is BatchSamplerShard and type(shard.batch_sampler) is BatchSampler and not shard.split_batches:
+            shard.__class__ = SharedBatches  # a DataLoader lets nobody exchange its sampler
+        return loader
+
+    trainer.get_train_dataloader = build_shared
 
 
 def prepare_checkpoint(trainer: Trainer) -> None:

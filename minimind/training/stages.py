@@ -39,7 +39,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
-from minimind.training.elastic import prepare_checkpoint
+from minimind.training.elastic import prepare_checkpoint, share_last_rows
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
@@ -182,6 +182,7 @@ class Stage:
         trainer.stage = self
         trainer.add_callback(HeartbeatCallback())
         trainer.add_callback(InterruptCallback(trainer))
+        share_last_rows(trainer)
         prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
         args, model, facts = self.args, trainer.model, self.facts
