@@ -168,11 +168,8 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def spare_workers(trainer: Trainer) -> None:
-    """Dataloader workers ignore the signals, which a terminal or Slurm sends to all processes of a job.
-
-    A worker that dies takes the step with it, and with the step the checkpoint. It ends when the loader closes it, or
-    by itself when its parent is gone.
-    """
+    """Dataloader workers ignore the signals that a terminal or Slurm sends to all processes of a job: a worker that
+    dies takes the step with it, and with the step the checkpoint."""
     build = trainer._get_dataloader
 
     def build_with_spared_workers(*args, **kwargs):
@@ -184,10 +181,19 @@ def spare_workers(trainer: Trainer) -> None:
 
 
 def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_obey_parent, name="signals", daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
+
+
+def _obey_parent() -> None:
+    """In a worker: of all signals only the SIGTERM of its own main process counts, which waits for it to end."""
+    while True:
+        signalled = signal.sigwaitinfo(SIGNALS)
+        if signalled.si_signo == signal.SIGTERM and signalled.si_pid == os.getppid():
+            os._exit(0)
 
 
 def keep_output_writable() -> None:
