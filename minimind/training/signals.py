@@ -174,7 +174,8 @@ def spare_workers(trainer: Trainer) -> None:
 
     def build_with_spared_workers(*args, **kwargs):
         loader = build(*args, **kwargs)
-        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper asks this one
+        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
         return loader
 
     trainer._get_dataloader = build_with_spared_workers
