@@ -46,13 +46,14 @@ HARMLESS = frozenset((
     "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "disable_tqdm", "log_level",
     "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step", "logging_steps",
     "logging_nan_inf_filter", "include_num_input_tokens_seen", "save_strategy", "save_steps", "save_total_limit",
-    "save_on_each_node", "save_only_model", "enable_jit_checkpoint", "local_rank", "do_train", "do_eval",
-    "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps",
+    "save_on_each_node", "save_only_model", "enable_jit_checkpoint", "local_rank", "on_findings", "do_train",
+    "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps",
     "eval_do_concat_batches", "eval_use_gather_object", "per_device_eval_batch_size", "prediction_loss_only",
     "batch_eval_metrics", "include_for_metrics", "skip_memory_metrics", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_multiprocessing_context", "dataset_num_proc", "ddp_timeout",
-    "restore_callback_states_from_checkpoint", "torch_empty_cache_steps", "debug",
+    "restore_callback_states_from_checkpoint", "torch_empty_cache_steps", "debug", "sample_steps", "sample_prompts",
+    "sample_tokens",
     "model_config", "tokenizer", "model_name_or_path", "trust_remote_code", "model_revision",
 ))
 # fmt: on
@@ -212,6 +213,12 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{key}", inner
 
 
+def _changed(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """The differences that make another run, whatever the number of processes."""
+    changes = differences(saved, now)
+    return {key: pair for key, pair in changes.items() if not _is_about(key, (*INFORMATION, *WORLD))}
+
+
 def _is_about(key: str, names: Iterable[str]) -> bool:
     return key.split(".")[0] in names
 
@@ -273,6 +280,8 @@ def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
             decision = _decide(args, recipe, pipeline)
         except UserError as error:
             decision = {"error": str(error)}
+        except OSError as error:
+            decision = {"error": f"--output_dir {args.output_dir} cannot be used: {error}"}
     (decision,) = broadcast_object_list([decision])
     if "error" in decision:
         raise UserError(decision["error"])
@@ -288,11 +297,14 @@ def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
 
 def _decide(args, recipe: dict, pipeline: str) -> dict:
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    if args.overwrite_output_dir and output_dir.is_dir() and asked in ("auto", "false"):
-        clear(output_dir)
     former = _read(output_dir / RUN)
-    named = asked not in ("auto", "true", "false")
-    if (output_dir / "stage.json").exists() and not named:
+    complete = (output_dir / "stage.json").exists()
+    # The same command again, after an interruption, goes on with the run that it began anew.
+    another = asked == "false" or (asked == "auto" and (complete or _changed(former.get("recipe", {}), recipe)))
+    if args.overwrite_output_dir and output_dir.is_dir() and another:
+        clear(output_dir)
+        former, complete = {}, False
+    if complete and asked in ("auto", "true", "false"):
         return _complete(output_dir, former.get("recipe"), recipe)
     checkpoint, problems = _choose(output_dir, asked)
     for problem in problems:
@@ -320,12 +332,7 @@ def _read(file: Path) -> dict:
 
 def _complete(output_dir: Path, saved: dict | None, recipe: dict) -> dict:
     """The stage was finished before: fine if this is the same run again."""
-    changes = {
-        key: pair
-        for key, pair in (differences(saved, recipe) if saved else {}).items()
-        if not _is_about(key, (*INFORMATION, *WORLD))
-    }
-    if changes:
+    if changes := _changed(saved, recipe) if saved else None:
         raise UserError(
             f"--output_dir {output_dir} holds a complete run of another recipe:\n{listed(changes)}\nGive another "
             "--output_dir, or delete that run and begin again with --overwrite_output_dir true."
@@ -400,9 +407,8 @@ class ResumableTrainer(Trainer):
     """Mixed into the libraries' trainers; identical to them except:
 
     a checkpoint is declared whole by a manifest, and rotation keeps whole ones; a resumed run takes up what the
-    library forgets (the loss since the last log, the trackers' means, the callbacks' counts, time spent), shuffles a
-    later epoch as that epoch (the library shuffles it as the first where several processes resume in its midst, and
-    draws groups of alike lengths anew), and does not train on where the last step was done.
+    library forgets (the loss since the last log, the trackers' means, the callbacks' counts, time spent), does not
+    train on where the last step was done, and groups rows by length as it did before.
     """
 
     stage = None  # set by `Stage.announce`
@@ -517,32 +523,19 @@ class ResumableTrainer(Trainer):
             if "betas" in group:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
 
-    def _run_epoch(self, model, epoch, train_dataloader, start_time, **kwargs):
+    def _run_epoch(self, *args, start_time, **kwargs):
         self.train_began = start_time
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        set_epoch(train_dataloader, epoch)
-        super()._run_epoch(
-            model=model, epoch=epoch, train_dataloader=train_dataloader, start_time=start_time, **kwargs
-        )
+        super()._run_epoch(*args, start_time=start_time, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
 
 
-def set_epoch(dataloader, epoch: int) -> None:
-    """Tell the sampler at the bottom of a dataloader its epoch; accelerate's own call stops two wrappers above it
-    where batches are both divided among processes and skipped."""
-    sampler = getattr(dataloader, "batch_sampler", None)
-    while sampler is not None:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-
-
 class SeededEpochs(Sampler):
-    """A sampler whose order depends on seed and epoch alone, where its own would on all random numbers drawn before."""
+    """A sampler whose order depends on seed and epoch alone, not on the random numbers drawn before."""
 
     def __init__(self, sampler: Sampler, seed: int):
         self.sampler, self.seed, self.epoch = sampler, seed, 0

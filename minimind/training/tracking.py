@@ -52,11 +52,11 @@ def offline_reason() -> str | None:
     return None
 
 
-def start_tracking(stage: Stage) -> None:
+def start_tracking(stage: Stage, report: dict | None = None) -> None:
     """Open the wandb run of a stage, if `--report_to` asks for one, before the Trainer would.
 
     The run carries the stage's arguments and lineage and is grouped with the other stages of its pipeline. The
-    Trainer's own callback finds it open and logs into it.
+    Trainer's own callback finds it open and logs into it. The `report` of an inspection becomes tables in it.
     """
     if "wandb" not in stage.args.report_to:
         return
@@ -96,3 +96,21 @@ def start_tracking(stage: Stage) -> None:
         print(f"wandb: upload it later        wandb sync {directory}", flush=True)
     else:
         print(f"wandb: {run.url}", flush=True)
+    if report:
+        run.log(report_tables(report), commit=False)
+
+
+def report_tables(report: dict) -> dict:
+    """The report of `inspection.Inspection` -> wandb tables of its roles, windows and findings."""
+    import wandb
+
+    columns = ["tokens", "trained", "trained_share"]
+    roles = [[name, *(counts[column] for column in columns)] for name, counts in report["roles"].items()]
+    windows = report["lengths"]["windows"]
+    fields = ["severity", "name", "count", "text", "advice"]
+    findings = [[*(each[field] for field in fields), ", ".join(each["places"])] for each in report["findings"]]
+    return {
+        "inspection/roles": wandb.Table(["role", *columns], roles),
+        "inspection/lengths": wandb.Table([*windows[0]], [[*window.values()] for window in windows]),
+        "inspection/findings": wandb.Table([*fields, "places"], findings),
+    }
