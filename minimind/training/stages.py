@@ -39,9 +39,12 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.training.elastic import prepare_checkpoint, share_last_rows
+from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 from minimind.training.resume import ResumeCallback, begin, recipe_of
+from minimind.training.signals import InterruptCallback
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -180,6 +183,10 @@ class Stage:
 
         trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         trainer.stage = self
+        trainer.add_callback(HeartbeatCallback())
+        trainer.add_callback(InterruptCallback(trainer))
+        share_last_rows(trainer)
+        prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
