@@ -38,6 +38,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.training.guards import check_writable, install_guards, reports_disk_errors
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 
@@ -133,7 +134,7 @@ class Stage:
         if data.eval is None:
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         args.eval_on_start = data.eval is not None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(self.output_dir)
 
     @cached_property
     def lineage(self) -> dict:
@@ -157,6 +158,7 @@ class Stage:
         trainer.add_callback(self.progress)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        install_guards(trainer, self.output_dir, ProgressCallback)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -188,6 +190,10 @@ class Stage:
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
+        with reports_disk_errors(self.output_dir):
+            self._write(trainer, tokenizer, metrics, report)
+
+    def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
         partial = self.output_dir / ".partial"
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
