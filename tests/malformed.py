@@ -249,7 +249,7 @@ def _columnar(directory: Path) -> list[Case]:
 
     whole = parquet_bytes()
     case("parquet cut off", "a.parquet", whole[:-20], r".*: after row 0 not readable as parquet")
-    pages = parquet_bytes(write_page_checksum=True, compression="zstd", use_dictionary=False)
+    pages = parquet_bytes(write_page_checksum=True, compression="none", use_dictionary=False)
     case("parquet with a flipped byte", "a.parquet", flipped(pages, 200), r".*: after row \d+ not readable as parquet")
     case("arrow cut off", "a.arrow", arrow_bytes()[:-2000], r".*: after row [1-9]\d* not readable as arrow")
     empty = pa.BufferOutputStream()

@@ -151,16 +151,24 @@ def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
             {"role": "user", "content": "<b>go</b>"},
             {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments, "n": 1}}]},
             {"role": "tool", "content": '{"html":  "<b>y</b>"}'},
+            {"role": "tool", "content": {"mail": "a@b.org", "html": "<b>z</b>"}},
+            {
+                "role": "assistant",
+                "reasoning_content": "<b>think</b>",
+                "content": [{"type": "text", "text": "<i>x</i>"}],
+            },
         ]
     }
     texts = Texts(row)
     for step in (STEPS["remove_markup"](), STEPS["mask_pii"]()):
         (texts.mask if step.machine else texts.replace)(step)
-    user, call, result = row["messages"]
+    user, call, result, other, reply = row["messages"]
     assert user["content"] == "go"
     masked = json.loads(call["tool_calls"][0]["function"]["arguments"])
     assert masked == {"to": "[EMAIL]", "phone": "[PHONE]", "html": "<b>x</b> &amp;"}
     assert result["content"] == '{"html":  "<b>y</b>"}'
+    assert other["content"] == {"mail": "[EMAIL]", "html": "<b>z</b>"}
+    assert (reply["reasoning_content"], reply["content"]) == ("think", [{"type": "text", "text": "x"}])
 
 
 def test_a_row_that_loses_the_text_of_a_message_is_dropped_and_counted(tmp_path, write_jsonl):
@@ -263,16 +271,27 @@ def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_two_cleanings_into_one_directory_wait_for_each_other(tmp_path, write_jsonl):
+    path, steps = write_jsonl("a.jsonl", corpus(300)), small_shards(tmp_path)
+    clean([path], tmp_path / "expected", steps, 1)
+    both = [start([path, tmp_path / "out", "--recipe", steps, "--num_proc", 1, "--json"]) for _ in range(2)]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    found = sorted(json.loads(output)["run"]["rows_found_finished"] for output, _ in outputs)
+    assert found[0] == 0 and found[1] in (0, 300)
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
 def interrupted(monkeypatch, path, out, steps, parts=3):
     """Clean in this process and fail after some parts."""
     from minimind.data.cleaning.pipeline import Cleaning
 
     finish = Cleaning._finish_part
 
-    def failing(self, part, lines):
+    def failing(self, part):
         if part == parts:
             raise KeyboardInterrupt
-        finish(self, part, lines)
+        finish(self, part)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Cleaning, "_finish_part", failing)
@@ -519,3 +538,15 @@ def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtest
                 bad = 0 if " among " in case.name else case.skipped  # here rows of all kinds may mix
                 assert (rows["bad"], rows["removed"]) == (bad, 0)
                 assert rows["out"] == case.kept + case.skipped - bad == len(output(out))
+
+
+def test_the_guides_show_the_same_commands_and_name_every_step():
+    english, chinese = (
+        (ROOT / "docs" / f"clean{language}.md").read_text(encoding="utf-8") for language in ("", "_zh")
+    )
+    blocks = [re.findall(r"```(\w*)\n(.*?)```", guide, re.DOTALL) for guide in (english, chinese)]
+    assert blocks[0] == blocks[1]
+    for guide in (english, chinese):
+        assert re.findall(r"^\| `(\w+)` \|", guide, re.MULTILINE) == list(STEPS)
+    (example,) = (text for language, text in blocks[0] if language == "yaml")
+    assert len(Recipe.from_dict(yaml.safe_load(example)).steps) == 4

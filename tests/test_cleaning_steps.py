@@ -210,6 +210,7 @@ def test_time_is_linear_in_the_length_of_hostile_text(piece):
         ("身份证11010519491231002X。", "身份证[ID_NUMBER]。"),
         ("卡号 4111 1111 1111 1111 到期", "卡号 4111 1111 1111 1111 到期"),  # too few different digits: a placeholder
         ("卡号 4539 1488 0343 6467 到期, 6222021234567894", "卡号 [BANK_CARD] 到期, [BANK_CARD]"),
+        ('<tool_call>{"n": 13812345678}</tool_call>', '<tool_call>{"n": "[PHONE]"}</tool_call>'),
         ("from 123.45.67.89:8080", "from [IP_ADDRESS]:8080"),
     ],
 )

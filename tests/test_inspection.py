@@ -23,6 +23,7 @@ from minimind.data.inspection import (
     inspect_rows,
     token_bytes,
 )
+from minimind.data.world import write_world
 from minimind.tokenizer import load_tokenizer, save_tokenizer, text_encoder, train_tokenizer
 
 PAD, START, END = 0, 1, 2
@@ -503,6 +504,42 @@ def test_lengths_are_those_before_cuts_and_of_what_is_left_out_too(tokenizer, to
     assert report["lengths"]["percentiles"]["50"] == sorted(whole)[1]
 
 
+def test_data_of_which_every_row_is_cut_is_found(tokenizer_dir, write_jsonl, capsys):
+    path = write_jsonl("chats.jsonl", rows_of(*(chat(f"{i} fox " * 20, "one", f"{i} dog", "two") for i in range(6))))
+    report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--max_length", 60)
+    cut = finding(report, "truncated_rows")
+    assert (cut["severity"], cut["count"], report["truncated_rows"]) == ("warning", 6, 6)
+    rows = sum(len(row["input_ids"]) for row in report["rows"])
+    whole = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--max_length", 2048)
+    assert report["truncated_tokens"] == sum(len(row["input_ids"]) for row in whole["rows"]) - rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: setattr(t, "chat_template", t.chat_template.replace("generation", "if true")), "generation"),
+        (lambda t: setattr(t, "pad_token", t.eos_token), "pad_token and eos_token are both"),
+        (lambda t: setattr(t, "eos_token", None), "no eos_token"),
+    ],
+    ids=["no-generation-tags", "pad-is-eos", "no-eos"],
+)
+def test_a_tokenizer_that_cannot_train_is_refused_before_a_report(change, message, tmp_path, write_jsonl, capsys):
+    wrong = train_tokenizer([""], vocab_size=259)
+    change(wrong)
+    save_tokenizer(wrong, tmp_path / "wrong")
+    path = write_jsonl("chats.jsonl", rows_of(*CONVERSATIONS))
+    assert message in failure(capsys, run_cli, "inspect", path, "--tokenizer", tmp_path / "wrong")
+
+
+def test_documents_in_a_script_that_the_tokenizer_splits_and_a_tail_left_over_are_found(
+    tokenizer_dir, write_jsonl, capsys
+):
+    path = write_jsonl("docs.jsonl", [{"text": "Ωмега ελληνικά"}, {"text": "привет мир"}])
+    report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--stage", "pretrain", "--max_length", 33)
+    assert names(report) == ["split_characters", "dropped_tail"]
+    assert report["partial_character_share"] > 0.5
+
+
 def test_held_out_rows_that_are_trained_on_are_found(tokenizer_dir, write_jsonl, capsys):
     train = write_jsonl("train.jsonl", rows_of(*CONVERSATIONS))
     held_out = write_jsonl("eval.jsonl", rows_of(chat("new", "one"), CONVERSATIONS[1]))
@@ -594,6 +631,16 @@ def test_documents_without_end_tokens_between_them_are_an_error(tokenizer, write
     facts = {"documents": 9, "tokens": 36, "dropped_tokens": 0}
     report = inspect_documents(blocks, facts, Texts(paths, tokenizer), tokenizer).report
     assert finding(report, "documents_not_separated")["severity"] == "error"
+
+
+def test_weighted_sources_are_read_and_a_row_taken_twice_is_no_copy(tokenizer_dir, write_jsonl, capsys):
+    first = write_jsonl("a.jsonl", rows_of(chat("a", "the fox"), chat("b", "the dog")))
+    second = write_jsonl("b.jsonl", rows_of(chat("c", "runs"), chat("d", "jumps")))
+    report = inspect(capsys, f"{first}:2x", second, "--tokenizer", tokenizer_dir)
+    assert sorted(row["where"] for row in report["rows"]) == sorted(
+        [f"{first}:1", f"{first}:2"] * 2 + [f"{second}:1", f"{second}:2"]
+    )
+    assert "duplicate_rows" not in names(report)
 
 
 # What is shown.
@@ -776,3 +823,23 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, 
     assert tables["lengths"] == saved["lengths"]["windows"]
     assert [row["name"] for row in tables["findings"]] == ["duplicate_rows"]
     assert tables["findings"][0]["places"] == f"{path}:9 (as {path}:1)"
+
+
+# The guides.
+
+
+@pytest.mark.parametrize("guide", ["inspect.md", "inspect_zh.md"])
+def test_the_guide_shows_what_the_command_prints_and_names_every_finding(guide, monkeypatch, tmp_path, capsys):
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / guide).read_text(encoding="utf-8")
+    source = (root / "minimind" / "data" / "inspection.py").read_text(encoding="utf-8")
+    in_code = set(re.findall(r'found\.add\(\s*"(\w+)"', source)) | {"bad_rows"}
+    in_guide = {
+        name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert in_guide == in_code
+    monkeypatch.chdir(tmp_path)
+    write_world(Path("world"))
+    command, shown = re.search(r"<!-- minimind (.*?) -->\n```\n(.*?)\n```", text, re.DOTALL).groups()
+    run_cli(*command.split())
+    assert [line.rstrip() for line in capsys.readouterr().out.rstrip().split("\n")] == shown.split("\n")

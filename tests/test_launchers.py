@@ -172,3 +172,19 @@ def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, 
         values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert any(key.startswith("router_load/") for key in log_of(two)[-3])
+
+
+def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
+    """Weights that differ a hundredfold between rows: a denominator per rank or micro-batch could not be missed."""
+    rows = [{**row, "weight": [0.1, 10][index % 2]} for index, row in enumerate(chat_rows())]
+    (world / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    if not (world / "pretrain").exists():
+        launch(world, tokenizer_dir, sys.executable, "pretrain.py")[0].rename(world / "pretrain")
+    weighted = ("--weighted_loss", "true", "--loss_normalization", "conversation", "--packing", "false")
+    two, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "finetune_sft.py", *weighted)
+    assert "cpu x 2, plain" in said
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    one, _ = launch(world, tokenizer_dir, sys.executable, "finetune_sft.py", *weighted, **options)
+    for key in ("loss", "grad_norm"):
+        values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)

@@ -3,6 +3,7 @@ import json
 from pipeline import document_rows, failure, run_cli, run_script, short_run, write_model
 
 from minimind.data import documents
+from minimind.training.arguments import DataArguments
 
 
 def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, monkeypatch):
@@ -25,3 +26,20 @@ def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, mo
 def test_an_option_that_pretraining_does_not_know_is_refused(capsys):
     assert "--blok_size" in failure(capsys, run_cli, "prepare", "--blok_size", "32")
     assert "--foo" in failure(capsys, run_cli, "world", "x", "--foo")
+
+
+def test_with_a_recipe_what_is_trained_on_is_what_minimind_clean_writes(tmp_path, write_jsonl, tokenizer):
+    rows = [{"text": f"{number} foxes run home and the dogs sleep in the sun for a while"} for number in range(9)] * 2
+    path = write_jsonl("raw.jsonl", rows)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps:\n  - exact_dedup\n")
+    run_cli("clean", path, str(tmp_path / "cleaned"), "--recipe", str(recipe))
+    prepared = [
+        documents.load_blocks(arguments, tokenizer, 16).facts["train"]
+        for arguments in (
+            DataArguments([path], eval_ratio=0.0, clean_recipe=str(recipe)),
+            DataArguments([str(tmp_path / "cleaned")], eval_ratio=0.0),  # its report is no data
+        )
+    ]
+    assert prepared[0]["hash"] == prepared[1]["hash"]
+    assert prepared[0]["documents"] == 9

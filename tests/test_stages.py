@@ -196,6 +196,26 @@ def test_the_same_seed_gives_the_same_weights(runs, monkeypatch, tmp_path):
     assert weights_hash(tmp_path / "again") == weights_hash(runs / "sft")
 
 
+def test_the_chat_template_that_was_asked_for_is_trained_with_and_lands_in_the_stage(runs, monkeypatch, tmp_path):
+    template = (
+        "{% for m in messages %}{{ bos_token + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(template)
+    data = ["--train_files", runs / "chats.jsonl", "--model_name_or_path", runs / "pretrain"]
+    words = [*short_run(tmp_path / "out", max_length=64), *data, "--chat_template", tmp_path / "own.jinja"]
+    run_script(monkeypatch, "finetune_sft", *words)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    assert weights_hash(tmp_path / "out") != weights_hash(runs / "sft")
+
+
+def test_options_of_trl_that_would_mean_nothing_are_refused(runs, monkeypatch, tmp_path, capsys):
+    for option, word in (("--packing_strategy", "wrapped"), ("--loss_type", "dft"), ("--chat_template_path", "x")):
+        message = failure(capsys, run_script, monkeypatch, "finetune_sft", *short_run(tmp_path / "out"), option, word)
+        assert f"{option} {word} has no meaning here" in message
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_was_not(
     runs, monkeypatch, tmp_path, tokenizer_dir, optim

@@ -841,7 +841,7 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
 
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
     sources = parse_sources(data_args.train_files, temperature)
-    files = [expand(source.paths) for source in sources]
+    files = [data_args.expand(source.paths) for source in sources]
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
     hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
     parts, held_out = [_Part() for _ in sources], _Part()
@@ -859,7 +859,7 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
         if not part.where:
             raise UserError(
                 f"{', '.join(map(str, paths))}: no row is left to train ({part.counted() or 'all are held out'}). "
-                "Lower --eval_ratio, give more rows, or change --long_conversations or --train_turns."
+                "Raise --max_length, lower --eval_ratio, give more rows, or choose another --train_turns."
             )
     counted = [part.facts() for part in parts]
     train = concatenate_datasets([part.dataset() for part in parts])

@@ -285,8 +285,9 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
     A reply may call tools instead; their results follow it, then the assistant again.
     """
     for index, message in enumerate(messages):
-        if "\0" in message["content"]:  # before the name is made, since there are many messages
-            check_text(message["content"], f"{name}[{index}]")
+        for text in (message["content"], message.get("reasoning_content", "")):
+            if "\0" in text:  # before the name is made, since there are many messages
+                check_text(text, f"{name}[{index}]")
     first = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ("user",)
     ids = set()

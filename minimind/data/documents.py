@@ -90,7 +90,7 @@ def load_blocks(
     """
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
     sources = parse_sources(data_args.train_files, temperature)
-    files = [expand(source.paths) for source in sources]
+    files = [data_args.expand(source.paths) for source in sources]
     held_out = expand(data_args.eval_files) if data_args.eval_files else []
     options = {
         "block_size": block_size,

@@ -55,6 +55,7 @@ REASONS = 100  # different ones told apart
 PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
+CLEANING_REPORT = {"report.json", "report.html"}  # what `minimind clean` writes beside the data, both of them
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # marks of `save_to_disk`
 
 File = Path | HubDataset
@@ -221,7 +222,8 @@ def _search(top: Path) -> list[Path]:
         if SAVED_DATASET in names and not DATASET_FACTS.isdisjoint(names):
             found += _saved_shards(here)
             continue
-        for name in set(names) - DATASET_FACTS:
+        beside = DATASET_FACTS | (CLEANING_REPORT if set(names) >= CLEANING_REPORT else set())
+        for name in set(names) - beside:
             if not name.startswith("."):
                 found += _known(here / name)
     return sorted(found)

@@ -27,6 +27,8 @@ from minimind.errors import UserError
 
 ROW_LIMIT = 1 << 28  # bytes of one row; what is longer is most likely a file without line ends
 BUFFER = 1 << 20  # bytes read at a time
+# Buffered column by column; by default a whole row group, which may be the whole file, is read ahead.
+PARQUET_OPTIONS = {"buffer_size": BUFFER, "pre_buffer": False, "page_checksum_verification": True}
 BATCH = 256  # rows of a parquet or arrow file turned into Python objects at a time
 MAX_DEPTH = 100  # lists and objects within each other in one row
 CONTAINERS = {dict, list}
@@ -239,7 +241,7 @@ class _Window:
                 if self.ended or not cut_off or len(self.text) - self.position > ROW_LIMIT:
                     raise
             else:
-                if end < len(self.text) or self.ended:  # a number may go on in what has not been read
+                if end < len(self.text) - 2 or self.ended:  # a number may go on: 1.5 and then e+16
                     self.advance(end)
                     return parse
             self.read_more()
@@ -402,7 +404,7 @@ def _columnar_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Pa
 
 def _read_parquet(path: Path, reached: Progress) -> Iterator[Parsable]:
     def batches() -> Iterator[pa.RecordBatch]:
-        with pq.ParquetFile(path, buffer_size=BUFFER) as file:
+        with pq.ParquetFile(path, **PARQUET_OPTIONS) as file:
             done, size = 0, path.stat().st_size
             for batch in file.iter_batches(batch_size=BATCH):
                 yield batch

@@ -783,7 +783,7 @@ def inspect_documents(
     parts = int(partial[tokens.ids].sum())
     if _share(parts, len(tokens.ids)) > PARTS_SHARE:
         text = f"{_share(parts, len(tokens.ids)):.1%} of the tokens are parts of a character"
-        advice = "The tokenizer hardly knows this script: train one on such text ('minimind tokenizer train')."
+        advice = "The tokenizer knows few of these characters: one trained on such text, or a larger one, takes fewer."
         found.add("split_characters", "warning", parts, text, advice)
     dropped = _share(facts["dropped_tokens"], facts["tokens"])
     text = f"{facts['dropped_tokens']:,} tokens ({dropped:.1%}) at the end do not fill a block"

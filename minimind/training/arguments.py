@@ -17,10 +17,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
-from minimind.data.files import cache_directory
+from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
-from minimind.training.launch import bf16_is_fast, prepare_launch
+from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 
 
 @dataclass
@@ -50,6 +50,10 @@ class DataArguments:
         default="first_exhausted",
         metadata={"help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row."},
     )
+    clean_recipe: str | None = field(
+        default=None,
+        metadata={"help": "Clean the training files first, as `minimind clean` does with this recipe."},
+    )
     text_unit: str = field(
         default="file", metadata={"help": "What one document of a txt file is: the file, a paragraph or a line."}
     )
@@ -59,6 +63,19 @@ class DataArguments:
             "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."
         },
     )
+
+    def expand(self, paths: Sequence[str]) -> list[File]:
+        """The files to train on: `paths`, or with a recipe their cleaned copy, which is made once and kept."""
+        if self.clean_recipe is None:
+            return expand(paths)
+        from minimind.data.cleaning import cache_key, clean
+
+        directory = cache_directory() / "clean" / cache_key(paths, self.clean_recipe, self.text_unit)
+        report = clean(paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, text_unit=self.text_unit)
+        if is_main_process():
+            kept, read = report["rows"]["out"], report["rows"]["in"]
+            print(f"cleaned: {kept:,} of {read:,} rows kept; see {directory / 'report.html'}", flush=True)
+        return expand([str(directory)])
 
     def or_embedded(self, name: str) -> "DataArguments":
         """These arguments, with the embedded corpus' rows for stage `name` where no files were given."""
@@ -235,6 +252,19 @@ class SFTStageConfig(StageConfig, SFTConfig):
         default=True, metadata={"help": "Fill rows with whole conversations that cannot see each other."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+    def __post_init__(self):
+        for name, answer in {
+            "chat_template_path": "give --chat_template",
+            "packing_strategy": "whole conversations are packed by best-fit",
+            "truncation_mode": "give --long_conversations",
+            "loss_type": "the loss is the cross-entropy",
+            "assistant_only_loss": "it is the only way here; see --train_turns",
+        }.items():
+            default = next(each.default for each in dataclasses.fields(SFTConfig) if each.name == name)
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name} {getattr(self, name)} has no meaning here: {answer}")
+        super().__post_init__()
 
 
 @dataclass

@@ -6,6 +6,7 @@ amounts, law articles, ISBN, versions and timestamps stay. Names and postal addr
 
 import ipaddress
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from typing import ClassVar
@@ -136,5 +137,12 @@ class MaskPersonalData(Transform):
         return text
 
 
-def _mask(pattern: re.Pattern, is_personal, kind: str, text: str) -> str:
-    return pattern.sub(lambda match: PLACEHOLDERS[kind] if is_personal(match) else match[0], text)
+def _mask(pattern: re.Pattern, is_personal: Callable[[re.Match], bool], kind: str, text: str) -> str:
+    def replace(match: re.Match) -> str:
+        if not is_personal(match):
+            return match[0]
+        before = text[max(match.start() - 3, 0) : match.start()]
+        # A number that is a value of JSON, as in a tool call within a reply, must become a string of it.
+        return f'"{PLACEHOLDERS[kind]}"' if before.rstrip().endswith('":') else PLACEHOLDERS[kind]
+
+    return pattern.sub(replace, text)

@@ -102,8 +102,7 @@ def clean(
         raise UserError(f"num_proc: found {num_proc}, expected at least 1.")
     if text_unit not in TEXT_UNITS:
         raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}.")
-    destination = Path(destination).expanduser()
-    destination = Path.cwd() / destination
+    given, destination = str(destination), Path.cwd() / Path(destination).expanduser()
     recipe.prepare()
     hashes = [content_hash([file]) for file in found]
     key = recipe.key([*hashes, text_unit])
@@ -114,11 +113,11 @@ def clean(
         job = Cleaning(recipe, found, hashes, key, destination, BadRows(on_bad_rows), text_unit)
         if not (already := report is not None):
             report = job.run(num_proc or os.cpu_count() or 1)
-        lock.unlink()  # whoever waits for it finds the destination finished
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the destination finished
     seconds = time.monotonic() - started
     rows = report["rows"]["in"]
     run = {
-        "destination": str(destination),
+        "destination": given,
         "processes": num_proc or os.cpu_count() or 1,
         "seconds": round(seconds, 3),
         "rows_found_finished": (finished := rows if already else min(job.resumed_rows, rows)),
@@ -163,6 +162,7 @@ class Cleaning:
         self.indexes = [segment.dedup[1].index() for segment in self.segments if segment.dedup]
         self.counts = Counts()
         self.shards: list[dict[str, Any]] = []
+        self.writing, self.hasher = {"rows": 0, "bytes": 0}, xxhash.xxh3_128()  # the part that is being written
         self.resumed_rows = 0
         self.remembered: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # by part and index
         self.bad_of_part: dict[int, tuple[int, list]] = {}  # how many, and the first of them
@@ -175,14 +175,12 @@ class Cleaning:
             Workers(self.recipe, num_proc) as workers,
             tqdm(total=size or None, unit="B", unit_scale=True, desc="cleaning", disable=None) as progress,
         ):
-            lines: list[bytes] = []
             for batch, done in self._stream(workers, self._read(progress.update)):
                 batch.counts.merge(done.counts, self.recipe.settings.examples)
                 self.counts.merge(batch.counts, self.recipe.settings.examples)
-                lines += done.lines
+                self._write(batch.part, done.lines)
                 if batch.last:
-                    self._finish_part(batch.part, lines)
-                    lines = []
+                    self._finish_part(batch.part)
         self.bad.finish(self.rows)
         return self._publish(self.rows)
 
@@ -268,16 +266,24 @@ class Cleaning:
         if self.resumed_rows:
             logger.warning("going on behind %s rows that are finished", f"{self.resumed_rows:,}")
 
-    def _finish_part(self, part: int, lines: list[bytes]) -> None:
+    def _write(self, part: int, lines: list[bytes]) -> None:
         content = b"".join(lines)
-        shard = {"rows": len(lines), "bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+        with building(self._shard(part)).open("ab" if self.writing["rows"] else "wb") as file:
+            file.write(content)
+        self.writing["rows"] += len(lines)
+        self.writing["bytes"] += len(content)
+        self.hasher.update(content)
+
+    def _finish_part(self, part: int) -> None:
+        shard = {**self.writing, "hash": self.hasher.hexdigest()}
+        self.writing, self.hasher = {"rows": 0, "bytes": 0}, xxhash.xxh3_128()
         self.shards.append(shard)
-        write_whole(self._shard(part), content)
+        building(self._shard(part)).replace(self._shard(part))
         for number in range(len(self.indexes)):
             path = self.state / f"{part:05d}-{number}.npz"
-            with Path(f"{path}.building").open("wb") as file:
+            with building(path).open("wb") as file:
                 np.savez(file, **self.remembered.pop((part, number)))
-            Path(f"{path}.building").replace(path)
+            building(path).replace(path)
         # Written last: it says that all the rest of the part is there.
         count, first = self.bad_of_part.pop(part, (0, []))
         facts = {"shard": shard, "bad": count, "first_bad": first, "counts": self.counts.as_dict()}
@@ -394,8 +400,12 @@ def _step_report(label: str, step: StepCounts, earlier: dict[int, dict[str, str]
     }
 
 
+def building(path: Path) -> Path:
+    """Where a file lies until it is whole."""
+    return Path(f"{path}.building")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    building = Path(f"{path}.building")
-    building.write_bytes(content)
-    building.replace(path)
+    building(path).write_bytes(content)
+    building(path).replace(path)

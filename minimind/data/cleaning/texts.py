@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from minimind.data.conversations import PAIRS, TOOL_ROLES, to_messages
+from minimind.data.conversations import PAIRS, to_messages
 from minimind.data.files import to_document
 from minimind.data.preferences import PROMPTS, to_preference
 
 CONVERSATIONS = ("messages", "conversations")
+MACHINE_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"}
 
 
 class Slot(NamedTuple):
@@ -161,14 +162,15 @@ def _value(row: dict, name: str) -> Iterator[Slot]:
 
 
 def _message(message: dict) -> Iterator[Slot]:
-    machine = message.get("role", message.get("from")) in TOOL_ROLES
-    for name in ("reasoning_content", "content", "value"):
+    machine = message.get("role", message.get("from")) in MACHINE_ROLES
+    for name in ("reasoning_content", "reasoning", "thinking", "content", "value"):
         value = message.get(name)
-        if isinstance(value, str):
+        if isinstance(value, str) or (machine and value):
             yield Slot(message, name, machine)
         elif isinstance(value, list):  # content in parts, of which only text has text
             for part in value:
                 if isinstance(part, dict) and isinstance(part.get("text"), str):
-                    yield Slot(part, "text", machine)
-    if message.get("tool_calls"):
-        yield Slot(message, "tool_calls", machine=True)
+                    yield Slot(part, "text")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            yield Slot(message, name, machine=True)
