@@ -114,7 +114,7 @@ def equal(one, other):
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "muon"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 def test_guards_change_no_bit_of_a_healthy_run(make_trainer, optim):
     runs = [make_trainer(guarded, optim=optim) for guarded in (True, False)]
     for trainer in runs:
@@ -125,8 +125,16 @@ def test_guards_change_no_bit_of_a_healthy_run(make_trainer, optim):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "muon"])
-@pytest.mark.parametrize("kind", ["loss", "inf", "gradient"])
+@pytest.mark.parametrize(
+    ("optim", "kind"),
+    [
+        ("adamw_torch_fused", "loss"),
+        ("adamw_torch_fused", "inf"),
+        ("adamw_torch_fused", "gradient"),
+        ("adamw_torch", "gradient"),
+        ("muon", "loss"),
+    ],
+)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(make_trainer, monkeypatch, optim, kind):
     healthy = make_trainer(guarded=False, optim=optim)
     healthy.train()
@@ -159,7 +167,7 @@ def test_one_bad_micro_batch_skips_its_whole_step(make_trainer, monkeypatch):
 
 
 def test_without_the_guard_one_bad_step_spoils_the_weights(make_trainer, monkeypatch):
-    spoil(monkeypatch, {3})
+    spoil(monkeypatch, {3}, "gradient")
     trainer = make_trainer(max_nonfinite_steps=0)
     trainer.train()
     assert not all(torch.isfinite(p).all() for p in trainer.model.parameters())

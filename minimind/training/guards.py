@@ -303,6 +303,11 @@ def is_disk_error(error: BaseException) -> bool:
     return False
 
 
+def _words(error: BaseException) -> str:
+    """The first line of an error, without what libraries put before the system's words."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rpartition("error: ")[2]
+
+
 @contextmanager
 def reports_disk_errors(path: Path) -> Iterator[None]:
     """What is written below `path` inside this block succeeds, or ends in one UserError."""
@@ -313,7 +318,7 @@ def reports_disk_errors(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path if path.exists() else path.parent).free
         raise UserError(
-            f"{path} could not be written: {str(error).splitlines()[0]} ({free / 1e6:,.0f} MB free). What was whole "
+            f"{path} could not be written: {_words(error)} ({free / 1e6:,.0f} MB free). What was whole "
             "before is still so. Make room, then run the same command again: it goes on from the last checkpoint."
         ) from error
 
@@ -442,8 +447,7 @@ def _shield(callback: TrainerCallback, caught: type[Exception], consequence: str
                 return event(args, state, control, **kwargs)
             except caught as error:
                 if not failed:
-                    said = (str(error).splitlines() or [type(error).__name__])[0]
-                    notice(f"{name} failed at step {state.global_step}: {said}; {consequence}")
+                    notice(f"{name} failed at step {state.global_step}: {_words(error)}; {consequence}")
                 failed = True
                 return None
 

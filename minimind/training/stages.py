@@ -159,6 +159,9 @@ class Stage:
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
         install_guards(trainer, self.output_dir, ProgressCallback)
+        from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
+
+        examine_run(self.name, trainer, self.facts, self.parent)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
