@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from functools import wraps
 from pathlib import Path
 
@@ -391,3 +392,52 @@ def test_the_counts_reach_the_log_of_a_whole_run(monkeypatch, tmp_path, write_js
     entries = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     assert [entry.get("skipped_steps") for entry in entries if "loss" in entry] == [None, 1, 1]
     assert (tmp_path / "run" / "bad_batch-2" / "batch.json").is_file()
+
+
+def several_processes(output, steps, *deepspeed):
+    """Run guarded_run.py in two processes; returns what each saw."""
+    output.mkdir()
+    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "tests/guarded_run.py"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [*map(str, command), str(output), steps, *deepspeed],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return [json.loads((output / f"seen-{rank}.json").read_text()) for rank in range(2)]
+
+
+ENGINES = [(), ("ds_config_zero2.json",)]
+needs_deepspeed = pytest.mark.skipif(not shutil.which("deepspeed"), reason="DeepSpeed is not installed")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("engine", [pytest.param((), id="ddp"), pytest.param(ENGINES[1], id="zero2", marks=needs_deepspeed)])
+def test_one_process_with_a_bad_loss_makes_all_skip_the_step(tmp_path, engine):
+    one, other = several_processes(tmp_path / "bad", "3", *engine)
+    assert one["weights"] == other["weights"]
+    changed = [before != after for before, after in zip(one["weights"], one["weights"][1:], strict=False)]
+    assert changed == [True, False, True, True, True]  # between steps 2 and 3 nothing
+    healthy, _ = several_processes(tmp_path / "healthy", "", *engine)
+    assert one["rates"] == healthy["rates"] == other["rates"]
+    assert one["weights"][:2] == healthy["weights"][:2]
+    assert one["losses"][2] == "nan"
+    assert "nan" not in one["losses"][3:]
+    assert one["stopped"] is None
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("engine", [pytest.param((), id="ddp"), pytest.param(ENGINES[1], id="zero2", marks=needs_deepspeed)])
+def test_all_processes_stop_at_the_same_step_and_keep_their_rows(tmp_path, engine):
+    seen = several_processes(tmp_path / "run", "3,4", *engine)
+    assert all("2 steps in a row" in each["stopped"] for each in seen)
+    directory = tmp_path / "run" / "bad_batch-4"
+    record, batches = read_batch(directory)
+    assert record["processes"] == 2
+    assert sorted(batches) == [0, 1]
+    assert len(batches[1]) == 2  # micro-batches
+    assert not torch.equal(batches[0][0]["input_ids"], batches[1][0]["input_ids"])
+    assert (directory / "model" / "model.safetensors").is_file()

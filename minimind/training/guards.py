@@ -75,6 +75,8 @@ class GuardCallback(TrainerCallback):
     that is not finite counts.
     """
 
+    lasting = ("streak", "skipped", "skipped_since_log", "steps_since_log", "saved", "spike")
+
     def __init__(self, trainer: Trainer, output_dir: Path, limit: int):
         self.trainer, self.output_dir, self.limit = trainer, output_dir, limit
         self.batches: list[dict] = []
@@ -162,6 +164,17 @@ class GuardCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._read(0)
+
+    def state_dict(self) -> dict:
+        """What a run that goes on from a checkpoint has to know, to log what it would have."""
+        self._read(0)
+        return {name: getattr(self, name) for name in self.lasting} | {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+        for name in self.lasting:
+            setattr(self, name, state[name])
+        self.losses.extend(state["losses"])
 
     def _after_deepspeed_skipped(self) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:
