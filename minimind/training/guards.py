@@ -271,7 +271,7 @@ def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm:
     args = trainer.args
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{number}/{name}": value.detach().cpu().contiguous()
+        f"{number}/{name}": value.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
         for number, batch in enumerate(step.batches)
         for name, value in batch.items()
         if isinstance(value, torch.Tensor)
