@@ -2,8 +2,9 @@
 
     python benchmarks/guards.py [--model_config configs/model/tiny.json] [--steps 200] [--json]
 
-The steps alternate, so that whatever else the machine does meets both kinds; the ratio is that of the medians. "inside"
-is the time spent in the guards' own functions, those they wrap left out: on a busy machine it is the steadier figure.
+The steps alternate, so that whatever else the machine does meets both kinds; the ratio is that of the medians.
+"inside" is the time spent in the guards' own functions, those they wrap left out: on a busy machine it is the steadier
+figure.
 """
 
 import argparse
@@ -109,7 +110,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{options.model_config}, {options.rows} x {options.block_size} tokens, {options.steps // 2} steps of each kind")
+    print(f"{options.model_config}, {options.rows} x {options.block_size} tokens, {options.steps // 2} steps each")
     print(f"  plain    {plain * 1e3:8.2f} ms per step (median)")
     print(f"  guarded  {guarded * 1e3:8.2f} ms per step (median), {guarded / plain - 1:+.2%}")
     print(f"  inside   {inside * 1e3:8.3f} ms per step in the guards' own functions, {inside / plain:.3%}")

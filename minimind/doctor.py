@@ -66,7 +66,10 @@ FILLED = {
     "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
     *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
-    *(f"scheduler.params.{name}" for name in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")),
+    *(
+        f"scheduler.params.{name}"
+        for name in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
+    ),
 }
 # Options that transformers 5 or TRL 1 no longer know, or warn about, and what they are called now.
 RENAMED = {
@@ -121,8 +124,8 @@ class Finding:
 class Case:
     """A run as far as it is known: what is None has not been given or is not there yet.
 
-    `rows` is what the loader gives, `train` its rows as the trainer takes them, `facts` its counts, `deepspeed` the JSON,
-    `keys` the names of the options given, `parent` the stage the run starts from, `world` the number of processes.
+    `rows` is what the loader gives, `train` its rows as the trainer takes them, `facts` its counts, `deepspeed` the
+    JSON, `keys` the names of the options given, `parent` the stage the run starts from, `world` the processes.
     """
 
     stage: str
@@ -275,7 +278,9 @@ def deepspeed_clipping(case: Case) -> tuple:
     given, wanted = case.deepspeed.get("gradient_clipping", 0.0), case.args.max_grad_norm
     if given in ("auto", wanted):
         return "ok", f"gradients are clipped at {wanted:g}"
-    found = f"gradient_clipping {given}" if "gradient_clipping" in case.deepspeed else "no gradient_clipping: no clipping"
+    found = (
+        f"gradient_clipping {given}" if "gradient_clipping" in case.deepspeed else "no gradient_clipping: no clipping"
+    )
     return "error", found, f"max_grad_norm {wanted:g}", 'Write "gradient_clipping": "auto" in the DeepSpeed JSON.'
 
 
@@ -284,7 +289,12 @@ def deepspeed_auto(case: Case) -> tuple:
     open_ends = [key for key, value in flat(case.deepspeed) if value == "auto" and key not in FILLED]
     if not open_ends:
         return "ok", "every auto is filled in"
-    return "error", f"auto for {', '.join(open_ends)}", "a value: nobody fills it in", "Write a number, or leave it out."
+    return (
+        "error",
+        f"auto for {', '.join(open_ends)}",
+        "a value: nobody fills it in",
+        "Write a number, or leave it out.",
+    )
 
 
 @check()
@@ -491,7 +501,12 @@ def tied_weights(case: Case) -> tuple:
     same = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
     if model.config.tie_word_embeddings and not same:
         if isinstance(case.model, PeftModel) and case.model.active_peft_config.modules_to_save:
-            return "warning", "embeddings and head are apart (modules_to_save)", "one matrix", "Intended? Then leave it."
+            return (
+                "warning",
+                "embeddings and head are apart (modules_to_save)",
+                "one matrix",
+                "Intended? Then leave it.",
+            )
         fix = "Call model.tie_weights() after changing either; the saved file would hold only one of the two."
         return "error", "embeddings and head are two matrices", "one: tie_word_embeddings is true", fix
     return "ok", "embeddings and head are one" if same else "embeddings and head are two, as configured"
@@ -533,8 +548,8 @@ def at_initialisation(rows: torch.Tensor, std: float) -> torch.Tensor:
     """Which embeddings (tokens, hidden) look as they were drawn, normal with `std`, or are zero, or the very same as
     another (a mean that new tokens were given). Returns (tokens,) bool.
 
-    The norm of a drawn row is std x sqrt(hidden), give or take std / sqrt(2), and its cosine with the mean of all is 0,
-    give or take 1 / sqrt(hidden). Training changes the length, and gives embeddings a direction in common.
+    The norm of a drawn row is std x sqrt(hidden), give or take std / sqrt(2), and its cosine with the mean of all is
+    0, give or take 1 / sqrt(hidden). Training changes the length, and gives embeddings a direction in common.
     """
     norms, size = rows.norm(dim=1), rows.shape[1]
     drawn = (norms - std * math.sqrt(size)).abs() < 4 * std / math.sqrt(2)
@@ -721,9 +736,7 @@ def dataloader_speed(case: Case) -> tuple:
     args = case.args
     workers = args.dataloader_num_workers
     size = min(args.per_device_train_batch_size, len(case.train))
-    loader = DataLoader(
-        case.train, size, shuffle=True, collate_fn=case.collator, num_workers=workers, drop_last=True
-    )
+    loader = DataLoader(case.train, size, shuffle=True, collate_fn=case.collator, num_workers=workers, drop_last=True)
     batches, seconds, began = [], [], time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         for batch in loader:

@@ -205,7 +205,9 @@ def test_our_router_loss_counts_once_and_the_librarys_once_per_part():
     assert accumulation_error(Qwen3MoeForCausalLM, theirs, "router") > 0.1
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_experts": 4}, {"num_experts": 4, "n_shared_experts": 1, "seq_aux": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_experts": 4}, {"num_experts": 4, "n_shared_experts": 1, "seq_aux": True}]
+)
 def test_our_models_pass_with_any_parts(case, fields):
     model = MiniMindForCausalLM(tiny_config(MiniMindConfig(**fields)))
     finding = ask(dataclasses.replace(case, model=model), "accumulation")
@@ -488,7 +490,7 @@ def test_what_a_run_would_be_refused_for_is_a_finding(recipe):
 
 
 def test_held_out_documents_that_are_trained_on_are_found(recipe, write_jsonl):
-    other = write_jsonl("eval.jsonl", document_rows()[:4] + [{"text": "never seen before by anyone"}])
+    other = write_jsonl("eval.jsonl", [*document_rows()[:4], {"text": "never seen before by anyone"}])
     findings = {f["name"]: f for f in doctor(recipe(eval_files=[other]))["findings"]}
     assert findings["held_out_rows"]["severity"] == "error"
     assert "eval.jsonl:1" in findings["held_out_rows"]["fix"]

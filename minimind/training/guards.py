@@ -112,7 +112,8 @@ class GuardCallback(TrainerCallback):
         def wrapped(*args, **kwargs):
             norm = get_grad_norm(*args, **kwargs)
             device = self.trainer.args.device
-            self.norm = torch.as_tensor(norm, dtype=torch.float, device=device).detach()
+            # DeepSpeed without ZeRO may tell none.
+            self.norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float, device=device).detach()
             self.bad = ~torch.isfinite(self.norm)
             if self.fp16:
                 self.bad = ~torch.isfinite(self.trainer._tr_loss)
@@ -179,9 +180,9 @@ class GuardCallback(TrainerCallback):
     def _after_deepspeed_skipped(self) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             raise UserError(
-                f"step {self.trainer.state.global_step + 1}: the gradient norm is not finite, and this DeepSpeed setup "
-                "has stepped with it: the weights are spoilt. Take ZeRO stage 1, 2 or 3 with bf16.check_grad_overflow "
-                "not turned off, and resume from the last checkpoint."
+                f"step {self.trainer.state.global_step + 1}: the gradient norm is not finite, and this DeepSpeed "
+                "setup has stepped with it: the weights are spoilt. Take ZeRO 1 or 2, leave bf16.check_grad_overflow on, and "
+                "resume from the last checkpoint."
             )
         if (scheduler := self.trainer.model_wrapped.lr_scheduler) is not None:
             with warnings.catch_warnings():
@@ -264,7 +265,7 @@ class GuardCallback(TrainerCallback):
 def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm: float, with_weights: bool) -> None:
     """Keep the micro-batches of a step, one file per process, and perhaps the weights; every process calls it.
 
-        batch.json (written last)  rank-0.safetensors ...  model/ (a stage directory)
+    batch.json (written last)  rank-0.safetensors ...  model/ (a stage directory)
     """
     from minimind.training.stages import save_model
 

@@ -60,7 +60,11 @@ def replay(directory: str | Path, model: str | Path | None = None, precision: st
                 first_layer = first_layer or {**where, **watched.first}
             if watched.first_gradient:
                 first_gradient = first_gradient or {**where, **watched.first_gradient}
-            losses, count, rows = losses + float(token_losses.sum()), count + int((labels != IGNORED).sum()), rows + len(labels)
+            losses, count, rows = (
+                losses + float(token_losses.sum()),
+                count + int((labels != IGNORED).sum()),
+                rows + len(labels),
+            )
             for row in range(len(labels)):
                 bad = torch.nonzero(~torch.isfinite(token_losses[row])).flatten().tolist()
                 if bad:
@@ -137,11 +141,11 @@ class Watch:
 
 
 def _where(tensor: torch.Tensor) -> dict:
-    """What of a tensor (rows, length, ...) is not finite: the number of values, and the first rows."""
+    """What of a tensor is not finite: how many values and, of (rows, length, hidden), the first [row, position]s."""
     bad = ~torch.isfinite(tensor)
     found = {"values": int(bad.sum()), "of": bad.numel()}
     if tensor.ndim == 3:
-        found["rows"] = torch.nonzero(bad.flatten(1).any(1)).flatten().tolist()[:SHOWN]
+        found["places"] = torch.nonzero(bad.any(-1)).tolist()[:SHOWN]
     return found
 
 
@@ -174,13 +178,15 @@ def print_replay(report: dict) -> None:
             print(f"  {words} that are not finite: {', '.join(names[:SHOWN])}{more}")
     for key, words in (("first_layer", "forward pass"), ("first_gradient", "backward pass")):
         if first := report[key]:
-            rows = f", rows {first['rows']}" if "rows" in first else ""
+            place = "".join(f"row {row}, position {at}, " for row, at in first.get("places", [])[:1])
             print(
                 f"  {words}: the first value that is not finite comes out of {first['layer']} ({first['values']:,} of "
-                f"{first['of']:,} values{rows} of micro-batch {first['micro_batch']}, process {first['process']})"
+                f"{first['of']:,} values; {place}micro-batch {first['micro_batch']}, process {first['process']})"
             )
     for bad in report["bad_rows"][:SHOWN]:
-        tokens = ", ".join(f"{token['position']} {json.dumps(token['token'], ensure_ascii=False)}" for token in bad["first"])
+        tokens = ", ".join(
+            f"{token['position']} {json.dumps(token['token'], ensure_ascii=False)}" for token in bad["first"]
+        )
         print(
             f"  row {bad['row']} of micro-batch {bad['micro_batch']}, process {bad['process']}: {bad['bad_tokens']} "
             f"tokens without a finite loss, after {tokens}"
@@ -189,5 +195,7 @@ def print_replay(report: dict) -> None:
     if len(report["bad_rows"]) > SHOWN:
         print(f"  and {len(report['bad_rows']) - SHOWN} more rows")
     if not (report["bad_rows"] or report["bad_gradients"] or report["bad_weights"]):
-        print("  Everything is finite here: the fault was not in these rows and weights alone. Try --precision bf16, or")
+        print(
+            "  Everything is finite here: the fault was not in these rows and weights alone. Try --precision bf16, or"
+        )
         print("  look at what the run had besides: its device, its kernels, its memory.")
