@@ -181,13 +181,12 @@ class GuardCallback(TrainerCallback):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             raise UserError(
                 f"step {self.trainer.state.global_step + 1}: the gradient norm is not finite, and this DeepSpeed "
-                "setup has stepped with it: the weights are spoilt. Take ZeRO 1 or 2, leave bf16.check_grad_overflow on, and "
-                "resume from the last checkpoint."
+                "setup has stepped with it: the weights are spoilt. Take ZeRO 1 or 2, leave bf16.check_grad_overflow "
+                "on, and resume from the last checkpoint."
             )
-        if (scheduler := self.trainer.model_wrapped.lr_scheduler) is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # "before optimizer.step()", which was skipped
-                scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "before optimizer.step()", which was skipped
+            (self.trainer.model_wrapped.lr_scheduler or self.trainer.lr_scheduler).step()
 
     def _read(self, lag: int) -> None:
         """Judge the steps that are more than `lag` steps old, at the same step on every process."""

@@ -61,7 +61,7 @@ def replay(directory: str | Path, model: str | Path | None = None, precision: st
             if watched.first_gradient:
                 first_gradient = first_gradient or {**where, **watched.first_gradient}
             losses, count, rows = (
-                losses + float(token_losses.sum()),
+                losses + float(token_losses.detach().sum()),
                 count + int((labels != IGNORED).sum()),
                 rows + len(labels),
             )
