@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.data.chats import ChatEncoder, encode_prompts
+from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.conversations import Conversation, Message, split_reasoning, to_conversation
 from minimind.data.files import read_rows
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy

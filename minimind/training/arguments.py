@@ -41,7 +41,7 @@ class DataArguments:
     eval_ratio: float = field(
         default=0.02, metadata={"help": "Share of the rows held out when there are no --eval_files."}
     )
-    max_eval_rows: int = field(default=500, metadata={"help": "At most this many rows are held out or evaluated on."})
+    max_eval_rows: int = field(default=100, metadata={"help": "At most this many rows are held out or evaluated on."})
     mixing_temperature: float | None = field(
         default=None,
         metadata={"help": "Weigh the sources by size ** (1 / temperature): 1 by their size, high values all alike."},

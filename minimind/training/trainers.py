@@ -7,7 +7,7 @@ from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from minimind.data.chats import IGNORED, PackedCollator
+from minimind.data.packing import IGNORED, PackedCollator
 
 
 def weighted_causal_lm_loss(
