@@ -26,12 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 from trl import pack_dataset
 
 from minimind.checkpoints import read_stage, require_stage
-from minimind.data.chats import ChatArguments, PackedCollator, set_chat_template
+from minimind.data.chat_encoder import set_chat_template
+from minimind.data.chats import ChatArguments
 from minimind.data.chats import load_conversations as load_chats
 from minimind.data.chats import load_preferences as load_pairs
 from minimind.data.documents import load_blocks
 from minimind.data.inspection import Inspection, Texts, data_paths, has_roles, inspect_chats, inspect_documents
-from minimind.data.packing import BlockCollator
+from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer
 from minimind.training import arguments
