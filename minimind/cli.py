@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect_command(commands)
 
+    doctor_commands(commands)
+
     def decoding_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("directory", help="a stage directory; adapters included")
         command.add_argument("--max_new_tokens", type=int, default=256, help="tokens of one answer at most")
@@ -126,6 +128,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def doctor_commands(commands) -> None:
+    """`minimind doctor` and `minimind replay`."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would go wrong in a run, before it runs",
+        description="Checks a recipe, its data, model and DeepSpeed JSON, with a fix for each fault. Further options "
+        "are the stage's own and override the recipe. Exit code 1 if a finding is an error.",
+    )
+    doctor.add_argument("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
+    doctor.add_argument("--stage", choices=("pretrain", "sft", "dpo"), help="default: recognised from the recipe")
+    doctor.add_argument("--processes", type=int, default=1, help="how many the run will have (default 1)")
+    doctor.add_argument("--quick", action="store_true", help="only the checks that every run makes when it starts")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
+    doctor.set_defaults(run=run_doctor)
+
+    replay = commands.add_parser("replay", help="compute the loss of a kept batch again: which rows, which layer")
+    replay.add_argument("directory", help="the bad_batch-STEP directory of a run")
+    replay.add_argument("--model", help="stage directory with the weights; default: those kept with the batch")
+    replay.add_argument("--precision", choices=("fp32", "bf16"), help="default: that of the run")
+    replay.add_argument("--json", action="store_true", help="print one JSON object instead")
+    replay.set_defaults(run=run_replay)
+
+
 def inspect_command(commands) -> None:
     """`minimind inspect`."""
     inspect = commands.add_parser(
@@ -215,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    if args.run in (run_prepare, run_plan):
+    if args.run in (run_prepare, run_plan, run_doctor):
         args.options = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -355,6 +380,38 @@ def run_inspect(args: argparse.Namespace) -> None:
         display.print_inspection(inspected, shown(3), tokenizer)
     if inspected.errors():
         sys.exit(1)
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    """`minimind doctor`."""
+    import json
+    from contextlib import redirect_stdout
+
+    from minimind.doctor import doctor, print_report
+
+    with redirect_stdout(sys.stderr):  # what the loaders say is not the report
+        report = doctor(args.recipe, args.options, args.stage, args.processes, args.quick)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print_report(report)
+    if report["errors"]:
+        sys.exit(1)
+
+
+def run_replay(args: argparse.Namespace) -> None:
+    """`minimind replay`."""
+    import json
+    from contextlib import redirect_stdout
+
+    from minimind.training.replay import print_replay, replay
+
+    with redirect_stdout(sys.stderr):
+        report = replay(args.directory, args.model, args.precision)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print_replay(report)
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -187,8 +187,26 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = field(
         default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
     )
+    on_findings: str = field(
+        default="error",
+        metadata={
+            "help": "What an error among the findings does, those of the doctor and of the inspection of the data. "
+            "error: stops the run; warn: nothing."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps whose loss or gradient is not finite are skipped; after so many in a row the run stops and "
+            "keeps the batch for 'minimind replay'. 0: nothing is skipped."
+        },
+    )
 
     def __post_init__(self):
+        if self.on_findings not in ("error", "warn"):
+            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -241,24 +259,7 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class InspectedStageConfig(StageConfig):
-    """What the stages that open with an inspection of their data have in common."""
-
-    on_findings: str = field(
-        default="error",
-        metadata={
-            "help": "What an error among the findings of the inspection does. error: stops the run; warn: nothing."
-        },
-    )
-
-    def __post_init__(self):
-        if self.on_findings not in ("error", "warn"):
-            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
-        super().__post_init__()
-
-
-@dataclass
-class SFTStageConfig(InspectedStageConfig, SFTConfig):
+class SFTStageConfig(StageConfig, SFTConfig):
     """Arguments of finetune_sft.py."""
 
     output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
@@ -283,7 +284,7 @@ class SFTStageConfig(InspectedStageConfig, SFTConfig):
 
 
 @dataclass
-class DPOStageConfig(InspectedStageConfig, DPOConfig):
+class DPOStageConfig(StageConfig, DPOConfig):
     """Arguments of train_dpo.py."""
 
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
