@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,8 +187,26 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = field(
         default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
     )
+    on_findings: str = field(
+        default="error",
+        metadata={
+            "help": "What an error among the findings does, those of the doctor and of the inspection of the data. "
+            "error: stops the run; warn: nothing."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps whose loss or gradient is not finite are skipped; after so many in a row the run stops and "
+            "keeps the batch for 'minimind replay'. 0: nothing is skipped."
+        },
+    )
 
     def __post_init__(self):
+        if self.on_findings not in ("error", "warn"):
+            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -240,24 +259,7 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class InspectedStageConfig(StageConfig):
-    """What the stages that open with an inspection of their data have in common."""
-
-    on_findings: str = field(
-        default="error",
-        metadata={
-            "help": "What an error among the findings of the inspection does. error: stops the run; warn: nothing."
-        },
-    )
-
-    def __post_init__(self):
-        if self.on_findings not in ("error", "warn"):
-            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
-        super().__post_init__()
-
-
-@dataclass
-class SFTStageConfig(InspectedStageConfig, SFTConfig):
+class SFTStageConfig(StageConfig, SFTConfig):
     """Arguments of finetune_sft.py."""
 
     output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
@@ -282,7 +284,7 @@ class SFTStageConfig(InspectedStageConfig, SFTConfig):
 
 
 @dataclass
-class DPOStageConfig(InspectedStageConfig, DPOConfig):
+class DPOStageConfig(StageConfig, DPOConfig):
     """Arguments of train_dpo.py."""
 
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
@@ -313,27 +315,54 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options = {action.dest for action in parser._actions}
-    while "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _read_recipe(Path(argv[position + 1]), options)
-        argv = recipe + argv[:position] + argv[position + 2 :]
+    argv = with_recipe(parser, sys.argv[1:] if argv is None else argv)
     prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, FileNotFoundError) as error:
         unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
         if unknown:
-            names = ", ".join(f"--{name}" for name in unknown)
-            raise UserError(f"unknown option {names}.{_suggest(' '.join(unknown), options)}") from error
+            raise _unknown_options(parser, unknown) from error
         raise UserError(f"the arguments do not fit together: {error}") from error
     for arguments in parsed:
         if isinstance(arguments, StageConfig):
             check_output_directory(Path(arguments.output_dir))
     return parsed
+
+
+def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
+    """The same as one namespace, without making the dataclasses: no device is set up, nothing is checked together.
+
+    Raises:
+        UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
+    """
+    parser = StageParser(dataclass_types)
+    options, others = parser.parse_known_args(with_recipe(parser, argv))
+    if others:
+        raise _unknown_options(parser, [word.removeprefix("--") for word in others if word.startswith("--")] or others)
+    return options
+
+
+def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
+    """A command line with the words of its `--config` in front; raises UserError."""
+    argv = list(argv)
+    while "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML recipe.")
+        recipe = _read_recipe(Path(argv[position + 1]), option_names(parser))
+        argv = recipe + argv[:position] + argv[position + 2 :]
+    return argv
+
+
+def option_names(parser: StageParser) -> set[str]:
+    """What may stand in a recipe."""
+    return {action.dest for action in parser._actions}
+
+
+def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
+    names = ", ".join(f"--{name}" for name in unknown)
+    return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
 
 
 def _read_recipe(path: Path, options: set[str]) -> list[str]:

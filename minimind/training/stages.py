@@ -39,9 +39,13 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.training.elastic import prepare_checkpoint, share_last_rows
+from minimind.training.guards import check_writable, install_guards, reports_disk_errors
+from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 from minimind.training.resume import ResumeCallback, begin, recipe_of
+from minimind.training.signals import InterruptCallback
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -151,6 +155,7 @@ class Stage:
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_writable(self.output_dir)
         self.run, self.changes = begin(args, self.recipe, pipeline)
         args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
 
@@ -176,8 +181,19 @@ class Stage:
         trainer.add_callback(self.progress)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+
+        trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         trainer.stage = self
+        trainer.add_callback(HeartbeatCallback())
+        trainer.add_callback(InterruptCallback(trainer))
+        share_last_rows(trainer)
+        prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
+        install_guards(trainer, self.output_dir, ProgressCallback)
+        from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
+
+        examine_run(self.name, trainer, self.facts, self.parent)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -209,6 +225,10 @@ class Stage:
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
+        with reports_disk_errors(self.output_dir):
+            self._write(trainer, tokenizer, metrics, report)
+
+    def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
         partial = self.output_dir / ".partial"
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
