@@ -145,7 +145,7 @@ def being_written(output_dir: Path) -> tuple[str, int] | None:
 
 def log_of(output_dir: Path) -> list[dict]:
     """The log without what a clock decides."""
-    clock = ("tokens_per_second", "elapsed", "eta", "_runtime", "_per_second")
+    clock = ("tokens_per_second", "elapsed", "eta", "_runtime", "_per_second", "_time")
     lines = map(json.loads, (output_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines())
     return [{key: value for key, value in line.items() if not key.endswith(clock)} for line in lines]
 
