@@ -104,6 +104,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.set_defaults(run=run_prepare)
 
+    plan = commands.add_parser(
+        "plan",
+        help="tokens, FLOPs, memory, hours and cost of runs before they start",
+        description="Takes the options of the recipes' scripts too, after the recipes, and then plans with those.",
+    )
+    plan.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML recipes, of one stage or a whole pipeline")
+    plan.add_argument(
+        "--device",
+        help="rtx3090, rtx4090, a100, h100, h200, cpu, or measured: five real steps on this machine; default: what "
+        "this machine has",
+    )
+    plan.add_argument("--processes", type=int, default=1, help="devices that train together")
+    plan.add_argument("--price", help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h")
+    plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
+    plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=run_plan)
+
     world = commands.add_parser("world", help="write the embedded corpus as files")
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
@@ -222,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    if args.run in (run_prepare, run_doctor):
+    if args.run in (run_prepare, run_plan, run_doctor):
         args.options = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -468,6 +486,13 @@ def run_prepare(args: argparse.Namespace) -> None:
         shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
         print(f"{part:<6} {shown}")
     print(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """`minimind plan`."""
+    from minimind.planning.plans import run
+
+    run(args.recipes, args.options, args.device, args.processes, args.price, args.stage, args.tokens, args.json)
 
 
 def run_world(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, output_dir: Path):
         self.log_file = output_dir / "train_log.jsonl"
-        self.seconds = 0.0  # spent in training steps since the start of this process
+        self.seconds = 0.0  # spent in training steps
         self.step_began = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -36,6 +36,17 @@ class ProgressCallback(TrainerCallback):
         self.last_seconds, self.last_tokens = 0.0, self.first_tokens
         if state.is_world_process_zero and not self.first_step:
             self.log_file.unlink(missing_ok=True)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, so that tokens/s, elapsed time and ETA go on; see resume.py."""
+        return {"seconds": self.seconds, "last_seconds": self.last_seconds, "last_tokens": self.last_tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave; called after `on_train_begin`."""
+        self.seconds, self.last_seconds, self.last_tokens = (
+            state[name] for name in ("seconds", "last_seconds", "last_tokens")
+        )
+        self.first_step = self.first_tokens = 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.perf_counter()
@@ -60,7 +71,7 @@ class ProgressCallback(TrainerCallback):
         print(self._line(entry, state.max_steps), flush=True)
 
     def tokens_per_second(self, state: TrainerState) -> float:
-        """Mean over all training steps of this process."""
+        """Mean over all training steps."""
         return (state.num_input_tokens_seen - self.first_tokens) / max(self.seconds, 1e-9)
 
     def _line(self, entry: dict, max_steps: int) -> str:
@@ -102,6 +113,15 @@ class RouterLoadCallback(TrainerCallback):
         if router.training:
             top_k_index = outputs[-1].flatten()
             visits.scatter_add_(0, top_k_index, torch.ones_like(top_k_index, dtype=visits.dtype))
+
+    def state_dict(self) -> dict:
+        """The visits since the last log, for a resumed run; see resume.py."""
+        return {"visits": [visits.cpu() for visits in self.visits]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave; called after `on_train_begin`."""
+        for visits, saved in zip(self.visits, state["visits"], strict=True):
+            visits.copy_(saved)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -38,9 +39,13 @@ from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.training.elastic import prepare_checkpoint, share_last_rows
 from minimind.training.guards import check_writable, install_guards, reports_disk_errors
+from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
+from minimind.training.resume import ResumeCallback, begin, recipe_of
+from minimind.training.signals import InterruptCallback
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -119,10 +124,25 @@ def check_length(name: str, length: int, config: MiniMindConfig) -> None:
 class Stage:
     """One run of a stage: says what it will do, keeps its record, writes its directory.
 
-    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted.
+    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted. `options`: the
+    other dataclasses of arguments that decide the result. After it `args.resume_from_checkpoint` is the checkpoint to
+    go on from, or None; see resume.py.
+
+    Raises:
+        UserError: the output directory is the parent, or see `resume.begin`.
+        SystemExit: the stage is complete already.
     """
 
-    def __init__(self, name: str, args: transformers.TrainingArguments, data, parent: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        args: transformers.TrainingArguments,
+        data,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        parent: Path | None = None,
+        options: Iterable = (),
+    ):
         self.name = name
         self.args = args
         self.facts = data.facts
@@ -133,14 +153,17 @@ class Stage:
             raise UserError(f"--output_dir {self.output_dir} is the stage this run starts from. Give another one.")
         if data.eval is None:
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
-        args.eval_on_start = data.eval is not None
+        self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
+        pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         check_writable(self.output_dir)
+        self.run, self.changes = begin(args, self.recipe, pipeline)
+        args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
 
     @cached_property
     def lineage(self) -> dict:
         """Parent directory, its weights' hash, and the id that all stages of one pipeline share."""
         if self.parent is None:
-            return {"parent": None, "pipeline": f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"}
+            return {"parent": None, "pipeline": self.run["pipeline"]}
         record = read_stage(self.parent)
         return {
             "parent": provenance(self.parent),
@@ -158,6 +181,15 @@ class Stage:
         trainer.add_callback(self.progress)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+
+        trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
+        trainer.stage = self
+        trainer.add_callback(HeartbeatCallback())
+        trainer.add_callback(InterruptCallback(trainer))
+        share_last_rows(trainer)
+        prepare_checkpoint(trainer)
+        trainer.add_callback(ResumeCallback(trainer))
         install_guards(trainer, self.output_dir, ProgressCallback)
         from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
 

@@ -78,6 +78,8 @@ def start_tracking(stage: Stage, report: dict | None = None) -> None:
             job_type=stage.name,
             config={"stage": stage.name, **stage.lineage},
             mode=mode,
+            id=stage.run["run"],  # a resumed stage goes on in its run
+            resume="allow",
             # A killed run keeps all but its last second; the default loses up to 15.
             settings=wandb.Settings(init_timeout=30, silent=True, x_file_stream_transmit_interval=1),
         )

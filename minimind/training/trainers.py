@@ -8,6 +8,7 @@ from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from minimind.data.packing import IGNORED, PackedCollator
+from minimind.training.resume import ResumableTrainer
 
 
 def weighted_causal_lm_loss(
@@ -25,7 +26,7 @@ def weighted_causal_lm_loss(
     return (weights * losses).sum() / num_items_in_batch
 
 
-class BlockTrainer(Trainer):
+class BlockTrainer(ResumableTrainer):
     """Identical to the library's except: held-out loss is the mean over targets, also where rows have different
     numbers of them. The library takes the mean of each batch, and then of the batches.
 
@@ -45,7 +46,7 @@ class BlockTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class ChatSFTTrainer(SFTTrainer):
+class ChatSFTTrainer(ResumableTrainer, SFTTrainer):
     """For rows of `load_conversations`. Identical to TRL's except:
 
     The loss is the model's own. TRL projects through the head in tiles and in Python, which saves memory at
@@ -106,7 +107,7 @@ class PreferenceCollator(DataCollatorForPreference):
         return batch
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(ResumableTrainer, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL tokenises by itself and
     would take control tokens in somebody's words for real."""
 
