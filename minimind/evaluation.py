@@ -43,6 +43,21 @@ def bits_per_byte(loss: float, counts: dict) -> float:
     return loss * counts["targets"] / (math.log(2) * counts["target_bytes"])
 
 
+def bits_per_nat(counts: dict) -> float | None:
+    """What turns the loss of a batch into bits per byte: the mean over an epoch's targets; None if unknown.
+
+    Several sources count as often as an epoch takes their rows; see `documents.load_blocks`.
+    """
+    if "target_bytes" not in counts:
+        return None
+    sources = counts.get("sources", [{**counts, "rows_per_epoch": counts["blocks"]}])
+    totals = [
+        sum(source[name] * source["rows_per_epoch"] / source["blocks"] for source in sources)
+        for name in ("targets", "target_bytes")
+    ]
+    return bits_per_byte(1, dict(zip(("targets", "target_bytes"), totals, strict=True)))
+
+
 def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str, float]]:
     """`held_out_metrics` with perplexity per token and bits per byte."""
     metrics = held_out_metrics(trainer)
@@ -60,10 +75,20 @@ def answer(
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> list[str]:
-    """The greedy reply to each prompt (messages ending with the user's), batched with padding on the left."""
-    encoded = encode_prompts(prompts, ChatEncoder(tokenizer))
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))  # little padding
-    replies = [""] * len(prompts)
+    """The greedy reply to each prompt (messages ending with the user's)."""
+    return complete(model, tokenizer, encode_prompts(prompts, ChatEncoder(tokenizer)), max_new_tokens, batch_size)
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[str]:
+    """The greedy continuation of each sequence of ids, batched with padding on the left."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # little padding
+    replies = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         length = max(len(encoded[index]) for index in chosen)
@@ -78,6 +103,7 @@ def answer(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                use_cache=True,  # training turns it off in the config
             )
         for index, new in zip(
             chosen, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True

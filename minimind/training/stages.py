@@ -37,9 +37,12 @@ from minimind.checkpoints import (
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
-from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.evaluation import bits_per_nat
+from minimind.training.callbacks import Baseline, EarlyStopping, ProgressCallback, RouterLoadCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
+from minimind.training.samples import SampleCallback, read_prompts
+from minimind.training.tracking import guard_trackers
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -131,6 +134,11 @@ class Stage:
         if parent and parent.resolve() == self.output_dir.resolve():
             raise UserError(f"--output_dir {self.output_dir} is the stage this run starts from. Give another one.")
         if data.eval is None:
+            if args.load_best_model_at_end or args.early_stopping_patience is not None:
+                raise UserError(
+                    "choosing the best model and stopping early need held-out rows, and there are none. Give "
+                    "--eval_files, or a larger --eval_ratio."
+                )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         args.eval_on_start = data.eval is not None
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -146,15 +154,30 @@ class Stage:
             "pipeline": record.get("pipeline") or self.parent.name,
         }
 
+    def watch(self, trainer: Trainer) -> None:
+        """Progress lines, samples, the report, early stopping; trackers that cannot end the run."""
+        args, tokenizer = self.args, trainer.processing_class
+        trainer.remove_callback(PrinterCallback)
+        guard_trackers(trainer)
+        self.progress = ProgressCallback(self.output_dir, trainer, bits_per_nat(self.facts["train"]))
+        trainer.callback_handler.callbacks.insert(0, self.progress)
+        if args.sample_steps >= 0:
+            prompts = read_prompts(args.sample_prompts, chat=self.name != "pretrain")
+            trainer.add_callback(
+                SampleCallback(trainer, tokenizer, prompts, self.output_dir, args.sample_steps, args.sample_tokens)
+            )
+        if args.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+        if args.metric_for_best_model:
+            trainer.add_callback(Baseline())
+
     def announce(self, trainer: Trainer) -> None:
         """Print data, parameters and steps of the run to come, and let `trainer` report its progress in our lines."""
         if self.args.deepspeed and not trainer.is_deepspeed_enabled:
             raise RuntimeError(
                 "--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables"
             )
-        self.progress = ProgressCallback(self.output_dir)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(self.progress)
+        self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
         args, model, facts = self.args, trainer.model, self.facts
