@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.data.chats import ChatEncoder, encode_prompts
+from minimind.data.chats import IGNORED, ChatEncoder, encode_prompts
 from minimind.data.conversations import Conversation, Message, split_reasoning, to_conversation
 from minimind.data.files import read_rows
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy
+
+FORWARD = ("input_ids", "attention_mask", "position_ids")  # what a model needs of a batch
 
 
 def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
@@ -66,6 +69,43 @@ def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str
             values["perplexity"] = round(math.exp(min(values["loss"], 100)), 4)
             values["bits_per_byte"] = round(bits_per_byte(values["loss"], counts), 6)
     return metrics
+
+
+def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
+    """Loss in nats of each trained token of the first held-out rows, (tokens,); of the main process's model alone.
+
+    The rows go through the trainer's collator, so they must become input_ids and labels.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size, chosen = trainer.args.eval_batch_size, trainer.eval_dataset.select(range(min(rows, len(trainer.eval_dataset))))
+    training, losses = model.training, []
+    model.eval()
+    for start in range(0, len(chosen), size):
+        batch = trainer.data_collator([chosen[index] for index in range(start, min(start + size, len(chosen)))])
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key in FORWARD}
+        targets = batch["labels"][:, 1:].flatten().to(model.device)
+        with torch.inference_mode():
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            losses.append(cross_entropy(logits, targets, reduction="none")[targets != IGNORED].cpu())
+    model.train(training)
+    return torch.cat(losses)
+
+
+def token_loss_distribution(losses: torch.Tensor, bars: int = 32, top: float = 16.0) -> dict:
+    """Losses in nats (tokens,) -> a histogram and its mean, median, 90th and 99th percentile.
+
+    `edges` are equal steps from 0 to `top`; the last bar holds all beyond.
+    """
+    counts = torch.histc(losses.clamp(max=top), bins=bars, min=0, max=top)
+    quantiles = torch.quantile(losses[: 2**24].double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.double))
+    named = dict(zip(("median", "p90", "p99"), quantiles.tolist(), strict=True))
+    return {
+        "tokens": len(losses),
+        "mean": round(losses.double().mean().item(), 6),
+        **{name: round(value, 6) for name, value in named.items()},
+        "edges": [index * top / bars for index in range(bars + 1)],
+        "counts": counts.long().tolist(),
+    }
 
 
 def answer(

@@ -237,6 +237,8 @@ class StageConfig(TrainingArguments):
         if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
             raise ValueError(f"--{asked} compares evaluations: give --eval_strategy epoch, or steps and --eval_steps")
         self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        if self.greater_is_better is None and "bits_per_byte" in self.metric_for_best_model:
+            self.greater_is_better = False  # the library takes everything but a loss for a score
         if self.load_best_model_at_end and SaveStrategy(self.save_strategy) == SaveStrategy.NO:
             self.save_strategy = "best"
 

@@ -20,6 +20,24 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+# What a line shows of a log, in this order.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "bits_per_byte": "bpb {:.4f}",
+    "eval_loss": "eval_loss {:.4f}",
+    "eval_bits_per_byte": "eval_bpb {:.4f}",
+    "rewards/accuracies": "rewards/accuracies {:.4f}",
+    "eval_rewards/accuracies": "eval_rewards/accuracies {:.4f}",
+    "rewards/margins": "rewards/margins {:.4f}",
+    "grad_norm": "grad {:.3f}",
+    "router_load/max": "router_load/max {:.3f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:>9,.0f} tokens/s",
+    "mfu": "MFU {:>5.1%}",
+    "memory_gib": "{:.2f} GiB",
+}
+
+
 class ProgressCallback(TrainerCallback):
     """One line per log, and the same as JSON in train_log.jsonl: step, share done, loss, bits per byte, gradient norm,
     learning rate, tokens/s, MFU, memory, elapsed time, ETA.
@@ -31,22 +49,6 @@ class ProgressCallback(TrainerCallback):
 
     `bits_per_nat`: loss in nats per token -> bits per byte, where the bytes of the targets are known.
     """
-
-    shown = {
-        "loss": "loss {:.4f}",
-        "bits_per_byte": "bpb {:.4f}",
-        "eval_loss": "eval_loss {:.4f}",
-        "eval_bits_per_byte": "eval_bpb {:.4f}",
-        "rewards/accuracies": "rewards/accuracies {:.4f}",
-        "eval_rewards/accuracies": "eval_rewards/accuracies {:.4f}",
-        "rewards/margins": "rewards/margins {:.4f}",
-        "grad_norm": "grad {:.3f}",
-        "router_load/max": "router_load/max {:.3f}",
-        "learning_rate": "lr {:.2e}",
-        "tokens_per_second": "{:>9,.0f} tokens/s",
-        "mfu": "MFU {:>5.1%}",
-        "memory_gib": "{:.2f} GiB",
-    }
 
     def __init__(self, output_dir: Path, trainer: Trainer | None = None, bits_per_nat: float | None = None):
         self.log_file = output_dir / "train_log.jsonl"
@@ -104,7 +106,7 @@ class ProgressCallback(TrainerCallback):
         parts = ["before training"]
         if max_steps:
             parts = [f"step {entry['step']:>{width},}/{max_steps:,} {entry['step'] / max_steps:>6.1%}"]
-        parts += [form.format(entry[key]) for key, form in self.shown.items() if key in entry]
+        parts += [form.format(entry[key]) for key, form in SHOWN.items() if key in entry]
         if "eta" in entry:
             parts.append(f"{clock(entry['elapsed'])} elapsed, {clock(entry['eta'])} left")
         if "train_loss" in entry:
@@ -151,12 +153,19 @@ class EarlyStopping(EarlyStoppingCallback):
     """The library's, except: the evaluation before the first step is what a run has to beat, and a resumed run goes on
     counting where it was."""
 
+    training = True
+
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if saved:
             self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if not self.training:
+            return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if control.should_training_stop and state.is_world_process_zero:
             count, name = self.early_stopping_patience_counter, args.metric_for_best_model

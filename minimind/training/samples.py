@@ -56,7 +56,7 @@ def _prompt(line: str, place: str, chat: bool) -> Any:
         messages = parse_messages(row.get(name), name)
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        check_order(messages + [{"role": "assistant", "content": "?"}], name)
+        check_order([*messages, {"role": "assistant", "content": "?"}], name)
     except BadRowError as error:
         raise UserError(f"{place}: {error}") from error
     return messages

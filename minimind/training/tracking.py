@@ -74,9 +74,13 @@ def start_tracking(stage) -> None:
     own callbacks find them open and log into them.
 
     Raises:
-        UserError: a tracker that is not installed.
+        UserError: a tracker that does not exist or is not installed.
     """
+    if not stage.args.report_to:
+        return
     for name in stage.args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
         if name in EXTRAS and importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--report_to {name}: it is not installed. Install it (pip install 'minimind-hf[{EXTRAS[name]}]' or "
@@ -160,12 +164,26 @@ def _swanlab_run(swanlab):
 
 
 def _trackio(stage) -> None:
-    os.environ.setdefault("TRACKIO_DISABLE_UPDATE_CHECK", "1")
     if stage.args.project == "huggingface":  # the library's default
         stage.args.project = PROJECT
     if stage.args.trackio_space_id is None:
         stage.args.trackio_static_space_id = False  # nothing leaves this machine
     if not is_main_process():
+        return
+    import trackio
+
+    try:
+        trackio.init(
+            project=stage.args.project,
+            name=stage.args.run_name,
+            group=stage.lineage["pipeline"],
+            config={"stage": stage.name, **stage.lineage},
+            resume="allow",
+            embed=False,
+        )
+    except Exception as error:
+        _say_failed("trackio", error)
+        stage.args.report_to.remove("trackio")
         return
     print(f"trackio: look at the run          trackio show --project {stage.args.project}", flush=True)
 
