@@ -77,7 +77,10 @@ def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
     The rows go through the trainer's collator, so they must become input_ids and labels.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    size, chosen = trainer.args.eval_batch_size, trainer.eval_dataset.select(range(min(rows, len(trainer.eval_dataset))))
+    size, chosen = (
+        trainer.args.eval_batch_size,
+        trainer.eval_dataset.select(range(min(rows, len(trainer.eval_dataset)))),
+    )
     training, losses = model.training, []
     model.eval()
     for start in range(0, len(chosen), size):

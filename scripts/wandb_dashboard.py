@@ -1,8 +1,8 @@
 """Put the dashboard of configs/dashboard.json into a wandb project, as a saved view for all runs.
 
-    pip install wandb-workspaces
-    python scripts/wandb_dashboard.py ENTITY                 # needs a wandb login
-    python scripts/wandb_dashboard.py ENTITY --print         # what would be saved, without a network
+pip install wandb-workspaces
+python scripts/wandb_dashboard.py ENTITY                 # needs a wandb login
+python scripts/wandb_dashboard.py ENTITY --print         # what would be saved, without a network
 """
 
 import argparse

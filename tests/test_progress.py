@@ -1,12 +1,14 @@
 """The line of each log, the measures in it, and the held-out bits per byte of each source."""
 
+import io
 import json
 import math
 import re
+from contextlib import redirect_stdout
 
 import pytest
 import torch
-from pipeline import NAMES, document_rows, run_script, short_run, write_model
+from pipeline import document_rows, run_script, short_run, write_model
 from transformers import TrainerState, TrainingArguments
 
 from minimind.checkpoints import read_stage
@@ -18,17 +20,25 @@ from minimind.training.callbacks import ProgressCallback, peak_memory
 from minimind.training.trainers import BlockTrainer
 
 
-@pytest.fixture
-def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl, capsys):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer_dir):
     """pretrain.py for four steps on two sources; returns its log, its record and what it printed."""
-    zh = write_jsonl("zh.jsonl", [{"text": f"敏捷的狐狸跳过了懒惰的狗 {name}" * 3} for name in NAMES * 4])
-    en = write_jsonl("en.jsonl", document_rows())
+    root, said = tmp_path_factory.mktemp("progress"), io.StringIO()
+
+    def write(name, rows):
+        (root / name).write_text("\n".join(json.dumps(row) for row in rows))
+        return root / name
+
+    zh = write("zh.jsonl", [{"text": f"敏捷的狐狸跳过了懒惰的狗 {n}" * 3} for n in range(40)])
+    en = write("en.jsonl", [{"text": f"the quick brown fox runs home {n}"} for n in range(80)])
     words = ["--train_files", f"{zh}:0.5", f"{en}:0.5", "--eval_ratio", 0.3]
-    words += ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", tokenizer_dir]
+    words += ["--model_config", write_model(root / "model.json"), "--tokenizer", tokenizer_dir]
     options = {"max_steps": 4, "block_size": 16, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    run_script(monkeypatch, "pretrain", *short_run(tmp_path / "run", **options), *words)
-    log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
-    return log, read_stage(tmp_path / "run"), capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setenv("MINIMIND_CACHE", str(root / "cache"))
+        run_script(patch, "pretrain", *short_run(root / "run", **options), *words)
+    log = [json.loads(line) for line in (root / "run" / "train_log.jsonl").read_text().splitlines()]
+    return log, read_stage(root / "run"), said.getvalue()
 
 
 def test_a_line_tells_all_that_the_log_holds(run):
@@ -81,6 +91,10 @@ def test_held_out_bits_per_byte_are_told_for_each_source_and_weigh_up_to_the_who
     assert "bits_per_byte/zh" in record["metrics"]["after"]
 
 
+def is_chinese(text):
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
 @pytest.mark.parametrize("given", ["held out of the training files", "eval files"])
 def test_each_source_is_evaluated_on_its_own_rows_alone(given, model, tokenizer, write_jsonl, tmp_path):
     zh = write_jsonl("zh.jsonl", [{"text": f"敏捷的狐狸跳过了懒惰的狗 {n}"} for n in range(60)])
@@ -101,7 +115,7 @@ def test_each_source_is_evaluated_on_its_own_rows_alone(given, model, tokenizer,
     for source in blocks.facts["eval"]["sources"]:
         rows = blocks.eval.select(range(first, first + source["blocks"]))
         texts = tokenizer.batch_decode([row["input_ids"] for row in rows])
-        assert all(("狐" in text) == (source["name"] == "zh") for text in texts)
+        assert all(is_chinese(text) == (source["name"] == "zh") for text in texts)
         alone = evaluate(rows, source)
         key = f"eval_bits_per_byte/{source['name']}"
         assert found[key] == pytest.approx(alone["eval_bits_per_byte"], rel=1e-6)

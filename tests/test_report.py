@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from minimind.evaluation import token_loss_distribution
 from minimind.training.report import chart, histogram, nice_ticks, read_log, report_page, thin, write_report
 
 HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\" ' & 中文"
-VOID = {"meta", "line", "rect", "circle", "polyline"}
+VOID = {"meta"}
 
 
 class Page(HTMLParser):
@@ -92,9 +93,9 @@ def test_the_page_is_whole_html_and_asks_for_nothing_from_outside(stage):
 def test_hostile_texts_are_shown_as_they_are(stage):
     page = Page(report_page(stage, json.loads((stage / "stage.json").read_text())))
     shown = "".join(page.words)
-    # prompt and sample of two rounds, role, file, option (as JSON, so with its quotes escaped) and command
-    assert shown.count("<script>document.title='owned'</script>") == 8
-    assert shown.count(HOSTILE) == 7
+    # prompt and text of two samples, role, file twice, command; and the option as JSON, so with its quotes escaped
+    assert shown.count("<script>document.title='owned'</script>") == 9
+    assert shown.count(HOSTILE) == 8
 
 
 def test_the_lineage_leads_back_to_the_raw_text(stage):
@@ -142,7 +143,7 @@ def test_ticks_are_round_and_cover_the_values(low, high):
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 8
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(ticks)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 

@@ -67,7 +67,12 @@ def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     def start(name, script="pretrain", **options):
         data = ["--train_files", documents, "--model_config", model, "--tokenizer", tokenizer_dir, "--block_size", 32]
         if script == "finetune_sft":
-            data = ["--train_files", write_jsonl("chats.jsonl", chat_rows()), "--model_name_or_path", tmp_path / "base"]
+            data = [
+                "--train_files",
+                write_jsonl("chats.jsonl", chat_rows()),
+                "--model_name_or_path",
+                tmp_path / "base",
+            ]
         options = {"max_steps": 4, "logging_steps": 1, "sample_tokens": 5} | options
         run_script(monkeypatch, script, *short_run(tmp_path / name, **options), *data, "--eval_ratio", 0.2)
         return tmp_path / name

@@ -167,8 +167,8 @@ class EarlyStopping(EarlyStoppingCallback):
         if not self.training:
             return
         super().on_evaluate(args, state, control, metrics, **kwargs)
-        if control.should_training_stop and state.is_world_process_zero:
-            count, name = self.early_stopping_patience_counter, args.metric_for_best_model
+        count, name = self.early_stopping_patience_counter, args.metric_for_best_model
+        if count >= self.early_stopping_patience and state.is_world_process_zero:
             print(f"stopping early: {count} evaluations did not improve {name} {state.best_metric:.4f}", flush=True)
 
 

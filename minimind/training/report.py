@@ -53,7 +53,7 @@ summary { cursor: pointer; } small { opacity: .75; overflow-wrap: anywhere; }
 
 
 class ReportCallback(TrainerCallback):
-    """Writes the report anew at each evaluation and checkpoint. `record`: what stage.json will say, as far as known."""
+    """Writes the report anew at each evaluation and checkpoint. `record`: what stage.json will say by then."""
 
     def __init__(self, directory: Path, record: dict[str, Any]):
         self.directory, self.record = directory, record
@@ -89,8 +89,8 @@ def read_log(file: Path) -> list[dict]:
             entry = json.loads(line)
         except ValueError:
             continue  # a line that a killed process left unfinished
-        while entries and entries[-1]["step"] > entry["step"]:
-            entries.pop()
+        if entries and entries[-1]["step"] > entry["step"]:
+            entries = [earlier for earlier in entries if earlier["step"] < entry["step"]]
         entries.append(entry)
     return entries
 
