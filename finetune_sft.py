@@ -14,7 +14,8 @@ from transformers import set_seed
 from trl import get_peft_config
 
 from minimind.data.chats import ChatArguments, load_conversations, set_chat_template
-from minimind.data.masks import mask_report, print_mask_report
+from minimind.data.display import print_inspection
+from minimind.data.inspection import has_roles, inspect_chats
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
@@ -36,14 +37,20 @@ def main() -> None:
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
     rows = load_conversations(
-        data_args.or_embedded(corpus), tokenizer, training_args.max_length, chat_args, seed=training_args.seed
+        data_args.or_embedded(corpus),
+        tokenizer,
+        training_args.max_length,
+        chat_args,
+        roles=not has_roles(tokenizer),
+        seed=training_args.seed,
     )
-    report = mask_report(rows.train, tokenizer)
+    inspection = inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all")
     if is_main_process():
-        print_mask_report(report, rows.train[0], tokenizer)
+        print_inspection(inspection, range(1), tokenizer)
+    inspection.stop(training_args.on_findings)
 
     stage = Stage("sft", training_args, rows, parent)
-    start_tracking(stage)
+    start_tracking(stage, inspection.report)
     trainer = ChatSFTTrainer(
         model=model,
         args=training_args,
@@ -55,7 +62,7 @@ def main() -> None:
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)
+    stage.finish(trainer, tokenizer, held_out_metrics(trainer), inspection.report)
 
 
 if __name__ == "__main__":

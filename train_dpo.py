@@ -12,8 +12,9 @@ Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an a
 from transformers import set_seed
 from trl import get_peft_config
 
-from minimind.data.chats import ChatArguments, load_preferences, preference_labels, set_chat_template
-from minimind.data.masks import mask_report, print_mask_report
+from minimind.data.chats import ChatArguments, load_preferences, set_chat_template
+from minimind.data.display import print_inspection
+from minimind.data.inspection import inspect_chats
 from minimind.errors import reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
@@ -38,13 +39,13 @@ def main() -> None:
     rows = load_preferences(
         data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args, training_args.seed
     )
-    labels = preference_labels(rows.train)
-    report = mask_report(labels, tokenizer)
+    inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
     if is_main_process():
-        print_mask_report(report, labels[0], tokenizer)
+        print_inspection(inspection, range(2), tokenizer)
+    inspection.stop(training_args.on_findings)
 
     stage = Stage("dpo", training_args, rows, parent)
-    start_tracking(stage)
+    start_tracking(stage, inspection.report)
     trainer = PreferenceTrainer(
         model=model,
         # With an adapter the reference is the model without it.
@@ -58,7 +59,7 @@ def main() -> None:
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, held_out_metrics(trainer), report)
+    stage.finish(trainer, tokenizer, held_out_metrics(trainer), inspection.report)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/sft_packing.py chats.jsonl [more.jsonl ...]       # 26m, 4 x 1,024
     python benchmarks/sft_packing.py chats.jsonl --model configs/model/tiny.json --length 512 --rounds 3    # small
+    python benchmarks/sft_packing.py chats.jsonl --length 512 --conversations 1000000 --rounds 0    # padding alone
 
 All four train the same model on the same token rows, in turn, `--rounds` steps each after one to warm up; the
 optimizer is out of the measure. Useful tokens are those that are not padding, trained or context. The bare model takes
@@ -15,7 +16,6 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from side_by_side import DEVICE, device_name
@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.data.chats import load_conversations
 from minimind.tokenizer import load_tokenizer
+from minimind.training.arguments import DataArguments
 from minimind.training.launch import bf16_is_fast
 from minimind.training.trainers import ChatSFTTrainer
 
@@ -42,9 +43,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     tokenizer = load_tokenizer()
-    options = {"eval_files": None, "eval_ratio": 0.0, "max_eval_rows": 0, "on_bad_rows": "skip"}
-    mixing = {"mixing_temperature": None, "mixing_stop": "first_exhausted"}
-    data_args = SimpleNamespace(train_files=args.files, **options, **mixing)
+    data_args = DataArguments(train_files=args.files, eval_ratio=0.0, on_bad_rows="skip")
     rows = load_conversations(data_args, tokenizer, args.length).train.shuffle(seed=0)
     rows = rows.select(range(min(args.conversations, len(rows))))
     fields = json.loads(Path(args.model).read_text(encoding="utf-8"))
@@ -77,6 +76,10 @@ def main() -> None:
         "ours, packed": waste(trainers["ours, packed"].train_dataset, args.length),
         "TRL, packed (bfd)": waste(trainers["TRL, packed (bfd)"].train_dataset, args.length),
     }
+    if not args.rounds:
+        for name, share in padding.items():
+            print(f"{name:<20}{len(rows):,} conversations in rows of {args.length:,}: {share:.2%} padding")
+        return
     steps = {name: stepper(each) for name, each in trainers.items()}
     steps["bare model"] = bare(trainers["ours, packed"], rows, args.batch, args.length)
     packs = [trainers["ours, packed"].train_dataset[index] for index in range(args.batch)]

@@ -21,6 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     tokenizer_commands(commands)
 
+    inspect_command(commands)
+
     def decoding_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("directory", help="a stage directory; adapters included")
         command.add_argument("--max_new_tokens", type=int, default=256, help="tokens of one answer at most")
@@ -104,6 +106,38 @@ def build_parser() -> argparse.ArgumentParser:
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
     return parser
+
+
+def inspect_command(commands) -> None:
+    """`minimind inspect`."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="see what a run would train on: tokens by role, loss mask, lengths, findings",
+        description="Reads and tokenises as the stage does and reports on the finished rows. Exit code 1 if a finding "
+        "is an error.",
+    )
+    inspect.add_argument("files", nargs="+", help="files, directories or globs of conversations, pairs or documents")
+    inspect.add_argument("--tokenizer", help="directory of a tokenizer or a stage; default: the package's")
+    inspect.add_argument("--stage", choices=("sft", "dpo", "pretrain"), help="default: recognised from the first rows")
+    inspect.add_argument("--eval_files", nargs="+", help="held-out files, compared with the others")
+    inspect.add_argument(
+        "--max_length", type=int, default=512, help="tokens per row, as the stage has it; for pretrain the block size"
+    )
+    inspect.add_argument("--chat_template", help="as the stage has it: the name of a template, or a .jinja file")
+    inspect.add_argument("--long_conversations", default="keep_last", help="as the stage has it")
+    inspect.add_argument("--train_turns", default="all", help="as the stage has it")
+    inspect.add_argument("--weighted_loss", choices=("true", "false"), help="as the stage has it")
+    inspect.add_argument(
+        "--on_bad_rows", choices=("error", "skip"), help="what a run would do with bad rows, which are findings here"
+    )
+    inspect.add_argument(
+        "--rows", type=int, help="how many rows are shown; default: 3 in the terminal, 100 on the page, all in --json"
+    )
+    inspect.add_argument("--row", metavar="FILE:LINE", help="show this row instead of the first ones")
+    inspect.add_argument("--html", metavar="FILE", help="also write the report as one HTML page")
+    inspect.add_argument("--png", metavar="FILE", help="also write the length histogram as a picture")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead")
+    inspect.set_defaults(run=run_inspect)
 
 
 def tokenizer_commands(commands) -> None:
@@ -262,6 +296,47 @@ def run_evaluate(args: argparse.Namespace) -> None:
     result = score(*load_for_generation(args.directory), questions, args.max_new_tokens, args.batch_size)
     json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
     print()
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """`minimind inspect`."""
+    from contextlib import redirect_stdout
+
+    from minimind.data import display, inspection
+    from minimind.data.chats import ChatArguments
+    from minimind.tokenizer import load_tokenizer
+    from minimind.training.arguments import DataArguments
+
+    weighted = None if args.weighted_loss is None else args.weighted_loss == "true"
+    try:
+        chat_args = ChatArguments(
+            args.chat_template, args.long_conversations, args.train_turns, weighted_loss=weighted
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    if args.max_length < 2 or (args.rows is not None and args.rows < 0):
+        raise UserError("--max_length must be at least 2, and --rows at least 0.")
+    data_args = DataArguments(args.files, args.eval_files, eval_ratio=0.0, on_bad_rows=args.on_bad_rows)
+    with redirect_stdout(sys.stderr):  # what the loaders say is not the report
+        tokenizer = load_tokenizer(args.tokenizer)
+        stage = args.stage or inspection.recognise_stage(args.files)
+        inspected = inspection.inspect_files(stage, data_args, tokenizer, args.max_length, chat_args)
+    chosen = inspected.find(args.row) if args.row else range(len(inspected.tokens))
+
+    def shown(default: int) -> list[int]:
+        return list(chosen[: default if args.rows is None else args.rows])
+
+    if args.html:
+        page = display.page(inspected, shown(100), tokenizer, " ".join(args.files))
+        display.write_whole(args.html, page.encode())
+    if args.png:
+        display.write_whole(args.png, display.length_png(inspected.report["lengths"]))
+    if args.json:
+        display.print_json(inspected, shown(len(chosen)))
+    else:
+        display.print_inspection(inspected, shown(3), tokenizer)
+    if inspected.errors():
+        sys.exit(1)
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -129,8 +129,12 @@ def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
             ["messages[1]", "found the role 'user'", "expected 'assistant'"],
         ),
         ({"messages": [{"role": "robot", "content": "hi"}]}, ["robot", "expected a 'role'"]),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "long " * 100}]},
+            ["tokens in the last turn", "--max_length 64", "Raise it"],
+        ),
     ],
-    ids=["keys", "empty", "type", "content", "no-reply", "reversed", "twice-user", "role"],
+    ids=["keys", "empty", "type", "content", "no-reply", "reversed", "twice-user", "role", "too-long"],
 )
 def test_a_conversation_that_cannot_be_trained(chats, row, words):
     message = chats([GOOD_CHAT, GOOD_CHAT, row])

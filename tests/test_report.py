@@ -62,8 +62,9 @@ def stage(tmp_path):
     (directory / "train_log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 11, "lo')
     rows = [{"step": step, "prompt": HOSTILE, "text": f"{HOSTILE}\n{step}"} for step in (5, 10)]
     (directory / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    roles = {HOSTILE: {"tokens": 4, "trained_tokens": 2, "trained_share": 0.5}}
-    (directory / "mask_report.json").write_text(json.dumps({"rows": 2, "roles": roles}))
+    roles = {HOSTILE: {"tokens": 4, "trained": 2, "trained_share": 0.5}}
+    findings = [{"severity": "warning", "name": "x", "count": 1, "text": HOSTILE, "advice": "none", "places": []}]
+    (directory / "mask_report.json").write_text(json.dumps({"rows": 2, "roles": roles, "findings": findings}))
     record = {
         "stage": "sft",
         "parent": {"directory": str(parent), "stage": "pretrain", "weights": "cafe"},
@@ -93,9 +94,9 @@ def test_the_page_is_whole_html_and_asks_for_nothing_from_outside(stage):
 def test_hostile_texts_are_shown_as_they_are(stage):
     page = Page(report_page(stage, json.loads((stage / "stage.json").read_text())))
     shown = "".join(page.words)
-    # prompt and text of two samples, role, file twice, command; and the option as JSON, so with its quotes escaped
-    assert shown.count("<script>document.title='owned'</script>") == 9
-    assert shown.count(HOSTILE) == 8
+    # prompt and text of two samples, role, finding, file twice, command; and the option, its quotes escaped
+    assert shown.count("<script>document.title='owned'</script>") == 10
+    assert shown.count(HOSTILE) == 9
 
 
 def test_the_lineage_leads_back_to_the_raw_text(stage):

@@ -99,6 +99,33 @@ class ChatArguments:
         return bool(self.weighted_loss) or self.loss_normalization != "token"
 
 
+class Reading:
+    """What became of the conversations that were read for training, for the report of an inspection.
+
+    `bad` are the bad rows of each source and `too_long` those of which nothing fits; `lengths` the tokens of every
+    conversation before any cut, also of one that is dropped; `counts` and `places` what became of how many, and where
+    the first of them stand; `held_out` where the held-out rows do.
+    """
+
+    NAMED = 5
+
+    def __init__(self):
+        self.bad: list[BadRows] = []
+        self.too_long: list[BadRows] = []
+        self.lengths: list[int] = []
+        self.counts = Counter()
+        self.places: dict[str, list[str]] = {}
+        self.held_out: list[str] = []
+
+    def add(self, where: str, result: "Tokenized") -> None:
+        """Note one conversation."""
+        self.lengths.append(result.length)
+        for name in result.counts:
+            self.counts[name] += 1
+            if self.counts[name] <= self.NAMED:
+                self.places.setdefault(name, []).append(where)
+
+
 class ChatRows(NamedTuple):
     """Rows for a trainer; `facts`: files, rows and what became of the conversations, of both parts.
 
@@ -110,6 +137,7 @@ class ChatRows(NamedTuple):
     facts: dict
     where: list[str]
     lengths: list[int]
+    reading: Reading
 
 
 class Encoded(NamedTuple):
@@ -794,8 +822,10 @@ def load_preferences(
 
 
 def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
-    def read(files) -> Iterator[tuple[str, str, Tokenized]]:
+    def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
         bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
+        reading.bad.append(bad)
+        reading.too_long.append(too_long)
         rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
@@ -804,6 +834,7 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
                     continue
                 if result.problem:
                     too_long.add(row.where, result.problem)
+                reading.add(row.where, result)
                 yield key(row.data), row.where, result
         bad.judge()
         too_long.warn(bad.total)
@@ -814,13 +845,14 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
     hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
     parts, held_out = [_Part() for _ in sources], _Part()
+    reading, apart = Reading(), Reading()
     for part, paths in zip(parts, files, strict=True):
-        for text, where, result in read(paths):
+        for text, where, result in read(paths, reading):
             for owner, *certain in hold_out.offer(text, (part, where, result)):
                 owner.add(*certain)
     for _, where, result in hold_out.chosen():
         held_out.add(where, result)
-    for number, (_, where, result) in enumerate(read(held_out_files) if held_out_files else ()):
+    for number, (_, where, result) in enumerate(read(held_out_files, apart) if held_out_files else ()):
         if number < data_args.max_eval_rows:  # and read on, since bad rows are judged at the end
             held_out.add(where, result)
     for part, paths in zip(parts, files, strict=True):
@@ -859,7 +891,8 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
             {"files": source.paths, **each, "rows_per_epoch": want}
             for source, each, want in zip(sources, counted, wanted, strict=True)
         ]
-    return ChatRows(train, held_out.dataset(), facts, where, lengths)
+    reading.held_out = held_out.where
+    return ChatRows(train, held_out.dataset(), facts, where, lengths, reading)
 
 
 class _Part:

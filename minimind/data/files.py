@@ -9,6 +9,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
+REASONS = 100  # different ones told apart
+PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
 CLEANING_REPORT = {"report.json", "report.html"}  # what `minimind clean` writes beside the data, both of them
@@ -75,7 +78,9 @@ class BadRows:
         if policy not in (None, "error", "skip"):
             raise UserError(f"on_bad_rows: found {policy!r}, expected error, skip or nothing (skip at most 0.1 %)")
         self.policy = policy
-        self.count = 0
+        self.count = self.total = 0  # `total` rows, the good ones included, once they are read
+        # A problem without its particulars -> how often, the first time with particulars, and the first places.
+        self.reasons: dict[str, tuple[int, str, list[str]]] = {}
         self.first: list[tuple[str, str]] = []
 
     def add(self, where: str, problem: str) -> None:
@@ -83,11 +88,16 @@ class BadRows:
         self.count += 1
         if len(self.first) < BAD_ROWS_NAMED:
             self.first.append((where, problem))
+        reason = PARTICULARS.sub("…", problem)
+        count, first, places = self.reasons.get(reason, (0, problem, []))
+        if count or len(self.reasons) < REASONS:
+            self.reasons[reason] = (count + 1, first, [*places, where] if count < BAD_ROWS_NAMED else places)
         if self.policy == "error":
             raise UserError(f"{self}\nMend the row, or leave out bad rows with --on_bad_rows skip.")
 
     def finish(self, total: int) -> None:
         """Judge the bad rows among `total`: one warning where they may be skipped, UserError where not."""
+        self.total = total
         if self.count and self.count == total:
             raise UserError(f"{self}\nNo usable row is left of {total:,}. Check the format of the files.")
         if self.policy is None and self.count > BAD_ROW_SHARE * total:
@@ -278,7 +288,7 @@ def read_rows(
 
     Args:
         paths: what `expand` takes.
-        on_bad_rows: the policy of `BadRows`, or one of them that the caller judges.
+        on_bad_rows: the policy of `BadRows`, or one of these, which then counts them.
         convert: makes `Row.data` of a row's dict. A row that it refuses with BadRowError is a bad row like one that
             cannot be parsed.
         text_unit: what one row of a txt file is: the whole "file", a "paragraph" (blank lines around it), or a "line".

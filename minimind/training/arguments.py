@@ -41,7 +41,7 @@ class DataArguments:
     eval_ratio: float = field(
         default=0.02, metadata={"help": "Share of the rows held out when there are no --eval_files."}
     )
-    max_eval_rows: int = field(default=500, metadata={"help": "At most this many rows are held out or evaluated on."})
+    max_eval_rows: int = field(default=100, metadata={"help": "At most this many rows are held out or evaluated on."})
     mixing_temperature: float | None = field(
         default=None,
         metadata={"help": "Weigh the sources by size ** (1 / temperature): 1 by their size, high values all alike."},
@@ -276,7 +276,24 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class SFTStageConfig(StageConfig, SFTConfig):
+class InspectedStageConfig(StageConfig):
+    """What the stages that open with an inspection of their data have in common."""
+
+    on_findings: str = field(
+        default="error",
+        metadata={
+            "help": "What an error among the findings of the inspection does. error: stops the run; warn: nothing."
+        },
+    )
+
+    def __post_init__(self):
+        if self.on_findings not in ("error", "warn"):
+            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
+        super().__post_init__()
+
+
+@dataclass
+class SFTStageConfig(InspectedStageConfig, SFTConfig):
     """Arguments of finetune_sft.py."""
 
     output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
@@ -301,7 +318,7 @@ class SFTStageConfig(StageConfig, SFTConfig):
 
 
 @dataclass
-class DPOStageConfig(StageConfig, DPOConfig):
+class DPOStageConfig(InspectedStageConfig, DPOConfig):
     """Arguments of train_dpo.py."""
 
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})

@@ -310,14 +310,17 @@ def _data(data: dict) -> str:
 
 
 def _mask(report: dict) -> str:
-    roles = [
-        (role, counts["tokens"], counts["trained_tokens"], f"{counts['trained_share']:.1%}")
-        for role, counts in report.get("roles", {}).items()
-    ]
+    """The report of an inspection: its roles and findings; see `inspection.Inspection`."""
     said = ", ".join(
         f"{value:,} {key.replace('_', ' ')}" for key, value in report.items() if isinstance(value, int | float)
     )
-    return f"<p>{escape(said)}</p>" + table(("role", "tokens", "trained tokens", "trained"), roles)
+    roles = [
+        (role, counts["tokens"], counts["trained"], f"{counts['trained_share']:.1%}")
+        for role, counts in report["roles"].items()
+    ]
+    fields = ("severity", "count", "text", "advice")
+    findings = [[each[field] for field in fields] for each in report.get("findings", ())]
+    return f"<p>{escape(said)}</p>" + table(("role", "tokens", "trained", "share"), roles) + table(fields, findings)
 
 
 def _lineage(directory: Path, record: dict) -> str:

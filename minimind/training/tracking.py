@@ -67,11 +67,11 @@ def offline_reason() -> str | None:
     return None
 
 
-def start_tracking(stage) -> None:
+def start_tracking(stage, report: dict | None = None) -> None:
     """Open the runs of a stage in the trackers that `--report_to` asks for, before the Trainer would.
 
     Each carries the stage's arguments and lineage and is grouped with the other stages of its pipeline. The Trainer's
-    own callbacks find them open and log into them.
+    own callbacks find them open and log into them. The `report` of an inspection becomes tables in wandb's.
 
     Raises:
         UserError: a tracker that does not exist or is not installed.
@@ -87,14 +87,14 @@ def start_tracking(stage) -> None:
                 f"pip install {name}), or leave it out."
             )
     stage.args.run_name = stage.args.run_name or f"{stage.name}: {stage.output_dir}"
-    for name, start in {
-        "wandb": _wandb,
-        "trackio": _trackio,
-        "tensorboard": _tensorboard,
-        "swanlab": _swanlab,
-    }.items():
-        if name in stage.args.report_to:
-            start(stage)
+    starts = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard, "swanlab": _swanlab}
+    for name in stage.args.report_to:
+        if name in starts:
+            starts[name](stage)
+    if report and "wandb" in stage.args.report_to and is_main_process():
+        import wandb
+
+        wandb.log(report_tables(report), commit=False)
 
 
 def guard_trackers(trainer: Trainer) -> None:
@@ -250,3 +250,19 @@ def _wandb(stage) -> None:
         print(f"wandb: upload it later        wandb sync {directory}", flush=True)
     else:
         print(f"wandb: {run.url}", flush=True)
+
+
+def report_tables(report: dict) -> dict:
+    """The report of `inspection.Inspection` -> wandb tables of its roles, windows and findings."""
+    import wandb
+
+    columns = ["tokens", "trained", "trained_share"]
+    roles = [[name, *(counts[column] for column in columns)] for name, counts in report["roles"].items()]
+    windows = report["lengths"]["windows"]
+    fields = ["severity", "name", "count", "text", "advice"]
+    findings = [[*(each[field] for field in fields), ", ".join(each["places"])] for each in report["findings"]]
+    return {
+        "inspection/roles": wandb.Table(["role", *columns], roles),
+        "inspection/lengths": wandb.Table([*windows[0]], [[*window.values()] for window in windows]),
+        "inspection/findings": wandb.Table([*fields, "places"], findings),
+    }
