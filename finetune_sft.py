@@ -13,7 +13,8 @@ Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; wit
 from transformers import set_seed
 from trl import get_peft_config
 
-from minimind.data.chats import ChatArguments, load_conversations, set_chat_template
+from minimind.data.chat_encoder import set_chat_template
+from minimind.data.chats import ChatArguments, load_conversations
 from minimind.data.display import print_inspection
 from minimind.data.inspection import has_roles, inspect_chats
 from minimind.errors import reports_user_errors

@@ -12,7 +12,8 @@ Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an a
 from transformers import set_seed
 from trl import get_peft_config
 
-from minimind.data.chats import ChatArguments, load_preferences, set_chat_template
+from minimind.data.chat_encoder import set_chat_template
+from minimind.data.chats import ChatArguments, load_preferences
 from minimind.data.display import print_inspection
 from minimind.data.inspection import inspect_chats
 from minimind.errors import reports_user_errors

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
 
 from minimind.checkpoints import check_vocabulary, load_model, require_stage
-from minimind.data.chats import ChatEncoder, encode_prompts
+from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.conversations import parse_message
 from minimind.tokenizer import load_tokenizer
 

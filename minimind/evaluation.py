@@ -9,9 +9,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.data.chats import IGNORED, ChatEncoder, encode_prompts
+from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.conversations import Conversation, Message, split_reasoning, to_conversation
 from minimind.data.files import read_rows
+from minimind.data.packing import IGNORED
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy
 
 FORWARD = ("input_ids", "attention_mask", "position_ids")  # what a model needs of a batch

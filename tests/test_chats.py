@@ -14,22 +14,20 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
+from minimind.data.chat_encoder import ChatEncoder, encode_prompts, set_chat_template
 from minimind.data.chats import (
     ChatArguments,
-    ChatEncoder,
-    PackedCollator,
     TooLongError,
-    encode_prompts,
     load_conversations,
     load_preferences,
     preference_labels,
-    set_chat_template,
     tokenize_conversation,
     tokenize_conversations,
     tokenize_preferences,
 )
 from minimind.data.conversations import Conversation
 from minimind.data.files import BadRowError, content_hash
+from minimind.data.packing import PackedCollator
 from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, load_tokenizer, text_encoder, train_tokenizer
 from minimind.training.arguments import DataArguments

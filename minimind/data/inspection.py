@@ -22,21 +22,20 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import (
-    IGNORED,
     ChatArguments,
     ChatRows,
     Reading,
     load_conversations,
     load_preferences,
     preference_labels,
-    set_chat_template,
 )
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks
 from minimind.data.files import BAD_ROW_SHARE, BadRowError, BadRows, read_rows, to_document
 from minimind.data.mixing import parse_sources
-from minimind.data.packing import best_fit
+from minimind.data.packing import IGNORED, best_fit
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
 from minimind.tokenizer import BOS_TOKEN

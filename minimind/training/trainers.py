@@ -10,7 +10,7 @@ from transformers import SchedulerType, Trainer
 from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from minimind.data.chats import IGNORED, PackedCollator
+from minimind.data.packing import IGNORED, PackedCollator
 from minimind.evaluation import bits_per_byte
 
 

@@ -1,0 +1,355 @@
+"""A chat template's text -> token ids, and where in them the assistant speaks.
+
+Only what the template itself writes becomes a control token; the same characters in somebody's words are plain text.
+"""
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from minimind.data.conversations import Conversation, Message
+from minimind.data.files import BadRowError
+from minimind.errors import UserError
+from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
+from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
+
+FEW = 16  # conversations that are not worth setting up the fast engine for
+TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
+GENERATION = re.compile(r"{%-?\s*generation\b")
+OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a message's words while roles are looked for
+
+
+class Encoded(NamedTuple):
+    """A rendered conversation.
+
+    `replies` are (start, end) in `ids` of what the assistant emits, end exclusive, one for each of its messages;
+    `escaped` counts the control tokens that stood in somebody's words and became plain text; `roles`, where asked
+    for, names the role whose message each token belongs to.
+    """
+
+    ids: list[int]
+    replies: list[tuple[int, int]]
+    escaped: int = 0
+    roles: list[str] | None = None
+
+
+class ChatEncoder:
+    """Conversations -> ids by a tokenizer's chat template.
+
+    Equal to `apply_chat_template` wherever no control token stands in somebody's words. Where one does, the words are
+    encoded as the plain text they are. Control tokens are the special tokens, and other added ones (such as <think>)
+    that the template writes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.template = tokenizer.get_chat_template()
+        added = list(tokenizer.added_tokens_decoder.values())
+        controls = [token.content for token in added if token.special or token.content in self.template]
+        self.controls = sorted(controls, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, self.controls)) or "(?!)")
+        self.control_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in controls}
+        # A post-processor adds special tokens, which the template does, or trims offsets, which would hide spaces.
+        state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "post_processor": None}
+        state.update(padding=None, truncation=None)
+        self.library = Tokenizer.from_str(json.dumps(state))
+        self.greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
+        self.bytes_of = np.asarray(token_byte_lengths(tokenizer))
+        for token, index in self.control_ids.items():
+            self.bytes_of[index] = len(token.encode())
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
+        return Tokenizer.from_str(json.dumps({**json.loads(self.library.to_str()), "added_tokens": []}))
+
+    @cached_property
+    def segments(self) -> DocumentEncoder:
+        """The fast engine for what stands between two control tokens."""
+        return DocumentEncoder(self.tokenizer)
+
+    @cached_property
+    def fast(self) -> bool:
+        """Whether what stands between two control tokens is encoded as if it stood alone, as in byte-level BPE."""
+        return self.segments.engine is not None and not self.greedy
+
+    @cached_property
+    def keeps_reasoning(self) -> bool:
+        """Whether the template shows a reply's reasoning after the next question too; Qwen3's and ours do not."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+        chat[1] = {**chat[1], "reasoning_content": "(thoughts)"}
+        try:
+            return "(thoughts)" in self.render(Conversation(chat))[0]
+        except BadRowError:
+            return False
+
+    def render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and from where to where in it the assistant speaks; raises BadRowError where the template does."""
+        try:
+            texts, spans = render_jinja_template(
+                [conversation.messages],
+                tools=conversation.tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError) as error:
+            raise BadRowError(f"the chat template refuses the conversation: {error}") from None
+        return texts[0], spans[0]
+
+    def encode(
+        self, conversations: Sequence[Conversation], prompt: bool = False, roles: bool = False
+    ) -> list[Encoded | BadRowError]:
+        """Each conversation's ids, or why it has none; with `prompt`, followed by the header of a reply to come."""
+        results: list[Any] = [None] * len(conversations)
+        harmless = []
+        for index, conversation in enumerate(conversations):
+            try:
+                text, spans = self.render(conversation, prompt)
+                if not prompt:
+                    check_rendering(conversation, text, spans)
+                if self.pattern.search(_words(conversation)):
+                    results[index] = self._encode_hostile(conversation, text, prompt, roles)
+                elif len(conversations) > FEW and self.fast:
+                    harmless.append((index, text, spans))
+                else:
+                    encoding = self.library.encode(text, add_special_tokens=False)
+                    results[index] = self._finish(conversation, text, spans, encoding.ids, encoding.offsets, roles)
+            except BadRowError as problem:
+                results[index] = problem
+        if harmless:
+            try:
+                self._encode_harmless(conversations, harmless, results, roles)
+            except WrongIdsError:
+                self.fast = False
+                return self.encode(conversations, prompt, roles)
+        return results
+
+    def _encode_harmless(
+        self, conversations: Sequence[Conversation], rendered: list, results: list, roles: bool
+    ) -> None:
+        """Fill in the results of all `rendered`: (index, text, spans)."""
+        ids, begins, starts, stops = self._encode_segments([text for _, text, _ in rendered])
+        edges = []
+        for start, (_, text, spans) in zip(starts, rendered, strict=True):
+            edges += [begins[start] + edge for edge in _bytes_until(text, [edge for span in spans for edge in span])]
+        found = np.searchsorted(begins, edges)
+        exact, position = begins[found] == edges, 0
+        for (index, text, spans), start, stop in zip(rendered, starts.tolist(), stops.tolist(), strict=True):
+            here = slice(position, position := position + 2 * len(spans))
+            if not exact[here].all():
+                results[index] = BadRowError(BLURRED)
+                continue
+            names = None
+            if roles:
+                places, owners = self._roles(conversations[index], text, spans)
+                which = np.searchsorted(_bytes_until(text, places), begins[start:stop] - begins[start], side="right")
+                names = [owners[owner - 1] for owner in which]
+            tokens = (found[here] - start).tolist()
+            replies = list(zip(tokens[::2], tokens[1::2], strict=True))
+            results[index] = Encoded(ids[start:stop].tolist(), replies, roles=names)
+
+    def _encode_segments(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted on through all
+        texts and a byte for each mark; and from where to where the ids of each text go."""
+        segments, controls = [], []
+        for text in texts:
+            segments += self.pattern.split(text)
+            controls += [self.control_ids[token] for token in self.pattern.findall(text)]
+            controls.append(-1)
+        ids = self.segments(segments).astype(np.int32)  # an end token after each segment: where a control token goes
+        ends, controls = np.flatnonzero(ids == self.segments.eos_token_id), np.asarray(controls)
+        ids[ends] = controls
+        lengths = np.where(ids < 0, 1, self.bytes_of[ids])
+        stops = ends[controls < 0]
+        return ids, np.cumsum(lengths) - lengths, np.concatenate([[0], stops[:-1] + 1]), stops
+
+    def _finish(
+        self,
+        conversation: Conversation,
+        text: str,
+        spans: list,
+        ids: list,
+        offsets: list,
+        roles: bool,
+        escaped: int = 0,
+    ) -> Encoded:
+        starts = {start: index for index, (start, _) in reversed([*enumerate(offsets)])} | {len(text): len(ids)}
+        if not all(char in starts for span in spans for char in span):
+            raise BadRowError(BLURRED)
+        names = None
+        if roles:
+            places, owners = self._roles(conversation, text, spans)
+            names = [owners[bisect_right(places, start) - 1] for start, _ in offsets]
+        return Encoded(ids, [(starts[start], starts[end]) for start, end in spans], escaped, names)
+
+    def _encode_hostile(self, conversation: Conversation, text: str, prompt: bool, roles: bool) -> Encoded:
+        """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
+        what is a control token then is the template's."""
+        words = _words(conversation)
+        count = len(self.controls)
+        base = next(b for b in range(0xF0000, 0x110000 - count, count) if not _has_any(words, b, count))
+        cover = {token: chr(base + index) * len(token) for index, token in enumerate(self.controls)}
+        covers = re.compile("|".join(cover.values()))
+        names = {covered: token for token, covered in cover.items()}
+
+        def hide(value: Any) -> Any:
+            if isinstance(value, str):
+                return self.pattern.sub(lambda match: cover[match.group()], value)
+            if isinstance(value, dict):
+                return {hide(key): hide(item) for key, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list) else value
+
+        covered, spans = self.render(conversation._replace(**hide(conversation._asdict())), prompt)
+        if covers.sub(lambda match: names[match.group()], covered) != text:
+            raise BadRowError(
+                f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
+                "text there, so it cannot be told from its own. Remove it"
+            )
+        ids, offsets, position = [], [], 0
+        for match in [*self.pattern.finditer(covered), None]:
+            end = match.start() if match else len(text)
+            encoding = self.plain.encode(text[position:end], add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(position + a, position + b) for a, b in encoding.offsets]
+            if match:
+                ids.append(self.control_ids[match.group()])
+                offsets.append(match.span())
+                position = match.end()
+        return self._finish(conversation, text, spans, ids, offsets, roles, len(covers.findall(covered)))
+
+    def _roles(self, conversation: Conversation, text: str, spans: list) -> tuple[list[int], list[str]]:
+        """At which characters the parts of the text begin, and whose they are: a message's header, words and end.
+
+        Rendered again with marks around the words; "other" where that changes the text and so tells nothing.
+        """
+        marked = []
+        for message in conversation.messages:
+            words = message["content"].strip()
+            marks = f"{OPEN}{words}{CLOSE}" if message["role"] != "assistant" else words
+            marked.append({**message, "content": message["content"].replace(words, marks, 1) if words else marks})
+        try:
+            rendered, _ = self.render(conversation._replace(messages=marked))
+        except BadRowError:
+            rendered = ""
+        if rendered.replace(OPEN, "").replace(CLOSE, "") != text:
+            return [0], ["other"]
+        edges = np.cumsum([len(piece) for piece in re.split(f"[{OPEN}{CLOSE}]", rendered)]).tolist()
+        said, replied = zip(edges[::2], edges[1::2], strict=False), iter(spans)  # template, words, template, words ...
+        begins, names, before = [0], ["system"], 0  # what stands before the first message are the tools
+        for message in conversation.messages:
+            start, end = next(replied if message["role"] == "assistant" else said)
+            header = text.rfind(self.tokenizer.bos_token or "\0", before, start)
+            begins.append(before if header < 0 else header)
+            names.append(message["role"])
+            before = end
+        return begins, names
+
+
+def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
+    """Ascending positions in characters -> the same in bytes of UTF-8."""
+    if text.isascii():
+        return list(characters)
+    return list(accumulate(len(text[a:b].encode()) for a, b in pairwise([0, *characters])))
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) -> None:
+    """Give the tokenizer a shipped template by its name, or the one in a .jinja file; None leaves its own.
+
+    Raises:
+        UserError: there is no such template, it cannot render, or does not mark what the assistant emits.
+    """
+    if choice is None:
+        return
+    path = TEMPLATES.get(choice, Path(choice))
+    if not path.is_file():
+        raise UserError(f"--chat_template {choice}: found no such file, expected {' or '.join(TEMPLATES)}, or a file.")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat_template {path}: found bytes that are not UTF-8 ({error}), expected text.") from None
+    if not GENERATION.search(template):
+        raise UserError(
+            f"--chat_template {path}: found no generation block, so nobody can tell what to train. Put "
+            "{% generation %} before and {% endgeneration %} after what the assistant emits, its end token included."
+        )
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (encoded,) = ChatEncoder(tokenizer).encode([Conversation(example)])
+    if isinstance(encoded, BadRowError):
+        tokenizer.chat_template = before
+        raise UserError(f"--chat_template {path}: a question and its answer fail, {encoded}.")
+    if encoded.ids[encoded.replies[0][1] - 1] != tokenizer.eos_token_id:
+        tokenizer.chat_template = before
+        raise UserError(
+            f"--chat_template {path}: the generation block does not end with the end token {tokenizer.eos_token!r}, "
+            "so the model would never learn to stop. Put it before {% endgeneration %}."
+        )
+
+
+BLURRED = "found a reply that shares a token with what stands before or after it, expected a border between tokens"
+
+
+def _words(conversation: Conversation) -> str:
+    """All that is not the template's, for searching."""
+    texts = [json.dumps(conversation.tools, ensure_ascii=False)] if conversation.tools else []
+    for message in conversation.messages:
+        texts.append(message["content"])
+        if len(message) > 2:
+            texts.append(json.dumps(message, ensure_ascii=False))
+    return "\n".join(texts)
+
+
+def _has_any(text: str, first: int, count: int) -> bool:
+    return any(chr(code) in text for code in range(first, first + count))
+
+
+def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int, int]]) -> None:
+    """Raises BadRowError where a template loses words or tools, or does not mark each reply once."""
+    replies = sum(message["role"] == "assistant" for message in conversation.messages)
+    if len(spans) != replies:
+        raise BadRowError(f"the chat template marks {len(spans)} replies for training, expected {replies}")
+    position = 0
+    for index, message in enumerate(conversation.messages):
+        words = message["content"].strip()
+        found = text.find(words, position)
+        if found < 0:
+            raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {message['role']!r}")
+        position = found + len(words)
+        if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r") and message["content"]:
+            # The model would be trained after another beginning than the one it sees when it generates.
+            raise BadRowError(
+                f"messages[{index}]: found a reply that begins with a line break, expected text. Remove it"
+            )
+    for tool in conversation.tools or ():
+        if tool["function"]["name"] not in text:
+            raise BadRowError(f"the chat template has no place for tools, found {tool['function']['name']!r}")
+    last = conversation.messages[-1]
+    if last.get("reasoning_content", "") not in text:
+        raise BadRowError("the chat template has no place for reasoning, found a reply with it")
+
+
+def encode_prompts(prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder) -> list[list[int]]:
+    """Conversations that end with a question -> the ids that an answer follows.
+
+    Raises:
+        UserError: the template cannot render one.
+    """
+    conversations = [p if isinstance(p, Conversation) else Conversation(list(p)) for p in prompts]
+    results = encoder.encode(conversations, prompt=True)
+    for number, result in enumerate(results, 1):
+        if isinstance(result, BadRowError):
+            raise UserError(f"prompt {number}: {result}.")
+    return [result.ids for result in results]
