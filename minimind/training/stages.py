@@ -278,8 +278,11 @@ class Stage:
         """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
         if state.best_metric is None:
             return None
-        best = {"metric": self.args.metric_for_best_model, "value": float(state.best_metric)}
-        best["step"] = int(state.best_global_step or 0)
+        metric = self.args.metric_for_best_model
+        logged = metric if metric.startswith("eval_") else f"eval_{metric}"
+        # The state's own best step is that of a checkpoint, and there may be none.
+        step = next((each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0)
+        best = {"metric": metric, "value": float(state.best_metric), "step": step}
         if not best["step"]:
             print(f"no evaluation was better than the {best['metric']} {best['value']:.4f} before the first step")
         elif self.args.load_best_model_at_end:
