@@ -50,7 +50,7 @@ def main() -> None:
         print_inspection(inspection, range(1), tokenizer)
     inspection.stop(training_args.on_findings)
 
-    stage = Stage("sft", training_args, rows, parent)
+    stage = Stage("sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args])
     start_tracking(stage, inspection.report)
     trainer = ChatSFTTrainer(
         model=model,

@@ -37,7 +37,7 @@ def main() -> None:
     check_length("block_size", training_args.block_size, model.config)
     blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing)
 
-    stage = Stage("pretrain", training_args, blocks, parent)
+    stage = Stage("pretrain", training_args, blocks, model, tokenizer, parent, options=[model_args])
     start_tracking(stage)
     trainer = BlockTrainer(
         model=model,

@@ -45,7 +45,7 @@ def main() -> None:
         print_inspection(inspection, range(2), tokenizer)
     inspection.stop(training_args.on_findings)
 
-    stage = Stage("dpo", training_args, rows, parent)
+    stage = Stage("dpo", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args])
     start_tracking(stage, inspection.report)
     trainer = PreferenceTrainer(
         model=model,

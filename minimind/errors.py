@@ -30,5 +30,9 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             else:
                 time.sleep(5)  # a launcher stops all as soon as one is gone: rank 0 must have spoken before
             sys.exit(2)
+        except KeyboardInterrupt:  # outside of training, which saves first (training/signals.py)
+            if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
+                print("interrupted: nothing was saved", file=sys.stderr, flush=True)
+            sys.exit(130)
 
     return wrapped

@@ -55,6 +55,7 @@ def test_a_run_without_a_key_is_written_offline_and_the_next_commands_are_printe
         args=SimpleNamespace(report_to=["wandb"], run_name=None),
         output_dir=no_login / "sft",
         lineage={"parent": {"weights": "abc"}, "pipeline": "pipeline-1"},
+        run={"run": "0a1b2c3d"},
     )
     tracking.start_tracking(stage)
     try:

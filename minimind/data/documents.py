@@ -72,6 +72,34 @@ class HoldOut:
         return [row for copies in self.rows.values() for row in copies]
 
 
+class Preparation(NamedTuple):
+    """Where the rows of some files, tokenizer and options are kept, or will be, and what names that place."""
+
+    directory: Path
+    key: dict
+    sources: list
+    files: list[list]
+    held_out: list
+
+
+def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
+    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse."""
+    sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
+    files = [data_args.expand(source.paths) for source in sources]
+    held_out = [expand([word]) for word in data_args.eval_files or ()]
+    options = {
+        **packing,
+        "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
+        "max_eval_rows": data_args.max_eval_rows,
+        "on_bad_rows": data_args.on_bad_rows,
+        "text_unit": data_args.text_unit,
+    }
+    hashes = {part: [content_hash(paths) for paths in each] for part, each in (("train", files), ("eval", held_out))}
+    key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
+    name = xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
+    return Preparation(cache_directory() / "blocks" / name, key, sources, files, held_out)
+
+
 def load_blocks(
     data_args,
     tokenizer: PreTrainedTokenizerFast,
@@ -88,22 +116,10 @@ def load_blocks(
     Raises:
         UserError: see `files.read_documents` and `mixing.parse_sources`; or there is too little text for one row.
     """
+    packing = {"block_size": block_size, "packing_strategy": packing_strategy, "document_mask": document_mask}
+    directory, key, sources, files, held_out = preparation(data_args, tokenizer, **packing)
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
-    sources = parse_sources(data_args.train_files, temperature)
-    files = [data_args.expand(source.paths) for source in sources]
-    held_out = [expand([word]) for word in data_args.eval_files or ()]
-    options = {
-        "block_size": block_size,
-        "packing_strategy": packing_strategy,
-        "document_mask": document_mask,
-        "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
-        "max_eval_rows": data_args.max_eval_rows,
-        "on_bad_rows": data_args.on_bad_rows,
-        "text_unit": data_args.text_unit,
-    }
-    hashes = {part: [content_hash(paths) for paths in each] for part, each in (("train", files), ("eval", held_out))}
-    key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
-    directory = cache_directory() / "blocks" / xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
+    options, hashes = key["options"], key["files"]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not (directory / "manifest.json").is_file():

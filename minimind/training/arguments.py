@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 import yaml
 from filelock import FileLock
 from transformers import IntervalStrategy, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
+from minimind.training.resume import check_output_directory, checkpoints
 
 
 @dataclass
@@ -169,7 +171,23 @@ class StageConfig(TrainingArguments):
         default=True, metadata={"help": "Evaluate the loss alone; keeping the logits of all rows fills the memory."}
     )
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints during training: no, steps or epoch."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Whole checkpoints kept; broken ones do not count."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default="auto",
+        metadata={
+            "help": "auto: go on from the last whole checkpoint in --output_dir, if there is one; true: there must be "
+            "one; false: never; or the path of a checkpoint."
+        },
+    )
+    allow_changed_recipe: bool = field(
+        default=False, metadata={"help": "Go on from a checkpoint although options that decide the result changed."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Delete the run in --output_dir and begin anew, unless it is this very one, interrupted."},
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -199,8 +217,26 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = field(
         default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
     )
+    on_findings: str = field(
+        default="error",
+        metadata={
+            "help": "What an error among the findings does, those of the doctor and of the inspection of the data. "
+            "error: stops the run; warn: nothing."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps whose loss or gradient is not finite are skipped; after so many in a row the run stops and "
+            "keeps the batch for 'minimind replay'. 0: nothing is skipped."
+        },
+    )
 
     def __post_init__(self):
+        if self.on_findings not in ("error", "warn"):
+            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -212,12 +248,11 @@ class StageConfig(TrainingArguments):
         elif self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
             self.lr_scheduler_kwargs = {"decay_type": "1-sqrt"}
         self._check_choice()
-        if self.resume_from_checkpoint in ("true", "True"):
-            last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
-            if last is None:
+        if str(self.resume_from_checkpoint).lower() in ("auto", "true", "false", "none"):
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower().replace("none", "auto")
+            if self.resume_from_checkpoint == "true" and not checkpoints(Path(self.output_dir)):
                 raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {self.output_dir}")
-            self.resume_from_checkpoint = last
-        elif self.resume_from_checkpoint and not Path(self.resume_from_checkpoint).is_dir():
+        elif not Path(self.resume_from_checkpoint).is_dir():
             raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
@@ -276,24 +311,7 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class InspectedStageConfig(StageConfig):
-    """What the stages that open with an inspection of their data have in common."""
-
-    on_findings: str = field(
-        default="error",
-        metadata={
-            "help": "What an error among the findings of the inspection does. error: stops the run; warn: nothing."
-        },
-    )
-
-    def __post_init__(self):
-        if self.on_findings not in ("error", "warn"):
-            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
-        super().__post_init__()
-
-
-@dataclass
-class SFTStageConfig(InspectedStageConfig, SFTConfig):
+class SFTStageConfig(StageConfig, SFTConfig):
     """Arguments of finetune_sft.py."""
 
     output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
@@ -318,7 +336,7 @@ class SFTStageConfig(InspectedStageConfig, SFTConfig):
 
 
 @dataclass
-class DPOStageConfig(InspectedStageConfig, DPOConfig):
+class DPOStageConfig(StageConfig, DPOConfig):
     """Arguments of train_dpo.py."""
 
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
@@ -349,23 +367,54 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options = {action.dest for action in parser._actions}
+    argv = with_recipe(parser, sys.argv[1:] if argv is None else argv)
+    prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=argv)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
+        if unknown:
+            raise _unknown_options(parser, unknown) from error
+        raise UserError(f"the arguments do not fit together: {error}") from error
+    for arguments in parsed:
+        if isinstance(arguments, StageConfig):
+            check_output_directory(Path(arguments.output_dir))
+    return parsed
+
+
+def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
+    """The same as one namespace, without making the dataclasses: no device is set up, nothing is checked together.
+
+    Raises:
+        UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
+    """
+    parser = StageParser(dataclass_types)
+    options, others = parser.parse_known_args(with_recipe(parser, argv))
+    if others:
+        raise _unknown_options(parser, [word.removeprefix("--") for word in others if word.startswith("--")] or others)
+    return options
+
+
+def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
+    """A command line with the words of its `--config` in front; raises UserError."""
+    argv = list(argv)
     while "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):
             raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _read_recipe(Path(argv[position + 1]), options)
+        recipe = _read_recipe(Path(argv[position + 1]), option_names(parser))
         argv = recipe + argv[:position] + argv[position + 2 :]
-    prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
-    try:
-        return parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
-        if unknown:
-            names = ", ".join(f"--{name}" for name in unknown)
-            raise UserError(f"unknown option {names}.{_suggest(' '.join(unknown), options)}") from error
-        raise UserError(f"the arguments do not fit together: {error}") from error
+    return argv
+
+
+def option_names(parser: StageParser) -> set[str]:
+    """What may stand in a recipe."""
+    return {action.dest for action in parser._actions}
+
+
+def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
+    names = ", ".join(f"--{name}" for name in unknown)
+    return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
 
 
 def _read_recipe(path: Path, options: set[str]) -> list[str]:

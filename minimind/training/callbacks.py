@@ -53,7 +53,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, output_dir: Path, trainer: Trainer | None = None, bits_per_nat: float | None = None):
         self.log_file = output_dir / "train_log.jsonl"
         self.trainer, self.bits_per_nat = trainer, bits_per_nat
-        self.seconds = 0.0  # spent in training steps since the start of this process
+        self.seconds = 0.0  # spent in training steps
         self.step_began = None
         self.peak_tokens = None  # tokens/s of all processes at an MFU of 1
 
@@ -64,6 +64,17 @@ class ProgressCallback(TrainerCallback):
             if not self.first_step:
                 self.log_file.unlink(missing_ok=True)
             self.peak_tokens = self.trainer and tokens_at_peak(self.trainer)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, so that tokens/s, elapsed time and ETA go on; see resume.py."""
+        return {"seconds": self.seconds, "last_seconds": self.last_seconds, "last_tokens": self.last_tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave; called after `on_train_begin`."""
+        self.seconds, self.last_seconds, self.last_tokens = (
+            state[name] for name in ("seconds", "last_seconds", "last_tokens")
+        )
+        self.first_step = self.first_tokens = 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.perf_counter()
@@ -98,7 +109,7 @@ class ProgressCallback(TrainerCallback):
         return {"elapsed": round(self.seconds, 1), "eta": round(left, 1)}
 
     def tokens_per_second(self, state: TrainerState) -> float:
-        """Mean over all training steps of this process."""
+        """Mean over all training steps."""
         return (state.num_input_tokens_seen - self.first_tokens) / max(self.seconds, 1e-9)
 
     def _line(self, entry: dict, max_steps: int) -> str:
@@ -207,6 +218,15 @@ class RouterLoadCallback(TrainerCallback):
         if router.training:
             top_k_index = outputs[-1].flatten()
             visits.scatter_add_(0, top_k_index, torch.ones_like(top_k_index, dtype=visits.dtype))
+
+    def state_dict(self) -> dict:
+        """The visits since the last log, for a resumed run; see resume.py."""
+        return {"visits": [visits.cpu() for visits in self.visits]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave; called after `on_train_begin`."""
+        for visits, saved in zip(self.visits, state["visits"], strict=True):
+            visits.copy_(saved)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:

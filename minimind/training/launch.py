@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from minimind.errors import UserError
+
 
 def prepare_launch(uses_deepspeed: bool) -> None:
     """Set the environment for this launcher and device; anything the user has set stays as it is."""
@@ -26,6 +28,7 @@ def prepare_launch(uses_deepspeed: bool) -> None:
             # `accelerate launch` sets it on a machine without a GPU, and accelerate then leaves DeepSpeed out in
             # silence (seen in accelerate 1.15).
             os.environ.pop("ACCELERATE_USE_CPU", None)
+    check_port()
     if uses_deepspeed and "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,6 +38,27 @@ def prepare_launch(uses_deepspeed: bool) -> None:
             os.environ.setdefault(name, str(value))
     if uses_deepspeed:
         _announce_compilation()
+
+
+def check_port() -> None:
+    """Raises UserError where the port at which the processes are to meet is taken, by another run as a rule.
+
+    Under torchrun it is torchrun that opens it, and says so itself.
+    """
+    if os.environ.get("RANK") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = os.environ.get("MASTER_PORT", "")
+    if not port.isdigit():
+        return
+    with socket.socket() as meeting_point:
+        meeting_point.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            meeting_point.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"port {port}, at which the processes are to meet, cannot be opened: {error.strerror}, perhaps by "
+                f"another run. Give another one: deepspeed --master_port {int(port) + 1} ..., or MASTER_PORT."
+            ) from error
 
 
 def is_main_process() -> bool:

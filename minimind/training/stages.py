@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +47,15 @@ from minimind.evaluation import bits_per_nat, token_loss_distribution, token_los
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import Baseline, EarlyStopping, ProgressCallback, RouterLoadCallback
+from minimind.training.elastic import prepare_checkpoint, share_last_rows
+from minimind.training.guards import check_writable, install_guards, reports_disk_errors
+from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
 from minimind.training.report import ReportCallback, read_log, write_report
+from minimind.training.resume import ResumeCallback, begin, recipe_of
 from minimind.training.samples import SampleCallback, read_prompts
+from minimind.training.signals import InterruptCallback
 from minimind.training.tracking import guard_trackers
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
@@ -129,10 +135,25 @@ def check_length(name: str, length: int, config: MiniMindConfig) -> None:
 class Stage:
     """One run of a stage: says what it will do, keeps its record, writes its directory.
 
-    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted.
+    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted. `options`: the
+    other dataclasses of arguments that decide the result. After it `args.resume_from_checkpoint` is the checkpoint to
+    go on from, or None; see resume.py.
+
+    Raises:
+        UserError: the output directory is the parent, or see `resume.begin`.
+        SystemExit: the stage is complete already.
     """
 
-    def __init__(self, name: str, args: transformers.TrainingArguments, data, parent: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        args: transformers.TrainingArguments,
+        data,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        parent: Path | None = None,
+        options: Iterable = (),
+    ):
         self.name = name
         self.args = args
         self.facts = data.facts
@@ -148,14 +169,17 @@ class Stage:
                     "--eval_files, or a larger --eval_ratio."
                 )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
-        args.eval_on_start = data.eval is not None
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
+        pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_writable(self.output_dir)
+        self.run, self.changes = begin(args, self.recipe, pipeline)
+        args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
 
     @cached_property
     def lineage(self) -> dict:
         """Parent directory, its weights' hash, and the id that all stages of one pipeline share."""
         if self.parent is None:
-            return {"parent": None, "pipeline": f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"}
+            return {"parent": None, "pipeline": self.run["pipeline"]}
         record = read_stage(self.parent)
         return {
             "parent": provenance(self.parent),
@@ -204,6 +228,19 @@ class Stage:
         self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+
+        trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
+        trainer.stage = self
+        trainer.add_callback(HeartbeatCallback())
+        trainer.add_callback(InterruptCallback(trainer))
+        share_last_rows(trainer)
+        prepare_checkpoint(trainer)
+        trainer.add_callback(ResumeCallback(trainer))
+        install_guards(trainer, self.output_dir, ProgressCallback)
+        from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
+
+        examine_run(self.name, trainer, self.facts, self.parent)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -235,6 +272,10 @@ class Stage:
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
+        with reports_disk_errors(self.output_dir):
+            self._write(trainer, tokenizer, metrics, report)
+
+    def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
         partial = self.output_dir / ".partial"
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)

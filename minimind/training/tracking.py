@@ -234,6 +234,8 @@ def _wandb(stage) -> None:
             job_type=stage.name,
             config={"stage": stage.name, **stage.lineage},
             mode=mode,
+            id=stage.run["run"],  # a resumed stage goes on in its run
+            resume="allow",
             # A killed run keeps all but its last second; the default loses up to 15.
             settings=wandb.Settings(init_timeout=30, silent=True, x_file_stream_transmit_interval=1),
         )

@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.evaluation import bits_per_byte
+from minimind.training.resume import ResumableTrainer
 
 
 def weighted_causal_lm_loss(
@@ -29,7 +30,7 @@ def weighted_causal_lm_loss(
     return (weights * losses).sum() / num_items_in_batch
 
 
-class ScheduledTrainer(Trainer):
+class ScheduledTrainer(ResumableTrainer):
     """Identical to the library's except: the length of the decay of `warmup_stable_decay` may be a share of all steps,
     `--lr_decay_steps`, as that of the warm-up may."""
 

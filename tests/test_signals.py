@@ -1,0 +1,297 @@
+"""A run that is told to stop: what is written, what is agreed, with which exit code it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pipeline import document_rows, short_run, write_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import minimind.training.signals as signals
+from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, InterruptCallback
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+WHOLE = {"model.safetensors", "config.json", "trainer_state.json", "scheduler.pt"}
+needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The test process gets its own handlers back: a run that leaves ignores the signals until it is gone."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Tell(TrainerCallback):
+    """Sends signals in the middle of a step."""
+
+    def __init__(self, step, *numbers, to=os.getpid, pause=0.0):
+        self.step, self.numbers, self.to, self.pause = step, numbers, to, pause
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            for number in self.numbers:
+                targets = self.to()
+                for pid in targets if isinstance(targets, list) else [targets]:
+                    os.kill(pid, number)
+                time.sleep(self.pause)
+
+
+def train(model, output_dir, *callbacks, resume=None, **options):
+    """Four steps of the stock Trainer on 8 rows; returns it."""
+    rows = [{"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i + 3]} for i in range(8)]
+    arguments = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | options
+    arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1} | arguments
+    args = TrainingArguments(str(output_dir), dataloader_pin_memory=False, **arguments)
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    for callback in (*callbacks, InterruptCallback(trainer)):
+        trainer.add_callback(callback)
+    trainer.train(resume)
+    return trainer
+
+
+def interrupted(*args, **options):
+    with pytest.raises(SystemExit) as stop:
+        train(*args, **options)
+    assert stop.value.code == INTERRUPTED
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_leaves_a_whole_checkpoint_and_exit_code_75_although_saving_is_off(name, model, tmp_path, capsys):
+    interrupted(model, tmp_path, Tell(2, getattr(signal, name)))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert names >= WHOLE | {"optimizer.pt", "rng_state.pth"}
+    assert f"interrupted ({name}) after step 2 of 4" in capsys.readouterr().out
+
+
+def test_an_interrupted_and_continued_run_ends_with_the_weights_of_an_undisturbed_one(config, tmp_path):
+    from minimind import MiniMindForCausalLM
+
+    def fresh():
+        torch.manual_seed(0)
+        return MiniMindForCausalLM(config)
+
+    undisturbed = train(fresh(), tmp_path / "a")
+    interrupted(fresh(), tmp_path / "b", Tell(2, signal.SIGTERM))
+    torch.manual_seed(1)
+    continued = train(MiniMindForCausalLM(config), tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-2"))
+    for name, weight in undisturbed.model.state_dict().items():
+        assert torch.equal(weight, continued.model.state_dict()[name]), name
+
+
+def test_a_second_ctrl_c_leaves_at_once(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        train(model, tmp_path, Tell(2, signal.SIGINT, signal.SIGINT, pause=0.1))
+    assert stop.value.code == LEFT_AT_ONCE
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ctrl_c_that_the_launcher_repeats_is_still_the_first(model, tmp_path):
+    interrupted(model, tmp_path, Tell(2, signal.SIGINT, signal.SIGINT, signal.SIGTERM))
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_a_run_told_in_its_last_step_saves_it_and_ends_as_any_other(model, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = train(model, tmp_path, Tell(4, signal.SIGTERM))
+    assert trainer.state.global_step == 4
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupted_run_adds_no_evaluation_and_no_summary(model, tmp_path):
+    log = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            log.append(logs)
+
+    interrupted(model, tmp_path, Log(), Tell(2, signal.SIGTERM), eval_strategy="epoch", save_strategy="epoch")
+    assert [sorted(entry) for entry in log] == [["epoch", "grad_norm", "learning_rate", "loss"]] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("greater", [False, True], ids=["better", "worse"])
+def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(greater, model, tmp_path):
+    best = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": greater}
+    best |= {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2}
+    interrupted(model, tmp_path, Tell(2, signal.SIGTERM), **best)
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_a_signal_that_was_ignored_before_the_run_stays_ignored(model, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what `nohup` does
+    assert train(model, tmp_path, Tell(2, signal.SIGHUP)).state.global_step == 4
+
+
+def test_dataloader_workers_outlive_the_signals_of_their_whole_job_but_not_their_main_process(model, tmp_path):
+    loaders = []
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                loaders.extend(psutil.Process().children())
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                    for process in loaders:  # by a stranger, as a terminal or Slurm does
+                        subprocess.run(["kill", f"-{int(number)}", str(process.pid)], check=True)
+                time.sleep(0.2)
+                assert loaders
+                assert all(process.is_running() for process in loaders)
+
+    trainer = train(model, tmp_path, Signal(), dataloader_num_workers=1, max_steps=8)
+    assert trainer.state.global_step == 8
+
+    loader = torch.utils.data.DataLoader(range(99), num_workers=1)
+    loader.worker_init_fn = partial(signals._start_worker, None)
+    rows = iter(loader)
+    next(rows)
+    (worker,) = rows._workers
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+def test_output_whose_reader_is_gone_is_dropped_and_not_an_error():
+    before = os.dup(1)
+    reading, writing = os.pipe()
+    try:
+        os.dup2(writing, 1)
+        os.close(reading)
+        with pytest.raises(BrokenPipeError):
+            os.write(1, b"x")
+        signals.keep_output_writable()
+        os.write(1, b"x")
+    finally:
+        os.dup2(before, 1)
+        for number in (before, writing):
+            os.close(number)
+
+
+# --- with a launcher -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, tokenizer_dir):
+    """A pretraining run that only a signal ends."""
+    root = tmp_path_factory.mktemp("signals")
+    (root / "docs.jsonl").write_text("\n".join(map(json.dumps, document_rows())))
+    model = ["--model_config", write_model(root / "model.json"), "--tokenizer", tokenizer_dir]
+    data = [*model, "--train_files", root / "docs.jsonl", "--block_size", "32", "--eval_ratio", "0.2"]
+
+    def build(output, *launcher, **options):
+        options = {"max_steps": 100_000, "logging_steps": 1} | options
+        return list(map(str, [*launcher, "pretrain.py", *short_run(output, **options), *data]))
+
+    return build
+
+
+class Run:
+    """A launcher's process and what it prints, read through a file, since the launcher may be gone before its workers.
+
+    `workers` are the processes that train."""
+
+    def __init__(self, words, output):
+        self.log = output.with_suffix(".log")
+        environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        environment |= {"MINIMIND_CACHE": str(output.parent / "cache"), "OMP_NUM_THREADS": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        self.workers = []
+
+    def wait_for_step(self, seconds=120):
+        self.until(lambda: "step      2/" in self.said, seconds)
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.workers = [
+            process for process in below if "pretrain.py" in process.cmdline() and not self.launches(process)
+        ]
+        return self
+
+    @staticmethod
+    def trains(words):
+        return "pretrain.py" in words and not any("launch" in word for word in words)
+
+    @property
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+    def until(self, condition, seconds):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and self.process.poll() is None, self.said[-3000:]
+            time.sleep(0.2)
+
+    def seconds_until_all_are_gone(self, at_most):
+        began = time.monotonic()
+        _, alive = psutil.wait_procs(self.workers, timeout=at_most)
+        for process in alive:
+            process.kill()
+        assert not alive, self.said[-3000:]
+        return time.monotonic() - began
+
+
+@pytest.mark.launcher
+@needs_deepspeed
+def test_workers_of_a_deepspeed_launcher_that_died_save_and_end(command, tmp_path):
+    words = command(tmp_path / "run", "deepspeed", "--num_accelerators", "2", "--master_port", "29641")
+    run = Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run").wait_for_step()
+    assert len(run.workers) == 2
+    run.process.terminate()
+    assert run.process.wait(10) == -signal.SIGTERM
+    assert run.seconds_until_all_are_gone(at_most=20) < 20  # 1 s to notice, the rest for a busy machine
+    assert "interrupted (its launcher is gone)" in run.said
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    shards = {path.name.split("_mp")[0] for path in checkpoint.glob("global_step*/*optim_states.pt")}
+    assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
+    assert shards == {"zero_pp_rank_0", "zero_pp_rank_1"}
+
+
+@pytest.mark.launcher
+def test_all_ranks_stop_at_the_step_at_which_one_of_them_is_told(command, tmp_path):
+    words = command(tmp_path / "run", "torchrun", "--nproc_per_node", "2", "--master_port", "29642")
+    run = Run(words, tmp_path / "run").wait_for_step()
+    run.workers[-1].send_signal(signal.SIGUSR1)
+    run.seconds_until_all_are_gone(at_most=30)
+    run.process.wait(30)
+    assert "interrupted (SIGUSR1)" in run.said
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+@pytest.mark.launcher
+def test_when_a_rank_dies_the_others_end_with_its_error_on_the_screen(command, tmp_path):
+    words = command(tmp_path / "run", "torchrun", "--nproc_per_node", "2", "--master_port", "29643")
+    run = Run(words, tmp_path / "run").wait_for_step()
+    run.workers[-1].kill()
+    assert run.seconds_until_all_are_gone(at_most=60) < 60
+    assert run.process.wait(30) == 1
+    assert "Signal 9 (SIGKILL)" in run.said
+
+
+@pytest.mark.launcher
+@needs_deepspeed
+def test_a_port_in_use_is_one_clear_error(command, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = command(tmp_path / "run", "deepspeed", "--num_accelerators", "2", "--master_port", port)
+        run = Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run")
+        assert run.process.wait(60) == 2
+    assert run.said.count(f"error: port {port}") == 1
+    assert "Traceback" not in run.said
