@@ -71,7 +71,7 @@ def test_a_stable_run_decays_from_any_of_its_checkpoints(pretrain):
         "decayed", max_steps=4 + DECAY, resume_from_checkpoint=stable / "checkpoint-4", **CHANGED, **options
     )
     expected = [PEAK * (1 - math.sqrt(step / DECAY)) for step in range(DECAY)]
-    assert rates(decayed) == pytest.approx(expected, rel=1e-6)
+    assert rates(decayed)[-DECAY:] == pytest.approx(expected, rel=1e-6)
     assert rates(log)[4:7] == pytest.approx([PEAK] * 3)  # the run it came from was still at its peak
 
 
