@@ -386,7 +386,13 @@ def test_the_size_of_a_checkpoint_is_foreseen(make_trainer, tmp_path):
 
 
 def test_the_counts_reach_the_log_of_a_whole_run(monkeypatch, tmp_path, write_jsonl):
-    spoil(monkeypatch, {2})
+    compute_loss = BlockTrainer.compute_loss
+
+    def spoilt(self, model, *args, **kwargs):  # not the model's own, which the doctor calls too
+        loss = compute_loss(self, model, *args, **kwargs)
+        return loss * float("nan") if model.training and self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(BlockTrainer, "compute_loss", spoilt)
     options = short_run(tmp_path / "run", block_size=32, max_steps=3, logging_steps=1)
     options += ["--train_files", write_jsonl("docs.jsonl", document_rows())]
     run_script(monkeypatch, "pretrain", *options, "--model_config", write_model(tmp_path / "model.json"))

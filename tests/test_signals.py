@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -212,12 +213,22 @@ class Run:
             self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
         self.workers = []
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Nothing of a run outlives its test."""
+        with suppress(psutil.Error):
+            self.workers += psutil.Process(self.process.pid).children(recursive=True)
+        for process in (*self.workers, self.process):
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+
     def wait_for_step(self, seconds=120):
         self.until(lambda: "step      2/" in self.said, seconds)
         below = psutil.Process(self.process.pid).children(recursive=True)
-        self.workers = [
-            process for process in below if "pretrain.py" in process.cmdline() and not self.launches(process)
-        ]
+        self.workers = [process for process in below if self.trains(process.cmdline())]
         return self
 
     @staticmethod
@@ -247,38 +258,41 @@ class Run:
 @needs_deepspeed
 def test_workers_of_a_deepspeed_launcher_that_died_save_and_end(command, tmp_path):
     words = command(tmp_path / "run", "deepspeed", "--num_accelerators", "2", "--master_port", "29641")
-    run = Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run").wait_for_step()
-    assert len(run.workers) == 2
-    run.process.terminate()
-    assert run.process.wait(10) == -signal.SIGTERM
-    assert run.seconds_until_all_are_gone(at_most=20) < 20  # 1 s to notice, the rest for a busy machine
-    assert "interrupted (its launcher is gone)" in run.said
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    shards = {path.name.split("_mp")[0] for path in checkpoint.glob("global_step*/*optim_states.pt")}
-    assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
-    assert shards == {"zero_pp_rank_0", "zero_pp_rank_1"}
+    with Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run") as run:
+        run.wait_for_step()
+        assert len(run.workers) == 2
+        run.process.terminate()
+        assert run.process.wait(10) == -signal.SIGTERM
+        assert run.seconds_until_all_are_gone(at_most=20) < 20  # 1 s to notice, the rest for a busy machine
+        assert "interrupted (its launcher is gone)" in run.said
+        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+        shards = {path.name.split("_mp")[0] for path in checkpoint.glob("global_step*/*optim_states.pt")}
+        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
+        assert shards == {"zero_pp_rank_0", "zero_pp_rank_1"}
 
 
 @pytest.mark.launcher
 def test_all_ranks_stop_at_the_step_at_which_one_of_them_is_told(command, tmp_path):
     words = command(tmp_path / "run", "torchrun", "--nproc_per_node", "2", "--master_port", "29642")
-    run = Run(words, tmp_path / "run").wait_for_step()
-    run.workers[-1].send_signal(signal.SIGUSR1)
-    run.seconds_until_all_are_gone(at_most=30)
-    run.process.wait(30)
-    assert "interrupted (SIGUSR1)" in run.said
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
+    with Run(words, tmp_path / "run") as run:
+        run.wait_for_step()
+        run.workers[-1].send_signal(signal.SIGUSR1)
+        run.seconds_until_all_are_gone(at_most=30)
+        run.process.wait(30)
+        assert "interrupted (SIGUSR1)" in run.said
+        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 @pytest.mark.launcher
 def test_when_a_rank_dies_the_others_end_with_its_error_on_the_screen(command, tmp_path):
     words = command(tmp_path / "run", "torchrun", "--nproc_per_node", "2", "--master_port", "29643")
-    run = Run(words, tmp_path / "run").wait_for_step()
-    run.workers[-1].kill()
-    assert run.seconds_until_all_are_gone(at_most=60) < 60
-    assert run.process.wait(30) == 1
-    assert "Signal 9 (SIGKILL)" in run.said
+    with Run(words, tmp_path / "run") as run:
+        run.wait_for_step()
+        run.workers[-1].kill()
+        assert run.seconds_until_all_are_gone(at_most=60) < 60
+        assert run.process.wait(30) == 1
+        assert "Signal 9 (SIGKILL)" in run.said
 
 
 @pytest.mark.launcher
@@ -291,7 +305,7 @@ def test_a_port_in_use_is_one_clear_error(command, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         words = command(tmp_path / "run", "deepspeed", "--num_accelerators", "2", "--master_port", port)
-        run = Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run")
-        assert run.process.wait(60) == 2
-    assert run.said.count(f"error: port {port}") == 1
-    assert "Traceback" not in run.said
+        with Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run") as run:
+            assert run.process.wait(60) == 2
+        assert run.said.count(f"error: port {port}") == 1
+        assert "Traceback" not in run.said

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from minimind.data.files import File, cache_directory, expand
@@ -137,9 +138,18 @@ class StageConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": 'Arguments of the schedule. Default: {"min_lr_rate": 0.1} for cosine_with_min_lr.'},
+        metadata={
+            "help": 'Arguments of the schedule. Default: {"min_lr_rate": 0.1} for cosine_with_min_lr, '
+            '{"decay_type": "1-sqrt"} for warmup_stable_decay (Hägele et al., 2024).'
+        },
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or the share of all steps if below 1."})
+    lr_decay_steps: float = field(
+        default=0.2,
+        metadata={
+            "help": "Steps, or the share of all steps if below 1, in which warmup_stable_decay comes down at the end."
+        },
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     bf16: bool | None = field(
@@ -178,8 +188,28 @@ class StageConfig(TrainingArguments):
         default=False,
         metadata={"help": "Delete the run in --output_dir and begin anew, unless it is this very one, interrupted."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when so many evaluations in a row did not improve --metric_for_best_model (eval_loss)."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "An evaluation improves if it is better than the best by more than this."}
+    )
+    sample_steps: int = field(
+        default=0, metadata={"help": "Show what the model writes every N steps; 0 only at the end, -1 never."}
+    )
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "File with one prompt a line, text or JSON. Default: a few in Chinese and English."},
+    )
+    sample_tokens: int = field(default=48, metadata={"help": "Tokens of one sample at most."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser reads the parent's order)
-        default="wandb", metadata={"help": "Trackers: wandb (offline where no key is found), tensorboard, none ..."}
+        default="wandb",
+        metadata={
+            "help": "Trackers: wandb (offline where no key is found), trackio, tensorboard, swanlab ... or none"
+        },
     )
     include_num_input_tokens_seen: str = field(
         default="non_padding", metadata={"help": "Count tokens for the throughput: all, non_padding or no."}
@@ -215,6 +245,9 @@ class StageConfig(TrainingArguments):
             raise ValueError("--hub_token would reach saved files and trackers: set the variable HF_TOKEN instead")
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        elif self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
+            self.lr_scheduler_kwargs = {"decay_type": "1-sqrt"}
+        self._check_choice()
         if str(self.resume_from_checkpoint).lower() in ("auto", "true", "false", "none"):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower().replace("none", "auto")
             if self.resume_from_checkpoint == "true" and not checkpoints(Path(self.output_dir)):
@@ -224,6 +257,25 @@ class StageConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         super().__post_init__()
+
+    def _check_choice(self) -> None:
+        """What early stopping and the best model need: evaluations, and for the latter checkpoints of the best."""
+        for name in ("warmup_steps", "lr_decay_steps", "early_stopping_threshold"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name):g}: expected 0 or more")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: expected at least 1")
+        asked = "load_best_model_at_end" if self.load_best_model_at_end else None
+        asked = asked if self.early_stopping_patience is None else "early_stopping_patience"
+        if asked is None:
+            return
+        if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            raise ValueError(f"--{asked} compares evaluations: give --eval_strategy epoch, or steps and --eval_steps")
+        self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        if self.greater_is_better is None and "bits_per_byte" in self.metric_for_best_model:
+            self.greater_is_better = False  # the library takes everything but a loss for a score
+        if self.load_best_model_at_end and SaveStrategy(self.save_strategy) == SaveStrategy.NO:
+            self.save_strategy = "best"
 
 
 @dataclass
