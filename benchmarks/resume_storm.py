@@ -189,6 +189,7 @@ def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Ra
                 break
             if moment:
                 kill(process)
+            process.wait()
         text = said_file.read_text(encoding="utf-8", errors="replace")
         found = re.search(r"going on from .*?(checkpoint-\d+)", text)
         life = {"from": found[1] if found else "the beginning", "skipped": re.findall(r"skipped .*", text)}

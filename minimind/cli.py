@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect_command(commands)
 
+    doctor_commands(commands)
+
     def decoding_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("directory", help="a stage directory; adapters included")
         command.add_argument("--max_new_tokens", type=int, default=256, help="tokens of one answer at most")
@@ -102,10 +104,51 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.set_defaults(run=run_prepare)
 
+    plan = commands.add_parser(
+        "plan",
+        help="tokens, FLOPs, memory, hours and cost of runs before they start",
+        description="Takes the options of the recipes' scripts too, after the recipes, and then plans with those.",
+    )
+    plan.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML recipes, of one stage or a whole pipeline")
+    plan.add_argument(
+        "--device",
+        help="rtx3090, rtx4090, a100, h100, h200, cpu, or measured: five real steps on this machine; default: what "
+        "this machine has",
+    )
+    plan.add_argument("--processes", type=int, default=1, help="devices that train together")
+    plan.add_argument("--price", help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h")
+    plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
+    plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=run_plan)
+
     world = commands.add_parser("world", help="write the embedded corpus as files")
     world.add_argument("directory", help="directory to write")
     world.set_defaults(run=run_world)
     return parser
+
+
+def doctor_commands(commands) -> None:
+    """`minimind doctor` and `minimind replay`."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would go wrong in a run, before it runs",
+        description="Checks a recipe, its data, model and DeepSpeed JSON, with a fix for each fault. Further options "
+        "are the stage's own and override the recipe. Exit code 1 if a finding is an error.",
+    )
+    doctor.add_argument("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
+    doctor.add_argument("--stage", choices=("pretrain", "sft", "dpo"), help="default: recognised from the recipe")
+    doctor.add_argument("--processes", type=int, default=1, help="how many the run will have (default 1)")
+    doctor.add_argument("--quick", action="store_true", help="only the checks that every run makes when it starts")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
+    doctor.set_defaults(run=run_doctor)
+
+    replay = commands.add_parser("replay", help="compute the loss of a kept batch again: which rows, which layer")
+    replay.add_argument("directory", help="the bad_batch-STEP directory of a run")
+    replay.add_argument("--model", help="stage directory with the weights; default: those kept with the batch")
+    replay.add_argument("--precision", choices=("fp32", "bf16"), help="default: that of the run")
+    replay.add_argument("--json", action="store_true", help="print one JSON object instead")
+    replay.set_defaults(run=run_replay)
 
 
 def inspect_command(commands) -> None:
@@ -197,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    if args.run is run_prepare:
+    if args.run in (run_prepare, run_plan, run_doctor):
         args.options = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -339,6 +382,38 @@ def run_inspect(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def run_doctor(args: argparse.Namespace) -> None:
+    """`minimind doctor`."""
+    import json
+    from contextlib import redirect_stdout
+
+    from minimind.doctor import doctor, print_report
+
+    with redirect_stdout(sys.stderr):  # what the loaders say is not the report
+        report = doctor(args.recipe, args.options, args.stage, args.processes, args.quick)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print_report(report)
+    if report["errors"]:
+        sys.exit(1)
+
+
+def run_replay(args: argparse.Namespace) -> None:
+    """`minimind replay`."""
+    import json
+    from contextlib import redirect_stdout
+
+    from minimind.training.replay import print_replay, replay
+
+    with redirect_stdout(sys.stderr):
+        report = replay(args.directory, args.model, args.precision)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print_replay(report)
+
+
 def run_export(args: argparse.Namespace) -> None:
     """`minimind export`."""
     from minimind.export import export
@@ -411,6 +486,13 @@ def run_prepare(args: argparse.Namespace) -> None:
         shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
         print(f"{part:<6} {shown}")
     print(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """`minimind plan`."""
+    from minimind.planning.plans import run
+
+    run(args.recipes, args.options, args.device, args.processes, args.price, args.stage, args.tokens, args.json)
 
 
 def run_world(args: argparse.Namespace) -> None:

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.conversations import Conversation, Message, split_reasoning, to_conversation
 from minimind.data.files import read_rows
+from minimind.data.packing import IGNORED
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy
+
+FORWARD = ("input_ids", "attention_mask", "position_ids")  # what a model needs of a batch
 
 
 def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
@@ -43,6 +47,21 @@ def bits_per_byte(loss: float, counts: dict) -> float:
     return loss * counts["targets"] / (math.log(2) * counts["target_bytes"])
 
 
+def bits_per_nat(counts: dict) -> float | None:
+    """What turns the loss of a batch into bits per byte: the mean over an epoch's targets; None if unknown.
+
+    Several sources count as often as an epoch takes their rows; see `documents.load_blocks`.
+    """
+    if "target_bytes" not in counts:
+        return None
+    sources = counts.get("sources", [{**counts, "rows_per_epoch": counts["blocks"]}])
+    totals = [
+        sum(source[name] * source["rows_per_epoch"] / source["blocks"] for source in sources)
+        for name in ("targets", "target_bytes")
+    ]
+    return bits_per_byte(1, dict(zip(("targets", "target_bytes"), totals, strict=True)))
+
+
 def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str, float]]:
     """`held_out_metrics` with perplexity per token and bits per byte."""
     metrics = held_out_metrics(trainer)
@@ -53,6 +72,46 @@ def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str
     return metrics
 
 
+def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
+    """Loss in nats of each trained token of the first held-out rows, (tokens,); of the main process's model alone.
+
+    The rows go through the trainer's collator, so they must become input_ids and labels.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    size, chosen = (
+        trainer.args.eval_batch_size,
+        trainer.eval_dataset.select(range(min(rows, len(trainer.eval_dataset)))),
+    )
+    training, losses = model.training, []
+    model.eval()
+    for start in range(0, len(chosen), size):
+        batch = trainer.data_collator([chosen[index] for index in range(start, min(start + size, len(chosen)))])
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key in FORWARD}
+        targets = batch["labels"][:, 1:].flatten().to(model.device)
+        with torch.inference_mode():
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            losses.append(cross_entropy(logits, targets, reduction="none")[targets != IGNORED].cpu())
+    model.train(training)
+    return torch.cat(losses)
+
+
+def token_loss_distribution(losses: torch.Tensor, bars: int = 32, top: float = 16.0) -> dict:
+    """Losses in nats (tokens,) -> a histogram and its mean, median, 90th and 99th percentile.
+
+    `edges` are equal steps from 0 to `top`; the last bar holds all beyond.
+    """
+    counts = torch.histc(losses.clamp(max=top), bins=bars, min=0, max=top)
+    quantiles = torch.quantile(losses[: 2**24].double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.double))
+    named = dict(zip(("median", "p90", "p99"), quantiles.tolist(), strict=True))
+    return {
+        "tokens": len(losses),
+        "mean": round(losses.double().mean().item(), 6),
+        **{name: round(value, 6) for name, value in named.items()},
+        "edges": [index * top / bars for index in range(bars + 1)],
+        "counts": counts.long().tolist(),
+    }
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -60,10 +119,20 @@ def answer(
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> list[str]:
-    """The greedy reply to each prompt (messages ending with the user's), batched with padding on the left."""
-    encoded = encode_prompts(prompts, ChatEncoder(tokenizer))
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))  # little padding
-    replies = [""] * len(prompts)
+    """The greedy reply to each prompt (messages ending with the user's)."""
+    return complete(model, tokenizer, encode_prompts(prompts, ChatEncoder(tokenizer)), max_new_tokens, batch_size)
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[str]:
+    """The greedy continuation of each sequence of ids, batched with padding on the left."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # little padding
+    replies = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         length = max(len(encoded[index]) for index in chosen)
@@ -78,6 +147,7 @@ def answer(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                use_cache=True,  # training turns it off in the config
             )
         for index, new in zip(
             chosen, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True

@@ -3,6 +3,8 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+# Two files of tests at a time, each with one thread: most of a small test is Python.
+export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -534,7 +534,7 @@ def test_the_hash_of_a_dataset_of_the_hub_follows_its_split_and_revision(cached_
         ("hf://datasets/owner/name:en", ["ValueError", "'en'", "'zh'", "Check the name, config and split"]),
         ("hf://datasets/owner/name:zh:dev", ["Bad split: dev", "['train', 'test']"]),
         ("hf://datasets/owner/name@v2", ["only revision 0123abcd is in the cache"]),
-        ("hf://datasets/json", ["cannot be read"]),
+        ("hf://datasets/json", ["not the name of a dataset"]),
         ("hf://datasets/owner/name/train.jsonl", ["not the name of a dataset", "expected hf://datasets/OWNER/NAME"]),
         ("hf://datasets/", ["not the name of a dataset"]),
         ("owner/name", ["does not exist", "or hf://datasets/OWNER/NAME"]),

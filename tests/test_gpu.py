@@ -3,7 +3,10 @@
 import pytest
 import torch
 from test_model import build, gradients, random_ids
+from test_planning import configuration, real_model
 from transformers.utils import is_flash_attn_2_available
+
+from minimind.planning.costs import Step, empty_model, memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VARIANTS = {"dense": {}, "no qk_norm": {"qk_norm": False}, "MoE": {"num_experts": 4}}
@@ -57,3 +60,26 @@ def test_generation_compiles_on_a_static_cache():
     model, prompt = build(seed=1).cuda(), random_ids(2, 7).cuda()
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 12}
     assert model.generate(prompt, **options, cache_implementation="static").equal(model.generate(prompt, **options))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", ["dense", "shared experts"])
+def test_the_planned_peak_is_within_15_percent_of_the_allocators(precision, checkpointing, variant):
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = configuration(variant, vocab_size=6400, moe_intermediate_size=704, **shape)
+    model = real_model(config, checkpointing=checkpointing).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(3, 6400, (16, 512), device="cuda")
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            output = model(input_ids=ids, labels=ids, use_cache=False)
+        logits = output.logits.float()  # as accelerate does, until the loss is taken out
+        loss = output.loss
+        del logits, output
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step = Step(16, 512, precision=precision, device="cuda", checkpointing=checkpointing)
+    assert memory(empty_model(config), step)["peak"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

@@ -114,6 +114,24 @@ def test_the_learning_rate_of_every_step_follows_the_recipe_under_deepspeed(pret
 
 
 @needs_deepspeed
+def test_a_stable_run_decays_keeps_its_best_model_and_shows_samples_under_deepspeed(world, tokenizer_dir):
+    options = {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_steps": 0.5, "sample_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 3, "sample_tokens": 4}
+    command = ["deepspeed", "--num_accelerators", "2", "pretrain.py", *DEEPSPEED, "--load_best_model_at_end"]
+    stage, said = launch(world, tokenizer_dir, *command, **options)
+    rates = [entry["learning_rate"] for entry in log_of(stage) if "loss" in entry]
+    factors = [0, 1 / 2, 1, *(1 - (step / 3) ** 0.5 for step in range(3))]
+    assert rates == pytest.approx([RECIPE["learning_rate"] * factor for factor in factors], rel=1e-6)
+    losses = {entry["step"]: entry["eval_loss"] for entry in log_of(stage)[:-1] if "eval_loss" in entry}
+    record = read_stage(stage)
+    assert record["best"]["value"] == min(losses.values())
+    assert record["metrics"]["after"]["loss"] == pytest.approx(record["best"]["value"], abs=1e-5)
+    samples = [json.loads(line)["step"] for line in (stage / "samples.jsonl").read_text().splitlines()]
+    assert samples == [2] * 4 + [4] * 4 + [6] * 4
+    assert said.count("samples after step 2") == 1  # one process speaks
+
+
+@needs_deepspeed
 def test_two_deepspeed_processes_compute_what_one_plain_process_does(pretrained, world, tokenizer_dir):
     stage, _ = pretrained
     alone, _ = launch(world, tokenizer_dir, sys.executable, "pretrain.py", per_device_train_batch_size=4)

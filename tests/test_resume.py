@@ -420,7 +420,7 @@ def test_time_goes_on_and_wandb_stays_in_the_same_run(world, cache, tokenizer_di
         first = json.loads((tmp_path / "out" / "run.json").read_text())
         run(words)
     finally:
-        wandb.finish()
+        wandb.teardown()  # it remembers its directory
     assert json.loads((tmp_path / "out" / "run.json").read_text())["run"] == first["run"]
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first['run']}"))) == 2
     lines = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]

@@ -64,7 +64,8 @@ def test_a_stage_directory_is_complete(runs, stage):
     }  # fmt: skip
     common = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin", "stage.json"}
     report = set() if stage == "pretrain" else {"mask_report.json"}
-    assert names == weights | common | report | {"train_log.jsonl", "loss.png", "run.json"}
+    told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json"}
+    assert names == weights | common | report | told
 
 
 @pytest.mark.parametrize("stage", STAGES)

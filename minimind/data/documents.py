@@ -29,7 +29,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
-FORMAT_VERSION = 2  # part of the cache key: raise it when the same input gives other rows
+FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
 BATCH = 2**18  # characters tokenised at a time by one thread
 
 
@@ -72,6 +72,34 @@ class HoldOut:
         return [row for copies in self.rows.values() for row in copies]
 
 
+class Preparation(NamedTuple):
+    """Where the rows of some files, tokenizer and options are kept, or will be, and what names that place."""
+
+    directory: Path
+    key: dict
+    sources: list
+    files: list[list]
+    held_out: list
+
+
+def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
+    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse."""
+    sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
+    files = [data_args.expand(source.paths) for source in sources]
+    held_out = [expand([word]) for word in data_args.eval_files or ()]
+    options = {
+        **packing,
+        "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
+        "max_eval_rows": data_args.max_eval_rows,
+        "on_bad_rows": data_args.on_bad_rows,
+        "text_unit": data_args.text_unit,
+    }
+    hashes = {part: [content_hash(paths) for paths in each] for part, each in (("train", files), ("eval", held_out))}
+    key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
+    name = xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
+    return Preparation(cache_directory() / "blocks" / name, key, sources, files, held_out)
+
+
 def load_blocks(
     data_args,
     tokenizer: PreTrainedTokenizerFast,
@@ -88,22 +116,10 @@ def load_blocks(
     Raises:
         UserError: see `files.read_documents` and `mixing.parse_sources`; or there is too little text for one row.
     """
+    packing = {"block_size": block_size, "packing_strategy": packing_strategy, "document_mask": document_mask}
+    directory, key, sources, files, held_out = preparation(data_args, tokenizer, **packing)
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
-    sources = parse_sources(data_args.train_files, temperature)
-    files = [data_args.expand(source.paths) for source in sources]
-    held_out = expand(data_args.eval_files) if data_args.eval_files else []
-    options = {
-        "block_size": block_size,
-        "packing_strategy": packing_strategy,
-        "document_mask": document_mask,
-        "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
-        "max_eval_rows": data_args.max_eval_rows,
-        "on_bad_rows": data_args.on_bad_rows,
-        "text_unit": data_args.text_unit,
-    }
-    hashes = {"train": [content_hash(paths) for paths in files], "eval": content_hash(held_out) if held_out else None}
-    key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
-    directory = cache_directory() / "blocks" / xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
+    options, hashes = key["options"], key["files"]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not (directory / "manifest.json").is_file():
@@ -121,23 +137,43 @@ def load_blocks(
     rows = concatenate_datasets(train)
     if wanted != [len(dataset) for dataset in train]:
         rows = rows.select(mixture([len(dataset) for dataset in train], wanted, seed))
-    evaluation = _open(directory / "eval.arrow")
-    for part, paths, digest in (
-        ("train", [path for each in files for path in each], _joined(hashes["train"])),
-        ("eval", held_out, hashes["eval"]),
-    ):
+    evaluation = concatenate_datasets(
+        [_open(directory / f"eval-{index}.arrow") for index in range(len(parts["eval_sources"]))]
+    ).with_format("numpy")
+    for part, each in (("train", files), ("eval", held_out)):
         # The same content may lie elsewhere today.
-        parts[part] = {"files": [str(path) for path in paths], "hash": digest, **parts[part]}
+        paths = [str(path) for paths in each for path in paths]
+        parts[part] = {"files": paths, "hash": _joined(hashes[part]), **parts[part]}
     if len(sources) > 1:
         for source, counts, want in zip(sources, parts["sources"], wanted, strict=True):
             counts |= {"files": source.paths, "rows_per_epoch": want}
         parts["train"]["rows_per_epoch"] = sum(wanted)
         parts["train"]["sources"] = parts["sources"]
+    if len(parts["eval_sources"]) > 1:
+        names = source_names(data_args.eval_files or [" ".join(source.paths) for source in sources])
+        parts["eval"]["sources"] = [
+            {"name": name, **counts} for name, counts in zip(names, parts["eval_sources"], strict=True)
+        ]
     facts = {"train": parts["train"], "eval": parts["eval"]}
     return Blocks(rows, evaluation if len(evaluation) else None, facts)
 
 
-def _joined(hashes: Sequence[str]) -> str:
+def source_names(words: Sequence[str]) -> list[str]:
+    """Short names of sources, each once: that of the file or directory, and a number where it is not the first.
+
+    >>> source_names(["data/zh.jsonl", "data/en/", "more/zh.jsonl"])
+    ['zh', 'en', 'zh-2']
+    """
+    names = [Path(word).name.split(".")[0] or "source" for word in words]
+    return [
+        name if name not in names[:index] else f"{name}-{1 + names[:index].count(name)}"
+        for index, name in enumerate(names)
+    ]
+
+
+def _joined(hashes: Sequence[str]) -> str | None:
+    if not hashes:
+        return None
     return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
@@ -170,20 +206,25 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
                 for owner, document in hold_out.offer(text, (index, text)):
                     parts[owner].add(document)
         counts = [each.finish() for each in parts]
-        evaluation = part("eval")
         # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
-        given = list(read_documents(held_out, **reading)) if held_out else []
-        for text in given[: options["max_eval_rows"]] or [text for _, text in hold_out.chosen()]:
-            evaluation.add(text)
-        held_out_counts = evaluation.finish()
+        limit = options["max_eval_rows"] // max(1, len(held_out))
+        given = [list(read_documents(paths, **reading))[:limit] for paths in held_out]
+        if not any(given):
+            given = [[text for owner, text in hold_out.chosen() if owner == index] for index in range(len(files))]
+        held_out_counts = []
+        for index, texts in enumerate(given):
+            evaluation = part(f"eval-{index}")
+            for text in texts:
+                evaluation.add(text)
+            held_out_counts.append(evaluation.finish())
     for paths, count in zip(files, counts, strict=True):
         if not count["blocks"]:
             raise UserError(
                 f"{', '.join(map(str, paths))}: found {count['tokens']:,} tokens, expected at least block_size = "
                 f"{options['block_size']:,}. Give more text or a smaller --block_size."
             )
-    total = {name: sum(count[name] for count in counts) for name in counts[0]}
-    return {"train": total, "eval": held_out_counts, "sources": counts}
+    totals = [{name: sum(count[name] for count in each) for name in each[0]} for each in (counts, held_out_counts)]
+    return {"train": totals[0], "eval": totals[1], "sources": counts, "eval_sources": held_out_counts}
 
 
 class Part:

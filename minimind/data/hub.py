@@ -11,7 +11,7 @@ from minimind.errors import UserError
 PREFIX = "hf://datasets/"
 SPELLING = "hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]"
 PARTS = re.compile(
-    re.escape(PREFIX) + r"(?P<name>[\w.-]+(/[\w.-]+)?)"
+    re.escape(PREFIX) + r"(?P<name>[\w.-]+/[\w.-]+)"  # a bare "json" would make the library read the working directory
     r"(@(?P<revision>refs/\w+/[\w.-]+|[^/:]+))?"
     r"(:(?P<config>[^:]*)(:(?P<split>[^:]+))?)?"
 )

@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from minimind.data.files import File, cache_directory, expand
@@ -136,9 +138,18 @@ class StageConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": 'Arguments of the schedule. Default: {"min_lr_rate": 0.1} for cosine_with_min_lr.'},
+        metadata={
+            "help": 'Arguments of the schedule. Default: {"min_lr_rate": 0.1} for cosine_with_min_lr, '
+            '{"decay_type": "1-sqrt"} for warmup_stable_decay (Hägele et al., 2024).'
+        },
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or the share of all steps if below 1."})
+    lr_decay_steps: float = field(
+        default=0.2,
+        metadata={
+            "help": "Steps, or the share of all steps if below 1, in which warmup_stable_decay comes down at the end."
+        },
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     bf16: bool | None = field(
@@ -177,8 +188,28 @@ class StageConfig(TrainingArguments):
         default=False,
         metadata={"help": "Delete the run in --output_dir and begin anew, unless it is this very one, interrupted."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when so many evaluations in a row did not improve --metric_for_best_model (eval_loss)."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "An evaluation improves if it is better than the best by more than this."}
+    )
+    sample_steps: int = field(
+        default=0, metadata={"help": "Show what the model writes every N steps; 0 only at the end, -1 never."}
+    )
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "File with one prompt a line, text or JSON. Default: a few in Chinese and English."},
+    )
+    sample_tokens: int = field(default=48, metadata={"help": "Tokens of one sample at most."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser reads the parent's order)
-        default="wandb", metadata={"help": "Trackers: wandb (offline where no key is found), tensorboard, none ..."}
+        default="wandb",
+        metadata={
+            "help": "Trackers: wandb (offline where no key is found), trackio, tensorboard, swanlab ... or none"
+        },
     )
     include_num_input_tokens_seen: str = field(
         default="non_padding", metadata={"help": "Count tokens for the throughput: all, non_padding or no."}
@@ -186,8 +217,26 @@ class StageConfig(TrainingArguments):
     disable_tqdm: bool | None = field(
         default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
     )
+    on_findings: str = field(
+        default="error",
+        metadata={
+            "help": "What an error among the findings does, those of the doctor and of the inspection of the data. "
+            "error: stops the run; warn: nothing."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps whose loss or gradient is not finite are skipped; after so many in a row the run stops and "
+            "keeps the batch for 'minimind replay'. 0: nothing is skipped."
+        },
+    )
 
     def __post_init__(self):
+        if self.on_findings not in ("error", "warn"):
+            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -196,6 +245,9 @@ class StageConfig(TrainingArguments):
             raise ValueError("--hub_token would reach saved files and trackers: set the variable HF_TOKEN instead")
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        elif self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
+            self.lr_scheduler_kwargs = {"decay_type": "1-sqrt"}
+        self._check_choice()
         if str(self.resume_from_checkpoint).lower() in ("auto", "true", "false", "none"):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower().replace("none", "auto")
             if self.resume_from_checkpoint == "true" and not checkpoints(Path(self.output_dir)):
@@ -205,6 +257,25 @@ class StageConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         super().__post_init__()
+
+    def _check_choice(self) -> None:
+        """What early stopping and the best model need: evaluations, and for the latter checkpoints of the best."""
+        for name in ("warmup_steps", "lr_decay_steps", "early_stopping_threshold"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name):g}: expected 0 or more")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: expected at least 1")
+        asked = "load_best_model_at_end" if self.load_best_model_at_end else None
+        asked = asked if self.early_stopping_patience is None else "early_stopping_patience"
+        if asked is None:
+            return
+        if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            raise ValueError(f"--{asked} compares evaluations: give --eval_strategy epoch, or steps and --eval_steps")
+        self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        if self.greater_is_better is None and "bits_per_byte" in self.metric_for_best_model:
+            self.greater_is_better = False  # the library takes everything but a loss for a score
+        if self.load_best_model_at_end and SaveStrategy(self.save_strategy) == SaveStrategy.NO:
+            self.save_strategy = "best"
 
 
 @dataclass
@@ -240,24 +311,7 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class InspectedStageConfig(StageConfig):
-    """What the stages that open with an inspection of their data have in common."""
-
-    on_findings: str = field(
-        default="error",
-        metadata={
-            "help": "What an error among the findings of the inspection does. error: stops the run; warn: nothing."
-        },
-    )
-
-    def __post_init__(self):
-        if self.on_findings not in ("error", "warn"):
-            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
-        super().__post_init__()
-
-
-@dataclass
-class SFTStageConfig(InspectedStageConfig, SFTConfig):
+class SFTStageConfig(StageConfig, SFTConfig):
     """Arguments of finetune_sft.py."""
 
     output_dir: str | None = field(default="runs/sft", metadata={"help": "The stage directory to write."})
@@ -282,7 +336,7 @@ class SFTStageConfig(InspectedStageConfig, SFTConfig):
 
 
 @dataclass
-class DPOStageConfig(InspectedStageConfig, DPOConfig):
+class DPOStageConfig(StageConfig, DPOConfig):
     """Arguments of train_dpo.py."""
 
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
@@ -313,27 +367,54 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    options = {action.dest for action in parser._actions}
-    while "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _read_recipe(Path(argv[position + 1]), options)
-        argv = recipe + argv[:position] + argv[position + 2 :]
+    argv = with_recipe(parser, sys.argv[1:] if argv is None else argv)
     prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, FileNotFoundError) as error:
         unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
         if unknown:
-            names = ", ".join(f"--{name}" for name in unknown)
-            raise UserError(f"unknown option {names}.{_suggest(' '.join(unknown), options)}") from error
+            raise _unknown_options(parser, unknown) from error
         raise UserError(f"the arguments do not fit together: {error}") from error
     for arguments in parsed:
         if isinstance(arguments, StageConfig):
             check_output_directory(Path(arguments.output_dir))
     return parsed
+
+
+def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
+    """The same as one namespace, without making the dataclasses: no device is set up, nothing is checked together.
+
+    Raises:
+        UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
+    """
+    parser = StageParser(dataclass_types)
+    options, others = parser.parse_known_args(with_recipe(parser, argv))
+    if others:
+        raise _unknown_options(parser, [word.removeprefix("--") for word in others if word.startswith("--")] or others)
+    return options
+
+
+def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
+    """A command line with the words of its `--config` in front; raises UserError."""
+    argv = list(argv)
+    while "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML recipe.")
+        recipe = _read_recipe(Path(argv[position + 1]), option_names(parser))
+        argv = recipe + argv[:position] + argv[position + 2 :]
+    return argv
+
+
+def option_names(parser: StageParser) -> set[str]:
+    """What may stand in a recipe."""
+    return {action.dest for action in parser._actions}
+
+
+def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
+    names = ", ".join(f"--{name}" for name in unknown)
+    return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
 
 
 def _read_recipe(path: Path, options: set[str]) -> list[str]:

@@ -1,12 +1,15 @@
 """What a run says while it goes on."""
 
 import json
+import resource
+import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
 from minimind.model.modeling_minimind import MiniMindTopKRouter
 
@@ -17,25 +20,50 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-class ProgressCallback(TrainerCallback):
-    """One line per log: step, loss, learning rate, tokens/s, elapsed, ETA; the same as JSON in train_log.jsonl.
+# What a line shows of a log, in this order.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "bits_per_byte": "bpb {:.4f}",
+    "eval_loss": "eval_loss {:.4f}",
+    "eval_bits_per_byte": "eval_bpb {:.4f}",
+    "rewards/accuracies": "rewards/accuracies {:.4f}",
+    "eval_rewards/accuracies": "eval_rewards/accuracies {:.4f}",
+    "rewards/margins": "rewards/margins {:.4f}",
+    "grad_norm": "grad {:.3f}",
+    "router_load/max": "router_load/max {:.3f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:>9,.0f} tokens/s",
+    "mfu": "MFU {:>5.1%}",
+    "memory_gib": "{:.2f} GiB",
+}
 
-    tokens/s counts the tokens that are not padding, of all processes, over training time: evaluation is left out.
+
+class ProgressCallback(TrainerCallback):
+    """One line per log, and the same as JSON in train_log.jsonl: step, share done, loss, bits per byte, gradient norm,
+    learning rate, tokens/s, MFU, memory, elapsed time, ETA.
+
+    tokens/s counts the tokens that are not padding, of all processes, over training time: evaluation is left out. MFU
+    is the model's FLOPs for these tokens over the devices' peak (Chowdhery et al., 2022, appendix B). Memory is the
+    most that this process ever held, in GiB: of the GPU's where there is one, else resident. What is worth a curve is
+    added to the logs, so this has to stand before the trackers' callbacks.
+
+    `bits_per_nat`: loss in nats per token -> bits per byte, where the bytes of the targets are known.
     """
 
-    shown = ("loss", "eval_loss", "rewards/accuracies", "eval_rewards/accuracies", "rewards/margins", "grad_norm")
-    shown += ("router_load/max",)
-
-    def __init__(self, output_dir: Path):
+    def __init__(self, output_dir: Path, trainer: Trainer | None = None, bits_per_nat: float | None = None):
         self.log_file = output_dir / "train_log.jsonl"
+        self.trainer, self.bits_per_nat = trainer, bits_per_nat
         self.seconds = 0.0  # spent in training steps
         self.step_began = None
+        self.peak_tokens = None  # tokens/s of all processes at an MFU of 1
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         self.last_seconds, self.last_tokens = 0.0, self.first_tokens
-        if state.is_world_process_zero and not self.first_step:
-            self.log_file.unlink(missing_ok=True)
+        if state.is_world_process_zero:
+            if not self.first_step:
+                self.log_file.unlink(missing_ok=True)
+            self.peak_tokens = self.trainer and tokens_at_peak(self.trainer)
 
     def state_dict(self) -> dict:
         """What a resumed run needs, so that tokens/s, elapsed time and ETA go on; see resume.py."""
@@ -57,34 +85,111 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        entry = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "num_tokens"}}
-        if "loss" in logs and self.seconds > self.last_seconds:
-            tokens = state.num_input_tokens_seen - self.last_tokens
-            entry["tokens_per_second"] = round(tokens / (self.seconds - self.last_seconds), 1)
-            self.last_seconds, self.last_tokens = self.seconds, state.num_input_tokens_seen
-            done = state.global_step - self.first_step
-            entry["elapsed"] = round(self.seconds, 1)
-            entry["eta"] = round(self.seconds / done * (state.max_steps - state.global_step), 1)
+        times = self._measure(state, logs) if "loss" in logs else {}
+        entry = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "num_tokens"}, **times}
         entry = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         print(self._line(entry, state.max_steps), flush=True)
+
+    def _measure(self, state: TrainerState, logs: dict) -> dict[str, float]:
+        """Adds what the trackers draw too to `logs`; returns the times."""
+        if self.bits_per_nat:
+            logs["bits_per_byte"] = round(float(logs["loss"]) * self.bits_per_nat, 6)
+        logs["memory_gib"] = round(peak_memory() / 2**30, 4)
+        if self.seconds <= self.last_seconds:
+            return {}
+        speed = (state.num_input_tokens_seen - self.last_tokens) / (self.seconds - self.last_seconds)
+        logs["tokens_per_second"] = round(speed, 1)
+        if self.peak_tokens:
+            logs["mfu"] = round(speed / self.peak_tokens, 5)
+        self.last_seconds, self.last_tokens = self.seconds, state.num_input_tokens_seen
+        done = state.global_step - self.first_step
+        left = self.seconds / done * (state.max_steps - state.global_step)
+        return {"elapsed": round(self.seconds, 1), "eta": round(left, 1)}
 
     def tokens_per_second(self, state: TrainerState) -> float:
         """Mean over all training steps."""
         return (state.num_input_tokens_seen - self.first_tokens) / max(self.seconds, 1e-9)
 
     def _line(self, entry: dict, max_steps: int) -> str:
-        parts = [f"step {entry['step']:>6,}/{max_steps:,}"] if max_steps else ["before training"]
-        parts += [f"{key} {entry[key]:.4f}" for key in self.shown if key in entry]
-        if "learning_rate" in entry:
-            parts.append(f"lr {entry['learning_rate']:.2e}")
+        width = len(f"{max_steps:,}")
+        parts = ["before training"]
+        if max_steps:
+            parts = [f"step {entry['step']:>{width},}/{max_steps:,} {entry['step'] / max_steps:>6.1%}"]
+        parts += [form.format(entry[key]) for key, form in SHOWN.items() if key in entry]
         if "eta" in entry:
-            parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"{clock(entry['elapsed'])} elapsed, {clock(entry['eta'])} left")
         if "train_loss" in entry:
             parts.append(f"finished training in {clock(entry['train_runtime'])}")
         return "  ".join(parts)
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most: of the GPU's memory as torch allocated it, without a GPU resident ones."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@cache
+def device_peak(precision: str) -> tuple[object, float]:
+    """The device here and its FLOP/s: a card's from a table, a CPU's measured once by matrix products (0.3 s)."""
+    from minimind.planning.devices import this_device
+
+    device = this_device()
+    return device, device.peak(precision)
+
+
+def tokens_at_peak(trainer: Trainer) -> float | None:
+    """Tokens a second that the devices of a run would train at their peak; None where the model's FLOPs are unknown.
+
+    Whatever goes wrong here costs a run its MFU and nothing else.
+    """
+    try:
+        from minimind.planning.costs import flops
+        from minimind.planning.measuring import step_of
+
+        args = trainer.args
+        device, peak = device_peak("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
+        step, _ = step_of(trainer, device)
+        work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
+        return peak * args.world_size * step.tokens / work["model"]
+    except Exception as error:
+        print(f"MFU is not known here ({type(error).__name__}: {error})", flush=True)
+        return None
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """The library's, except: the evaluation before the first step is what a run has to beat, and a resumed run goes on
+    counting where it was."""
+
+    training = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if saved:
+            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if not self.training:
+            return
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        count, name = self.early_stopping_patience_counter, args.metric_for_best_model
+        if count >= self.early_stopping_patience and state.is_world_process_zero:
+            print(f"stopping early: {count} evaluations did not improve {name} {state.best_metric:.4f}", flush=True)
+
+
+class Baseline(TrainerCallback):
+    """Takes the evaluation before the first step as the best so far: what the run has to beat."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        name = args.metric_for_best_model
+        if name and not state.global_step:
+            state.best_metric = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
 
 
 class RouterLoadCallback(TrainerCallback):

@@ -502,6 +502,11 @@ class ResumableTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         return SeededEpochs(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
+    def _issue_warnings_after_load(self, load_result):
+        tied = getattr(self.model, "all_tied_weights_keys", ())  # written once, see `stages.save_model`
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""
         super()._load_optimizer_and_scheduler(checkpoint)

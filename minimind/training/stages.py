@@ -1,17 +1,21 @@
 """One run of a stage: where it starts, what it says, and the stage directory it writes (see checkpoints.py)."""
 
 import copy
+import dataclasses
+import json
 import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterable
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import transformers
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from rich.console import Console
@@ -22,7 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
+    TrainerState,
+    TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import (
@@ -36,15 +43,20 @@ from minimind.checkpoints import (
     write_json,
 )
 from minimind.errors import UserError
+from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
-from minimind.training.callbacks import ProgressCallback, RouterLoadCallback
+from minimind.training.callbacks import Baseline, EarlyStopping, ProgressCallback, RouterLoadCallback
 from minimind.training.elastic import prepare_checkpoint, share_last_rows
+from minimind.training.guards import check_writable, install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
+from minimind.training.report import ReportCallback, read_log, write_report
 from minimind.training.resume import ResumeCallback, begin, recipe_of
+from minimind.training.samples import SampleCallback, read_prompts
 from minimind.training.signals import InterruptCallback
+from minimind.training.tracking import guard_trackers
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -151,9 +163,15 @@ class Stage:
         if parent and parent.resolve() == self.output_dir.resolve():
             raise UserError(f"--output_dir {self.output_dir} is the stage this run starts from. Give another one.")
         if data.eval is None:
+            if args.load_best_model_at_end or args.early_stopping_patience is not None:
+                raise UserError(
+                    "choosing the best model and stopping early need held-out rows, and there are none. Give "
+                    "--eval_files, or a larger --eval_ratio."
+                )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_writable(self.output_dir)
         self.run, self.changes = begin(args, self.recipe, pipeline)
         args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
 
@@ -168,23 +186,61 @@ class Stage:
             "pipeline": record.get("pipeline") or self.parent.name,
         }
 
+    @cached_property
+    def description(self) -> dict:
+        """What is known of the run before it begins."""
+        return {
+            "stage": self.name,
+            **self.lineage,
+            "data": self.facts,
+            "options": changed_options(self.args),
+            "seed": self.args.seed,
+            "git_commit": git_commit(),
+            "command": " ".join(sys.argv),
+            "python": sys.version.split()[0],
+            "libraries": library_versions(),
+        }
+
+    def watch(self, trainer: Trainer) -> None:
+        """Progress lines, samples, the report, early stopping; trackers that cannot end the run."""
+        args, tokenizer = self.args, trainer.processing_class
+        trainer.remove_callback(PrinterCallback)
+        guard_trackers(trainer)
+        self.progress = ProgressCallback(self.output_dir, trainer, bits_per_nat(self.facts["train"]))
+        trainer.callback_handler.callbacks.insert(0, self.progress)
+        if args.sample_steps >= 0:
+            prompts = read_prompts(args.sample_prompts, chat=self.name != "pretrain")
+            trainer.add_callback(
+                SampleCallback(trainer, tokenizer, prompts, self.output_dir, args.sample_steps, args.sample_tokens)
+            )
+        if args.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+        if args.metric_for_best_model:
+            trainer.add_callback(Baseline())
+        trainer.add_callback(ReportCallback(self.output_dir, self.description))
+
     def announce(self, trainer: Trainer) -> None:
         """Print data, parameters and steps of the run to come, and let `trainer` report its progress in our lines."""
         if self.args.deepspeed and not trainer.is_deepspeed_enabled:
             raise RuntimeError(
                 "--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables"
             )
-        self.progress = ProgressCallback(self.output_dir)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(self.progress)
+        self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+
+        trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         trainer.stage = self
         trainer.add_callback(HeartbeatCallback())
         trainer.add_callback(InterruptCallback(trainer))
         share_last_rows(trainer)
         prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
+        install_guards(trainer, self.output_dir, ProgressCallback)
+        from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
+
+        examine_run(self.name, trainer, self.facts, self.parent)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -216,35 +272,37 @@ class Stage:
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
+        with reports_disk_errors(self.output_dir):
+            self._write(trainer, tokenizer, metrics, report)
+
+    def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
         partial = self.output_dir / ".partial"
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         save_model(trainer, partial)
+        distribution = self.token_loss(trainer)
         if not is_main_process():
             return
         tokenizer.save_pretrained(partial)
         torch.save(self.args, partial / "training_args.bin")
         if report:
             write_json(partial / "mask_report.json", report)
-        plot_loss(trainer.state.log_history, partial / "loss.png", f"{self.name}: {self.output_dir}")
+        log = read_log(self.output_dir / "train_log.jsonl")
+        plot_loss(log, partial / "loss.png", f"{self.name}: {self.output_dir}")
+        state = trainer.state
         record = {
-            "stage": self.name,
-            **self.lineage,
+            **self.description,
             "weights": weights_hash(partial),
             "tokenizer": tokenizer_hash(tokenizer),
-            "data": self.facts,
-            "steps": trainer.state.global_step,
-            "tokens_seen": int(trainer.state.num_input_tokens_seen),
-            "tokens_per_second": round(self.progress.tokens_per_second(trainer.state), 1),
+            "steps": state.global_step,
+            "tokens_seen": int(state.num_input_tokens_seen),
+            "tokens_per_second": round(self.progress.tokens_per_second(state), 1),
             "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
             "metrics": metrics,
-            "seed": self.args.seed,
+            "best": self.best(state),
+            "token_loss": distribution,
             "seconds": round(time.time() - self.started, 1),
-            "git_commit": git_commit(),
-            "command": " ".join(sys.argv),
-            "python": sys.version.split()[0],
-            "libraries": library_versions(),
         }
         (self.output_dir / "stage.json").unlink(missing_ok=True)
         for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
@@ -252,8 +310,45 @@ class Stage:
         for file in partial.iterdir():
             file.replace(self.output_dir / file.name)
         partial.rmdir()
+        write_report(self.output_dir, record)
         write_json(self.output_dir / "stage.json", record)
+        print(f"report: {self.output_dir / 'report.html'}")
         print(f"{self.name} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
+
+    def best(self, state: TrainerState) -> dict | None:
+        """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
+        if state.best_metric is None:
+            return None
+        metric = self.args.metric_for_best_model
+        logged = metric if metric.startswith("eval_") else f"eval_{metric}"
+        # The state's own best step is that of a checkpoint, and there may be none.
+        step = next((each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0)
+        best = {"metric": metric, "value": float(state.best_metric), "step": step}
+        if not best["step"]:
+            print(f"no evaluation was better than the {best['metric']} {best['value']:.4f} before the first step")
+        elif self.args.load_best_model_at_end:
+            print(f"the best model is that of step {best['step']:,}: {best['metric']} {best['value']:.4f}")
+        return best
+
+    def token_loss(self, trainer: Trainer) -> dict | None:
+        """How the loss of single held-out tokens is distributed; None for pairs, and where weights are spread."""
+        alone = not is_deepspeed_zero3_enabled() and is_main_process()
+        if self.name not in ("pretrain", "sft") or not isinstance(trainer.eval_dataset, Dataset) or not alone:
+            return None
+        losses = token_losses(trainer)
+        return token_loss_distribution(losses) if len(losses) else None
+
+
+def changed_options(args: transformers.TrainingArguments) -> dict:
+    """Options of a run that are not the library's defaults, as JSON; tokens are masked."""
+    given, changed = args.to_dict(), {}
+    defaults = {field.name: field for field in (*dataclasses.fields(args), *dataclasses.fields(TrainingArguments))}
+    for name, field in defaults.items():
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default.value if isinstance(default, Enum) else default
+        if name in given and given[name] != default and name not in ("output_dir", "run_name", "local_rank"):
+            changed[name] = given[name]
+    return json.loads(json.dumps(changed, default=str))
 
 
 def active_parameters(model: PreTrainedModel) -> int:

@@ -1,17 +1,32 @@
-"""wandb that never crashes a run, asks a question or waits: online where a key is found and the server answers,
-offline otherwise."""
+"""Trackers that never crash a run, ask a question or wait.
 
+wandb        online where a key is found and the server answers, offline otherwise
+trackio      a SQLite file; `trackio show --project minimind` opens the board in a browser
+tensorboard  event files in the stage directory
+swanlab      local files, unless $SWANLAB_MODE says otherwise
+"""
+
+import importlib.util
 import netrc
 import os
 import socket
+import sys
 import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from transformers import Trainer
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+from minimind.errors import UserError
 from minimind.training.launch import is_main_process
-from minimind.training.stages import Stage
 
 PROBE_SECONDS = 5
+PROJECT = "minimind"
+EXTRAS = {"trackio": "board", "tensorboard": "board", "swanlab": "swanlab"}  # extras of pyproject.toml
+EVENTS = ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_predict", "on_train_end")
 
 
 def find_key(host: str) -> bool:
@@ -52,15 +67,156 @@ def offline_reason() -> str | None:
     return None
 
 
-def start_tracking(stage: Stage, report: dict | None = None) -> None:
-    """Open the wandb run of a stage, if `--report_to` asks for one, before the Trainer would.
+def start_tracking(stage, report: dict | None = None) -> None:
+    """Open the runs of a stage in the trackers that `--report_to` asks for, before the Trainer would.
 
-    The run carries the stage's arguments and lineage and is grouped with the other stages of its pipeline. The
-    Trainer's own callback finds it open and logs into it. The `report` of an inspection becomes tables in it.
+    Each carries the stage's arguments and lineage and is grouped with the other stages of its pipeline. The Trainer's
+    own callbacks find them open and log into them. The `report` of an inspection becomes tables in wandb's.
+
+    Raises:
+        UserError: a tracker that does not exist or is not installed.
     """
-    if "wandb" not in stage.args.report_to:
+    if not stage.args.report_to:
         return
-    os.environ.setdefault("WANDB_PROJECT", "minimind")
+    for name in stage.args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        if name in EXTRAS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--report_to {name}: it is not installed. Install it (pip install 'minimind-hf[{EXTRAS[name]}]' or "
+                f"pip install {name}), or leave it out."
+            )
+    stage.args.run_name = stage.args.run_name or f"{stage.name}: {stage.output_dir}"
+    starts = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard, "swanlab": _swanlab}
+    for name in stage.args.report_to:
+        if name in starts:
+            starts[name](stage)
+    if report and "wandb" in stage.args.report_to and is_main_process():
+        import wandb
+
+        wandb.log(report_tables(report), commit=False)
+
+
+def guard_trackers(trainer: Trainer) -> None:
+    """From now on a tracker that fails says so once and is left out; the run goes on."""
+    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, kinds):
+            for event in EVENTS:
+                setattr(callback, event, _guarded(callback, getattr(callback, event)))
+
+
+def _guarded(callback, method: Callable) -> Callable:
+    @wraps(method)
+    def call(*args, **kwargs):
+        if getattr(callback, "failed", False):
+            return None
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # a full disk, a lost network, a bug of the tracker: none is worth a training run
+            callback.failed = True
+            _say_failed(type(callback).__name__, error)
+
+    return call
+
+
+def _say_failed(name: str, error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    print(f"{name} failed and is left out from here on: {type(error).__name__}: {lines[0]}", flush=True)
+
+
+def track_samples(rows: Sequence[dict], step: int) -> None:
+    """Show samples (step, prompt, text; the newest last) in the trackers that have a run open."""
+    tables = {"wandb": _wandb_table, "trackio": _trackio_table, "swanlab": _swanlab_texts}
+    for name, show in tables.items():
+        if name in sys.modules:
+            try:
+                show(sys.modules[name], rows, step)
+            except Exception as error:
+                _say_failed(f"the table of samples in {name}", error)
+
+
+def _wandb_table(wandb, rows: Sequence[dict], step: int) -> None:
+    if wandb.run is not None:
+        table = wandb.Table(["step", "prompt", "text"], [[row["step"], row["prompt"], row["text"]] for row in rows])
+        wandb.log({"samples": table, "train/global_step": step})
+
+
+def _trackio_table(trackio, rows: Sequence[dict], step: int) -> None:
+    if trackio.context_vars.current_run.get() is not None:
+        import pandas
+
+        trackio.log({"samples": trackio.Table(dataframe=pandas.DataFrame(list(rows)))})
+
+
+def _swanlab_texts(swanlab, rows: Sequence[dict], step: int) -> None:
+    if _swanlab_run(swanlab) is not None:
+        new = [swanlab.Text(row["text"], caption=row["prompt"]) for row in rows if row["step"] == step]
+        swanlab.log({"samples": new}, step=step)
+
+
+def _swanlab_run(swanlab):
+    """The open run or None; some versions raise where there is none."""
+    try:
+        return swanlab.get_run()
+    except RuntimeError:
+        return None
+
+
+def _trackio(stage) -> None:
+    if stage.args.project == "huggingface":  # the library's default
+        stage.args.project = PROJECT
+    if stage.args.trackio_space_id is None:
+        stage.args.trackio_static_space_id = False  # nothing leaves this machine
+    if not is_main_process():
+        return
+    import trackio
+
+    try:
+        trackio.init(
+            project=stage.args.project,
+            name=stage.args.run_name,
+            group=stage.lineage["pipeline"],
+            config={"stage": stage.name, **stage.lineage},
+            resume="allow",
+            embed=False,
+        )
+    except Exception as error:
+        _say_failed("trackio", error)
+        stage.args.report_to.remove("trackio")
+        return
+    print(f"trackio: look at the run          trackio show --project {stage.args.project}", flush=True)
+
+
+def _tensorboard(stage) -> None:
+    directory = os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(stage.output_dir / "tensorboard"))
+    if is_main_process():
+        print(f"tensorboard: look at the run      tensorboard --logdir {directory}", flush=True)
+
+
+def _swanlab(stage) -> None:
+    if not is_main_process():
+        return
+    import swanlab
+
+    directory = os.environ.setdefault("SWANLAB_LOG_DIR", str(stage.output_dir / "swanlog"))
+    options = {
+        "project": os.environ.get("SWANLAB_PROJECT", PROJECT),
+        "experiment_name": stage.args.run_name,
+        "group": stage.lineage["pipeline"],
+        "config": {"stage": stage.name, **stage.lineage},
+        "logdir": directory,
+    }
+    try:
+        swanlab.init(**options, mode=os.environ.get("SWANLAB_MODE", "local"))
+    except Exception as error:  # a refused key, a server that does not answer
+        print(f"swanlab: local, because the run could not be opened: {str(error).splitlines()[0]}")
+        swanlab.init(**options, mode="local")
+    print(f"swanlab: look at the run          swanlab watch {directory}", flush=True)
+
+
+def _wandb(stage) -> None:
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
     if not is_main_process():
         return
     import wandb
@@ -73,7 +229,7 @@ def start_tracking(stage: Stage, report: dict | None = None) -> None:
     def init(mode: str | None):
         return wandb.init(
             project=os.environ["WANDB_PROJECT"],
-            name=os.environ.get("WANDB_NAME") or stage.args.run_name or f"{stage.name}: {stage.output_dir}",
+            name=os.environ.get("WANDB_NAME") or stage.args.run_name,
             group=os.environ.get("WANDB_RUN_GROUP") or stage.lineage["pipeline"],
             job_type=stage.name,
             config={"stage": stage.name, **stage.lineage},
@@ -96,8 +252,6 @@ def start_tracking(stage: Stage, report: dict | None = None) -> None:
         print(f"wandb: upload it later        wandb sync {directory}", flush=True)
     else:
         print(f"wandb: {run.url}", flush=True)
-    if report:
-        run.log(report_tables(report), commit=False)
 
 
 def report_tables(report: dict) -> dict:

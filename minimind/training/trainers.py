@@ -1,13 +1,17 @@
 """Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
 
+import math
+from functools import partial
+
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy, pad
-from transformers import Trainer
+from transformers import SchedulerType, Trainer
 from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from minimind.data.packing import IGNORED, PackedCollator
+from minimind.evaluation import bits_per_byte
 from minimind.training.resume import ResumableTrainer
 
 
@@ -26,16 +30,66 @@ def weighted_causal_lm_loss(
     return (weights * losses).sum() / num_items_in_batch
 
 
-class BlockTrainer(ResumableTrainer):
-    """Identical to the library's except: held-out loss is the mean over targets, also where rows have different
-    numbers of them. The library takes the mean of each batch, and then of the batches.
+class ScheduledTrainer(ResumableTrainer):
+    """Identical to the library's except: the length of the decay of `warmup_stable_decay` may be a share of all steps,
+    `--lr_decay_steps`, as that of the warm-up may."""
 
-    `eval_counts`: "targets" and "blocks" of the held-out rows, see `documents.load_blocks`.
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            given = self.args.lr_decay_steps
+            steps = math.ceil(given * num_training_steps) if given < 1 else int(given)
+            # A copy of the trainer may be asked, so the arguments as they were given have to stay.
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": steps} | (self.args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Without the one about a tied head, which is in no file since it is the embedding."""
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+
+class BlockTrainer(ScheduledTrainer):
+    """Identical to the library's except: held-out loss is the mean over targets, also where rows have different
+    numbers of them. The library takes the mean of each batch, and then of the batches. Beside it stand the bits per
+    byte of all held-out rows, and of each source where there are several.
+
+    `eval_counts`: "targets", "target_bytes" and "blocks" of the held-out rows, perhaps of each of its "sources", which
+    lie one after the other; see `documents.load_blocks`.
     """
 
     def __init__(self, *args, eval_counts: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_counts = eval_counts
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluates source by source, so that none has to be read twice."""
+        loop = partial(super().evaluation_loop, metric_key_prefix=metric_key_prefix, **kwargs)
+        counts = self.eval_counts
+        if not counts or metric_key_prefix != "eval":
+            return loop(dataloader, description, *args)
+        sources = [source for source in counts.get("sources", ()) if source["blocks"]]
+        outputs, first = [], 0
+        for source in sources:
+            rows = self.eval_dataset.select(range(first, first + source["blocks"]))
+            first += source["blocks"]
+            batches = self._get_dataloader(
+                rows, description, self.args.eval_batch_size, self._get_eval_sampler, dataloader_key=source["name"]
+            )
+            self.eval_counts = source
+            outputs.append(loop(batches, description, *args))
+        self.eval_counts = counts
+        output = outputs[0] if outputs else loop(dataloader, description, *args)
+        losses = [each.metrics["eval_loss"] for each in outputs]
+        if outputs:
+            output.metrics["eval_loss"] = sum(
+                loss * source["targets"] / counts["targets"] for loss, source in zip(losses, sources, strict=True)
+            )
+            output = output._replace(num_samples=sum(each.num_samples for each in outputs))
+        output.metrics["eval_bits_per_byte"] = bits_per_byte(output.metrics["eval_loss"], counts)
+        for loss, source in zip(losses, sources, strict=True):
+            output.metrics[f"eval_bits_per_byte/{source['name']}"] = bits_per_byte(loss, source)
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training and self.eval_counts:
@@ -46,7 +100,7 @@ class BlockTrainer(ResumableTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class ChatSFTTrainer(ResumableTrainer, SFTTrainer):
+class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
     """For rows of `load_conversations`. Identical to TRL's except:
 
     The loss is the model's own. TRL projects through the head in tiles and in Python, which saves memory at
@@ -107,7 +161,7 @@ class PreferenceCollator(DataCollatorForPreference):
         return batch
 
 
-class PreferenceTrainer(ResumableTrainer, DPOTrainer):
+class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL tokenises by itself and
     would take control tokens in somebody's words for real."""
 

@@ -1,0 +1,358 @@
+"""report.html of a stage directory: one page about a run, which asks for nothing from outside.
+
+It is made from the directory's own files and nothing else (stage.json or, while the run goes on, what it will say;
+train_log.jsonl, samples.jsonl, mask_report.json), and every text in it is escaped.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from minimind.checkpoints import read_stage
+from minimind.training.callbacks import clock
+from minimind.training.samples import read_samples
+
+POINTS = 600  # of a curve at most: about one for each pixel
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 230, 62, 26, 12
+COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0489a", "#8a7a2f", "#c9453b")
+# Title, unit, the keys drawn in it, and whether its axis begins at 0.
+CURVES = (
+    ("Loss", "nats per token", ("loss", "eval_loss"), False),
+    ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
+    ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
+    ("Reward margin", "", ("rewards/margins", "eval_rewards/margins"), False),
+    ("Learning rate", "", ("learning_rate",), True),
+    ("Gradient norm", "", ("grad_norm",), True),
+    ("Speed", "tokens/s", ("tokens_per_second",), True),
+    ("MFU", "share of the peak", ("mfu",), True),
+    ("Memory", "GiB", ("memory_gib",), True),
+    ("Busiest expert", "share of visits", ("router_load/max",), True),
+)
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 1340px; margin: 2em auto; padding: 0 1em; }
+h2 { margin-top: 1.6em; }
+table { border-collapse: collapse; margin: .6em 0; }
+th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }
+td { overflow-wrap: anywhere; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.text { white-space: pre-wrap; }
+.tiles { display: flex; flex-wrap: wrap; gap: .8em; padding: 0; }
+.tiles li { list-style: none; border: 1px solid #8884; border-radius: 8px; padding: .4em 1em; }
+.tiles b { display: block; font-size: 1.35em; font-variant-numeric: tabular-nums; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em; }
+figure { margin: 0; } figcaption { font-weight: 600; }
+svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+summary { cursor: pointer; } small { opacity: .75; overflow-wrap: anywhere; }
+"""
+
+
+class ReportCallback(TrainerCallback):
+    """Writes the report anew at each evaluation and checkpoint. `record`: what stage.json will say by then."""
+
+    def __init__(self, directory: Path, record: dict[str, Any]):
+        self.directory, self.record = directory, record
+
+    def _write(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step:
+            progress = {"steps": state.global_step, "tokens_seen": int(state.num_input_tokens_seen)}
+            write_report(self.directory, {**self.record, **progress, "max_steps": state.max_steps})
+
+    on_evaluate = on_save = _write
+
+
+def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path:
+    """Write `directory`/report.html, whole or not at all; without a `record` from its stage.json. Returns its path.
+
+    A disk that is full or read-only costs a run its report and nothing else.
+    """
+    path = directory / "report.html"
+    partial = directory / ".report.html.partial"
+    try:
+        partial.write_text(report_page(directory, record or read_stage(directory)), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", flush=True)
+    return path
+
+
+def read_log(file: Path) -> list[dict]:
+    """The entries of a train_log.jsonl by their steps. Where a run went back to a checkpoint, the later ones count."""
+    entries: list[dict] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a line that a killed process left unfinished
+        if entries and entries[-1]["step"] > entry["step"]:
+            entries = [earlier for earlier in entries if earlier["step"] < entry["step"]]
+        entries.append(entry)
+    return entries
+
+
+def report_page(directory: Path, record: dict[str, Any]) -> str:
+    """The HTML page of a stage directory."""
+    log = read_log(directory / "train_log.jsonl")
+    mask = directory / "mask_report.json"
+    title = escape(f"{record.get('stage', 'run')}: {directory.name}")
+    sections = [
+        ("Curves", curves(log)),
+        ("Loss of single tokens", histogram(record.get("token_loss"))),
+        ("Held-out metrics", _metrics(record, log)),
+        ("Samples", _samples(read_samples(directory / "samples.jsonl"))),
+        ("Data", _data(record.get("data") or {})),
+        ("What is trained", _mask(json.loads(mask.read_text(encoding="utf-8"))) if mask.is_file() else ""),
+        ("Lineage", _lineage(directory, record)),
+        ("Recipe", _recipe(record)),
+    ]
+    body = "\n".join(f"<h2>{name}</h2>\n{content}" for name, content in sections if content)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+{_summary(record, log)}
+{body}
+</body></html>
+"""
+
+
+def _summary(record: dict, log: Sequence[dict]) -> str:
+    last = {key: entry[key] for entry in log for key in entry}  # the last value of each
+    finished = "metrics" in record
+    steps = f"{record.get('steps', last.get('step', 0)):,}"
+    tiles = {"state": "complete" if finished else "running", "steps": steps}
+    if not finished and record.get("max_steps"):
+        tiles["steps"] += f" of {record['max_steps']:,}"
+    if "tokens_seen" in record:
+        tiles["tokens seen"] = f"{record['tokens_seen']:,}"
+    for key, name, form in (
+        ("loss", "loss", "{:.4f}"),
+        ("eval_loss", "held-out loss", "{:.4f}"),
+        ("eval_bits_per_byte", "held-out bits per byte", "{:.4f}"),
+        ("eval_rewards/accuracies", "held-out reward accuracy", "{:.1%}"),
+        ("tokens_per_second", "tokens/s", "{:,.0f}"),
+        ("mfu", "MFU", "{:.1%}"),
+        ("memory_gib", "memory", "{:.2f} GiB"),
+    ):
+        if key in last:
+            tiles[name] = form.format(last[key])
+    if "elapsed" in last:
+        tiles["training time"] = clock(last["elapsed"])
+    if not finished and "eta" in last:
+        tiles["left"] = clock(last["eta"])
+    return f"<ul class=tiles>{''.join(f'<li>{escape(k)}<b>{escape(v)}</b></li>' for k, v in tiles.items())}</ul>"
+
+
+def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points of a curve: means of equal runs of them. A value that is not finite stays a gap."""
+    size = -(-len(points) // limit)
+    runs = [points[start : start + size] for start in range(0, len(points), max(size, 1))]
+    return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def curves(log: Sequence[dict]) -> str:
+    """The curves that the log has points for."""
+    sources = sorted({key for entry in log for key in entry if key.startswith("eval_bits_per_byte/")})
+    every = [*CURVES, ("Held-out bits per byte of each source", "", tuple(sources), False)]
+    drawn = []
+    for title, unit, keys, from_zero in every:
+        series = {key: [(e["step"], float(e[key])) for e in log if key in e] for key in keys}
+        series = {key.removeprefix("eval_bits_per_byte/"): thin(points) for key, points in series.items() if points}
+        if series:
+            drawn.append(chart(title, unit, series, from_zero))
+    return f"<div class=curves>{''.join(drawn)}</div>" if drawn else ""
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers that cover low..high in about `count` steps.
+
+    >>> nice_ticks(0.3, 7.2)
+    [0.0, 2.0, 4.0, 6.0, 8.0]
+    """
+    span = high - low or abs(high) or 1.0
+    power = 10 ** math.floor(math.log10(span / count))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= span / count * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+def chart(title: str, unit: str, series: dict[str, list[tuple[float, float]]], from_zero: bool = False) -> str:
+    """Lines over the steps as inline SVG."""
+    finite = [(x, y) for points in series.values() for x, y in points if math.isfinite(y)]
+    if not finite:
+        return f"<figure><figcaption>{escape(title)}</figcaption>no finite value</figure>"
+    ys = [y for _, y in finite] + [0.0] * from_zero
+    ticks_y = nice_ticks(min(ys), max(ys))
+    xs = [x for x, _ in finite]
+    low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (WIDTH - LEFT - 10) * (x - low_x) / (high_x - low_x)
+        return across, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y - ticks_y[0]) / (ticks_y[-1] - ticks_y[0])
+
+    parts = []
+    for tick in ticks_y:
+        y = at(low_x, tick)[1]
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
+    for tick in nice_ticks(low_x, high_x, 6):
+        if low_x <= tick <= high_x:
+            parts.append(
+                f'<text x="{at(tick, ticks_y[0])[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:,.6g}</text>'
+            )
+    for colour, points in zip(COLOURS * len(series), series.values(), strict=False):
+        for whole, run in groupby(points, key=lambda point: math.isfinite(point[1])):
+            places = [at(*point) for point in run] if whole else []
+            if len(places) == 1:
+                parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>')
+            elif places:
+                path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+                parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.7"/>')
+    legend = "".join(
+        f'<span style="color:{colour}"> ■</span> {escape(name)}'
+        for colour, name in zip(COLOURS * len(series), series, strict=False)
+    )
+    caption = f"{escape(title)} <small>{escape(unit)}{legend if len(series) > 1 else ''}</small>"
+    label = f"{title} over the steps"
+    return (
+        f"<figure><figcaption>{caption}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def histogram(counts: dict | None) -> str:
+    """How the loss of single held-out tokens is distributed, as bars; see `evaluation.token_loss_distribution`."""
+    if not counts:
+        return ""
+    top, edges = max(counts["counts"]), counts["edges"]
+    wide = (WIDTH - LEFT) / len(counts["counts"])
+    high = HEIGHT - BOTTOM - TOP
+    bars = "".join(
+        f'<rect x="{LEFT + index * wide:.1f}" y="{TOP + high * (1 - count / top):.1f}" width="{wide - 1:.1f}" '
+        f'height="{high * count / top:.1f}" fill="{COLOURS[0]}"><title>{edges[index]:g} to {edges[index + 1]:g} nats: '
+        f"{count:,} tokens</title></rect>"
+        for index, count in enumerate(counts["counts"])
+    )
+    labels = "".join(
+        f'<text x="{LEFT + index * wide:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{edges[index]:g}</text>'
+        for index in range(0, len(edges), 4)
+    )
+    said = ", ".join(f"{name} {counts[name]:.3f}" for name in ("mean", "median", "p90", "p99"))
+    return (
+        f"<p>{counts['tokens']:,} held-out tokens, nats: {said}. The last bar holds all beyond it.</p>"
+        f'<figure style="max-width:{WIDTH}px"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Histogram of the loss per token">{bars}{labels}</svg></figure>'
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], texts: Sequence[int] = ()) -> str:
+    """An HTML table; numbers are set to the right, `texts` are columns whose line breaks are kept."""
+
+    def cell(column: int, value: Any) -> str:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}" if number else str(value)
+        kind = ' class="number"' if number else ' class="text"' if column in texts else ""
+        return f"<td{kind}>{escape(shown)}</td>"
+
+    lines = [f"<tr>{''.join(cell(column, value) for column, value in enumerate(row))}</tr>" for row in rows]
+    headings = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(lines)}</tbody></table>" if lines else ""
+
+
+def _metrics(record: dict, log: Sequence[dict]) -> str:
+    metrics = record.get("metrics")
+    if not metrics:
+        evaluations = [entry for entry in log if "eval_loss" in entry]
+        metrics = {"before": evaluations[0], "after": evaluations[-1]} if evaluations else {}
+        metrics = {
+            name: {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+            for name, entry in metrics.items()
+        }
+    names = dict.fromkeys(key for values in metrics.values() for key in values if "per_second" not in key)
+    rows = [[name, *(metrics[when].get(name, "") for when in ("before", "after"))] for name in names]
+    best = record.get("best")
+    said = f"<p>Best: {escape(best['metric'])} {best['value']:.6g} after step {best['step']:,}.</p>" if best else ""
+    return table(("metric", "before", "after" if "metrics" in record else "now"), rows) + said
+
+
+def _samples(rows: Sequence[dict]) -> str:
+    rounds = [(step, list(group)) for step, group in groupby(rows, key=lambda row: row["step"])][::-1]
+    parts = []
+    for index, (step, group) in enumerate(rounds[:20]):
+        inner = table(("prompt", "text"), [(row["prompt"], row["text"]) for row in group], texts=(0, 1))
+        opened = " open" if index == 0 else ""
+        parts.append(f"<details{opened}><summary>after step {step:,}</summary>{inner}</details>")
+    return "".join(parts)
+
+
+def _data(data: dict) -> str:
+    rows = []
+    for part, facts in data.items():
+        if not isinstance(facts, dict):
+            continue
+        counts = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+        files = "\n".join(map(str, facts.get("files") or ["held out of the training rows"]))
+        rows.append((part, listed, files, facts.get("hash") or ""))
+        for source in facts.get("sources", ()):
+            counts = {key: value for key, value in source.items() if isinstance(value, int | float)}
+            listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+            name = source.get("name") or "\n".join(map(str, source.get("files", ())))
+            rows.append((f"{part}, one source", listed, name, ""))
+    return table(("part", "rows and tokens", "files", "hash"), rows, texts=(2,))
+
+
+def _mask(report: dict) -> str:
+    """The report of an inspection: its roles and findings; see `inspection.Inspection`."""
+    said = ", ".join(
+        f"{value:,} {key.replace('_', ' ')}" for key, value in report.items() if isinstance(value, int | float)
+    )
+    roles = [
+        (role, counts["tokens"], counts["trained"], f"{counts['trained_share']:.1%}")
+        for role, counts in report["roles"].items()
+    ]
+    fields = ("severity", "count", "text", "advice")
+    findings = [[each[field] for field in fields] for each in report.get("findings", ())]
+    return f"<p>{escape(said)}</p>" + table(("role", "tokens", "trained", "share"), roles) + table(fields, findings)
+
+
+def _lineage(directory: Path, record: dict) -> str:
+    rows = [(str(directory), record.get("stage", ""), record.get("weights", "being trained"), *_raw(record))]
+    seen = set()
+    while (parent := record.get("parent")) and parent["directory"] not in seen:
+        seen.add(parent["directory"])
+        record = read_stage(parent["directory"])
+        moved = record.get("weights") not in (None, parent["weights"])
+        note = "no longer there" if not record else "holds other weights by now" if moved else ""
+        rows.append((parent["directory"], parent.get("stage") or "", parent["weights"], *_raw(record)))
+        if note:
+            rows[-1] = (*rows[-1][:3], note, "")
+            break
+    return table(("stage directory", "stage", "weights", "raw text", "its hash"), rows, texts=(3,))
+
+
+def _raw(record: dict) -> tuple[str, str]:
+    train = (record.get("data") or {}).get("train") or {}
+    return "\n".join(map(str, train.get("files", ()))), str(train.get("hash") or "")
+
+
+def _recipe(record: dict) -> str:
+    rows = [(name, json.dumps(value, ensure_ascii=False)) for name, value in (record.get("options") or {}).items()]
+    facts = {key: record[key] for key in ("command", "git_commit", "python", "seed") if record.get(key) is not None}
+    facts |= record.get("libraries") or {}
+    return (
+        (f"<p>Options that are not the library's defaults.</p>{table(('option', 'value'), rows)}" if rows else "")
+        + f"<details><summary>Command and versions</summary>{table(('what', 'value'), map(_text_pair, facts.items()))}"
+        + "</details>"
+    )
+
+
+def _text_pair(pair: tuple[str, Any]) -> tuple[str, str]:
+    return pair[0], str(pair[1])

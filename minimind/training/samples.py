@@ -1,0 +1,148 @@
+"""What the model writes to the same prompts, again and again while it trains."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from minimind.data.conversations import check_order, parse_messages
+from minimind.data.files import BadRowError
+from minimind.errors import UserError
+from minimind.evaluation import answer, complete
+from minimind.training.tracking import track_samples
+
+TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")
+CHAT_PROMPTS = ("你好，你是谁？", "请写出三个国家的名字。", "Who are you?", "Name three countries.")
+SHOWN = 160  # characters of a sample in the terminal
+
+
+def read_prompts(path: str | None, chat: bool) -> list[Any]:
+    """The prompts of a file, one a line: texts, or for a chat model lists of messages that end with the user's.
+
+    A line is a text, or a JSON object with "prompt" or, for a chat model, with "messages" or "conversations".
+
+    Raises:
+        UserError: the file cannot be read, or has a line that is no prompt.
+    """
+    if path is None:
+        prompts = list(CHAT_PROMPTS if chat else TEXT_PROMPTS)
+    else:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--sample_prompts {path}: {error}. Give a UTF-8 file with one prompt a line.") from error
+        prompts = [_prompt(line, f"{path}:{number}", chat) for number, line in enumerate(lines, 1) if line.strip()]
+        if not prompts:
+            raise UserError(f"--sample_prompts {path} is empty. Give one prompt a line.")
+    return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+
+
+def _prompt(line: str, place: str, chat: bool) -> Any:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(row, dict):
+        return line  # a line that is a number is a text
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    if not chat:
+        raise UserError(f'{place}: found {line[:80]}, expected a text or {{"prompt": "..."}}.')
+    name = "messages" if "messages" in row else "conversations"
+    try:
+        messages = parse_messages(row.get(name), name)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        check_order([*messages, {"role": "assistant", "content": "?"}], name)
+    except BadRowError as error:
+        raise UserError(f"{place}: {error}") from error
+    return messages
+
+
+def prompt_text(prompt: str | Sequence[dict]) -> str:
+    """What is shown of a prompt: the text, or the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def write_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence, max_new_tokens: int
+) -> list[str]:
+    """The model's greedy continuation of each prompt; the state of the random generators is not touched."""
+    training = model.training
+    model.eval()
+    try:
+        if isinstance(prompts[0], str):
+            encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+            return complete(model, tokenizer, encoded, max_new_tokens)
+        return answer(model, tokenizer, prompts, max_new_tokens)
+    finally:
+        model.train(training)
+
+
+class SampleCallback(TrainerCallback):
+    """Every `every` steps and at the end, the greedy continuation of fixed prompts: to the terminal, to samples.jsonl
+    and to the trackers' tables.
+
+    Greedy, so that samples of two steps can be compared and the training's random numbers stay what they were.
+    """
+
+    def __init__(
+        self, trainer, tokenizer: PreTrainedTokenizerFast, prompts: Sequence, output_dir: Path, every: int, tokens: int
+    ):
+        self.trainer, self.tokenizer, self.prompts = trainer, tokenizer, prompts
+        self.file, self.every, self.tokens = output_dir / "samples.jsonl", every, tokens
+        self.rows: list[dict] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A resumed run keeps the samples from before its checkpoint."""
+        if state.is_world_process_zero:
+            self.rows = [row for row in read_samples(self.file) if row["step"] < state.global_step]
+            self._save()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every > 0 and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.sample(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.rows or self.rows[-1]["step"] != state.global_step:
+            self.sample(state)
+
+    def sample(self, state) -> None:
+        """Write, show and track one round. All processes take part where the weights are spread over them."""
+        if not (state.is_world_process_zero or is_deepspeed_zero3_enabled()):
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        texts = write_samples(model, self.tokenizer, self.prompts, self.tokens)
+        if not state.is_world_process_zero:
+            return
+        new = [
+            {"step": state.global_step, "prompt": prompt_text(prompt), "text": text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+        self.rows += new
+        self._save()
+        print(f"samples after step {state.global_step:,}")
+        for row in new:
+            print(f"  {one_line(row['prompt'])} | {one_line(row['text'])}", flush=True)
+        track_samples(self.rows, state.global_step)
+
+    def _save(self) -> None:
+        partial = self.file.with_name(f".{self.file.name}.partial")
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows), encoding="utf-8")
+        partial.replace(self.file)
+
+
+def read_samples(file: Path) -> list[dict]:
+    """The rows of a samples.jsonl: step, prompt, text; none where there is no file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def one_line(text: str) -> str:
+    """A text as a terminal may show it: no control characters, and not too long."""
+    text = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

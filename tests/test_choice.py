@@ -1,0 +1,168 @@
+"""Schedules, the best model, early stopping: what a run does at which step."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pipeline import document_rows, failure, run_script, short_run, write_model
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
+
+from minimind.checkpoints import read_stage
+from minimind.training.arguments import PretrainConfig, parse
+from minimind.training.callbacks import Baseline, EarlyStopping
+
+STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3
+
+
+def after_warmup(step, factor):
+    """Factor of step `step` (the first is 0), its formula given the share of the way from the warm-up to the end."""
+    return step / WARMUP if step < WARMUP else factor((step - WARMUP) / (STEPS - WARMUP))
+
+
+def wsd(step):
+    return min(1.0, step / WARMUP) if step < STEPS - DECAY else 1 - math.sqrt((step - STEPS + DECAY) / DECAY)
+
+
+SCHEDULES = {
+    "cosine_with_min_lr": lambda s: after_warmup(s, lambda p: 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2),
+    "linear": lambda s: after_warmup(s, lambda p: 1 - p),
+    "constant": lambda s: 1.0,
+    "constant_with_warmup": lambda s: after_warmup(s, lambda p: 1.0),
+    "warmup_stable_decay": wsd,
+}
+
+
+@pytest.fixture
+def pretrain(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
+    """Run pretrain.py on a few rows; returns the log's entries and the stage directory."""
+    documents, model = write_jsonl("docs.jsonl", document_rows()), write_model(tmp_path / "model.json")
+
+    def run(name="run", **options):
+        output = tmp_path / name
+        options = {"block_size": 32, "logging_steps": 1, "learning_rate": PEAK, "sample_steps": -1} | options
+        data = ["--train_files", documents, "--model_config", model, "--tokenizer", tokenizer_dir]
+        run_script(monkeypatch, "pretrain", *short_run(output, **options), *data, "--eval_ratio", 0.2)
+        return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()], output
+
+    return run
+
+
+def rates(log):
+    return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_step_of_a_schedule_follows_its_formula(pretrain, schedule):
+    log, _ = pretrain(
+        max_steps=STEPS, lr_scheduler_type=schedule, warmup_steps=WARMUP / STEPS, lr_decay_steps=DECAY / STEPS
+    )
+    assert rates(log) == pytest.approx([PEAK * SCHEDULES[schedule](step) for step in range(STEPS)], rel=1e-6)
+
+
+def test_a_stable_run_decays_from_any_of_its_checkpoints(pretrain):
+    options = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": WARMUP, "lr_decay_steps": DECAY}
+    log, stable = pretrain(
+        "stable", max_steps=STEPS, save_strategy="steps", save_steps=4, save_total_limit=3, **options
+    )
+    decayed, _ = pretrain(
+        "decayed", max_steps=4 + DECAY, resume_from_checkpoint=stable / "checkpoint-4", **CHANGED, **options
+    )
+    expected = [PEAK * (1 - math.sqrt(step / DECAY)) for step in range(DECAY)]
+    assert rates(decayed)[-DECAY:] == pytest.approx(expected, rel=1e-6)
+    assert rates(log)[4:7] == pytest.approx([PEAK] * 3)  # the run it came from was still at its peak
+
+
+# A resumed run whose recipe differs has to be asked for where runs compare recipes.
+CHANGED = {"allow_changed_recipe": True} if "allow_changed_recipe" in PretrainConfig.__dataclass_fields__ else {}
+
+
+def test_the_best_model_is_the_one_that_is_kept(pretrain, caplog):
+    # The learning rate rises until the model is spoilt.
+    options = {"learning_rate": 2.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    log, stage = pretrain(max_steps=8, **options)
+    losses = {entry["step"]: entry["eval_loss"] for entry in log[:-1] if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    record = read_stage(stage)
+    assert 1 < best < 8
+    assert record["best"] == {"metric": "eval_loss", "value": losses[best], "step": best}
+    assert record["metrics"]["after"]["loss"] == pytest.approx(losses[best], abs=1e-5)
+    kept, final = load_file(stage / f"checkpoint-{best}" / "model.safetensors"), load_file(stage / "model.safetensors")
+    assert all(torch.equal(kept[name], final[name]) for name in final)
+    assert "missing keys" not in caplog.text  # the head is the embedding, and so in no file
+
+
+def test_training_stops_when_evaluations_stop_improving(pretrain, capsys):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "warmup_steps": 0}
+    log, stage = pretrain(max_steps=30, learning_rate=5.0, lr_scheduler_type="constant", **options)
+    assert read_stage(stage)["steps"] == 2
+    assert "stopping early: 2 evaluations did not improve eval_loss" in capsys.readouterr().out
+    baseline = next(entry["eval_loss"] for entry in log if "eval_loss" in entry)
+    assert read_stage(stage)["best"] == {"metric": "eval_loss", "value": pytest.approx(baseline), "step": 0}
+
+
+def test_the_threshold_is_what_an_evaluation_has_to_gain():
+    args = SimpleNamespace(metric_for_best_model="eval_loss", greater_is_better=False)
+    counts = []
+    for threshold in (0.0, 0.1):
+        stopping, state, control = EarlyStopping(3, threshold), TrainerState(), TrainerControl()
+        for step, loss in enumerate((2.0, 1.95, 1.94, 1.7)):
+            state.global_step = step
+            stopping.on_evaluate(args, state, control, {"eval_loss": loss})
+            state.best_metric = min(loss, state.best_metric or loss)
+        counts.append(stopping.early_stopping_patience_counter)
+    assert counts == [0, 0]
+    stopping.on_evaluate(args, state, control, {"eval_loss": 1.65})
+    assert stopping.early_stopping_patience_counter == 1
+
+
+def test_a_resumed_run_goes_on_counting_towards_its_early_stop(tmp_path):
+    stopping = EarlyStopping(3, 0.0)
+    stopping.early_stopping_patience_counter = 2
+    state = TrainerState(global_step=5, stateful_callbacks=[stopping])
+    state.save_to_json(tmp_path / "trainer_state.json")
+    resumed = EarlyStopping(3, 0.0)
+    resumed.on_train_begin(None, TrainerState.load_from_json(tmp_path / "trainer_state.json"), None)
+    assert resumed.early_stopping_patience_counter == 2
+
+
+def test_the_evaluation_before_the_first_step_is_to_be_beaten():
+    args = SimpleNamespace(metric_for_best_model="loss")
+    state = TrainerState()
+    Baseline().on_evaluate(args, state, None, {"eval_loss": 2.5})
+    assert state.best_metric == 2.5
+    state.global_step = 1
+    Baseline().on_evaluate(args, state, None, {"eval_loss": 1.0})
+    assert state.best_metric == 2.5  # later ones are the trainer's to compare
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--early_stopping_patience", "2"], "--early_stopping_patience compares evaluations: give --eval_strategy"),
+        (["--load_best_model_at_end"], "--load_best_model_at_end compares evaluations: give --eval_strategy"),
+        (["--early_stopping_patience", "0", "--eval_strategy", "epoch"], "--early_stopping_patience 0: expected at"),
+        (["--lr_decay_steps", "-1"], "--lr_decay_steps -1: expected 0 or more"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(capsys, words, message, tmp_path):
+    from minimind.errors import reports_user_errors
+
+    call = reports_user_errors(parse)
+    assert message in failure(capsys, lambda: call(PretrainConfig, argv=["--output_dir", str(tmp_path / "x"), *words]))
+
+
+def test_choosing_without_held_out_rows_is_refused(pretrain, capsys):
+    options = {"eval_strategy": "epoch", "early_stopping_patience": 1, "max_eval_rows": 0}
+    assert "need held-out rows, and there are none" in failure(capsys, lambda: pretrain(**options))
+
+
+def test_fewer_bits_per_byte_are_better(tmp_path):
+    words = ["--eval_strategy", "epoch", "--load_best_model_at_end"]
+    metric = ["--metric_for_best_model", "eval_bits_per_byte", "--output_dir", str(tmp_path / "run")]
+    (config,) = parse(PretrainConfig, argv=[*words, *metric])
+    assert config.greater_is_better is False
+    assert config.save_strategy == "best"

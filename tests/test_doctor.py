@@ -1,0 +1,532 @@
+"""Every check of the doctor finds the fault it is for, and lets a healthy run pass."""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind import doctor as doctor_module
+from minimind.checkpoints import write_json
+from minimind.data.packing import BlockCollator
+from minimind.doctor import CHECKS, Case, accumulation_error, doctor, examine, tiny_config, usual_learning_rates
+from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+RECIPES = sorted(str(path) for path in Path("configs").glob("*/*.yaml") if path.parent.name != "data")
+DEEPSPEED = json.loads(Path("ds_config_zero2.json").read_text())
+
+
+def arguments(tmp_path, kind=PretrainConfig, **options):
+    options = {"report_to": "none", "bf16": False, "use_cpu": True, "learning_rate": 5e-4} | options
+    return kind(output_dir=str(tmp_path / "run"), **options)
+
+
+@pytest.fixture
+def case(model, tokenizer, tmp_path):
+    """A healthy pretraining: 64 rows of documents of 7 tokens and an end."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, len(tokenizer), (64, 32))
+    ids[:, 7::8] = tokenizer.eos_token_id
+    facts = {"train": {"files": ["a"], "documents": 256, "tokens": 2048}, "eval": {"files": []}}
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return Case(
+        "pretrain",
+        args=arguments(tmp_path, block_size=32),
+        model=model,
+        tokenizer=tokenizer,
+        train=Dataset.from_dict({"input_ids": ids.tolist()}).with_format("numpy"),
+        facts=facts,
+        collator=BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id),
+        deepspeed=json.loads(json.dumps(DEEPSPEED)),
+    )
+
+
+def ask(case, name):
+    return next(each for each in CHECKS if each.name == name)(case)
+
+
+def change(case, **options):
+    """The case with other arguments."""
+    return dataclasses.replace(case, args=dataclasses.replace(case.args, **options))
+
+
+def test_a_healthy_run_passes_every_quick_check(case):
+    findings = examine(case, quick=True)
+    assert {finding.severity for finding in findings} == {"ok"}, findings
+    assert len(findings) >= 20
+
+
+def test_the_quick_checks_change_no_random_number_and_no_weight(case):
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    torch.manual_seed(7)
+    examine(case, quick=True)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(3))
+    assert all(torch.equal(before[name], value) for name, value in case.model.state_dict().items())
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "change_json"),
+    [
+        ("deepspeed_optimizer", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}),
+        ("deepspeed_scheduler", {"scheduler": {"type": "WarmupLR", "params": {}}}),
+        ("deepspeed_batch", {"train_micro_batch_size_per_gpu": 3}),
+        ("deepspeed_batch", {"gradient_accumulation_steps": 16}),
+        ("deepspeed_batch", {"train_batch_size": 4096}),
+        ("deepspeed_precision", {"bf16": {"enabled": True}}),
+        ("deepspeed_precision", {"fp16": {"enabled": True}}),
+        ("deepspeed_clipping", {"gradient_clipping": 0.1}),
+        ("deepspeed_auto", {"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}),
+    ],
+)
+def test_a_json_that_fights_the_recipe_is_found(case, name, change_json):
+    assert ask(case, name).severity == "ok"
+    case.deepspeed |= change_json
+    finding = ask(case, name)
+    assert finding.severity == "error"
+    assert finding.expected
+    assert finding.fix
+
+
+def test_a_json_without_clipping_is_found_since_deepspeed_then_clips_nothing(case):
+    del case.deepspeed["gradient_clipping"]
+    assert ask(case, "deepspeed_clipping").severity == "error"
+    assert ask(change(case, max_grad_norm=0.0), "deepspeed_clipping").severity == "ok"
+
+
+def test_without_deepspeed_its_checks_are_skipped(case):
+    case.deepspeed = None
+    assert ask(case, "deepspeed_batch").severity == "skipped"
+
+
+@pytest.mark.parametrize("key", ["bfloat16", "cpu_offload"])
+def test_deprecated_keys_of_the_json_are_found(case, key):
+    case.deepspeed |= {"bfloat16": {"enabled": True}} if key == "bfloat16" else {"zero_optimization": {key: True}}
+    finding = ask(case, "deprecated_keys")
+    assert finding.severity == "warning"
+    assert key in finding.found
+
+
+def test_the_known_auto_keys_are_those_that_transformers_fills(case, monkeypatch, tmp_path):
+    """Against the library itself: after its processing no known key is still "auto"."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config: dict = {}
+    for key in doctor_module.FILLED:
+        *parents, last = key.split(".")
+        place = config
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = "auto"
+    config["zero_optimization"] |= {"stage": 3, "allgather_bucket_size": "auto"}
+    filled = HfTrainerDeepSpeedConfig(config)
+    filled.trainer_config_process(case.args)
+    filled.trainer_config_finalize(case.args, case.model, 100)
+    left = [key for key, value in doctor_module.flat(filled.config) if value == "auto"]
+    assert left == ["zero_optimization.allgather_bucket_size"]
+
+
+# Precision.
+
+
+def test_fp16_without_a_moving_loss_scale_is_found(case):
+    assert ask(case, "fp16_scaling").severity == "ok"
+    args = dataclasses.replace(case.args)
+    args.fp16, args.use_cpu = True, False
+    args.__dict__["_n_gpu"] = 1
+    fixed = dataclasses.replace(case, args=args, deepspeed=case.deepspeed | {"fp16": {"loss_scale": 1}})
+    assert "fixed loss_scale" in ask(fixed, "fp16_scaling").found
+    assert ask(fixed, "fp16_scaling").severity == "error"
+
+
+def test_fp16_weights_and_fp16_on_a_cpu_are_found(case):
+    args = dataclasses.replace(case.args)
+    args.fp16 = True
+    assert "on a CPU" in ask(dataclasses.replace(case, args=args), "fp16_scaling").found
+    half = dataclasses.replace(case, model=case.model.half())
+    assert ask(half, "fp16_scaling").severity == "error"
+
+
+def test_bf16_where_it_is_emulated_is_found(case, monkeypatch):
+    case = change(case, bf16=True)
+    for fast, severity in ((True, "ok"), (False, "warning")):
+        monkeypatch.setattr(doctor_module, "bf16_is_fast", lambda fast=fast: fast)
+        assert ask(case, "bf16_hardware").severity == severity
+
+
+# The loss.
+
+
+class MeanOfMeans(MiniMindForCausalLM):
+    """A model that forgets num_items_in_batch, as many do."""
+
+    def forward(self, *args, num_items_in_batch=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_loss_that_is_not_normalised_by_tokens_is_found(case, config):
+    assert ask(case, "accumulation").severity == "ok"
+    finding = ask(dataclasses.replace(case, model=MeanOfMeans(config)), "accumulation")
+    assert finding.severity == "error"
+    assert "accumulation" in finding.found
+
+
+def test_ranks_that_average_their_own_means_are_found(case):
+    case = change(case, average_tokens_across_devices=False)
+    assert ask(case, "accumulation").severity == "warning"
+    case.world = 2
+    finding = ask(case, "accumulation")
+    assert finding.severity == "error"
+    assert "average_tokens_across_devices" in finding.fix
+
+
+def test_our_router_loss_counts_once_and_the_librarys_once_per_part():
+    """The library's own mixture of experts is the fault that is looked for (transformers issue 48690)."""
+    ours = tiny_config(MiniMindConfig(num_experts=4))
+    assert accumulation_error(MiniMindForCausalLM, ours, "router") < 1e-4
+    theirs = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
+        output_router_logits=True,
+    )  # fmt: skip
+    assert accumulation_error(Qwen3MoeForCausalLM, theirs, "accumulation") < 1e-4
+    assert accumulation_error(Qwen3MoeForCausalLM, theirs, "router") > 0.1
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_experts": 4}, {"num_experts": 4, "n_shared_experts": 1, "seq_aux": True}]
+)
+def test_our_models_pass_with_any_parts(case, fields):
+    model = MiniMindForCausalLM(tiny_config(MiniMindConfig(**fields)))
+    finding = ask(dataclasses.replace(case, model=model), "accumulation")
+    assert finding.severity == "ok", finding
+    assert ("router" in finding.found) == bool(fields)
+
+
+# Tokens.
+
+
+def test_padding_that_is_the_end_token_is_found(case):
+    tokenizer = case.tokenizer
+    pad = tokenizer.pad_token
+    try:
+        tokenizer.pad_token = tokenizer.eos_token
+        assert ask(case, "padding_token").severity == "error"
+    finally:
+        tokenizer.pad_token = pad
+
+
+def test_a_collator_that_masks_the_ends_is_found(case):
+    healthy = case.collator
+
+    def masks_by_token(rows):
+        batch = healthy(rows)
+        batch["labels"][batch["input_ids"] == case.tokenizer.eos_token_id] = -100
+        return batch
+
+    finding = ask(dataclasses.replace(case, collator=masks_by_token), "padding_token")
+    assert finding.severity == "error"
+    assert "have no label" in finding.found
+
+
+def test_documents_without_an_end_between_them_are_found(case, tokenizer):
+    ids = np.full((64, 32), 9)
+    case.train = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("numpy")
+    assert ask(case, "document_ends").severity == "error"
+
+
+def test_few_long_documents_are_no_fault(case):
+    ids = np.full((64, 32), 9)
+    case.train = Dataset.from_dict({"input_ids": ids.tolist()}).with_format("numpy")
+    case.facts["train"] |= {"documents": 2}
+    assert ask(case, "document_ends").severity == "ok"
+
+
+def test_a_tokenizer_that_the_model_has_no_embeddings_for_is_found(case, config):
+    config.vocab_size = 200
+    finding = ask(dataclasses.replace(case, model=MiniMindForCausalLM(config)), "vocabulary")
+    assert finding.severity == "error"
+    assert "200" in finding.found
+
+
+def test_rows_made_with_another_tokenizer_are_found(case):
+    case.train = Dataset.from_dict({"input_ids": [[6000] * 32] * 4}).with_format("numpy")
+    assert "6,000" in ask(case, "vocabulary").found
+
+
+def test_untied_embeddings_are_found(case):
+    case.model.lm_head.weight = torch.nn.Parameter(case.model.lm_head.weight.clone())
+    assert ask(case, "tied_weights").severity == "error"
+
+
+def lora_case(case, tmp_path, **options):
+    options = {"r": 2, "target_modules": "all-linear"} | options
+    adapter = get_peft_model(case.model, LoraConfig(task_type="CAUSAL_LM", **options))
+    args = arguments(tmp_path, SFTStageConfig, learning_rate=2e-4)
+    return dataclasses.replace(case, stage="sft", model=adapter, args=args)
+
+
+def train_embeddings(case):
+    with torch.no_grad():
+        case.model.get_input_embeddings().weight.mul_(4)
+
+
+def test_special_tokens_that_lora_leaves_untrained_are_found(case, tokenizer, tmp_path):
+    train_embeddings(case)
+    healthy = lora_case(case, tmp_path)
+    assert ask(healthy, "untrained_tokens").severity == "ok"
+    with torch.no_grad():  # as a token added later is
+        torch.nn.init.normal_(case.model.get_input_embeddings().weight[tokenizer.eos_token_id], std=0.02)
+    finding = ask(healthy, "untrained_tokens")
+    assert finding.severity == "error"
+    assert tokenizer.eos_token in finding.found
+
+
+def test_new_tokens_that_all_begin_at_one_mean_are_found(case, tokenizer, tmp_path):
+    train_embeddings(case)
+    weight = case.model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[[0, 1, tokenizer.eos_token_id]] = weight.mean(0)
+    assert ask(lora_case(case, tmp_path), "untrained_tokens").severity == "error"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:.*tied.*")
+def test_embeddings_trained_beside_the_adapter_are_no_fault(case, tmp_path):
+    case = lora_case(case, tmp_path, modules_to_save=["embed_tokens"])
+    assert ask(case, "untrained_tokens").severity == "ok"
+
+
+def test_an_adapter_on_a_base_that_never_saw_the_chat_template_is_found(case, tmp_path):
+    train_embeddings(case)
+    write_json(tmp_path / "stage.json", {"stage": "pretrain"})
+    case = dataclasses.replace(lora_case(case, tmp_path), parent=tmp_path)
+    assert ask(case, "untrained_tokens").severity == "warning"
+
+
+@pytest.mark.parametrize("ends", [None, 7, [7, 8]])
+def test_a_generation_config_that_cannot_stop_is_found(case, ends):
+    case.model.generation_config.eos_token_id = ends
+    assert ask(case, "generation_stops").severity == "error"
+
+
+def test_a_second_end_token_is_no_fault(case, tokenizer):
+    case.model.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
+    assert ask(case, "generation_stops").severity == "ok"
+
+
+def test_rows_longer_than_the_models_positions_are_found(case):
+    assert ask(change(case, block_size=512), "positions").severity == "error"
+
+
+# The recipe.
+
+
+@pytest.mark.parametrize(("rate", "severity"), [(5e-4, "ok"), (0.1, "warning"), (5e-8, "warning")])
+def test_a_learning_rate_far_from_the_usual_is_found(case, rate, severity):
+    assert ask(change(case, learning_rate=rate), "learning_rate").severity == severity
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameters", "lora", "rates"),
+    [
+        ("pretrain", 125e6, False, [6e-4]),  # GPT-3, Brown et al. 2020, table 2.1
+        ("pretrain", 13e9, False, [1e-4]),
+        ("pretrain", 110e6, False, [3e-3]),  # SmolLM-135M
+        ("sft", 8e9, False, [5e-6, 2e-5]),  # Tulu 3; Alpaca
+        ("sft", 64e6, True, [2e-4]),
+        ("dpo", 8e9, False, [5e-7]),  # Tulu 3
+        ("dpo", 64e6, False, [5e-6]),
+    ],
+)
+def test_published_learning_rates_are_usual(stage, parameters, lora, rates):
+    low, high = usual_learning_rates(stage, int(parameters), lora)
+    assert all(low <= rate <= high for rate in rates), (low, high)
+
+
+def test_a_learning_rate_of_dpo_that_moves_nothing_is_found(case, tmp_path):
+    args = arguments(tmp_path, DPOStageConfig, learning_rate=4e-8)
+    finding = ask(dataclasses.replace(case, stage="dpo", args=args), "learning_rate")
+    assert finding.severity == "warning"
+
+
+@pytest.mark.parametrize(("warm", "severity"), [(0.05, "ok"), (100, "error"), (60, "warning")])
+def test_a_warm_up_longer_than_the_training_is_found(case, warm, severity):
+    assert ask(change(case, max_steps=100, warmup_steps=warm), "warmup").severity == severity
+
+
+def test_checkpoints_that_never_come_are_found(case):
+    case = change(case, max_steps=100, save_strategy="steps", save_steps=500)
+    assert ask(case, "save_steps").severity == "warning"
+    assert ask(change(case, save_steps=50), "save_steps").severity == "ok"
+
+
+def test_too_many_passes_over_the_data_are_found(case):
+    assert ask(change(case, num_train_epochs=4), "epochs").severity == "ok"
+    assert ask(change(case, num_train_epochs=20), "epochs").severity == "warning"
+    assert ask(change(case, max_steps=1000), "epochs").severity == "warning"
+
+
+def test_a_held_out_file_that_is_trained_on_is_found(case):
+    case.facts["eval"] = {"files": ["a"]}
+    assert ask(case, "held_out_files").severity == "error"
+    case.facts["eval"] = {"files": ["b"]}
+    assert ask(case, "held_out_files").severity == "ok"
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_found(case, monkeypatch):
+    case = change(case, save_strategy="steps")
+    assert ask(case, "disk_space").severity == "ok"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1_000_000))
+    assert ask(case, "disk_space").severity == "error"
+
+
+def test_a_data_loader_slower_than_the_step_is_found(case):
+    assert ask(case, "dataloader_speed").severity == "ok"
+    healthy = case.collator
+
+    def slow(rows):
+        time.sleep(0.2)
+        return healthy(rows)
+
+    case.train = case.train.select(range(24))
+    assert ask(dataclasses.replace(case, collator=slow), "dataloader_speed").severity == "warning"
+
+
+def test_the_tracker_check_never_stops_a_run(case, monkeypatch):
+    case.args.report_to = ["wandb"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    finding = ask(case, "tracker")
+    assert (finding.severity, "offline" in finding.found) == ("ok", True)
+
+
+# Recipes.
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_of_the_project_have_no_fault(recipe, monkeypatch, tmp_path):
+    """Sizes of 100 M are not needed to see it, and would take long to make."""
+    monkeypatch.setattr(doctor_module, "new_model", small_model)
+    report = doctor(recipe, ["--train_files", "a/file/not/there.jsonl", "--output_dir", str(tmp_path)], quick=True)
+    assert report["errors"] == 0, report["findings"]
+    assert report["stage"] == {"lora": "sft"}.get(Path(recipe).parent.name, Path(recipe).parent.name)
+
+
+def small_model(config_file, tokenizer, attn_implementation):
+    """Layers of the size that the file says, on the meta device."""
+    from minimind.training.arguments import load_model_config_file
+
+    fields = load_model_config_file(config_file) | {"vocab_size": len(tokenizer)}
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(MiniMindConfig(**fields, eos_token_id=tokenizer.eos_token_id))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+@pytest.fixture
+def recipe(tmp_path, write_jsonl, tokenizer_dir):
+    """A recipe of a short pretraining, as a file."""
+
+    def write(name="pretrain", **changes):
+        values = {
+            "train_files": [write_jsonl("docs.jsonl", document_rows())],
+            "model_config": write_model(tmp_path / "model.json"),
+            "tokenizer": str(tokenizer_dir),
+            "output_dir": str(tmp_path / "run"),
+            "block_size": 32,
+            "num_train_epochs": 1,
+            "bf16": False,
+            "report_to": "none",
+        } | changes
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+def test_a_healthy_recipe_passes_with_exit_code_0_and_a_table(recipe, capsys):
+    run_cli("doctor", recipe())
+    said = capsys.readouterr().out
+    assert "0 errors" in said
+    assert "accumulation" in said
+
+
+def test_json_is_one_object_and_faults_end_with_exit_code_1(recipe, capsys, tmp_path):
+    spoilt = tmp_path / "ds.json"
+    write_json(spoilt, DEEPSPEED | {"scheduler": {"type": "WarmupLR"}})
+    with pytest.raises(SystemExit) as stop:
+        run_cli("doctor", recipe(), "--deepspeed", spoilt, "--warmup_steps", "500", "--json")
+    assert stop.value.code == 1
+    report = json.loads(capsys.readouterr().out)
+    errors = {finding["name"] for finding in report["findings"] if finding["severity"] == "error"}
+    assert errors == {"deepspeed_scheduler", "warmup"}
+    assert report["errors"] == 2
+
+
+def test_an_old_name_in_a_recipe_is_told_with_the_new_one(recipe):
+    report = doctor(recipe(evaluation_strategy="steps", warmup_ratio=0.1))
+    finding = next(finding for finding in report["findings"] if finding["name"] == "deprecated_keys")
+    assert finding["severity"] == "error"
+    assert "evaluation_strategy -> eval_strategy" in finding["fix"]
+
+
+def test_what_a_run_would_be_refused_for_is_a_finding(recipe):
+    report = doctor(recipe(block_sise=3))
+    assert [finding["name"] for finding in report["findings"]] == ["start"]
+    assert "block_size" in report["findings"][0]["found"]
+
+
+def test_held_out_documents_that_are_trained_on_are_found(recipe, write_jsonl):
+    other = write_jsonl("eval.jsonl", [*document_rows()[:4], {"text": "never seen before by anyone"}])
+    findings = {f["name"]: f for f in doctor(recipe(eval_files=[other]))["findings"]}
+    assert findings["held_out_rows"]["severity"] == "error"
+    assert "eval.jsonl:1" in findings["held_out_rows"]["fix"]
+
+
+def test_inputs_that_are_not_there_yet_are_a_warning(recipe):
+    report = doctor(recipe(train_files=["runs/not/there.jsonl"], tokenizer="runs/no/tokenizer"))
+    assert report["errors"] == 0
+    assert "runs/not/there.jsonl" in report["findings"][0]["found"]
+
+
+def test_a_fault_stops_a_run_before_it_begins_unless_told_otherwise(
+    monkeypatch, tmp_path, write_jsonl, capsys, tokenizer_dir
+):
+    options = [*short_run(tmp_path / "run", block_size=32, warmup_steps=2), "--tokenizer", tokenizer_dir]
+    options += ["--train_files", write_jsonl("docs.jsonl", document_rows())]
+    options += ["--model_config", write_model(tmp_path / "model.json")]
+    message = failure(capsys, run_script, monkeypatch, "pretrain", *options)
+    assert "warmup: 2 warm-up steps, expected fewer than the 2 steps of the run" in message
+    assert "--on_findings warn" in message
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()
+    run_script(monkeypatch, "pretrain", *options, "--on_findings", "warn")
+    assert "error: warmup" in capsys.readouterr().out
+    assert (tmp_path / "run" / "stage.json").exists()
+
+
+def test_the_doctor_reads_all_three_stages(recipe, write_jsonl, monkeypatch, tmp_path, tokenizer_dir):
+    run_script(monkeypatch, "pretrain", "--config", recipe(max_steps=2))
+    nothing = {"model_config": None, "tokenizer": None, "block_size": None, "max_length": 64}
+    start = {"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "next"), **nothing}
+    chats, pairs = write_jsonl("chats.jsonl", chat_rows()), write_jsonl("pairs.jsonl", pair_rows())
+    for stage, rows, rate in (("sft", chats, 2e-5), ("dpo", pairs, 5e-6)):
+        path = recipe(stage, train_files=[rows], learning_rate=rate, **start)
+        report = doctor(path, stage=stage)
+        assert report["errors"] == 0, report["findings"]
+        assert not any(finding["severity"] == "skipped" for finding in report["findings"][7:]), report["findings"]
+    report = doctor(recipe("lora", train_files=[chats], learning_rate=2e-4, use_peft=True, **start), stage="sft")
+    findings = {finding["name"]: finding["severity"] for finding in report["findings"]}
+    assert findings["untrained_tokens"] in ("warning", "error")

@@ -1,0 +1,198 @@
+"""report.html: one page, nothing from outside, every text escaped; and what it draws."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.evaluation import token_loss_distribution
+from minimind.training.report import chart, histogram, nice_ticks, read_log, report_page, thin, write_report
+
+HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\" ' & 中文"
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; complains where tags do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.words.append(text)
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A stage directory whose every text is hostile, with a parent."""
+    parent = tmp_path / "base"
+    parent.mkdir()
+    raw = {"train": {"files": ["raw <corpus>.jsonl"], "hash": "feed"}}
+    record = {"stage": "pretrain", "parent": None, "weights": "cafe", "data": raw}
+    (parent / "stage.json").write_text(json.dumps(record))
+    directory = tmp_path / "sft"
+    directory.mkdir()
+    log = [{"step": 0, "eval_loss": 3.0, "eval_bits_per_byte": 1.5}]
+    log += [
+        {"step": n, "loss": 3 - n / 10, "learning_rate": 1e-3 / n, "tokens_per_second": 1000.0 + n, "elapsed": 1.0 * n}
+        for n in range(1, 11)
+    ]
+    log += [{"step": 10, "eval_loss": 2.0, "eval_bits_per_byte/zh<b>": 1.1, "eval_bits_per_byte/en": 1.2}]
+    (directory / "train_log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 11, "lo')
+    rows = [{"step": step, "prompt": HOSTILE, "text": f"{HOSTILE}\n{step}"} for step in (5, 10)]
+    (directory / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    roles = {HOSTILE: {"tokens": 4, "trained": 2, "trained_share": 0.5}}
+    findings = [{"severity": "warning", "name": "x", "count": 1, "text": HOSTILE, "advice": "none", "places": []}]
+    (directory / "mask_report.json").write_text(json.dumps({"rows": 2, "roles": roles, "findings": findings}))
+    record = {
+        "stage": "sft",
+        "parent": {"directory": str(parent), "stage": "pretrain", "weights": "cafe"},
+        "weights": "beef",
+        "data": {"train": {"files": [HOSTILE], "rows": 7, "hash": "f00d"}, "eval": {"files": [], "rows": 1}},
+        "options": {"learning_rate": 1e-3, "run_name": HOSTILE},
+        "command": HOSTILE,
+        "metrics": {"before": {"loss": 3.0}, "after": {"loss": 2.0}},
+        "best": {"metric": "eval_loss", "value": 2.0, "step": 10},
+        "token_loss": token_loss_distribution(torch.tensor([0.1, 0.2, 3.0, 99.0])),
+    }
+    (directory / "stage.json").write_text(json.dumps(record))
+    return directory
+
+
+def test_the_page_is_whole_html_and_asks_for_nothing_from_outside(stage):
+    text = write_report(stage).read_text()
+    page = Page(text)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "base", "form", "video"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "onerror", "srcset")]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in text
+
+
+def test_hostile_texts_are_shown_as_they_are(stage):
+    page = Page(report_page(stage, json.loads((stage / "stage.json").read_text())))
+    shown = "".join(page.words)
+    # prompt and text of two samples, role, finding, file twice, command; and the option, its quotes escaped
+    assert shown.count("<script>document.title='owned'</script>") == 10
+    assert shown.count(HOSTILE) == 9
+
+
+def test_the_lineage_leads_back_to_the_raw_text(stage):
+    page = report_page(stage, json.loads((stage / "stage.json").read_text()))
+    lineage = page[page.index("Lineage") :]
+    assert lineage.index("beef") < lineage.index("cafe") < lineage.index("raw &lt;corpus&gt;.jsonl")
+    assert "feed" in lineage
+
+
+def test_a_parent_that_holds_other_weights_by_now_is_told(stage):
+    record = json.loads((stage.parent / "base" / "stage.json").read_text())
+    (stage.parent / "base" / "stage.json").write_text(json.dumps(record | {"weights": "new"}))
+    assert "holds other weights by now" in write_report(stage).read_text()
+    shutil.rmtree(stage.parent / "base")
+    assert "no longer there" in write_report(stage).read_text()
+
+
+def test_while_the_run_goes_on_the_page_says_so(stage):
+    record = json.loads((stage / "stage.json").read_text())
+    del record["metrics"]
+    page = report_page(stage, record | {"steps": 10, "max_steps": 40})
+    assert "<b>running</b>" in page
+    assert "10 of 40" in page
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(stage, capsys):
+    write_report(stage / "missing", {"stage": "sft"})
+    assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_log_that_went_back_to_a_checkpoint_counts_its_later_entries(tmp_path):
+    entries = [{"step": n, "loss": 1.0} for n in (1, 2, 3, 4)] + [{"step": n, "loss": 2.0} for n in (3, 4, 5)]
+    (tmp_path / "log").write_text("\n".join(map(json.dumps, entries)) + '\n{"ste')
+    assert [(e["step"], e["loss"]) for e in read_log(tmp_path / "log")] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+
+
+def test_a_curve_of_many_points_is_thinned_to_their_means():
+    points = thin([(float(n), float(n)) for n in range(10_000)], limit=100)
+    assert len(points) == 100
+    assert points[0] == (99.0, 49.5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1e-9, 5e-4), (-3, 12), (2, 2), (0, 0), (99_000, 101_000)])
+def test_ticks_are_round_and_cover_the_values(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 8
+    steps = [b - a for a, b in pairwise(ticks)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
+    points = [(1, 1.0), (2, 2.0), (3, float("nan")), (4, 3.0), (5, 2.0)]
+    assert chart("Loss", "", {"loss": points}).count("<polyline") == 2
+    assert "no finite value" in chart("Loss", "", {"loss": [(1, float("inf"))]})
+
+
+def test_a_curve_rises_where_its_values_do():
+    drawn = chart("x", "", {"a": [(0, 0.0), (1, 1.0)]})
+    (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in drawn.split('points="')[1].split('"')[0].split())
+    assert x0 < x1
+    assert y0 > y1  # the origin of SVG is at the top
+
+
+def test_the_distribution_of_token_losses_counts_every_token_once():
+    losses = torch.tensor([0.0, 0.49, 0.5, 1.0, 1.0, 15.9, 16.0, 40.0])
+    found = token_loss_distribution(losses)
+    assert sum(found["counts"]) == found["tokens"] == 8
+    assert found["counts"][0] == 2
+    assert found["counts"][1] == 1
+    assert found["counts"][2] == 2
+    assert found["counts"][-1] == 3
+    assert found["mean"] == pytest.approx(losses.mean().item())
+    assert found["median"] == pytest.approx(1.0)
+    assert histogram(found).count("<rect") == 32
+
+
+def browser():
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(browser() is None, reason="no chromium is installed")
+def test_a_real_browser_shows_the_page_and_runs_nothing_of_it(stage, tmp_path):
+    path = write_report(stage)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [browser(), *options, "--virtual-time-budget=2000", "--window-size=1400,1800"]
+    picture = tmp_path / "page.png"
+    done = subprocess.run(
+        [*command, f"--screenshot={picture}", "--enable-logging=stderr", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    dom = done.stdout
+    assert "<title>sft: sft</title>" in dom  # no script has changed it
+    assert dom.count("<polyline") >= 4
+    assert "CONSOLE" not in done.stderr  # no refused request, no error of a script
+    assert Path(picture).stat().st_size > 20_000
