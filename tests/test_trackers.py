@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from pipeline import chat_rows, document_rows, failure, run_script, short_run, write_model
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -31,9 +32,9 @@ def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
         run_script(monkeypatch, "pretrain", *short_run(tmp_path / "run", **options), *data)
         return tmp_path / "run"
 
+    wandb.teardown()  # else its run would be written where the last one of this process was
     yield start
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # else its next run in this process would be written where this one was
+    wandb.teardown()
     monkeypatch.undo()
 
 
@@ -43,8 +44,6 @@ def losses(stage):
 
 
 def test_a_wandb_run_holds_what_the_log_holds_and_its_samples(run, tmp_path):
-    import wandb
-
     stage = run("wandb")
     wandb.finish()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
@@ -155,8 +154,6 @@ def test_the_dashboard_is_one_that_wandb_s_package_takes():
 
 @pytest.mark.parametrize("stage", ["sft"])
 def test_a_chat_stage_is_grouped_with_its_parent(run, stage, monkeypatch, tmp_path, write_jsonl):
-    import wandb
-
     base = run("none")
     chats = write_jsonl("chats.jsonl", chat_rows())
     options = short_run(tmp_path / "sft", max_length=64, report_to="wandb", sample_steps=-1)
