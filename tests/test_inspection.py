@@ -21,10 +21,9 @@ from minimind.data.inspection import (
     describe_lengths,
     inspect_documents,
     inspect_rows,
-    token_bytes,
 )
 from minimind.data.world import write_world
-from minimind.tokenizer import load_tokenizer, save_tokenizer, text_encoder, train_tokenizer
+from minimind.tokenizer import load_tokenizer, save_tokenizer, text_bytes, text_encoder, train_tokenizer
 
 PAD, START, END = 0, 1, 2
 
@@ -112,8 +111,8 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(name, tokenizer):
     tokenizer = load_tokenizer() if name == "default" else tokenizer
     text = "the fox 狐狸\n\n🦊 \x00\x7f é 1234 \t<think>"
     ids = text_encoder(tokenizer).encode(text).ids
-    assert b"".join(token_bytes(tokenizer)[i] for i in ids) == text.encode()
-    assert token_bytes(tokenizer)[END] == b""
+    assert b"".join(text_bytes(tokenizer)[i] for i in ids) == text.encode()
+    assert text_bytes(tokenizer)[END] == b""
 
 
 # Faults of the mask.
@@ -619,7 +618,7 @@ def test_documents_are_counted_as_by_hand(tokenizer, tokenizer_dir, write_jsonl,
     partial = 0
     for token in stream[: blocks * 16]:
         try:
-            token_bytes(tokenizer)[token].decode()
+            text_bytes(tokenizer)[token].decode()
         except UnicodeDecodeError:
             partial += 1
     assert report["partial_character_share"] == round(partial / (blocks * 16), 4)
@@ -699,7 +698,7 @@ def test_the_terminal_shows_each_token_once_trained_ones_on_colour_and_parts_of_
     text = display.row_text(inspection, 0, display.Pieces(inspection, tokenizer))
     plain = text.plain.replace("⏎\n", "⏎")
     parts = [
-        piece for token in rows[0]["input_ids"] if (piece := token_bytes(tokenizer)[token]) and not _decodes(piece)
+        piece for token in rows[0]["input_ids"] if (piece := text_bytes(tokenizer)[token]) and not _decodes(piece)
     ]
     assert parts
     for part in parts:

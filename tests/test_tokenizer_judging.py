@@ -14,7 +14,8 @@ from benchmarks.tokenizer import split
 from minimind.cli import main
 from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, PRE_TOKENIZERS, load_tokenizer, train_tokenizer
-from minimind.tokenizer.judging import BYTE_OF, Judged, compare, evaluate, token_bytes
+from minimind.tokenizer.judging import Judged, compare, evaluate
+from minimind.tokenizer.loading import BYTE_OF, token_bytes
 from minimind.tokenizer.probes import PROBES
 from minimind.tokenizer.report import comparison_tables, evaluation_tables
 from minimind.tokenizer.texts import Text, read_texts, script, weighted

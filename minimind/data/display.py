@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.inspection import IGNORED, Inspection, token_bytes
+from minimind.data.inspection import IGNORED, Inspection
+from minimind.tokenizer import text_bytes
 
 # The name of a role's colour in the terminal, and its hue on the page; other roles share the last.
 COLOURS = {
@@ -52,11 +53,11 @@ class Pieces:
 
     def __init__(self, inspection: Inspection, tokenizer: PreTrainedTokenizerFast):
         self.inspection = inspection
+        pieces = text_bytes(tokenizer)
         self.texts = [
-            self.readable(raw, tokenizer.convert_ids_to_tokens(token_id))
-            for token_id, raw in enumerate(token_bytes(tokenizer))
+            self.readable(raw, tokenizer.convert_ids_to_tokens(token_id)) for token_id, raw in enumerate(pieces)
         ]
-        self.special = {token_id for token_id, raw in enumerate(token_bytes(tokenizer)) if not raw}
+        self.special = {token_id for token_id, raw in enumerate(pieces) if not raw}
 
     @staticmethod
     def readable(raw: bytes, name: str) -> str:

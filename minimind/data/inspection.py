@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import (
@@ -38,7 +37,7 @@ from minimind.data.mixing import parse_sources
 from minimind.data.packing import IGNORED, best_fit
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
-from minimind.tokenizer import BOS_TOKEN
+from minimind.tokenizer import BOS_TOKEN, text_bytes
 
 SEVERITIES = ("error", "warning", "info")
 PLACES = 5  # named in one finding
@@ -177,7 +176,7 @@ class Messages:
 
 def _read_headers(ids: np.ndarray, start: np.ndarray, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Where messages start -> their roles, "other" without a readable header, and the tokens of their headers."""
-    pieces = token_bytes(tokenizer)
+    pieces = text_bytes(tokenizer)
     end = np.append(start[1:], len(ids))
     window = start[:, None] + np.arange(HEADER)
     inside = window < end[:, None]
@@ -204,33 +203,6 @@ def _read_headers(ids: np.ndarray, start: np.ndarray, tokenizer) -> tuple[np.nda
         if b"".join(texts[token] for token in words).startswith(mark):
             roles[message] = "tool"
     return roles, size
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The bytes of text that each token id stands for; special tokens stand for none.
-
-    Reads byte-level vocabularies, in which each character of a token is one byte, and those of SentencePiece, in which
-    "▁" is a space and <0xE4> a byte.
-    """
-    of_character = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
-    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
-    vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    byte_level = all(
-        c in of_character for token_id, token in vocabulary.items() if token_id not in added for c in token
-    )
-    pieces = [b""] * (max(vocabulary) + 1)
-    for token_id, token in vocabulary.items():
-        if token_id in special or (token_id in added and added[token_id].special):
-            continue
-        if token_id in added:
-            pieces[token_id] = token.encode()
-        elif byte_level:
-            pieces[token_id] = b"".join(of_character[character] for character in token)
-        elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-            pieces[token_id] = bytes.fromhex(match[1])
-        else:
-            pieces[token_id] = token.replace("▁", " ").encode()
-    return pieces
 
 
 # The counts.
@@ -454,7 +426,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 def search_text(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, pattern: re.Pattern[bytes]) -> np.ndarray:
     """The positions of the tokens in whose text a match of `pattern` begins; no match spans special tokens."""
-    pieces = [piece or NO_TEXT for piece in token_bytes(tokenizer)]
+    pieces = [piece or NO_TEXT for piece in text_bytes(tokenizer)]
     sizes = np.array([len(piece) for piece in pieces])
     offsets, text = np.cumsum(sizes) - sizes, np.frombuffer(b"".join(pieces), np.uint8)
     found = []
@@ -778,7 +750,7 @@ def inspect_documents(
         text = f"{facts['documents']:,} documents, but only {ends:,} end tokens between them"
         advice = f"Each document must be followed by {tokenizer.eos_token!r}, or the model learns to run on."
         found.add("documents_not_separated", "error", facts["documents"] - ends, text, advice)
-    partial = np.array([not _is_text(piece) for piece in token_bytes(tokenizer)])
+    partial = np.array([not _is_text(piece) for piece in text_bytes(tokenizer)])
     parts = int(partial[tokens.ids].sum())
     if _share(parts, len(tokens.ids)) > PARTS_SHARE:
         text = f"{_share(parts, len(tokens.ids)):.1%} of the tokens are parts of a character"

@@ -22,9 +22,8 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minimind.tokenizer import text_encoder
+from minimind.tokenizer.loading import BYTE_OF, text_encoder
 
 END = "\U0010ffff end of document \U0010ffff"  # becomes EOS; U+10FFFF is no character
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -95,10 +94,9 @@ def fast_engine(
     if pattern is None or bpe["type"] != "BPE" or state["normalizer"] or any(bpe.get(key) for key in beyond):
         return None, None, None
     added = {token["content"] for token in state["added_tokens"]}
-    bytes_of = {character: bytes([value]) for value, character in bytes_to_unicode().items()}
     try:
-        vocabulary = {b"".join(map(bytes_of.__getitem__, t)): i for t, i in bpe["vocab"].items() if t not in added}
-        merges = [tuple(b"".join(map(bytes_of.__getitem__, part)) for part in _pair(merge)) for merge in bpe["merges"]]
+        vocabulary = {bytes(map(BYTE_OF.__getitem__, t)): i for t, i in bpe["vocab"].items() if t not in added}
+        merges = [tuple(bytes(map(BYTE_OF.__getitem__, part)) for part in _pair(merge)) for merge in bpe["merges"]]
         merged = [vocabulary[left + right] for left, right in merges]
     except KeyError:  # tokens that are no bytes, or merges into an added token
         return None, None, None

@@ -9,7 +9,6 @@
 A text is always only text: the name of a control token in it is tokenised as characters, as in `text_encoder`.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minimind.errors import UserError
+from minimind.tokenizer.loading import token_bytes
 from minimind.tokenizer.probes import PROBES
 from minimind.tokenizer.splitting import splitting_name
 from minimind.tokenizer.texts import HAN_RUN, LANGUAGES, OTHER_LETTERS, WORD, Text, script
@@ -29,8 +28,6 @@ COVERAGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 RARE = (1, 10, 100)
 LONGEST = 10
 KINDS = ("Chinese", "English", "mixed", "other letters", "digits", "punctuation", "white space", "piece", "special")
-
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 
 
 class Judged:
@@ -93,25 +90,6 @@ class Judged:
         if any(character.isdigit() for character in text):
             return "digits"
         return "white space" if text.isspace() else "punctuation"
-
-
-def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """The bytes of text that each id stands for; None for an id without a token."""
-    state = json.loads(tokenizer.to_str())
-    byte_level = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["decoder"]])
-    added = {token["id"] for token in state["added_tokens"]}
-    vocabulary = tokenizer.get_vocab()
-    result: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
-    for token, index in vocabulary.items():
-        if index in added:
-            result[index] = token.encode()
-        elif byte_level and all(character in BYTE_OF for character in token):
-            result[index] = bytes(BYTE_OF[character] for character in token)
-        elif state["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x"):
-            result[index] = bytes.fromhex(token[3:5])
-        else:  # SentencePiece and WordPiece
-            result[index] = token.replace("▁", " ").removeprefix("##").encode()
-    return result
 
 
 class Measurement:

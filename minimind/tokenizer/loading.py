@@ -8,9 +8,11 @@ from pathlib import Path
 import xxhash
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minimind.errors import UserError
 
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
 
 
@@ -75,14 +77,33 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return encoder
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """How many bytes of text each token id stands for; special tokens stand for none.
+def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
+    """The bytes of text that each id stands for; None for an id without a token."""
+    state = json.loads(tokenizer.to_str())
+    byte_level = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["decoder"]])
+    added = {token["id"] for token in state["added_tokens"]}
+    vocabulary = tokenizer.get_vocab()
+    result: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        if index in added:
+            result[index] = token.encode()
+        elif byte_level and all(character in BYTE_OF for character in token):
+            result[index] = bytes(BYTE_OF[character] for character in token)
+        elif state["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x"):
+            result[index] = bytes.fromhex(token[3:5])
+        else:  # SentencePiece and WordPiece
+            result[index] = token.replace("▁", " ").removeprefix("##").encode()
+    return result
 
-    In a byte-level vocabulary each character of a token's string is one byte.
-    """
-    lengths = [0] * len(tokenizer)
+
+def text_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of text that each token id stands for; special tokens stand for none."""
     special = set(tokenizer.all_special_ids)
-    for token, token_id in tokenizer.get_vocab().items():
-        if token_id not in special:
-            lengths[token_id] = len(token)
-    return lengths
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces = token_bytes(tokenizer.backend_tokenizer)
+    return [b"" if piece is None or index in special else piece for index, piece in enumerate(pieces)]
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """How many bytes of text each token id stands for; special tokens stand for none."""
+    return [len(piece) for piece in text_bytes(tokenizer)]

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from minimind.data.conversations import PAIRS, to_messages
+from minimind.data.conversations import CALL_ROLES, PAIRS, ROLES, to_messages
 from minimind.data.files import to_document
 from minimind.data.preferences import PROMPTS, to_preference
 
 CONVERSATIONS = ("messages", "conversations")
-MACHINE_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"}
+MACHINE_ROLES = {*CALL_ROLES, *(name for name, role in ROLES.items() if role == "tool")}
 
 
 class Slot(NamedTuple):
