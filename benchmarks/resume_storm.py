@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from minimind.checkpoints import read_stage, weights_hash
 from minimind.data.world import write_world
+from minimind.training.callbacks import reproducible
 from minimind.training.resume import MANIFEST, checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -145,9 +146,8 @@ def being_written(output_dir: Path) -> tuple[str, int] | None:
 
 def log_of(output_dir: Path) -> list[dict]:
     """The log without what a clock decides."""
-    clock = ("tokens_per_second", "elapsed", "eta", "_runtime", "_per_second", "_time")
-    lines = map(json.loads, (output_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{key: value for key, value in line.items() if not key.endswith(clock)} for line in lines]
+    lines = (output_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [reproducible(json.loads(line)) for line in lines]
 
 
 def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Random) -> list[dict]:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from minimind.checkpoints import read_stage, weights_hash
 from minimind.training import resume, stages
+from minimind.training.callbacks import reproducible
 from minimind.training.resume import MANIFEST, last_whole_checkpoint, problem_of, rotate, write_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -88,14 +89,9 @@ def interrupted(words, *kills):
     run(words)
 
 
-TIMES = {"tokens_per_second", "elapsed", "eta"}
-
-
 def log_of(stage):
     """The log without what a clock decides."""
-    lines = [json.loads(line) for line in (stage / "train_log.jsonl").read_text().splitlines()]
-    timed = ("_runtime", "_per_second", "_time")
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.endswith(timed)} for line in lines]
+    return [reproducible(json.loads(line)) for line in (stage / "train_log.jsonl").read_text().splitlines()]
 
 
 def tensors_of(value, name=""):

@@ -120,7 +120,8 @@ def this_cpu() -> Device:
 def matmul_peak(device: str, dtype: torch.dtype, seconds: float = 0.15) -> float:
     """FLOP/s of the fastest of some large matrix products."""
     size = 1024 if device == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device)  # measured in the middle of a run, whose random numbers are not to be touched
+    left, right = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
 
     def once() -> float:
         began = time.perf_counter()

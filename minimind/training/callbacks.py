@@ -38,6 +38,12 @@ SHOWN = {
 }
 
 
+def reproducible(entry: dict) -> dict:
+    """A log's entry without what clocks and the machine decide: all that equal runs have in common."""
+    measured = ("tokens_per_second", "mfu", "memory_gib", "elapsed", "eta", "_runtime", "_per_second", "_time")
+    return {key: value for key, value in entry.items() if not key.endswith(measured) and not key.startswith("plan/")}
+
+
 class ProgressCallback(TrainerCallback):
     """One line per log, and the same as JSON in train_log.jsonl: step, share done, loss, bits per byte, gradient norm,
     learning rate, tokens/s, MFU, memory, elapsed time, ETA.

@@ -33,6 +33,7 @@ from minimind.checkpoints import library_versions, weights_hash, write_json
 from minimind.errors import UserError
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.elastic import check_world_size
+from minimind.training.guards import check_writable
 from minimind.training.launch import is_main_process
 
 MANIFEST, RECIPE, RUN = "manifest.json", "recipe.json", "run.json"
@@ -321,7 +322,7 @@ def _decide(args, recipe: dict, pipeline: str) -> dict:
         print(f"going on from {checkpoint}", flush=True)
     elif problems:
         print(f"no whole checkpoint is left in {output_dir}: beginning anew", flush=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(output_dir)
     write_json(output_dir / RUN, {**run, "recipe": recipe})
     return {**decision, "run": run}
 

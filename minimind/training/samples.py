@@ -96,11 +96,17 @@ class SampleCallback(TrainerCallback):
         self.file, self.every, self.tokens = output_dir / "samples.jsonl", every, tokens
         self.rows: list[dict] = []
 
+    def state_dict(self) -> dict:
+        """The samples up to a checkpoint, for a resumed run; see resume.py."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave; called after `on_train_begin`."""
+        self.rows = state["rows"]
+
     def on_train_begin(self, args, state, control, **kwargs):
-        """A resumed run keeps the samples from before its checkpoint."""
-        if state.is_world_process_zero:
-            self.rows = [row for row in read_samples(self.file) if row["step"] < state.global_step]
-            self._save()
+        if state.is_world_process_zero and not state.global_step:
+            self.file.unlink(missing_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every > 0 and state.global_step % self.every == 0 and state.global_step < state.max_steps:

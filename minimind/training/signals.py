@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minimind.training.launch import is_main_process
 
@@ -30,6 +31,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 LAUNCHER_GONE = 1000  # travels where a signal's number does
 # torchrun passes a Ctrl-C on to processes that the terminal has told already: not the second one.
 ECHO_SECONDS = 1.0
+TRACKERS = tuple(INTEGRATION_TO_CALLBACK.values())
 LAUNCHERS = {"deepspeed", "torchrun", "accelerate", "accelerate-launch"}
 LAUNCHER_MODULES = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run"}
 LAUNCHER_MODULES |= {"torch.distributed.launch", "accelerate.commands.launch"}
@@ -124,9 +126,11 @@ class InterruptCallback(TrainerCallback):
         return int(self.flag)
 
     def _leave(self, args, state, control) -> None:
-        # The trackers close their runs. The training is not complete, so its summary does not belong in them.
+        # The trackers close their runs, and nobody else takes this for the end, to write samples say.
         self.left = True
-        self.trainer.callback_handler.on_train_end(args, state, control)
+        handler = self.trainer.callback_handler
+        handler.callbacks = [each for each in handler.callbacks if isinstance(each, TRACKERS)]
+        handler.on_train_end(args, state, control)
         close_wandb()
         if dist.is_available() and dist.is_initialized():
             # A launcher ends all processes as soon as one is gone, so nobody leaves before all files are written ...

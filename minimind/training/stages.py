@@ -48,7 +48,7 @@ from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import Baseline, EarlyStopping, ProgressCallback, RouterLoadCallback
 from minimind.training.elastic import prepare_checkpoint, share_last_rows
-from minimind.training.guards import check_writable, install_guards, reports_disk_errors
+from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
@@ -171,7 +171,6 @@ class Stage:
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        check_writable(self.output_dir)
         self.run, self.changes = begin(args, self.recipe, pipeline)
         args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
 

@@ -42,12 +42,6 @@ class ScheduledTrainer(ResumableTrainer):
             self.args.lr_scheduler_kwargs = {"num_decay_steps": steps} | (self.args.lr_scheduler_kwargs or {})
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _issue_warnings_after_load(self, load_result):
-        """Without the one about a tied head, which is in no file since it is the embedding."""
-        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
-
 
 class BlockTrainer(ScheduledTrainer):
     """Identical to the library's except: held-out loss is the mean over targets, also where rows have different
