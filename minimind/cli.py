@@ -1,7 +1,9 @@
 """`minimind <command>`: everything that is not a training stage."""
 
 import argparse
+import os
 import sys
+from contextlib import redirect_stdout
 
 from minimind.errors import UserError, reports_user_errors
 
@@ -244,6 +246,10 @@ def main(argv: list[str] | None = None) -> None:
         args.options = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
+        # transformers 5.23 prints a line on this variable when it is imported; stdout is the report's alone.
+        with redirect_stdout(sys.stderr):
+            import transformers.integrations.integration_utils  # noqa: F401
     args.run(args)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -200,7 +201,7 @@ def test_the_slurm_script_saves_on_usr1_and_puts_the_job_back_into_the_queue(com
         return (tmp_path / "log").read_text()
 
     try:
-        wait_until(lambda: "step      2/" in said() or job.poll() is not None, 120, said)
+        wait_until(lambda: re.search("step +2/", said()) or job.poll() is not None, 120, said)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(60) == 75, said()[-3000:]
     finally:

@@ -3,6 +3,9 @@
 import contextlib
 import json
 import math
+import os
+import subprocess
+import sys
 import types
 from dataclasses import replace
 from itertools import accumulate
@@ -558,3 +561,13 @@ def test_a_comparison_that_fails_does_not_end_the_run(monkeypatch, tmp_path, fil
     assert not run_with_plan(monkeypatch, tmp_path, files, tokenizer_dir)
     assert "cannot be compared with one (RuntimeError: no such card)" in capsys.readouterr().out
     assert read_stage(tmp_path / "out")["steps"] == 6
+
+
+def test_a_report_in_json_has_stdout_for_itself_whatever_the_libraries_say():
+    """In a process of its own: what is said is said on import."""
+    words = [sys.executable, "-m", "minimind.cli", "plan", "configs/pretrain/quickstart.yaml", "--tokens", "1e6"]
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run([*words, "--json"], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stages"]

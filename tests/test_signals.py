@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,7 +227,7 @@ class Run:
         self.process.wait()
 
     def wait_for_step(self, seconds=120):
-        self.until(lambda: "step      2/" in self.said, seconds)
+        self.until(lambda: re.search("step +2/", self.said), seconds)
         below = psutil.Process(self.process.pid).children(recursive=True)
         self.workers = [process for process in below if self.trains(process.cmdline())]
         return self

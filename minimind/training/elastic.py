@@ -181,7 +181,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
     """Links to everything in `checkpoint`, and its shards in DeepSpeed's universal form."""
     shards = max(checkpoint.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
     partial = target.with_name(f"{target.name}.partial")
-    for directory in (partial, *checkpoint.parent.glob(".universal-*")):
+    for directory in list(checkpoint.parent.glob(".universal-*")):  # a killed run leaves its own
         shutil.rmtree(directory, ignore_errors=True)
     partial.mkdir()
     for entry in checkpoint.iterdir():
