@@ -160,14 +160,10 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
     tasks+=($!)
 done
-trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'signalled=1; kill -USR1 "${tasks[@]}"' USR1
 largest=0
 for task in "${tasks[@]}"; do
-    code=129
-    while [ $code -gt 128 ] && kill -0 "$task" 2>/dev/null; do
-        code=0
-        wait "$task" || code=$?
-    done
+    while signalled=0; wait "$task"; code=$?; [ $signalled = 1 ]; do :; done
     [ $code -gt $largest ] && largest=$code
 done
 exit $largest
