@@ -56,7 +56,6 @@ from minimind.training.report import ReportCallback, read_log, write_report
 from minimind.training.resume import ResumeCallback, begin, recipe_of
 from minimind.training.samples import SampleCallback, read_prompts
 from minimind.training.signals import InterruptCallback
-from minimind.training.tracking import guard_trackers
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -201,10 +200,9 @@ class Stage:
         }
 
     def watch(self, trainer: Trainer) -> None:
-        """Progress lines, samples, the report, early stopping; trackers that cannot end the run."""
+        """Progress lines, samples, the report, early stopping."""
         args, tokenizer = self.args, trainer.processing_class
         trainer.remove_callback(PrinterCallback)
-        guard_trackers(trainer)
         self.progress = ProgressCallback(self.output_dir, trainer, bits_per_nat(self.facts["train"]))
         trainer.callback_handler.callbacks.insert(0, self.progress)
         if args.sample_steps >= 0:

@@ -3,7 +3,7 @@
 wandb        online where a key is found and the server answers, offline otherwise
 trackio      a SQLite file; `trackio show --project minimind` opens the board in a browser
 tensorboard  event files in the stage directory
-swanlab      local files, unless $SWANLAB_MODE says otherwise
+swanlab      files to be uploaded later, unless $SWANLAB_MODE says otherwise
 """
 
 import importlib.util
@@ -12,12 +12,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from transformers import Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from minimind.errors import UserError
@@ -26,7 +24,6 @@ from minimind.training.launch import is_main_process
 PROBE_SECONDS = 5
 PROJECT = "minimind"
 EXTRAS = {"trackio": "board", "tensorboard": "board", "swanlab": "swanlab"}  # extras of pyproject.toml
-EVENTS = ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_predict", "on_train_end")
 
 
 def find_key(host: str) -> bool:
@@ -95,29 +92,6 @@ def start_tracking(stage, report: dict | None = None) -> None:
         import wandb
 
         wandb.log(report_tables(report), commit=False)
-
-
-def guard_trackers(trainer: Trainer) -> None:
-    """From now on a tracker that fails says so once and is left out; the run goes on."""
-    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, kinds):
-            for event in EVENTS:
-                setattr(callback, event, _guarded(callback, getattr(callback, event)))
-
-
-def _guarded(callback, method: Callable) -> Callable:
-    @wraps(method)
-    def call(*args, **kwargs):
-        if getattr(callback, "failed", False):
-            return None
-        try:
-            return method(*args, **kwargs)
-        except Exception as error:  # a full disk, a lost network, a bug of the tracker: none is worth a training run
-            callback.failed = True
-            _say_failed(type(callback).__name__, error)
-
-    return call
 
 
 def _say_failed(name: str, error: Exception) -> None:
@@ -208,11 +182,11 @@ def _swanlab(stage) -> None:
         "logdir": directory,
     }
     try:
-        swanlab.init(**options, mode=os.environ.get("SWANLAB_MODE", "local"))
+        swanlab.init(**options, mode=os.environ.get("SWANLAB_MODE", "offline"))
     except Exception as error:  # a refused key, a server that does not answer
-        print(f"swanlab: local, because the run could not be opened: {str(error).splitlines()[0]}")
-        swanlab.init(**options, mode="local")
-    print(f"swanlab: look at the run          swanlab watch {directory}", flush=True)
+        print(f"swanlab: offline, because the run could not be opened: {str(error).splitlines()[0]}")
+        swanlab.init(**options, mode="offline")
+    print(f"swanlab: upload it later          swanlab sync {directory}/run-*", flush=True)
 
 
 def _wandb(stage) -> None:
