@@ -17,6 +17,18 @@ MODEL = {
 NAMES = ("fox", "dog", "cat", "owl", "bee", "ant", "cow", "hen")
 
 
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+def result(content):
+    return {"role": "tool", "content": content}
+
+
 def document_rows():
     return [{"text": f"the {name} runs home and the {name} sleeps 狐狸跑回家"} for name in NAMES * 8]
 

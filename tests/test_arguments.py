@@ -58,7 +58,7 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_default(tmp_pa
         ("learning_rat: 1.0e-3", ["unknown key learning_rat", "Did you mean learning_rate?"]),
         ("learning_rate: fast", ["learning_rate", "'fast'"]),
         ("- a list", ["expected 'name: value' lines", "list"]),
-        ("a: [", ["not a YAML file"]),
+        ("a: [", ["not YAML"]),
         ("per_device_train_batch_size: 1.5", ["per_device_train_batch_size", "1.5"]),
     ],
 )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from pipeline import assistant, result, user
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
@@ -50,18 +51,6 @@ WORDS = [
     "\t",
 ]
 TOOL = {"type": "function", "function": {"name": "add", "description": "加法", "parameters": {"type": "object"}}}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
-def result(content):
-    return {"role": "tool", "content": content}
 
 
 def call(name="add", **arguments):

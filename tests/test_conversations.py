@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from pipeline import assistant, result, user
 
 from minimind.data.conversations import Conversation, to_conversation, to_messages, to_text
 from minimind.data.files import BadRowError, read_rows
@@ -9,18 +10,6 @@ from minimind.errors import UserError
 
 def system(content):
     return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
-
-
-def result(content):
-    return {"role": "tool", "content": content}
 
 
 def turn(who, value):

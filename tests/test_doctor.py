@@ -15,10 +15,10 @@ from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind import doctor as doctor_module
 from minimind.checkpoints import write_json
 from minimind.data.packing import BlockCollator
-from minimind.doctor import CHECKS, Case, accumulation_error, doctor, examine, tiny_config, usual_learning_rates
+from minimind.doctor import cases, checks, doctor, examine
+from minimind.doctor.checks import CHECKS, Case, accumulation_error, tiny_config, usual_learning_rates
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -124,7 +124,7 @@ def test_the_known_auto_keys_are_those_that_transformers_fills(case, monkeypatch
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     config: dict = {}
-    for key in doctor_module.FILLED:
+    for key in checks.FILLED:
         *parents, last = key.split(".")
         place = config
         for parent in parents:
@@ -134,7 +134,7 @@ def test_the_known_auto_keys_are_those_that_transformers_fills(case, monkeypatch
     filled = HfTrainerDeepSpeedConfig(config)
     filled.trainer_config_process(case.args)
     filled.trainer_config_finalize(case.args, case.model, 100)
-    left = [key for key, value in doctor_module.flat(filled.config) if value == "auto"]
+    left = [key for key, value in checks.flat(filled.config) if value == "auto"]
     assert left == ["zero_optimization.allgather_bucket_size"]
 
 
@@ -162,7 +162,7 @@ def test_fp16_weights_and_fp16_on_a_cpu_are_found(case):
 def test_bf16_where_it_is_emulated_is_found(case, monkeypatch):
     case = change(case, bf16=True)
     for fast, severity in ((True, "ok"), (False, "warning")):
-        monkeypatch.setattr(doctor_module, "bf16_is_fast", lambda fast=fast: fast)
+        monkeypatch.setattr(checks, "bf16_is_fast", lambda fast=fast: fast)
         assert ask(case, "bf16_hardware").severity == severity
 
 
@@ -418,7 +418,7 @@ def test_the_tracker_check_never_stops_a_run(case, monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_of_the_project_have_no_fault(recipe, monkeypatch, tmp_path):
     """Sizes of 100 M are not needed to see it, and would take long to make."""
-    monkeypatch.setattr(doctor_module, "new_model", small_model)
+    monkeypatch.setattr(cases, "new_model", small_model)
     report = doctor(recipe, ["--train_files", "a/file/not/there.jsonl", "--output_dir", str(tmp_path)], quick=True)
     assert report["errors"] == 0, report["findings"]
     assert report["stage"] == {"lora": "sft"}.get(Path(recipe).parent.name, Path(recipe).parent.name)

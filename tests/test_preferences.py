@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from pipeline import assistant, user
 
 from minimind.data.files import BadRowError, read_rows
 from minimind.data.preferences import to_preference
@@ -9,14 +10,6 @@ from minimind.errors import UserError
 
 def system(content):
     return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def turn(who, value):

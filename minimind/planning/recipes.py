@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import yaml
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -35,6 +34,7 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
+from minimind.recipes import read_recipe
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.encoding import DocumentEncoder
 from minimind.training.arguments import (
@@ -245,12 +245,7 @@ def stage_of(path: Path, overrides: Sequence[str]) -> str:
 
 def _keys(path: Path) -> dict:
     """A recipe's mapping; a file that is none is refused where it is parsed."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. The recipes are in configs/.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML file: {error}") from error
+    recipe = read_recipe(path)
     return recipe if isinstance(recipe, dict) else {}
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -21,6 +20,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
+from minimind.recipes import read_recipe
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.resume import check_output_directory, checkpoints
 
@@ -402,7 +402,7 @@ def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
         position = argv.index("--config")
         if position + 1 == len(argv):
             raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _read_recipe(Path(argv[position + 1]), option_names(parser))
+        recipe = _recipe_words(Path(argv[position + 1]), option_names(parser))
         argv = recipe + argv[:position] + argv[position + 2 :]
     return argv
 
@@ -417,14 +417,9 @@ def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
     return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
 
 
-def _read_recipe(path: Path, options: set[str]) -> list[str]:
+def _recipe_words(path: Path, options: set[str]) -> list[str]:
     """A YAML mapping -> the same as command-line words."""
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file. The recipes are in configs/.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML file: {error}") from error
+    recipe = read_recipe(path)
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
     unknown = [str(key) for key in recipe if key not in options]

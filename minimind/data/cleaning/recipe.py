@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
 from minimind.data.cleaning import duplicates, extras, filters, normalization, personal
 from minimind.data.cleaning.steps import Step, build, check_positive, closest, options_of
 from minimind.data.files import content_hash
 from minimind.errors import UserError
+from minimind.recipes import read_recipe
 
 FORMAT_VERSION = 1  # part of every key: raise it when the same input and recipe give another output
 
@@ -118,18 +118,4 @@ def _known() -> str:
 
 def load_recipe(path: str | Path) -> Recipe:
     """A recipe file -> the recipe; raises UserError for a missing file, broken YAML, unknown steps and options."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}), expected a recipe such as configs/data/pretrain.yaml."
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: found bytes that are not UTF-8, expected a YAML file.") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{place}: not YAML ({getattr(error, 'problem', None) or error}). Mend the file.") from None
-    return Recipe.from_dict(data, str(path))
+    return Recipe.from_dict(read_recipe(path), str(path))

@@ -103,15 +103,12 @@ def fits(value: Any, expected: Any) -> bool:
 
 def type_name(expected: Any) -> str:
     """How a type is called in a message about YAML."""
-    names = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
-    plain = str(expected) if typing.get_args(expected) else getattr(expected, "__name__", str(expected))
-    for name, words in {**names, "NoneType": "null"}.items():
-        plain = plain.replace(name, words) if plain == name else plain
     if isinstance(expected, types.UnionType):
-        return " or ".join(type_name(option) for option in typing.get_args(expected))
+        return " or ".join(map(type_name, typing.get_args(expected)))
     if typing.get_origin(expected) is list:
-        return f"a list, each item {type_name(typing.get_args(expected)[0])}"
-    return plain
+        return f"a list, each item {type_name(*typing.get_args(expected))}"
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+    return names.get(expected, str(expected))
 
 
 def build(cls: type, options: Any, where: str) -> Any:

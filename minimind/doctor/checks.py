@@ -1,11 +1,8 @@
-"""What would go wrong in a run, found before it runs: `minimind doctor RECIPE`, and the cheap checks at every start.
-
-A check is a function of a `Case` that says what it found: `ok`, `warning` (the run would be worse for it) or `error`
-(it would learn something wrong, or stop). What a check needs and does not get, it is skipped for.
+"""The checks: each a function of a `Case` that says what it found: `ok`, `warning` (the run would be worse for it) or
+`error` (it would learn something wrong, or stop). What a check needs and does not get, it is skipped for.
 """
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -19,35 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
-from trl import pack_dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minimind.checkpoints import read_stage, require_stage
-from minimind.data.chat_encoder import set_chat_template
+from minimind.checkpoints import read_stage
 from minimind.data.chats import ChatArguments
-from minimind.data.chats import load_conversations as load_chats
-from minimind.data.chats import load_preferences as load_pairs
-from minimind.data.documents import load_blocks
-from minimind.data.inspection import Inspection, Texts, data_paths, has_roles, inspect_chats, inspect_documents
-from minimind.data.packing import BlockCollator, PackedCollator
-from minimind.errors import UserError
-from minimind.tokenizer import load_tokenizer
-from minimind.training import arguments
+from minimind.data.inspection import Inspection, Texts, data_paths, inspect_chats, inspect_documents
+from minimind.planning.recipes import STAGES
 from minimind.training.guards import checkpoint_bytes
-from minimind.training.launch import bf16_is_fast, is_main_process
-from minimind.training.stages import new_model, starting_point
+from minimind.training.launch import bf16_is_fast
 from minimind.training.tracking import offline_reason
-from minimind.training.trainers import PreferenceCollator
 
 SEVERITIES = ("error", "warning", "ok", "skipped")
-STAGES = {
-    "pretrain": (arguments.DataArguments, arguments.PretrainModelArguments, arguments.PretrainConfig),
-    "sft": (arguments.DataArguments, ChatArguments, arguments.ModelArguments, arguments.SFTStageConfig),
-    "dpo": (arguments.DataArguments, ChatArguments, arguments.ModelArguments, arguments.DPOStageConfig),
-}
 SAMPLED_ROWS = 256
 FEW_ENDS = 0.2  # of the end tokens that there should be
 MANY_EPOCHS = 4  # Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264: up to there repeated text is nearly new
@@ -307,13 +288,13 @@ def deprecated_keys(case: Case) -> tuple:
     if not old:
         return "ok", "none"
     fix = "; ".join(f"{key} -> {new}" if new else f"remove {key}" for key, new in old)
-    gone = [key for key, _ in old if key in RENAMED and not _known(case.stage, key)]
+    gone = [key for key, _ in old if key in RENAMED and not is_known(case.stage, key)]
     severity = "error" if gone else "warning"
     return severity, ", ".join(key for key, _ in old), "names that the installed libraries know", fix
 
 
-def _known(stage: str, key: str) -> bool:
-    return any(key in dataclass_type.__dataclass_fields__ for dataclass_type in STAGES[stage])
+def is_known(stage: str, key: str) -> bool:
+    return any(key in dataclass_type.__dataclass_fields__ for dataclass_type in STAGES[stage][1])
 
 
 # Precision.
@@ -773,218 +754,3 @@ def step_seconds(model: torch.nn.Module, batch: dict, device: torch.device) -> f
     model.zero_grad()
     model.to(before).train(training)
     return times[-1] * rows / used
-
-
-# A recipe.
-
-
-def recognise_stage(path: Path, keys: Sequence[str]) -> str:
-    """What a recipe is for: its keys tell, else the folder it is in."""
-    told = [stage for stage in STAGES if any(_only(stage, key) for key in keys)]
-    if len(told) == 1:
-        return told[0]
-    folder = {"pretrain": "pretrain", "sft": "sft", "lora": "sft", "dpo": "dpo"}.get(path.parent.name)
-    if folder is None or (told and folder not in told):
-        raise UserError(f"{path}: the stage cannot be told from its keys. Name it: --stage {'|'.join(STAGES)}.")
-    return folder
-
-
-def _only(stage: str, key: str) -> bool:
-    return _known(stage, key) and not any(_known(other, key) for other in STAGES if other != stage)
-
-
-def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1) -> Case:
-    """A recipe and further options -> the case, with all that is there to be loaded.
-
-    Raises:
-        UserError: what a run would be refused for.
-    """
-    path = Path(recipe)
-    if not path.is_file():
-        raise UserError(f"{recipe}: no such recipe. Those of the project are in configs/.")
-    try:
-        keys = list(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{recipe} is not a YAML file: {error}") from error
-    keys += [word[2:].split("=")[0] for word in options if word.startswith("--")]
-    stage = stage or recognise_stage(path, keys)
-    case = Case(stage, keys=keys, world=world)
-    if any(key in RENAMED and not _known(stage, key) for key in keys):
-        return case  # nothing else can be read
-    types = STAGES[stage]
-    known = {action.dest for action in arguments.StageParser(types)._actions}
-    words = [*arguments._read_recipe(path, known), *options]
-    # With --deepspeed the arguments would open a process group.
-    file, words = take_option(words, "deepspeed")
-    if file:
-        case.deepspeed = read_deepspeed(file)
-    data_args, *others, case.args = arguments.parse(*types, argv=words)
-    case.args.report_to = case.args.report_to or []
-    model_args, case.chat_args = others[-1], others[0] if len(others) > 1 else None
-    corpus = stage
-    if stage != "pretrain" and model_args.use_peft:
-        case.lora, corpus = model_args, "lora"
-    case.data_args = data_args.or_embedded(corpus)
-    load_model_of(case, model_args)
-    if case.tokenizer is not None:
-        load_rows_of(case)
-    return case
-
-
-def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Take `--name value` or `--name=value` out of the words; returns the last value and the other words."""
-    value, others, words = None, [], list(words)
-    while words:
-        word = words.pop(0)
-        if word == f"--{name}" and words:
-            value = words.pop(0)
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
-        else:
-            others.append(word)
-    return value, others
-
-
-def read_deepspeed(file: str) -> dict:
-    """A DeepSpeed JSON; raises UserError."""
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {file} is no readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed {file}: expected a JSON object.")
-    return config
-
-
-def load_model_of(case: Case, model_args) -> None:
-    """Model and tokenizer, as the stage's script has them; a directory that is not there is only noted."""
-    given = model_args.model_name_or_path
-    tokenizer = getattr(model_args, "tokenizer", None)
-    absent = [path for path in (given, tokenizer) if path and not Path(path).exists()]
-    case.missing += absent
-    if case.stage == "pretrain" and not given:
-        # Without its own tokenizer the sizes are told with the package's.
-        case.tokenizer = load_tokenizer(None if absent else tokenizer)
-        case.model = new_model(model_args.model_config, case.tokenizer, model_args.attn_implementation)
-    elif not absent:
-        default = {"pretrain": None, "dpo": "runs/sft"}.get(case.stage, "runs/sft" if case.lora else "runs/pretrain")
-        case.model, case.tokenizer, case.parent = starting_point(given, model_args.attn_implementation, default)
-    if case.parent is not None:
-        require_stage(case.parent)
-
-
-def load_rows_of(case: Case) -> None:
-    """The rows of the stage; files that are not there are only noted."""
-    given = [*data_paths(case.data_args.train_files), *(case.data_args.eval_files or [])]
-    absent = [path for path in given if isinstance(path, str) and Path(path).suffix and _absent(path)]
-    case.missing += absent
-    if absent:
-        return
-    tokenizer, args = case.tokenizer, case.args
-    if case.stage == "pretrain":
-        rows = load_blocks(case.data_args, tokenizer, **args.packing)
-        case.collator = BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id, args.document_mask)
-        case.train = rows.train
-    else:
-        set_chat_template(tokenizer, case.chat_args.chat_template)
-        load = load_pairs if case.stage == "dpo" else load_chats
-        options = {} if case.stage == "dpo" else {"roles": not has_roles(tokenizer)}
-        rows = load(case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options)
-        case.train = rows.train
-        if case.stage == "dpo":
-            case.collator = PreferenceCollator(tokenizer.pad_token_id)
-        else:
-            case.collator = PackedCollator(tokenizer.pad_token_id)
-            if args.packing:
-                case.train = pack_dataset(rows.train, args.max_length, "bfd", {"batch_size": None})
-    case.facts, case.rows = rows.facts, rows
-
-
-def _absent(path: str) -> bool:
-    return not any(mark in path for mark in "*?[") and "://" not in path and not Path(path).exists()
-
-
-def examine(case: Case, quick: bool = False) -> list[Finding]:
-    """All findings of a case, in the order of the checks."""
-    findings = [each(case) for each in CHECKS if case.args is not None or not each.needs if each.quick or not quick]
-    if case.missing:
-        found = f"not there: {', '.join(case.missing)}"
-        fix = "Right where an earlier step is still to make it; what depends on it was not checked."
-        findings.insert(0, Finding("inputs", "warning", found, "all that the recipe reads", fix))
-    return findings
-
-
-def doctor(recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1, quick=False) -> dict:
-    """The report of `minimind doctor`: {"recipe", "stage", "errors", "warnings", "findings": [...]}.
-
-    What a run would be refused for stands among the findings, as "start".
-    """
-    try:
-        case = read_case(recipe, options, stage, world)
-        findings, stage = examine(case, quick), case.stage
-    except UserError as error:
-        fix = "Mend this first: nothing else could be checked."
-        findings = [Finding("start", "error", str(error), "a run that begins", fix)]
-    counts = {severity: sum(f.severity == severity for f in findings) for severity in SEVERITIES}
-    return {
-        "recipe": str(recipe),
-        "stage": stage,
-        "errors": counts["error"],
-        "warnings": counts["warning"],
-        "findings": [dataclasses.asdict(finding) for finding in findings],
-    }
-
-
-def print_report(report: dict) -> None:
-    """The findings as a table, what is wrong first."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    colours = {"error": "bold red", "warning": "yellow", "ok": "green", "skipped": "dim"}
-    console = Console(highlight=False)
-    table = Table("check", "", "found", "expected", "fix", title=f"{report['recipe']} ({report['stage'] or '?'})")
-    for finding in sorted(report["findings"], key=lambda finding: SEVERITIES.index(finding["severity"])):
-        severity = finding["severity"]
-        table.add_row(
-            finding["name"],
-            f"[{colours[severity]}]{severity}[/]",
-            *(escape(finding[key]) for key in ("found", "expected", "fix")),
-        )
-    console.print(table)
-    console.print(f"{report['errors']} errors, {report['warnings']} warnings")
-
-
-def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:
-    """The quick checks of a run about to begin: warnings are printed, errors raise UserError unless
-    `--on_findings warn`."""
-    args = trainer.args
-    deepspeed = args.deepspeed
-    if isinstance(deepspeed, str):
-        deepspeed = read_deepspeed(deepspeed)
-    case = Case(
-        stage,
-        args=args,
-        model=trainer.model,
-        tokenizer=trainer.processing_class,
-        train=trainer.train_dataset if hasattr(trainer.train_dataset, "__len__") else None,
-        facts=facts,
-        collator=trainer.data_collator,
-        deepspeed=deepspeed or None,
-        parent=parent,
-        world=args.world_size,
-    )
-    findings = examine(case, quick=True)
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if is_main_process():
-        for finding in findings:
-            if finding.severity == "warning" or (finding in errors and args.on_findings == "warn"):
-                print(f"{finding.severity}: {finding.name}: {_sentence(finding)}", flush=True)
-    if errors and args.on_findings == "error":
-        listed = "".join(f"\n  {finding.name}: {_sentence(finding)}" for finding in errors)
-        raise UserError(f"this run would go wrong:{listed}\nTo train it still: --on_findings warn.")
-
-
-def _sentence(finding: Finding) -> str:
-    expected = f", expected {finding.expected}" if finding.expected else ""
-    return f"{finding.found}{expected}. {finding.fix}"

@@ -1,0 +1,127 @@
+"""A recipe -> the case that the checks look at, with all of the run that is there to be loaded."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl import pack_dataset
+
+from minimind.checkpoints import require_stage
+from minimind.data.chat_encoder import set_chat_template
+from minimind.data.chats import load_conversations, load_preferences
+from minimind.data.documents import load_blocks
+from minimind.data.inspection import data_paths, has_roles
+from minimind.data.packing import BlockCollator, PackedCollator
+from minimind.doctor.checks import RENAMED, Case, is_known
+from minimind.errors import UserError
+from minimind.planning.recipes import STAGES, stage_of
+from minimind.recipes import read_recipe
+from minimind.tokenizer import load_tokenizer
+from minimind.training.arguments import StageParser, parse, with_recipe
+from minimind.training.stages import new_model, starting_point
+from minimind.training.trainers import PreferenceCollator
+
+
+def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1) -> Case:
+    """A recipe and further options -> the case, with all that is there to be loaded.
+
+    Raises:
+        UserError: what a run would be refused for.
+    """
+    written = read_recipe(recipe)
+    keys = [*written] if isinstance(written, dict) else []
+    keys += [word[2:].split("=")[0] for word in options if word.startswith("--")]
+    stage = stage or stage_of(Path(recipe), options)
+    case = Case("sft" if stage == "lora" else stage, keys=keys, world=world)
+    if any(key in RENAMED and not is_known(stage, key) for key in keys):
+        return case  # nothing else can be read
+    types = STAGES[stage][1]
+    words = with_recipe(StageParser(types), ["--config", str(recipe), *options])
+    # With --deepspeed the arguments would open a process group.
+    file, words = take_option(words, "deepspeed")
+    if file:
+        case.deepspeed = read_deepspeed(file)
+    data_args, *others, case.args = parse(*types, argv=words)
+    case.args.report_to = case.args.report_to or []
+    model_args, case.chat_args = others[-1], others[0] if len(others) > 1 else None
+    corpus = case.stage
+    if case.stage != "pretrain" and model_args.use_peft:
+        case.lora, corpus = model_args, "lora"
+    case.data_args = data_args.or_embedded(corpus)
+    load_model_of(case, model_args)
+    if case.tokenizer is not None:
+        load_rows_of(case)
+    return case
+
+
+def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take `--name value` or `--name=value` out of the words; returns the last value and the other words."""
+    value, others, words = None, [], list(words)
+    while words:
+        word = words.pop(0)
+        if word == f"--{name}" and words:
+            value = words.pop(0)
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+        else:
+            others.append(word)
+    return value, others
+
+
+def read_deepspeed(file: str) -> dict:
+    """A DeepSpeed JSON; raises UserError."""
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {file} is no readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {file}: expected a JSON object.")
+    return config
+
+
+def load_model_of(case: Case, model_args) -> None:
+    """Model and tokenizer, as the stage's script has them; a directory that is not there is only noted."""
+    given = model_args.model_name_or_path
+    tokenizer = getattr(model_args, "tokenizer", None)
+    absent = [path for path in (given, tokenizer) if path and not Path(path).exists()]
+    case.missing += absent
+    if case.stage == "pretrain" and not given:
+        # Without its own tokenizer the sizes are told with the package's.
+        case.tokenizer = load_tokenizer(None if absent else tokenizer)
+        case.model = new_model(model_args.model_config, case.tokenizer, model_args.attn_implementation)
+    elif not absent:
+        default = {"pretrain": None, "dpo": "runs/sft"}.get(case.stage, "runs/sft" if case.lora else "runs/pretrain")
+        case.model, case.tokenizer, case.parent = starting_point(given, model_args.attn_implementation, default)
+    if case.parent is not None:
+        require_stage(case.parent)
+
+
+def load_rows_of(case: Case) -> None:
+    """The rows of the stage; files that are not there are only noted."""
+    given = [*data_paths(case.data_args.train_files), *(case.data_args.eval_files or [])]
+    absent = [path for path in given if isinstance(path, str) and Path(path).suffix and _absent(path)]
+    case.missing += absent
+    if absent:
+        return
+    tokenizer, args = case.tokenizer, case.args
+    if case.stage == "pretrain":
+        rows = load_blocks(case.data_args, tokenizer, **args.packing)
+        case.collator = BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id, args.document_mask)
+        case.train = rows.train
+    else:
+        set_chat_template(tokenizer, case.chat_args.chat_template)
+        load = load_preferences if case.stage == "dpo" else load_conversations
+        options = {} if case.stage == "dpo" else {"roles": not has_roles(tokenizer)}
+        rows = load(case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options)
+        case.train = rows.train
+        if case.stage == "dpo":
+            case.collator = PreferenceCollator(tokenizer.pad_token_id)
+        else:
+            case.collator = PackedCollator(tokenizer.pad_token_id)
+            if args.packing:
+                case.train = pack_dataset(rows.train, args.max_length, "bfd", {"batch_size": None})
+    case.facts, case.rows = rows.facts, rows
+
+
+def _absent(path: str) -> bool:
+    return not any(mark in path for mark in "*?[") and "://" not in path and not Path(path).exists()
