@@ -33,7 +33,9 @@ pytestmark = pytest.mark.launcher
 def world(tmp_path_factory, tokenizer_dir):
     """Data files, a model JSON and a cache; stages are written beside them."""
     root = tmp_path_factory.mktemp("launch")
-    for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pair_rows())):
+    # Two more pairs, so that those of an epoch's last micro-batch differ in number between two processes.
+    pairs = [*pair_rows(), *({"prompt": f"who sleeps? {i}", "chosen": "the fox", "rejected": "no"} for i in range(2))]
+    for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pairs)):
         (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     write_model(root / "model.json")
     return root
@@ -136,6 +138,7 @@ def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokeni
     assert "cpu x 2, DeepSpeed" in tuned[1]
     stage, said = launch(world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED)
     assert "cpu x 2, DeepSpeed" in said
+    assert read_stage(stage)["data"]["train"]["rows"] % 4 == 3
     first = next(entry["loss"] for entry in log_of(stage) if "loss" in entry)
     assert first == pytest.approx(0.693147, abs=1e-5)
 

@@ -231,7 +231,8 @@ class Stage:
         trainer.stage = self
         trainer.add_callback(HeartbeatCallback())
         trainer.add_callback(InterruptCallback(trainer))
-        share_last_rows(trainer)
+        if self.name != "dpo":  # TRL gathers the rewards of a micro-batch, which needs as many on every process
+            share_last_rows(trainer)
         prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
         install_guards(trainer, self.output_dir, ProgressCallback)
