@@ -4,6 +4,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -88,6 +89,7 @@ def find_device(name: str | None) -> Device:
     raise UserError(f"--device {name}: expected one of {', '.join(NAMES)}.")
 
 
+@cache
 def this_device() -> Device:
     """The device that a run would take here: a card of the table by its name, another one or a CPU by measurement."""
     if not torch.cuda.is_available():
@@ -101,8 +103,9 @@ def this_device() -> Device:
     return Device(name, "cuda", *peaks.values(), memory, 0.35, *CUDA_ALLOWANCES, "matrix products measured here")
 
 
+@cache
 def this_cpu() -> Device:
-    """This machine without its cards; its peak is measured on as many threads as torch would take."""
+    """This machine without its cards; its peak is measured once, on as many threads as torch takes."""
     peaks = [matmul_peak("cpu", dtype) for dtype in ((torch.bfloat16,) if bf16_is_fast() else ()) + (torch.float32,)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(

@@ -4,7 +4,6 @@ import json
 import resource
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -138,15 +137,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@cache
-def device_peak(precision: str) -> tuple[object, float]:
-    """The device here and its FLOP/s: a card's from a table, a CPU's measured once by matrix products (0.3 s)."""
-    from minimind.planning.devices import this_device
-
-    device = this_device()
-    return device, device.peak(precision)
-
-
 def tokens_at_peak(trainer: Trainer) -> float | None:
     """Tokens a second that the devices of a run would train at their peak; None where the model's FLOPs are unknown.
 
@@ -154,13 +144,13 @@ def tokens_at_peak(trainer: Trainer) -> float | None:
     """
     try:
         from minimind.planning.costs import flops
+        from minimind.planning.devices import this_device
         from minimind.planning.measuring import step_of
 
-        args = trainer.args
-        device, peak = device_peak("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
+        device = this_device()
         step, _ = step_of(trainer, device)
         work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
-        return peak * args.world_size * step.tokens / work["model"]
+        return device.peak(step.precision) * trainer.args.world_size * step.tokens / work["model"]
     except Exception as error:
         print(f"MFU is not known here ({type(error).__name__}: {error})", flush=True)
         return None
