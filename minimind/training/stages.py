@@ -264,7 +264,7 @@ class Stage:
         console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
         console.print(
             f"  steps  {-(-steps // 1):,.0f} of {rows:,} rows ({args.per_device_train_batch_size} x "
-            f"{args.gradient_accumulation_steps} accumulation x {world} processes), learning rate "
+            f"{args.gradient_accumulation_steps} accumulation x {world} process{'es' if world > 1 else ''}), learning rate "
             f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
         )
 
