@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from enum import Enum
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ from minimind.evaluation import bits_per_nat, token_loss_distribution, token_los
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import Baseline, EarlyStopping, ProgressCallback, RouterLoadCallback
-from minimind.training.elastic import prepare_checkpoint, share_last_rows
+from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
@@ -241,10 +242,9 @@ class Stage:
         examine_run(self.name, trainer, self.facts, self.parent)
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        steps = (
-            args.max_steps if args.max_steps > 0 else -(-len(trainer.train_dataset) // rows) * args.num_train_epochs
-        )
+        batch = Batch(world, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        epoch = ceil(len(trainer.train_dataset) / batch.rows)
+        steps = args.max_steps if args.max_steps > 0 else ceil(epoch * args.num_train_epochs)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if not is_main_process():
@@ -263,8 +263,7 @@ class Stage:
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
         console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
         console.print(
-            f"  steps  {-(-steps // 1):,.0f} of {rows:,} rows ({args.per_device_train_batch_size} x "
-            f"{args.gradient_accumulation_steps} accumulation x {world} process{'es' if world > 1 else ''}), learning rate "
+            f"  steps  {steps:,} of {batch}, learning rate "
             f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
         )
 
