@@ -20,6 +20,7 @@ from minimind.data.packing import BlockCollator
 from minimind.doctor import cases, checks, doctor, examine
 from minimind.doctor.checks import CHECKS, Case, accumulation_error, tiny_config, usual_learning_rates
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.training.resume import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 RECIPES = sorted(str(path) for path in Path("configs").glob("*/*.yaml") if path.parent.name != "data")
@@ -134,7 +135,7 @@ def test_the_known_auto_keys_are_those_that_transformers_fills(case, monkeypatch
     filled = HfTrainerDeepSpeedConfig(config)
     filled.trainer_config_process(case.args)
     filled.trainer_config_finalize(case.args, case.model, 100)
-    left = [key for key, value in checks.flat(filled.config) if value == "auto"]
+    left = [key for key, value in flat(filled.config) if value == "auto"]
     assert left == ["zero_optimization.allgather_bucket_size"]
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from minimind.data.inspection import Inspection, Texts, data_paths, inspect_chat
 from minimind.planning.recipes import STAGES
 from minimind.training.guards import checkpoint_bytes
 from minimind.training.launch import bf16_is_fast
+from minimind.training.resume import flat
 from minimind.training.tracking import offline_reason
 
 SEVERITIES = ("error", "warning", "ok", "skipped")
@@ -189,15 +190,6 @@ def check(*needs: str, quick: bool = True):
 
 
 # DeepSpeed.
-
-
-def flat(config: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A nested JSON object -> ("a.b", value) of its leaves."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @check("deepspeed")

@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from minimind.checkpoints import load_model
+from minimind.data.packing import IGNORED
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer
 from minimind.training.guards import read_batch
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 SHOWN = 5  # rows, tokens and tensors named of each kind
-IGNORED = -100
 
 
 def replay(directory: str | Path, model: str | Path | None = None, precision: str | None = None) -> dict:

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -201,15 +201,16 @@ def _without_files(facts: Any) -> Any:
 
 def differences(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, nested ones as a.b, each with both values; None where it is missing."""
-    old, new = dict(_flat(saved)), dict(_flat(now))
+    old, new = dict(flat(saved)), dict(flat(now))
     keys = sorted(old.keys() | new.keys())
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(value: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested JSON object -> ("a.b", value) of its leaves."""
     for key, inner in value.items():
         if isinstance(inner, dict):
-            yield from _flat(inner, f"{prefix}{key}.")
+            yield from flat(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner
 
