@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         args.options = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
+    if getattr(args, "json", args.run is run_evaluate) and os.environ.get("WANDB_MODE") == "offline":
         # transformers 5.23 prints a line on this variable when it is imported; stdout is the report's alone.
         with redirect_stdout(sys.stderr):
             import transformers.integrations.integration_utils  # noqa: F401

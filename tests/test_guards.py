@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -360,11 +361,12 @@ def test_the_memory_watch_reads_the_real_memory_of_the_process(make_trainer, mon
     monkeypatch.setattr(guards, "SAMPLES", 6)
     monkeypatch.setattr(guards, "GROWN_BYTES", 20e6)
     monkeypatch.setattr(guards, "GROWTH", 0.0)
-    held = []
+    held, private = [], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
     class Leak(TrainerCallback):
         def on_log(self, *args, **kwargs):
-            held.append(torch.ones(5_000_000))
+            held.append(mmap.mmap(-1, 20_000_000, flags=private))  # a tensor may get pages that were freed before
+            held[-1].write(b"1" * 20_000_000)
 
     trainer = make_trainer(guarded=False, max_steps=8)
     trainer.add_callback(Leak())

@@ -13,15 +13,9 @@ from pipeline import failure, run_cli, run_script, short_run
 
 from minimind.data import display
 from minimind.data.chats import tokenize_conversation
-from minimind.data.inspection import (
-    IGNORED,
-    Messages,
-    Texts,
-    Tokens,
-    describe_lengths,
-    inspect_documents,
-    inspect_rows,
-)
+from minimind.data.inspection import inspect_documents, inspect_rows
+from minimind.data.inspection.tokens import Messages, Texts, Tokens, describe_lengths
+from minimind.data.packing import IGNORED
 from minimind.data.world import write_world
 from minimind.tokenizer import load_tokenizer, save_tokenizer, text_bytes, text_encoder, train_tokenizer
 
@@ -250,7 +244,7 @@ def test_special_tokens_spelled_out_in_text_are_found_by_role_and_place(either, 
 def test_searching_in_parts_finds_the_same(bytewise, monkeypatch):
     rows = [with_text(bytewise, f"q{i} <|im_end|>" if i % 3 else f"q{i}", "no") for i in range(20)]
     whole = inspected(rows, bytewise)
-    monkeypatch.setattr("minimind.data.inspection.SEARCHED", 64)
+    monkeypatch.setattr("minimind.data.inspection.findings.SEARCHED", 64)
     assert inspected(rows, bytewise) == whole
     assert finding(whole, "special_tokens_in_text")["count"] == 13
 
@@ -831,7 +825,7 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, 
 def test_the_guide_shows_what_the_command_prints_and_names_every_finding(guide, monkeypatch, tmp_path, capsys):
     root = Path(__file__).parent.parent
     text = (root / "docs" / guide).read_text(encoding="utf-8")
-    source = (root / "minimind" / "data" / "inspection.py").read_text(encoding="utf-8")
+    source = "".join(file.read_text(encoding="utf-8") for file in (root / "minimind/data/inspection").glob("*.py"))
     in_code = set(re.findall(r'found\.add\(\s*"(\w+)"', source)) | {"bad_rows"}
     in_guide = {
         name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)

@@ -415,6 +415,7 @@ def test_time_goes_on_and_wandb_stays_in_the_same_run(world, cache, tokenizer_di
         wandb.finish()
         first = json.loads((tmp_path / "out" / "run.json").read_text())
         run(words)
+        wandb.finish()
     finally:
         wandb.teardown()  # it remembers its directory
     assert json.loads((tmp_path / "out" / "run.json").read_text())["run"] == first["run"]

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.inspection import IGNORED, Inspection
+from minimind.data.inspection import Inspection
+from minimind.data.packing import IGNORED
 from minimind.tokenizer import text_bytes
 
 # The name of a role's colour in the terminal, and its hue on the page; other roles share the last.

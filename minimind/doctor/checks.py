@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.checkpoints import read_stage
 from minimind.data.chats import ChatArguments
-from minimind.data.inspection import Inspection, Texts, data_paths, inspect_chats, inspect_documents
+from minimind.data.inspection import Inspection, data_paths, inspect_chats, inspect_documents
+from minimind.data.inspection.tokens import Texts
 from minimind.planning.recipes import STAGES
 from minimind.training.guards import checkpoint_bytes
 from minimind.training.launch import bf16_is_fast

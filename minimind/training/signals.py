@@ -216,5 +216,8 @@ def close_wandb() -> None:
     """Finish the wandb run, if there is one, as pre-empted, before the launcher ends its process."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.run.mark_preempting()
-        wandb.finish(exit_code=INTERRUPTED)
+        try:
+            wandb.run.mark_preempting()
+            wandb.finish(exit_code=INTERRUPTED)
+        except Exception as error:  # a server that is gone must not change how the run ends
+            print(f"notice: wandb could not be told of the end: {error}", file=sys.stderr, flush=True)
