@@ -57,9 +57,13 @@ def zstd(data):
         ("a.jsonl", LINES, ["1", "2"]),
         ("a.jsonl", "\n" + LINES.replace("\n", "\r\n\r\n"), ["2", "4"]),
         ("a.JSONL", b"\xef\xbb\xbf" + LINES.encode(), ["1", "2"]),
-        ("a.jsonl.gz", gzip.compress(LINES.encode()), ["1", "2"]),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), ["1", "2"]),
         ("a.ndjson", LINES, ["1", "2"]),
-        ("a.JSONL.GZ", gzip.compress(LINES[:14].encode()) + gzip.compress(LINES[14:].encode()), ["1", "2"]),
+        (
+            "a.JSONL.GZ",
+            gzip.compress(LINES[:14].encode(), mtime=0) + gzip.compress(LINES[14:].encode(), mtime=0),
+            ["1", "2"],
+        ),
         ("a.jsonl.zst", zstd(LINES.encode()), ["1", "2"]),
         ("a.jsonl.zst", zstd(LINES[:14].encode()) + SKIPPABLE_FRAME + zstd(LINES[14:].encode()), ["1", "2"]),
         ("a.json.zst", zstd(json.dumps(TWO, indent=2).encode()), ["2", "5"]),
@@ -69,7 +73,7 @@ def zstd(data):
         ("a.json", b"\xef\xbb\xbf" + json.dumps(TWO, indent=2, ensure_ascii=False).encode(), ["2", "5"]),
         ("a.csv", "text\n一\n\ntwo\n", ["2", "4"]),
         ("a.csv", b"\xef\xbb\xbf" + "text\r\n一\r\ntwo".encode(), ["2", "3"]),
-        ("a.tsv.gz", gzip.compress("text\n一\ntwo\n".encode()), ["2", "3"]),
+        ("a.tsv.gz", gzip.compress("text\n一\ntwo\n".encode(), mtime=0), ["2", "3"]),
     ],
 )
 def test_every_text_format_gives_its_rows_with_their_line_numbers(tmp_path, name, content, places):
@@ -121,7 +125,7 @@ TEXT = b"\xef\xbb\xbfone\r\n still one\r\n\r\n \r\n\r\ntwo\n\n"
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_a_txt_file_is_one_document_or_its_paragraphs_or_its_lines(tmp_path, name, unit, expected):
-    path = write(tmp_path / name, gzip.compress(TEXT) if name.endswith(".gz") else TEXT)
+    path = write(tmp_path / name, gzip.compress(TEXT, mtime=0) if name.endswith(".gz") else TEXT)
     assert rows_of(path, text_unit=unit) == [(place, {"text": text}) for place, text in expected]
 
 
@@ -176,7 +180,7 @@ def test_the_memory_of_reading_does_not_grow_with_the_files(tmp_path):
         table, lines = pa.Table.from_pylist(data), "".join(json.dumps(row) + "\n" for row in data)
         for name, content in [
             ("a.jsonl", lines.encode()),
-            ("a.jsonl.gz", gzip.compress(lines.encode(), 1)),
+            ("a.jsonl.gz", gzip.compress(lines.encode(), 1, mtime=0)),
             ("a.jsonl.zst", zstd(lines.encode())),
             ("a.json", json.dumps(data).encode()),
             ("a.csv", b"text\n" + "\n".join(row["text"] for row in data).encode()),
@@ -207,7 +211,7 @@ def test_progress_adds_up_to_the_size_of_the_files_as_they_lie_on_the_disk(tmp_p
     monkeypatch.setattr(formats, "BUFFER", 4096)
     lines = "".join(json.dumps({"text": f"{i * 7919 % 10007} fox"}) + "\n" for i in range(40_000)).encode()
     write(tmp_path / "a.jsonl", lines)
-    write(tmp_path / "b.jsonl.gz", gzip.compress(lines))
+    write(tmp_path / "b.jsonl.gz", gzip.compress(lines, mtime=0))
     write(tmp_path / "c.jsonl.zst", zstd(lines))
     table = pa.Table.from_pylist([json.loads(line) for line in lines.splitlines()])
     pq.write_table(table, tmp_path / "d.parquet")
@@ -286,7 +290,7 @@ def test_escaped_whole_characters_are_not_taken_for_halves(tmp_path):
         ("a.csv", "text,text\n1,2\n", [":1: found the header", "expected each column name once"]),
         ("a.parquet", b"PAR1 not at all", ["after row 0", "not readable as parquet"]),
         ("a.jsonl.gz", b"not gzip", ["cannot be read", "Check the file"]),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], ["cannot be read", "Check the file"]),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], ["cannot be read", "Check the file"]),
     ],
 )
 def test_a_file_whose_structure_is_lost_is_refused_even_when_bad_rows_are_skipped(tmp_path, name, content, words):
