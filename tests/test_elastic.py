@@ -131,6 +131,7 @@ def assert_continues(losses, undisturbed):
     assert max(abs(loss - undisturbed[step]) for step, loss in losses.items()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_one_two_and_one_process_again_continue_one_curve(launch):
     undisturbed, one, _ = launch("one", 1, **ROWS)
@@ -143,6 +144,7 @@ def test_one_two_and_one_process_again_continue_one_curve(launch):
     assert_continues(losses, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 @needs_deepspeed
 def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch):

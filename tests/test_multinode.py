@@ -72,6 +72,7 @@ def kill_all_of(process):
     process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_host_is_lost_and_the_run_goes_on_without_it(hosts, command, tmp_path):
     pytest.importorskip("deepspeed")

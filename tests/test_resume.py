@@ -428,6 +428,7 @@ def test_time_goes_on_and_wandb_stays_in_the_same_run(world, cache, tokenizer_di
     assert lines[-1]["eta"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_a_short_storm_of_kills_ends_as_an_undisturbed_run_does():
     words = [sys.executable, "benchmarks/resume_storm.py", "--kills", "2", "--json"]
