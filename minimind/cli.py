@@ -139,7 +139,7 @@ def doctor_commands(commands) -> None:
         "are the stage's own and override the recipe. Exit code 1 if a finding is an error.",
     )
     doctor.add_argument("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
-    doctor.add_argument("--stage", choices=("pretrain", "sft", "dpo"), help="default: recognised from the recipe")
+    doctor.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
     doctor.add_argument("--processes", type=int, default=1, help="how many the run will have (default 1)")
     doctor.add_argument("--quick", action="store_true", help="only the checks that every run makes when it starts")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -60,7 +60,8 @@ def print_report(report: dict) -> None:
             *(escape(finding[key]) for key in ("found", "expected", "fix")),
         )
     console.print(table)
-    console.print(f"{report['errors']} errors, {report['warnings']} warnings")
+    counts = (f"{report[name]} {name if report[name] != 1 else name[:-1]}" for name in ("errors", "warnings"))
+    console.print(", ".join(counts))
 
 
 def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:

@@ -28,6 +28,8 @@ def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None
     Raises:
         UserError: what a run would be refused for.
     """
+    if world < 1:
+        raise UserError(f"--processes {world}: expected at least 1.")
     written = read_recipe(recipe)
     keys = [*written] if isinstance(written, dict) else []
     keys += [word[2:].split("=")[0] for word in options if word.startswith("--")]

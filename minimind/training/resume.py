@@ -175,7 +175,7 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
     if isinstance(args.deepspeed, str):
         recipe["deepspeed"] = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
     config = model.config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "use_cache"):
+    for key in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(key, None)
     recipe |= {
         "stage": name,
