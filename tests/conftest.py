@@ -1,16 +1,22 @@
 """Shared by all tests: no network, a cache of their own, and a model, tokenizer and data small enough for seconds."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests of test_gpu.py run where it is set
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported, which TRL does
 
 import pytest
 import torch
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.tokenizer import save_tokenizer, train_tokenizer
+
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 torch.set_num_threads(1)  # at these sizes a second thread gains nothing, and stalls where other work runs
 

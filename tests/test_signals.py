@@ -28,8 +28,12 @@ needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="D
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The test process gets its own handlers back: a run that leaves ignores the signals until it is gone."""
+    """The test process gets its own handlers back: a run that leaves ignores the signals until it is gone.
+
+    A shell starts what it puts into the background with SIGINT ignored, which is left so by a run, and not tested.
+    """
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -77,11 +78,10 @@ def test_tensorboard_holds_what_the_log_holds(run):
     assert {"train/tokens_per_second", "train/bits_per_byte", "eval/bits_per_byte"} <= set(events.Tags()["scalars"])
 
 
-def test_trackio_holds_what_the_log_holds(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio_holds_what_the_log_holds(run):
     pytest.importorskip("trackio", reason="trackio is not installed (extra: board)")
     stage = run("trackio")
-    assert list((tmp_path / "trackio").glob("minimind*.db"))
+    assert list(Path(os.environ["TRACKIO_DIR"]).glob("minimind*.db"))
     command = [str(Path(sys.executable).parent / "trackio"), "get", "metric", "--project", "minimind", "--json"]
     command += ["--run", f"pretrain: {stage}", "--metric", "train/loss"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
