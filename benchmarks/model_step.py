@@ -8,6 +8,7 @@ DeepSpeed does, `autocast` in fp32, as the plain Trainer does. `--profile` says 
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -33,8 +34,8 @@ def alternatives(config: MiniMindConfig) -> dict[str, PreTrainedModel]:
         | {"intermediate_size": active * config.moe_intermediate_size}
     )
     models = {"MiniMind, dense": MiniMindForCausalLM(dense), "MiniMind, MoE": MiniMindForCausalLM(config)}
-    for name in EXPERTS:
-        models[f"MiniMind, MoE, {name}"] = MiniMindForCausalLM(config)
+    for name in EXPERTS:  # written into the configuration, so each has its own
+        models[f"MiniMind, MoE, {name}"] = MiniMindForCausalLM(copy.deepcopy(config))
         models[f"MiniMind, MoE, {name}"].set_experts_implementation(name)
         if not config.n_shared_experts:
             models[f"Qwen3MoE, {name}"] = library_twin(config)
