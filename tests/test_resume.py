@@ -109,6 +109,7 @@ def assert_same_run(one, two, step):
     """Weights, log, and in the checkpoint of `step` optimizer, schedule and random numbers, bit for bit."""
     assert weights_hash(one) == weights_hash(two)
     assert log_of(one) == log_of(two)
+    assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         states = [torch.load(path / f"checkpoint-{step}" / file, weights_only=False) for path in (one, two)]
         if file == "scheduler.pt":
@@ -141,7 +142,7 @@ RUNS = {
         [],
         [(11, "on_step_end"), (19, "on_step_end"), (27, "on_train_end")],
     ),
-    "sft": ("sft", {"eval_strategy": "steps", "eval_steps": 3}, [], [MIDST, SAVED]),
+    "sft": ("sft", {"eval_strategy": "steps", "eval_steps": 3, "sample_steps": 2}, [], [MIDST, SAVED]),
     "sft-grouped": ("sft", {"packing": False, "train_sampling_strategy": "group_by_length"}, [], [MIDST]),
     "lora": ("sft", {"lora_dropout": 0.1}, ["--use_peft", "--lora_r", "4"], [MIDST]),
     "dpo": ("dpo", {"disable_dropout": False}, [], [MIDST]),

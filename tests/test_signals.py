@@ -126,6 +126,9 @@ def test_an_interrupted_run_adds_no_evaluation_and_no_summary(model, tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             log.append(logs)
 
+        def on_train_end(self, args, state, control, **kwargs):
+            log.append({"the end": None})
+
     interrupted(model, tmp_path, Log(), Tell(2, signal.SIGTERM), eval_strategy="epoch", save_strategy="epoch")
     assert [sorted(entry) for entry in log] == [["epoch", "grad_norm", "learning_rate", "loss"]] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
