@@ -19,7 +19,7 @@ from minimind.training.callbacks import clock
 from minimind.training.samples import read_samples
 
 POINTS = 600  # of a curve at most: about one for each pixel
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 230, 62, 26, 12
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 640, 230, 62, 24, 26, 12
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0489a", "#8a7a2f", "#c9453b")
 # Title, unit, the keys drawn in it, and whether its axis begins at 0.
 CURVES = (
@@ -194,13 +194,13 @@ def chart(title: str, unit: str, series: dict[str, list[tuple[float, float]]], f
     low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - 10) * (x - low_x) / (high_x - low_x)
+        across = LEFT + (WIDTH - LEFT - RIGHT) * (x - low_x) / (high_x - low_x)
         return across, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y - ticks_y[0]) / (ticks_y[-1] - ticks_y[0])
 
     parts = []
     for tick in ticks_y:
         y = at(low_x, tick)[1]
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
     for tick in nice_ticks(low_x, high_x, 6):
         if low_x <= tick <= high_x:
