@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer,
 
 from minimind.checkpoints import check_vocabulary, load_model, require_stage
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.conversations import parse_message
+from minimind.data.messages import parse_message
 from minimind.tokenizer import load_tokenizer
 
 HELP = "Type a message and Enter. /new forgets the conversation, /exit or Ctrl-D ends it."
@@ -97,4 +97,4 @@ def chat(directory: str, system: str | None, max_new_tokens: int, temperature: f
             print()
             messages.pop()
             continue
-        messages.append(parse_message({"role": "assistant", "content": reply}, "the reply"))
+        messages += parse_message({"role": "assistant", "content": reply}, "the reply")

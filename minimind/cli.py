@@ -175,6 +175,7 @@ def inspect_command(commands) -> None:
     inspect.add_argument(
         "--on_bad_rows", choices=("error", "skip"), help="what a run would do with bad rows, which are findings here"
     )
+    column_options(inspect)
     inspect.add_argument(
         "--rows", type=int, help="how many rows are shown; default: 3 in the terminal, 100 on the page, all in --json"
     )
@@ -183,6 +184,20 @@ def inspect_command(commands) -> None:
     inspect.add_argument("--png", metavar="FILE", help="also write the length histogram as a picture")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead")
     inspect.set_defaults(run=run_inspect)
+
+
+def column_options(command: argparse.ArgumentParser, unread: bool = True) -> None:
+    """`--columns`, and `--unread_columns` for commands that look for text nobody reads."""
+    command.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="MEANING=COLUMN",
+        help="what columns with names of their own mean, such as prompt=问题 response=回答",
+    )
+    if unread:
+        command.add_argument(
+            "--unread_columns", nargs="+", help="columns to leave out, or ignore: all that nothing reads"
+        )
 
 
 def tokenizer_commands(commands) -> None:
@@ -224,6 +239,7 @@ def tokenizer_commands(commands) -> None:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--save", metavar="FILE", help="also write the report: .svg, .html or .txt")
     for command in (train, evaluate, compare):
+        column_options(command, unread=False)
         command.add_argument(
             "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
         )
@@ -266,7 +282,7 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
 
     print(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}", flush=True)
     began = time.perf_counter()
-    texts = weighted(read_texts(args.files, args.on_bad_rows), dict(args.weights))
+    texts = weighted(read_texts(args.files, args.on_bad_rows, columns=args.columns), dict(args.weights))
     tokenizer = train_tokenizer((text.text for text in texts), args.vocab_size, args.pre_tokenizer, args.min_frequency)
     save_tokenizer(tokenizer, Path(args.output_dir))
     fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
@@ -279,7 +295,7 @@ def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
     from minimind.tokenizer.texts import read_texts
 
     report.check_save(args.save)
-    texts = read_texts(args.files, args.on_bad_rows, "tokenising")
+    texts = read_texts(args.files, args.on_bad_rows, "tokenising", args.columns)
     result = judging.evaluate(tokenizer_directory(args.directory), texts)
     print_report(args, result, report.evaluation_tables)
 
@@ -293,7 +309,7 @@ def run_tokenizer_compare(args: argparse.Namespace) -> None:
         raise UserError("compare: found one directory, expected at least two: compare DIR DIR --files FILE.")
     report.check_save(args.save)
     directories = [tokenizer_directory(directory) for directory in args.directories]
-    texts = read_texts(args.files, args.on_bad_rows, "tokenising")
+    texts = read_texts(args.files, args.on_bad_rows, "tokenising", args.columns)
     result = judging.compare(directories, texts)
     print_report(args, result, report.comparison_tables)
 
@@ -365,10 +381,17 @@ def run_inspect(args: argparse.Namespace) -> None:
         raise UserError(f"{error}.") from error
     if args.max_length < 2 or (args.rows is not None and args.rows < 0):
         raise UserError("--max_length must be at least 2, and --rows at least 0.")
-    data_args = DataArguments(args.files, args.eval_files, eval_ratio=0.0, on_bad_rows=args.on_bad_rows)
+    data_args = DataArguments(
+        args.files,
+        args.eval_files,
+        eval_ratio=0.0,
+        on_bad_rows=args.on_bad_rows,
+        columns=args.columns,
+        unread_columns=args.unread_columns,
+    )
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         tokenizer = load_tokenizer(args.tokenizer)
-        stage = args.stage or inspection.recognise_stage(args.files)
+        stage = args.stage or inspection.recognise_stage(args.files, data_args.reading())
         inspected = inspection.inspect_files(stage, data_args, tokenizer, args.max_length, chat_args)
     chosen = inspected.find(args.row) if args.row else range(len(inspected.tokens))
 

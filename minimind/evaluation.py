@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.conversations import Conversation, Message, split_reasoning, to_conversation
+from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.files import read_rows
+from minimind.data.messages import Message, split_reasoning
 from minimind.data.packing import IGNORED
 from minimind.data.world import COURTESY, is_courteous, strip_courtesy
 

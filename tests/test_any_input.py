@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import arrow_bytes, packed, parquet_bytes
 
-from minimind.data import formats
-from minimind.data.conversations import ROLES, to_messages, to_text
+from minimind.data import formats, json_rows
+from minimind.data.conversations import to_messages, to_text
 from minimind.data.files import BadRowError, read_rows, to_document
+from minimind.data.messages import ROLES
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
 
@@ -101,7 +102,7 @@ class Told(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def read(path, content: bytes, convert=lambda data: data, **options):
+def read(path, content: bytes, convert=None, **options):
     """-> the rows that came out and how many were reported as bad; None if the file was refused for its structure."""
     path.write_bytes(content)
     told, logger, seen = Told(), logging.getLogger("minimind.data.files"), []
@@ -183,7 +184,7 @@ def test_every_json_value_in_a_list_comes_out_as_it_is_or_is_reported(
         text.encode()
     except UnicodeEncodeError:
         text = json.dumps(given_values, indent=indent)
-    with mock.patch.object(formats, "BUFFER", size):
+    with mock.patch.object(json_rows, "BUFFER", size), mock.patch.object(formats, "BUFFER", size):
         found, reported = read(tmp_path / "a.json", text.encode())
     usable = [as_floats(value) for value in given_values if is_usable(value)]
     assert [row.data for row in found] == usable

@@ -848,12 +848,12 @@ def test_conversations_of_which_nothing_fits_are_counted_and_the_first_is_named(
 
 
 def test_rows_refused_while_reading_and_while_tokenising_are_counted_together(tokenizer, write_jsonl):
-    rows = [{"messages": SHORT}] * 2 + [{"messages": []}, {"messages": chat("fox", "\ndog")}]
+    rows = [{"messages": SHORT}] * 2 + [{"messages": []}, {"messages": chat("fox", "dog"), "weight": 0.5}]
     path = write_jsonl("chats.jsonl", rows)
     with pytest.raises(UserError, match=r"2 of 4 rows are bad"):
         load_conversations(DataArguments(train_files=[path]), tokenizer, 512)
-    with pytest.raises(UserError, match=rf"^{re.escape(path)}:2: messages\[1\]: found a reply that begins"):
-        path = write_jsonl("chats.jsonl", [{"messages": SHORT}, {"messages": chat("fox", "\ndog")}])
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}:2: found weights other than 0 and 1"):
+        path = write_jsonl("chats.jsonl", [{"messages": SHORT}, {"messages": chat("fox", "dog"), "weight": 0.5}])
         load_conversations(DataArguments(train_files=[path], on_bad_rows="error"), tokenizer, 512)
 
 

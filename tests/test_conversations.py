@@ -239,13 +239,22 @@ def test_flags_and_weights_of_replies_are_kept(reply, expected):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": [user("x"), result("y")]}, ["messages[1]: found the role 'tool', expected 'assistant'"]),
-        ({"messages": [*TALK, result("y")]}, ["messages[2]: found the role 'tool', expected 'user'"]),
-        ({"messages": [*CALLED[:2], user("y")]}, ["messages[2]: found the role 'user', expected 'tool'"]),
-        ({"messages": [*CALLED[:2], assistant("y")]}, ["messages[2]: found the role 'assistant', expected 'tool'"]),
+        (
+            {"messages": [user("x"), result("y")]},
+            ["messages[1]: found the role 'tool' after the role 'user', expected"],
+        ),
+        (
+            {"messages": [*TALK, result("y")]},
+            ['messages[1]: found the reply "hello" before a tool\'s result', "no call"],
+        ),
+        ({"messages": [*CALLED[:2], user("y")]}, ["messages[2]: found the role 'user' after a call of add, expected"]),
+        (
+            {"messages": [*CALLED[:2], assistant("y")]},
+            ["messages[2]: found the role 'assistant' after a call of add, expected 'tool'"],
+        ),
         (
             {"messages": [*CALLED[:3], user("y")]},
-            ["messages[3]: found the role 'user', expected 'tool' or 'assistant'"],
+            ["messages[3]: found the role 'user' after a tool's result, expected 'tool' or 'assistant'"],
         ),
         ({"messages": CALLED[:3]}, ["messages[2]: found the role 'tool' last"]),
         ({"messages": TALK, "tools": "[{"}, ['tools: found "[{"', "expected JSON"]),
@@ -275,6 +284,7 @@ def test_flags_and_weights_of_replies_are_kept(reply, expected):
         ({"messages": [user("x"), assistant("y", weight=-1)]}, ["messages[1]: found 'weight': -1", "from 0 up"]),
         ({"messages": TALK, "weight": "much"}, ["the row: found 'weight': \"much\"", "from 0 up"]),
         ({"messages": [user("x"), assistant("y", train=3)]}, ["messages[1]: found 'train': 3", "true or false"]),
+        ({"messages": [user("x"), assistant("y", train_detail=[1])]}, ["messages[1]: found 'train_detail'", "whole"]),
         ({"messages": [user("x") | {"train": True}, TALK[1]]}, ["messages[0]: found 'train': true", "assistant only"]),
     ],
 )
@@ -286,7 +296,7 @@ def test_tools_and_weights_out_of_order_say_what_was_found_and_expected(row, wor
 
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert to_messages({"messages": [user(parts), assistant("x")]}) == [user("a\nb"), assistant("x")]
+    assert to_messages({"messages": [user(parts), assistant("x")]}) == [user("ab"), assistant("x")]
 
 
 def test_the_text_of_a_conversation_has_its_tools_reasoning_and_calls():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimind.data import files, formats
+from minimind.data import files, formats, json_rows
 from minimind.data.files import (
     BadRowError,
     BadRows,
@@ -24,6 +24,12 @@ from minimind.data.files import (
 from minimind.errors import UserError
 
 GOOD = '{"text": "good"}\n'
+
+
+def set_limit(monkeypatch, name, value):
+    """Set ROW_LIMIT or BUFFER of all readers."""
+    for module in (formats, json_rows):
+        monkeypatch.setattr(module, name, value)
 
 
 def write(path, content):
@@ -136,8 +142,8 @@ def test_an_unknown_text_unit_is_refused(tmp_path):
 
 @pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
 def test_a_row_beyond_the_limit_is_refused_and_the_others_are_read(tmp_path, monkeypatch, unit):
-    monkeypatch.setattr(formats, "ROW_LIMIT", 40)
-    monkeypatch.setattr(formats, "BUFFER", 16)
+    set_limit(monkeypatch, "ROW_LIMIT", 40)
+    set_limit(monkeypatch, "BUFFER", 16)
     path = write(tmp_path / "a.txt", "one\n\n" + "x" * 100 + "\n\n" + "y\n" * 19 + "\nthree")
     if unit == "file":
         assert "--text_unit paragraph" in refusal(lambda: list(read_rows([path], "skip")))
@@ -149,7 +155,7 @@ def test_a_row_beyond_the_limit_is_refused_and_the_others_are_read(tmp_path, mon
 
 
 def test_a_jsonl_line_beyond_the_limit_is_a_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "ROW_LIMIT", 40)
+    set_limit(monkeypatch, "ROW_LIMIT", 40)
     lines = [json.dumps({"text": "x" * length}) for length in (1, 60, 200, 28, 27)]  # 12 bytes around each text
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     assert [len(text) for text in read_documents([path], "skip")] == [1, 27]
@@ -157,7 +163,7 @@ def test_a_jsonl_line_beyond_the_limit_is_a_bad_row(tmp_path, monkeypatch):
 
 
 def test_a_list_is_read_as_it_goes_and_its_values_may_be_larger_than_the_buffer(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BUFFER", 8)
+    set_limit(monkeypatch, "BUFFER", 8)
     data = [{"text": "狐狸" * 100, "n": -12.5e-3}, {"text": "\\u4e00 \\", "more": [1, [True, None]]}]
     path = write(tmp_path / "a.json", "\ufeff \n[ \n" + ",\n\n".join(map(json.dumps, data)) + "\n ] \n")
     assert rows_of(path) == [("3", data[0]), ("5", data[1])]
@@ -167,7 +173,7 @@ def test_a_mistake_in_a_list_is_found_where_it_is_whatever_the_buffer(tmp_path, 
     text = '[\n{"text": "one"},\n {"text": "two", "n": 17, "狐": tru},\n{"text": "three"}\n]'
     line, column = next((i, row.index("tru") + 1) for i, row in enumerate(text.split("\n"), 1) if "狐" in row)
     for size in (1, 3, 16, 33, 1 << 20):
-        monkeypatch.setattr(formats, "BUFFER", size)
+        set_limit(monkeypatch, "BUFFER", size)
         path = write(tmp_path / "a.json", text)
         assert f"{path}:{line}: not JSON at column {column} (Expecting value)" in refusal(
             lambda path=path: list(read_rows([path]))
@@ -208,7 +214,7 @@ def test_the_memory_of_reading_does_not_grow_with_the_files(tmp_path):
 
 
 def test_progress_adds_up_to_the_size_of_the_files_as_they_lie_on_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BUFFER", 4096)
+    set_limit(monkeypatch, "BUFFER", 4096)
     lines = "".join(json.dumps({"text": f"{i * 7919 % 10007} fox"}) + "\n" for i in range(40_000)).encode()
     write(tmp_path / "a.jsonl", lines)
     write(tmp_path / "b.jsonl.gz", gzip.compress(lines, mtime=0))
@@ -459,7 +465,7 @@ def test_documents_are_the_text_or_else_the_content(tmp_path):
     [
         ('{"body": "x", "id": 1}', 'found keys ["body", "id"]', "expected 'text': a string"),
         ('{"text": ["x"]}', "found 'text': [\"x\"]", "expected a string"),
-        ('{"text": null}', "found 'text': null", "expected a string"),
+        ('{"text": null}', "found 'text': null", "expected 'text': a string"),
         ('{"content": " \\n"}', "found 'content' without text", "not empty"),
     ],
 )

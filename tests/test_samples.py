@@ -42,7 +42,7 @@ def test_a_prompt_may_be_a_conversation_whose_last_reply_is_left_out(tmp_path):
         ("\n", False, "is empty"),
         ('a\n{"text": 1}', False, ":2: found"),
         ('{"messages": []}', True, ":1: messages: found"),
-        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "tool", "content": "y"}]}', True, "role"),
+        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}', True, "role"),
     ],
 )
 def test_a_wrong_prompt_file_is_refused_before_anything_runs(tmp_path, text, chat, message):

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.chat_encoder import TEMPLATES, ChatEncoder, Encoded
-from minimind.data.conversations import Conversation, Message, to_conversation
+from minimind.data.columns import Columns
+from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.documents import HoldOut
 from minimind.data.files import BadRowError, BadRows, content_hash, expand, read_rows
+from minimind.data.messages import Message
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
 from minimind.data.preferences import to_preference
@@ -87,15 +89,16 @@ class ChatArguments:
 class Reading:
     """What became of the conversations that were read for training, for the report of an inspection.
 
-    `bad` are the bad rows of each source and `too_long` those of which nothing fits; `lengths` the tokens of every
-    conversation before any cut, also of one that is dropped; `counts` and `places` what became of how many, and where
-    the first of them stand; `held_out` where the held-out rows do.
+    `bad` are the bad rows of each source, `columns` what was read of its rows, and `too_long` those of which nothing
+    fits; `lengths` the tokens of every conversation before any cut, also of one that is dropped; `counts` and `places`
+    what became of how many, and where the first of them stand; `held_out` where the held-out rows do.
     """
 
     NAMED = 5
 
     def __init__(self):
         self.bad: list[BadRows] = []
+        self.columns: list[Columns] = []
         self.too_long: list[BadRows] = []
         self.lengths: list[int] = []
         self.counts = Counter()
@@ -484,9 +487,11 @@ def load_preferences(
 def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
     def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
         bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
+        columns = data_args.reading()
         reading.bad.append(bad)
+        reading.columns.append(columns)
         reading.too_long.append(too_long)
-        rows = iter(tqdm(read_rows(files, bad, parse), unit=" rows", desc="tokenising", disable=None))
+        rows = iter(tqdm(read_rows(files, bad, parse, columns=columns), unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):

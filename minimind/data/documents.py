@@ -22,6 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from minimind.data.columns import Columns
 from minimind.data.files import cache_directory, content_hash, expand, read_documents, total_size
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
@@ -30,6 +31,7 @@ from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
+EARLY = 10_000  # rows after which columns that nobody reads stop the preparation, and not only at its end
 BATCH = 2**18  # characters tokenised at a time by one thread
 
 
@@ -93,6 +95,8 @@ def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Pre
         "max_eval_rows": data_args.max_eval_rows,
         "on_bad_rows": data_args.on_bad_rows,
         "text_unit": data_args.text_unit,
+        "columns": data_args.columns,
+        "unread_columns": data_args.unread_columns,
     }
     hashes = {part: [content_hash(paths) for paths in each] for part, each in (("train", files), ("eval", held_out))}
     key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
@@ -190,7 +194,8 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     print(f"preparing {', '.join(map(str, everything))} (once; kept in {cache_directory()})", flush=True)
     hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
-    reading = {name: options[name] for name in ("on_bad_rows", "text_unit")}
+    columns = Columns(options["columns"], options["unread_columns"])
+    reading = {"on_bad_rows": options["on_bad_rows"], "text_unit": options["text_unit"], "columns": columns}
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -203,8 +208,11 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
         parts = [part(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):
             for text in read_documents(paths, **reading, progress=progress.update):
+                if columns.total == EARLY:
+                    columns.stop()
                 for owner, document in hold_out.offer(text, (index, text)):
                     parts[owner].add(document)
+        columns.stop()
         counts = [each.finish() for each in parts]
         # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
         limit = options["max_eval_rows"] // max(1, len(held_out))

@@ -10,25 +10,18 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from minimind.data.formats import (
-    KNOWN,
-    TEXT_UNITS,
-    BadRowError,
-    Parsable,
-    Progress,
-    check_text,
-    format_of,
-    read_file,
-    shown,
-)
+from minimind.data.columns import Columns, Fields
+from minimind.data.formats import KNOWN, TEXT_UNITS, Parsable, Progress, format_of, read_file
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
+from minimind.data.rows import BadRowError, check_text, shown
 from minimind.errors import UserError
 
 __all__ = [
@@ -53,6 +46,10 @@ BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
 REASONS = 100  # different ones told apart
 PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
+# Names of parts to evaluate on, by the rule of `datasets`: a word of the path, between other signs than letters.
+HELD_OUT = re.compile(
+    r"(?<![^\W\d_])(test|testing|valid|validation|val|dev|eval|evaluation)(?![^\W\d_])", re.IGNORECASE
+)
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
 CLEANING_REPORT = {"report.json", "report.html"}  # what `minimind clean` writes beside the data, both of them
@@ -226,7 +223,30 @@ def _search(top: Path) -> list[Path]:
         for name in set(names) - beside:
             if not name.startswith("."):
                 found += _known(here / name)
-    return sorted(found)
+    return _without_held_out(top, sorted(found))
+
+
+def _without_held_out(top: Path, files: list[Path]) -> list[Path]:
+    """The files of a directory without those that its own names keep for evaluation; all, if there are only such.
+
+    A clone of a dataset of the Hub has its parts as data/train-00000-of-00001.parquet, data/test-... or as folders.
+    """
+    kept = [file for file in files if not HELD_OUT.search(str(file.relative_to(top).with_suffix("")))]
+    if not kept or len(kept) == len(files):
+        return files
+    left_out = [str(file.relative_to(top)) for file in files if file not in kept]
+    _tell(
+        f"{top}: left out {len(left_out):,} of {len(files):,} files, which are named as held-out data: "
+        f"{', '.join(left_out[:BAD_ROWS_NAMED])}{', ...' * (len(left_out) > BAD_ROWS_NAMED)}. "
+        "Evaluate on them with --eval_files, or give them by name to train on them."
+    )
+    return kept
+
+
+@cache
+def _tell(text: str) -> None:
+    """Log a warning, once, since a directory is searched several times."""
+    logger.warning("%s", text)
 
 
 def _saved_shards(directory: Path) -> list[Path]:
@@ -280,20 +300,22 @@ def total_size(files: Iterable[File]) -> int:
 def read_rows(
     paths: Sequence[str | File],
     on_bad_rows: str | BadRows | None = None,
-    convert: Callable[[dict], Any] = lambda data: data,
+    convert: Callable[[Mapping], Any] | None = None,
     text_unit: str = "file",
     progress: Progress | None = None,
+    columns: Columns | None = None,
 ) -> Iterator[Row]:
     """Files, directories, globs and datasets of the Hub -> their rows, streamed.
 
     Args:
         paths: what `expand` takes.
         on_bad_rows: the policy of `BadRows`, or one of these, which then counts them.
-        convert: makes `Row.data` of a row's dict. A row that it refuses with BadRowError is a bad row like one that
-            cannot be parsed.
+        convert: makes `Row.data` of a row's columns, which remember what it read of them. A row that it refuses with
+            BadRowError is a bad row like one that cannot be parsed. Without it `Row.data` is the row's dict.
         text_unit: what one row of a txt file is: the whole "file", a "paragraph" (blank lines around it), or a "line".
         progress: called with the bytes read since its last call, as they lie on the disk (compressed, if the file is);
             in all the size of the files.
+        columns: renames and leaves out columns, and counts those that `convert` did not read.
 
     Raises:
         UserError: at once for what `expand` refuses; while reading for a broken file, one without rows, and bad rows,
@@ -303,27 +325,32 @@ def read_rows(
     if text_unit not in TEXT_UNITS:
         raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}")
     bad = on_bad_rows if isinstance(on_bad_rows, BadRows) else BadRows(on_bad_rows)
-    return _rows(expand(paths), bad, convert, text_unit, progress)
+    return _rows(expand(paths), bad, convert, text_unit, progress, columns or Columns())
 
 
-def _rows(files: list[File], bad: BadRows, convert, text_unit: str, progress: Progress | None) -> Iterator[Row]:
+def _rows(files: list[File], bad, convert, text_unit: str, progress, columns: Columns) -> Iterator[Row]:
     total = 0
     try:
         for file in files:
             before = total
             for place, parse in parsables(file, text_unit, progress):
                 total += 1
+                where = f"{file}:{place}"
                 try:
-                    row = Row(f"{file}:{place}", convert(parse()))
+                    fields = columns.fields(parse())
+                    row = Row(where, convert(fields) if convert else fields.given)
                 except BadRowError as problem:
-                    bad.add(f"{file}:{place}", str(problem))
+                    bad.add(where, str(problem))
                 else:
+                    if convert:
+                        columns.count(where, fields)
                     yield row
             if total == before:
                 raise UserError(f"{file}: found no rows, expected at least one. Remove the file or create it again.")
     except GeneratorExit:  # the caller had enough; what was skipped is still said
         bad.warn(total)
         raise
+    columns.finish()
     bad.finish(total)
 
 
@@ -332,17 +359,27 @@ def parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator
     return file.rows() if isinstance(file, HubDataset) else read_file(file, text_unit, progress)
 
 
-def to_document(data: dict) -> str:
-    """A row -> the text of its field "text", or "content" if it has no "text"; raises BadRowError."""
-    name = "text" if data.get("text") is not None or data.get("content") is None else "content"
-    if name not in data:
-        raise BadRowError(f"found keys {shown(list(data))}, expected 'text': a string")
-    if not isinstance(data[name], str):
-        raise BadRowError(f"found {name!r}: {shown(data[name])}, expected a string")
-    if not data[name].strip():
+def to_document(data: Mapping) -> str:
+    """A row -> the text of its field "text", or "content" if it has no "text"; raises BadRowError.
+
+    Rows of other kinds may have such a field too: one message of a conversation, or a reply beside its reasoning.
+    """
+    row = Fields.of(data)
+    name = "text" if row.get("text") is not None or row.get("content") is None else "content"
+    if name not in row:
+        found = f"{name!r}: null" if name in row.given else f"keys {row.names}"
+        raise BadRowError(f"found {found}, expected 'text': a string")
+    if "role" in row or "from" in row:
+        raise BadRowError(f"found keys {row.names}, one message of a conversation, expected a document's 'text'")
+    if name == "content" and row.find("reasoning_content"):
+        raise BadRowError(f"found keys {row.names}, a reply and its reasoning, expected a document's 'text'")
+    (text,) = row.take(name)
+    if not isinstance(text, str):
+        raise BadRowError(f"found {name!r}: {shown(text)}, expected a string")
+    if not text.strip():
         raise BadRowError(f"found {name!r} without text, expected a string that is not empty")
-    check_text(data[name], name)
-    return data[name]
+    check_text(text, name)
+    return text
 
 
 def read_documents(
@@ -350,6 +387,7 @@ def read_documents(
     on_bad_rows: str | None = None,
     text_unit: str = "file",
     progress: Progress | None = None,
+    columns: Columns | None = None,
 ) -> Iterator[str]:
     """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`."""
-    return (row.data for row in read_rows(paths, on_bad_rows, to_document, text_unit, progress))
+    return (row.data for row in read_rows(paths, on_bad_rows, to_document, text_unit, progress, columns))

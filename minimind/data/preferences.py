@@ -1,28 +1,60 @@
 """Preference pairs in the usual formats -> `{"prompt", "chosen", "rejected"}`, three lists of messages, as in TRL."""
 
+from collections.abc import Mapping
+
+from minimind.data.calls import EMPTY
+from minimind.data.columns import NAMES, Fields
 from minimind.data.conversations import (
-    Message,
     add_system,
-    check_order,
-    find_tools,
+    open_template_kwargs,
     parse_history,
-    parse_instruction,
-    parse_messages,
+    read_prompt,
+    read_tools,
     without_empty_system,
-    without_nulls,
 )
-from minimind.data.files import BadRowError, shown
+from minimind.data.messages import Message, check_order, parse_messages, split_dialogue
+from minimind.data.rows import BadRowError
 
-PROMPTS = ("prompt", "question", "conversations", "messages", "instruction")
+PROMPTS = (
+    "prompt",
+    "question",
+    "query",
+    "conversations",
+    "messages",
+    "conversation",
+    "instruction",
+    "problem",
+    "input",
+)
 
 
-def parse_prompt(data: dict) -> list[Message]:
-    """The prompt that a row spells out, with its history; empty if it spells out none."""
-    name = next((name for name in PROMPTS if name in data), None)
+def parse_prompt(row: Fields) -> tuple[list[Message], str | None]:
+    """The prompt that a row spells out, with its history, and its column; empty if it spells out none."""
+    name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
     if name is None:
-        return []
-    prompt = parse_instruction(data) if name == "instruction" else parse_messages(data[name], name, "user")
-    return parse_history(data.get("history")) + prompt
+        return [], None
+    if name not in NAMES["messages"] and not isinstance(row[name], Mapping):
+        return read_prompt(row), name
+    # OpenAI's "input" holds the messages and the tools.
+    value, history = row.take(name, "history")
+    if isinstance(value, Mapping) and value.get("tools") not in EMPTY:
+        row.values.setdefault("tools", value["tools"])
+    return parse_history(history) + parse_messages(value, name, "user", row), name
+
+
+def parse_replies(row: Fields, meaning: str) -> list[Message]:
+    """The messages of the column "chosen" or "rejected", of the reply alone or of the whole conversation."""
+    name = row.find(meaning)
+    (value,) = row.take(name)
+    dialogue = split_dialogue(value, name) if isinstance(value, str) else None
+    return dialogue or parse_messages(value, name, "assistant", row)
+
+
+def take_last_reply(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """A conversation -> what stands before its last question's answer, that question included, and the answer."""
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    end = questions[-1] + 1 if questions else 0
+    return messages[:end], messages[end:]
 
 
 def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
@@ -37,34 +69,44 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
     return shared
 
 
-def to_preference(data: dict) -> dict[str, list]:
+def check_same_prompt(prompt: list[Message], repeated: list[Message]) -> None:
+    """Refuse (BadRowError) a prompt of which a message is not among those that chosen and rejected begin with."""
+    words = {message["content"].strip() for message in repeated}
+    if any(message["content"].strip() not in words for message in prompt):
+        raise BadRowError("found a prompt that differs from the one within chosen and rejected, expected the same")
+
+
+def to_preference(data: Mapping) -> dict[str, list]:
     """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected (replies), tools if any.
 
     The prompt is spelled out, or is what two whole conversations have in common, or both. Raises BadRowError.
     """
-    data = without_nulls(data)
-    if "chosen" not in data or "rejected" not in data:
+    row = Fields.of(data)
+    open_template_kwargs(row)
+    has_reply = any(name in row for name in NAMES["messages"])  # ms-swift's: the reply ends the messages
+    if not row.find("rejected") or not (row.find("chosen") or has_reply):
         raise BadRowError(
-            f"found keys {shown(list(data))}, expected 'chosen' and 'rejected', with a 'prompt' or within messages"
+            f"found keys {row.names}, expected 'chosen' and 'rejected', with a 'prompt' or within messages"
         )
-    prompt = parse_prompt(data)
-    chosen = parse_messages(data["chosen"], "chosen", "assistant")
-    rejected = parse_messages(data["rejected"], "rejected", "assistant")
+    prompt, name = parse_prompt(row)
+    if row.find("chosen"):
+        chosen = parse_replies(row, "chosen")
+    else:
+        prompt, chosen = take_last_reply(prompt)
+    rejected = parse_replies(row, "rejected")
     if chosen == rejected:
         raise BadRowError("found chosen equal to rejected, expected two different replies")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+    if not chosen or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         shared = split_prompt(chosen, rejected)
         repeated, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if prompt and repeated[-len(prompt) :] != prompt:
-            raise BadRowError("found a prompt that differs from the one within chosen and rejected, expected the same")
+        check_same_prompt(prompt, repeated)
         prompt = repeated
     if not prompt:
         raise BadRowError(
-            f"found keys {shown(list(data))}, expected one of {', '.join(PROMPTS)}, or whole conversations in chosen"
+            f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or whole conversations in chosen"
         )
-    name = next((name for name in PROMPTS if name in data), "chosen")
-    tools = find_tools(data, data[name], data["chosen"])
-    prompt = add_system(data, without_empty_system(prompt, tools))
+    tools = read_tools(row, row.get(name or "chosen"), row.get(row.find("chosen") or ""))
+    prompt = add_system(row, without_empty_system(prompt, tools))
     for name, reply in (("chosen", chosen), ("rejected", rejected)):
         check_order(prompt + reply, f"(prompt + {name})")
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}

@@ -27,6 +27,7 @@ from minimind.data.chats import (
     tokenize_conversations,
     tokenize_preferences,
 )
+from minimind.data.columns import Columns
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks, preparation
 from minimind.data.files import BadRowError, read_rows, to_document, total_size
@@ -234,7 +235,8 @@ def stage_of(path: Path, overrides: Sequence[str]) -> str:
     telling = {"pretrain": {"block_size", "model_config"}, "dpo": {"beta"}}
     fitting = [stage for stage in fitting if keys & telling.get(stage, set())] or fitting
     if len(fitting) > 1 and (files := _keys(path).get("train_files")):
-        fitting = [_stage_of_data(files if isinstance(files, list) else [files])]
+        columns = Columns(_keys(path).get("columns"))
+        fitting = [_stage_of_data(files if isinstance(files, list) else [files], columns)]
     if len(fitting) > 1:
         raise UserError(
             f"{path} could be a recipe of {' or '.join(fitting)}. Say which with --stage {'|'.join(STAGES)}, or put "
@@ -249,11 +251,11 @@ def _keys(path: Path) -> dict:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _stage_of_data(files: list[str]) -> str:
+def _stage_of_data(files: list[str], columns: Columns) -> str:
     row = next(iter(read_rows(files, "skip"))).data
     for stage, convert in {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}.items():
         try:
-            convert(row)
+            convert(columns.fields(row))
         except BadRowError:
             continue
         return stage
@@ -366,7 +368,7 @@ def sample(files: Sequence, convert: Callable, data_args: DataArguments, total: 
             seen += count
 
         budget = SAMPLE * total_size([file]) / total
-        for row in read_rows([file], "skip", convert, data_args.text_unit, reached):
+        for row in read_rows([file], "skip", convert, data_args.text_unit, reached, data_args.reading()):
             rows.append(row.data)
             if marks and marks[-1][0] >= budget and marks[-1][1] > begun:
                 taken += marks[-1][0]

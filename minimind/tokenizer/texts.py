@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import xxhash
 from tqdm import tqdm
 
+from minimind.data.columns import Columns
 from minimind.data.conversations import to_text
 from minimind.data.files import expand, read_rows, total_size
 from minimind.errors import UserError
@@ -51,20 +52,25 @@ def script(text: str) -> Script:
     return Script(han, len(WORD.findall(text)), sum(map(len, OTHER_LETTERS.findall(text))))
 
 
-def read_texts(files: Sequence[str], on_bad_rows: str | None = None, title: str | None = None) -> Iterator[Text]:
+def read_texts(
+    files: Sequence[str],
+    on_bad_rows: str | None = None,
+    title: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> Iterator[Text]:
     """Files, directories and globs of documents and conversations -> their texts, with a `title` under a progress bar.
 
-    Raises UserError as `read_rows`.
+    `columns`: words of `--columns`. Raises UserError as `read_rows`.
     """
     found = expand(files)
     hidden = None if title else True
     with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden) as bar:
-        for row in read_rows(found, on_bad_rows, _text_and_source, progress=bar.update):
+        for row in read_rows(found, on_bad_rows, _text_and_source, progress=bar.update, columns=Columns(columns)):
             text, source = row.data
             yield Text(text, source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name)
 
 
-def _text_and_source(data: dict) -> tuple[str, Any]:
+def _text_and_source(data: Mapping) -> tuple[str, Any]:
     return to_text(data), data.get("source")
 
 

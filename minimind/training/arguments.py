@@ -17,6 +17,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
+from minimind.data.columns import NAMES, Columns
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
@@ -65,6 +66,28 @@ class DataArguments:
             "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."
         },
     )
+
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What columns with names of their own mean, as MEANING=COLUMN: prompt=问题 response=回答. "
+            f"Meanings: {', '.join(NAMES)}."
+        },
+    )
+    unread_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns that are left out, or ignore: all that nothing reads. Default: a column with text that "
+            "nothing reads is an error."
+        },
+    )
+
+    def __post_init__(self):
+        self.reading()
+
+    def reading(self) -> Columns:
+        """How the columns of some rows are read; one object counts those of one reading. Raises UserError."""
+        return Columns(self.columns, self.unread_columns)
 
     def expand(self, paths: Sequence[str]) -> list[File]:
         """The files to train on: `paths`, or with a recipe their cleaned copy, which is made once and kept."""

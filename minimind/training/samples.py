@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from minimind.data.conversations import check_order, parse_messages
 from minimind.data.files import BadRowError
+from minimind.data.messages import check_order, parse_messages
 from minimind.errors import UserError
 from minimind.evaluation import answer, complete
 from minimind.training.tracking import track_samples

@@ -5,11 +5,18 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from minimind.data.conversations import CALL_ROLES, PAIRS, ROLES, to_messages
+from minimind.data.columns import NAMES, Fields
+from minimind.data.conversations import LETTERS, to_messages
 from minimind.data.files import to_document
-from minimind.data.preferences import PROMPTS, to_preference
+from minimind.data.messages import CALL_ROLES, CONTENTS, REASONING, ROLES
+from minimind.data.preferences import to_preference
 
-CONVERSATIONS = ("messages", "conversations")
+# Meanings of columns whose text is trained, in the order in which a model reads it.
+PROMPTS = ("prompt", "input", "context")
+MEANINGS = {
+    "conversation": (*PROMPTS, "choices", "reasoning_content", "response"),
+    "preference": (*PROMPTS, "choices", "chosen", "rejected"),
+}
 MACHINE_ROLES = {*CALL_ROLES, *(name for name, role in ROLES.items() if role == "tool")}
 
 
@@ -33,16 +40,16 @@ class Slot(NamedTuple):
 
 
 def kind_of(row: dict) -> str:
-    """Which kind of row it is by its keys: "document", "conversation" or "preference"."""
-    if "chosen" in row and "rejected" in row:
+    """Which kind of row it is by its columns: "document", "conversation" or "preference"."""
+    fields = Fields(row)
+    if fields.find("rejected") and (fields.find("chosen") or fields.find("messages")):
         return "preference"
-    if any(row.get(name) for name in CONVERSATIONS):
+    if fields.get(fields.find("messages")):
         return "conversation"
-    if "text" in row or "content" in row:
-        return "document"
-    if "instruction" in row or any(a in row and b in row for a, b in PAIRS):
+    asked = fields.find("prompt") or fields.find("input")
+    if asked and (fields.find("response") or (fields.find("reasoning_content") and "content" in fields)):
         return "conversation"
-    return "document"
+    return "conversation" if "instruction" in fields and "text" not in fields else "document"
 
 
 def check_row(row: dict) -> dict:
@@ -127,50 +134,62 @@ def _slots(row: dict) -> Iterator[Slot]:
         name = "text" if row.get("text") is not None or row.get("content") is None else "content"
         yield Slot(row, name)
         return
-    if isinstance(row.get("system"), str):
-        yield Slot(row, "system")
+    fields = Fields(row)
+    names = {str(name).strip().lower(): name for name in row}
+    if isinstance(fields.get(system := fields.find("system")), str):
+        yield Slot(row, names[system])
     history = row.get("history")
     if isinstance(history, list):
         for turn in history:
             yield from _message(turn) if isinstance(turn, dict) else (Slot(turn, index) for index in range(len(turn)))
-    if kind == "preference":
-        names = [*PROMPTS, "input"]
-    elif name := next((name for name in CONVERSATIONS if row.get(name)), None):
-        names = [name]
-    elif "instruction" in row and "output" in row:
-        names = ["instruction", "input", "output"]
-    else:
-        names = next(pair for pair in PAIRS if pair[0] in row and pair[1] in row)
-    for name in names:
-        yield from _value(row, name)
-    if kind == "preference":
-        yield from _value(row, "chosen")
-        for slot in _value(row, "rejected"):
-            yield slot._replace(rejected=True)
+    for name in _read_columns(fields, kind):
+        for slot in _value(row, names.get(name, name)):
+            yield slot._replace(rejected=kind == "preference" and name in NAMES["rejected"])
+
+
+def _read_columns(fields: Fields, kind: str) -> Iterator[str]:
+    """The columns of a conversation or pair whose texts are trained, each once."""
+    messages = fields.find("messages")
+    if messages and fields[messages]:
+        yield messages
+        if kind == "conversation":
+            return
+    for meaning in MEANINGS[kind]:
+        if name := fields.find(meaning):
+            yield name
+        elif meaning == "response":
+            yield from (name for name in ("content",) if name in fields)
+        if meaning == "choices":
+            yield from (letter for letter in LETTERS.lower() if letter in fields)
 
 
 def _value(row: dict, name: str) -> Iterator[Slot]:
     """A field that is a text, a message or a list of messages."""
     value = row.get(name)
     if isinstance(value, str):
-        yield Slot(row, name)
+        yield Slot(row, name, machine=value.lstrip()[:2] in ("[{", '{"'))  # messages as JSON
     elif isinstance(value, dict):
         yield from _message(value)
     elif isinstance(value, list):
-        for message in value:
-            yield from _message(message)
+        for index, item in enumerate(value):
+            if isinstance(item, dict):
+                yield from _message(item)
+            elif isinstance(item, str):  # a choice
+                yield Slot(value, index)
 
 
 def _message(message: dict) -> Iterator[Slot]:
     machine = message.get("role", message.get("from")) in MACHINE_ROLES
-    for name in ("reasoning_content", "reasoning", "thinking", "content", "value"):
+    for name in (*REASONING, *CONTENTS):
         value = message.get(name)
         if isinstance(value, str) or (machine and value):
             yield Slot(message, name, machine)
         elif isinstance(value, list):  # content in parts, of which only text has text
-            for part in value:
-                if isinstance(part, dict) and isinstance(part.get("text"), str):
-                    yield Slot(part, "text")
+            for index, part in enumerate(value):
+                if isinstance(part, dict):
+                    yield from (Slot(part, key) for key in CONTENTS if isinstance(part.get(key), str))
+                elif isinstance(part, str):
+                    yield Slot(value, index)
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             yield Slot(message, name, machine=True)

@@ -25,6 +25,7 @@ from minimind.data.chats import (
     load_preferences,
     preference_labels,
 )
+from minimind.data.columns import IGNORE_ALL, Columns
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks
 from minimind.data.files import BadRowError, read_rows, to_document
@@ -34,6 +35,7 @@ from minimind.data.inspection.findings import (
     Findings,
     check_copies,
     check_cuts,
+    check_dialogues,
     check_left_out,
     check_mask,
     check_pairs,
@@ -136,6 +138,7 @@ def inspect_rows(
     check_mask(found, tokens, messages, replies, tokenizer, every_reply and stage == "sft")
     check_structure(found, tokens, messages, tokenizer)
     check_text(found, tokens, messages, tokenizer)
+    check_dialogues(found, tokens, messages, tokenizer)
     check_replies(found, tokens, replies)
     cut, lost = check_cuts(found, tokens, tokens.lengths if lengths_before is None else lengths_before, size)
     check_copies(found, tokens, held_out, size)
@@ -264,14 +267,15 @@ def _is_text(piece: bytes) -> bool:
 # Files.
 
 
-def recognise_stage(words: Sequence[str]) -> str:
+def recognise_stage(words: Sequence[str], columns: Columns | None = None) -> str:
     """What the first usable row of some files is for: "dpo", "sft" or "pretrain"; raises UserError."""
+    columns = columns or Columns()
     converters = {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}
     problems: dict[str, str] = {}
     for row in islice(read_rows(data_paths(words), "skip"), RECOGNISED):
         for stage, convert in converters.items():
             try:
-                convert(row.data)
+                convert(columns.fields(row.data))
             except BadRowError as problem:
                 problems.setdefault(stage, f"{row.where}: {problem}")
             else:
@@ -297,13 +301,15 @@ def inspect_files(
     """
     policy, data_args = data_args.on_bad_rows, dataclasses.replace(data_args, on_bad_rows="skip")
     if stage == "pretrain":
-        texts = Texts(data_paths(data_args.train_files), tokenizer)
-        held_out = Texts(data_args.eval_files, tokenizer) if data_args.eval_files else None
+        texts = Texts(data_paths(data_args.train_files), tokenizer, data_args.reading())
+        held_out = Texts(data_args.eval_files, tokenizer, data_args.reading()) if data_args.eval_files else None
         found = Findings()
         reading = Reading()
         reading.bad.append(texts.bad)
+        reading.columns.append(texts.columns)
         check_left_out(found, reading, policy)
-        blocks = load_blocks(data_args, tokenizer, max_length)
+        told = dataclasses.replace(data_args, unread_columns=[*(data_args.unread_columns or ()), IGNORE_ALL])
+        blocks = load_blocks(told, tokenizer, max_length)
         return inspect_documents(blocks.train, blocks.facts["train"], texts, tokenizer, held_out, found)
     chat_args = chat_args or ChatArguments()
     set_chat_template(tokenizer, chat_args.chat_template)

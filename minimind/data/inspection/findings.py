@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from minimind.data.chats import Reading
 from minimind.data.files import BAD_ROW_SHARE
 from minimind.data.inspection.tokens import NO_TEXT, OTHER, Messages, Replies, Tokens, ratio, special_tokens
+from minimind.data.messages import VOICES
 from minimind.tokenizer import text_bytes
 
 SEVERITIES = ("error", "warning", "info")
@@ -170,6 +171,21 @@ def check_text(found: Findings, tokens: Tokens, messages: Messages, tokenizer) -
         found[-1]["role"] = str(role)
 
 
+def check_dialogues(found: Findings, tokens: Tokens, messages: Messages, tokenizer) -> None:
+    """Find users' messages that hold both voices of a dialogue, which a row spelled out in one string."""
+    both = np.ones(len(messages.role), bool)
+    for voices in VOICES.values():
+        pattern = re.compile(rf"\n[ \t]*(?:{voices})[ \t]*[:：]".encode(), re.IGNORECASE)
+        heard = np.zeros(len(messages.role), bool)
+        heard[messages.of_token[search_text(tokens, tokenizer, pattern)]] = True
+        both &= heard
+    rows = np.unique(messages.row[both & (messages.names[messages.role] == "user")])
+    text = f"in {len(rows):,} of {len(tokens):,} rows a user's message holds both voices of a dialogue"
+    advice = "Split it into messages. A prompt that begins with 'Human:' or 'User:' is split without asking."
+    severity = "error" if len(rows) > LOST_SHARE * len(tokens) else "warning"
+    found.add("flat_dialogues", severity, len(rows), text, advice, tokens.places(rows))
+
+
 def check_copies(found: Findings, tokens: Tokens, held_out: Tokens | None, replies_per_row: int = 1) -> None:
     """Find rows (of pairs: two rows at a time) that occur more than once, or are held out and trained on."""
 
@@ -227,6 +243,10 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
             name, advice = next((known[1:] for known in REASONS if known[0] in problem), ("bad_rows", "Mend them."))
             text = f"{count:,} of {bad.total:,} rows are left out: {'in the first ' * (count > 1)}{problem}"
             found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
+    for columns in reading.columns:
+        for name, count, text, advice, places in columns.findings():
+            found.add("unread_columns", "error", count, text, advice, places)
+            found[-1]["column"] = name
     long = counts["dropped"]
     reasons = [reason for bad in reading.too_long for reason in bad.reasons.values()]
     problem = next((problem for _, problem, _ in reasons), "")

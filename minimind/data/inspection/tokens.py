@@ -11,6 +11,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from minimind.data.columns import Columns
 from minimind.data.files import BadRows, read_rows, to_document
 from minimind.data.packing import IGNORED, best_fit
 from minimind.tokenizer import BOS_TOKEN, text_bytes
@@ -290,13 +291,13 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 class Texts:
     """The documents in some files, read once more for what only the text tells."""
 
-    def __init__(self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast):
-        self.bad = BadRows("skip")
+    def __init__(self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast, columns: Columns | None = None):
+        self.bad, self.columns = BadRows("skip"), columns or Columns()
         self.count = self.bytes = 0
         self.first: dict[int, str] = {}  # hash -> place
         self.copies, self.marked = [], []
         names = special_tokens(tokenizer)
-        for row in read_rows(paths, self.bad, to_document):
+        for row in read_rows(paths, self.bad, to_document, columns=self.columns):
             raw = row.data.encode()
             self.count += 1
             self.bytes += len(raw)

@@ -1,0 +1,172 @@
+"""Tools, the calls to them and their results, in the usual spellings -> OpenAI's form."""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from minimind.data.rows import BadRowError, shown
+
+EMPTY = (None, "", "[]", "{}", [], {})
+RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+PYTHON_LIMIT = 1 << 16  # characters that are parsed as Python
+NOT_PYTHON = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)
+
+
+def parse_json(value: Any, name: str) -> Any:
+    """JSON in a string -> its value, anything else as it is; raises BadRowError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value, parse_constant=lambda word: int(word))  # int("NaN") is the ValueError it should be
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise BadRowError(f"{name}: found {shown(value)}, expected JSON") from None
+    return parsed
+
+
+def parse_literal(value: Any, name: str) -> Any:
+    """JSON, or a Python literal such as {'name': 'f'}, in a string -> its value; raises BadRowError."""
+    try:
+        return parse_json(value, name)
+    except BadRowError as problem:
+        try:
+            parsed = ast.literal_eval(_python(value))
+            return parse_json(json.dumps(parsed), name)  # what JSON has no word for is refused
+        except NOT_PYTHON:
+            raise problem from None
+
+
+def _python(text: str) -> ast.expr:
+    """One Python expression, parsed and not run; raises one of NOT_PYTHON."""
+    if len(text) > PYTHON_LIMIT:
+        raise ValueError(text[:60])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        return ast.parse(text.strip(), mode="eval").body
+
+
+def parse_tools(value: Any, name: str = "tools") -> list[dict] | None:
+    """Tool schemas, also bare or as JSON in a string -> [{"type": "function", "function": {"name", ...}}] or None.
+
+    Anthropic's "input_schema" becomes "parameters".
+    """
+    value = parse_json(value, name) if value not in EMPTY else None
+    if value in EMPTY:
+        return None
+    tools = []
+    for index, raw in enumerate(value if isinstance(value, list) else [value]):
+        tool = parse_json(raw, f"{name}[{index}]")
+        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRowError(f"{name}[{index}]: found {shown(raw)}, expected a function with a 'name'")
+        if "input_schema" in function:
+            schema = function["input_schema"]
+            function = {key: item for key, item in function.items() if key != "input_schema"} | {"parameters": schema}
+        tools.append(tool if "function" in tool else {"type": "function", "function": function})
+    return tools
+
+
+def parse_calls(value: Any, name: str) -> list[dict]:
+    """Calls, also bare or as JSON in a string -> [{"type": "function", "function": {"name", "arguments"}}, ...].
+
+    `arguments` is an object; "id" is kept. Raises BadRowError.
+    """
+    value = parse_literal(value, name)
+    calls = []
+    for index, raw in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{name}[{index}]"
+        raw = parse_literal(raw, where) if isinstance(raw, str) and raw.lstrip().startswith("{") else raw
+        call = raw.get("function", raw) if isinstance(raw, dict) else raw
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise BadRowError(f"{where}: found {shown(raw)}, expected a call with 'name' and 'arguments'")
+        arguments = next((call[key] for key in ("arguments", "parameters", "input") if key in call), None)
+        arguments = {} if arguments in EMPTY else parse_literal(arguments, f"{where}: arguments")
+        if not isinstance(arguments, dict):
+            raise BadRowError(f"{where}: found the arguments {shown(arguments)}, expected an object")
+        called = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+        calls.append({"id": raw["id"]} | called if isinstance(raw.get("id"), str) else called)
+    return calls
+
+
+def split_calls(content: str, name: str) -> tuple[str, list[dict], str | None]:
+    """A reply -> its text, the calls in the <tool_call> blocks that end it, and why blocks are none, if so.
+
+    The reason is for whoever expects calls there: a reply may also just write about the tag.
+    """
+    text, *blocks = content.split("<tool_call>")
+    calls = []
+    for block in blocks:
+        call, closed, rest = block.partition("</tool_call>")
+        if not closed:
+            return content, [], "a <tool_call> that is not closed"
+        if rest.strip():
+            return content, [], f"text after a </tool_call>: {shown(rest.strip())}"
+        try:
+            calls += parse_calls(call.strip(), name)
+        except BadRowError as problem:
+            return content, [], str(problem)
+    return (text.strip(), calls, None) if calls else (content, [], None)
+
+
+def bare_calls(content: str, function: Any, name: str) -> list[dict]:
+    """Calls that are the whole of a reply, without a tag around them; none where it is not one.
+
+    {"name": "f", "arguments": {"a": 1}}    JSON or a Python literal, one or a list
+    [f(a=1), g()]                           Python calls with named literals, as in ToolACE
+    {"a": 1} and `function` "f"             GLM-4's, the name in the message's metadata
+    """
+    content = content.strip()
+    if isinstance(function, str) and function.strip() and content.startswith("{"):
+        content = json.dumps([{"name": function.strip(), "arguments": content}])
+    if content[:1] not in ("{", "["):
+        return []
+    try:
+        return parse_calls(content, name)
+    except BadRowError:
+        return _python_calls(content)
+
+
+def _python_calls(content: str) -> list[dict]:
+    """[f(a=1), g()] -> calls; none where anything else is written."""
+    try:
+        tree = _python(content)
+        calls = [
+            {
+                "name": ast.unparse(call.func),
+                "arguments": {word.arg: ast.literal_eval(word.value) for word in call.keywords},
+            }
+            for call in tree.elts
+            if not call.args and all(word.arg for word in call.keywords)
+        ]
+        return parse_calls(calls, "calls") if calls and len(calls) == len(tree.elts) else []
+    except (AttributeError, BadRowError, *NOT_PYTHON):
+        return []
+
+
+def split_results(content: str) -> list[str]:
+    """A tool's message -> its results, each without the <tool_response> tags that may stand around it.
+
+    >>> split_results("<tool_response>21</tool_response><tool_response>9</tool_response>")
+    ['21', '9']
+    """
+    results, position = [], 0
+    for match in RESULT.finditer(content):
+        if match.start() != position:
+            return [content]
+        results.append(match.group(1))
+        position = match.end()
+    return results if results and position == len(content) else [content]
+
+
+def find_tools(given: Sequence[tuple[str, Any]], systems: Sequence[str]) -> list[dict] | None:
+    """The one list of tools among those that stand in several places, as (place, value); None without any.
+
+    Tools that a system prompt spells out already are not given twice. Raises BadRowError.
+    """
+    found = [tools for place, value in given if (tools := parse_tools(value, place))]
+    if any(tools != found[0] for tools in found):
+        raise BadRowError("found two different lists of tools, in the row and in its system message, expected one")
+    return found[0] if found and not any("<tools>" in text for text in systems) else None
