@@ -46,7 +46,7 @@ NAMES = {
 # Columns that say something about a row and are no part of its text.
 FACTS = re.compile(
     r"(.*_)?("
-    r"ids?|uu?id|guid|hash|sha\d*|md5|index|idx|number|count|num|length|len|size|tokens?|n|"
+    r"ids?|keys?|doc|uu?id|guid|hash|sha\d*|md5|index|idx|number|count|num|length|len|size|tokens?|n|"
     r"scores?|ratings?|ranks?|rewards?|quality|loss|ppl|perplexity|probability|confidence|votes?|weight|"
     r"sources?|origin|datasets?|corpus|subset|split|config|version|licen[cs]e|authors?|annotators?|users?|"
     r"url|uri|link|domain|host|website|file(name|_name)?|path|repo(_name)?|repository|commit|"
@@ -59,7 +59,7 @@ FACTS = re.compile(
     r"language_(score|code)|label|desirable|kto_tag|is_.*|has_.*|num_.*|n_.*"
     r")"
 )
-LABEL = re.compile(r"[\w.:/+#@-]{1,32}", re.ASCII)  # a value in one short word: a name of something, not text
+LABEL = re.compile(r"[\w.:/+#@%&=?~-]{1,200}", re.ASCII)  # one word, path or address: a name of something, not text
 KNOWN = {name for names in NAMES.values() for name in names}
 IGNORE_ALL = "ignore"
 PLACES = 5  # rows named for one column
