@@ -401,3 +401,8 @@ def test_a_directory_keeps_the_parts_that_are_named_for_evaluation_out(tmp_path,
         if "test-" in path.name or path == only or "train" in path.name:
             path.unlink()
     assert [path.stem for path in expand([str(tmp_path)])] == ["validation", "x_eval"]
+
+
+def test_columns_whose_names_differ_in_case_alone_are_both_kept():
+    row = {"prompt": "hi", "completion": "hello", "Notes": "of two words", "notes": "of other words", "x": None}
+    assert unread([row]) == {"Notes": 1, "notes": 1}

@@ -73,10 +73,10 @@ class Fields(Mapping):
 
     def __init__(self, data: Mapping[str, Any]):
         self.given = data
-        self.values = {name: value for name, value in data.items() if value is not None}
-        lower = {str(name).strip().lower(): value for name, value in self.values.items()}
-        if len(lower) == len(self.values):
-            self.values = lower
+        self.values = {str(name).strip().lower(): value for name, value in data.items() if value is not None}
+        if len(self.values) < len(data):  # some are null, or two names differ in their case alone
+            given = {name: value for name, value in data.items() if value is not None}
+            self.values = self.values if len(self.values) == len(given) else given
         self.read: set[str] = set()
         self.unread_inside: list[str] = []  # of messages and other parts
 
@@ -88,11 +88,18 @@ class Fields(Mapping):
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.values
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def get(self, name: str | None, default: Any = None) -> Any:
+        """The value of a column, which does not count as reading."""
+        return self.values.get(name, default)
 
     def find(self, meaning: str) -> str | None:
         """The name of the column with this meaning: the first that holds something, else one that is empty."""

@@ -34,6 +34,7 @@ VERDICTS = (
 )
 REJECTIONS = ("rejected", "is_rejected", "bad", "is_bad", "undesirable", "thumbs_down", "disliked")
 SCORES = ("score", "rating", "reward", "vote", "votes", "feedback", "preference", "verdict", "judgement", "judgment")
+MARKS = {*VERDICTS, *REJECTIONS, *SCORES}
 NO = (False, "false", "no", "0", "-1", "rejected", "negative", "bad", "undesirable", "dislike", "thumbs_down")
 YES = (True, "true", "yes", "1")
 # Values of a column "reasoning" or "thinking" that switch it and are no thoughts.
@@ -53,9 +54,9 @@ class Conversation(NamedTuple):
 
 def check_verdict(row: Fields) -> None:
     """Refuse (BadRowError) a row that is marked as one that nobody should learn, as KTO's data has them."""
-    for name in (*VERDICTS, *REJECTIONS, *SCORES):
-        value = row.get(name)
-        if value is None or isinstance(value, list | dict):
+    for name in sorted(row.values.keys() & MARKS):
+        value = row[name]
+        if isinstance(value, list | dict):
             continue
         word = value.strip().lower() if isinstance(value, str) else value
         if name in SCORES:
@@ -122,7 +123,7 @@ def read_tools(row: Fields, *lists: Any) -> list[dict] | None:
     given = list(zip(places, row.take(*places), strict=True))
     systems = [m for value in lists if isinstance(value, list | tuple) for m in value[:1] if isinstance(m, Mapping)]
     given += [("messages[0]: tools", message.get("tools")) for message in systems]
-    texts = [row.get(row.find("system") or ""), *(message.get("content", message.get("value")) for message in systems)]
+    texts = [row.get(row.find("system")), *(message.get("content", message.get("value")) for message in systems)]
     return find_tools(given, [text for text in texts if isinstance(text, str)])
 
 

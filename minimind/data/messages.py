@@ -30,6 +30,7 @@ REASONING = NAMES["reasoning_content"]
 FLAGS = ("train", "training", "trainable", "train_on_turn", "loss", "learn")  # whether a reply is trained
 MASKS = ("mask", "masked")  # the opposite
 WEIGHTS = ("weight", "loss_weight")
+MARKS = {*FLAGS, *MASKS, *WEIGHTS, "train_detail"}
 WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 TEXT_PARTS = ("text", "input_text", "output_text", None)
 REASONING_PARTS = ("reasoning", "thinking")
@@ -67,13 +68,13 @@ def parse_weight(message: Mapping, name: str) -> float | None:
     Raises:
         BadRowError: a mark that is not understood.
     """
+    if MARKS.isdisjoint(message):
+        return None
     if message.get("train_detail") not in EMPTY:
         raise BadRowError(f"{name}: found 'train_detail', marks of parts of a reply, expected whole replies")
     given = [(key, message[key]) for key in (*FLAGS, *MASKS, *WEIGHTS) if message.get(key) not in (None, "")]
-    if not given:
-        return None
     weights = [_parse_mark(key, value, name) for key, value in given]
-    return 0.0 if 0.0 in weights else weights[-1]
+    return 0.0 if 0.0 in weights else weights[-1] if weights else None
 
 
 def _parse_mark(key: str, value: Any, name: str) -> float:

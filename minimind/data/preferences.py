@@ -105,7 +105,7 @@ def to_preference(data: Mapping) -> dict[str, list]:
         raise BadRowError(
             f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or whole conversations in chosen"
         )
-    tools = read_tools(row, row.get(name or "chosen"), row.get(row.find("chosen") or ""))
+    tools = read_tools(row, row.get(name or "chosen"), row.get(row.find("chosen")))
     prompt = add_system(row, without_empty_system(prompt, tools))
     for name, reply in (("chosen", chosen), ("rejected", rejected)):
         check_order(prompt + reply, f"(prompt + {name})")
