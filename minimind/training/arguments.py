@@ -255,7 +255,7 @@ class StageConfig(TrainingArguments):
         elif not Path(self.resume_from_checkpoint).is_dir():
             raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()
+            self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)
         super().__post_init__()
 
     def _check_choice(self) -> None:
