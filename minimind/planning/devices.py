@@ -106,7 +106,8 @@ def this_device() -> Device:
 @cache
 def this_cpu() -> Device:
     """This machine without its cards; its peak is measured once, on as many threads as torch takes."""
-    peaks = [matmul_peak("cpu", dtype) for dtype in ((torch.bfloat16,) if bf16_is_fast("cpu") else ()) + (torch.float32,)]
+    native = [torch.bfloat16] if bf16_is_fast("cpu") else []
+    peaks = [matmul_peak("cpu", dtype) for dtype in (*native, torch.float32)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         f"CPU, {torch.get_num_threads()} threads",

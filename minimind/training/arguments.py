@@ -237,6 +237,8 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
         if self.max_nonfinite_steps < 0:
             raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning_rate {self.learning_rate:g} would train nothing: expected above 0")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:

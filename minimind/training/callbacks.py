@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
 
+from minimind.errors import UserError
 from minimind.model.modeling_minimind import MiniMindTopKRouter
 
 
@@ -86,6 +87,8 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True  # the library leaves out the last steps where they are not logging_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -154,6 +157,43 @@ def tokens_at_peak(trainer: Trainer) -> float | None:
     except Exception as error:
         print(f"MFU is not known here ({type(error).__name__}: {error})", flush=True)
         return None
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Sum over the bits of the weights that are trained; of weights that ZeRO-3 divides, those of this process."""
+    whole_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    trained = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    return sum(t.view(whole_numbers[t.element_size()]).sum(dtype=torch.int64).item() for t in trained)
+
+
+class ChangeCallback(TrainerCallback):
+    """Raises UserError at the end of a run, resumed or not, that has left every weight as it was; to be added after the
+    guards, which may know why."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.before: int | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not args.resume_from_checkpoint:  # else it is taken up from the checkpoint
+            self.before = fingerprint(model)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs; see resume.py."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+        self.before = state["before"]
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        changed = torch.tensor([self.before != fingerprint(model)], device=args.device)
+        if not self.trainer.accelerator.gather(changed).any():
+            raise UserError(
+                f"this run trained nothing: after {state.global_step:,} steps no weight has changed. Each step was "
+                f"skipped, or the learning rate {args.learning_rate:g} is lost in the weights' rounding. Raise "
+                "--learning_rate, or train for more steps."
+            )
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -83,7 +83,7 @@ def bf16_is_fast(device: str | None = None) -> bool:
     """Whether a device ("cuda" or "cpu"; default: this machine's) computes in bf16 natively; elsewhere bf16 is
     emulated, 30 to 60 times slower than fp32 on a CPU.
 
-    On a CPU oneDNN computes the matrix products, and `ONEDNN_MAX_CPU_ISA` may keep it from instructions that are there.
+    On a CPU oneDNN computes the matrix products, and `ONEDNN_MAX_CPU_ISA` may keep it from what the processor has.
     """
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
