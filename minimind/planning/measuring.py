@@ -169,12 +169,13 @@ class PlanCallback(StepMeter):
         model = empty_model(core(real).config, adapter)  # the real one's weights may be divided among processes
         mean = replace(step, length=max(2, round(padded)))
         work = flops(model, mean)
-        rate = device.peak(step.precision)
+        achieved = work["model"] * step.accumulation / found["seconds_per_step"]
+        rate = max(device.peak(step.precision), achieved)
         planned = {
             "seconds_per_step": work["hardware"] * step.accumulation / rate / device.utilisation,
             "peak_memory": device.account(memory(model, step)["peak"]),
         }
-        mfu = work["model"] * step.accumulation / found["seconds_per_step"] / rate
+        mfu = achieved / rate
         self.found = {"plan/mfu": mfu}
         said = []
         for name, show in (("seconds_per_step", lambda x: f"{x:.3g} s a step"), ("peak_memory", gib)):
