@@ -66,10 +66,16 @@ def test_threads_that_do_not_fit_the_cores_are_named(monkeypatch, threads, proce
 def test_the_busiest_process_beside_this_run_is_found(monkeypatch):
     monkeypatch.undo()
 
-    def process(pid, name, percent):
-        return SimpleNamespace(pid=pid, info={"name": name}, cpu_percent=lambda: percent)
+    class Process(SimpleNamespace):
+        __hash__ = object.__hash__
 
-    listed = [process(1, "own", 200.0), process(2, "idle", 1.0), process(3, "miner", 90.0)]
+        def cpu_percent(self):
+            return self.percent
+
+    listed = [
+        Process(pid=pid, info={"name": name}, percent=percent)
+        for pid, name, percent in ((1, "own", 200.0), (2, "idle", 1.0), (3, "miner", 90.0))
+    ]
     monkeypatch.setattr(slowness, "processes_of_this_run", lambda: listed[:1])
     monkeypatch.setattr(slowness.psutil, "process_iter", lambda fields: iter(listed))
     assert slowness.busiest(seconds=0) == " (most of it: miner, pid 3)"

@@ -85,10 +85,8 @@ def seen_reasons(before: Usage, after: Usage, device: str, precision: str) -> li
     threads = torch.get_num_threads() * processes
     if device == "cpu" and threads != cores and not found:
         given = os.environ.get("OMP_NUM_THREADS")
-        setting = (
-            f"OMP_NUM_THREADS={given}: leave it out" if given else f"set OMP_NUM_THREADS={cores // processes or 1}"
-        )
-        found.append(f"{threads} threads compute on {cores} cores: {setting}")
+        advice = f"leave out OMP_NUM_THREADS={given}" if given else f"set OMP_NUM_THREADS={cores // processes or 1}"
+        found.append(f"{threads} threads compute on {cores} cores: {advice}")
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         held = total - free - torch.cuda.memory_reserved()
