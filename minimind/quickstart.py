@@ -1,20 +1,105 @@
-"""The end of scripts/quickstart.sh: measure what each stage changed, and let the last model speak.
+"""The first and the last lines of scripts/quickstart.sh: what this machine is and how long it will take; what each
+stage changed, and the last model's own words.
 
-python -m minimind.quickstart runs/quickstart
+python -m minimind.quickstart                   # the first
+python -m minimind.quickstart runs/quickstart   # the last
 """
 
+import os
+import platform
 import sys
+import time
 from pathlib import Path
 
+import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
+from minimind import MiniMindConfig
 from minimind.chat import load_for_generation
 from minimind.checkpoints import read_stage, write_json
 from minimind.errors import reports_user_errors
 from minimind.evaluation import answer, read_questions, score
+from minimind.planning.slowness import seen_reasons, usage
+from minimind.recipes import read_recipe
+from minimind.training.arguments import PretrainConfig, load_model_config_file
+from minimind.training.launch import bf16_is_fast, prepare_launch
+from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
+VOCABULARY = 1200  # as the script trains it
+PROCESSES = 7  # that the script starts one after another, each with the same libraries: data, tokenizer, stages, end
+
+
+def processor() -> str:
+    """The name of the processor, or of the first GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def kind_of_machine() -> str:
+    """Processor, cores, memory and precision in one sentence."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().total / 2**30
+    kind = "with bf16: training computes in bf16" if bf16_is_fast() else "without bf16: training computes in fp32"
+    return f"{processor()}, {cores} cores, {memory:.0f} GiB of memory, {kind}"
+
+
+def seconds_of_a_step(recipe: dict, seconds: float = 1.0) -> float:
+    """The fastest of the training steps that fit into a second, two at least, after a first one."""
+    args = PretrainConfig(optim=recipe["optim"], report_to=[])
+    config = MiniMindConfig(**load_model_config_file(recipe["model_config"]), vocab_size=VOCABULARY)
+    model = AutoModelForCausalLM.from_config(config).to(args.device)
+    optimizer = build_optimizer(model, args)
+    ids = torch.randint(
+        3, VOCABULARY, (recipe["per_device_train_batch_size"], recipe["block_size"]), device=args.device
+    )
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken[1:]) < seconds:
+        began = time.perf_counter()
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(time.perf_counter() - began + 0 * loss.item())
+    return min(taken[1:])
+
+
+def steps_in_all(recipes: dict[str, dict]) -> float:
+    """All stages' tokens in steps of the pretraining; a pair counts as two rows."""
+    tokens = {
+        name: recipe["max_steps"]
+        * recipe["per_device_train_batch_size"]
+        * recipe.get("block_size", recipe.get("max_length"))
+        * (2 if name == "dpo" else 1)
+        for name, recipe in recipes.items()
+    }
+    return sum(tokens.values()) / tokens["pretrain"] * recipes["pretrain"]["max_steps"]
+
+
+def introduce(started: float) -> None:
+    """Print what this machine is, and about how long the script takes on it; `started`: when this process began."""
+    starting = time.time() - started
+    prepare_launch(uses_deepspeed=False)
+    recipes = {name: read_recipe(Path(f"configs/{name}/quickstart.yaml")) for name in STAGES}
+    before = usage()
+    step, steps = seconds_of_a_step(recipes["pretrain"]), steps_in_all(recipes)
+    minutes = (PROCESSES * starting + steps * step) / 60
+    print(f"This machine: {kind_of_machine()}.")
+    print(
+        f"A pretraining step takes {step:.2g} s just now, and all stages are worth {steps:.0f} of them: about "
+        f"{max(1, round(minutes))} min in all.",
+        flush=True,
+    )
+    for reason in seen_reasons(before, usage(), "cuda" if torch.cuda.is_available() else "cpu", "fp32"):
+        print(f"It could be faster: {reason}.", flush=True)
 
 
 def summarise(run: Path) -> dict:
@@ -83,7 +168,10 @@ def show(summary: dict, console: Console) -> None:
 
 @reports_user_errors
 def main() -> None:
-    """Write summary.json into the run's directory and show it."""
+    """Introduce the script; given its finished run, write summary.json into that directory and show it."""
+    if len(sys.argv) == 1:
+        introduce(psutil.Process().create_time())
+        return
     run = Path(sys.argv[1])
     summary = summarise(run)
     write_json(run / "summary.json", summary)

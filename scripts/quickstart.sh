@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # From nothing to an aligned chat model on the embedded corpus: tokenizer, pretraining, SFT, LoRA, DPO, evaluation.
-# 2 CPU cores, no network after the install. A finished stage is not repeated: delete runs/quickstart to start afresh.
+# 2 CPU cores are enough, no network after the install; the first lines say about how long it takes on this machine.
+# A finished stage is not repeated: delete runs/quickstart to start afresh.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1
 run=runs/quickstart
 began=$SECONDS
+python -m minimind.quickstart
 
 # stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there.
 stage() {

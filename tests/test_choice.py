@@ -8,22 +8,24 @@ import pytest
 import torch
 from pipeline import document_rows, failure, run_script, short_run, write_model
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import SchedulerType, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from minimind.checkpoints import read_stage
+from minimind.errors import UserError
 from minimind.training.arguments import PretrainConfig, parse
 from minimind.training.callbacks import Baseline, EarlyStopping
+from minimind.training.trainers import ScheduledTrainer
 
 STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3
 
 
 def after_warmup(step, factor):
     """Factor of step `step` (the first is 0), its formula given the share of the way from the warm-up to the end."""
-    return step / WARMUP if step < WARMUP else factor((step - WARMUP) / (STEPS - WARMUP))
+    return (step + 1) / WARMUP if step < WARMUP else factor((step - WARMUP) / (STEPS - WARMUP))
 
 
 def wsd(step):
-    return min(1.0, step / WARMUP) if step < STEPS - DECAY else 1 - math.sqrt((step - STEPS + DECAY) / DECAY)
+    return min(1.0, (step + 1) / WARMUP) if step < STEPS - DECAY else 1 - math.sqrt((step - STEPS + DECAY) / DECAY)
 
 
 SCHEDULES = {
@@ -62,6 +64,58 @@ def test_every_step_of_a_schedule_follows_its_formula(pretrain, schedule):
         max_steps=STEPS, lr_scheduler_type=schedule, warmup_steps=WARMUP / STEPS, lr_decay_steps=DECAY / STEPS
     )
     assert rates(log) == pytest.approx([PEAK * SCHEDULES[schedule](step) for step in range(STEPS)], rel=1e-6)
+
+
+def factors(name, warmup_steps, steps, trainer=ScheduledTrainer, **kwargs):
+    """The rate of each step over the peak, as a schedule of our trainer has it, or one of the library's."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    args = TrainingArguments(
+        report_to=[], lr_scheduler_type=name, warmup_steps=warmup_steps, lr_scheduler_kwargs=kwargs, use_cpu=True
+    )
+    args.lr_decay_steps = kwargs.get("num_decay_steps", DECAY)
+    bare = trainer.__new__(trainer)
+    bare.args, bare.lr_scheduler, bare.optimizer = args, None, optimizer
+    schedule = bare.create_scheduler(steps)
+    found = []
+    for step in range(steps):
+        if step:
+            optimizer.step()
+            schedule.step()
+        found.append(schedule.get_last_lr()[0] / PEAK)
+    return found
+
+
+KWARGS = {
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 1},
+    "polynomial": {"lr_end": 0.0},
+}
+SCHEDULED = [each.value for each in SchedulerType if each.value not in ("reduce_lr_on_plateau", "greedy")]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_of_every_schedule_the_first_step_trains_and_what_follows_the_warmup_is_the_librarys(name):
+    options = KWARGS.get(name, {})
+    for warmup_steps, steps in ((0, 4), (0.05, 1), (1, 2), (3, 10)):
+        found = factors(name, warmup_steps, steps, **options)
+        theirs = factors(name, warmup_steps, steps, Trainer, **options)
+        warm = math.ceil(warmup_steps * steps) if warmup_steps < 1 else warmup_steps
+        assert found[warm:] == pytest.approx(theirs[warm:])
+        if name != "constant":
+            assert found[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
+        assert min(found) > 0
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
+def test_a_schedule_that_is_0_at_every_step_is_refused():
+    with pytest.raises(UserError, match="learning rate 0 at each of the 4 steps"):
+        factors("warmup_stable_decay", 0, 4, num_stable_steps=0, num_decay_steps=0)
+
+
+def test_a_learning_rate_of_0_is_refused():
+    with pytest.raises(UserError, match="--learning_rate 0 would train nothing: expected above 0"):
+        parse(PretrainConfig, argv=["--learning_rate", "0", "--report_to", "none"])
 
 
 def test_a_stable_run_decays_from_any_of_its_checkpoints(pretrain):

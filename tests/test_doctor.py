@@ -163,7 +163,7 @@ def test_fp16_weights_and_fp16_on_a_cpu_are_found(case):
 def test_bf16_where_it_is_emulated_is_found(case, monkeypatch):
     case = change(case, bf16=True)
     for fast, severity in ((True, "ok"), (False, "warning")):
-        monkeypatch.setattr(checks, "bf16_is_fast", lambda fast=fast: fast)
+        monkeypatch.setattr(checks, "bf16_is_fast", lambda device, fast=fast: fast)
         assert ask(case, "bf16_hardware").severity == severity
 
 

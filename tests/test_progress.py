@@ -5,6 +5,7 @@ import json
 import math
 import re
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from minimind.checkpoints import read_stage
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.evaluation import bits_per_nat
+from minimind.planning import devices
+from minimind.training import callbacks
 from minimind.training.arguments import DataArguments
 from minimind.training.callbacks import ProgressCallback, peak_memory
 from minimind.training.trainers import BlockTrainer
@@ -138,20 +141,69 @@ def test_where_the_bytes_are_not_known_no_bits_per_byte_are_told():
     assert bits_per_nat({"conversations": 3}) is None
 
 
-def test_mfu_is_the_speed_over_the_speed_at_the_peak(tmp_path, capsys):
-    progress = ProgressCallback(tmp_path)
-    state = TrainerState(max_steps=10, num_input_tokens_seen=0, is_world_process_zero=True)
-    progress.on_train_begin(None, state, None)
-    progress.peak_tokens = 4000.0
-    progress.seconds, state.global_step, state.num_input_tokens_seen = 2.0, 4, 2000
+def log_at(progress, seconds, step, tokens):
+    """What a log adds after so many seconds, steps and tokens of a run of 10 steps."""
+    state = TrainerState(max_steps=10, global_step=step, num_input_tokens_seen=tokens, is_world_process_zero=True)
     logs = {"loss": 2.0}
+    progress.seconds = seconds
     progress.on_log(None, state, None, logs)
+    return logs
+
+
+def peaks_measured(monkeypatch, *peaks):
+    """Let the machine show these peaks one after another; returns those that were not measured."""
+    found, left = [peaks[0]], list(peaks[1:])
+    device = SimpleNamespace(peak=lambda precision: max(found))
+    monkeypatch.setattr(devices, "this_device", lambda: device)
+    monkeypatch.setattr(devices, "measure_again", lambda precision: found.append(left.pop(0)))
+    return left
+
+
+@pytest.fixture
+def progress(tmp_path):
+    """The callback of a run whose model takes 2 FLOPs a token."""
+    progress = ProgressCallback(tmp_path)
+    progress.on_train_begin(None, TrainerState(num_input_tokens_seen=0, is_world_process_zero=True), None)
+    progress.flops_per_token, progress.precision = 2.0, "fp32"
+    return progress
+
+
+def test_mfu_is_the_models_flops_over_the_peak(progress, monkeypatch, capsys):
+    peaks_measured(monkeypatch, 8000.0)
+    logs = log_at(progress, seconds=2.0, step=4, tokens=2000)
     assert logs["tokens_per_second"] == 1000.0
     assert logs["mfu"] == 0.25
     said = capsys.readouterr().out
     assert "step  4/10  40.0%" in said
     assert "MFU 25.0%" in said
     assert "0:00:02 elapsed, 0:00:03 left" in said
+
+
+def test_a_peak_measured_beside_another_process_is_measured_again_and_no_run_is_above_it(progress, monkeypatch):
+    left = peaks_measured(monkeypatch, 1000.0, 8000.0, 7000.0)
+    assert log_at(progress, seconds=2.0, step=2, tokens=2000)["mfu"] == 1.0  # 2,000 FLOP/s, above what was measured
+    assert log_at(progress, seconds=1000.0, step=3, tokens=2000 + 998 * 2000)["mfu"] == 0.5
+    assert left == [7000.0]
+    assert log_at(progress, seconds=1001.0, step=4, tokens=2000 + 998 * 2000 + 8000)["mfu"] == 1.0
+
+
+def test_measuring_the_peak_costs_a_run_one_hundredth_of_its_time(progress, monkeypatch):
+    left = peaks_measured(monkeypatch, *map(float, range(1000, 1010)))
+    clock = iter(range(0, 1000, 5))  # each measurement takes 5 s
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+    for step in range(1, 10):
+        log_at(progress, seconds=200.0 * step, step=step, tokens=step)
+    assert 9 - len(left) == 4  # when 10 s, 510 s, 1,010 s and 1,510 s are over
+
+
+def test_the_peak_of_a_cpu_is_the_best_that_was_ever_measured(monkeypatch):
+    monkeypatch.setattr(devices, "FASTEST", {})
+    first = devices.this_cpu()
+    devices.measure_again("fp32")
+    assert devices.this_cpu().peak_fp32 >= first.peak_fp32
+    devices.FASTEST["cpu", torch.float32] = 1e18  # as a quieter moment would have shown
+    devices.measure_again("fp32")
+    assert devices.this_cpu().peak_fp32 == 1e18
 
 
 def test_memory_is_what_the_process_held_at_most():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
@@ -236,6 +237,41 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
     pretrain("cut", "--resume_from_checkpoint", "true")
     assert weights_hash(cut) == weights_hash(whole)
     assert read_stage(cut)["steps"] == 4
+
+
+def one_step(runs, monkeypatch, stage, output, *words):
+    """Run a stage for one step, on what the stage before it wrote."""
+    rows, parent = {"sft": ("chats", "pretrain"), "lora": ("chats", "sft"), "dpo": ("pairs", "sft")}[stage]
+    words = [*words, "--use_peft"] if stage == "lora" else words
+    data = ["--train_files", runs / f"{rows}.jsonl", "--model_name_or_path", runs / parent]
+    script = "train_dpo" if stage == "dpo" else "finetune_sft"
+    run_script(monkeypatch, script, *short_run(output, max_length=64, max_steps=1), *data, *words)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_run_of_one_step_changes_the_weights(runs, monkeypatch, tmp_path, stage):
+    one_step(runs, monkeypatch, stage, tmp_path / "out")
+    before, after = (
+        load_model(path).state_dict()
+        for path in (read_stage(tmp_path / "out")["parent"]["directory"], tmp_path / "out")
+    )
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_of_one_step_changes_an_adapter(runs, monkeypatch, tmp_path):
+    one_step(runs, monkeypatch, "lora", tmp_path / "out")
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # they begin as zeros
+
+
+def test_a_run_that_changes_no_weight_is_an_error_also_where_it_is_resumed(runs, monkeypatch, tmp_path, capsys):
+    # So small a rate is lost in the rounding of every weight.
+    words = ["--learning_rate", "1e-30", "--weight_decay", "0", "--save_strategy", "steps"]
+    for _ in range(2):
+        message = failure(capsys, one_step, runs, monkeypatch, "sft", tmp_path / "out", *words)
+        assert message.startswith("this run trained nothing: after 1 steps no weight has changed")
+        assert not (tmp_path / "out" / "stage.json").exists()
+    assert (tmp_path / "out" / "checkpoint-1" / "manifest.json").exists()
 
 
 def test_a_directory_that_is_no_stage_is_refused(runs, tmp_path, capsys):

@@ -315,7 +315,7 @@ def fp16_scaling(case: Case) -> tuple:
 def bf16_hardware(case: Case) -> tuple:
     if not case.args.bf16:
         return "ok", "no bf16"
-    if bf16_is_fast():
+    if bf16_is_fast(case.args.device.type):
         return "ok", "computed natively"
     return (
         "warning",

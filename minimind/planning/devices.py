@@ -89,11 +89,17 @@ def find_device(name: str | None) -> Device:
     raise UserError(f"--device {name}: expected one of {', '.join(NAMES)}.")
 
 
-@cache
 def this_device() -> Device:
     """The device that a run would take here: a card of the table by its name, another one or a CPU by measurement."""
-    if not torch.cuda.is_available():
-        return this_cpu()
+    return this_card() if torch.cuda.is_available() else this_cpu()
+
+
+FASTEST: dict[tuple[str, torch.dtype], float] = {}  # what this process has measured so far: FLOP/s
+
+
+@cache
+def this_card() -> Device:
+    """This machine's first card; its peak is measured once, where it is not in the table."""
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     compact = name.lower().replace(" ", "")
     known = next((device for key, device in DEVICES.items() if key in compact), None)
@@ -103,10 +109,10 @@ def this_device() -> Device:
     return Device(name, "cuda", *peaks.values(), memory, 0.35, *CUDA_ALLOWANCES, "matrix products measured here")
 
 
-@cache
 def this_cpu() -> Device:
-    """This machine without its cards; its peak is measured once, on as many threads as torch takes."""
-    peaks = [matmul_peak("cpu", dtype) for dtype in ((torch.bfloat16,) if bf16_is_fast() else ()) + (torch.float32,)]
+    """This machine without its cards; its peak is the best measured so far, on as many threads as torch takes."""
+    native = [torch.bfloat16] if bf16_is_fast("cpu") else []
+    peaks = [FASTEST.get(("cpu", dtype)) or matmul_peak("cpu", dtype) for dtype in (*native, torch.float32)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         f"CPU, {torch.get_num_threads()} threads",
@@ -121,7 +127,7 @@ def this_cpu() -> Device:
 
 
 def matmul_peak(device: str, dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """FLOP/s of the fastest of some large matrix products."""
+    """FLOP/s of the fastest large matrix product of this call and all before it: a busy machine shows less."""
     size = 1024 if device == "cpu" else 8192
     own = torch.Generator(device)  # measured in the middle of a run, whose random numbers are not to be touched
     left, right = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
@@ -137,7 +143,15 @@ def matmul_peak(device: str, dtype: torch.dtype, seconds: float = 0.15) -> float
     fastest, until = once(), time.perf_counter() + seconds
     while time.perf_counter() < until:
         fastest = min(fastest, once())
-    return 2 * size**3 / fastest
+    FASTEST[device, dtype] = max(2 * size**3 / fastest, FASTEST.get((device, dtype), 0.0))
+    return FASTEST[device, dtype]
+
+
+def measure_again(precision: str) -> None:
+    """Give the CPU another chance to show its peak; that of a card stays."""
+    if not torch.cuda.is_available():
+        half = precision != "fp32" and bf16_is_fast("cpu")
+        matmul_peak("cpu", torch.bfloat16 if half else torch.float32, seconds=0.05)
 
 
 PRICE = re.compile(r"(?P<sign>[$€¥£]?) ?(?P<amount>\d+(\.\d+)?) ?(?P<code>[A-Za-z]{3})?( ?/ ?h(our)?)?")

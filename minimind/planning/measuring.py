@@ -25,12 +25,14 @@ from minimind.planning.costs import Step, core, empty_model, flops, memory
 from minimind.planning.devices import Device, this_device
 from minimind.planning.plans import gib
 from minimind.planning.recipes import Recipe
+from minimind.planning.slowness import explain, usage
 from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.launch import is_main_process
 
 MEASURED_STEPS = 5
 WATCHED_STEPS = 20
 LENGTHS = 2_000  # rows whose length is looked at
+SLOW, LOST = 2.0, 0.25  # times the planned seconds, and seconds lost a step: smaller steps are mostly overhead
 
 
 class PeakMemory:
@@ -114,7 +116,8 @@ class StopAndReport(StepMeter):
 
 
 class PlanCallback(StepMeter):
-    """Compares the first steps of a run with what was planned for them: one line, and the numbers in the next log.
+    """Compares the first steps of a run with what was planned for them: one line, and the numbers in the next log;
+    where they are much slower, a warning with the likely reasons.
 
     It must not end a run: whatever goes wrong in it is said, and the run goes on. It has to stand before the trackers'
     callbacks, which report the logs as they find them.
@@ -131,6 +134,7 @@ class PlanCallback(StepMeter):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.steps:
+            self._try(self._note_usage)
             self._try(self._compare_once)
             self._try(lambda: super(PlanCallback, self).on_step_begin(args, state, control, **kwargs))
 
@@ -146,6 +150,10 @@ class PlanCallback(StepMeter):
         if self.found and logs is not None and "loss" in logs:
             logs.update({name: round(value, 4) for name, value in self.found.items()})
             self.found = {}
+
+    def _note_usage(self) -> None:
+        if not self.seconds:
+            self.usage_before = usage()
 
     def _compare_once(self) -> None:
         if self.due:
@@ -169,12 +177,13 @@ class PlanCallback(StepMeter):
         model = empty_model(core(real).config, adapter)  # the real one's weights may be divided among processes
         mean = replace(step, length=max(2, round(padded)))
         work = flops(model, mean)
-        rate = device.peak(step.precision)
+        achieved = work["model"] * step.accumulation / found["seconds_per_step"]
+        rate = max(device.peak(step.precision), achieved)
         planned = {
             "seconds_per_step": work["hardware"] * step.accumulation / rate / device.utilisation,
             "peak_memory": device.account(memory(model, step)["peak"]),
         }
-        mfu = work["model"] * step.accumulation / found["seconds_per_step"] / rate
+        mfu = achieved / rate
         self.found = {"plan/mfu": mfu}
         said = []
         for name, show in (("seconds_per_step", lambda x: f"{x:.3g} s a step"), ("peak_memory", gib)):
@@ -185,6 +194,14 @@ class PlanCallback(StepMeter):
             said.append(f"{show(found[name])} instead of {show(planned[name])} ({difference:+.0%})")
         said.append(f"MFU {mfu:.0%} instead of {device.utilisation:.0%}")
         print(f"plan: over the first {self.steps} steps on {device.name}: {', '.join(said)}", flush=True)
+        taken, expected = found["seconds_per_step"], planned["seconds_per_step"]
+        if taken > SLOW * expected and taken - expected > LOST:
+            why = explain(self.usage_before, usage(), device.kind, step.precision)
+            print(
+                f"warning: a step takes {taken:.3g} s instead of the planned {expected:.3g} s "
+                f"({taken / expected - 1:+.0%}). Likely reasons, and what to try:{why}",
+                flush=True,
+            )
 
 
 def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:

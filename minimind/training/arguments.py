@@ -260,6 +260,8 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
         if self.max_nonfinite_steps < 0:
             raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning_rate {self.learning_rate:g} would train nothing: expected above 0")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -278,7 +280,7 @@ class StageConfig(TrainingArguments):
         elif not Path(self.resume_from_checkpoint).is_dir():
             raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()
+            self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)
         super().__post_init__()
 
     def _check_choice(self) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
 
+from minimind.errors import UserError
 from minimind.model.modeling_minimind import MiniMindTopKRouter
 
 
@@ -18,6 +19,8 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
+
+MEASURING_SHARE = 0.01  # of the training time, at most, goes into measuring the peak again
 
 # What a line shows of a log, in this order.
 SHOWN = {
@@ -48,9 +51,10 @@ class ProgressCallback(TrainerCallback):
     learning rate, tokens/s, MFU, memory, elapsed time, ETA.
 
     tokens/s counts the tokens that are not padding, of all processes, over training time: evaluation is left out. MFU
-    is the model's FLOPs for these tokens over the devices' peak (Chowdhery et al., 2022, appendix B). Memory is the
-    most that this process ever held, in GiB: of the GPU's where there is one, else resident. What is worth a curve is
-    added to the logs, so this has to stand before the trackers' callbacks.
+    is the model's FLOPs for these tokens over the devices' peak (Chowdhery et al., 2022, appendix B). A CPU's peak is
+    measured again now and then, since another process may have been busy, and a run that is faster still is the peak.
+    Memory is the most that this process ever held, in GiB: of the GPU's where there is one, else resident. What is
+    worth a curve is added to the logs, so this has to stand before the trackers' callbacks.
 
     `bits_per_nat`: loss in nats per token -> bits per byte, where the bytes of the targets are known.
     """
@@ -60,7 +64,9 @@ class ProgressCallback(TrainerCallback):
         self.trainer, self.bits_per_nat = trainer, bits_per_nat
         self.seconds = 0.0  # spent in training steps
         self.step_began = None
-        self.peak_tokens = None  # tokens/s of all processes at an MFU of 1
+        self.flops_per_token = None  # of one device
+        self.peak = 0.0  # FLOP/s of one device
+        self.measuring = 0.1  # seconds, about, that it has taken to measure it
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
@@ -68,7 +74,7 @@ class ProgressCallback(TrainerCallback):
         if state.is_world_process_zero:
             if not self.first_step:
                 self.log_file.unlink(missing_ok=True)
-            self.peak_tokens = self.trainer and tokens_at_peak(self.trainer)
+            self.flops_per_token, self.precision = work_of(self.trainer) if self.trainer else (None, None)
 
     def state_dict(self) -> dict:
         """What a resumed run needs, so that tokens/s, elapsed time and ETA go on; see resume.py."""
@@ -86,6 +92,8 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began
+        if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
+            control.should_log = True  # the library leaves out the last steps where they are not logging_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -106,12 +114,23 @@ class ProgressCallback(TrainerCallback):
             return {}
         speed = (state.num_input_tokens_seen - self.last_tokens) / (self.seconds - self.last_seconds)
         logs["tokens_per_second"] = round(speed, 1)
-        if self.peak_tokens:
-            logs["mfu"] = round(speed / self.peak_tokens, 5)
+        if self.flops_per_token:
+            logs["mfu"] = round(self._mfu(speed * self.flops_per_token), 5)
         self.last_seconds, self.last_tokens = self.seconds, state.num_input_tokens_seen
         done = state.global_step - self.first_step
         left = self.seconds / done * (state.max_steps - state.global_step)
         return {"elapsed": round(self.seconds, 1), "eta": round(left, 1)}
+
+    def _mfu(self, rate: float) -> float:
+        """FLOP/s -> their share of the peak, 1 at most."""
+        from minimind.planning.devices import measure_again, this_device
+
+        if self.measuring < MEASURING_SHARE * self.seconds:
+            began = time.perf_counter()
+            measure_again(self.precision)
+            self.measuring += time.perf_counter() - began
+        self.peak = max(self.peak, rate, this_device().peak(self.precision))
+        return rate / self.peak
 
     def tokens_per_second(self, state: TrainerState) -> float:
         """Mean over all training steps."""
@@ -137,8 +156,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def tokens_at_peak(trainer: Trainer) -> float | None:
-    """Tokens a second that the devices of a run would train at their peak; None where the model's FLOPs are unknown.
+def work_of(trainer: Trainer) -> tuple[float | None, str | None]:
+    """FLOPs of one device for each token that all of them train, and the precision of a run; None where unknown.
 
     Whatever goes wrong here costs a run its MFU and nothing else.
     """
@@ -147,13 +166,51 @@ def tokens_at_peak(trainer: Trainer) -> float | None:
         from minimind.planning.devices import this_device
         from minimind.planning.measuring import step_of
 
-        device = this_device()
-        step, _ = step_of(trainer, device)
+        step, _ = step_of(trainer, this_device())
         work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
-        return device.peak(step.precision) * trainer.args.world_size * step.tokens / work["model"]
+        return work["model"] / step.tokens / trainer.args.world_size, step.precision
     except Exception as error:
         print(f"MFU is not known here ({type(error).__name__}: {error})", flush=True)
-        return None
+        return None, None
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Sum over the bits of the weights that are trained; of weights that ZeRO-3 divides, those of this process."""
+    whole_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    trained = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    return sum(t.view(whole_numbers[t.element_size()]).sum(dtype=torch.int64).item() for t in trained)
+
+
+class ChangeCallback(TrainerCallback):
+    """Raises UserError at the end of a run, resumed or not, that has left every weight as it was.
+
+    To be added after the guards, which may know why.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.before: int | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not args.resume_from_checkpoint:  # else it is taken up from the checkpoint
+            self.before = fingerprint(model)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs; see resume.py."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+        self.before = state["before"]
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        changed = torch.tensor([self.before != fingerprint(model)], device=args.device)
+        if not self.trainer.accelerator.gather(changed).any():
+            raise UserError(
+                f"this run trained nothing: after {state.global_step:,} steps no weight has changed. Each step was "
+                f"skipped, or the learning rate {args.learning_rate:g} is lost in the weights' rounding. Raise "
+                "--learning_rate, or train for more steps."
+            )
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -6,18 +6,43 @@ features, so embeddings, head and norms stay with AdamW. torch's Muon scales its
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from minimind.errors import UserError
+from minimind.training.launch import bf16_is_fast
+
+
+class Bf16AsFp32(TorchFunctionMode):
+    """While it is entered, `tensor.bfloat16()` gives a copy in fp32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
+
+
+class Muon(torch.optim.Muon):
+    """torch's, except: its Newton-Schulz iteration, always in bf16 there, is in fp32 on a device that emulates bf16.
+
+    Which of the two is exact enough does not matter: the iteration's own result is only near orthogonal.
+    """
+
+    def step(self, closure=None):
+        """One step on all matrices, which lie on one kind of device."""
+        device = self.param_groups[0]["params"][0].device.type
+        with nullcontext() if bf16_is_fast(device) else Bf16AsFp32():
+            return super().step(closure)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimizers behind one face: shared param groups, so that one schedule drives both."""
 
     def __init__(self, matrices: Iterable, others: Iterable, lr: float, weight_decay: float, betas: tuple, eps: float):
-        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        self.parts = [Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
         self.parts += [torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)]
         groups = [{"params": group["params"]} for part in self.parts for group in part.param_groups]
         super().__init__(groups, {"lr": lr})

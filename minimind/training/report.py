@@ -180,7 +180,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     power = 10 ** math.floor(math.log10(span / count))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= span / count * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, max(last, first + 1) + 1)]
 
 
 def chart(title: str, unit: str, series: dict[str, list[tuple[float, float]]], from_zero: bool = False) -> str:

@@ -47,7 +47,13 @@ from minimind.errors import UserError
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
-from minimind.training.callbacks import Baseline, EarlyStopping, ProgressCallback, RouterLoadCallback
+from minimind.training.callbacks import (
+    Baseline,
+    ChangeCallback,
+    EarlyStopping,
+    ProgressCallback,
+    RouterLoadCallback,
+)
 from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
@@ -237,6 +243,7 @@ class Stage:
         prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
         install_guards(trainer, self.output_dir, ProgressCallback)
+        trainer.add_callback(ChangeCallback(trainer))
         from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
 
         examine_run(self.name, trainer, self.facts, self.parent)

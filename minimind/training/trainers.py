@@ -1,16 +1,19 @@
 """Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy, pad
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, Trainer
 from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from minimind.data.packing import IGNORED, PackedCollator
+from minimind.errors import UserError
 from minimind.evaluation import bits_per_byte
 from minimind.training.resume import ResumableTrainer
 
@@ -30,17 +33,44 @@ def weighted_causal_lm_loss(
     return (weights * losses).sum() / num_items_in_batch
 
 
+def warmed_up(step: int, factor: Callable[[int], float], warmup_steps: int) -> float:
+    """Factor of the learning rate at a step, the first being 0: the library's `factor`, a step ahead while it warms up
+    from 0, so that step k of w has (k + 1) / w of the peak."""
+    if step >= warmup_steps or factor(0) > 0:
+        return factor(step)
+    return factor(step + 1) if step + 1 < warmup_steps else 1.0
+
+
 class ScheduledTrainer(ResumableTrainer):
-    """Identical to the library's except: the length of the decay of `warmup_stable_decay` may be a share of all steps,
-    `--lr_decay_steps`, as that of the warm-up may."""
+    """Identical to the library's except:
+
+    The first step's learning rate is above 0, and the last step of the warm-up has the peak. The library's first step
+    has rate 0 and trains nothing, which is all that a run of one step would do. What follows the warm-up is the same.
+
+    The length of the decay of `warmup_stable_decay` may be a share of all steps, `--lr_decay_steps`, as that of the
+    warm-up may.
+    """
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The library's schedule, warmed up as above; raises UserError where the rate of every step would be 0."""
+        is_new = self.lr_scheduler is None
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
             given = self.args.lr_decay_steps
             steps = math.ceil(given * num_training_steps) if given < 1 else int(given)
             # A copy of the trainer may be asked, so the arguments as they were given have to stay.
             self.args.lr_scheduler_kwargs = {"num_decay_steps": steps} | (self.args.lr_scheduler_kwargs or {})
-        return super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and isinstance(schedule, LambdaLR):
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            factors = [partial(warmed_up, factor=factor, warmup_steps=warmup_steps) for factor in schedule.lr_lambdas]
+            if not any(factors[0](step) for step in range(num_training_steps)):
+                raise UserError(
+                    f"--lr_scheduler_type {self.args.lr_scheduler_type.value} has the learning rate 0 at each of the "
+                    f"{num_training_steps:,} steps, which would train nothing. Change --lr_scheduler_kwargs "
+                    f"({self.args.lr_scheduler_kwargs}), or train for more steps."
+                )
+            self.lr_scheduler = LambdaLR(schedule.optimizer, factors)
+        return self.lr_scheduler
 
 
 class BlockTrainer(ScheduledTrainer):
