@@ -12,6 +12,8 @@ from minimind.doctor.checks import CHECKS, SEVERITIES, Case, Finding
 from minimind.errors import UserError
 from minimind.training.launch import is_main_process
 
+NAMED = 3  # checks that were left out for the same reason; of more the number
+
 
 def examine(case: Case, quick: bool = False) -> list[Finding]:
     """All findings of a case, in the order of the checks."""
@@ -72,14 +74,15 @@ def print_report(report: dict) -> None:
 
 
 def not_checked(findings: Sequence[dict]) -> str:
-    """The checks that were left out, by their reason; those of a DeepSpeed JSON as one."""
+    """The checks that were left out, by their reason; of many the number."""
     reasons: dict[str, list[str]] = {}
     for finding in findings:
         if finding["severity"] == "skipped":
-            name = "a DeepSpeed JSON" if finding["name"].startswith("deepspeed") else finding["name"]
-            names = reasons.setdefault(finding["found"], [])
-            names += [] if name in names else [name]
-    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+            reasons.setdefault(finding["found"], []).append(finding["name"])
+    named = {
+        why: ", ".join(names) if len(names) <= NAMED else f"{len(names)} checks" for why, names in reasons.items()
+    }
+    return "; ".join(f"{names} ({reason})" for reason, names in named.items())
 
 
 def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:

@@ -1,5 +1,6 @@
-"""Checks of what a run spends: updates, tokens, memory, time. All but the first take longer: only `minimind doctor`."""
+"""Checks of what a run spends: updates, tokens, memory and time."""
 
+import copy
 import math
 from statistics import fmean
 
@@ -31,7 +32,7 @@ def summed_rate(args, steps: int) -> float:
     """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     trainer = object.__new__(ScheduledTrainer)  # only what makes the schedule
-    trainer.args, trainer.lr_scheduler = args, None
+    trainer.args, trainer.lr_scheduler = copy.copy(args), None
     scheduler = trainer.create_scheduler(steps, optimizer)
     if not hasattr(scheduler, "lr_lambdas"):
         return args.learning_rate * steps
@@ -63,7 +64,7 @@ def updates(case: Case) -> tuple:
         return "ok", f"{found} (sum of the rates {summed:.2g})"
     return (
         "warning",
-        f"{found} move a model of this size little (sum of the rates {summed:.2g}, at most {moved:.2g} of the weights)",
+        f"{found} move a model of this size little: sum of the rates {summed:.2g}, at most {moved:.2g} of the weights",
         f"at least {LITTLE[case.stage]:g} of the weights for {case.stage}",
         f"Raise steps x rate {LITTLE[case.stage] / max(moved, 1e-9):.2g} times, or the model may hardly change.",
     )

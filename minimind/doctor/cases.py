@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM
 from trl import pack_dataset
 
@@ -109,11 +110,12 @@ def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> N
     writer = case.recipe.writer(parent)
     if writer is None:
         case.tokenizer = load_tokenizer()
-        case.notes.append(f"no recipe writes it: tokens are those of the default tokenizer")
+        case.notes.append("no recipe writes it: tokens are those of the default tokenizer")
         return
     check_attention(attn_implementation)
     config, case.tokenizer, _ = writer.starting_point()
-    case.model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    with torch.device("meta"):
+        case.model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     case.stand_in = True
     case.notes.append(f"its shape and tokenizer are taken from {os.path.relpath(writer.path)}")
 

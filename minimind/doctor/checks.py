@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.checkpoints import read_stage
 from minimind.data.chats import ChatArguments
@@ -119,8 +119,9 @@ class Case:
 
     `rows` is what the loader gives, `train` its rows as the trainer takes them, `facts` its counts, `deepspeed` the
     JSON, `keys` the names of the options given, `parent` the stage the run starts from, `world` the processes,
-    `recipe` what the planner reads. `missing` are inputs that are not there, `notes` what stands in for them; `stand_in` says that the model has only the
-    shape of one of them. `inspection`, `plan` and `step_seconds` are kept by the first check that needs them.
+    `recipe` what the planner reads. `missing` are inputs that are not there, `notes` what stands in for them;
+    `stand_in`: the model has only the shape of one of them. `inspection`, `plan` and `step_seconds` are kept by the
+    first check that needs them.
     """
 
     stage: str
@@ -493,7 +494,7 @@ def vocabulary(case: Case) -> tuple:
     return "ok", f"{tokens:,} tokens, {size:,} embeddings"
 
 
-@check("model")
+@check("weights")
 def tied_weights(case: Case) -> tuple:
     model = case.base
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -763,7 +764,8 @@ def seconds_of_step(case: Case, batch: dict | None = None) -> float:
     if case.step_seconds is None:
         size = min(case.args.per_device_train_batch_size, len(case.train))
         batch = batch or case.collator([case.train[number] for number in sample(len(case.train), size)])
-        case.step_seconds = measure_step(case.model, batch, case.args)
+        model = AutoModelForCausalLM.from_config(case.model.config) if case.stand_in else case.model
+        case.step_seconds = measure_step(model, batch, case.args)
     return case.step_seconds
 
 
