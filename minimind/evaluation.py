@@ -7,6 +7,7 @@ from statistics import fmean
 
 import torch
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
@@ -293,15 +294,17 @@ def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: li
     bytes_of = torch.tensor(token_byte_lengths(tokenizer))
     collate = PackedCollator(tokenizer.pad_token_id)
     nats = tokens = size = 0
-    while order:
-        count = max(1, min(batch_size, most // len(order[0]["input_ids"])))
-        chosen, order = order[:count], order[count:]
-        batch = collate(chosen)
-        losses = label_losses(model, batch)
-        targets = batch["labels"][:, 1:]
-        nats += losses.double().sum().item()
-        tokens += len(losses)
-        size += int(bytes_of[targets[targets != IGNORED]].sum())
+    with tqdm(total=len(order), unit=" rows", desc="loss", disable=None) as progress:
+        while order:
+            count = max(1, min(batch_size, most // len(order[0]["input_ids"])))
+            chosen, order = order[:count], order[count:]
+            batch = collate(chosen)
+            losses = label_losses(model, batch)
+            targets = batch["labels"][:, 1:]
+            nats += losses.double().sum().item()
+            tokens += len(losses)
+            size += int(bytes_of[targets[targets != IGNORED]].sum())
+            progress.update(len(chosen))
     if not tokens:
         return {"tokens": 0}
     loss = nats / tokens
