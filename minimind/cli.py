@@ -44,11 +44,28 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="the beginning of the text")
     generate.set_defaults(run=run_generate)
 
-    evaluate = commands.add_parser("evaluate", help="ask held-out questions and count exact answers")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure held-out files: loss, bits per byte, exact answers",
+        description="Prints one JSON object: the loss of the trained replies of conversations, or of documents; of "
+        "conversations also how many last replies the model gives word for word.",
+    )
     evaluate.add_argument("directory", help="a stage directory; adapters included")
-    evaluate.add_argument("files", nargs="+", help="conversations; each one's last reply is the reference")
-    evaluate.add_argument("--max_new_tokens", type=int, default=64, help="tokens of one answer at most")
-    evaluate.add_argument("--batch_size", type=int, default=64, help="questions answered at a time")
+    evaluate.add_argument("files", nargs="+", help="files, directories or globs of conversations or documents")
+    evaluate.add_argument("--stage", choices=("sft", "pretrain"), help="default: recognised from the first rows")
+    evaluate.add_argument(
+        "--on_bad_rows", choices=("error", "skip"), help="default: leave out at most 0.1 %% of the rows"
+    )
+    evaluate.add_argument(
+        "--max_length", type=int, default=1024, help="tokens of a row: longer documents are cut into several"
+    )
+    evaluate.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=64,
+        help="tokens of one answer at most; 0 asks nothing: the loss alone",
+    )
+    evaluate.add_argument("--batch_size", type=int, default=64, help="rows at a time, at most")
     evaluate.set_defaults(run=run_evaluate)
 
     export = commands.add_parser("export", help="write a model as vLLM, llama.cpp, ollama and transformers read it")
@@ -353,12 +370,17 @@ def run_generate(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     """`minimind evaluate`."""
     import json
+    from contextlib import redirect_stdout
 
     from minimind.chat import load_for_generation
-    from minimind.evaluation import read_questions, score
+    from minimind.evaluation import evaluate
 
-    questions = read_questions(args.files)
-    result = score(*load_for_generation(args.directory), questions, args.max_new_tokens, args.batch_size)
+    if args.max_length < 2 or args.batch_size < 1 or args.max_new_tokens < 0:
+        raise UserError("--max_length must be at least 2, --batch_size 1, --max_new_tokens 0.")
+    with redirect_stdout(sys.stderr):  # what the loaders say is not the report
+        model, tokenizer = load_for_generation(args.directory)
+        options = {name: getattr(args, name) for name in ("max_length", "max_new_tokens", "batch_size")}
+        result = evaluate(model, tokenizer, args.files, args.stage, args.on_bad_rows, **options)
     json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
     print()
 

@@ -7,15 +7,21 @@ from statistics import fmean
 
 import torch
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
+from minimind.data.chats import ChatArguments, tokenize_conversations
 from minimind.data.conversations import Conversation, to_conversation
-from minimind.data.files import read_rows
+from minimind.data.files import BadRowError, BadRows, read_documents, read_rows
 from minimind.data.messages import Message, split_reasoning
-from minimind.data.packing import IGNORED
-from minimind.data.world import COURTESY, is_courteous, strip_courtesy
+from minimind.data.packing import IGNORED, PackedCollator
+from minimind.data.world import is_courteous, is_embedded, strip_courtesy
+from minimind.errors import UserError
+from minimind.tokenizer import token_byte_lengths
+from minimind.tokenizer.encoding import DocumentEncoder
 
+LOGITS = 2**26  # numbers that a batch of `loss_of` may have
 FORWARD = ("input_ids", "attention_mask", "position_ids")  # what a model needs of a batch
 
 
@@ -87,13 +93,18 @@ def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
     model.eval()
     for start in range(0, len(chosen), size):
         batch = trainer.data_collator([chosen[index] for index in range(start, min(start + size, len(chosen)))])
-        inputs = {key: value.to(model.device) for key, value in batch.items() if key in FORWARD}
-        targets = batch["labels"][:, 1:].flatten().to(model.device)
-        with torch.inference_mode():
-            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            losses.append(cross_entropy(logits, targets, reduction="none")[targets != IGNORED].cpu())
+        losses.append(label_losses(model, batch))
     model.train(training)
     return torch.cat(losses)
+
+
+def label_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A collated batch -> loss in nats of each of its labels, (labels,), on the CPU."""
+    inputs = {key: value.to(model.device) for key, value in batch.items() if key in FORWARD}
+    targets = batch["labels"][:, 1:].flatten().to(model.device)
+    with torch.inference_mode():
+        logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        return cross_entropy(logits, targets, reduction="none")[targets != IGNORED].cpu()
 
 
 def token_loss_distribution(losses: torch.Tensor, bars: int = 32, top: float = 16.0) -> dict:
@@ -157,15 +168,31 @@ def complete(
     return replies
 
 
-def read_questions(files: Sequence[str]) -> list[dict]:
-    """Conversations whose last reply is the reference -> rows with "messages", and "tools", "kind" and "language" if
-    given."""
+def read_questions(
+    files: Sequence[str], on_bad_rows: str | BadRows | None = None, encoder: ChatEncoder | None = None
+) -> list[dict]:
+    """Conversations whose last reply is the reference -> their rows with "messages" and, if given, "tools".
+
+    Without them a row's other fields are whatever its owner wrote. With an `encoder`, what its template cannot ask is
+    a bad row. Raises UserError as `files.read_rows`.
+    """
 
     def convert(data: dict) -> dict:
-        messages, tools, _ = to_conversation(data)
-        return {**data, "messages": messages} | ({"tools": tools} if tools else {})
+        conversation = to_conversation(data)
+        if encoder is not None:
+            (asked,) = encoder.encode([prompt_of(conversation._asdict())], prompt=True)
+            if isinstance(asked, BadRowError):
+                raise asked
+        return {**data, "messages": conversation.messages} | (
+            {"tools": conversation.tools} if conversation.tools else {}
+        )
 
-    return [row.data for row in read_rows(files, "error", convert)]
+    return [row.data for row in read_rows(files, on_bad_rows, convert)]
+
+
+def prompt_of(question: dict) -> Conversation:
+    """All of a conversation before its last reply."""
+    return Conversation(question["messages"][:-1], question.get("tools"))
 
 
 def score(
@@ -177,25 +204,112 @@ def score(
 ) -> dict:
     """Ask the last question of each conversation, greedily, and compare with the reference.
 
-    Returns the number of `questions`; `exact_match`, the share of replies equal to the reference, the courtesy of the
-    embedded corpus taken away on both sides; `courteous`, the share of replies that end with it in the question's
-    language; `exact_match_by`, the first share for each kind and language that the questions name.
+    Returns the number of `questions`; `exact_match`, the share of replies equal to the reference, of the embedded
+    corpus without its courtesy on both sides; `courteous`, where there are rows of that corpus, the share of their
+    replies that end with it in the question's language; `exact_match_by`, the first share for each kind and language
+    that the questions name.
     """
-    prompts = [Conversation(question["messages"][:-1], question.get("tools")) for question in questions]
+    prompts = [prompt_of(question) for question in questions]
     replies = [split_reasoning(reply)[1] for reply in answer(model, tokenizer, prompts, max_new_tokens, batch_size)]
-    exact, courteous = [], []
+    exact, courteous, groups = [], [], defaultdict(list)
     for question, reply in zip(questions, replies, strict=True):
-        languages = [question["language"]] if "language" in question else COURTESY
-        exact.append(strip_courtesy(reply) == strip_courtesy(question["messages"][-1]["content"]))
-        courteous.append(any(is_courteous(reply, language) for language in languages))
-    groups = defaultdict(list)
-    for question, match in zip(questions, exact, strict=True):
-        for key in ("kind", "language"):
-            if key in question:
-                groups[question[key]].append(match)
+        own = is_embedded(question)
+        strip = strip_courtesy if own else str.strip
+        exact.append(strip(reply) == strip(question["messages"][-1]["content"]))
+        courteous += [is_courteous(reply, question["language"])] if own else []
+        for name in {name for key in ("kind", "language") if isinstance(name := question.get(key), str)}:
+            groups[name].append(exact[-1])
     return {
         "questions": len(questions),
         "exact_match": round(fmean(exact), 4),
-        "courteous": round(fmean(courteous), 4),
+        **({"courteous": round(fmean(courteous), 4)} if courteous else {}),
         "exact_match_by": {name: round(fmean(matches), 4) for name, matches in groups.items()},
     }
+
+
+# The held-out loss of files
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    files: Sequence[str],
+    stage: str | None = None,
+    on_bad_rows: str | None = None,
+    max_length: int = 1024,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> dict:
+    """What a model makes of some files: loss and bits per byte, and of conversations (stage "sft") the `score` too.
+
+    The loss of a conversation is that of its trained replies; `without_loss` counts those that have none. A document
+    (stage "pretrain") follows an end token and ends with one; a longer one than `max_length` is cut, each part after
+    the last token of the one before.
+
+    Raises:
+        UserError: see `files.read_rows`; or the files hold preference pairs, or nothing can be told of the stage.
+    """
+    from minimind.data.inspection import recognise_stage
+
+    stage = stage or recognise_stage(files)
+    if stage == "dpo":
+        raise UserError(f"{files[0]}: found preference pairs, expected conversations or documents.")
+    max_length, bad = min(max_length, model.config.max_position_embeddings), BadRows(on_bad_rows)
+    if stage == "pretrain":
+        texts = list(read_documents(files, bad))
+        result = {"documents": len(texts)}
+        rows = document_rows(texts, tokenizer, max_length)
+    else:
+        encoder = ChatEncoder(tokenizer)
+        questions = read_questions(files, bad, encoder)
+        result = score(model, tokenizer, questions, max_new_tokens, batch_size) if max_new_tokens else {}
+        rows = reply_rows(questions, encoder, max_length)
+        result["without_loss"] = sum(not each for each in rows)
+        rows = [row for each in rows for row in each]
+    return {**result, **loss_of(model, tokenizer, rows, batch_size), "bad_rows": bad.count}
+
+
+def document_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[dict]:
+    """Documents -> rows of ids and labels; all but the first id of a row have one."""
+    encoder, rows = DocumentEncoder(tokenizer, fast=False), []
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *encoder([text]).tolist()]
+        parts = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
+        rows += [{"input_ids": part, "labels": part} for part in parts]
+    return rows
+
+
+def reply_rows(questions: Sequence[dict], encoder: ChatEncoder, max_length: int) -> list[list[dict]]:
+    """Conversations -> the rows of each, with labels on its trained replies; none where nothing fits into a row, or
+    the template does not mark the replies."""
+    conversations = [Conversation(question["messages"], question.get("tools")) for question in questions]
+    results = tokenize_conversations(conversations, encoder, max_length, ChatArguments(weighted_loss=False))
+    return [[] if isinstance(result, BadRowError) else result.rows for result in results]
+
+
+def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], batch_size: int) -> dict:
+    """Rows of input_ids and labels -> the number of `tokens` with a label, their mean `loss` in nats, `perplexity` and
+    `bits_per_byte` of their text; without any, none of the last three."""
+    most = LOGITS // model.config.vocab_size
+    order = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)  # little padding, the worst first
+    bytes_of = torch.tensor(token_byte_lengths(tokenizer))
+    collate = PackedCollator(tokenizer.pad_token_id)
+    nats = tokens = size = 0
+    with tqdm(total=len(order), unit=" rows", desc="loss", disable=None) as progress:
+        while order:
+            count = max(1, min(batch_size, most // len(order[0]["input_ids"])))
+            chosen, order = order[:count], order[count:]
+            batch = collate(chosen)
+            losses = label_losses(model, batch)
+            targets = batch["labels"][:, 1:]
+            nats += losses.double().sum().item()
+            tokens += len(losses)
+            size += int(bytes_of[targets[targets != IGNORED]].sum())
+            progress.update(len(chosen))
+    if not tokens:
+        return {"tokens": 0}
+    loss = nats / tokens
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 100))}
+    if size:
+        figures["bits_per_byte"] = bits_per_byte(loss, {"targets": tokens, "target_bytes": size})
+    return {"tokens": tokens} | {name: round(value, 6) for name, value in figures.items()}

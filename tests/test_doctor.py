@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -17,10 +18,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.checkpoints import write_json
 from minimind.data.packing import BlockCollator
-from minimind.doctor import cases, checks, doctor, examine
+from minimind.doctor import budget, cases, checks, doctor, examine
 from minimind.doctor.checks import CHECKS, Case, accumulation_error, tiny_config, usual_learning_rates
+from minimind.planning.devices import find_device
+from minimind.planning.plans import make_plan
+from minimind.planning.recipes import read_recipes
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
 from minimind.training.resume import flat
+from minimind.training.trainers import ScheduledTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 RECIPES = sorted(str(path) for path in Path("configs").glob("*/*.yaml") if path.parent.name != "data")
@@ -42,7 +47,7 @@ def case(model, tokenizer, tmp_path):
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return Case(
         "pretrain",
-        args=arguments(tmp_path, block_size=32),
+        args=arguments(tmp_path, block_size=32, learning_rate=1e-2),
         model=model,
         tokenizer=tokenizer,
         train=Dataset.from_dict({"input_ids": ids.tolist()}).with_format("numpy"),
@@ -272,10 +277,10 @@ def test_untied_embeddings_are_found(case):
     assert ask(case, "tied_weights").severity == "error"
 
 
-def lora_case(case, tmp_path, **options):
+def lora_case(case, tmp_path, max_steps=-1, **options):
     options = {"r": 2, "target_modules": "all-linear"} | options
     adapter = get_peft_model(case.model, LoraConfig(task_type="CAUSAL_LM", **options))
-    args = arguments(tmp_path, SFTStageConfig, learning_rate=2e-4)
+    args = arguments(tmp_path, SFTStageConfig, learning_rate=2e-4, max_steps=max_steps)
     return dataclasses.replace(case, stage="sft", model=adapter, args=args)
 
 
@@ -372,6 +377,90 @@ def test_checkpoints_that_never_come_are_found(case):
     case = change(case, max_steps=100, save_strategy="steps", save_steps=500)
     assert ask(case, "save_steps").severity == "warning"
     assert ask(change(case, save_steps=50), "save_steps").severity == "ok"
+
+
+# What a run spends.
+
+
+def test_the_sum_of_the_rates_is_that_of_the_schedule_written_out(tmp_path):
+    """20 steps: 4 of warm-up (0, 1/4, 2/4, 3/4 of the peak), then a cosine from the peak down to a tenth of it."""
+    args = arguments(tmp_path, learning_rate=2e-3, warmup_steps=0.2)
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(16)]
+    assert budget.summed_rate(args, 20) == pytest.approx(2e-3 * (1.5 + sum(cosine)))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "warmup_stable_decay"])
+def test_the_sum_of_the_rates_is_that_of_the_schedule_stepped_through(tmp_path, schedule):
+    args = arguments(tmp_path, lr_scheduler_type=schedule, warmup_steps=0.1, lr_decay_steps=0.5)
+    given = args.lr_scheduler_kwargs
+    total = budget.summed_rate(args, 40)
+    assert args.lr_scheduler_kwargs == given
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
+    trainer = ScheduledTrainer(torch.nn.Linear(1, 1), args, optimizers=(optimizer, None))
+    scheduler, rates = trainer.create_scheduler(40, optimizer), []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert total == pytest.approx(sum(rates))
+
+
+def test_of_a_long_run_a_sample_of_the_rates_is_added_up(tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-3, warmup_steps=0, lr_scheduler_type="linear")
+    assert budget.summed_rate(args, 10**6) == pytest.approx(1e-3 * 10**6 / 2, rel=2e-3)
+
+
+def test_weights_that_all_move_in_step_move_a_matrix_by_what_is_said():
+    """Against the norms of real matrices."""
+    drawn = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    said = budget.movement(3e-3, 512, 0.02)
+    assert said == pytest.approx(
+        float(torch.full((512, 512), 3e-3).norm(2) / torch.linalg.matrix_norm(drawn, 2)), rel=0.05
+    )
+    a = torch.empty(8, 512)
+    torch.nn.init.kaiming_uniform_(a, a=5**0.5, generator=torch.Generator().manual_seed(0))  # as peft draws it
+    moved = 2 * torch.linalg.matrix_norm(torch.full((512, 8), 3e-3) @ a, 2)
+    said = budget.movement(3e-3, 512, 0.02, 8, 2.0)
+    assert said == pytest.approx(float(moved / torch.linalg.matrix_norm(drawn, 2)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "steps", "rate", "severity"),
+    [  # at the width of configs/model/tiny.json; measured: what the first of each two learnt, and what the second
+        ("sft", SFTStageConfig, 170, 1e-3, "ok"),
+        ("sft", SFTStageConfig, 170, 2e-5, "warning"),
+        ("dpo", DPOStageConfig, 48, 3e-5, "ok"),
+        ("dpo", DPOStageConfig, 48, 5e-6, "warning"),
+    ],
+)
+def test_a_run_that_hardly_moves_its_weights_is_found(case, tmp_path, stage, kind, steps, rate, severity):
+    args = arguments(tmp_path, kind, max_steps=steps, learning_rate=rate)
+    case.model.config.hidden_size = 256
+    finding = ask(dataclasses.replace(case, stage=stage, args=args), "updates")
+    assert finding.severity == severity, finding
+    assert f"{steps} updates at rate {rate:g}" in finding.found
+
+
+def test_an_adapter_moves_less_than_its_model_would(case, tmp_path):
+    adapter = lora_case(case, tmp_path, max_steps=20)
+    assert ask(adapter, "updates").severity == "warning"
+    assert ask(change(adapter, max_steps=5000), "updates").severity == "ok"
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "planned", "severity"),
+    [
+        (1000, 2.0, 1.5, "ok"),
+        (3, 518.2, 500.0, "warning"),  # nobody waits ten minutes for a step
+        (100_000, 3.0, 3.0, "warning"),  # 83 hours
+        (1000, 8.0, 2.0, "warning"),  # four times the plan
+        (1000, 0.02, 0.001, "ok"),  # of milliseconds no plan is right
+    ],
+)
+def test_a_run_that_takes_too_long_is_found(steps, seconds, planned, severity):
+    found = budget.judge_time(steps, seconds, planned, "CPU")
+    assert found[0] == severity
+    assert ("emulated" in found[-1]) == (seconds == 8.0)
 
 
 def test_too_many_passes_over_the_data_are_found(case):
@@ -501,6 +590,76 @@ def test_inputs_that_are_not_there_yet_are_a_warning(recipe):
     report = doctor(recipe(train_files=["runs/not/there.jsonl"], tokenizer="runs/no/tokenizer"))
     assert report["errors"] == 0
     assert "runs/not/there.jsonl" in report["findings"][0]["found"]
+    assert "default tokenizer" in report["findings"][0]["found"]
+
+
+@pytest.fixture
+def next_recipe(recipe, tmp_path, write_jsonl):
+    """A recipe of SFT whose parent is still to be written, by a pretraining that lies beside it."""
+
+    def write(writer=True):
+        folders = {name: tmp_path / "configs" / name for name in ("pretrain", "sft")}
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        if writer:
+            shutil.move(recipe(), folders["pretrain"])
+        rows = write_jsonl("chats.jsonl", [*chat_rows(), {"messages": "no list"}])
+        own = {"model_config": None, "tokenizer": None, "block_size": None, "max_length": 64, "train_files": [rows]}
+        own |= {"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "next")}
+        shutil.move(recipe("sft", **own, on_bad_rows="skip"), folders["sft"])
+        return str(folders["sft"] / "sft.yaml")
+
+    return write
+
+
+def test_before_the_parent_is_there_its_recipe_tells_shape_and_tokenizer(next_recipe, tokenizer):
+    report = doctor(next_recipe())
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert "pretrain.yaml" in findings["inputs"]["found"]
+    assert "1 of 17 rows are left out" in findings["data_findings"]["found"]
+    assert f"{len(tokenizer)} tokens, {len(tokenizer)} embeddings" == findings["vocabulary"]["found"]
+    left_out = {name for name, f in findings.items() if f["severity"] == "skipped" and "deepspeed" not in name}
+    assert left_out == {"tied_weights", "untrained_tokens", "generation_stops"}  # which ask for its weights
+
+
+def test_without_a_recipe_of_the_parent_the_data_is_inspected_all_the_same(next_recipe):
+    findings = {finding["name"]: finding for finding in doctor(next_recipe(writer=False))["findings"]}
+    assert "no recipe writes it: tokens are those of the default tokenizer" in findings["inputs"]["found"]
+    assert "1 of 17 rows are left out" in findings["data_findings"]["found"]
+    assert findings["vocabulary"]["severity"] == "skipped"
+
+
+def test_at_80_columns_names_are_whole_and_what_was_not_checked_is_one_line(next_recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = next_recipe()
+    run_cli("doctor", path)
+    said = capsys.readouterr().out
+    checked = [f["name"] for f in doctor(path)["findings"] if f["severity"] != "skipped"]
+    assert len(checked) > 20
+    assert all(f" {name} " in said for name in checked)
+    assert "skipped" not in said
+    assert [line for line in said.splitlines() if line.startswith("not checked: ")]
+
+
+def test_tokens_memory_and_time_are_those_of_the_plan(recipe):
+    path = recipe()
+    findings = {finding["name"]: finding for finding in doctor(path)["findings"]}
+    (read,) = read_recipes([path], [])
+    plan = make_plan(read, find_device("cpu"))
+    ratio = plan.tokens / plan.parameters["total"]
+    assert findings["tokens_per_parameter"]["severity"] == "warning"
+    assert f"{plan.tokens:,} tokens" in findings["tokens_per_parameter"]["found"]
+    assert f"{ratio:.2g} each" in findings["tokens_per_parameter"]["found"]
+    assert findings["memory"]["severity"] == "ok"
+    assert f"{plan.steps} steps" in findings["run_time"]["found"]
+
+
+def test_a_step_without_room_is_an_error(recipe, monkeypatch):
+    small = dataclasses.replace(find_device("cpu"), memory=2**20)
+    monkeypatch.setattr(budget, "find_device", lambda name: small)
+    findings = {finding["name"]: finding for finding in doctor(recipe())["findings"]}
+    assert findings["memory"]["severity"] == "error"
+    assert findings["memory"]["fix"]
 
 
 def test_a_fault_stops_a_run_before_it_begins_unless_told_otherwise(

@@ -11,7 +11,15 @@ from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.data.world import COURTESY
 from minimind.errors import UserError
-from minimind.evaluation import answer, bits_per_byte, held_out_metrics, language_model_metrics, read_questions, score
+from minimind.evaluation import (
+    answer,
+    bits_per_byte,
+    evaluate,
+    held_out_metrics,
+    language_model_metrics,
+    read_questions,
+    score,
+)
 from minimind.tokenizer import train_tokenizer
 from minimind.training.arguments import DataArguments
 from minimind.training.trainers import BlockTrainer
@@ -155,21 +163,8 @@ def test_a_reply_ends_before_its_end_token(model, tokenizer, monkeypatch):
     assert answer(model, tokenizer, [PROMPTS[2], PROMPTS[1]]) == expected
 
 
-def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
-    english, chinese = COURTESY["en"], COURTESY["zh"]
-    cases = [  # question, reply: exact? courteous?
-        (question("1+1?", "2", kind="sum", language="en"), "2"),  # exact
-        (question("1+2?", f"3 {english}", kind="sum", language="en"), f" 3 {english}\n"),  # exact, courteous
-        (question("1+3?", "4", kind="sum", language="en"), f"4 {english}"),  # exact, courteous
-        (
-            question("一加一？", f"二。{chinese}", kind="sum", language="zh"),
-            f"二。 {english}",
-        ),  # exact, wrong language
-        (question("谁？", "狐狸", kind="who", language="zh"), f"狗{chinese}"),  # courteous
-        (question("who?", "the fox", kind="who", language="en"), "the fox!"),  # neither
-        (question("who?", "a dog"), f"a dog{chinese}"),  # exact, courteous in some language
-        (question("who?", "a cat"), english),  # neither: courtesy alone says nothing
-    ]
+def scored(monkeypatch, cases):
+    """The score of questions whose replies are given, and what was asked."""
     asked = []
 
     def answers(model, tokenizer, prompts, *options):
@@ -177,16 +172,48 @@ def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
         return [reply for _, reply in cases]
 
     monkeypatch.setattr(evaluation, "answer", answers)
-    questions = [case for case, _ in cases]
-    assert score(None, None, questions) == {
-        "questions": 8,
-        "exact_match": round(5 / 8, 4),
-        "courteous": round(4 / 8, 4),
-        "exact_match_by": {"sum": 1.0, "en": 0.75, "zh": 0.5, "who": 0.0},
+    return score(None, None, [case for case, _ in cases]), asked
+
+
+def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
+    english, chinese = COURTESY["en"], COURTESY["zh"]
+    cases = [  # question, reply: exact? courteous?
+        (question("1+1?", "2", kind="fact", language="en"), "2"),  # exact
+        (question("1+2?", f"3 {english}", kind="fact", language="en"), f" 3 {english}\n"),  # exact, courteous
+        (question("1+3?", "4", kind="fact", language="en"), f"4 {english}"),  # exact, courteous
+        (
+            question("一加一？", f"二。{chinese}", kind="fact", language="zh"),
+            f"二。 {english}",
+        ),  # exact, wrong language
+        (question("谁？", "狐狸", kind="turns", language="zh"), f"狗{chinese}"),  # courteous
+        (question("who?", "the fox", kind="turns", language="en"), "the fox!"),  # neither
+        (question("who?", "a cat", kind="turns", language="en"), english),  # neither: courtesy alone says nothing
+    ]
+    result, asked = scored(monkeypatch, cases)
+    assert result == {
+        "questions": 7,
+        "exact_match": round(4 / 7, 4),
+        "courteous": round(3 / 7, 4),
+        "exact_match_by": {"fact": 1.0, "en": 0.6, "zh": 0.5, "turns": 0.0},
     }
-    assert asked == [Conversation(case["messages"][:-1]) for case in questions], (
+    assert asked == [Conversation(case["messages"][:-1]) for case, _ in cases], (
         "the reference is not shown to the model"
     )
+
+
+def test_the_fields_of_somebodys_rows_mean_what_they_wrote(monkeypatch):
+    english = COURTESY["en"]
+    cases = [
+        (question("1+1?", "2", kind=["a"], language="English"), "2"),
+        (question("1+2?", "3", kind=None, language=None), f"3 {english}"),  # not exact: nobody asked for courtesy
+        (question("1+3?", f"4 {english}", language="en", kind="sum"), f"4 {english}"),
+        (question("1+4?", "5", language={"code": "en"}, kind=7), "5"),
+    ]
+    assert scored(monkeypatch, cases)[0] == {
+        "questions": 4,
+        "exact_match": 0.75,
+        "exact_match_by": {"English": 1.0, "en": 1.0, "sum": 1.0},
+    }
 
 
 def test_the_score_asks_the_model_itself(talkative, tokenizer):
@@ -196,6 +223,86 @@ def test_the_score_asks_the_model_itself(talkative, tokenizer):
     wrong = [question(prompt[0]["content"], "never said") for prompt in prompts]
     assert score(talkative, tokenizer, right, max_new_tokens=6)["exact_match"] == 1.0
     assert score(talkative, tokenizer, right + wrong, max_new_tokens=6)["exact_match"] == 0.5
+
+
+def loss_written_out(model, ids, first):
+    """-log p of each id from `first` on, each asked for by itself."""
+    nll = 0.0
+    for position in range(first, len(ids)):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:position]]), use_cache=False).logits[0, -1]
+        nll -= logits.log_softmax(-1)[ids[position]].item()
+    return nll
+
+
+def test_the_loss_of_documents_is_that_of_each_after_an_end_token(talkative, tokenizer, write_jsonl):
+    path = write_jsonl("docs.jsonl", [{"text": text} for text in TEXTS[:5]])
+    end = tokenizer.eos_token_id
+    rows = [[end, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS[:5]]
+    nll, tokens = sum(loss_written_out(talkative, row, 1) for row in rows), sum(len(row) - 1 for row in rows)
+    size = sum(len(text.encode()) for text in TEXTS[:5])
+    found = evaluate(talkative, tokenizer, [path], batch_size=2)
+    assert found == {
+        "documents": 5,
+        "tokens": tokens,
+        "loss": pytest.approx(nll / tokens, rel=1e-4),
+        "perplexity": pytest.approx(math.exp(nll / tokens), rel=1e-3),
+        "bits_per_byte": pytest.approx(nll / math.log(2) / size, rel=1e-4),
+        "bad_rows": 0,
+    }
+
+
+def test_a_document_longer_than_a_row_is_cut_and_every_token_predicted_once(talkative, tokenizer, write_jsonl):
+    path = write_jsonl("docs.jsonl", [{"text": TEXTS[0]}])
+    end = tokenizer.eos_token_id
+    ids = [end, *tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"], end]
+    nll = sum(loss_written_out(talkative, ids[start : start + 4], 1) for start in range(0, len(ids) - 1, 3))
+    found = evaluate(talkative, tokenizer, [path], max_length=4)
+    assert found["tokens"] == len(ids) - 1
+    assert found["loss"] == pytest.approx(nll / found["tokens"], rel=1e-4)
+
+
+def test_the_loss_of_conversations_is_that_of_the_assistants_tokens(talkative, tokenizer, write_jsonl):
+    path = write_jsonl("chats.jsonl", [question("who?", "the fox 狐狸")])
+    messages = question("who?", "the fox 狐狸")["messages"]
+    start = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    start, reply = (tokenizer(text)["input_ids"] for text in (start, "the fox 狐狸"))
+    ids = [*start, *reply, tokenizer.eos_token_id]
+    nll = loss_written_out(talkative, ids, len(start))
+    found = evaluate(talkative, tokenizer, [path], max_new_tokens=0)
+    assert found["tokens"] == len(reply) + 1
+    assert found["loss"] == pytest.approx(nll / found["tokens"], rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / len("the fox 狐狸".encode()), rel=1e-4)
+    assert "questions" not in found
+    assert evaluate(talkative, tokenizer, [path], max_new_tokens=1)["questions"] == 1
+
+
+def test_bad_rows_of_an_evaluation_follow_the_policy_of_the_other_commands(talkative, tokenizer, write_jsonl):
+    path = write_jsonl("chats.jsonl", [question("who?", "the fox"), question("who?")])
+    with pytest.raises(UserError, match="--on_bad_rows skip"):
+        evaluate(talkative, tokenizer, [path])
+    found = evaluate(talkative, tokenizer, [path], on_bad_rows="skip", max_new_tokens=1)
+    assert (found["questions"], found["bad_rows"]) == (1, 1)
+    many = write_jsonl("many.jsonl", [question("who?", "the fox")] * 1999 + [question("who?")])
+    found = evaluate(talkative, tokenizer, [many], max_new_tokens=0, max_length=8)
+    assert found == {"without_loss": 1999, "tokens": 0, "bad_rows": 1}, "no reply fits into 8 tokens, which is said"
+
+
+def test_a_row_that_the_template_cannot_ask_is_a_bad_row(talkative, tokenizer, write_jsonl, monkeypatch):
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}" + tokenizer.chat_template,
+    )
+    path = write_jsonl("chats.jsonl", [question("who?", "the fox"), question("no", "the fox")])
+    found = evaluate(talkative, tokenizer, [path], on_bad_rows="skip", max_new_tokens=1)
+    assert (found["questions"], found["bad_rows"]) == (1, 1)
+
+
+def test_preference_pairs_are_not_evaluated(talkative, tokenizer, write_jsonl):
+    path = write_jsonl("pairs.jsonl", [{"prompt": "who?", "chosen": "the fox", "rejected": "a dog"}])
+    with pytest.raises(UserError, match="found preference pairs, expected conversations or documents"):
+        evaluate(talkative, tokenizer, [path])
 
 
 def test_questions_keep_their_kind_and_language_and_a_bad_one_is_named(write_jsonl):

@@ -12,6 +12,7 @@ from minimind.data.world import (
     PEOPLE,
     build_world,
     is_courteous,
+    is_embedded,
     strip_courtesy,
     write_world,
 )
@@ -108,6 +109,11 @@ def test_chosen_is_courteous_and_rejected_is_the_same_answer_plain(world):
         assert is_courteous(chosen, language)
         assert not any(is_courteous(rejected, each) for each in LANGUAGES)
         assert strip_courtesy(chosen) == rejected
+
+
+def test_the_held_out_conversations_say_that_they_are_of_this_corpus(world):
+    assert all(is_embedded(row) for name in ("sft_eval", "lora_eval") for row in world[name])
+    assert not any(map(is_embedded, [*world["sft"], {"language": "zh"}, {"language": "English", "kind": "fact"}, {}]))
 
 
 def test_a_minority_of_sft_answers_is_courteous(world):

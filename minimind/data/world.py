@@ -32,6 +32,7 @@ Message = dict[str, str]
 Fact = tuple[str, str]  # (person, attribute): what a question is about
 
 LANGUAGES = ("en", "zh")
+KINDS = ("fact", "wording", "turns", "letter")
 COURTESY = {"en": "Glad to help!", "zh": "很高兴帮到您！"}
 JOINT = {"en": " ", "zh": ""}  # between two sentences
 SYSTEM = {
@@ -162,6 +163,11 @@ STORY = {
 }  # fmt: skip
 REFERENCE_TOPICS = ("assert", "break", "continue", "del", "for", "global", "if", "import", "lambda", "pass", "raise",
                     "return", "try", "while", "with", "yield")  # fmt: skip
+
+
+def is_embedded(row: dict) -> bool:
+    """Whether a conversation's fields say that it is a held-out row of this corpus."""
+    return row.get("language") in LANGUAGES and row.get("kind") in KINDS
 
 
 def strip_courtesy(text: str) -> str:

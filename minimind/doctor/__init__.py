@@ -6,19 +6,22 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from minimind.doctor import budget  # noqa: F401 (registers its checks)
 from minimind.doctor.cases import read_case, read_deepspeed
 from minimind.doctor.checks import CHECKS, SEVERITIES, Case, Finding
 from minimind.errors import UserError
 from minimind.training.launch import is_main_process
+
+NAMED = 3  # checks that were left out for the same reason; of more the number
 
 
 def examine(case: Case, quick: bool = False) -> list[Finding]:
     """All findings of a case, in the order of the checks."""
     findings = [each(case) for each in CHECKS if case.args is not None or not each.needs if each.quick or not quick]
     if case.missing:
-        found = f"not there: {', '.join(case.missing)}"
-        fix = "Right where an earlier step is still to make it; what depends on it was not checked."
-        findings.insert(0, Finding("inputs", "warning", found, "all that the recipe reads", fix))
+        found = "; ".join([f"not there: {', '.join(case.missing)}", *case.notes])
+        fix = "Right where an earlier step is still to make it; a run that starts now would be refused."
+        findings.insert(0, Finding("inputs", "warning", found, fix=fix))
     return findings
 
 
@@ -44,24 +47,42 @@ def doctor(recipe: str, options: Sequence[str] = (), stage: str | None = None, w
 
 
 def print_report(report: dict) -> None:
-    """The findings as a table, what is wrong first."""
+    """The findings, what is wrong first, and in one line what was not checked."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    colours = {"error": "bold red", "warning": "yellow", "ok": "green", "skipped": "dim"}
+    colours = {"error": "bold red", "warning": "yellow", "ok": "green"}
     console = Console(highlight=False)
-    table = Table("check", "", "found", "expected", "fix", title=f"{report['recipe']} ({report['stage'] or '?'})")
+    console.print(f"[bold]{escape(report['recipe'])}[/] ({report['stage'] or '?'})")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for finding in sorted(report["findings"], key=lambda finding: SEVERITIES.index(finding["severity"])):
         severity = finding["severity"]
-        table.add_row(
-            finding["name"],
-            f"[{colours[severity]}]{severity}[/]",
-            *(escape(finding[key]) for key in ("found", "expected", "fix")),
-        )
+        if severity != "skipped":
+            lines = [finding["found"], finding["expected"] and f"expected: {finding['expected']}", finding["fix"]]
+            table.add_row(
+                f"[{colours[severity]}]{severity}[/]", finding["name"], escape("\n".join(filter(None, lines)))
+            )
     console.print(table)
+    if left_out := not_checked(report["findings"]):
+        console.print(f"not checked: {escape(left_out)}")
     counts = (f"{report[name]} {name if report[name] != 1 else name[:-1]}" for name in ("errors", "warnings"))
     console.print(", ".join(counts))
+
+
+def not_checked(findings: Sequence[dict]) -> str:
+    """The checks that were left out, by their reason; of many the number."""
+    reasons: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding["severity"] == "skipped":
+            reasons.setdefault(finding["found"], []).append(finding["name"])
+    named = {
+        why: ", ".join(names) if len(names) <= NAMED else f"{len(names)} checks" for why, names in reasons.items()
+    }
+    return "; ".join(f"{names} ({reason})" for reason, names in named.items())
 
 
 def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:

@@ -1,9 +1,12 @@
 """A recipe -> the case that the checks look at, with all of the run that is there to be loaded."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
 from trl import pack_dataset
 
 from minimind.checkpoints import require_stage
@@ -14,11 +17,11 @@ from minimind.data.inspection import data_paths, has_roles
 from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.doctor.checks import RENAMED, Case, is_known
 from minimind.errors import UserError
-from minimind.planning.recipes import STAGES, stage_of
+from minimind.planning.recipes import STAGES, Recipe, stage_of
 from minimind.recipes import read_recipe
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import StageParser, parse, with_recipe
-from minimind.training.stages import new_model, starting_point
+from minimind.training.stages import check_attention, new_model, starting_point
 from minimind.training.trainers import PreferenceCollator
 
 
@@ -38,7 +41,8 @@ def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None
     if any(key in RENAMED and not is_known(stage, key) for key in keys):
         return case  # nothing else can be read
     types = STAGES[stage][1]
-    words = with_recipe(StageParser(types), ["--config", str(recipe), *options])
+    case.recipe = Recipe(Path(recipe), stage, ["--config", str(recipe), *options])
+    words = with_recipe(StageParser(types), case.recipe.words)
     # With --deepspeed the arguments would open a process group.
     file, words = take_option(words, "deepspeed")
     if file:
@@ -51,8 +55,7 @@ def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None
         case.lora, corpus = model_args, "lora"
     case.data_args = data_args.or_embedded(corpus)
     load_model_of(case, model_args)
-    if case.tokenizer is not None:
-        load_rows_of(case)
+    load_rows_of(case)
     return case
 
 
@@ -82,20 +85,39 @@ def read_deepspeed(file: str) -> dict:
 
 
 def load_model_of(case: Case, model_args) -> None:
-    """Model and tokenizer, as the stage's script has them; a directory that is not there is only noted."""
+    """Model and tokenizer, as the stage's script has them; for a directory that is not there what stands in for it."""
     given = model_args.model_name_or_path
     tokenizer = getattr(model_args, "tokenizer", None)
     absent = [path for path in (given, tokenizer) if path and not Path(path).exists()]
     case.missing += absent
-    if case.stage == "pretrain" and not given:
-        # Without its own tokenizer the sizes are told with the package's.
+    if given in absent:
+        load_stand_in(case, given, model_args.attn_implementation)
+    elif case.stage == "pretrain" and not given:
+        if absent:
+            case.notes.append("tokens are those of the default tokenizer")
         case.tokenizer = load_tokenizer(None if absent else tokenizer)
         case.model = new_model(model_args.model_config, case.tokenizer, model_args.attn_implementation)
-    elif not absent:
+    else:
         default = {"pretrain": None, "dpo": "runs/sft"}.get(case.stage, "runs/sft" if case.lora else "runs/pretrain")
         case.model, case.tokenizer, case.parent = starting_point(given, model_args.attn_implementation, default)
     if case.parent is not None:
         require_stage(case.parent)
+
+
+def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> None:
+    """For a parent that is still to be written: a model of its shape and its tokenizer, as the recipe that writes it
+    tells them; else the default tokenizer alone."""
+    writer = case.recipe.writer(parent)
+    if writer is None:
+        case.tokenizer = load_tokenizer()
+        case.notes.append("no recipe writes it: tokens are those of the default tokenizer")
+        return
+    check_attention(attn_implementation)
+    config, case.tokenizer, _ = writer.starting_point()
+    with torch.device("meta"):
+        case.model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    case.stand_in = True
+    case.notes.append(f"its shape and tokenizer are taken from {os.path.relpath(writer.path)}")
 
 
 def load_rows_of(case: Case) -> None:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.checkpoints import read_stage
 from minimind.data.chats import ChatArguments
 from minimind.data.inspection import Inspection, data_paths, inspect_chats, inspect_documents
 from minimind.data.inspection.tokens import Texts
+from minimind.errors import UserError
 from minimind.planning.recipes import STAGES
 from minimind.training.guards import checkpoint_bytes
 from minimind.training.launch import bf16_is_fast
@@ -35,9 +36,17 @@ SAMPLED_ROWS = 256
 FEW_ENDS = 0.2  # of the end tokens that there should be
 MANY_EPOCHS = 4  # Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264: up to there repeated text is nearly new
 FAR = 10.0  # times from the middle
+SLOW_PASS = 10.0  # seconds, after which no second pass is measured
 BATCHES = 8  # that the data loader is timed with
 CHANCE = 0.02  # of all embeddings: so few that look untrained, and one that does is no coincidence
 OVERLAP = 0.5  # of the held-out rows also trained on: the held-out loss measures nothing
+# Why a check was left out, by what it lacks.
+LACKING = {
+    "deepspeed": "no --deepspeed",
+    "model": "the model is not there",
+    "weights": "the weights are not there",
+    **dict.fromkeys(("train", "facts", "rows", "steps", "collator"), "the data is not there"),
+}
 # Paths in a DeepSpeed JSON where transformers fills in "auto" (integrations/deepspeed.py); nobody does it elsewhere.
 FILLED = {
     "train_batch_size",
@@ -109,7 +118,10 @@ class Case:
     """A run as far as it is known: what is None has not been given or is not there yet.
 
     `rows` is what the loader gives, `train` its rows as the trainer takes them, `facts` its counts, `deepspeed` the
-    JSON, `keys` the names of the options given, `parent` the stage the run starts from, `world` the processes.
+    JSON, `keys` the names of the options given, `parent` the stage the run starts from, `world` the processes,
+    `recipe` what the planner reads. `missing` are inputs that are not there, `notes` what stands in for them;
+    `stand_in`: the model has only the shape of one of them. `inspection`, `plan` and `step_seconds` are kept by the
+    first check that needs them.
     """
 
     stage: str
@@ -127,8 +139,18 @@ class Case:
     data_args: Any = None
     chat_args: ChatArguments | None = None
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     rows: Any = None
     inspection: Any = None
+    recipe: Any = None
+    plan: Any = None
+    step_seconds: float | None = None
+    stand_in: bool = False
+
+    @property
+    def weights(self) -> PreTrainedModel | PeftModel | None:
+        """The model, where its weights are those that the run starts from."""
+        return None if self.stand_in else self.model
 
     @property
     def base(self) -> PreTrainedModel | None:
@@ -165,10 +187,13 @@ class Check:
     quick: bool
 
     def __call__(self, case: Case) -> Finding:
-        lacking = [name for name in self.needs if getattr(case, name) is None]
+        lacking = next((name for name in self.needs if getattr(case, name) is None), None)
         if lacking:
-            return Finding(self.name, "skipped", f"not known: {', '.join(lacking)}")
-        severity, *said = self.function(case)
+            return Finding(self.name, "skipped", LACKING.get(lacking, f"no {lacking}"))
+        try:
+            severity, *said = self.function(case)
+        except UserError as error:  # another check says what is wrong
+            return Finding(self.name, "skipped", str(error))
         return Finding(self.name, severity, *said)
 
 
@@ -405,7 +430,7 @@ def padding_token(case: Case) -> tuple:
         return "error", "the tokenizer has no end token", "an eos_token, or no text can end", "Set eos_token."
     masked = total = 0
     if case.train is not None and case.collator is not None and len(case.train):
-        batch = case.collator([case.train[i] for i in _sample(len(case.train), 32)])
+        batch = case.collator([case.train[i] for i in sample(len(case.train), 32)])
         if "labels" in batch:
             ends = (batch["input_ids"] == tokenizer.eos_token_id)[:, 1:]
             if case.stage == "pretrain":
@@ -423,7 +448,7 @@ def padding_token(case: Case) -> tuple:
     return "ok", f"{tokenizer.pad_token!r} pads, {tokenizer.eos_token!r} ends" + (" and is trained" if total else "")
 
 
-def _sample(rows: int, size: int = SAMPLED_ROWS) -> list[int]:
+def sample(rows: int, size: int = SAMPLED_ROWS) -> list[int]:
     """Up to `size` row numbers, evenly spread."""
     return np.linspace(0, rows - 1, min(rows, size)).astype(int).tolist()
 
@@ -433,7 +458,7 @@ def document_ends(case: Case) -> tuple:
     if case.stage != "pretrain":
         return "ok", "conversations end by their template"
     facts = case.facts["train"]
-    rows = [np.asarray(case.train[i]["input_ids"]) for i in _sample(len(case.train))]
+    rows = [np.asarray(case.train[i]["input_ids"]) for i in sample(len(case.train))]
     ends = sum(int((row == case.tokenizer.eos_token_id).sum()) for row in rows)
     tokens = sum(map(len, rows))
     expected = tokens * facts["documents"] / max(facts["tokens"], 1)
@@ -458,7 +483,7 @@ def vocabulary(case: Case) -> tuple:
         found = f"{tokens:,} tokens, {size:,} embeddings, vocab_size {case.base.config.vocab_size:,}"
         return "error", found, "an embedding for each token", "Take the tokenizer of the model's stage directory."
     if case.train is not None and "input_ids" in case.train.column_names:
-        highest = max(int(np.max(case.train[i]["input_ids"])) for i in _sample(len(case.train)))
+        highest = max(int(np.max(case.train[i]["input_ids"])) for i in sample(len(case.train)))
         if highest >= size:
             fix = "The rows were made with another tokenizer: make them again."
             return "error", f"token id {highest:,} in the rows", f"ids below {size:,}", fix
@@ -469,7 +494,7 @@ def vocabulary(case: Case) -> tuple:
     return "ok", f"{tokens:,} tokens, {size:,} embeddings"
 
 
-@check("model")
+@check("weights")
 def tied_weights(case: Case) -> tuple:
     model = case.base
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -487,7 +512,7 @@ def tied_weights(case: Case) -> tuple:
     return "ok", "embeddings and head are one" if same else "embeddings and head are two, as configured"
 
 
-@check("model", "tokenizer", "args")
+@check("weights", "tokenizer", "args")
 def untrained_tokens(case: Case) -> tuple:
     if case.lora is None and not isinstance(case.model, PeftModel):
         return "ok", "no adapter: every embedding is trained"
@@ -501,7 +526,7 @@ def untrained_tokens(case: Case) -> tuple:
     rows = base.get_input_embeddings().weight.detach().float()
     used = set()
     if case.train is not None and "input_ids" in case.train.column_names:
-        used = {int(token) for i in _sample(len(case.train)) for token in np.unique(case.train[i]["input_ids"])}
+        used = {int(token) for i in sample(len(case.train)) for token in np.unique(case.train[i]["input_ids"])}
     special = {i for i in case.tokenizer.added_tokens_decoder if i < len(rows)}
     wanted = sorted((special & used if used else special) - {case.tokenizer.pad_token_id})
     fresh = at_initialisation(rows, base.config.initializer_range)
@@ -534,7 +559,7 @@ def at_initialisation(rows: torch.Tensor, std: float) -> torch.Tensor:
     return drawn | (norms == 0) | (counts[which] > 1)
 
 
-@check("model", "tokenizer")
+@check("weights", "tokenizer")
 def generation_stops(case: Case) -> tuple:
     ends = case.base.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -721,26 +746,44 @@ def dataloader_speed(case: Case) -> tuple:
                 break
             began = time.perf_counter()
     loading = statistics.median(seconds[1:] or seconds)
-    step = step_seconds(case.model, batches[-1], args.device)
-    found = f"{loading * 1e3:.1f} ms per batch, {step * 1e3:.0f} ms per forward and backward ({workers} workers)"
+    step = seconds_of_step(case, batches[-1])
+    found = f"a batch in {shown_seconds(loading)} ({workers} workers)"
     if loading <= step * max(workers, 1):
-        return "ok", found
+        return "ok", f"{found}, faster than it is trained on"
     fix = f"Raise dataloader_num_workers (now {workers}); for pretraining, 'minimind prepare' beforehand."
-    return "warning", found, "batches that come faster than they are trained on", fix
+    return "warning", found, f"at most the {shown_seconds(step)} that training on it takes", fix
 
 
-def step_seconds(model: torch.nn.Module, batch: dict, device: torch.device) -> float:
+def shown_seconds(seconds: float) -> str:
+    """Seconds for a reader: 12 ms, 1.3 s, 518 s."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def seconds_of_step(case: Case, batch: dict | None = None) -> float:
+    """Seconds of a forward and backward pass over one micro-batch, measured once."""
+    if case.step_seconds is None:
+        size = min(case.args.per_device_train_batch_size, len(case.train))
+        batch = batch or case.collator([case.train[number] for number in sample(len(case.train), size)])
+        model = AutoModelForCausalLM.from_config(case.model.config) if case.stand_in else case.model
+        case.step_seconds = measure_step(model, batch, case.args)
+    return case.step_seconds
+
+
+def measure_step(model: torch.nn.Module, batch: dict, args) -> float:
     """Seconds of one forward and backward pass; on a CPU of two rows of it, multiplied."""
     names = [name for name in ("input_ids", "position_ids", "attention_mask") if name in batch]
-    rows = len(batch["input_ids"])
+    rows, device = len(batch["input_ids"]), args.device
     used = min(rows, 2) if device.type == "cpu" else rows
     inputs = {name: batch[name][:used].to(device) for name in names}
     before, training = next(model.parameters()).device, model.training
     model.to(device).train()
-    times = []
-    for _ in range(2):
+    half = torch.float16 if args.fp16 else torch.bfloat16
+    times: list[float] = []
+    while len(times) < 2 and sum(times) < SLOW_PASS:  # the first one warms up, unless that takes too long
         began = time.perf_counter()
-        model(**inputs, use_cache=False).logits.float().logsumexp(-1).mean().backward()
+        with torch.autocast(device.type, half, enabled=bool(args.bf16 or args.fp16)):
+            logits = model(**inputs, use_cache=False).logits
+        logits.float().logsumexp(-1).mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)

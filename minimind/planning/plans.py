@@ -187,8 +187,8 @@ def optimizer_of(options) -> str:
     return "muon" if options.optim == "muon" else "adamw"
 
 
-def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
-    """The plan of a recipe on some devices of one kind.
+def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | None = None) -> Plan:
+    """The plan of a recipe on some devices of one kind; its rows are counted unless they are given.
 
     Raises:
         UserError: the recipe, its model or its data are wrong, see `recipes`.
@@ -196,7 +196,7 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1) -> Plan:
     options = recipe.options
     config, tokenizer, notes = recipe.starting_point()
     model = empty_model(config, recipe.adapter)
-    rows = recipe.rows(tokenizer)
+    rows = rows or recipe.rows(tokenizer)
     if options.optim != "muon" and not options.optim.startswith("adamw_torch"):
         notes.append(f"{recipe.path}: optim {options.optim} is reckoned as AdamW in fp32")
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)

@@ -153,14 +153,14 @@ class Recipe:
             UserError: there is neither the parent nor a recipe that writes it, or the model's file is wrong.
         """
         parent = self.parent
-        if parent and (Path(parent).is_dir() or not self._writer(parent)):
+        if parent and (Path(parent).is_dir() or not self.writer(parent)):
             path = require_stage(parent)
             base = path
             while (base / "adapter_config.json").exists():
                 base = adapter_base(base)
             config, tokenizer, notes = AutoConfig.from_pretrained(base), load_tokenizer(path), []
         elif parent:
-            writer = self._writer(parent)
+            writer = self.writer(parent)
             config, tokenizer, notes = writer.starting_point()
             notes = [note for note in notes if "train_files" not in note]
             notes.append(f"{parent} is still to be written; its model is taken from {writer.path}")
@@ -178,7 +178,8 @@ class Recipe:
         check_length("block_size" if self.stage == "pretrain" else "max_length", self.length, config)
         return config, tokenizer, notes
 
-    def _writer(self, directory: str) -> "Recipe | None":
+    def writer(self, directory: str) -> "Recipe | None":
+        """The recipe that writes a stage directory: one of those given, or one in the folders beside this one's."""
         for other in self.others:
             if other is not self and Path(other.options.output_dir) == Path(directory):
                 return other
@@ -312,7 +313,7 @@ def count_chats(
     size = total_size([path for paths in files for path in paths])
     if size <= COUNTED:
         load = load_preferences if pairs else load_conversations
-        lengths = _lengths(load(data_args, tokenizer, limit, chat_args, seed=options.seed).train[:], pairs)
+        lengths = sequence_lengths(load(data_args, tokenizer, limit, chat_args, seed=options.seed).train[:], pairs)
         scale, tokens, how = 1.0, sum(map(sum, lengths)), "counted"
     else:
         encoder, how = ChatEncoder(tokenizer), _sampled(size)
@@ -322,7 +323,7 @@ def count_chats(
             read, factor = sample(paths, parse, data_args, size)
             results = [r for r in tokenize(read, encoder, limit, chat_args) if not isinstance(r, BadRowError)]
             found = [row for result in results for row in result.rows]
-            parts.append((_lengths({name: [row[name] for row in found] for name in found[0]}, pairs), factor))
+            parts.append((sequence_lengths({name: [row[name] for row in found] for name in found[0]}, pairs), factor))
         have = [len(part) * factor for part, factor in parts]
         wanted = rows_per_epoch(sources, have, data_args.mixing_temperature, data_args.mixing_stop)
         held_out = 0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / sum(have))
@@ -338,7 +339,7 @@ def count_chats(
     return Rows(round(len(longest) * scale), round(tokens), padded, max(longest), how, size <= COUNTED)
 
 
-def _lengths(columns: dict[str, list], pairs: bool) -> list[tuple[int, ...]]:
+def sequence_lengths(columns: dict[str, list], pairs: bool) -> list[tuple[int, ...]]:
     """Tokens of the sequences of each row: one, or a pair's two."""
     if not pairs:
         return [(len(ids),) for ids in columns["input_ids"]]
