@@ -1,7 +1,6 @@
 """Command line and YAML recipes -> typed arguments. Defaults here are the library's, except where a field says why."""
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -20,7 +19,9 @@ from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
+from minimind.options import HelpAll, Version, option_names, suggestion
 from minimind.recipes import read_recipe
+from minimind.training.help import OptionFormatter, grouped
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.resume import check_output_directory, checkpoints
 
@@ -348,14 +349,36 @@ class DPOStageConfig(StageConfig, DPOConfig):
 
 
 class StageParser(TrlParser):
-    """TRL's parser, except: a mistake is one `UserError`, and an abbreviated option is a mistake."""
+    """TRL's parser, except: a mistake is one `UserError`, an abbreviated option is one too, and the help is short."""
 
     def __init__(self, dataclass_types):
-        super().__init__(dataclass_types, allow_abbrev=False)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=OptionFormatter)
+        self.add_argument("--help_all", action=HelpAll)
+        self.add_argument("--version", action=Version)
 
     def error(self, message: str):
         """Called by argparse, whose own version prints a usage text of several screens first."""
         raise UserError(f"{message}. See {self.prog} --help.")
+
+    def format_help(self) -> str:
+        """The options that people set, under their headings."""
+        return self._format_help(every=False)
+
+    def print_all_help(self, namespace: Namespace | None = None) -> None:
+        """The same with every option of the libraries."""
+        print(self._format_help(every=True))
+
+    def _format_help(self, every: bool) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(f"{self.prog} [--config RECIPE.yaml] [--OPTION VALUE ...]", [], [])
+        formatter.add_text(
+            "A recipe has the same names as keys. Later options override it. --no_NAME is --NAME false."
+        )
+        for heading, actions in grouped(self, every).items():
+            formatter.start_section(heading)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -372,7 +395,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, FileNotFoundError) as error:
-        unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
+        unknown = re.findall(r"'(--[^'=]+)", str(error)) if "not used by" in str(error) else []
         if unknown:
             raise _unknown_options(parser, unknown) from error
         raise UserError(f"the arguments do not fit together: {error}") from error
@@ -391,7 +414,7 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
     parser = StageParser(dataclass_types)
     options, others = parser.parse_known_args(with_recipe(parser, argv))
     if others:
-        raise _unknown_options(parser, [word.removeprefix("--") for word in others if word.startswith("--")] or others)
+        raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
     return options
 
 
@@ -407,14 +430,8 @@ def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
     return argv
 
 
-def option_names(parser: StageParser) -> set[str]:
-    """What may stand in a recipe."""
-    return {action.dest for action in parser._actions}
-
-
 def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
-    names = ", ".join(f"--{name}" for name in unknown)
-    return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
+    return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
 
 
 def _recipe_words(path: Path, options: set[str]) -> list[str]:
@@ -424,7 +441,7 @@ def _recipe_words(path: Path, options: set[str]) -> list[str]:
         raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
     unknown = [str(key) for key in recipe if key not in options]
     if unknown:
-        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{_suggest(' '.join(unknown), options)}")
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, options)}")
     words = []
     for key, value in recipe.items():
         if value is None:
@@ -432,11 +449,6 @@ def _recipe_words(path: Path, options: set[str]) -> list[str]:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [f"--{key}", *map(str, values)]
     return words
-
-
-def _suggest(text: str, options: set[str]) -> str:
-    close = {match for word in text.split() for match in difflib.get_close_matches(word, options, n=1, cutoff=0.75)}
-    return f" Did you mean {', '.join(sorted(close))}?" if close else ""
 
 
 def load_model_config_file(path: str) -> dict[str, Any]:
@@ -459,5 +471,5 @@ def load_model_config_file(path: str) -> dict[str, Any]:
     known = set(MiniMindConfig.__dataclass_fields__)
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise UserError(f"{path}: unknown field {', '.join(unknown)}.{_suggest(' '.join(unknown), known)}")
+        raise UserError(f"{path}: unknown field {', '.join(unknown)}.{suggestion(unknown, known)}")
     return fields
