@@ -87,7 +87,8 @@ def _refusing(spelling: str, name: str) -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        raise UserError(f"{spelling}: {error}. {_remedies(name)}") from error
+        found = str(error).removesuffix(" (OfflineModeIsEnabled)")  # the mode set above, not by the user
+        raise UserError(f"{spelling}: {found}. {_remedies(name)}") from error
     except Exception as error:
         raise UserError(
             f"{spelling}: cannot be read ({type(error).__name__}: {error}). Check the name, config and split on "
@@ -101,7 +102,7 @@ def _remedies(name: str) -> str:
 
     reason = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else f"{config.HF_ENDPOINT} does not answer"
     return (
-        f"{reason}. Ways round it: another network, a mirror (export HF_ENDPOINT={MIRROR}), or the files, downloaded by "
-        f"hand and given by their paths (--train_files data/*.jsonl), from https://huggingface.co/datasets/{name} or "
-        "from ModelScope with `modelscope download --dataset OWNER/NAME --local_dir data`."
+        f"{reason}. Ways round it: another network, a mirror (export HF_ENDPOINT={MIRROR}), or the files downloaded by "
+        f"hand and given as --train_files data/*.jsonl, from https://huggingface.co/datasets/{name} or from ModelScope "
+        "with `modelscope download --dataset OWNER/NAME --local_dir data`."
     )
