@@ -102,7 +102,7 @@ def _remedies(name: str) -> str:
 
     reason = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else f"{config.HF_ENDPOINT} does not answer"
     return (
-        f"{reason}. Ways round it: another network, a mirror (export HF_ENDPOINT={MIRROR}), or the files downloaded by "
-        f"hand and given as --train_files data/*.jsonl, from https://huggingface.co/datasets/{name} or from ModelScope "
-        "with `modelscope download --dataset OWNER/NAME --local_dir data`."
+        f"{reason}. Ways round it: another network, a mirror (export HF_ENDPOINT={MIRROR}), or the files downloaded "
+        f"by hand and given as --train_files data/*.jsonl, from https://huggingface.co/datasets/{name} or from "
+        "ModelScope with `modelscope download --dataset OWNER/NAME --local_dir data`."
     )
