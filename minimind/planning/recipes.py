@@ -35,6 +35,7 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
+from minimind.options import option_names
 from minimind.recipes import read_recipe
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.encoding import DocumentEncoder
@@ -46,7 +47,6 @@ from minimind.training.arguments import (
     PretrainModelArguments,
     SFTStageConfig,
     StageParser,
-    option_names,
     parse_options,
 )
 from minimind.training.stages import check_length, new_model

@@ -1,7 +1,6 @@
 """Command line and YAML recipes -> typed arguments. Defaults here are the library's, except where a field says why."""
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -15,13 +14,15 @@ import torch
 from filelock import FileLock
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
-from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
+from trl import DPOConfig, ModelConfig, SFTConfig
 
 from minimind.data.columns import NAMES, Columns
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
+from minimind.options import option_names, suggestion
 from minimind.recipes import read_recipe
+from minimind.training.help import StageParser
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.resume import check_output_directory, checkpoints
 
@@ -373,17 +374,6 @@ class DPOStageConfig(StageConfig, DPOConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
 
 
-class StageParser(TrlParser):
-    """TRL's parser, except: a mistake is one `UserError`, and an abbreviated option is a mistake."""
-
-    def __init__(self, dataclass_types):
-        super().__init__(dataclass_types, allow_abbrev=False)
-
-    def error(self, message: str):
-        """Called by argparse, whose own version prints a usage text of several screens first."""
-        raise UserError(f"{message}. See {self.prog} --help.")
-
-
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Fill the dataclasses from `--config recipe.yaml`, overridden by the command line.
 
@@ -398,7 +388,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, FileNotFoundError) as error:
-        unknown = re.findall(r"'--([^'=]+)", str(error)) if "not used by" in str(error) else []
+        unknown = re.findall(r"'(--[^'=]+)", str(error)) if "not used by" in str(error) else []
         if unknown:
             raise _unknown_options(parser, unknown) from error
         raise UserError(f"the arguments do not fit together: {error}") from error
@@ -417,7 +407,7 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
     parser = StageParser(dataclass_types)
     options, others = parser.parse_known_args(with_recipe(parser, argv))
     if others:
-        raise _unknown_options(parser, [word.removeprefix("--") for word in others if word.startswith("--")] or others)
+        raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
     return options
 
 
@@ -433,14 +423,8 @@ def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
     return argv
 
 
-def option_names(parser: StageParser) -> set[str]:
-    """What may stand in a recipe."""
-    return {action.dest for action in parser._actions}
-
-
 def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
-    names = ", ".join(f"--{name}" for name in unknown)
-    return UserError(f"unknown option {names}.{_suggest(' '.join(unknown), option_names(parser))}")
+    return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
 
 
 def _recipe_words(path: Path, options: set[str]) -> list[str]:
@@ -450,7 +434,7 @@ def _recipe_words(path: Path, options: set[str]) -> list[str]:
         raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
     unknown = [str(key) for key in recipe if key not in options]
     if unknown:
-        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{_suggest(' '.join(unknown), options)}")
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, options)}")
     words = []
     for key, value in recipe.items():
         if value is None:
@@ -458,11 +442,6 @@ def _recipe_words(path: Path, options: set[str]) -> list[str]:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [f"--{key}", *map(str, values)]
     return words
-
-
-def _suggest(text: str, options: set[str]) -> str:
-    close = {match for word in text.split() for match in difflib.get_close_matches(word, options, n=1, cutoff=0.75)}
-    return f" Did you mean {', '.join(sorted(close))}?" if close else ""
 
 
 def load_model_config_file(path: str) -> dict[str, Any]:
@@ -485,5 +464,5 @@ def load_model_config_file(path: str) -> dict[str, Any]:
     known = set(MiniMindConfig.__dataclass_fields__)
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise UserError(f"{path}: unknown field {', '.join(unknown)}.{_suggest(' '.join(unknown), known)}")
+        raise UserError(f"{path}: unknown field {', '.join(unknown)}.{suggestion(unknown, known)}")
     return fields

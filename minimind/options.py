@@ -1,0 +1,124 @@
+"""What the parsers of the commands and of the stages have in common. Loads neither torch nor transformers."""
+
+import argparse
+import difflib
+import platform
+from collections.abc import Iterable
+
+# Our options, and what other tools and MiniMind's first scripts call them.
+OTHER_NAMES = {
+    "bf16": {"dtype", "precision"},
+    "chat_template": {"template", "prompt_template"},
+    "dataloader_num_workers": {"num_workers", "workers"},
+    "directory": {"model", "model_path"},
+    "eval_files": {"eval_data", "validation_file"},
+    "eval_steps": {"eval_interval"},
+    "eval_strategy": {"evaluation_strategy"},
+    "files": {"data", "data_path", "dataset"},
+    "gradient_accumulation_steps": {"accumulation_steps", "grad_accum", "gradient_accumulation"},
+    "learning_rate": {"lr"},
+    "logging_steps": {"log_interval"},
+    "lora_r": {"lora_rank", "rank"},
+    "lr_scheduler_type": {"lr_scheduler", "scheduler"},
+    "max_grad_norm": {"grad_clip", "max_norm"},
+    "max_length": {"cutoff_len", "max_seq_len", "max_seq_length", "seq_len"},
+    "block_size": {"context_length", "max_seq_len", "max_seq_length", "seq_len"},
+    "max_new_tokens": {"max_tokens"},
+    "max_steps": {"iters", "max_iters", "steps"},
+    "model_name_or_path": {"from_weight", "model", "model_path"},
+    "num_train_epochs": {"epoch", "epochs", "num_epochs"},
+    "optim": {"optimizer"},
+    "output_dir": {"out", "out_dir", "output", "save_dir"},
+    "per_device_eval_batch_size": {"eval_batch_size"},
+    "per_device_train_batch_size": {"batch_size", "micro_batch_size"},
+    "report_to": {"use_wandb", "wandb"},
+    "resume_from_checkpoint": {"from_resume", "resume"},
+    "save_steps": {"save_interval"},
+    "train_files": {"data", "data_path", "dataset", "train_data", "train_file"},
+    "use_peft": {"finetuning_type", "lora", "use_lora"},
+    "warmup_steps": {"warmup", "warmup_iters", "warmup_ratio"},
+    "weight_decay": {"wd"},
+}
+
+
+def suggestion(unknown: Iterable[str], known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message: what may have been meant by unknown names, or nothing."""
+    known, meant = set(known), set()
+    for word in unknown:
+        name = word.lstrip("-").replace("-", "_")
+        ours = {each for each in known if name in OTHER_NAMES.get(each, ())}
+        if len(name) > 2:  # what older versions of argparse took for it
+            ours |= {each for each in known if each.startswith(name)}
+        meant |= ours or set(difflib.get_close_matches(name, known, n=1, cutoff=0.75))
+    return f" Did you mean {', '.join(prefix + name for name in sorted(meant))}?" if meant else ""
+
+
+def option_names(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of a parser's options, without those that only print, such as --help."""
+    return {each.dest for each in parser._actions if each.option_strings and each.default != argparse.SUPPRESS}
+
+
+class OptionFormatter(argparse.HelpFormatter):
+    """Of each option one spelling, what it takes, and its default where the description does not tell it."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "VALUE"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        option = next(each for each in action.option_strings if each.startswith("--"))
+        return f"{option} {_values(action)}".strip()
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent sign.
+        text = (action.help or "").replace("%%", "%")
+        hidden = any(action.default is each for each in (None, False, argparse.SUPPRESS)) or action.default == []
+        told = hidden or not action.option_strings or "default" in text.lower()
+        return text if told else f"{text} (default: {_shown(action.default)})"
+
+
+def _values(action: argparse.Action) -> str:
+    """What stands after an option: its choices if they are few."""
+    if action.nargs in (0, "?"):
+        return ""
+    choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+    value = action.metavar or (choices if 2 < len(choices) <= 40 else "VALUE")
+    return f"{value} ..." if action.nargs == "+" else value
+
+
+def _shown(default) -> str:
+    values = default if isinstance(default, list) else [default]
+    return " ".join(str(getattr(value, "value", value)) for value in values)
+
+
+class Version(argparse.Action):
+    """`--version`: of the package and of what it stands on, read from the packages' metadata."""
+
+    def __init__(self, option_strings, dest, help="show the versions and exit"):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import PackageNotFoundError, version
+
+        print(f"python {platform.python_version()}")
+        for package in ("minimind-hf", "torch", "transformers", "trl", "deepspeed"):
+            try:
+                print(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                print(f"{package} not installed")
+        parser.exit()
+
+
+class HelpAll(argparse.Action):
+    """`--help_all`: what `print_all_help` of the parser prints."""
+
+    def __init__(self, option_strings, dest, help="show every option there is and exit"):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_all_help(namespace)
+        parser.exit()
