@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of one answer at most; 0 asks nothing: the loss alone",
     )
     evaluate.add_argument("--batch_size", type=int, default=64, help="rows at a time, at most")
+    column_options(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
     export = commands.add_parser("export", help="write a model as vLLM, llama.cpp, ollama and transformers read it")
@@ -423,14 +424,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from contextlib import redirect_stdout
 
     from minimind.chat import load_for_generation
+    from minimind.data.columns import Columns
     from minimind.evaluation import evaluate
 
     if args.max_length < 2 or args.batch_size < 1 or args.max_new_tokens < 0:
         raise UserError("--max_length must be at least 2, --batch_size 1, --max_new_tokens 0.")
+    columns = Columns(args.columns, args.unread_columns)
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         model, tokenizer = load_for_generation(args.directory)
         options = {name: getattr(args, name) for name in ("max_length", "max_new_tokens", "batch_size")}
-        result = evaluate(model, tokenizer, args.files, args.stage, args.on_bad_rows, **options)
+        result = evaluate(model, tokenizer, args.files, args.stage, args.on_bad_rows, columns, **options)
     json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
     print()
 

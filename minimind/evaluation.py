@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.chats import ChatArguments, tokenize_conversations
+from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.files import BadRowError, BadRows, read_documents, read_rows
 from minimind.data.messages import Message, split_reasoning
@@ -169,7 +170,10 @@ def complete(
 
 
 def read_questions(
-    files: Sequence[str], on_bad_rows: str | BadRows | None = None, encoder: ChatEncoder | None = None
+    files: Sequence[str],
+    on_bad_rows: str | BadRows | None = None,
+    encoder: ChatEncoder | None = None,
+    columns: Columns | None = None,
 ) -> list[dict]:
     """Conversations whose last reply is the reference -> their rows with "messages" and, if given, "tools".
 
@@ -177,7 +181,7 @@ def read_questions(
     a bad row. Raises UserError as `files.read_rows`.
     """
 
-    def convert(data: dict) -> dict:
+    def convert(data: Mapping) -> dict:
         conversation = to_conversation(data)
         if encoder is not None:
             (asked,) = encoder.encode([prompt_of(conversation._asdict())], prompt=True)
@@ -187,7 +191,7 @@ def read_questions(
             {"tools": conversation.tools} if conversation.tools else {}
         )
 
-    return [row.data for row in read_rows(files, on_bad_rows, convert)]
+    return [row.data for row in read_rows(files, on_bad_rows, convert, columns=columns)]
 
 
 def prompt_of(question: dict) -> Conversation:
@@ -236,6 +240,7 @@ def evaluate(
     files: Sequence[str],
     stage: str | None = None,
     on_bad_rows: str | None = None,
+    columns: Columns | None = None,
     max_length: int = 1024,
     max_new_tokens: int = 64,
     batch_size: int = 64,
@@ -247,21 +252,24 @@ def evaluate(
     the last token of the one before.
 
     Raises:
-        UserError: see `files.read_rows`; or the files hold preference pairs, or nothing can be told of the stage.
+        UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or nothing can be told of the stage.
     """
     from minimind.data.inspection import recognise_stage
 
-    stage = stage or recognise_stage(files)
+    columns = columns or Columns()
+    stage = stage or recognise_stage(files, columns)
     if stage == "dpo":
         raise UserError(f"{files[0]}: found preference pairs, expected conversations or documents.")
     max_length, bad = min(max_length, model.config.max_position_embeddings), BadRows(on_bad_rows)
     if stage == "pretrain":
-        texts = list(read_documents(files, bad))
+        texts = list(read_documents(files, bad, columns=columns))
+        columns.stop()
         result = {"documents": len(texts)}
         rows = document_rows(texts, tokenizer, max_length)
     else:
         encoder = ChatEncoder(tokenizer)
-        questions = read_questions(files, bad, encoder)
+        questions = read_questions(files, bad, encoder, columns)
+        columns.stop()
         result = score(model, tokenizer, questions, max_new_tokens, batch_size) if max_new_tokens else {}
         rows = reply_rows(questions, encoder, max_length)
         result["without_loss"] = sum(not each for each in rows)
