@@ -252,7 +252,8 @@ def evaluate(
     the last token of the one before.
 
     Raises:
-        UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or nothing can be told of the stage.
+        UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or nothing can be told
+            of the stage.
     """
     from minimind.data.inspection import recognise_stage
 
