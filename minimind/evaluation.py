@@ -302,7 +302,7 @@ def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: li
     most = LOGITS // model.config.vocab_size
     order = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)  # little padding, the worst first
     bytes_of = torch.tensor(token_byte_lengths(tokenizer))
-    collate = PackedCollator(tokenizer.pad_token_id)
+    collate = PackedCollator(tokenizer.pad_token_id or 0)
     nats = tokens = size = 0
     with tqdm(total=len(order), unit=" rows", desc="loss", disable=None) as progress:
         while order:

@@ -511,6 +511,7 @@ def test_the_recipes_of_the_project_have_no_fault(recipe, monkeypatch, tmp_path)
     monkeypatch.setattr(cases, "new_model", small_model)
     report = doctor(recipe, ["--train_files", "a/file/not/there.jsonl", "--output_dir", str(tmp_path)], quick=True)
     assert report["errors"] == 0, report["findings"]
+    assert {f["name"] for f in report["findings"] if f["severity"] == "warning"} == {"inputs"}, report["findings"]
     assert report["stage"] == {"lora": "sft"}.get(Path(recipe).parent.name, Path(recipe).parent.name)
 
 
