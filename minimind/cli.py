@@ -6,19 +6,40 @@ import sys
 from contextlib import redirect_stdout
 
 from minimind.errors import UserError, reports_user_errors
+from minimind.options import HelpAll, Version, option_names, suggestion
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, except: a mistake is one `UserError` message."""
 
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--help_all", action=HelpAll)
+        self.set_defaults(parser=self)
+
     def error(self, message: str):
         """Called by argparse where the arguments do not fit."""
         raise UserError(f"{message}. See {self.prog} --help.")
 
+    def print_all_help(self, namespace: argparse.Namespace) -> None:
+        """The help, and where a command takes a stage's options those of --stage, of pretraining by default."""
+        self.print_help()
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    print(f"\n{command.format_help()}", end="")
+        if self.get_default("run") in TAKE_STAGE_OPTIONS:
+            from minimind.planning.recipes import STAGES, StageParser
+
+            script, types = STAGES[getattr(namespace, "stage", None) or "pretrain"]
+            print(f"\nand all options of {script}:\n")
+            StageParser(types).print_all_help()
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options; each sets `run`, the function that gets the parsed arguments."""
-    parser = Parser(prog="minimind", description="Train, talk to and measure small chat models.", allow_abbrev=False)
+    parser = Parser(prog="minimind", description="Train, talk to and measure small chat models.")
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
     tokenizer_commands(commands)
@@ -102,23 +123,26 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser(
         "prepare",
         help="tokenise and pack a corpus ahead of pretraining",
-        description="Takes the options of pretrain.py, --config included, and does what that does before it trains.",
+        description="Takes the options of pretrain.py, --config included, and does what that does before it trains. "
+        "--help_all shows them.",
     )
     prepare.set_defaults(run=run_prepare)
 
     plan = commands.add_parser(
         "plan",
         help="tokens, FLOPs, memory, hours and cost of runs before they start",
-        description="Takes the options of the recipes' scripts too, after the recipes, and then plans with those.",
+        description="Takes the options of the recipes' scripts too, after the recipes, and then plans with those. "
+        "--stage STAGE --help_all shows them.",
     )
     plan.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML recipes, of one stage or a whole pipeline")
     plan.add_argument(
         "--device",
+        type=device,
         help="rtx3090, rtx4090, a100, h100, h200, cpu, or measured: five real steps on this machine; default: what "
         "this machine has",
     )
-    plan.add_argument("--processes", type=int, default=1, help="devices that train together")
-    plan.add_argument("--price", help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h")
+    plan.add_argument("--processes", type=processes, default=1, help="devices that train together")
+    plan.add_argument("--price", type=price, help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h")
     plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
     plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
@@ -136,11 +160,12 @@ def doctor_commands(commands) -> None:
         "doctor",
         help="look for what would go wrong in a run, before it runs",
         description="Checks a recipe, its data, model and DeepSpeed JSON, with a fix for each fault. Further options "
-        "are the stage's own and override the recipe. Exit code 1 if a finding is an error.",
+        "are the stage's own and override the recipe (--stage STAGE --help_all shows them). Exit code 1 if a finding "
+        "is an error.",
     )
     doctor.add_argument("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
     doctor.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
-    doctor.add_argument("--processes", type=int, default=1, help="how many the run will have (default 1)")
+    doctor.add_argument("--processes", type=processes, default=1, help="how many the run will have (default 1)")
     doctor.add_argument("--quick", action="store_true", help="only the checks that every run makes when it starts")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     doctor.set_defaults(run=run_doctor)
@@ -237,15 +262,38 @@ def domain_weight(text: str) -> tuple[str, float]:
     return domain, float(weight)
 
 
+def device(name: str) -> str:
+    """The name of a device that `minimind plan` knows."""
+    from minimind.planning.devices import device_name
+
+    return device_name(name)
+
+
+def price(text: str):
+    """A device's price for an hour."""
+    from minimind.planning.devices import parse_price
+
+    return parse_price(text)
+
+
+def processes(text: str) -> int:
+    """How many processes a run will have."""
+    if int(text) < 1:
+        raise UserError(f"--processes {text}: expected at least 1.")
+    return int(text)
+
+
 @reports_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
-    if args.run in (run_prepare, run_plan, run_doctor):
+    if args.run in TAKE_STAGE_OPTIONS:
         args.options = others
     elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        words = [word.split("=")[0] for word in others if word.startswith("--")]
+        guess = suggestion(words, option_names(args.parser), "--")
+        raise UserError(f"unrecognized arguments: {' '.join(others)}.{guess} See {args.parser.prog} --help.")
     if getattr(args, "json", args.run is run_evaluate) and os.environ.get("WANDB_MODE") == "offline":
         # transformers 5.23 prints a line on this variable when it is imported; stdout is the report's alone.
         with redirect_stdout(sys.stderr):
@@ -496,6 +544,10 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     """`minimind plan`."""
+    from minimind.recipes import read_recipe
+
+    for recipe in args.recipes:  # read again with its stage's options, which takes torch: seconds
+        read_recipe(recipe)
     from minimind.planning.plans import run
 
     run(args.recipes, args.options, args.device, args.processes, args.price, args.stage, args.tokens, args.json)
@@ -509,6 +561,9 @@ def run_world(args: argparse.Namespace) -> None:
 
     for name, path in write_world(Path(args.directory)).items():
         print(f"{name:<14} {path}")
+
+
+TAKE_STAGE_OPTIONS = (run_prepare, run_plan, run_doctor)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def suggestion(unknown: Iterable[str], known: Iterable[str], prefix: str = "") -
     for word in unknown:
         name = word.lstrip("-").replace("-", "_")
         ours = {each for each in known if name in OTHER_NAMES.get(each, ())}
+        if len(name) > 2:  # what older versions of argparse took for it
+            ours |= {each for each in known if each.startswith(name)}
         meant |= ours or set(difflib.get_close_matches(name, known, n=1, cutoff=0.75))
     return f" Did you mean {', '.join(prefix + name for name in sorted(meant))}?" if meant else ""
 

@@ -3,9 +3,11 @@ import json
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -533,7 +535,10 @@ def test_the_hash_of_a_dataset_of_the_hub_follows_its_split_and_revision(cached_
     [
         (
             "hf://datasets/owner/other",
-            ["ConnectionError", "HF_HUB_OFFLINE", "https://huggingface.co/datasets/owner/other"],
+            [
+                *("Couldn't reach 'owner/other'", "HF_HUB_OFFLINE is set", "HF_ENDPOINT=https://hf-mirror.com"),
+                *("https://huggingface.co/datasets/owner/other", "modelscope download --dataset"),
+            ],
         ),
         ("hf://datasets/owner/name:en", ["ValueError", "'en'", "'zh'", "Check the name, config and split"]),
         ("hf://datasets/owner/name:zh:dev", ["Bad split: dev", "['train', 'test']"]),
@@ -548,3 +553,30 @@ def test_a_dataset_out_of_reach_is_one_clear_message(cached_dataset, given, word
     message = refusal(lambda: list(read_rows([given])))
     assert message.startswith(f"{given}: ")
     assert all(word in message for word in words), message
+
+
+@pytest.fixture
+def dead_hub(monkeypatch):
+    """The address of a Hub that refuses connections; waiting for it fails."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # not listening
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        for config, name in ((datasets.config, "HF_ENDPOINT"), (huggingface_hub.constants, "ENDPOINT")):
+            monkeypatch.setattr(config, name, address)
+        for config in (datasets.config, huggingface_hub.constants):
+            monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited for {seconds} s"))
+        yield address
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_the_message_names_the_ways_round_it(dead_hub, cached_dataset):
+    message = refusal(lambda: expand(["hf://datasets/owner/other"]))
+    assert f"{dead_hub} does not answer" in message
+    assert "HF_HUB_OFFLINE" not in message
+    assert "HF_ENDPOINT=https://hf-mirror.com" in message
+
+
+def test_a_dataset_in_the_cache_is_read_without_waiting_for_a_hub_out_of_reach(dead_hub, cached_dataset):
+    rows = [row for _, row in read_rows(["hf://datasets/owner/name::test"], "skip", progress=pytest.fail)]
+    assert rows == [{"text": "test"}, {"text": "good"}]
+    assert not datasets.config.HF_HUB_OFFLINE

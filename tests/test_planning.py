@@ -491,7 +491,7 @@ def test_measured_takes_the_time_of_real_steps(pipeline, capsys, monkeypatch):
         (["--price", "cheap"], "8/h, $1.50/h or 8 CNY/h"),
         (["--price", "-1"], "expected"),
         (["--processes", "0"], "expected at least 1"),
-        (["--device", "h100", "--blocksize", "8"], "Did you mean block_size?"),
+        (["--device", "h100", "--blocksize", "8"], "Did you mean --block_size?"),
         (["--device", "h100", "--block_size", "many"], "block_size"),
         (["--device", "h100", "--block_size", "100000"], "max_position_embeddings"),
         (["--device", "h100", "--per_device_train_batch_size", "0"], "expected at least 1"),

@@ -10,6 +10,8 @@ from minimind.errors import UserError
 
 PREFIX = "hf://datasets/"
 SPELLING = "hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]"
+MIRROR = "https://hf-mirror.com"
+SECONDS = 10  # for the Hub to answer at all
 PARTS = re.compile(
     re.escape(PREFIX) + r"(?P<name>[\w.-]+/[\w.-]+)"  # a bare "json" would make the library read the working directory
     r"(@(?P<revision>refs/\w+/[\w.-]+|[^/:]+))?"
@@ -38,15 +40,13 @@ class HubDataset:
         from datasets import load_dataset_builder  # here, since it takes a second
         from datasets.packaged_modules.cache.cache import Cache
 
-        with _refusing(self.spelling, self.name):
+        with _refusing(self.spelling, self.name), _cache_alone_if_out_of_reach():
             # Scripts in a dataset's repository are never run: the library has no support for them any more.
             self._builder = load_dataset_builder(
                 PREFIX + self.name, parts["config"] or None, revision=parts["revision"]
             )
             if parts["revision"] and isinstance(self._builder, Cache) and self._builder.hash != parts["revision"]:
-                raise ConnectionError(
-                    f"only revision {self._builder.hash} is in the cache, and the Hub is out of reach"
-                )
+                raise ConnectionError(f"only revision {self._builder.hash} is in the cache")
 
     def __str__(self) -> str:
         return self.spelling
@@ -65,12 +65,44 @@ class HubDataset:
 
 
 @contextmanager
+def _cache_alone_if_out_of_reach() -> Iterator[None]:
+    """Let `datasets` read its cache alone where one request to the Hub fails: it would try again for 40 s."""
+    from datasets import config
+    from huggingface_hub.utils import get_session
+
+    before = config.HF_HUB_OFFLINE
+    try:
+        get_session().head(config.HF_ENDPOINT, timeout=SECONDS)
+    except Exception:
+        config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
 def _refusing(spelling: str, name: str) -> Iterator[None]:
     """Turn whatever the library, the network or the Hub raises into one UserError."""
     try:
         yield
+    except ConnectionError as error:
+        found = str(error).removesuffix(" (OfflineModeIsEnabled)")  # the mode set above, not by the user
+        raise UserError(f"{spelling}: {found}. {_remedies(name)}") from error
     except Exception as error:
         raise UserError(
             f"{spelling}: cannot be read ({type(error).__name__}: {error}). Check the name, config and split on "
-            f"https://huggingface.co/datasets/{name}, and that the network is up and HF_HUB_OFFLINE is not set."
+            f"https://huggingface.co/datasets/{name}."
         ) from error
+
+
+def _remedies(name: str) -> str:
+    """What to do where the Hub cannot be reached."""
+    from datasets import config
+
+    reason = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else f"{config.HF_ENDPOINT} does not answer"
+    return (
+        f"{reason}. Ways round it: another network, a mirror (export HF_ENDPOINT={MIRROR}), or the files downloaded "
+        f"by hand and given as --train_files data/*.jsonl, from https://huggingface.co/datasets/{name} or from "
+        "ModelScope with `modelscope download --dataset OWNER/NAME --local_dir data`."
+    )

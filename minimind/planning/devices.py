@@ -1,16 +1,23 @@
-"""What a device can do: its peak, its memory, and the share of the peak that a small model is assumed to reach."""
+"""What a device can do: its peak, its memory, and the share of the peak that a small model is assumed to reach.
+
+torch is imported where something is measured, so that `minimind plan` refuses a name or a price at once.
+"""
+
+from __future__ import annotations
 
 import os
 import re
 import time
 from dataclasses import dataclass, replace
 from functools import cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from minimind.errors import UserError
-from minimind.planning.costs import Step
-from minimind.training.launch import bf16_is_fast
+
+if TYPE_CHECKING:
+    import torch
+
+    from minimind.planning.costs import Step
 
 GIB = 2**30
 
@@ -42,7 +49,7 @@ class Device:
         """Bytes for a run's tensors."""
         return (self.memory - self.reserved) / (1 + self.gaps)
 
-    def running(self, step: Step) -> "Device":
+    def running(self, step: Step) -> Device:
         """This device with the gaps that such a step leaves."""
         return replace(self, gaps=CPU_CHECKPOINTING_GAPS) if self.kind == "cpu" and step.checkpointing else self
 
@@ -75,23 +82,27 @@ NAMES = (*DEVICES, "cpu", "measured")
 CPU_UTILISATION = 0.5
 
 
+def device_name(name: str) -> str:
+    """A `--device` as the table has it; raises UserError."""
+    key = name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    if key not in NAMES:
+        raise UserError(f"--device {name}: expected one of {', '.join(NAMES)}.")
+    return key
+
+
 def find_device(name: str | None) -> Device:
     """The device of a `--device`: a row of the table, or this machine's, as is the default; raises UserError."""
-    if name is None:
-        return this_device()
-    key = name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    key = "measured" if name is None else device_name(name)
     if key in DEVICES:
         return DEVICES[key]
-    if key == "cpu":
-        return this_cpu()
-    if key == "measured":
-        return this_device()
-    raise UserError(f"--device {name}: expected one of {', '.join(NAMES)}.")
+    return this_cpu() if key == "cpu" else this_device()
 
 
 @cache
 def this_device() -> Device:
     """The device that a run would take here: a card of the table by its name, another one or a CPU by measurement."""
+    import torch
+
     if not torch.cuda.is_available():
         return this_cpu()
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
@@ -106,6 +117,10 @@ def this_device() -> Device:
 @cache
 def this_cpu() -> Device:
     """This machine without its cards; its peak is measured once, on as many threads as torch takes."""
+    import torch
+
+    from minimind.training.launch import bf16_is_fast
+
     peaks = [matmul_peak("cpu", dtype) for dtype in ((torch.bfloat16,) if bf16_is_fast() else ()) + (torch.float32,)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
@@ -122,6 +137,8 @@ def this_cpu() -> Device:
 
 def matmul_peak(device: str, dtype: torch.dtype, seconds: float = 0.15) -> float:
     """FLOP/s of the fastest of some large matrix products."""
+    import torch
+
     size = 1024 if device == "cpu" else 8192
     own = torch.Generator(device)  # measured in the middle of a run, whose random numbers are not to be touched
     left, right = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))

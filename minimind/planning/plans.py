@@ -23,7 +23,7 @@ from minimind.planning.costs import (
     model_states,
     parameter_counts,
 )
-from minimind.planning.devices import GIB, Device, Price, find_device, parse_price
+from minimind.planning.devices import GIB, Device, Price, find_device
 from minimind.planning.recipes import Recipe, Rows, deepspeed_of, read_recipes
 
 BATCH_LIMIT = 2**16
@@ -139,7 +139,7 @@ def run(
     overrides: Sequence[str],
     device: str | None = None,
     processes: int = 1,
-    price: str | None = None,
+    price: Price | None = None,
     stage: str | None = None,
     tokens: float | None = None,
     as_json: bool = False,
@@ -147,14 +147,11 @@ def run(
     """`minimind plan`: plan some recipes on a device and print the plans, as tables or as one JSON object.
 
     Raises:
-        UserError: an unknown device or price, or what `read_recipes` and `make_plan` refuse.
+        UserError: an unknown device, or what `read_recipes` and `make_plan` refuse.
     """
     from minimind.planning.measuring import MEASURED_STEPS, measure
 
     datasets.disable_progress_bars()
-    cost = parse_price(price) if price else None
-    if processes < 1:
-        raise UserError(f"--processes {processes}: expected at least 1.")
     plans = []
     with redirect_stdout(sys.stderr):  # where data are prepared on the way, that is told
         target = find_device(device)
@@ -169,9 +166,9 @@ def run(
                 plan = replace(plan, measured=measure(recipe))
             plans.append(plan)
     if as_json:
-        print(json.dumps(plans_as_json(plans, cost), ensure_ascii=False))
+        print(json.dumps(plans_as_json(plans, price), ensure_ascii=False))
     else:
-        show(plans, cost, Console(highlight=False, soft_wrap=True))
+        show(plans, price, Console(highlight=False, soft_wrap=True))
 
 
 def precision_of(options, device: Device) -> str:
