@@ -1,16 +1,24 @@
 """Talking to a model in the terminal."""
 
+import re
 import sys
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from minimind.checkpoints import check_vocabulary, load_model, require_stage
+from minimind.checkpoints import check_vocabulary, load_model, read_stage, require_stage
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.conversations import parse_message
+from minimind.data.files import cache_directory
+from minimind.errors import UserError
+from minimind.terminal import read_messages
 from minimind.tokenizer import load_tokenizer
 
-HELP = "Type a message and Enter. /new forgets the conversation, /exit or Ctrl-D ends it."
+HELP = (
+    "Type a message and Enter; Ctrl-C drops the line, or stops an answer. /new forgets the conversation, /help shows "
+    "this, /exit or Ctrl-D ends it. A message that begins with / needs a space before it."
+)
+COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 
 
 def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -57,12 +65,21 @@ def generate(directory: str, prompt: str, max_new_tokens: int, temperature: floa
     decode(model, tokenizer, ids, max_new_tokens, temperature, top_p)
 
 
-def chat(directory: str, system: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def chat(
+    directory: str,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    keep_history: bool = True,
+) -> None:
     """Read messages from standard input until its end and answer each, with all turns so far as the prompt.
 
     When the conversation fills the model's window, the oldest turns are left out of the prompt.
     """
     model, tokenizer = load_for_generation(directory)
+    check_chattable(directory, tokenizer)
     set_seed(seed)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -71,30 +88,45 @@ def chat(directory: str, system: str | None, max_new_tokens: int, temperature: f
     window = max(1, model.config.max_position_embeddings - max_new_tokens)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    while True:
-        try:
-            text = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+
+    for text in read_messages(cache_directory() / "chat_history" if keep_history else None):
+        command = COMMAND.fullmatch(text)
+        if command and command[1] in ("/exit", "/quit"):
             return
-        if text in ("/exit", "/quit"):
-            return
-        if text == "/new":
+        if command and command[1] == "/new":
             messages = list(opening)
+        elif command:
+            print(HELP if command[1] == "/help" else f"{command[1]}: no such command. {HELP}")
+        if command or not text.strip():
             continue
-        if not text:
-            continue
+
         if not interactive:
-            print(f"> {text}")
-        messages.append({"role": "user", "content": text})
+            print(f"> {text.strip()}")
+        messages.append({"role": "user", "content": text.strip()})
         ids = torch.tensor(encode_prompts([messages], encoder))
         while ids.shape[1] > window and len(messages) > len(opening) + 1:
             del messages[len(opening) : len(opening) + 2]
             ids = torch.tensor(encode_prompts([messages], encoder))
         try:
             reply = decode(model, tokenizer, ids[:, -window:], max_new_tokens, temperature, top_p)
-        except KeyboardInterrupt:  # this answer is enough; the conversation goes on without it
+        except KeyboardInterrupt:  # this answer is enough; the conversation continues without it
             print()
             messages.pop()
             continue
         messages.append(parse_message({"role": "assistant", "content": reply}, "the reply"))
+    print()
+
+
+def check_chattable(directory: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say on stderr that a pretrained model has not learned to answer; raises UserError where there is no template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{directory}: its tokenizer has no chat template, which tells messages from replies. `minimind generate` "
+            "continues texts; finetune_sft.py --chat_template chatml makes a chat model of it."
+        )
+    if read_stage(directory).get("stage") == "pretrain":
+        print(
+            f"notice: {directory} is a base model: it continues texts and has not learned to answer. See `minimind "
+            "generate`, or train it on conversations with finetune_sft.py.",
+            file=sys.stderr,
+        )

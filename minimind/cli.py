@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
     decoding_options(chat)
     chat.add_argument("--system", help="system prompt")
+    chat.add_argument("--no_history", action="store_true", help="do not keep what is typed for the next chat")
     chat.set_defaults(run=run_chat)
 
     generate = commands.add_parser("generate", help="continue a text")
@@ -372,7 +373,8 @@ def run_chat(args: argparse.Namespace) -> None:
     """`minimind chat`."""
     from minimind.chat import chat
 
-    chat(args.directory, args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    history = not args.no_history
+    chat(args.directory, args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed, history)
 
 
 def run_generate(args: argparse.Namespace) -> None:

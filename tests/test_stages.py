@@ -1,7 +1,9 @@
 """The stage contract: each stage's directory is complete, and the only thing the next one needs."""
 
+import copy
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minimind.chat import check_chattable
 from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
 from minimind.data.files import content_hash
+from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
@@ -182,6 +186,37 @@ def test_chat_answers_each_line_of_its_input(runs, stage, capsys, monkeypatch):
     run_cli("chat", runs / stage, "--max_new_tokens", "4", "--temperature", "0")
     said = capsys.readouterr().out
     assert said.index("> who runs?") < said.index("> again")
+
+
+def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(runs, capsys, monkeypatch):
+    sent = []
+    monkeypatch.setattr("minimind.chat.decode", lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0])))
+    monkeypatch.setattr("minimind.chat.parse_message", lambda *_: {"role": "assistant", "content": "(reply)"})
+    lines = "/help\n/system be brief\n /home is it\n/etc/passwd?\n/new\nlast\n/exit\nnot read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    run_cli("chat", runs / "sft", "--max_new_tokens", "4")
+    said = capsys.readouterr()
+    assert said.out.count("/new forgets the conversation") == 2
+    assert "/system: no such command." in said.out
+    assert ["/home is it" in sent[0], "/etc/passwd?" in sent[1], "last" in sent[2]] == [True] * 3
+    assert not re.search("be brief|/new|/exit|not read", "".join(sent))
+    assert "(reply)" in sent[1]
+    assert "(reply)" not in sent[2]
+    assert len(sent) == 3
+    assert not said.err
+
+
+def test_chat_says_of_a_base_model_that_it_has_not_learned_to_answer(runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    run_cli("chat", runs / "pretrain")
+    assert re.match(r"notice: .*pretrain is a base model: .* has not learned to answer.*\n$", capsys.readouterr().err)
+
+
+def test_chat_refuses_a_model_without_a_chat_template(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UserError, match=r"has no chat template.*minimind generate.*--chat_template chatml"):
+        check_chattable("runs/x", bare)
 
 
 def test_evaluate_counts_exact_answers(runs, capsys):

@@ -1,0 +1,36 @@
+"""What somebody types, or a pipe delivers, message by message. Loads no torch."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HOW_TO_END = "Ctrl-D or /exit ends the chat."
+
+
+def read_messages(history: Path | None = None) -> Iterator[str]:
+    """Messages from standard input until its end: the lines of a pipe or, from a terminal, what was typed and edited.
+
+    In a terminal the arrows reach earlier messages, with a `history` file those of earlier chats too; a paste of
+    several lines is one message; Ctrl-C drops the line.
+    """
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    if history:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        history.chmod(0o600)  # for this user's eyes only, also where another program made it
+    session = PromptSession(history=FileHistory(str(history)) if history else None)
+    while True:
+        try:
+            message = session.prompt("> ", prompt_continuation="  ")
+        except KeyboardInterrupt:
+            if not session.default_buffer.text:
+                print(HOW_TO_END)
+            continue
+        except EOFError:
+            return
+        yield message
