@@ -216,15 +216,9 @@ def test_output_is_the_same_byte_by_byte_for_any_number_of_processes(tmp_path, w
     assert len(tree(tmp_path / "1")) > 10
 
 
-WITHOUT_MODEL = (
-    "import sys, types; package = types.ModuleType('minimind'); package.__path__ = ['minimind']\n"
-    "sys.modules['minimind'] = package\n"
-)
-
-
 def start(arguments):
-    """`minimind clean` as a process of its own, without the seconds that importing the model takes."""
-    command = [sys.executable, "-c", WITHOUT_MODEL + "from minimind.cli import main; main()", "clean"]
+    """`minimind clean` as a process of its own."""
+    command = [sys.executable, "-m", "minimind.cli", "clean"]
     return subprocess.Popen(
         [*command, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -516,8 +510,10 @@ def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(tmp_path, 
 
 
 def test_cleaning_needs_neither_torch_nor_transformers():
-    code = "import minimind.data.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", WITHOUT_MODEL + code], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys, minimind.data.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
 

@@ -22,12 +22,10 @@ from minimind.data.cleaning.segments import Done, Item, run_segment
 from minimind.errors import UserError
 
 AHEAD = 3  # batches in flight for each process
-PACKAGE = Path(__file__).parents[2]
-# An empty stand-in for the package itself: its own __init__ registers the model, and so loads torch for seconds.
+ROOT = Path(__file__).parents[3]  # of the package, wherever this process found it
 BOOTSTRAP = """
-import sys, types
-sys.modules["minimind"] = package = types.ModuleType("minimind")
-package.__path__ = [sys.argv[1]]
+import sys
+sys.path.insert(0, sys.argv[1])
 from minimind.data.cleaning.workers import serve
 serve()
 """
@@ -48,7 +46,7 @@ class Workers:
         return self
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-c", BOOTSTRAP, str(PACKAGE)]
+        command = [sys.executable, "-c", BOOTSTRAP, str(ROOT)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.processes.append(process)
         pickle.dump(self.recipe.as_dict(), process.stdin)
