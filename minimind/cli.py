@@ -6,14 +6,14 @@ import sys
 from contextlib import redirect_stdout
 
 from minimind.errors import UserError, reports_user_errors
-from minimind.options import HelpAll, Version, option_names, suggestion
+from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, except: a mistake is one `UserError` message."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=OptionFormatter, **options)
         self.add_argument("--help_all", action=HelpAll)
         self.set_defaults(parser=self)
 

@@ -8,7 +8,7 @@ from functools import wraps
 
 
 class UserError(Exception):
-    """A mistake the user can mend.
+    """A mistake the user can fix.
 
     The message says what was given (file and line for data), what was expected, and what to do.
     """

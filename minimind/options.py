@@ -58,6 +58,43 @@ def option_names(parser: argparse.ArgumentParser) -> set[str]:
     return {each.dest for each in parser._actions if each.option_strings and each.default != argparse.SUPPRESS}
 
 
+class OptionFormatter(argparse.HelpFormatter):
+    """Of each option one spelling, what it takes, and its default where the description does not tell it."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "VALUE"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        option = next(each for each in action.option_strings if each.startswith("--"))
+        return f"{option} {_values(action)}".strip()
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent sign.
+        text = (action.help or "").replace("%%", "%")
+        hidden = any(action.default is each for each in (None, False, argparse.SUPPRESS)) or action.default == []
+        told = hidden or not action.option_strings or "default" in text.lower()
+        return text if told else f"{text} (default: {_shown(action.default)})"
+
+
+def _values(action: argparse.Action) -> str:
+    """What stands after an option: its choices if they are few."""
+    if action.nargs in (0, "?"):
+        return ""
+    choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+    value = action.metavar or (choices if 2 < len(choices) <= 40 else "VALUE")
+    return f"{value} ..." if action.nargs == "+" else value
+
+
+def _shown(default) -> str:
+    values = default if isinstance(default, list) else [default]
+    return " ".join(str(getattr(value, "value", value)) for value in values)
+
+
 class Version(argparse.Action):
     """`--version`: of the package and of what it stands on, read from the packages' metadata."""
 

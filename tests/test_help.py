@@ -90,7 +90,7 @@ def test_the_help_of_every_command_describes_its_options(words, option, capsys):
 @pytest.mark.parametrize(
     ("words", "name"),
     [(["prepare"], "block_size"), (["plan"], "block_size"), (["doctor", "--stage", "dpo"], "beta")],
-    ids=" ".join,
+    ids=["prepare", "plan", "doctor"],
 )
 def test_help_all_of_a_command_that_takes_a_stages_options_has_those_too(words, name, capsys):
     assert name not in descriptions(printed(capsys, run_cli, *words, "--help"))

@@ -14,14 +14,14 @@ import torch
 from filelock import FileLock
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
-from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
+from trl import DPOConfig, ModelConfig, SFTConfig
 
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
-from minimind.options import HelpAll, Version, option_names, suggestion
+from minimind.options import option_names, suggestion
 from minimind.recipes import read_recipe
-from minimind.training.help import OptionFormatter, grouped
+from minimind.training.help import StageParser
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.resume import check_output_directory, checkpoints
 
@@ -346,39 +346,6 @@ class DPOStageConfig(StageConfig, DPOConfig):
     max_length: int | None = field(default=512, metadata={"help": "Tokens of the longest prompt with its reply."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-
-
-class StageParser(TrlParser):
-    """TRL's parser, except: a mistake is one `UserError`, an abbreviated option is one too, and the help is short."""
-
-    def __init__(self, dataclass_types):
-        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=OptionFormatter)
-        self.add_argument("--help_all", action=HelpAll)
-        self.add_argument("--version", action=Version)
-
-    def error(self, message: str):
-        """Called by argparse, whose own version prints a usage text of several screens first."""
-        raise UserError(f"{message}. See {self.prog} --help.")
-
-    def format_help(self) -> str:
-        """The options that people set, under their headings."""
-        return self._format_help(every=False)
-
-    def print_all_help(self, namespace: Namespace | None = None) -> None:
-        """The same with every option of the libraries."""
-        print(self._format_help(every=True))
-
-    def _format_help(self, every: bool) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(f"{self.prog} [--config RECIPE.yaml] [--OPTION VALUE ...]", [], [])
-        formatter.add_text(
-            "A recipe has the same names as keys. Later options override it. --no_NAME is --NAME false."
-        )
-        for heading, actions in grouped(self, every).items():
-            formatter.start_section(heading)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        return formatter.format_help()
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

@@ -1,9 +1,14 @@
-"""`--help` of a stage: our own options and those of the libraries that people set. `--help_all`: all of them."""
+"""The parser of the stages and its help: `--help` has our options and those that people set, `--help_all` all."""
 
 import argparse
 import re
 from collections.abc import Iterable
 from copy import copy
+
+from trl import TrlParser
+
+from minimind.errors import UserError
+from minimind.options import HelpAll, OptionFormatter, Version
 
 # Heading -> options that stand under it, in this order. Our own that are not named here stand under the heading of
 # their dataclass; of the libraries' only those named here are in the short help.
@@ -43,31 +48,35 @@ REST = "everything else, of transformers and TRL"
 LENGTH = 130  # characters of a library's description in the short help
 
 
-class OptionFormatter(argparse.HelpFormatter):
-    """Of each option one spelling, what it takes, and its default if it has one."""
+class StageParser(TrlParser):
+    """TRL's parser, except: a mistake is one `UserError`, an abbreviated option is one too, and the help is short."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32)
+    def __init__(self, dataclass_types):
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=OptionFormatter)
+        self.add_argument("--help_all", action=HelpAll)
+        self.add_argument("--version", action=Version)
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        option = next(each for each in action.option_strings if each.startswith("--"))
-        return f"{option} {_values(action)}".strip()
+    def error(self, message: str):
+        """Called by argparse, whose own version prints a usage text of several screens first."""
+        raise UserError(f"{message}. See {self.prog} --help.")
 
-    def _expand_help(self, action: argparse.Action) -> str:
-        # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent sign.
-        text = (action.help or "").replace("%%", "%")
-        hidden = any(action.default is each for each in (None, False, argparse.SUPPRESS))
-        return text if hidden else f"{text} (default: {getattr(action.default, 'value', action.default)})"
+    def format_help(self) -> str:
+        """The options that people set, under their headings."""
+        return self._format_help(every=False)
 
+    def print_all_help(self, namespace: argparse.Namespace | None = None) -> None:
+        """The same with every option of the libraries."""
+        print(self._format_help(every=True))
 
-def _values(action: argparse.Action) -> str:
-    """What stands after an option: its choices if they are few."""
-    if action.nargs in (0, "?"):
-        return ""
-    choices = "{" + ",".join(map(str, action.choices or ())) + "}"
-    if 2 < len(choices) <= 40:
-        return choices
-    return "VALUE ..." if action.nargs == "+" else "VALUE"
+    def _format_help(self, every: bool) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(f"{self.prog} [--config RECIPE.yaml] [--OPTION VALUE ...]", [], [])
+        formatter.add_text("These are the keys of a recipe too; options override it. --no_NAME is --NAME false.")
+        for heading, actions in grouped(self, every).items():
+            formatter.start_section(heading)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
 
 def own_options(dataclass_types: Iterable[type]) -> dict[str, str]:
