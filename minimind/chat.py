@@ -14,10 +14,11 @@ from minimind.errors import UserError
 from minimind.terminal import read_messages
 from minimind.tokenizer import load_tokenizer
 
-HELP = (
-    "Type a message and Enter; Ctrl-C drops the line, or stops an answer. /new forgets the conversation, /help shows "
-    "this, /exit or Ctrl-D ends it. A message that begins with / needs a space before it."
-)
+HELP = """Enter sends a message; a paste of several lines is one. The arrows reach earlier messages.
+Ctrl-C drops the line, or stops an answer.
+/new  forgets the conversation
+/exit ends it, as Ctrl-D does
+A message that begins with / needs a space before it."""
 COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 
 
@@ -83,7 +84,7 @@ def chat(
     set_seed(seed)
     interactive = sys.stdin.isatty()
     if interactive:
-        print(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. {HELP}")
+        print(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. Type a message, or /help.")
     encoder = ChatEncoder(tokenizer)
     window = max(1, model.config.max_position_embeddings - max_new_tokens)
     opening = [{"role": "system", "content": system}] if system else []
@@ -96,7 +97,7 @@ def chat(
         if command and command[1] == "/new":
             messages = list(opening)
         elif command:
-            print(HELP if command[1] == "/help" else f"{command[1]}: no such command. {HELP}")
+            print(HELP if command[1] == "/help" else f"{command[1]}: no such command. See /help.")
         if command or not text.strip():
             continue
 
