@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
 from minimind.data.files import content_hash
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
+from minimind.training.resume import ResumableTrainer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 
@@ -237,6 +238,24 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
     pretrain("cut", "--resume_from_checkpoint", "true")
     assert weights_hash(cut) == weights_hash(whole)
     assert read_stage(cut)["steps"] == 4
+
+
+def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_it(
+    runs, monkeypatch, tmp_path, tokenizer_dir
+):
+    options = {"block_size": 32, "max_steps": 20, "num_train_epochs": 9, "save_strategy": None}
+    words = [*short_run(tmp_path / "run", **options), "--train_files", runs / "docs.jsonl"]
+    words += ["--tokenizer", tokenizer_dir, "--model_config", runs / "model.json", "--sample_steps", -1]
+    saved, save = [], ResumableTrainer._save_checkpoint
+
+    def watched(trainer, *rest):
+        saved.append(trainer.state.global_step)
+        save(trainer, *rest)
+
+    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", watched)
+    run_script(monkeypatch, "pretrain", *words)
+    assert saved == list(range(2, 21, 2))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
 
 
 def one_step(runs, monkeypatch, stage, output, *words):
