@@ -259,15 +259,19 @@ def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_
 
 
 def one_step(runs, monkeypatch, stage, output, *words):
-    """Run a stage for one step, on what the stage before it wrote."""
-    rows, parent = {"sft": ("chats", "pretrain"), "lora": ("chats", "sft"), "dpo": ("pairs", "sft")}[stage]
+    """Run a stage for one step, on what a stage before it wrote."""
+    script, rows, parent, length = {
+        "pretrain": ("pretrain", "docs", "pretrain", "block_size"),
+        "sft": ("finetune_sft", "chats", "pretrain", "max_length"),
+        "lora": ("finetune_sft", "chats", "sft", "max_length"),
+        "dpo": ("train_dpo", "pairs", "sft", "max_length"),
+    }[stage]
     words = [*words, "--use_peft"] if stage == "lora" else words
     data = ["--train_files", runs / f"{rows}.jsonl", "--model_name_or_path", runs / parent]
-    script = "train_dpo" if stage == "dpo" else "finetune_sft"
-    run_script(monkeypatch, script, *short_run(output, max_length=64, max_steps=1), *data, *words)
+    run_script(monkeypatch, script, *short_run(output, max_steps=1, **{length: 64}), *data, *words)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_a_run_of_one_step_changes_the_weights(runs, monkeypatch, tmp_path, stage):
     one_step(runs, monkeypatch, stage, tmp_path / "out")
     before, after = (
