@@ -85,7 +85,7 @@ def main() -> None:
     both = threading.Barrier(2)
     turns = {"bare": Turns(baton[0], baton[1], both), "ours": Turns(baton[1], baton[0], both)}
     common = ["--max_steps", steps, "--per_device_train_batch_size", given.batch_size, "--logging_steps", 10]
-    common += ["--model_config", given.model_config]
+    common += ["--model_config", given.model_config, "--save_strategy", "no"]
     announce = Stage.announce
 
     def announce_and_time(stage: Stage, trainer: Trainer) -> None:

@@ -50,7 +50,7 @@ def main():
     options = {"deepspeed": deepspeed[0]} if deepspeed else {}
     args = PretrainConfig(output_dir=output, max_steps=6, per_device_train_batch_size=2, report_to="none", bf16=False,
                           learning_rate=1e-2, warmup_steps=0, logging_steps=1, gradient_accumulation_steps=2,
-                          max_nonfinite_steps=2, **options)  # fmt: skip
+                          max_nonfinite_steps=2, save_strategy="no", **options)  # fmt: skip
     ids = torch.randint(5, len(tokenizer), (64, 16), generator=torch.Generator().manual_seed(1))
     trainer = BlockTrainer(
         model=model,

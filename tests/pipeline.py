@@ -76,9 +76,10 @@ def run_cli(*argv):
 
 
 def short_run(output_dir, **options):
-    """Options of a run of two steps that reports to no tracker."""
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False} | options
-    return ["--output_dir", str(output_dir), *(word for key, value in options.items() for word in (f"--{key}", value))]
+    """Options of a run of two steps that reports to no tracker and saves no checkpoint; None leaves one out."""
+    common = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False}
+    given = {key: value for key, value in (common | {"save_strategy": "no"} | options).items() if value is not None}
+    return ["--output_dir", str(output_dir), *(word for key, value in given.items() for word in (f"--{key}", value))]
 
 
 def write_model(path):

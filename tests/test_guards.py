@@ -67,6 +67,7 @@ def make_trainer(config, tokenizer, tmp_path):
     def make(guarded=True, **options):
         options = {"max_steps": STEPS, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False} | options
         options = {"logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True, "warmup_steps": 0} | options
+        options = {"save_strategy": "no"} | options
         args = PretrainConfig(output_dir=str(tmp_path / "run"), block_size=16, **options)
         torch.manual_seed(0)
         model = MiniMindForCausalLM(config)

@@ -21,6 +21,7 @@ from minimind.checkpoints import load_model, read_stage, require_stage, weights_
 from minimind.data.files import content_hash
 from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
+from minimind.training.resume import ResumableTrainer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 
@@ -274,16 +275,38 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
     assert read_stage(cut)["steps"] == 4
 
 
+def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_it(
+    runs, monkeypatch, tmp_path, tokenizer_dir
+):
+    options = {"block_size": 32, "max_steps": 20, "num_train_epochs": 9, "save_strategy": None}
+    words = [*short_run(tmp_path / "run", **options), "--train_files", runs / "docs.jsonl"]
+    words += ["--tokenizer", tokenizer_dir, "--model_config", runs / "model.json", "--sample_steps", -1]
+    saved, save = [], ResumableTrainer._save_checkpoint
+
+    def watched(trainer, *rest):
+        saved.append(trainer.state.global_step)
+        save(trainer, *rest)
+
+    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", watched)
+    run_script(monkeypatch, "pretrain", *words)
+    assert saved == list(range(2, 21, 2))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
+
+
 def one_step(runs, monkeypatch, stage, output, *words):
-    """Run a stage for one step, on what the stage before it wrote."""
-    rows, parent = {"sft": ("chats", "pretrain"), "lora": ("chats", "sft"), "dpo": ("pairs", "sft")}[stage]
+    """Run a stage for one step, on what a stage before it wrote."""
+    script, rows, parent, length = {
+        "pretrain": ("pretrain", "docs", "pretrain", "block_size"),
+        "sft": ("finetune_sft", "chats", "pretrain", "max_length"),
+        "lora": ("finetune_sft", "chats", "sft", "max_length"),
+        "dpo": ("train_dpo", "pairs", "sft", "max_length"),
+    }[stage]
     words = [*words, "--use_peft"] if stage == "lora" else words
     data = ["--train_files", runs / f"{rows}.jsonl", "--model_name_or_path", runs / parent]
-    script = "train_dpo" if stage == "dpo" else "finetune_sft"
-    run_script(monkeypatch, script, *short_run(output, max_length=64, max_steps=1), *data, *words)
+    run_script(monkeypatch, script, *short_run(output, max_steps=1, **{length: 64}), *data, *words)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_a_run_of_one_step_changes_the_weights(runs, monkeypatch, tmp_path, stage):
     one_step(runs, monkeypatch, stage, tmp_path / "out")
     before, after = (

@@ -194,7 +194,15 @@ class StageConfig(TrainingArguments):
     prediction_loss_only: bool = field(
         default=True, metadata={"help": "Evaluate the loss alone; keeping the logits of all rows fills the memory."}
     )
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints during training: no, steps or epoch."})
+    save_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoints: no, steps, epoch or best. Default: steps; best with --load_best_model_at_end."
+        },
+    )
+    save_steps: float = field(
+        default=0.1, metadata={"help": "A checkpoint every N steps, or so large a share of all steps if below 1."}
+    )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Whole checkpoints kept; broken ones do not count."}
     )
@@ -274,6 +282,7 @@ class StageConfig(TrainingArguments):
         elif self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
             self.lr_scheduler_kwargs = {"decay_type": "1-sqrt"}
         self._check_choice()
+        self.save_strategy = self.save_strategy or "steps"
         if str(self.resume_from_checkpoint).lower() in ("auto", "true", "false", "none"):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower().replace("none", "auto")
             if self.resume_from_checkpoint == "true" and not checkpoints(Path(self.output_dir)):
@@ -300,7 +309,7 @@ class StageConfig(TrainingArguments):
         self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
         if self.greater_is_better is None and "bits_per_byte" in self.metric_for_best_model:
             self.greater_is_better = False  # the library takes everything but a loss for a score
-        if self.load_best_model_at_end and SaveStrategy(self.save_strategy) == SaveStrategy.NO:
+        if self.load_best_model_at_end and SaveStrategy(self.save_strategy or "no") == SaveStrategy.NO:
             self.save_strategy = "best"
 
 
