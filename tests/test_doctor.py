@@ -383,10 +383,10 @@ def test_checkpoints_that_never_come_are_found(case):
 
 
 def test_the_sum_of_the_rates_is_that_of_the_schedule_written_out(tmp_path):
-    """20 steps: 4 of warm-up (0, 1/4, 2/4, 3/4 of the peak), then a cosine from the peak down to a tenth of it."""
+    """20 steps: 4 of warm-up (1/4, 2/4, 3/4, 4/4 of the peak), then a cosine from the peak down to a tenth of it."""
     args = arguments(tmp_path, learning_rate=2e-3, warmup_steps=0.2)
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(16)]
-    assert budget.summed_rate(args, 20) == pytest.approx(2e-3 * (1.5 + sum(cosine)))
+    assert budget.summed_rate(args, 20) == pytest.approx(2e-3 * (2.5 + sum(cosine)))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "warmup_stable_decay"])
