@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +17,19 @@ import torch
 import yaml
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
-from pipeline import MODEL, chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+from pipeline import (
+    MODEL,
+    assistant,
+    chat_rows,
+    document_rows,
+    failure,
+    pair_rows,
+    run_cli,
+    run_script,
+    short_run,
+    user,
+    write_model,
+)
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -607,6 +620,30 @@ def test_a_cpu_is_measured():
     assert device.kind == "cpu"
     assert 1e9 < device.peak("fp32") < 1e15
     assert device.usable < device.memory
+
+
+# The laptop's recipes, on two cores as `matmul_peak` finds them idle: one kind without bf16, one with.
+CORES = {"without": replace(find_device("h100"), kind="cpu", peak_half=78e9, peak_fp32=78e9, utilisation=0.5)}
+CORES["with"] = replace(CORES["without"], peak_half=570e9)
+
+
+def test_the_recipes_for_a_laptop_take_the_time_that_they_say_an_evening_in_all(write_jsonl):
+    hours = dict.fromkeys(CORES, 0.0)
+    text = "the fox runs home " * 16
+    chats = [{"messages": [user(str(number)), assistant(text)]} for number in range(480)]
+    rows = {"pretrain": [{"text": text}] * 480, "sft": chats, "lora": chats}
+    for stage in DATA:
+        path = f"configs/{stage}/laptop.yaml"
+        data = ["--train_files", write_jsonl(f"{stage}.jsonl", rows.get(stage) or pair_rows())]
+        said = re.search(r"about (\d+ \w+).*, or (\d+ \w+) where they have bf16", Path(path).read_text()).groups()
+        for (kind, device), time in zip(CORES.items(), said, strict=True):
+            plan = make_plan(*recipes.read_recipes([path], data), device)
+            hours[kind] += plan.hours
+            assert 5e6 < plan.parameters["total"] < 10e6
+            number, unit = time.split()
+            if stage != "dpo":  # pairs are not packed: how long a step takes is for the data to say
+                assert plan.hours == pytest.approx(int(number) / {"h": 1, "min": 60}[unit], rel=0.2)
+    assert max(hours.values()) < 5
 
 
 # A run against its plan
