@@ -157,11 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--device",
         type=device,
-        help="rtx3090, rtx4090, a100, h100, h200, cpu, or measured: five real steps on this machine; default: what "
-        "this machine has",
+        help="a card (4090, 4090d, 3060, 3080, 3090, t4, v100, a10, a100, a800, l20, h20, h100, h800, h200), cpu, or "
+        "measured: five real steps on this machine; default: what this machine has",
     )
     plan.add_argument("--processes", type=processes, default=1, help="devices that train together")
-    plan.add_argument("--price", type=price, help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h")
+    plan.add_argument("--price", type=price, help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h, 8元/h")
     plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
     plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
     plan.add_argument("--json", action="store_true", help="print one JSON object")

@@ -23,6 +23,7 @@ from minimind.tokenizer import token_byte_lengths
 from minimind.tokenizer.encoding import DocumentEncoder
 
 LOGITS = 2**26  # numbers that a batch of `loss_of` may have
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")  # metrics that are none
 FORWARD = ("input_ids", "attention_mask", "position_ids")  # what a model needs of a batch
 
 
@@ -36,12 +37,11 @@ def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
         return {"before": {}, "after": {}}
     after = trainer.evaluate()
     first = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), {})
-    ignored = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     return {
         name: {
             key.removeprefix("eval_"): round(float(value), 6)
             for key, value in metrics.items()
-            if key.startswith("eval_") and key not in ignored
+            if key.startswith("eval_") and key.removeprefix("eval_") not in TIMES
         }
         for name, metrics in (("before", first), ("after", after))
     }

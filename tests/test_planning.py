@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +17,19 @@ import torch
 import yaml
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
-from pipeline import MODEL, chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+from pipeline import (
+    MODEL,
+    assistant,
+    chat_rows,
+    document_rows,
+    failure,
+    pair_rows,
+    run_cli,
+    run_script,
+    short_run,
+    user,
+    write_model,
+)
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +49,7 @@ from minimind.planning.costs import (
     parameter_counts,
     saved_per_token,
 )
-from minimind.planning.devices import DEVICES, find_device, parse_price, this_cpu
+from minimind.planning.devices import DEVICES, find_card, find_device, parse_price, this_cpu
 from minimind.planning.plans import largest_batch, make_plan
 from minimind.training.optimizers import build_optimizer
 
@@ -487,8 +500,8 @@ def test_measured_takes_the_time_of_real_steps(pipeline, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device", "gtx1080"], "expected one of rtx3090, rtx4090, a100, h100, h200, cpu, measured"),
-        (["--price", "cheap"], "8/h, $1.50/h or 8 CNY/h"),
+        (["--device", "gtx1080"], "expected one of rtx3060, rtx3080, rtx3090, rtx4090, rtx4090d, t4,"),
+        (["--price", "cheap"], "8/h, $1.50/h, 8 CNY/h or 8元/h"),
         (["--price", "-1"], "expected"),
         (["--processes", "0"], "expected at least 1"),
         (["--device", "h100", "--blocksize", "8"], "Did you mean --block_size?"),
@@ -515,6 +528,10 @@ def test_a_recipe_that_is_none_is_one_message(tmp_path, capsys):
         ("$1.5/h", 1.5, "$3.00"),
         ("8 CNY/h", 8, "16.00 CNY"),
         ("¥2/hour", 2, "¥4.00"),
+        ("￥2/h", 2, "¥4.00"),
+        ("2元/h", 2, "4.00 元"),
+        ("1.98 元/小时", 1.98, "3.96 元"),
+        ("2元", 2, "4.00 元"),
     ],
 )
 def test_a_price_is_an_amount_an_hour(text, amount, shown):
@@ -523,11 +540,110 @@ def test_a_price_is_an_amount_an_hour(text, amount, shown):
     assert price.shown(2) == shown
 
 
+# SMs, boost clock in GHz, and FLOPs that an SM makes a clock: half precision with fp32 accumulation, fp32.
+SILICON = {
+    "rtx3060": (28, 1.777, 512, 256),
+    "rtx3080": (68, 1.71, 512, 256),
+    "rtx3090": (82, 1.695, 512, 256),
+    "rtx4090": (128, 2.52, 512, 256),
+    "rtx4090d": (114, 2.52, 512, 256),
+    "l20": (92, 2.52, 512, 256),
+    "t4": (40, 1.59, 1024, 128),
+    "v100": (80, 1.53, 1024, 128),
+    "a10": (72, 1.695, 1024, 256),
+    "a100": (108, 1.41, 2048, 128),
+    "a800": (108, 1.41, 2048, 128),
+    "h100": (132, 1.83, 4096, None),  # in fp32 at another clock
+    "h800": (132, 1.83, 4096, None),
+    "h200": (132, 1.83, 4096, None),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_the_peak_of_a_card_is_what_its_silicon_makes(name):
+    if name == "h20":  # by the sheet alone: its peak is held down
+        assert DEVICES[name].peak("bf16") == 148e12
+        return
+    processors, clock, half, single = SILICON[name]
+    assert DEVICES[name].peak("bf16") == pytest.approx(processors * clock * half * 1e9, rel=0.01)
+    if single:
+        assert DEVICES[name].peak("fp32") == pytest.approx(processors * clock * single * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx4090d"),
+        ("4090D", "rtx4090d"),
+        ("3060", "rtx3060"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A800-SXM4-80GB", "a800"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA H100 PCIe", None),
+        ("Quadro T400", None),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(called, name):
+    assert find_card(called) is (name and DEVICES[name])
+
+
+def test_a_card_without_bf16_is_planned_in_what_it_has(pipeline, capsys):
+    def precision(*words):
+        return plan_json(capsys, pipeline["pretrain"], "--device", "v100", *words)["stages"][0]
+
+    assert precision()["precision"] == "fp32"  # as a run there chooses
+    assert any("--fp16 true is faster" in note for note in precision()["notes"])
+    assert precision("--fp16", "true")["precision"] == "fp16"
+    assert plan_json(capsys, pipeline["pretrain"], "--device", "a10")["stages"][0]["precision"] == "bf16"
+    refused = failure(capsys, run_cli, "plan", pipeline["pretrain"], "--device", "t4", "--bf16", "true")
+    assert "T4 cannot compute in it. Give --bf16 false --fp16 true" in refused
+
+
+def test_the_table_says_in_words_what_is_held_at_another_moment(pipeline, capsys):
+    run_cli("plan", pipeline["pretrain"], "--device", "4090", "--per_device_train_batch_size", "64")
+    said = capsys.readouterr().out
+    assert "gradients, at another moment" in said
+    assert "20 tokens for each parameter" in said
+    assert "bracket" not in said
+
+
 def test_a_cpu_is_measured():
     device = find_device("cpu")
     assert device.kind == "cpu"
     assert 1e9 < device.peak("fp32") < 1e15
     assert device.usable < device.memory
+
+
+# The laptop's recipes, on two cores as `matmul_peak` finds them idle: one kind without bf16, one with.
+CORES = {"without": replace(find_device("h100"), kind="cpu", peak_half=78e9, peak_fp32=78e9, utilisation=0.5)}
+CORES["with"] = replace(CORES["without"], peak_half=570e9)
+
+
+def test_the_recipes_for_a_laptop_take_the_time_that_they_say_an_evening_in_all(write_jsonl):
+    hours = dict.fromkeys(CORES, 0.0)
+    text = "the fox runs home " * 16
+    chats = [{"messages": [user(str(number)), assistant(text)]} for number in range(480)]
+    rows = {"pretrain": [{"text": text}] * 480, "sft": chats, "lora": chats}
+    for stage in DATA:
+        path = f"configs/{stage}/laptop.yaml"
+        data = ["--train_files", write_jsonl(f"{stage}.jsonl", rows.get(stage) or pair_rows())]
+        said = re.search(r"about (\d+ \w+).*, or (\d+ \w+) where they have bf16", Path(path).read_text()).groups()
+        for (kind, device), time in zip(CORES.items(), said, strict=True):
+            plan = make_plan(*recipes.read_recipes([path], data), device)
+            hours[kind] += plan.hours
+            assert 5e6 < plan.parameters["total"] < 10e6
+            number, unit = time.split()
+            if stage != "dpo":  # pairs are not packed: how long a step takes is for the data to say
+                assert plan.hours == pytest.approx(int(number) / {"h": 1, "min": 60}[unit], rel=0.2)
+    assert max(hours.values()) < 5
 
 
 # A run against its plan

@@ -1,6 +1,7 @@
 """report.html: one page, nothing from outside, every text escaped; and what it draws."""
 
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -11,7 +12,18 @@ import pytest
 import torch
 
 from minimind.evaluation import token_loss_distribution
-from minimind.training.report import chart, histogram, nice_ticks, read_log, report_page, thin, write_report
+from minimind.training.plots import font_families, plot_loss
+from minimind.training.report import (
+    chart,
+    curve,
+    histogram,
+    nice_ticks,
+    read_log,
+    report_page,
+    thin,
+    title_of,
+    write_report,
+)
 
 HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\" ' & 中文"
 VOID = {"meta"}
@@ -53,7 +65,7 @@ def stage(tmp_path):
     (parent / "stage.json").write_text(json.dumps(record))
     directory = tmp_path / "sft"
     directory.mkdir()
-    log = [{"step": 0, "eval_loss": 3.0, "eval_bits_per_byte": 1.5}]
+    log = [{"step": 0, "eval_loss": 3.0, "eval_bits_per_byte": 1.5, "eval_runtime": 4.0, "eval_steps_per_second": 9}]
     log += [
         {"step": n, "loss": 3 - n / 10, "learning_rate": 1e-3 / n, "tokens_per_second": 1000.0 + n, "elapsed": 1.0 * n}
         for n in range(1, 11)
@@ -114,12 +126,35 @@ def test_a_parent_that_holds_other_weights_by_now_is_told(stage):
     assert "no longer there" in write_report(stage).read_text()
 
 
-def test_while_the_run_goes_on_the_page_says_so(stage):
+@pytest.mark.parametrize("said", ["running", "interrupted"])
+def test_a_run_that_is_not_complete_says_so_and_when(stage, said):
     record = json.loads((stage / "stage.json").read_text())
     del record["metrics"]
-    page = report_page(stage, record | {"steps": 10, "max_steps": 40})
-    assert "<b>running</b>" in page
+    page = report_page(stage, record | {"steps": 10, "max_steps": 40, "state": said})
+    assert f"<b>{said}</b>" in page
     assert "10 of 40" in page
+    assert re.search(r"written<b>\d{4}-\d\d-\d\d \d\d:\d\d</b>", page)
+    assert "<b>complete</b>" in write_report(stage).read_text()
+
+
+def test_how_long_an_evaluation_took_is_no_metric(stage):
+    record = json.loads((stage / "stage.json").read_text())
+    del record["metrics"]  # then the table is made of the log's evaluations
+    metrics = report_page(stage, record).partition("Held-out metrics")[2].partition("<h2>")[0]
+    assert "<td>loss</td>" in metrics
+    assert "runtime" not in metrics
+    assert "per_second" not in metrics
+
+
+def test_the_loss_of_pairs_is_not_called_one_of_tokens(stage):
+    record = json.loads((stage / "stage.json").read_text())
+    assert "Loss <small>nats per token" in report_page(stage, record)
+    assert "Loss <small>per pair" in report_page(stage, record | {"stage": "dpo"})
+
+
+def test_a_title_says_a_directory_once():
+    assert title_of("sft", Path("/home/me/runs/26m/sft")) == "26m/sft"
+    assert title_of("sft", Path("runs/jokes")) == "sft: runs/jokes"
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(stage, capsys):
@@ -136,7 +171,24 @@ def test_a_log_that_went_back_to_a_checkpoint_counts_its_later_entries(tmp_path)
 def test_a_curve_of_many_points_is_thinned_to_their_means():
     points = thin([(float(n), float(n)) for n in range(10_000)], limit=100)
     assert len(points) == 100
-    assert points[0] == (99.0, 49.5)
+    assert points[0] == (49.5, 49.5)
+
+
+def test_a_mean_since_the_last_log_stands_in_the_middle_of_its_steps():
+    log = [{"step": 0, "eval_loss": 9}, {"step": 10, "loss": 5, "grad_norm": 1}, {"step": 10, "eval_loss": 4}]
+    log += [{"step": 30, "loss": 3, "grad_norm": 2}, {"step": 30, "eval_loss": 2}]
+    assert curve(log, "loss") == [(5, 5), (20, 3)]
+    assert curve(log, "eval_loss") == [(0, 9), (10, 4), (30, 2)]
+    assert curve(log, "grad_norm") == [(10, 1), (30, 2)]
+
+
+def test_rare_logs_do_not_lift_training_above_a_held_out_loss_that_is_higher():
+    """A falling loss, logged once in 100 steps; the held-out loss is higher everywhere by 0.1."""
+    loss = [10 * 0.99**step for step in range(501)]
+    log = [{"step": n, "loss": sum(loss[n - 99 : n + 1]) / 100} for n in range(100, 501, 100)]
+    for step, value in curve(log, "loss"):
+        assert value < loss[int(step)] + 0.5
+        assert abs(value - loss[int(step)]) < abs(value - loss[int(step) + 50])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1e-9, 5e-4), (-3, 12), (2, 2), (0, 0), (99_000, 101_000)])
@@ -174,6 +226,42 @@ def test_the_distribution_of_token_losses_counts_every_token_once():
     assert histogram(found).count("<rect") == 32
 
 
+def test_the_labels_of_a_histogram_lie_within_it():
+    drawn = histogram(token_loss_distribution(torch.rand(1000) * 20))
+    width = float(re.search(r'viewBox="0 0 (\d+)', drawn)[1])
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)">([\d,.]+)<', drawn)
+    beneath = [(float(x), text) for x, anchor, text in labels if anchor == "middle"]
+    assert beneath[0][1] == "0"
+    assert beneath[-1][1] == "16"
+    assert beneath[-1][0] + 8 * len("16") / 2 <= width  # a digit is at most 8 wide at this size
+    beside = [float(text.replace(",", "")) for _, anchor, text in labels if anchor == "end"]
+    assert beside[0] > 0 or beside[-1] > 0  # the axis of counts
+    assert len(beside) >= 3
+
+
+def test_nothing_on_the_page_is_wider_than_a_narrow_screen(stage):
+    text = write_report(stage).read_text()
+    page = Page(text)
+    names = [name for name, _ in page.attributes]
+    assert names.count("viewbox") == page.tags.count("svg") > 4
+    assert not {"width", "style"} & {name for name, value in page.attributes if (value or "").endswith("px")}
+    style = text[text.index("<style>") : text.index("</style>")]
+    least = re.findall(r"(?<!max-)(?:min-)?width: ?(\d+)px|minmax\((\d+)px", style)
+    assert not least
+    assert "svg { width: 100%; max-width: 100%;" in style
+
+
+def test_a_chinese_name_gives_no_warning_whatever_fonts_there_are(tmp_path):
+    log = [{"step": n, "loss": 5.0 - n, "learning_rate": 0.1} for n in (1, 2, 3)]
+    plot_loss(log, tmp_path / "loss.png", "训练/sft", "nats per token")  # warnings are errors
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fonts_with_chinese_glyphs_stand_in_for_what_the_first_one_lacks():
+    assert font_families(["DejaVu Sans", "SimHei", "Arial"]) == ["DejaVu Sans", "SimHei"]
+    assert font_families(["DejaVu Sans"]) == ["DejaVu Sans"]
+
+
 def browser():
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -192,7 +280,7 @@ def test_a_real_browser_shows_the_page_and_runs_nothing_of_it(stage, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     dom = done.stdout
-    assert "<title>sft: sft</title>" in dom  # no script has changed it
+    assert f"<title>{stage.parent.name}/sft</title>" in dom  # no script has changed it
     assert dom.count("<polyline") >= 4
     assert "CONSOLE" not in done.stderr  # no refused request, no error of a script
     assert Path(picture).stat().st_size > 20_000

@@ -18,6 +18,7 @@ from pipeline import document_rows, short_run, write_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import minimind.training.signals as signals
+from minimind.training.report import ReportCallback
 from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, InterruptCallback
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,13 @@ def test_an_interrupted_and_continued_run_ends_with_the_weights_of_an_undisturbe
     continued = train(MiniMindForCausalLM(config), tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-2"))
     for name, weight in undisturbed.model.state_dict().items():
         assert torch.equal(weight, continued.model.state_dict()[name]), name
+
+
+def test_the_report_of_an_interrupted_run_says_so(model, tmp_path):
+    interrupted(model, tmp_path, ReportCallback(tmp_path, {"stage": "sft"}), Tell(2, signal.SIGTERM))
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>interrupted</b>" in page
+    assert "2 of 4" in page
 
 
 def test_a_second_ctrl_c_leaves_at_once(model, tmp_path, monkeypatch):

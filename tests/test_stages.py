@@ -77,7 +77,8 @@ def test_a_stage_directory_is_complete(runs, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_json_tells_the_lineage_back_to_the_raw_text(runs, stage):
     record = read_stage(runs / stage)
-    assert record["stage"] == ("sft" if stage == "lora" else stage)
+    assert record["stage"] == stage
+    assert not [name for name in record["options"] if name.endswith("_token")]
     assert record["weights"] == weights_hash(runs / stage)
     parent = {"pretrain": None, "sft": "pretrain", "lora": "sft", "dpo": "lora"}[stage]
     if parent:
@@ -256,7 +257,7 @@ def test_options_of_trl_that_would_mean_nothing_are_refused(runs, monkeypatch, t
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_was_not(
-    runs, monkeypatch, tmp_path, tokenizer_dir, optim
+    runs, monkeypatch, tmp_path, tokenizer_dir, optim, capsys
 ):
     def pretrain(name, *argv):
         options = {"block_size": 32, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": optim}
@@ -270,7 +271,9 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
     shutil.rmtree(cut / "checkpoint-4")
     for name in ("model.safetensors", "stage.json"):
         (cut / name).unlink()
+    capsys.readouterr()
     pretrain("cut", "--resume_from_checkpoint", "true")
+    assert f"(from {cut / 'checkpoint-2'})" in capsys.readouterr().out
     assert weights_hash(cut) == weights_hash(whole)
     assert read_stage(cut)["steps"] == 4
 

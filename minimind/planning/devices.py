@@ -39,6 +39,7 @@ class Device:
     reserved: float
     gaps: float
     source: str
+    bf16: bool = True  # of a GPU: whether its half precision includes bf16, or is fp16 alone
 
     def peak(self, precision: str) -> float:
         """FLOP/s in "fp32", "bf16" or "fp16"."""
@@ -65,29 +66,55 @@ CPU_ALLOWANCES = (1.5 * GIB, 0.22)
 CPU_CHECKPOINTING_GAPS = 0.5
 
 
-def _card(name: str, half: float, fp32: float, gib: float, utilisation: float, source: str) -> Device:
-    return Device(name, "cuda", half * 1e12, fp32 * 1e12, gib * GIB, utilisation, *CUDA_ALLOWANCES, source)
+def _card(name: str, half: float, fp32: float, gib: float, bandwidth: float, source: str, bf16: bool = True) -> Device:
+    """A card by its sheet: peaks in TFLOP/s, memory in GiB, bandwidth in GB/s.
+
+    Its utilisation is an assumption of ours: what training reaches with layers of 512 to 1,024, which leave a card
+    waiting for its memory the more, the more it could compute for each byte.
+    """
+    intensity = half * 1e3 / bandwidth  # FLOP for each byte
+    utilisation = 0.40 if intensity < 100 else 0.35 if intensity < 200 else 0.25
+    return Device(
+        name, "cuda", half * 1e12, fp32 * 1e12, gib * GIB, utilisation, *CUDA_ALLOWANCES, source=source, bf16=bf16
+    )
 
 
-# Peaks and memory from the makers' documents, without sparsity. The utilisations are assumptions: what training
-# reaches with layers of 512 to 1,024, which the faster cards are too fast for. `--device measured` replaces them.
+# From the maker's documents: dense products (no sparsity) of bf16 or fp16 with fp32 accumulation, which of a GeForce
+# are half as fast as with fp16 accumulation. Where a sheet names no such peak, it is the document's rate of an SM (512
+# FLOP a clock) x SMs x boost clock. `--device measured` replaces peak and utilisation.
+GA102 = "NVIDIA Ampere GA102 whitepaper"
+ADA = "NVIDIA Ada architecture whitepaper"
 DEVICES = {
-    "rtx3090": _card("RTX 3090", 71, 35.6, 24, 0.40, "NVIDIA Ampere GA102 whitepaper"),
-    "rtx4090": _card("RTX 4090", 165, 82.6, 24, 0.35, "NVIDIA Ada architecture whitepaper"),
-    "a100": _card("A100 SXM 80 GB", 312, 19.5, 80, 0.35, "NVIDIA A100 datasheet"),
-    "h100": _card("H100 SXM", 989, 67, 80, 0.25, "NVIDIA H100 datasheet"),
-    "h200": _card("H200 SXM", 989, 67, 141e9 / GIB, 0.25, "NVIDIA H200 datasheet"),
+    "rtx3060": _card("RTX 3060", 25.5, 12.7, 12, 360, f"{GA102}; GeForce RTX 3060 page: 28 SMs, 1.78 GHz"),
+    "rtx3080": _card("RTX 3080 10 GB", 59.5, 29.8, 10, 760, GA102),
+    "rtx3090": _card("RTX 3090", 71, 35.6, 24, 936, GA102),
+    "rtx4090": _card("RTX 4090", 165, 82.6, 24, 1008, ADA),
+    "rtx4090d": _card("RTX 4090 D", 147, 73.5, 24, 1008, f"{ADA}; GeForce RTX 4090 D page: 114 SMs, 2.52 GHz"),
+    "t4": _card("T4", 65, 8.1, 16, 320, "NVIDIA T4 datasheet", bf16=False),
+    "v100": _card("V100 SXM2 32 GB", 125, 15.7, 32, 900, "NVIDIA V100 datasheet", bf16=False),
+    "a10": _card("A10", 125, 31.2, 24, 600, "NVIDIA A10 datasheet"),
+    "a100": _card("A100 SXM 80 GB", 312, 19.5, 80, 2039, "NVIDIA A100 datasheet"),
+    "a800": _card("A800 SXM 80 GB", 312, 19.5, 80, 2039, "NVIDIA A800 datasheet: an A100 with NVLink at 400 GB/s"),
+    "l20": _card("L20", 119.5, 59.8, 48, 864, "NVIDIA L20 product brief"),
+    "h20": _card("H20 96 GB", 148, 44, 96, 4000, "NVIDIA H20 product brief"),
+    "h100": _card("H100 SXM", 989, 67, 80, 3350, "NVIDIA H100 datasheet"),
+    "h800": _card("H800 SXM", 989, 67, 80, 3350, "NVIDIA H800 datasheet: an H100 with NVLink at 400 GB/s"),
+    "h200": _card("H200 SXM", 989, 67, 141e9 / GIB, 4800, "NVIDIA H200 datasheet"),
 }
 NAMES = (*DEVICES, "cpu", "measured")
+# What a card's name has beside its model, as in "NVIDIA A100-SXM4-80GB". Other words stay: a Ti, a laptop's or a PCIe
+# card is another one.
+BESIDE = re.compile(r"nvidia|geforce|tesla|sxm\d?|\d+ ?gb|hbm\d?e?|[\s_-]")
 CPU_UTILISATION = 0.5
 
 
 def device_name(name: str) -> str:
-    """A `--device` as the table has it; raises UserError."""
-    key = name.lower().replace("-", "").replace("_", "").replace(" ", "")
-    if key not in NAMES:
+    """A `--device`, with or without "RTX", as the table has it; raises UserError."""
+    key = BESIDE.sub("", name.lower())
+    found = next((each for each in (key, f"rtx{key}") if each in NAMES), None)
+    if found is None:
         raise UserError(f"--device {name}: expected one of {', '.join(NAMES)}.")
-    return key
+    return found
 
 
 def find_device(name: str | None) -> Device:
@@ -113,13 +140,16 @@ def this_card() -> Device:
     """This machine's first card; its peak is measured once, where it is not in the table."""
     import torch
 
+    from minimind.training.launch import bf16_is_fast
+
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    compact = name.lower().replace(" ", "")
-    known = next((device for key, device in DEVICES.items() if key in compact), None)
-    if known:
+    key = BESIDE.sub("", name.lower())
+    if known := DEVICES.get(key) or DEVICES.get(f"rtx{key}"):
         return replace(known, name=name, memory=memory)
-    peaks = {dtype: matmul_peak("cuda", dtype) for dtype in (torch.bfloat16, torch.float32)}
-    return Device(name, "cuda", *peaks.values(), memory, 0.35, *CUDA_ALLOWANCES, "matrix products measured here")
+    bf16 = bf16_is_fast()
+    peaks = [matmul_peak("cuda", dtype) for dtype in (torch.bfloat16 if bf16 else torch.float16, torch.float32)]
+    source = "matrix products measured here"
+    return Device(name, "cuda", *peaks, memory, 0.35, *CUDA_ALLOWANCES, source, bf16)
 
 
 def this_cpu() -> Device:
@@ -177,7 +207,10 @@ def measure_again(precision: str) -> None:
         matmul_peak("cpu", torch.bfloat16 if half else torch.float32, seconds=0.05)
 
 
-PRICE = re.compile(r"(?P<sign>[$€¥£]?) ?(?P<amount>\d+(\.\d+)?) ?(?P<code>[A-Za-z]{3})?( ?/ ?h(our)?)?")
+SIGNS = "$€¥£￥"
+PRICE = re.compile(
+    rf"(?P<sign>[{SIGNS}]?) ?(?P<amount>\d+(\.\d+)?) ?(?P<unit>[A-Za-z]{{3}}|元)?( ?/ ?(h|hr|hour|小时|时))?"
+)
 
 
 @dataclass(frozen=True)
@@ -190,12 +223,12 @@ class Price:
     def shown(self, hours: float) -> str:
         """The cost of some device hours."""
         number = f"{self.amount * hours:,.2f}"
-        return self.currency + number if len(self.currency) == 1 else f"{number} {self.currency}".strip()
+        return self.currency + number if self.currency in SIGNS else f"{number} {self.currency}"
 
 
 def parse_price(text: str) -> Price:
-    """`8/h`, `8`, `$1.5/h`, `8 CNY/h` -> a price; raises UserError."""
+    """`8/h`, `8`, `$1.5/h`, `8 CNY/h`, `2元/小时` -> a price; raises UserError."""
     match = PRICE.fullmatch(text.strip())
-    if match is None or (match["sign"] and match["code"]):
-        raise UserError(f"--price {text}: expected an amount per device and hour, as 8/h, $1.50/h or 8 CNY/h.")
-    return Price(float(match["amount"]), match["sign"] or (match["code"] or "").upper())
+    if match is None or (match["sign"] and match["unit"]):
+        raise UserError(f"--price {text}: expected an amount per device and hour, as 8/h, $1.50/h, 8 CNY/h or 8元/h.")
+    return Price(float(match["amount"]), match["sign"].replace("￥", "¥") or (match["unit"] or "").upper())

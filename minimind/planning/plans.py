@@ -172,10 +172,12 @@ def run(
 
 
 def precision_of(options, device: Device) -> str:
-    """What a run computes in on a device: the recipe's word, else bf16 where the device has it."""
+    """What a run computes in on a device: the recipe's word, else bf16 where the device has it; raises UserError."""
     if options.fp16:
         return "fp16"
-    native = device.kind == "cuda" or device.peak_half > device.peak_fp32
+    if options.bf16 and not device.bf16:
+        raise UserError(f"bf16 is set, and {device.name} cannot compute in it. Give --bf16 false --fp16 true.")
+    native = device.bf16 if device.kind == "cuda" else device.peak_half > device.peak_fp32
     return "bf16" if (options.bf16 if options.bf16 is not None else native) else "fp32"
 
 
@@ -198,11 +200,14 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | N
         notes.append(f"{recipe.path}: optim {options.optim} is reckoned as AdamW in fp32")
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
     copy = recipe.stage == "dpo" and not options.precompute_ref_log_probs
+    precision = precision_of(options, device)
+    if precision == "fp32" and not device.bf16:
+        notes.append(f"{device.name} has no bf16, so a run there takes fp32; --fp16 true is faster")
     checkpointing = options.activation_checkpointing or options.gradient_checkpointing
     step = Step(
         batch_size=options.per_device_train_batch_size,
         length=rows.longest,
-        precision=precision_of(options, device),
+        precision=precision,
         device=device.kind,
         accumulation=options.gradient_accumulation_steps,
         processes=processes,
@@ -324,14 +329,17 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     row("rows a step", lambda p: f"{p.rows_per_step:,}")
     row("steps", lambda p: f"{p.steps:,}")
     row("tokens", lambda p: ("" if p.rows.exact else "~") + amount(p.tokens))
-    row(f"  per parameter (of {CHINCHILLA})", lambda p: f"{p.tokens / p.parameters['total']:.2g}")
+    row("  for each parameter", lambda p: f"{p.tokens / p.parameters['total']:.2g}")
     row("FLOPs a token", lambda p: amount(p.flops_per_token))
     row("FLOPs", lambda p: f"{p.flops['model']:.2e}")
     table.add_section()
     row("memory of tensors at peak", lambda p: gib(p.memory["peak"]), "bold")
     for key, label in PARTS.items():
-        if any(p.memory[key] or p.states.get(key) for p in plans):
-            row(f"  {label}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else held(p, key))
+        if any(p.memory[key] for p in plans):
+            row(f"  {label}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else "-")
+    for key, label in PARTS.items():
+        if any(held(p, key) for p in plans):
+            row(f"  {label}, at another moment", lambda p, key=key: gib(held(p, key)) if held(p, key) else "-")
     if any(p.evaluation_peak > p.memory["peak"] for p in plans):
         row("in evaluation", lambda p: gib(p.evaluation_peak))
     if any(p.memory["host"] for p in plans):
@@ -365,9 +373,9 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
             console.print(f"[red]{advice(plan)}[/]")
 
 
-def held(plan: Plan, key: str) -> str:
-    """A part that is not there at the peak but before or after it, in brackets."""
-    return f"({gib(plan.states[key])})" if plan.states.get(key) else "-"
+def held(plan: Plan, key: str) -> float:
+    """Bytes of a part that is not there at the peak but before or after it; 0 where there is none."""
+    return 0 if plan.memory[key] else plan.states.get(key, 0)
 
 
 def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
@@ -386,7 +394,8 @@ def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
         f"tensors can take {gib(device.usable)} of {gib(device.memory)}: {gib(device.reserved)} are left to libraries "
         f"and {device.gaps:.0%} more than tensors take to the allocator's gaps",
         "time is that of the training steps, without evaluation, saving and start-up",
-        "in brackets: what is there at another moment than the peak",
+        f"{CHINCHILLA} tokens for each parameter make the best of a budget of FLOPs (Hoffmann et al., 2022); small "
+        "models are usually given more",
     ]
     if step.processes > 1:
         lines.append("the time that the processes take to talk to each other is not counted")

@@ -6,24 +6,29 @@ train_log.jsonl, samples.jsonl, mask_report.json), and every text in it is escap
 
 import json
 import math
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from minimind.checkpoints import read_stage
+from minimind.evaluation import TIMES
 from minimind.training.callbacks import clock
 from minimind.training.samples import read_samples
 
 POINTS = 600  # of a curve at most: about one for each pixel
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 640, 230, 62, 24, 26, 12
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 520, 200, 62, 24, 26, 12
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0489a", "#8a7a2f", "#c9453b")
-# Title, unit, the keys drawn in it, and whether its axis begins at 0.
+# Of a log's values these are of its step; the others that training logs are means over the steps since the last log.
+MOMENTARY = ("learning_rate", "grad_norm", "memory_gib")
+# Title, unit, the keys drawn in it, and whether its axis begins at 0; a loss stands before them, see `loss_unit`.
 CURVES = (
-    ("Loss", "nats per token", ("loss", "eval_loss"), False),
     ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
     ("Reward margin", "", ("rewards/margins", "eval_rewards/margins"), False),
@@ -45,9 +50,9 @@ td.text { white-space: pre-wrap; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8em; padding: 0; }
 .tiles li { list-style: none; border: 1px solid #8884; border-radius: 8px; padding: .4em 1em; }
 .tiles b { display: block; font-size: 1.35em; font-variant-numeric: tabular-nums; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em; }
-figure { margin: 0; } figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1em; }
+figure { margin: 0; max-width: 640px; } figcaption { font-weight: 600; }
+svg { width: 100%; max-width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
 summary { cursor: pointer; } small { opacity: .75; overflow-wrap: anywhere; }
 """
 
@@ -59,11 +64,16 @@ class ReportCallback(TrainerCallback):
         self.directory, self.record = directory, record
 
     def _write(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and state.global_step:
-            progress = {"steps": state.global_step, "tokens_seen": int(state.num_input_tokens_seen)}
-            write_report(self.directory, {**self.record, **progress, "max_steps": state.max_steps})
+        self.write(state, "running")
 
     on_evaluate = on_save = _write
+
+    def write(self, state: TrainerState, said: str) -> None:
+        """Write the report of a run that is not complete; `said` is what it is, "running" or "interrupted"."""
+        if not state.is_world_process_zero or not state.global_step:
+            return
+        progress = {"steps": state.global_step, "tokens_seen": int(state.num_input_tokens_seen)}
+        write_report(self.directory, {**self.record, **progress, "max_steps": state.max_steps, "state": said})
 
 
 def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path:
@@ -95,13 +105,39 @@ def read_log(file: Path) -> list[dict]:
     return entries
 
 
+def title_of(stage: str, directory: Path) -> str:
+    """What pictures and pages of a run are headed by: its directory and its parent's, and the stage if neither says.
+
+    >>> title_of("sft", Path("runs/26m/sft")), title_of("lora", Path("runs/26m/jokes"))
+    ('26m/sft', 'lora: 26m/jokes')
+    """
+    name = "/".join(directory.parts[-2:])
+    return name if directory.name == stage else f"{stage}: {name}"
+
+
+def loss_unit(stage: str) -> str:
+    """What a stage's loss is a mean of."""
+    return "per pair" if stage == "dpo" else "nats per token"
+
+
+def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:
+    """(step, value) of each entry that has `key`. A mean over the steps since the last such entry stands in the middle
+    of these steps: beside held-out values, which are of one step, it would lag by half of them."""
+    points = [(entry["step"], float(entry[key])) for entry in log if key in entry]
+    if key.startswith("eval_") or key in MOMENTARY:
+        return points
+    before = [0, *(step for step, _ in points)]
+    return [((since + step) / 2, value) for since, (step, value) in zip(before, points, strict=False)]
+
+
 def report_page(directory: Path, record: dict[str, Any]) -> str:
     """The HTML page of a stage directory."""
     log = read_log(directory / "train_log.jsonl")
     mask = directory / "mask_report.json"
-    title = escape(f"{record.get('stage', 'run')}: {directory.name}")
+    stage = record.get("stage", "run")
+    title = escape(title_of(stage, directory))
     sections = [
-        ("Curves", curves(log)),
+        ("Curves", curves(log, loss_unit(stage))),
         ("Loss of single tokens", histogram(record.get("token_loss"))),
         ("Held-out metrics", _metrics(record, log)),
         ("Samples", _samples(read_samples(directory / "samples.jsonl"))),
@@ -127,9 +163,10 @@ def _summary(record: dict, log: Sequence[dict]) -> str:
     last = {key: entry[key] for entry in log for key in entry}  # the last value of each
     finished = "metrics" in record
     steps = f"{record.get('steps', last.get('step', 0)):,}"
-    tiles = {"state": "complete" if finished else "running", "steps": steps}
-    if not finished and record.get("max_steps"):
-        tiles["steps"] += f" of {record['max_steps']:,}"
+    tiles = {"state": "complete" if finished else record.get("state", "running"), "steps": steps}
+    if not finished:  # a run that was killed says nothing more: the page is of this moment
+        tiles["written"] = time.strftime("%Y-%m-%d %H:%M")
+        tiles["steps"] += f" of {record['max_steps']:,}" if record.get("max_steps") else ""
     if "tokens_seen" in record:
         tiles["tokens seen"] = f"{record['tokens_seen']:,}"
     for key, name, form in (
@@ -154,19 +191,23 @@ def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[tup
     """At most `limit` points of a curve: means of equal runs of them. A value that is not finite stays a gap."""
     size = -(-len(points) // limit)
     runs = [points[start : start + size] for start in range(0, len(points), max(size, 1))]
-    return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
+    return [(fmean(x for x, _ in run), sum(y for _, y in run) / len(run)) for run in runs]
 
 
-def curves(log: Sequence[dict]) -> str:
+def curves(log: Sequence[dict], unit_of_loss: str) -> str:
     """The curves that the log has points for."""
     sources = sorted({key for entry in log for key in entry if key.startswith("eval_bits_per_byte/")})
-    every = [*CURVES, ("Held-out bits per byte of each source", "", tuple(sources), False)]
+    every = [
+        ("Loss", unit_of_loss, ("loss", "eval_loss"), False),
+        *CURVES,
+        ("Held-out bits per byte of each source", "", tuple(sources), False),
+    ]
     drawn = []
     for title, unit, keys, from_zero in every:
-        series = {key: [(e["step"], float(e[key])) for e in log if key in e] for key in keys}
-        series = {key.removeprefix("eval_bits_per_byte/"): thin(points) for key, points in series.items() if points}
+        found = {key.removeprefix("eval_bits_per_byte/"): thin(curve(log, key)) for key in keys}
+        series = {name: points for name, points in found.items() if points}
         if series:
-            drawn.append(chart(title, unit, series, from_zero))
+            drawn.append(chart(title, unit, series, from_zero, log[-1]["step"]))
     return f"<div class=curves>{''.join(drawn)}</div>" if drawn else ""
 
 
@@ -183,72 +224,85 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(first, max(last, first + 1) + 1)]
 
 
-def chart(title: str, unit: str, series: dict[str, list[tuple[float, float]]], from_zero: bool = False) -> str:
-    """Lines over the steps as inline SVG."""
+@dataclass(frozen=True)
+class Axes:
+    """A picture's axes: across from `left` to `right`, upwards over `ticks`, and how both are drawn."""
+
+    left: float
+    right: float
+    ticks: list[float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The place of a value in the picture, whose origin is at the top."""
+        across = (x - self.left) / (self.right - self.left)
+        up = (y - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return LEFT + (WIDTH - LEFT - RIGHT) * across, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * up
+
+    def figure(self, label: str, ticks_x: Iterable[float], drawn: str, caption: str = "") -> str:
+        """The picture as inline SVG: lines at `ticks`, numbers beside them and beneath, and what is `drawn` on it."""
+        parts = []
+        for tick in self.ticks:
+            y = self.at(self.left, tick)[1]
+            parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
+        for tick in ticks_x:
+            x = self.at(tick, self.ticks[0])[0]
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:,.6g}</text>')
+        return (
+            f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+            f"{''.join(parts)}{drawn}</svg></figure>"
+        )
+
+
+def chart(
+    title: str, unit: str, series: dict[str, list[tuple[float, float]]], from_zero: bool = False, last: int = 1
+) -> str:
+    """Lines over the steps from 0 to the `last` one, or as far as there are points."""
     finite = [(x, y) for points in series.values() for x, y in points if math.isfinite(y)]
     if not finite:
         return f"<figure><figcaption>{escape(title)}</figcaption>no finite value</figure>"
     ys = [y for _, y in finite] + [0.0] * from_zero
-    ticks_y = nice_ticks(min(ys), max(ys))
-    xs = [x for x, _ in finite]
-    low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
+    axes = Axes(0, max(last, *(x for x, _ in finite)), nice_ticks(min(ys), max(ys)))
+    colours = dict(zip(series, COLOURS * len(series), strict=False))
+    lines = "".join(_line(axes, points, colours[name]) for name, points in series.items())
+    names = [f'<span style="color:{colours[name]}"> ■</span> {escape(name)}' for name in series]
+    legend = "".join(names) if len(series) > 1 else ""
+    caption = f"<figcaption>{escape(title)} <small>{escape(unit)}{legend}</small></figcaption>"
+    steps = [tick for tick in nice_ticks(axes.left, axes.right, 6) if tick <= axes.right]
+    return axes.figure(f"{title} over the steps", steps, lines, caption)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * (x - low_x) / (high_x - low_x)
-        return across, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (y - ticks_y[0]) / (ticks_y[-1] - ticks_y[0])
 
+def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> str:
+    """One curve, with gaps where it is not finite; a point that stands alone is a dot."""
     parts = []
-    for tick in ticks_y:
-        y = at(low_x, tick)[1]
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
-    for tick in nice_ticks(low_x, high_x, 6):
-        if low_x <= tick <= high_x:
-            parts.append(
-                f'<text x="{at(tick, ticks_y[0])[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:,.6g}</text>'
-            )
-    for colour, points in zip(COLOURS * len(series), series.values(), strict=False):
-        for whole, run in groupby(points, key=lambda point: math.isfinite(point[1])):
-            places = [at(*point) for point in run] if whole else []
-            if len(places) == 1:
-                parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>')
-            elif places:
-                path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-                parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.7"/>')
-    legend = "".join(
-        f'<span style="color:{colour}"> ■</span> {escape(name)}'
-        for colour, name in zip(COLOURS * len(series), series, strict=False)
-    )
-    caption = f"{escape(title)} <small>{escape(unit)}{legend if len(series) > 1 else ''}</small>"
-    label = f"{title} over the steps"
-    return (
-        f"<figure><figcaption>{caption}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg></figure>'
-    )
+    for whole, run in groupby(points, key=lambda point: math.isfinite(point[1])):
+        places = [axes.at(*point) for point in run] if whole else []
+        if len(places) == 1:
+            parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>')
+        elif places:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.7"/>')
+    return "".join(parts)
 
 
 def histogram(counts: dict | None) -> str:
     """How the loss of single held-out tokens is distributed, as bars; see `evaluation.token_loss_distribution`."""
     if not counts:
         return ""
-    top, edges = max(counts["counts"]), counts["edges"]
-    wide = (WIDTH - LEFT) / len(counts["counts"])
-    high = HEIGHT - BOTTOM - TOP
-    bars = "".join(
-        f'<rect x="{LEFT + index * wide:.1f}" y="{TOP + high * (1 - count / top):.1f}" width="{wide - 1:.1f}" '
-        f'height="{high * count / top:.1f}" fill="{COLOURS[0]}"><title>{edges[index]:g} to {edges[index + 1]:g} nats: '
-        f"{count:,} tokens</title></rect>"
-        for index, count in enumerate(counts["counts"])
-    )
-    labels = "".join(
-        f'<text x="{LEFT + index * wide:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{edges[index]:g}</text>'
-        for index in range(0, len(edges), 4)
-    )
+    edges, heights = counts["edges"], counts["counts"]
+    axes = Axes(edges[0], edges[-1], nice_ticks(0, max(heights)))
+    bars = []
+    for low, high, count in zip(edges, edges[1:], heights, strict=False):
+        (left, top), (right, bottom) = axes.at(low, count), axes.at(high, 0)
+        bars.append(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{bottom - top:.1f}" '
+            f'fill="{COLOURS[0]}"><title>{low:g} to {high:g} nats: {count:,} tokens</title></rect>'
+        )
     said = ", ".join(f"{name} {counts[name]:.3f}" for name in ("mean", "median", "p90", "p99"))
+    caption = "<figcaption>Tokens <small>by their loss in nats</small></figcaption>"
     return (
         f"<p>{counts['tokens']:,} held-out tokens, nats: {said}. The last bar holds all beyond it.</p>"
-        f'<figure style="max-width:{WIDTH}px"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="Histogram of the loss per token">{bars}{labels}</svg></figure>'
+        + axes.figure("Histogram of the loss per token", edges[::4], "".join(bars), caption)
     )
 
 
@@ -275,7 +329,7 @@ def _metrics(record: dict, log: Sequence[dict]) -> str:
             name: {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
             for name, entry in metrics.items()
         }
-    names = dict.fromkeys(key for values in metrics.values() for key in values if "per_second" not in key)
+    names = dict.fromkeys(key for values in metrics.values() for key in values if key not in TIMES)
     rows = [[name, *(metrics[when].get(name, "") for when in ("before", "after"))] for name in names]
     best = record.get("best")
     said = f"<p>Best: {escape(best['metric'])} {best['value']:.6g} after step {best['step']:,}.</p>" if best else ""

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minimind.training.launch import is_main_process
+from minimind.training.report import ReportCallback
 
 # sysexits.h: EX_TEMPFAIL, "the user is invited to try again later". Slurm scripts and the tests go by it.
 INTERRUPTED = 75
@@ -129,6 +130,9 @@ class InterruptCallback(TrainerCallback):
         # The trackers close their runs, and nobody else takes this for the end, to write samples say.
         self.left = True
         handler = self.trainer.callback_handler
+        for each in handler.callbacks:
+            if isinstance(each, ReportCallback):
+                each.write(state, "interrupted")
         handler.callbacks = [each for each in handler.callbacks if isinstance(each, TRACKERS)]
         handler.on_train_end(args, state, control)
         close_wandb()

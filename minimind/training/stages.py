@@ -59,7 +59,7 @@ from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process
 from minimind.training.plots import plot_loss
-from minimind.training.report import ReportCallback, read_log, write_report
+from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
 from minimind.training.resume import ResumeCallback, begin, recipe_of
 from minimind.training.samples import SampleCallback, read_prompts
 from minimind.training.signals import InterruptCallback
@@ -160,7 +160,10 @@ class Stage:
         parent: Path | None = None,
         options: Iterable = (),
     ):
+        options = list(options)
+        adapter = any(getattr(each, "use_peft", False) for each in options)
         self.name = name
+        self.kind = "lora" if adapter and name == "sft" else name  # what it calls itself, as recipes and plans do
         self.args = args
         self.facts = data.facts
         self.output_dir = Path(args.output_dir)
@@ -195,7 +198,7 @@ class Stage:
     def description(self) -> dict:
         """What is known of the run before it begins."""
         return {
-            "stage": self.name,
+            "stage": self.kind,
             **self.lineage,
             "data": self.facts,
             "options": changed_options(self.args),
@@ -257,7 +260,8 @@ class Stage:
         if not is_main_process():
             return
         console = Console(highlight=False, soft_wrap=True)
-        console.print(f"[bold]{self.name}[/] -> {self.output_dir}  (from {self.parent or 'random weights'})")
+        start = args.resume_from_checkpoint or self.parent or "random weights"
+        console.print(f"[bold]{self.kind}[/] -> {self.output_dir}  (from {start})")
         for part in ("train", "eval"):
             counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
             listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
@@ -293,7 +297,7 @@ class Stage:
         if report:
             write_json(partial / "mask_report.json", report)
         log = read_log(self.output_dir / "train_log.jsonl")
-        plot_loss(log, partial / "loss.png", f"{self.name}: {self.output_dir}")
+        plot_loss(log, partial / "loss.png", title_of(self.kind, self.output_dir), loss_unit(self.kind))
         state = trainer.state
         record = {
             **self.description,
@@ -317,7 +321,7 @@ class Stage:
         write_report(self.output_dir, record)
         write_json(self.output_dir / "stage.json", record)
         print(f"report: {self.output_dir / 'report.html'}")
-        print(f"{self.name} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
+        print(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
 
     def best(self, state: TrainerState) -> dict | None:
         """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
@@ -344,13 +348,14 @@ class Stage:
 
 
 def changed_options(args: transformers.TrainingArguments) -> dict:
-    """Options of a run that are not the library's defaults, as JSON; tokens are masked."""
+    """Options of a run that are not the library's defaults, as JSON; without tokens, which the library masks."""
     given, changed = args.to_dict(), {}
     defaults = {field.name: field for field in (*dataclasses.fields(args), *dataclasses.fields(TrainingArguments))}
     for name, field in defaults.items():
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         default = default.value if isinstance(default, Enum) else default
-        if name in given and given[name] != default and name not in ("output_dir", "run_name", "local_rank"):
+        elsewhere = name.endswith("_token") or name in ("output_dir", "run_name", "local_rank")
+        if name in given and given[name] != default and not elsewhere:
             changed[name] = given[name]
     return json.loads(json.dumps(changed, default=str))
 

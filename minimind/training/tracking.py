@@ -83,7 +83,7 @@ def start_tracking(stage, report: dict | None = None) -> None:
                 f"--report_to {name}: it is not installed. Install it (pip install 'minimind-hf[{EXTRAS[name]}]' or "
                 f"pip install {name}), or leave it out."
             )
-    stage.args.run_name = stage.args.run_name or f"{stage.name}: {stage.output_dir}"
+    stage.args.run_name = stage.args.run_name or f"{stage.kind}: {stage.output_dir}"
     starts = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard, "swanlab": _swanlab}
     for name in stage.args.report_to:
         if name in starts:
@@ -151,7 +151,7 @@ def _trackio(stage) -> None:
             project=stage.args.project,
             name=stage.args.run_name,
             group=stage.lineage["pipeline"],
-            config={"stage": stage.name, **stage.lineage},
+            config={"stage": stage.kind, **stage.lineage},
             resume="allow",
             embed=False,
         )
@@ -178,7 +178,7 @@ def _swanlab(stage) -> None:
         "project": os.environ.get("SWANLAB_PROJECT", PROJECT),
         "experiment_name": stage.args.run_name,
         "group": stage.lineage["pipeline"],
-        "config": {"stage": stage.name, **stage.lineage},
+        "config": {"stage": stage.kind, **stage.lineage},
         "logdir": directory,
     }
     try:
@@ -205,8 +205,8 @@ def _wandb(stage) -> None:
             project=os.environ["WANDB_PROJECT"],
             name=os.environ.get("WANDB_NAME") or stage.args.run_name,
             group=os.environ.get("WANDB_RUN_GROUP") or stage.lineage["pipeline"],
-            job_type=stage.name,
-            config={"stage": stage.name, **stage.lineage},
+            job_type=stage.kind,
+            config={"stage": stage.kind, **stage.lineage},
             mode=mode,
             id=stage.run["run"],  # a resumed stage goes on in its run
             resume="allow",
