@@ -1,8 +1,8 @@
 """What the program says, in Chinese too: under MINIMIND_LANG=zh, or where the locale is Chinese.
 
 The code speaks English. What is meant for a person goes through `translated` on its way out, which looks it up in one
-table, messages_zh.yaml: English templates, with {} for what changes, and their Chinese. A text that is not in the table
-stays English. A test holds every template against the texts in the code, so that none is left behind when they change.
+table, messages_zh.yaml: English templates, with {} for what changes, and their Chinese. A text that is not in it stays
+English. A test holds every template against the texts in the code, so that none is left behind when they change.
 """
 
 import os

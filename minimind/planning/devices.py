@@ -135,6 +135,12 @@ def this_device() -> Device:
 FASTEST: dict[tuple[str, torch.dtype], float] = {}  # what this process has measured so far: FLOP/s
 
 
+def find_card(name: str) -> Device | None:
+    """The row of the table for a card's name, with or without "RTX"; None where it has none."""
+    key = BESIDE.sub("", name.lower())
+    return DEVICES.get(key) or DEVICES.get(f"rtx{key}")
+
+
 @cache
 def this_card() -> Device:
     """This machine's first card; its peak is measured once, where it is not in the table."""
@@ -143,8 +149,7 @@ def this_card() -> Device:
     from minimind.training.launch import bf16_is_fast
 
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    key = BESIDE.sub("", name.lower())
-    if known := DEVICES.get(key) or DEVICES.get(f"rtx{key}"):
+    if known := find_card(name):
         return replace(known, name=name, memory=memory)
     bf16 = bf16_is_fast()
     peaks = [matmul_peak("cuda", dtype) for dtype in (torch.bfloat16 if bf16 else torch.float16, torch.float32)]
