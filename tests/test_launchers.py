@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from pipeline import MODEL, chat_rows, document_rows, pair_rows, short_run, write_model
+from pipeline import MODEL, at_free_port, chat_rows, document_rows, pair_rows, short_run, write_model
 
 from minimind.checkpoints import read_stage
 
@@ -54,7 +54,7 @@ def launch(world, tokenizer_dir, *command, **options):
         data = ["--model_name_or_path", world / parent, "--train_files", world / f"{rows}.jsonl", "--max_length", "64"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
     environment |= {"MINIMIND_CACHE": str(world / "cache"), "PATH": f"{BIN}{os.pathsep}{environment['PATH']}"}
-    words = [*command, *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"]
+    words = [*at_free_port(*command), *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"]
     done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return output, done.stdout
