@@ -418,7 +418,7 @@ def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jso
             patched.setitem(sys.modules, module, None)
             message = refusal(lambda step=step: clean([path], tmp_path / "out", recipe(step)))
         assert module in message
-        assert 'pip install "minimind-hf[data]"' in message
+        assert "pip install -e '.[data]' in the project's directory" in message
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

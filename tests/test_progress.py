@@ -4,7 +4,9 @@ import io
 import json
 import math
 import re
+import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from minimind.checkpoints import read_stage
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.evaluation import bits_per_nat
+from minimind.training import callbacks
 from minimind.training.arguments import DataArguments
 from minimind.training.callbacks import ProgressCallback, peak_memory
 from minimind.training.trainers import BlockTrainer
@@ -152,6 +155,13 @@ def test_mfu_is_the_speed_over_the_speed_at_the_peak(tmp_path, capsys):
     assert "step  4/10  40.0%" in said
     assert "MFU 25.0%" in said
     assert "0:00:02 elapsed, 0:00:03 left" in said
+
+
+def test_on_windows_which_has_no_resource_module_memory_is_what_the_system_says(monkeypatch):
+    held = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1, peak_wset=2**30))
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(callbacks.psutil, "Process", lambda: held)
+    assert peak_memory() == 2**30
 
 
 def test_memory_is_what_the_process_held_at_most():
