@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+def install(extra: str) -> str:
+    """How to install the libraries of an extra; the project itself is on no package index."""
+    return f"pip install -e '.[{extra}]' in the project's directory"
+
+
 def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate an entry point: a `UserError` becomes one message on stderr and exit code 2.
 

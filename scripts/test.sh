@@ -4,8 +4,9 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
-# Two files of tests at a time, each with one thread: most of a small test is Python.
+# Two files of tests at a time, each with one thread: most of a small test is Python. By name: in xdist's own order the
+# file with the most tests is first, and that of the launchers, the longest, last and alone.
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import socket
 import sys
+import time
+from pathlib import Path
 
 from minimind.cli import main as cli
 
@@ -15,6 +18,9 @@ MODEL = {
     "max_position_embeddings": 256,
 }
 NAMES = ("fox", "dog", "cat", "owl", "bee", "ant", "cow", "hen")
+# Seconds that a test waits for what must happen, however slow and busy the machine is.
+PATIENCE = 600
+PORT_OPTIONS = {"deepspeed": "--master_port", "torchrun": "--master_port", "accelerate": "--main_process_port"}
 
 
 def user(content):
@@ -73,6 +79,29 @@ def failure(capsys, call, *args):
 
 def run_cli(*argv):
     cli([str(word) for word in argv])
+
+
+def wait_until(condition, said=str):
+    """Wait for what must happen; where it does not, fail with the end of what `said` returns."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, said()[-3000:]
+        time.sleep(0.05)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def at_free_port(*command):
+    """A launcher's command, with a port that nothing else on this machine uses; other commands as they are."""
+    option = PORT_OPTIONS.get(Path(command[0]).name)
+    if option is None or option in command:
+        return command
+    script = next(index for index, word in enumerate(command) if str(word).endswith(".py"))
+    return (*command[:script], option, free_port(), *command[script:])
 
 
 def short_run(output_dir, **options):

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -483,16 +483,21 @@ def test_a_disk_too_small_for_the_checkpoints_is_found(case, monkeypatch):
     assert ask(case, "disk_space").severity == "error"
 
 
-def test_a_data_loader_slower_than_the_step_is_found(case):
-    assert ask(case, "dataloader_speed").severity == "ok"
-    healthy = case.collator
+@pytest.mark.parametrize(("batch", "severity"), [(7, "ok"), (9, "warning")])
+def test_a_data_loader_slower_than_the_step_is_found(case, batch, severity, monkeypatch):
+    """By a clock that only they move: a pass over 2 rows takes 2 s, so the step of 8 rows 8 s; a batch 7 or 9 s."""
+    now = 0
+    monkeypatch.setattr(checks, "time", SimpleNamespace(perf_counter=lambda: now))
 
-    def slow(rows):
-        time.sleep(0.2)
-        return healthy(rows)
+    def spend(seconds, result):
+        nonlocal now
+        now += seconds
+        return result
 
-    case.train = case.train.select(range(24))
-    assert ask(dataclasses.replace(case, collator=slow), "dataloader_speed").severity == "warning"
+    case.model.register_forward_hook(lambda *_: spend(2, None))
+    collate = case.collator
+    case = dataclasses.replace(case, collator=lambda rows: spend(batch, collate(rows)))
+    assert ask(case, "dataloader_speed").severity == severity
 
 
 def test_the_tracker_check_never_stops_a_run(case, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import xxhash
 from conftest import CHINESE, ENGLISH
+from pipeline import PATIENCE
 
 from minimind.data import documents
 from minimind.data.documents import HoldOut, load_blocks
@@ -212,7 +213,7 @@ def test_two_that_prepare_at_the_same_time_build_once_and_read_the_same(load, to
         return build(*args, **options)
 
     def arrive(name):
-        start.wait(timeout=30)
+        start.wait(PATIENCE)
         return joined(load(name=name).train)
 
     # Two threads stand for two processes: each opens the lock file by itself, which is what the lock goes by.

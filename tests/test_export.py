@@ -540,7 +540,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(stages, tmp_path
     assert "--format" in refused(stages / "qk_norm", out)
     assert "exists and is not empty" in refused(stages / "qk_norm", stages / "no qk_norm", "--format", "qwen3")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'minimind-hf[gguf]'" in refused(stages / "qk_norm", out, "--format", "gguf")
+    assert "pip install -e '.[gguf]'" in refused(stages / "qk_norm", out, "--format", "gguf")
 
 
 def test_a_reward_model_is_refused(stages, tmp_path, tokenizer, capsys):

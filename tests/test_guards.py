@@ -407,10 +407,10 @@ def test_the_counts_reach_the_log_of_a_whole_run(monkeypatch, tmp_path, write_js
 def several_processes(output, steps, *deepspeed):
     """Run guarded_run.py in two processes; returns what each saw."""
     output.mkdir()
-    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2", "tests/guarded_run.py"]
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [*map(str, command), str(output), steps, *deepspeed],
+        [*map(str, command), "tests/guarded_run.py", str(output), steps, *deepspeed],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"},
         capture_output=True,

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from pipeline import MODEL, chat_rows, document_rows, pair_rows, short_run, write_model
+from pipeline import MODEL, at_free_port, chat_rows, document_rows, pair_rows, run_script, short_run, write_model
 
 from minimind.checkpoints import read_stage
 
@@ -24,9 +24,13 @@ RECIPE = {
     "logging_steps": 1,
     "gradient_accumulation_steps": 2,
 }
+WHOLE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # of two processes, in one
 
 needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
-pytestmark = pytest.mark.launcher
+pytestmark = [
+    pytest.mark.launcher,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +45,8 @@ def world(tmp_path_factory, tokenizer_dir):
     return root
 
 
-def launch(world, tokenizer_dir, *command, **options):
-    """Run a command in the project's root, a stage's data and options included; returns what it printed."""
-    script = next(word for word in command if word.endswith(".py"))
-    output = Path(tempfile.mkdtemp(dir=world)) / "run"
+def stage_words(world, tokenizer_dir, output, script, options):
+    """Options of a stage with its data."""
     if script == "pretrain.py":
         config = options.pop("model_config", world / "model.json")
         data = ["--model_config", config, "--tokenizer", tokenizer_dir, "--train_files"]
@@ -52,12 +54,29 @@ def launch(world, tokenizer_dir, *command, **options):
     else:
         parent, rows = ("pretrain", "chats") if script == "finetune_sft.py" else ("sft", "pairs")
         data = ["--model_name_or_path", world / parent, "--train_files", world / f"{rows}.jsonl", "--max_length", "64"]
+    return *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"
+
+
+def launch(world, tokenizer_dir, *command, **options):
+    """Run a command in the project's root, a stage's data and options included; returns what it printed."""
+    script = next(word for word in command if word.endswith(".py"))
+    output = Path(tempfile.mkdtemp(dir=world)) / "run"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
     environment |= {"MINIMIND_CACHE": str(world / "cache"), "PATH": f"{BIN}{os.pathsep}{environment['PATH']}"}
-    words = [*command, *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"]
+    words = [*at_free_port(*command), *stage_words(world, tokenizer_dir, output, script, options)]
     done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return output, done.stdout
+
+
+def run_here(world, tokenizer_dir, script, *argv, **options):
+    """The same stage in this process alone; returns its directory."""
+    output = Path(tempfile.mkdtemp(dir=world)) / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIMIND_CACHE", str(world / "cache"))
+        words = stage_words(world, tokenizer_dir, output, script, options)
+        run_script(patch, script.removesuffix(".py"), *argv, *words)
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +176,7 @@ def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, 
     options = {"model_config": world / "moe.json"}
     two, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "pretrain.py", **options)
     assert "cpu x 2, plain" in said
-    one, _ = launch(
-        world,
-        tokenizer_dir,
-        *(sys.executable, "pretrain.py"),
-        **options | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    )
+    one = run_here(world, tokenizer_dir, "pretrain.py", **options | WHOLE_BATCH)
     for key in ("loss", "grad_norm"):
         values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-3)
@@ -174,12 +188,11 @@ def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenize
     rows = [{**row, "weight": [0.1, 10][index % 2]} for index, row in enumerate(chat_rows())]
     (world / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     if not (world / "pretrain").exists():
-        launch(world, tokenizer_dir, sys.executable, "pretrain.py")[0].rename(world / "pretrain")
+        run_here(world, tokenizer_dir, "pretrain.py").rename(world / "pretrain")
     weighted = ("--weighted_loss", "true", "--loss_normalization", "conversation", "--packing", "false")
     two, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "finetune_sft.py", *weighted)
     assert "cpu x 2, plain" in said
-    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    one, _ = launch(world, tokenizer_dir, sys.executable, "finetune_sft.py", *weighted, **options)
+    one = run_here(world, tokenizer_dir, "finetune_sft.py", *weighted, **WHOLE_BATCH)
     for key in ("loss", "grad_norm"):
         values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-3)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import sys
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -204,6 +205,13 @@ def test_the_peak_of_a_cpu_is_the_best_that_was_ever_measured(monkeypatch):
     devices.FASTEST["cpu", torch.float32] = 1e18  # as a quieter moment would have shown
     devices.measure_again("fp32")
     assert devices.this_cpu().peak_fp32 == 1e18
+
+
+def test_on_windows_which_has_no_resource_module_memory_is_what_the_system_says(monkeypatch):
+    held = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1, peak_wset=2**30))
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(callbacks.psutil, "Process", lambda: held)
+    assert peak_memory() == 2**30
 
 
 def test_memory_is_what_the_process_held_at_most():

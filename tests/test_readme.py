@@ -1,7 +1,8 @@
-"""The READMEs: their commands exist, both languages say the same."""
+"""The READMEs: their commands exist, both languages say the same. The scripts: which Python they take."""
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -69,3 +70,43 @@ def test_every_script_is_valid_and_stops_at_the_first_error(path):
     if path.name != "environment.sh":  # which is sourced by the others
         assert "set -euo pipefail" in path.read_text(encoding="utf-8")
         assert os.access(path, os.X_OK)
+
+
+@pytest.fixture
+def environment_of(tmp_path):
+    """Source environment.sh in a checkout whose environments are made, with stand-ins for interpreters by version."""
+    for name in ("pyproject.toml", "constraints.txt", "scripts/environment.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    pins = subprocess.check_output("cat pyproject.toml constraints.txt | cksum", shell=True, cwd=tmp_path, text=True)
+
+    def executable(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    for version in ("3.11", "3.12"):
+        executable(f".venv-{version}/bin/python", "exit")
+        executable(f".venv-{version}/bin/activate", f"echo .venv-{version}")
+        (tmp_path / f".venv-{version}/installed").write_text(pins)
+        executable(f"bin/python{version}", f"echo {version}")
+    executable("bin/python3.13", "echo 3.13; exit 1")
+
+    def source(python):
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHON": python}
+        script = ["bash", "-c", "set -euo pipefail; source scripts/environment.sh"]
+        return subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return source
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12"])
+def test_each_python_that_is_asked_for_has_an_environment_of_its_own(environment_of, version):
+    assert environment_of(f"python{version}").stdout == f".venv-{version}\n"
+
+
+def test_a_python_that_is_not_served_or_not_there_is_one_clear_error(environment_of):
+    for python, found in (("python3.13", "Python 3.13"), ("no/python", "not an interpreter that starts")):
+        done = environment_of(python)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: PYTHON={python} is {found}; Python 3.11 or 3.12 is needed\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline import PATIENCE
 
 from minimind.evaluation import token_loss_distribution
 from minimind.training.plots import font_families, plot_loss
@@ -276,7 +277,7 @@ def test_a_real_browser_shows_the_page_and_runs_nothing_of_it(stage, tmp_path):
         [*command, f"--screenshot={picture}", "--enable-logging=stderr", "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     dom = done.stdout

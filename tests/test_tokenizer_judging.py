@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHINESE, ENGLISH
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -205,7 +205,7 @@ def test_tokens_of_other_makes_stand_for_the_bytes_they_write():
 DEFAULT = Judged(DEFAULT_TOKENIZER)
 
 
-@settings(deadline=None, max_examples=300, database=None)
+@settings(deadline=None, max_examples=300, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @example("".join(map(chr, [*range(0x3000), *range(0xE000, 0xE100), *range(0xFE00, 0x10000)])))
 @example("".join(chr(i) for i in range(0x1F000, 0x20000)) + "".join(map(chr, range(0x2A600, 0x33480))))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from pipeline import chat_rows, document_rows, failure, run_script, short_run, write_model
+from pipeline import PATIENCE, chat_rows, document_rows, failure, run_script, short_run, write_model
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
@@ -50,7 +50,7 @@ def test_a_wandb_run_holds_what_the_log_holds_and_its_samples(run, tmp_path):
     wandb.finish()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
@@ -84,7 +84,7 @@ def test_trackio_holds_what_the_log_holds(run):
     assert list(Path(os.environ["TRACKIO_DIR"]).glob("minimind*.db"))
     command = [str(Path(sys.executable).parent / "trackio"), "get", "metric", "--project", "minimind", "--json"]
     command += ["--run", f"pretrain: {stage}", "--metric", "train/loss"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [value["value"] for value in found["values"]] == pytest.approx(losses(stage))
@@ -106,7 +106,7 @@ def test_swanlab_writes_what_the_log_holds_into_a_file_to_be_uploaded(run, monke
 def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(run, capsys, monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     message = failure(capsys, lambda: run("trackio"))
-    assert "--report_to trackio: it is not installed. Install it (pip install 'minimind-hf[board]'" in message
+    assert "--report_to trackio: it is not installed. Install it (pip install -e '.[board]' in" in message
 
 
 class Broken(TrainerCallback):

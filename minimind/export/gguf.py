@@ -13,7 +13,7 @@ import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minimind.errors import UserError
+from minimind.errors import UserError, install
 from minimind.tokenizer.splitting import PRE_TOKENIZERS, splitting_name
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}
@@ -25,9 +25,7 @@ BEYOND_GGUF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "by
 def require_gguf() -> None:
     """Raises UserError where the `gguf` package is missing."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            "--format gguf needs the package gguf, which is not installed: pip install 'minimind-hf[gguf]'"
-        )
+        raise UserError(f"--format gguf needs the package gguf, which is not installed: {install('gguf')}")
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:

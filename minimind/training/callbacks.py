@@ -1,11 +1,11 @@
 """What a run says while it goes on."""
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
@@ -153,6 +153,10 @@ def peak_memory() -> int:
     """Bytes that this process held at most: of the GPU's memory as torch allocated it, without a GPU resident ones."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

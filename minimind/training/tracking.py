@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from minimind.errors import UserError
+from minimind.errors import UserError, install
 from minimind.training.launch import is_main_process
 
 PROBE_SECONDS = 5
@@ -80,7 +80,7 @@ def start_tracking(stage, report: dict | None = None) -> None:
             raise UserError(f"--report_to {name}: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
         if name in EXTRAS and importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--report_to {name}: it is not installed. Install it (pip install 'minimind-hf[{EXTRAS[name]}]' or "
+                f"--report_to {name}: it is not installed. Install it ({install(EXTRAS[name])}, or "
                 f"pip install {name}), or leave it out."
             )
     stage.args.run_name = stage.args.run_name or f"{stage.kind}: {stage.output_dir}"

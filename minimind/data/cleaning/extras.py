@@ -4,7 +4,7 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from minimind.errors import UserError
+from minimind.errors import UserError, install
 
 
 def require(module: str, extra: str = "data") -> ModuleType:
@@ -14,7 +14,7 @@ def require(module: str, extra: str = "data") -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"found no usable {module} ({error}), expected the libraries that clean data. "
-            f'Install them: pip install "minimind-hf[{extra}]"'
+            f"Install them: {install(extra)}"
         ) from None
 
 
