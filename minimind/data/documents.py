@@ -83,7 +83,13 @@ class Preparation(NamedTuple):
 
 
 def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
-    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse."""
+    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse, and for a
+    tokenizer without an end token."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no eos_token, so documents cannot be separated. Name one of its tokens as eos_token in "
+            "tokenizer_config.json."
+        )
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     held_out = [expand([word]) for word in data_args.eval_files or ()]
