@@ -168,6 +168,9 @@ def inspect_command(commands) -> None:
     inspect.add_argument(
         "--max_length", type=int, default=512, help="tokens per row, as the stage has it; for pretrain the block size"
     )
+    inspect.add_argument(
+        "--boundary_markers", choices=("split", "keep", "error"), default="split", help="as pretrain.py has it"
+    )
     inspect.add_argument("--chat_template", help="as the stage has it: the name of a template, or a .jinja file")
     inspect.add_argument("--long_conversations", default="keep_last", help="as the stage has it")
     inspect.add_argument("--train_turns", default="all", help="as the stage has it")
@@ -365,7 +368,13 @@ def run_inspect(args: argparse.Namespace) -> None:
         raise UserError(f"{error}.") from error
     if args.max_length < 2 or (args.rows is not None and args.rows < 0):
         raise UserError("--max_length must be at least 2, and --rows at least 0.")
-    data_args = DataArguments(args.files, args.eval_files, eval_ratio=0.0, on_bad_rows=args.on_bad_rows)
+    data_args = DataArguments(
+        args.files,
+        args.eval_files,
+        eval_ratio=0.0,
+        on_bad_rows=args.on_bad_rows,
+        boundary_markers=args.boundary_markers,
+    )
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         tokenizer = load_tokenizer(args.tokenizer)
         stage = args.stage or inspection.recognise_stage(args.files)

@@ -24,6 +24,7 @@ from minimind.data.files import BadRowError
 from minimind.errors import UserError
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
+from minimind.training.launch import is_main_process
 
 FEW = 16  # conversations that are not worth setting up the fast engine for
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
@@ -313,9 +314,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) ->
         advice = f" Choose another with --chat_template ({', '.join(TEMPLATES)} or a .jinja file)."
         raise UserError(f"{given}: {problem}.{advice}") from None
     if end != tokenizer.eos_token:
-        print(
-            f"replies end with {end!r}, which takes the place of {tokenizer.eos_token!r} as the end token", flush=True
-        )
+        if is_main_process():
+            print(f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token", flush=True)
         tokenizer.eos_token = end
 
 

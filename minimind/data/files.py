@@ -29,6 +29,7 @@ from minimind.data.formats import (
     shown,
 )
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
+from minimind.data.markers import Boundaries
 from minimind.errors import UserError
 
 __all__ = [
@@ -350,6 +351,12 @@ def read_documents(
     on_bad_rows: str | None = None,
     text_unit: str = "file",
     progress: Progress | None = None,
+    boundaries: Boundaries | None = None,
 ) -> Iterator[str]:
-    """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`."""
-    return (row.data for row in read_rows(paths, on_bad_rows, to_document, text_unit, progress))
+    """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`.
+
+    `boundaries` splits rows at the boundary markers spelled out in them, and counts; by default it splits.
+    """
+    split = (boundaries or Boundaries()).split
+    rows = read_rows(paths, on_bad_rows, lambda data: split(to_document(data)), text_unit, progress)
+    return (document for row in rows for document in row.data)

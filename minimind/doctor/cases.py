@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.trainer_utils import align_special_tokens
 from trl import pack_dataset
 
 from minimind.checkpoints import require_stage
@@ -112,6 +113,8 @@ def load_rows_of(case: Case) -> None:
         case.train = rows.train
     else:
         set_chat_template(tokenizer, case.chat_args.chat_template)
+        if case.model is not None:
+            align_special_tokens(case.model, tokenizer)  # as a run does
         load = load_preferences if case.stage == "dpo" else load_conversations
         options = {} if case.stage == "dpo" else {"roles": not has_roles(tokenizer)}
         rows = load(case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options)

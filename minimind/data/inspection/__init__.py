@@ -32,11 +32,13 @@ from minimind.data.inspection.findings import (
     CUT_SHARE,
     LEFT_OUT,
     Findings,
+    check_boundaries,
     check_copies,
     check_cuts,
     check_left_out,
     check_mask,
     check_pairs,
+    check_rendered,
     check_replies,
     check_structure,
     check_text,
@@ -179,6 +181,7 @@ def inspect_chats(
 
     found = Findings()
     check_left_out(found, rows.reading, on_bad_rows)
+    check_rendered(found, rows.reading)
     return inspect_rows(
         stage,
         flat(rows.train, rows.where),
@@ -229,6 +232,7 @@ def inspect_documents(
         places = (f"{where} (as {original})" for where, original in both)
         advice = "The held-out loss would flatter. Remove them from one side."
         found.add("held_out_rows_trained", "warning", len(both), text, advice, places)
+    check_boundaries(found, texts)
     text = f"special tokens are spelled out in {len(texts.marked):,} documents"
     advice = "They are tokenised as plain text and control nothing. Look whether the rows are attacks or mishaps."
     found.add("special_tokens_in_text", "warning", len(texts.marked), text, advice, texts.marked)
@@ -297,8 +301,9 @@ def inspect_files(
     """
     policy, data_args = data_args.on_bad_rows, dataclasses.replace(data_args, on_bad_rows="skip")
     if stage == "pretrain":
-        texts = Texts(data_paths(data_args.train_files), tokenizer)
-        held_out = Texts(data_args.eval_files, tokenizer) if data_args.eval_files else None
+        markers = data_args.boundary_markers
+        texts = Texts(data_paths(data_args.train_files), tokenizer, markers)
+        held_out = Texts(data_args.eval_files, tokenizer, markers) if data_args.eval_files else None
         found = Findings()
         reading = Reading()
         reading.bad.append(texts.bad)
