@@ -72,7 +72,7 @@ def split_documents(text: str) -> list[str]:
 
 def _split(text: str, family: Family) -> list[str]:
     marker = f"(?:{family.opens}|{family.closes})"
-    if re.match(rf"\s*(?:(?:{BEGINNINGS})\s*)*(?:{family.turn})", text):
+    if _first_turn(text, family):
         pieces = re.split(f"{family.turn}|{family.turn_end}|{marker}|{BEGINNINGS}", text)
         return ["\n".join(piece.strip() for piece in pieces if piece.strip())]
     pieces = [text]
@@ -82,6 +82,12 @@ def _split(text: str, family: Family) -> list[str]:
         starts, ends = [0, *(end for _, end in edges)], [*(start for start, _ in edges), len(text)]
         pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)] if edges else [text]
     return [piece for piece in pieces if piece.strip()]
+
+
+def _first_turn(text: str, family: Family) -> str | None:
+    """The marker of a chat's turn with which a text begins, behind those of its beginning."""
+    found = re.match(rf"\s*(?:(?:{BEGINNINGS})\s*)*({family.turn})", text)
+    return found and found[1].strip()
 
 
 def _stand_between(text: str, family: Family) -> bool:
@@ -103,24 +109,29 @@ def rendered_turn(texts: Iterable[str]) -> str | None:
     """The marker with which one of some texts begins as a turn of a chat, or ends as a reply; None where none does."""
     for text in texts:
         for family in FAMILIES:
-            if found := re.match(rf"\s*(?:(?:{BEGINNINGS})\s*)*({family.turn})", text):
-                return found[1].strip()
+            if marker := _first_turn(text, family):
+                return marker
             found = re.search(rf"({family.turn_end}|{family.closes})\s*$", text)
             if found and not (family.html and re.search(r"<s[\s>]", text)):
                 return found[1]
     return None
 
 
+def first_boundary(text: str) -> str | None:
+    """The first marker of a text that `split_documents` would split or strip; None where it would not."""
+    return None if split_documents(text) == [text] else ANY.search(text).group()
+
+
 class Boundaries:
-    """How a reading treats markers, one of POLICIES, and what it found: `rows` by their first marker, `documents`
-    that they were split into."""
+    """How a reading treats markers, one of POLICIES, and what it found: `rows` by their first marker, the `documents`
+    that they were split into, and how many of the rows are `chats`."""
 
     def __init__(self, policy: str = "split"):
         if policy not in POLICIES:
             raise UserError(f"--boundary_markers {policy}: expected {', '.join(POLICIES)}.")
         self.policy = policy
         self.rows: Counter[str] = Counter()
-        self.documents = 0
+        self.documents = self.chats = 0
 
     def split(self, text: str) -> list[str]:
         """The documents in a row's text; raises BadRowError where there is none, or markers are an error."""
@@ -134,10 +145,12 @@ class Boundaries:
             raise BadRowError(f"found nothing beside boundary markers such as {marker!r}, expected text")
         self.rows[marker] += 1
         self.documents += len(documents)
+        self.chats += any(_first_turn(text, family) for family in FAMILIES)
         return [text] if self.policy == "keep" else documents
 
     def __str__(self) -> str:
         rows, markers = f"{self.rows.total():,} rows", ", ".join(map(repr, self.rows))
         if self.policy == "keep":
             return f"kept the boundary markers of {rows} as text: {markers}"
-        return f"split {rows} at {markers} into {self.documents:,} documents"
+        chats = f"; {self.chats:,} rows are chats, of which the words were taken" if self.chats else ""
+        return f"split {rows} at {markers} into {self.documents:,} documents{chats}"

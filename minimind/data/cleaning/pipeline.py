@@ -29,7 +29,7 @@ from minimind.data.cleaning.extras import version
 from minimind.data.cleaning.recipe import FORMAT_VERSION, Recipe, load_recipe
 from minimind.data.cleaning.report import report_page
 from minimind.data.cleaning.segments import Done, Item, group_of, segments_of
-from minimind.data.cleaning.texts import Texts, check_row
+from minimind.data.cleaning.texts import Texts, check_row, kind_of
 from minimind.data.cleaning.workers import Workers
 from minimind.data.files import (
     BAD_ROWS_NAMED,
@@ -42,6 +42,7 @@ from minimind.data.files import (
     total_size,
 )
 from minimind.data.formats import TEXT_UNITS
+from minimind.data.markers import first_boundary
 from minimind.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,10 @@ class Cleaning:
             self.bad.add(where, str(problem))
         else:
             batch.items.append(Item(self.rows, where, row))
-            batch.characters += len(Texts(row).whole)
+            whole = Texts(row).whole
+            batch.characters += len(whole)
+            if kind_of(row) == "document" and (marker := first_boundary(whole)):
+                batch.counts.markers[marker] = batch.counts.markers.get(marker, 0) + 1
 
     def _stream(self, workers: Workers, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Done]]:
         """Batches through all segments and dedup steps, in order."""
@@ -355,6 +359,7 @@ class Cleaning:
             ],
             "rows": rows,
             "characters": {"in": steps[0].characters_in, "out": steps[-1].characters_out},
+            "boundary_markers": self.counts.markers,
             "steps": [_step_report(label, step, earlier) for label, step in zip(labels, steps, strict=True)],
             "groups": {name: self.counts.groups[name] for name in sorted(self.counts.groups)},
             "bad_rows": [{"where": where, "problem": problem} for where, problem in self.bad.first],

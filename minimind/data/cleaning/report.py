@@ -65,7 +65,10 @@ def report_text(report: dict[str, Any]) -> str:
         f"{rows['in']:,} rows in = {rows['out']:,} out + {rows['removed']:,} removed + {rows['bad']:,} bad; "
         f"{_share(report['characters']['out'], report['characters']['in'])} of the characters kept ({speed})"
     )
-    return "\n".join([head, *(line.rstrip() for line in lines), total, f"-> {run['destination']}/report.html"])
+    found = ", ".join(f"{marker} in {count:,} rows" for marker, count in report.get("boundary_markers", {}).items())
+    markers = [f"boundary markers spelled out: {found}; training splits the documents there"] if found else []
+    steps = [line.rstrip() for line in lines]
+    return "\n".join([head, *steps, total, *markers, f"-> {run['destination']}/report.html"])
 
 
 def _share(part: int, whole: int) -> str:
