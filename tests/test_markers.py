@@ -133,17 +133,22 @@ def test_an_inspection_counts_marked_rows_and_chats_among_documents(
     assert report["documents"] == (42 if policy == "split" else 41)
 
 
-def test_a_tokenizer_is_trained_on_the_split_documents_and_cleaning_names_the_markers(
+def test_a_tokenizer_is_trained_on_the_split_documents_and_cleaning_splits_before_its_first_step(
     write_jsonl, tmp_path, capsys, caplog
 ):
     path = marked(write_jsonl)
     with caplog.at_level(logging.WARNING):
         assert [text.text for text in read_texts([path])][:3] == ["fox 0", "dog 0", "fox 1"]
     assert "split 20 rows at '<s>' into 40 documents" in caplog.text
-    (tmp_path / "recipe.yaml").write_text("steps:\n  - exact_dedup:\n")
+    (tmp_path / "recipe.yaml").write_text("steps:\n  - remove_markup:\n  - exact_dedup:\n")
     run_cli("clean", path, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--num_proc", 1)
-    assert "boundary markers spelled out: <s> in 20 rows" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["boundary_markers"] == {"<s>": 20}
+    said = capsys.readouterr().out
+    assert "20 rows in + 20 by splitting = 40 out + 0 removed + 0 bad" in said
+    assert "split 20 rows at <s> into 40" in said
+    rows = [json.loads(line) for line in (tmp_path / "out" / "data-00000.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows][:3] == ["fox 0", "dog 0", "fox 1"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["boundary_markers"], report["rows"]["added"]) == ({"<s>": 20}, 20)
 
 
 @pytest.mark.parametrize(

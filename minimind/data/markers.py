@@ -117,11 +117,6 @@ def rendered_turn(texts: Iterable[str]) -> str | None:
     return None
 
 
-def first_boundary(text: str) -> str | None:
-    """The first marker of a text that `split_documents` would split or strip; None where it would not."""
-    return None if split_documents(text) == [text] else ANY.search(text).group()
-
-
 class Boundaries:
     """How a reading treats markers, one of POLICIES, and what it found: `rows` by their first marker, the `documents`
     that they were split into, and how many of the rows are `chats`."""
