@@ -107,7 +107,7 @@ def _stand_between(text: str, family: Family) -> bool:
 
 def rendered_turn(texts: Iterable[str]) -> str | None:
     """The marker with which one of some texts begins as a turn of a chat, or ends as a reply; None where none does."""
-    for text in texts:
+    for text in filter(ANY.search, texts):
         for family in FAMILIES:
             if marker := _first_turn(text, family):
                 return marker
