@@ -355,6 +355,10 @@ def test_a_template_of_ones_own_is_taken_from_its_file(tokenizer, tmp_path):
         ((row,), _) = rows_of(chat("hi", "yo", "x", "y"), tokenizer)
         with pytest.raises(BadRowError, match="the chat template has no place for tools, found 'add'"):
             rows_of(Conversation(SHORT, [TOOL]), tokenizer)
+        with pytest.raises(
+            BadRowError, match=r"messages\[1\]: the chat template has no place for calls, found one of 'add'"
+        ):
+            rows_of([user("1+1?"), assistant("", tool_calls=[call(a=1)]), result("2"), assistant("2")], tokenizer)
         with pytest.raises(BadRowError, match="the chat template has no place for reasoning"):
             rows_of([user("hi"), assistant("yo", reasoning_content="hm")], tokenizer)
     finally:

@@ -385,6 +385,12 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
         found = text.find(words, max(start, position), end)
         if found < 0:
             raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {role!r}")
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text[start:end]:
+                name = call["function"]["name"]
+                raise BadRowError(
+                    f"messages[{index}]: the chat template has no place for calls, found one of {name!r}"
+                )
         if role != "system":  # a system prompt may stand inside the last question
             position = end if role == "assistant" else found + len(words)
         if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r") and message["content"]:
