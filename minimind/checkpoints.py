@@ -22,6 +22,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.trainer_utils import align_special_tokens
 
 from minimind.data.files import content_hash
 from minimind.errors import UserError
@@ -146,6 +147,7 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
             "init_lora_weights='pissa'."
         )
     base = load_model(adapter_base(path), attn_implementation)
+    align_special_tokens(base, load_tokenizer(path))  # a chat template's end token may not be the base's
     model = PeftModel.from_pretrained(base, path, config=config)
     layers = {name for name in ("embed_tokens", "lm_head") for key in model.state_dict() if f"{name}.lora_" in key}
     if base.config.tie_word_embeddings and layers:

@@ -212,6 +212,9 @@ def inspect_command(commands) -> None:
     inspect.add_argument(
         "--max_length", type=int, default=512, help="tokens per row, as the stage has it; for pretrain the block size"
     )
+    inspect.add_argument(
+        "--boundary_markers", choices=("split", "keep", "error"), default="split", help="as pretrain.py has it"
+    )
     inspect.add_argument("--chat_template", help="as the stage has it: the name of a template, or a .jinja file")
     inspect.add_argument("--long_conversations", default="keep_last", help="as the stage has it")
     inspect.add_argument("--train_turns", default="all", help="as the stage has it")
@@ -463,6 +466,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         on_bad_rows=args.on_bad_rows,
         columns=args.columns,
         unread_columns=args.unread_columns,
+        boundary_markers=args.boundary_markers,
     )
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         tokenizer = load_tokenizer(args.tokenizer)

@@ -117,27 +117,6 @@ LIBRARY = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConf
 FAMILIES = ("minimind", "minimind-v", *LIBRARY)
 CONFIG_FIELDS = set(MiniMindConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__) - {"use_cache"}
 
-# MiniMind's published chat templates do not mark the assistant's words: what each writes there -> the same, marked.
-START, END = "{%- generation %}", "{%- endgeneration %}"
-MARKS = (
-    *(  # up to April 2025, with either end token
-        (rf"{{{{ content + '{end}' + '\n' }}}}", rf"{START}{{{{ content + '{end}' }}}}{END}{{{{ '\n' }}}}")
-        for end in ("</s>", "<|im_end|>")
-    ),
-    (  # MiniMind-2 with tools
-        r"{{- '<|im_start|>' + message.role + '\n' + content }}",
-        r"{{- '<|im_start|>' + message.role + '\n' }}" + START + "{{- content }}",
-    ),
-    (  # MiniMind-3, whose replies begin with thoughts
-        "{%- if true %}\n            " + r"{{- '<|im_start|>' + message.role + '\n<think>\n' +",
-        r"{{- '<|im_start|>' + message.role + '\n' }}" + START + r"{%- if true %}{{- '<think>\n' +",
-    ),
-    (  # the end of both
-        r"{{- '<|im_end|>\n' }}" + '\n    {%- elif message.role == "tool" %}',
-        "{{- '<|im_end|>' }}" + END + r"{{- '\n' }}" + '{%- elif message.role == "tool" %}',
-    ),
-)
-
 
 @dataclass
 class Report:
@@ -544,7 +523,7 @@ def listed(names: list[str], limit: int = 6) -> str:
 
 
 def read_tokenizer(path: Path, required: bool, notes: list[str]) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a directory with its chat template marked; notes what it lacks.
+    """The tokenizer of a directory; notes what it lacks.
 
     Raises:
         UserError: it cannot be read, or is `required` and not there.
@@ -561,15 +540,6 @@ def read_tokenizer(path: Path, required: bool, notes: list[str]) -> PreTrainedTo
     if tokenizer.pad_token is None and tokenizer.unk_token not in (None, tokenizer.eos_token):
         tokenizer.pad_token = tokenizer.unk_token  # MiniMind-1 padded with it, and named no padding
         notes.append(f"the tokenizer named no padding token: it is {tokenizer.pad_token!r} now")
-    if tokenizer.chat_template and not re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
-        if marked := mark_replies(tokenizer):
-            tokenizer.chat_template = marked
-            notes.append("the chat template now marks the assistant's words for training; the text is the same")
-        else:
-            notes.append(
-                "the chat template does not mark the assistant's words, so chat and training will refuse it: put "
-                "{% generation %} and {% endgeneration %} around them in chat_template.jinja"
-            )
     return tokenizer
 
 
@@ -584,35 +554,6 @@ def take_special_ids(config: MiniMindConfig, tokenizer: PreTrainedTokenizerFast,
         before, now = getattr(config, name), getattr(tokenizer, name)
         if now is not None and not (isinstance(before, list) and now in before):  # Qwen3 names several ends
             setattr(config, name, now)
-
-
-def mark_replies(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """A MiniMind template with marks around the assistant's words, or None where it is not known or would change."""
-    marked = tokenizer.chat_template
-    for words, replacement in MARKS:
-        marked = marked.replace(words, replacement)
-    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    chat = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": "<think>\nt\n</think>\n\na", "tool_calls": [call]},
-        {"role": "tool", "content": "r"},
-        {"role": "assistant", "content": "b"},
-    ]
-    try:
-        if marked == tokenizer.chat_template:
-            return None
-        for messages in (chat, chat[1:], [*chat, chat[1]], chat[:2]):
-            for options in ({}, {"add_generation_prompt": True}, {"tools": [call]}):
-                old, new = (
-                    tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
-                    for template in (tokenizer.chat_template, marked)
-                )
-                if old != new:
-                    return None
-        return marked
-    except Exception:  # a template can raise whatever it likes
-        return None
 
 
 def read_generation_config(source: Path, model: MiniMindForCausalLM, notes: list[str]) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from datasets import Dataset
 from pipeline import assistant, result, user
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
@@ -353,6 +355,10 @@ def test_a_template_of_ones_own_is_taken_from_its_file(tokenizer, tmp_path):
         ((row,), _) = rows_of(chat("hi", "yo", "x", "y"), tokenizer)
         with pytest.raises(BadRowError, match="the chat template has no place for tools, found 'add'"):
             rows_of(Conversation(SHORT, [TOOL]), tokenizer)
+        with pytest.raises(
+            BadRowError, match=r"messages\[1\]: the chat template has no place for calls, found one of 'add'"
+        ):
+            rows_of([user("1+1?"), assistant("", tool_calls=[call(a=1)]), result("2"), assistant("2")], tokenizer)
         with pytest.raises(BadRowError, match="the chat template has no place for reasoning"):
             rows_of([user("hi"), assistant("yo", reasoning_content="hm")], tokenizer)
     finally:
@@ -363,13 +369,21 @@ def test_a_template_of_ones_own_is_taken_from_its_file(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "found no generation block"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "does not begin where the template's prompt for one ends",
+        ),
+        (
+            "{% for m in messages %}{{ '<|start|>' + m.role + m.content + '<|stop|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+            "the template writes '<|stop|>' after a reply, expected a control token of this tokenizer",
+        ),
         ("{% generation %}{{ 1 / 0 }", "a question and its answer fail"),
         ("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}", "marks 2 replies"),
         (
             "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
             "{{ eos_token }}{% else %}{{ m.content }};{% endif %}{% endfor %}",
-            "the generation block does not end with the end token '<|im_end|>'",
+            "the generation block does not end with an end token such as '<|im_end|>'",
         ),
         ("{% for m in messages %}{% generation %}x{% endgeneration %}{% endfor %}", "marks 2 replies"),
         (
@@ -387,6 +401,105 @@ def test_a_template_that_cannot_be_trained_with_is_refused_and_the_old_one_kept(
     assert reason in str(caught.value)
     assert str(tmp_path / "bad.jinja") in str(caught.value)
     assert tokenizer.chat_template == before
+
+
+PUBLISHED = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl", "qwen2_5_vl", "lfm2", "llama3", "gemma", "gemma3")
+TALKS = [
+    Conversation(SHORT),
+    Conversation(chat("who?", "the fox", "and?", "home 🦊")),
+    Conversation(chat("who?", "the fox", "and?", "home 🦊", system="be kind")),
+    Conversation([*SHORT[:1], assistant("the fox", reasoning_content="hm")]),
+    Conversation(CALLING, [TOOL]),
+]
+
+
+def with_template(tokenizer, template, *controls):
+    tokenizer = copy.deepcopy(tokenizer)
+    if controls:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(controls)})
+    tokenizer.chat_template = template
+    return ChatEncoder(tokenizer)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_replies_of_published_templates_are_those_that_the_library_marks_in_its_copies(tokenizer, name):
+    """The library ships published templates and copies with marks, which may include white space around."""
+    controls = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>")
+    encoders = [
+        with_template(tokenizer, Path(trl_templates._CHAT_TEMPLATES_DIR, file).read_text(encoding="utf-8"), *controls)
+        for file in (f"{name}.jinja", f"{name}_training.jinja")
+    ]
+    compared = 0
+    for conversation in TALKS:
+        try:
+            (text, found), (copied, marks) = (encoder.render(conversation) for encoder in encoders)
+        except BadRowError:  # Gemma has no system prompt and no tools
+            continue
+        if text == copied:
+            compared += 1
+            assert [text[a:b] for a, b in found] == [copied[a:b].strip() for a, b in marks]
+    assert compared >= 2
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_template_without_marks_trains_exactly_what_it_writes_between_its_prompt_and_its_end(tokenizer, fast):
+    """The oracle cuts the template's own text by hand; words that hold control tokens stay words."""
+    chatml = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    encoder = with_template(tokenizer, chatml + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    talk = chat("who?", "the fox", "<|im_start|>assistant\nI<|im_end|>", "<|im_end|> is a token")
+    results = encoder.encode([Conversation(talk), Conversation(SHORT)] * (20 if fast else 1))
+    found = results[0]
+    plain = ChatEncoder(tokenizer).plain
+    expected, labels = [], []
+    for message in talk:
+        header = [START, *plain.encode(f"{message['role']}\n").ids]
+        words = [*plain.encode(message["content"]).ids, END]
+        expected += [*header, *words, *plain.encode("\n").ids]
+        reply = message["role"] == "assistant"
+        labels += [*[False] * len(header), *[reply] * len(words), False]
+    assert found.ids == expected
+    trained = [any(start <= index < end for start, end in found.replies) for index in range(len(expected))]
+    assert trained == labels
+
+
+def test_words_by_which_a_template_without_control_tokens_sets_replies_apart_are_refused(tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    encoder = with_template(tokenizer, template)
+    good, bad = encoder.encode([Conversation(chat("who?", "the fox")), Conversation(chat("a [/INST] b", "the fox"))])
+    (span,) = good.replies
+    assert tokenizer.decode(good.ids[slice(*span)]) == " the fox<|im_end|>"
+    assert "found '[/INST]' in the text, by which the chat template sets replies apart" in str(bad)
+
+
+@pytest.mark.parametrize("choice", [None, "chatml"])
+def test_the_token_that_ends_replies_becomes_the_end_token_of_a_base_models_tokenizer(choice, capsys):
+    base = train_tokenizer([""], vocab_size=259)
+    base.eos_token = base.pad_token = "<|endoftext|>"
+    set_chat_template(base, choice)
+    assert (base.eos_token, base.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert "replies end with '<|im_end|>', which replaces '<|endoftext|>' as the end token" in capsys.readouterr().out
+    set_chat_template(base, choice)
+    assert not capsys.readouterr().out
+
+
+def test_a_tokenizer_without_the_tokens_of_a_template_is_told_of_one_that_it_can_have():
+    state = json.loads(train_tokenizer([""], vocab_size=259).backend_tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:1]
+    gpt2 = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|endoftext|>")
+    with pytest.raises(UserError) as caught:
+        set_chat_template(gpt2, None)
+    assert "the tokenizer has no chat template" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        set_chat_template(gpt2, "chatml")
+    assert "replies end with '<|im_end|>', which is no token of this tokenizer: it has '<|endoftext|>'" in str(
+        caught.value
+    )
+    set_chat_template(gpt2, "llama2")
+    (found,) = ChatEncoder(gpt2).encode([Conversation(SHORT)])
+    assert gpt2.decode(found.ids[slice(*found.replies[0])]) == f" {SHORT[1]['content']} <|endoftext|>"
 
 
 def test_a_template_that_does_not_exist_is_refused_with_those_that_do(tokenizer):

@@ -83,8 +83,8 @@ def test_counts_add_up_step_by_step(tmp_path, write_jsonl):
     path = write_jsonl("a.jsonl", [*corpus(), "not json", {"no": "text"}])
     report = clean([path], tmp_path / "out", ALL, 2, "skip")
     rows, steps = report["rows"], report["steps"]
-    assert rows == {"in": 302, "out": len(output(tmp_path / "out")), "removed": rows["removed"], "bad": 2}
-    assert rows["in"] == rows["out"] + rows["removed"] + rows["bad"]
+    assert rows == {"in": 302, "added": 0, "out": len(output(tmp_path / "out")), "removed": rows["removed"], "bad": 2}
+    assert rows["in"] + rows["added"] == rows["out"] + rows["removed"] + rows["bad"]
     assert steps[0]["rows_in"] == 300
     for step, following in zip(steps, [*steps[1:], {"rows_in": rows["out"]}], strict=True):
         assert step["rows_out"] == step["rows_in"] - step["rows_removed"] == following["rows_in"]

@@ -224,12 +224,12 @@ def test_our_models_pass_with_any_parts(case, fields):
 # Tokens.
 
 
-def test_padding_that_is_the_end_token_is_found(case):
+def test_padding_that_is_the_end_token_does_no_harm_where_it_is_masked_by_its_place(case):
     tokenizer = case.tokenizer
     pad = tokenizer.pad_token
     try:
         tokenizer.pad_token = tokenizer.eos_token
-        assert ask(case, "padding_token").severity == "error"
+        assert ask(case, "padding_token").severity == "ok"
     finally:
         tokenizer.pad_token = pad
 

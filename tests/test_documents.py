@@ -57,6 +57,22 @@ def joined(dataset):
     return [i for row in rows(dataset) for i in row]
 
 
+def test_another_end_token_of_the_same_tokenizer_is_another_preparation(load):
+    tokenizer = train_tokenizer([ENGLISH], vocab_size=300)
+    load(tokenizer=tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    ids = joined(load(tokenizer=tokenizer).train)
+    assert 0 in ids
+    assert EOS not in ids
+
+
+def test_a_tokenizer_without_an_end_token_cannot_separate_documents(load):
+    tokenizer = train_tokenizer([ENGLISH], vocab_size=300)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="the tokenizer has no eos_token, so documents cannot be separated"):
+        load(tokenizer=tokenizer)
+
+
 def test_the_blocks_of_a_file_are_its_tokens_one_after_the_other(load, tokenizer, small_batches):
     blocks = load()
     expected = stream(DOCUMENTS, tokenizer)
@@ -71,7 +87,7 @@ def test_the_blocks_of_a_file_are_its_tokens_one_after_the_other(load, tokenizer
 
 def test_every_document_is_followed_by_eos_and_no_other_eos_is_written(load, tokenizer):
     texts = ["one<|im_end|>two", "<|endoftext|>", "<|im_start|>user"] * 8
-    blocks = load(texts, block_size=4)
+    blocks = load(texts, block_size=4, boundary_markers="keep")
     ids = joined(blocks.train)
     assert ids == stream(texts, tokenizer)[: len(ids)]
     parts = np.split(np.array(ids), np.flatnonzero(np.array(ids) == EOS) + 1)

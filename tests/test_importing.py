@@ -503,6 +503,7 @@ def test_generation_settings_that_contradict_each_other_are_left_out(tmp_path):
 TURN = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
 TOOLS = '{{- \'<|im_end|>\\n\' }}\n    {%- elif message.role == "tool" %}{{- "tool" }}{%- endif %}{%- endfor %}'
 ROLES = "{%- for message in messages %}{%- set content = message.content %}{%- if message.role != 'assistant' %}"
+PROMPT = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 TEMPLATES = {
     "2024": "{% for message in messages %}{% set content = message['content'] %}{% if message['role'] == 'user' %}"
     "{{ '<|im_start|>user\\n' + content + '<|im_end|>\\n<|im_start|>assistant\\n' }}"
@@ -511,45 +512,34 @@ TEMPLATES = {
     + TURN
     + "{%- elif message.role == 'assistant' %}\n   {{- '<|im_start|>' + message.role + '\\n' + content }}\n"
     + "  {%- if message.tool_calls %}{{- 'call' }}{%- endif %}\n        "
-    + TOOLS,
+    + TOOLS
+    + PROMPT,
     "2026": ROLES
     + TURN
     + "{%- elif message.role == 'assistant' %}{%- set reasoning_content = '' %}\n        {%- if true %}\n            "
     + "{{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content + '\\n</think>\\n\\n' + content }}\n"
     + "        {%- endif %}\n        "
-    + TOOLS,
+    + TOOLS
+    + PROMPT,
 }
 
 
 @pytest.mark.parametrize("year", TEMPLATES)
-def test_a_published_chat_template_is_marked_and_writes_the_same_text(tmp_path, tokenizer_dir, year):
+def test_a_published_chat_template_is_kept_and_its_replies_are_trained(tmp_path, tokenizer_dir, year):
     source = Published("2").folder(tmp_path / "source", tokenizer_dir)
     (source / "chat_template.jinja").write_text(TEMPLATES[year])
     import_checkpoint(source, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATES[year]
     chat = [
         {"role": role, "content": content}
         for role, content in (("user", "who"), ("assistant", "the fox"), ("user", "runs"), ("assistant", "the dog"))
     ]
-    tokenizer = load_tokenizer(tmp_path / "out")  # refuses a template without marks
-    unmarked = tokenizer.apply_chat_template(chat, chat_template=TEMPLATES[year], tokenize=False)
+    tokenizer = load_tokenizer(tmp_path / "out")
     row = tokenize_conversation(chat, tokenizer, 200)
-    assert tokenizer.decode(row["input_ids"]) == unmarked
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(chat, tokenize=False)
     thought = "<think>\n\n</think>\n\n" if year == "2026" else ""
     trained = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert trained == f"{thought}the fox<|im_end|>{thought}the dog<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ messages[0].content }}", "{% set content = messages[0].content %}: {{ content + '</s>' + '\\n' }}"],
-    ids=["unknown", "known words whose marks would eat the space before them"],
-)
-def test_another_chat_template_is_kept_and_said_to_have_no_marks(tmp_path, tokenizer_dir, template):
-    source = Published("2").folder(tmp_path / "source", tokenizer_dir)
-    (source / "chat_template.jinja").write_text(template)
-    _, report = import_checkpoint(source, tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
-    assert any("does not mark the assistant's words" in note for note in report.notes)
 
 
 def test_a_tokenizer_without_padding_pads_with_its_unknown_token(tmp_path, tokenizer):

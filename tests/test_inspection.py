@@ -192,11 +192,11 @@ def test_rows_without_chatml_are_judged_by_their_trained_runs():
     assert names(inspected(rows, tokenizer), "error") == ["end_never_trained"]
 
 
-def test_padding_with_the_end_token_and_a_missing_one_are_errors(bytewise):
+def test_padding_with_the_end_token_is_named_and_a_missing_one_is_an_error(bytewise):
     rows = tokenized(CONVERSATIONS, bytewise)
     same = train_tokenizer([""], vocab_size=259)
     same.pad_token = same.eos_token
-    assert "padding_is_end_token" in names(inspected(rows, same), "error")
+    assert "padding_is_end_token" in names(inspected(rows, same), "info")
     missing = train_tokenizer([""], vocab_size=259)
     missing.eos_token = None
     assert "no_end_token" in names(inspected(rows, missing), "error")
@@ -510,11 +510,10 @@ def test_data_of_which_every_row_is_cut_is_found(tokenizer_dir, write_jsonl, cap
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: setattr(t, "chat_template", t.chat_template.replace("generation", "if true")), "generation"),
-        (lambda t: setattr(t, "pad_token", t.eos_token), "pad_token and eos_token are both"),
-        (lambda t: setattr(t, "eos_token", None), "no eos_token"),
+        (lambda t: setattr(t, "chat_template", None), "no chat template"),
+        (lambda t: setattr(t, "chat_template", "{{ messages[0].content }}"), "the chat template of the tokenizer"),
     ],
-    ids=["no-generation-tags", "pad-is-eos", "no-eos"],
+    ids=["no-template", "no-replies"],
 )
 def test_a_tokenizer_that_cannot_train_is_refused_before_a_report(change, message, tmp_path, write_jsonl, capsys):
     wrong = train_tokenizer([""], vocab_size=259)
@@ -779,7 +778,9 @@ def test_a_run_whose_template_marks_the_wrong_tokens_stops(
     (stage_dir / "chat_template.jinja").write_text(template)
     argv = (tmp_path / "out", stage_dir, write_jsonl("chats.jsonl", GOOD))
     if fault:
-        assert fault in failure(capsys, sft, monkeypatch, *argv)
+        assert {"end_never_trained": "never learn to stop"}.get(fault, fault) in failure(
+            capsys, sft, monkeypatch, *argv
+        )
         assert not (tmp_path / "out").exists()
     else:
         sft(monkeypatch, *argv)

@@ -384,3 +384,40 @@ def test_going_on_from_a_stage_with_another_tokenizer_is_refused(runs, monkeypat
 def test_a_complete_stage_is_accepted(runs):
     for stage in STAGES:
         assert require_stage(runs / stage) == runs / stage
+
+
+def test_a_base_models_tokenizer_goes_through_all_stages_and_ends_replies_as_its_template_does(
+    runs, monkeypatch, tmp_path, capsys
+):
+    """As GPT-2's and Qwen's base models come: no template, no padding, the end of a document as the end token."""
+    base = train_tokenizer(["the fox runs home"], vocab_size=270)
+    base.eos_token, base.pad_token, base.chat_template = "<|endoftext|>", None, None
+    save_tokenizer(base, tmp_path / "base")
+    rows = ("--train_files", runs / "docs.jsonl", "--tokenizer", tmp_path / "base")
+    size = ("--model_config", runs / "model.json")
+    run_script(monkeypatch, "pretrain", *short_run(tmp_path / "pretrain", block_size=32), *rows, *size)
+    run_cli("generate", tmp_path / "pretrain", "--prompt", "the", "--max_new_tokens", 2)
+    run_cli("export", tmp_path / "pretrain", tmp_path / "exported", "--format", "qwen3")
+    parent = load_model(tmp_path / "pretrain")
+    assert parent.config.eos_token_id == parent.config.pad_token_id == 0
+    assert parent.get_input_embeddings().padding_idx is None, "or the end token would get no gradient"
+
+    chats = ("--model_name_or_path", tmp_path / "pretrain", "--train_files", runs / "chats.jsonl")
+    said = failure(
+        capsys, run_script, monkeypatch, "finetune_sft", *short_run(tmp_path / "sft", max_length=64), *chats
+    )
+    assert "the tokenizer has no chat template" in said
+    assert "--chat_template chatml" in said
+    run_script(
+        monkeypatch,
+        "finetune_sft",
+        *short_run(tmp_path / "sft", max_length=64),
+        *chats,
+        *("--chat_template", "chatml"),
+    )
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "sft"), load_model(tmp_path / "sft")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert model.config.eos_token_id == 2
+    assert 2 in model.generation_config.eos_token_id
+    run_cli("evaluate", tmp_path / "sft", runs / "chats.jsonl", "--max_new_tokens", 2)
+    assert '"questions": 16' in capsys.readouterr().out

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
 from minimind.data.files import BadRowError
 from minimind.errors import UserError
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
+from minimind.training.launch import is_main_process
 
 FEW = 16  # conversations that are not worth setting up the fast engine for
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
@@ -53,8 +55,11 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        if not tokenizer.chat_template:
+            raise UserError(NO_TEMPLATE)
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template()
+        self.marked = bool(GENERATION.search(self.template))
         added = list(tokenizer.added_tokens_decoder.values())
         controls = [token.content for token in added if token.special or token.content in self.template]
         self.controls = sorted(controls, key=len, reverse=True)
@@ -90,24 +95,44 @@ class ChatEncoder:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
         chat[1] = {**chat[1], "reasoning_content": "(thoughts)"}
         try:
-            return "(thoughts)" in self.render(Conversation(chat))[0]
+            return "(thoughts)" in self._write(Conversation(chat))[0]
         except BadRowError:
             return False
 
+    @cached_property
+    def borders(self) -> Borders:
+        """What stands before and after each reply, for a template that does not mark them."""
+        return find_borders(lambda messages, prompt: self._write(Conversation(messages), prompt)[0], self.pattern)
+
     def render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and from where to where in it the assistant speaks; raises BadRowError where the template does."""
+        """The text, and from where to where in it the assistant speaks; no control token may stand in the words.
+
+        Raises BadRowError where the template does, or where the replies cannot be found.
+        """
+        text, spans = self._write(conversation, prompt)
+        if self.marked or prompt:
+            return text, spans
+        if self.borders.header.strip() in _words(conversation):
+            raise BadRowError(
+                f"found {self.borders.header.strip()!r} in the text, by which the chat template sets "
+                "replies apart. Remove it"
+            )
+        return text, self.borders.find(text)
+
+    def _write(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text, and from where to where it marks what the assistant says."""
         try:
-            texts, spans = render_jinja_template(
+            texts = render_jinja_template(
                 [conversation.messages],
                 tools=conversation.tools,
                 chat_template=self.template,
-                return_assistant_tokens_mask=True,
+                return_assistant_tokens_mask=self.marked,
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise BadRowError(f"the chat template refuses the conversation: {error}") from None
-        return texts[0], spans[0]
+        return (texts[0][0], texts[1][0]) if self.marked else (texts[0][0], [])
 
     def encode(
         self, conversations: Sequence[Conversation], prompt: bool = False, roles: bool = False
@@ -117,12 +142,13 @@ class ChatEncoder:
         harmless = []
         for index, conversation in enumerate(conversations):
             try:
+                if self.pattern.search(_words(conversation)):
+                    results[index] = self._encode_hostile(conversation, prompt, roles)
+                    continue
                 text, spans = self.render(conversation, prompt)
                 if not prompt:
                     check_rendering(conversation, text, spans)
-                if self.pattern.search(_words(conversation)):
-                    results[index] = self._encode_hostile(conversation, text, prompt, roles)
-                elif len(conversations) > FEW and self.fast:
+                if len(conversations) > FEW and self.fast:
                     harmless.append((index, text, spans))
                 else:
                     encoding = self.library.encode(text, add_special_tokens=False)
@@ -195,7 +221,7 @@ class ChatEncoder:
             names = [owners[bisect_right(places, start) - 1] for start, _ in offsets]
         return Encoded(ids, [(starts[start], starts[end]) for start, end in spans], escaped, names)
 
-    def _encode_hostile(self, conversation: Conversation, text: str, prompt: bool, roles: bool) -> Encoded:
+    def _encode_hostile(self, conversation: Conversation, prompt: bool, roles: bool) -> Encoded:
         """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
         what is a control token then is the template's."""
         words = _words(conversation)
@@ -212,7 +238,11 @@ class ChatEncoder:
                 return {hide(key): hide(item) for key, item in value.items()}
             return [hide(item) for item in value] if isinstance(value, list) else value
 
-        covered, spans = self.render(conversation._replace(**hide(conversation._asdict())), prompt)
+        text, _ = self._write(conversation, prompt)
+        hidden = conversation._replace(**hide(conversation._asdict()))
+        covered, spans = self.render(hidden, prompt)
+        if not prompt:
+            check_rendering(hidden, covered, spans)
         if covers.sub(lambda match: names[match.group()], covered) != text:
             raise BadRowError(
                 f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
@@ -241,7 +271,7 @@ class ChatEncoder:
             marks = f"{OPEN}{words}{CLOSE}" if message["role"] != "assistant" else words
             marked.append({**message, "content": message["content"].replace(words, marks, 1) if words else marks})
         try:
-            rendered, _ = self.render(conversation._replace(messages=marked))
+            rendered, _ = self._write(conversation._replace(messages=marked))
         except BadRowError:
             rendered = ""
         if rendered.replace(OPEN, "").replace(CLOSE, "") != text:
@@ -266,39 +296,66 @@ def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) -> None:
-    """Give the tokenizer a shipped template by its name, or the one in a .jinja file; None leaves its own.
+    """Make a tokenizer ready to train chats: with a shipped template by its name, or the one in a .jinja file.
+
+    None leaves the tokenizer's own template. The token with which the template ends replies becomes the end token.
 
     Raises:
-        UserError: there is no such template, it cannot render, or does not mark what the assistant emits.
+        UserError: there is no such template, it cannot render, or does not show what the assistant emits.
     """
-    if choice is None:
-        return
+    before = tokenizer.chat_template
+    if choice is not None:
+        tokenizer.chat_template = _read_template(choice)
+    try:
+        end = _end_of_replies(tokenizer)
+    except BadRowError as problem:
+        tokenizer.chat_template = before
+        given = "the chat template of the tokenizer" if choice is None else f"--chat_template {choice}"
+        advice = f" Choose another with --chat_template ({', '.join(TEMPLATES)} or a .jinja file)."
+        raise UserError(f"{given}: {problem}.{advice}") from None
+    if end != tokenizer.eos_token:
+        if is_main_process():
+            print(f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token", flush=True)
+        tokenizer.eos_token = end
+
+
+def _read_template(choice: str) -> str:
     path = TEMPLATES.get(choice, Path(choice))
     if not path.is_file():
         raise UserError(f"--chat_template {choice}: found no such file, expected {' or '.join(TEMPLATES)}, or a file.")
     try:
-        template = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--chat_template {path}: found bytes that are not UTF-8 ({error}), expected text.") from None
-    if not GENERATION.search(template):
-        raise UserError(
-            f"--chat_template {path}: found no generation block, so nobody can tell what to train. Put "
-            "{% generation %} before and {% endgeneration %} after what the assistant emits, its end token included."
-        )
-    before, tokenizer.chat_template = tokenizer.chat_template, template
+
+
+def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The control token that ends each reply of a tokenizer's template; raises BadRowError."""
     example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    (encoded,) = ChatEncoder(tokenizer).encode([Conversation(example)])
+    encoder = ChatEncoder(tokenizer)
+    (encoded,) = encoder.encode([Conversation(example)])
     if isinstance(encoded, BadRowError):
-        tokenizer.chat_template = before
-        raise UserError(f"--chat_template {path}: a question and its answer fail, {encoded}.")
-    if encoded.ids[encoded.replies[0][1] - 1] != tokenizer.eos_token_id:
-        tokenizer.chat_template = before
-        raise UserError(
-            f"--chat_template {path}: the generation block does not end with the end token {tokenizer.eos_token!r}, "
-            "so the model would never learn to stop. Put it before {% endgeneration %}."
+        raise BadRowError(f"a question and its answer fail, {encoded}")
+    last = encoded.ids[encoded.replies[0][1] - 1]
+    if last in encoder.control_ids.values():
+        return tokenizer.convert_ids_to_tokens(last)
+    text, spans = encoder.render(Conversation(example))
+    if written := TOKEN.search(text[: spans[0][1]]):
+        raise BadRowError(
+            f"replies end with {written.group()!r}, which is no token of this tokenizer: it has "
+            f"{', '.join(map(repr, encoder.controls)) or 'none'}. The model would have to spell it out"
         )
+    raise BadRowError(
+        f"the generation block does not end with an end token such as {tokenizer.eos_token!r}, so the model would "
+        "never learn to stop. Put it before {% endgeneration %}"
+    )
 
 
+NO_TEMPLATE = (
+    "the tokenizer has no chat template, so there is no form to ask the model in. A base model continues text "
+    f"('minimind generate'); fine-tuning gives it a template with --chat_template {' or '.join(TEMPLATES)}."
+)
+TOKEN = re.compile(r"<[^<>\s]+>$")  # what looks like a control token at the end of a text
 BLURRED = "found a reply that shares a token with what stands before or after it, expected a border between tokens"
 
 
@@ -321,13 +378,21 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
     replies = sum(message["role"] == "assistant" for message in conversation.messages)
     if len(spans) != replies:
         raise BadRowError(f"the chat template marks {len(spans)} replies for training, expected {replies}")
-    position = 0
+    position, marked = 0, iter(spans)
     for index, message in enumerate(conversation.messages):
-        words = message["content"].strip()
-        found = text.find(words, position)
+        role, words = message["role"], message["content"].strip()
+        start, end = next(marked) if role == "assistant" else (position, len(text))
+        found = text.find(words, max(start, position), end)
         if found < 0:
-            raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {message['role']!r}")
-        position = found + len(words)
+            raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {role!r}")
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text[start:end]:
+                name = call["function"]["name"]
+                raise BadRowError(
+                    f"messages[{index}]: the chat template has no place for calls, found one of {name!r}"
+                )
+        if role != "system":  # a system prompt may stand inside the last question
+            position = end if role == "assistant" else found + len(words)
         if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r") and message["content"]:
             # The model would be trained after another beginning than the one it sees when it generates.
             raise BadRowError(

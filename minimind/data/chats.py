@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
@@ -25,6 +25,7 @@ from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.documents import HoldOut
 from minimind.data.files import BadRowError, BadRows, content_hash, expand, read_rows
+from minimind.data.markers import rendered_turn
 from minimind.data.messages import Message
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
@@ -33,6 +34,7 @@ from minimind.errors import UserError
 
 BATCH = 1000  # conversations tokenised at a time
 BORDER = 8  # tokens that a template may write between two turns and leaves out before the first
+EXPECTED = 'expected its turns without markers, each as {"role", "content"} in "messages"'
 CHOICES = {
     "long_conversations": ("keep_last", "keep_first", "split", "drop"),
     "train_turns": ("all", "last", "flags"),
@@ -91,7 +93,8 @@ class Reading:
 
     `bad` are the bad rows of each source, `columns` what was read of its rows, and `too_long` those of which nothing
     fits; `lengths` the tokens of every conversation before any cut, also of one that is dropped; `counts` and `places`
-    what became of how many, and where the first of them stand; `held_out` where the held-out rows do.
+    what became of how many, and where the first of them stand; `held_out` where the held-out rows do; `marker` the
+    first of those that a chat template writes and that stand in the words ("rendered" in `counts`).
     """
 
     NAMED = 5
@@ -104,11 +107,14 @@ class Reading:
         self.counts = Counter()
         self.places: dict[str, list[str]] = {}
         self.held_out: list[str] = []
+        self.marker: str | None = None
 
-    def add(self, where: str, result: "Tokenized") -> None:
-        """Note one conversation."""
+    def add(self, where: str, result: "Tokenized", messages: Sequence[Message] = ()) -> None:
+        """Note one conversation, or pair with all its `messages`."""
         self.lengths.append(result.length)
-        for name in result.counts:
+        marker = rendered_turn(message["content"] for message in messages)
+        self.marker = self.marker or marker
+        for name in [*result.counts, *(["rendered"] if marker else [])]:
             self.counts[name] += 1
             if self.counts[name] <= self.NAMED:
                 self.places.setdefault(name, []).append(where)
@@ -457,6 +463,7 @@ def load_conversations(
         to_conversation,
         lambda conversations: tokenize_conversations(conversations, encoder, max_length, args, roles),
         lambda conversation: str(conversation.messages),
+        lambda conversation: conversation.messages,
     )
 
 
@@ -481,17 +488,29 @@ def load_preferences(
         to_preference,
         lambda pairs: tokenize_preferences(pairs, encoder, max_length, args),
         lambda pair: str(pair["prompt"]),
+        lambda pair: pair["prompt"] + pair["chosen"] + pair["rejected"],
     )
 
 
-def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable) -> ChatRows:
+def _load(
+    data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable, messages: Callable[[Any], list[Message]]
+) -> ChatRows:
+    def unrendered(data: dict) -> Any:
+        try:
+            return parse(data)
+        except BadRowError:
+            if marker := rendered_turn(value for value in data.values() if isinstance(value, str)):
+                raise BadRowError(f"found a chat that is rendered already, with {marker!r}, {EXPECTED}") from None
+            raise
+
     def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
         bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
         columns = data_args.reading()
         reading.bad.append(bad)
         reading.columns.append(columns)
         reading.too_long.append(too_long)
-        rows = iter(tqdm(read_rows(files, bad, parse, columns=columns), unit=" rows", desc="tokenising", disable=None))
+        found = read_rows(files, bad, unrendered, columns=columns)
+        rows = iter(tqdm(found, unit=" rows", desc="tokenising", disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
@@ -499,7 +518,7 @@ def _load(data_args, seed: int, parse: Callable, tokenize: Callable, key: Callab
                     continue
                 if result.problem:
                     too_long.add(row.where, result.problem)
-                reading.add(row.where, result)
+                reading.add(row.where, result, messages(row.data))
                 yield key(row.data), row.where, result
         bad.judge()
         too_long.warn(bad.total)

@@ -24,11 +24,13 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.columns import Columns
 from minimind.data.files import cache_directory, content_hash, expand, read_documents, total_size
+from minimind.data.markers import Boundaries
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
 from minimind.errors import UserError
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
+from minimind.training.launch import is_main_process
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
 EARLY = 10_000  # rows after which columns that nobody reads stop the preparation, and not only at its end
@@ -85,7 +87,13 @@ class Preparation(NamedTuple):
 
 
 def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
-    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse."""
+    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse, and for a
+    tokenizer without an end token."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no eos_token, so documents cannot be separated. Name one of its tokens as eos_token in "
+            "tokenizer_config.json."
+        )
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     held_out = [expand([word]) for word in data_args.eval_files or ()]
@@ -97,6 +105,8 @@ def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Pre
         "text_unit": data_args.text_unit,
         "columns": data_args.columns,
         "unread_columns": data_args.unread_columns,
+        "boundary_markers": data_args.boundary_markers,
+        "eos_token_id": tokenizer.eos_token_id,  # the hash of a tokenizer leaves out which of its tokens ends
     }
     hashes = {part: [content_hash(paths) for paths in each] for part, each in (("train", files), ("eval", held_out))}
     key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
@@ -159,6 +169,8 @@ def load_blocks(
             {"name": name, **counts} for name, counts in zip(names, parts["eval_sources"], strict=True)
         ]
     facts = {"train": parts["train"], "eval": parts["eval"]}
+    if is_main_process() and "boundary_markers" in facts["train"]:
+        print(facts["train"]["boundary_markers"], flush=True)
     return Blocks(rows, evaluation if len(evaluation) else None, facts)
 
 
@@ -196,6 +208,7 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
     reading = {"on_bad_rows": options["on_bad_rows"], "text_unit": options["text_unit"], "columns": columns}
+    boundaries, held_out_boundaries = (Boundaries(options["boundary_markers"]) for _ in range(2))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -207,7 +220,7 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
 
         parts = [part(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):
-            for text in read_documents(paths, **reading, progress=progress.update):
+            for text in read_documents(paths, **reading, progress=progress.update, boundaries=boundaries):
                 if columns.total == EARLY:
                     columns.stop()
                 for owner, document in hold_out.offer(text, (index, text)):
@@ -216,7 +229,7 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
         counts = [each.finish() for each in parts]
         # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
         limit = options["max_eval_rows"] // max(1, len(held_out))
-        given = [list(read_documents(paths, **reading))[:limit] for paths in held_out]
+        given = [list(read_documents(paths, **reading, boundaries=held_out_boundaries))[:limit] for paths in held_out]
         if not any(given):
             given = [[text for owner, text in hold_out.chosen() if owner == index] for index in range(len(files))]
         held_out_counts = []
@@ -232,6 +245,9 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
                 f"{options['block_size']:,}. Give more text or a smaller --block_size."
             )
     totals = [{name: sum(count[name] for count in each) for name in each[0]} for each in (counts, held_out_counts)]
+    for total, found in zip(totals, (boundaries, held_out_boundaries), strict=True):
+        if found.rows:
+            total["boundary_markers"] = str(found)
     return {"train": totals[0], "eval": totals[1], "sources": counts, "eval_sources": held_out_counts}
 
 

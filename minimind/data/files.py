@@ -21,6 +21,7 @@ import xxhash
 from minimind.data.columns import Columns, Fields
 from minimind.data.formats import KNOWN, TEXT_UNITS, Parsable, Progress, format_of, read_file
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
+from minimind.data.markers import Boundaries
 from minimind.data.rows import BadRowError, check_text, shown
 from minimind.errors import UserError
 
@@ -388,6 +389,12 @@ def read_documents(
     text_unit: str = "file",
     progress: Progress | None = None,
     columns: Columns | None = None,
+    boundaries: Boundaries | None = None,
 ) -> Iterator[str]:
-    """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`."""
-    return (row.data for row in read_rows(paths, on_bad_rows, to_document, text_unit, progress, columns))
+    """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`.
+
+    `boundaries` splits rows at the boundary markers spelled out in them, and counts; by default it splits.
+    """
+    split = (boundaries or Boundaries()).split
+    rows = read_rows(paths, on_bad_rows, lambda data: split(to_document(data)), text_unit, progress, columns)
+    return (document for row in rows for document in row.data)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import align_special_tokens
 from trl import pack_dataset
 
 from minimind.checkpoints import require_stage
@@ -134,6 +135,8 @@ def load_rows_of(case: Case) -> None:
         case.train = rows.train
     else:
         set_chat_template(tokenizer, case.chat_args.chat_template)
+        if case.model is not None:
+            align_special_tokens(case.model, tokenizer)  # as a run does
         load = load_preferences if case.stage == "dpo" else load_conversations
         options = {} if case.stage == "dpo" else {"roles": not has_roles(tokenizer)}
         rows = load(case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options)

@@ -438,10 +438,6 @@ def padding_token(case: Case) -> tuple:
             else:  # users' turns end with it too: enough if some are trained
                 total = int(ends.sum())
                 masked = total if total and not (ends & (batch["labels"][:, 1:] != -100)).any() else 0
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        said = f"pad_token and eos_token are both {tokenizer.eos_token!r}" + ("; ends have no label" if masked else "")
-        fix = "Give padding a token of its own, and train from there."
-        return "error", said, "two tokens: masking the padding masks the ends", fix
     if masked:
         found = f"{masked:,} of {total:,} end tokens in the first rows have no label"
         return "error", found, "labels on the ends, or the model never stops", "Mask by position, not by token."
@@ -713,8 +709,9 @@ def inspect_rows_of(case: Case) -> Inspection:
     if case.stage != "pretrain":
         every = case.chat_args.train_turns == "all"
         return inspect_chats(case.stage, case.rows, case.tokenizer, data_args.on_bad_rows, every)
-    texts = Texts(data_paths(data_args.train_files), case.tokenizer)
-    held_out = Texts(data_args.eval_files, case.tokenizer) if data_args.eval_files else None
+    markers = data_args.boundary_markers
+    texts = Texts(data_paths(data_args.train_files), case.tokenizer, markers)
+    held_out = Texts(data_args.eval_files, case.tokenizer, markers) if data_args.eval_files else None
     return inspect_documents(case.train, case.facts["train"], texts, case.tokenizer, held_out)
 
 

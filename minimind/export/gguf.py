@@ -180,4 +180,5 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -
             getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(False)  # the chat template writes the special tokens itself
     writer.add_add_eos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)

@@ -125,7 +125,8 @@ def save_for_all_versions(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     write_json(
         directory / "tokenizer_config.json",
         read_json(directory / "tokenizer_config.json")
-        | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template},
+        | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        | ({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
     )
 
 

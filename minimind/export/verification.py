@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -55,9 +56,11 @@ class Probes:
 
 def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probes:
     """Prompts in Chinese and English, raw and as chats, cut where the model's window leaves no room to continue."""
-    chats = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS]
     room = max(1, model.config.max_position_embeddings - NEW_TOKENS)
-    prompts = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]]) for text in [*PROMPTS, *chats]]
+    prompts = [
+        torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]])
+        for text in [*PROMPTS, *chats_of(tokenizer)]
+    ]
     sequences = continuations(model, prompts)
     return Probes(prompts, sequences, logits_of(model, sequences))
 
@@ -80,8 +83,19 @@ def logits_of(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[tor
 
 def tokenisations(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """The ids of the probe texts and of the rendered chats."""
-    chats = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in CHATS]
+    chats = [tokenizer(text, add_special_tokens=False).input_ids for text in chats_of(tokenizer)]
     return [*(tokenizer(text).input_ids for text in TEXTS), *chats]
+
+
+def chats_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The probe chats as the tokenizer's template writes them; without those it refuses, and none without one."""
+    texts = []
+    for chat in CHATS if tokenizer.chat_template else ():
+        try:
+            texts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        except TemplateError:  # a system prompt, say
+            continue
+    return texts
 
 
 def fail(what: str) -> NoReturn:
@@ -121,7 +135,7 @@ def check_model(probes: Probes, model: PreTrainedModel) -> dict:
 
 def check_tokenizer(source: PreTrainedTokenizerFast, exported: PreTrainedTokenizerFast) -> dict:
     """Raises UserError unless both give the same ids and have the same special tokens; returns what was compared."""
-    texts = [*TEXTS, *(str(chat) for chat in CHATS)]
+    texts = [*TEXTS, *chats_of(source)]
     for text, left, right in zip(texts, tokenisations(source), tokenisations(exported), strict=True):
         if left != right:
             fail(f"the tokenizer splits {text[:40]!r} in another way")

@@ -439,7 +439,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        pad, ends = config.pad_token_id, config.eos_token_id
+        padding = None if pad == ends or (isinstance(ends, list) and pad in ends) else pad  # its row is not trained
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList([MiniMindDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
         self.norm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MiniMindRotaryEmbedding(config)

@@ -1,7 +1,6 @@
-"""A tokenizer's directory: writing it, loading it for a stage, and what the stages ask of the tokenizer in it."""
+"""A tokenizer's directory: writing it and loading it; and what stages read off a tokenizer."""
 
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -28,9 +27,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
     """Load the tokenizer in directory `path`, by default the 6,400-token one that ships with the package.
 
+    What a tokenizer lacks is judged where it is needed: the end token by `documents.preparation`, the chat template
+    by `chat_encoder.set_chat_template`.
+
     Raises:
-        UserError: there is no tokenizer, or it lacks what every stage needs: an end token, a padding token other
-            than it, and a chat template.
+        UserError: there is no tokenizer, or it cannot be read.
     """
     path = Path(path or DEFAULT_TOKENIZER)
     if not (path / "tokenizer.json").is_file():
@@ -42,22 +43,10 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise UserError(f"the tokenizer in {path} cannot be read: {error}") from error
-    problems = []
-    if tokenizer.eos_token_id is None:
-        problems.append("it has no eos_token, so documents cannot be separated and replies cannot end")
-    if tokenizer.pad_token_id is None:
-        problems.append("it has no pad_token")
-    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-        problems.append(f"pad_token and eos_token are both {tokenizer.eos_token!r}, so masked padding hides the end")
-    if not tokenizer.chat_template:
-        problems.append("it has no chat template (chat_template.jinja)")
-    elif not re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
-        problems.append("its chat template has no {% generation %} block, so the assistant's words cannot be found")
-    if problems:
-        raise UserError(
-            f"the tokenizer in {path} cannot be trained with: {'; '.join(problems)}. "
-            f"Train one with 'minimind tokenizer train', or leave the default."
-        )
+    if isinstance(tokenizer.chat_template, dict):  # several by name, for chats, for tools ...
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if tokenizer.pad_token_id is None:  # padding is masked by its place, so any token may pad
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 

@@ -5,6 +5,7 @@ of the writing it holds most of: Chinese characters ("zh"), words in Latin lette
 ("other", also for a text without letters). A Chinese page about code thus stays Chinese, and Japanese is neither.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from tqdm import tqdm
 from minimind.data.columns import Columns
 from minimind.data.conversations import to_text
 from minimind.data.files import expand, read_rows, total_size
+from minimind.data.markers import Boundaries
 from minimind.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LANGUAGES = ("zh", "en", "other")
 HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -65,13 +69,17 @@ def read_texts(
     found = expand(files)
     hidden = None if title else True
     with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden) as bar:
-        for row in read_rows(found, on_bad_rows, _text_and_source, progress=bar.update, columns=Columns(columns)):
-            text, source = row.data
-            yield Text(text, source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name)
+        boundaries = Boundaries()
 
+        def convert(data: dict) -> tuple[list[str], Any]:
+            return boundaries.split(to_text(data)), data.get("source")
 
-def _text_and_source(data: Mapping) -> tuple[str, Any]:
-    return to_text(data), data.get("source")
+        for row in read_rows(found, on_bad_rows, convert, progress=bar.update, columns=Columns(columns)):
+            texts, source = row.data
+            domain = source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name
+            yield from (Text(text, domain) for text in texts)
+    if boundaries.rows:
+        logger.warning("%s", boundaries)
 
 
 def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Text]:

@@ -61,6 +61,13 @@ class DataArguments:
     text_unit: str = field(
         default="file", metadata={"help": "What one document of a txt file is: the file, a paragraph or a line."}
     )
+    boundary_markers: str = field(
+        default="split",
+        metadata={
+            "help": "Boundaries spelled out in documents, such as <|im_end|>. split: cut there; keep: train them as "
+            "text; error: refuse the row."
+        },
+    )
     on_bad_rows: str | None = field(
         default=None,
         metadata={

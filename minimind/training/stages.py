@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import align_special_tokens
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import (
@@ -178,6 +179,7 @@ class Stage:
                     "--eval_files, or a larger --eval_ratio."
                 )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
+        align_special_tokens(model, tokenizer)  # a chat template may have brought another end token
         self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run, self.changes = begin(args, self.recipe, pipeline)

@@ -26,8 +26,9 @@ from minimind.data.cleaning.extras import require
 from minimind.data.cleaning.pipeline import as_recipe, write_whole
 from minimind.data.cleaning.recipe import Recipe
 from minimind.data.cleaning.segments import Item, run_segment, segments_of, to_line
-from minimind.data.cleaning.texts import Texts, check_row
+from minimind.data.cleaning.texts import Texts, check_row, split_row
 from minimind.data.files import BadRowError, expand, parsables
+from minimind.data.markers import Boundaries
 
 require("datatrove", "data-cluster")
 
@@ -66,12 +67,13 @@ class ReadRows(PipelineStep):
         for file in expand(self.files)[rank::world_size]:
             for place, parse in parsables(file, "file", None):
                 try:
-                    row = check_row(parse())
+                    rows = split_row(check_row(parse()), Boundaries())
                 except BadRowError:
                     self.stat_update("bad")
                 else:
                     self.stat_update("rows")
-                    yield Document(text=Texts(row).whole, id=f"{file}:{place}", metadata={"row": row})
+                    for row in rows:
+                        yield Document(text=Texts(row).whole, id=f"{file}:{place}", metadata={"row": row})
 
 
 class ReadShard(PipelineStep):

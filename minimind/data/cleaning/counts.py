@@ -64,10 +64,13 @@ class StepCounts:
 
 @dataclass
 class Counts:
-    """The counts of all steps by their label, and of the groups of rows."""
+    """The counts of all steps by their label, and of the groups of rows; how many rows were split at boundary markers
+    spelled out in them, by the first of these, and how many rows that added."""
 
     steps: dict[str, StepCounts] = field(default_factory=dict)
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    markers: dict[str, int] = field(default_factory=dict)
+    rows_added: int = 0
 
     def step(self, label: str) -> StepCounts:
         """The counts of a step."""
@@ -98,6 +101,9 @@ class Counts:
                 ours[field_name] += theirs[field_name]
             for label, count in theirs["removed"].items():
                 ours["removed"][label] = ours["removed"].get(label, 0) + count
+        self.rows_added += other.rows_added
+        for marker, count in other.markers.items():
+            self.markers[marker] = self.markers.get(marker, 0) + count
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -106,4 +112,5 @@ class Counts:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Counts":
         """From `as_dict`'s JSON."""
-        return cls({label: StepCounts(**counts) for label, counts in data["steps"].items()}, data["groups"])
+        steps = {label: StepCounts(**counts) for label, counts in data["steps"].items()}
+        return cls(**{**data, "steps": steps})

@@ -29,7 +29,7 @@ from minimind.data.cleaning.extras import version
 from minimind.data.cleaning.recipe import FORMAT_VERSION, Recipe, load_recipe
 from minimind.data.cleaning.report import report_page
 from minimind.data.cleaning.segments import Done, Item, group_of, segments_of
-from minimind.data.cleaning.texts import Texts, check_row
+from minimind.data.cleaning.texts import Texts, check_row, split_row
 from minimind.data.cleaning.workers import Workers
 from minimind.data.files import (
     BAD_ROWS_NAMED,
@@ -42,6 +42,7 @@ from minimind.data.files import (
     total_size,
 )
 from minimind.data.formats import TEXT_UNITS
+from minimind.data.markers import Boundaries
 from minimind.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -208,14 +209,18 @@ class Cleaning:
 
     def _add_row(self, batch: Batch, where: str, parse: Callable[[], dict]) -> None:
         try:
-            row = check_row(parse())
+            boundaries = Boundaries(self.recipe.settings.boundary_markers)
+            rows = split_row(check_row(parse()), boundaries)
         except BadRowError as problem:
             count, first = self.bad_of_part.get(batch.part, (0, []))
             self.bad_of_part[batch.part] = (count + 1, [*first, (where, str(problem))][:BAD_ROWS_NAMED])
             self.bad.add(where, str(problem))
         else:
-            batch.items.append(Item(self.rows, where, row))
-            batch.characters += len(Texts(row).whole)
+            batch.items += [Item(self.rows, where, row) for row in rows]
+            batch.characters += sum(len(Texts(row).whole) for row in rows)
+            batch.counts.rows_added += len(rows) - 1
+            for marker in boundaries.rows:
+                batch.counts.markers[marker] = batch.counts.markers.get(marker, 0) + 1
 
     def _stream(self, workers: Workers, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Done]]:
         """Batches through all segments and dedup steps, in order."""
@@ -336,11 +341,12 @@ class Cleaning:
         shards = [{"file": self._shard(part).name, **shard} for part, shard in enumerate(self.shards) if shard["rows"]]
         rows = {
             "in": total,
+            "added": self.counts.rows_added,
             "out": sum(shard["rows"] for shard in shards),
             "removed": sum(step.rows_removed for step in steps),
             "bad": self.bad.count,
         }
-        if rows["in"] != rows["out"] + rows["removed"] + rows["bad"]:
+        if rows["in"] + rows["added"] != rows["out"] + rows["removed"] + rows["bad"]:
             raise RuntimeError(f"rows were lost or doubled: {rows}")
         packages = sorted({package for step in self.recipe.steps for package in step.packages})
         earlier = self._earlier_rows(steps)
@@ -355,6 +361,7 @@ class Cleaning:
             ],
             "rows": rows,
             "characters": {"in": steps[0].characters_in, "out": steps[-1].characters_out},
+            "boundary_markers": self.counts.markers,
             "steps": [_step_report(label, step, earlier) for label, step in zip(labels, steps, strict=True)],
             "groups": {name: self.counts.groups[name] for name in sorted(self.counts.groups)},
             "bad_rows": [{"where": where, "problem": problem} for where, problem in self.bad.first],

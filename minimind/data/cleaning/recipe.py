@@ -16,10 +16,11 @@ import xxhash
 from minimind.data.cleaning import duplicates, extras, filters, normalization, personal
 from minimind.data.cleaning.steps import Step, build, check_positive, closest, options_of
 from minimind.data.files import content_hash
+from minimind.data.markers import POLICIES
 from minimind.errors import UserError
 from minimind.recipes import read_recipe
 
-FORMAT_VERSION = 1  # part of every key: raise it when the same input and recipe give another output
+FORMAT_VERSION = 2  # part of every key: raise it when the same input and recipe give another output
 
 STEPS: dict[str, type[Step]] = {
     step.name: step
@@ -46,9 +47,12 @@ class Settings:
     examples: int = 5  # shown in the report for each step and each reason
     rows_per_shard: int = 20_000  # of the input; also what an interruption costs at most
     group_by: str | None = "source"  # field of the rows whose values are counted apart
+    boundary_markers: str = "split"  # documents at the markers spelled out in them, or "keep", or "error"
 
     def __post_init__(self):
         check_positive(self, "rows_per_shard")
+        if self.boundary_markers not in POLICIES:
+            raise ValueError(f"boundary_markers: found {self.boundary_markers!r}, expected {', '.join(POLICIES)}")
         if self.examples < 0:
             raise ValueError(f"examples: found {self.examples}, expected at least 0")
 

@@ -61,11 +61,16 @@ def report_text(report: dict[str, Any]) -> str:
         if run["rows_found_finished"] < rows["in"]
         else "was cleaned before"
     )
+    added = f" + {rows['added']:,} by splitting" if rows["added"] else ""
     total = (
-        f"{rows['in']:,} rows in = {rows['out']:,} out + {rows['removed']:,} removed + {rows['bad']:,} bad; "
+        f"{rows['in']:,} rows in{added} = {rows['out']:,} out + {rows['removed']:,} removed + {rows['bad']:,} bad; "
         f"{_share(report['characters']['out'], report['characters']['in'])} of the characters kept ({speed})"
     )
-    return "\n".join([head, *(line.rstrip() for line in lines), total, f"-> {run['destination']}/report.html"])
+    split = report["boundary_markers"]
+    count = sum(split.values())
+    markers = [f"split {count:,} rows at {', '.join(split)} into {count + rows['added']:,}"] if split else []
+    steps = [line.rstrip() for line in lines]
+    return "\n".join([head, *steps, total, *markers, f"-> {run['destination']}/report.html"])
 
 
 def _share(part: int, whole: int) -> str:
@@ -78,7 +83,7 @@ def flow_svg(report: dict[str, Any]) -> str:
     rows = report["rows"]
     stages = [("bad rows", rows["in"], rows["bad"], 0)] if rows["bad"] else []
     stages += [(s["step"], s["rows_in"], s["rows_removed"], s["rows_changed"]) for s in report["steps"]]
-    scale = FLOW / max(rows["in"], 1)
+    scale = FLOW / max(rows["in"] + rows["added"], 1)
     step = (WIDTH - 90) / len(stages)
     shapes = []
     for number, (name, rows_in, removed, changed) in enumerate(stages):

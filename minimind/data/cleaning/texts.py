@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from minimind.data.columns import NAMES, Fields
 from minimind.data.conversations import LETTERS, to_messages
 from minimind.data.files import to_document
+from minimind.data.markers import Boundaries
 from minimind.data.messages import CALL_ROLES, CONTENTS, REASONING, ROLES
 from minimind.data.preferences import to_preference
 
@@ -56,6 +57,17 @@ def check_row(row: dict) -> dict:
     """The row itself if training could use it; raises BadRowError with what was found and expected."""
     {"document": to_document, "conversation": to_messages, "preference": to_preference}[kind_of(row)](row)
     return row
+
+
+def split_row(row: dict, boundaries: Boundaries) -> list[dict]:
+    """A document -> a row for each part between the boundary markers spelled out in it; another row -> itself.
+
+    Raises BadRowError as `Boundaries.split`.
+    """
+    if kind_of(row) != "document":
+        return [row]
+    ((_, name, *_),) = _slots(row)
+    return [{**row, name: document} for document in boundaries.split(row[name])]
 
 
 class Texts:

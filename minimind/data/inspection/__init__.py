@@ -33,12 +33,14 @@ from minimind.data.inspection.findings import (
     CUT_SHARE,
     LEFT_OUT,
     Findings,
+    check_boundaries,
     check_copies,
     check_cuts,
     check_dialogues,
     check_left_out,
     check_mask,
     check_pairs,
+    check_rendered,
     check_replies,
     check_structure,
     check_text,
@@ -182,6 +184,7 @@ def inspect_chats(
 
     found = Findings()
     check_left_out(found, rows.reading, on_bad_rows)
+    check_rendered(found, rows.reading)
     return inspect_rows(
         stage,
         flat(rows.train, rows.where),
@@ -232,6 +235,7 @@ def inspect_documents(
         places = (f"{where} (as {original})" for where, original in both)
         advice = "The held-out loss would flatter. Remove them from one side."
         found.add("held_out_rows_trained", "warning", len(both), text, advice, places)
+    check_boundaries(found, texts)
     text = f"special tokens are spelled out in {len(texts.marked):,} documents"
     advice = "They are tokenised as plain text and control nothing. Look whether the rows are attacks or mishaps."
     found.add("special_tokens_in_text", "warning", len(texts.marked), text, advice, texts.marked)
@@ -301,8 +305,11 @@ def inspect_files(
     """
     policy, data_args = data_args.on_bad_rows, dataclasses.replace(data_args, on_bad_rows="skip")
     if stage == "pretrain":
-        texts = Texts(data_paths(data_args.train_files), tokenizer, data_args.reading())
-        held_out = Texts(data_args.eval_files, tokenizer, data_args.reading()) if data_args.eval_files else None
+        markers = data_args.boundary_markers
+        texts = Texts(data_paths(data_args.train_files), tokenizer, markers, data_args.reading())
+        held_out = (
+            Texts(data_args.eval_files, tokenizer, markers, data_args.reading()) if data_args.eval_files else None
+        )
         found = Findings()
         reading = Reading()
         reading.bad.append(texts.bad)

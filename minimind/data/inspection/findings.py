@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.chats import Reading
 from minimind.data.files import BAD_ROW_SHARE
-from minimind.data.inspection.tokens import NO_TEXT, OTHER, Messages, Replies, Tokens, ratio, special_tokens
+from minimind.data.inspection.tokens import NO_TEXT, OTHER, Messages, Replies, Texts, Tokens, ratio, special_tokens
 from minimind.data.messages import VOICES
 from minimind.tokenizer import text_bytes
 
@@ -17,6 +17,7 @@ SEVERITIES = ("error", "warning", "info")
 PLACES = 5  # named in one finding
 CUT_SHARE = 0.01  # of the rows: more than this cut and it is worth a warning
 LOST_SHARE = 0.2  # of the rows: more than this and a run stops
+RENDERED_SHARE = 0.5  # of the rows: more than this with turns spelled out and a template wrote the file
 LONGER_SHARE = 0.7  # of the pairs: where chosen is longer this often, length alone tells it from rejected
 SHORT_REPLY = 2  # words (tokens without the end token) that make a reply at least worth a look
 SEARCHED = 1 << 20  # tokens turned into text at a time
@@ -48,8 +49,8 @@ def check_tokenizer(found: Findings, tokenizer: PreTrainedTokenizerFast) -> None
         found.add("no_end_token", "error", 1, text, advice)
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         text = f"pad_token and eos_token are both {tokenizer.eos_token!r}"
-        advice = "Give padding a token of its own: where padding is masked, the end of each reply would be too."
-        found.add("padding_is_end_token", "error", 1, text, advice)
+        advice = "Padding is masked by its place here. A trainer that masks by the token would mask each end too."
+        found.add("padding_is_end_token", "info", 1, text, advice)
 
 
 def check_mask(
@@ -184,6 +185,30 @@ def check_dialogues(found: Findings, tokens: Tokens, messages: Messages, tokeniz
     advice = "Split it into messages. A prompt that begins with 'Human:' or 'User:' is split without asking."
     severity = "error" if len(rows) > LOST_SHARE * len(tokens) else "warning"
     found.add("flat_dialogues", severity, len(rows), text, advice, tokens.places(rows))
+
+
+def check_boundaries(found: Findings, texts: Texts) -> None:
+    """Find boundaries of documents that are spelled out in their text."""
+    split = texts.boundaries.policy == "split"
+    advice = (
+        "Each is a document of its own now. --boundary_markers keep trains them as text."
+        if split
+        else "Each is several tokens, no end and no word. --boundary_markers split cuts the rows there."
+    )
+    severity = "info" if split else "warning"
+    found.add("boundary_markers", severity, len(texts.split), str(texts.boundaries), advice, texts.split)
+
+
+def check_rendered(found: Findings, reading: Reading) -> None:
+    """Find chats whose turns are spelled out in the words of a message, as a chat template writes them."""
+    count, total = reading.counts["rendered"], len(reading.lengths)
+    text = f"in {count:,} of {total:,} rows the words hold turns that are rendered already, such as {reading.marker!r}"
+    advice = (
+        'They would be trained as plain text within a turn. Give each turn as {"role", "content"} in "messages", '
+        "without the markers; the chat template writes them."
+    )
+    severity = "error" if count > RENDERED_SHARE * total else "warning"
+    found.add("rendered_chats", severity, count, text, advice, reading.places.get("rendered", ()))
 
 
 def check_copies(found: Findings, tokens: Tokens, held_out: Tokens | None, replies_per_row: int = 1) -> None:

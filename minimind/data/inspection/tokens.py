@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.columns import Columns
-from minimind.data.files import BadRows, read_rows, to_document
+from minimind.data.files import BadRowError, BadRows, read_rows, to_document
+from minimind.data.markers import Boundaries
 from minimind.data.packing import IGNORED, best_fit
 from minimind.tokenizer import BOS_TOKEN, text_bytes
 
@@ -291,17 +292,35 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 class Texts:
     """The documents in some files, read once more for what only the text tells."""
 
-    def __init__(self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast, columns: Columns | None = None):
-        self.bad, self.columns = BadRows("skip"), columns or Columns()
+    def __init__(
+        self,
+        paths: Sequence[str],
+        tokenizer: PreTrainedTokenizerFast,
+        markers: str = "split",
+        columns: Columns | None = None,
+    ):
+        self.bad, self.boundaries, self.columns = BadRows("skip"), Boundaries(markers), columns or Columns()
         self.count = self.bytes = 0
         self.first: dict[int, str] = {}  # hash -> place
-        self.copies, self.marked = [], []
+        self.copies, self.marked, self.split = [], [], []
         names = special_tokens(tokenizer)
         for row in read_rows(paths, self.bad, to_document, columns=self.columns):
-            raw = row.data.encode()
-            self.count += 1
-            self.bytes += len(raw)
-            if (original := self.first.setdefault(xxhash.xxh3_128_intdigest(raw), row.where)) != row.where:
-                self.copies.append((row.where, original))
-            if any(name in row.data for name in names):
-                self.marked.append(row.where)
+            before = self.boundaries.rows.total()
+            try:
+                documents = self.boundaries.split(row.data)
+            except BadRowError as problem:
+                self.bad.add(row.where, str(problem))
+                continue
+            if self.boundaries.rows.total() > before:
+                self.split.append(row.where)
+            for document in documents:
+                self._add(document, row.where)
+                if any(name in document for name in names):
+                    self.marked.append(row.where)
+
+    def _add(self, document: str, where: str) -> None:
+        raw = document.encode()
+        self.count += 1
+        self.bytes += len(raw)
+        if (original := self.first.setdefault(xxhash.xxh3_128_intdigest(raw), where)) != where:
+            self.copies.append((where, original))
