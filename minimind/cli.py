@@ -137,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what one row of a txt file is (default: the whole file)",
     )
     clean.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    column_options(clean, unread=False)
     clean.set_defaults(run=run_clean)
 
     prepare = commands.add_parser(
@@ -574,7 +575,7 @@ def run_clean(args: argparse.Namespace) -> None:
     from minimind.data.cleaning import clean
     from minimind.data.cleaning.report import report_text
 
-    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit)
+    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns)
     print(json.dumps(report, ensure_ascii=False) if args.json else report_text(report))
 
 

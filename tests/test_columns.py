@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pipeline import assistant, result, user
 
+from minimind.data.cleaning import clean
 from minimind.data.columns import NAMES, Columns
 from minimind.data.conversations import to_conversation, to_messages
 from minimind.data.files import BadRowError, expand, read_rows, to_document
@@ -406,3 +407,18 @@ def test_a_directory_keeps_the_parts_that_are_named_for_evaluation_out(tmp_path,
 def test_columns_whose_names_differ_in_case_alone_are_both_kept():
     row = {"prompt": "hi", "completion": "hello", "Notes": "of two words", "notes": "of other words", "x": None}
     assert unread([row]) == {"Notes": 1, "notes": 1}
+
+
+def test_a_cleaning_writes_rows_under_the_names_that_they_are_read_by(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"问题": "hi  there", "回答": "hello"}) + "\n", encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [whitespace]\n")
+    names = ["prompt=问题", "response=回答"]
+    clean([str(path)], tmp_path / "out", recipe, num_proc=1, columns=names)
+    cleaned = next((tmp_path / "out").glob("data-*.jsonl"))
+    row = json.loads(cleaned.read_text(encoding="utf-8"))
+    assert list(row) == ["prompt", "response"]
+    again = Columns(names, cleaned=True)
+    read = [row.data for row in read_rows([str(cleaned)], "error", to_messages, columns=again)]
+    assert [message["content"] for message in read[0]] == list(row.values())

@@ -63,6 +63,7 @@ LABEL = re.compile(r"[\w.:/+#@%&=?~-]{1,200}", re.ASCII)  # one word, path or ad
 KNOWN = {name for names in NAMES.values() for name in names}
 IGNORE_ALL = "ignore"
 PLACES = 5  # rows named for one column
+NAMES_SHOWN = 50  # names of columns kept for a message
 
 
 class Fields(Mapping):
@@ -73,10 +74,10 @@ class Fields(Mapping):
 
     def __init__(self, data: Mapping[str, Any]):
         self.given = data
-        self.values = {str(name).strip().lower(): value for name, value in data.items() if value is not None}
-        if len(self.values) < len(data):  # some are null, or two names differ in their case alone
+        self.columns = {str(name).strip().lower(): value for name, value in data.items() if value is not None}
+        if len(self.columns) < len(data):  # some are null, or two names differ in their case alone
             given = {name: value for name, value in data.items() if value is not None}
-            self.values = self.values if len(self.values) == len(given) else given
+            self.columns = self.columns if len(self.columns) == len(given) else given
         self.read: set[str] = set()
         self.unread_inside: list[str] = []  # of messages and other parts
 
@@ -86,30 +87,30 @@ class Fields(Mapping):
         return data if isinstance(data, cls) else cls(data)
 
     def __getitem__(self, name: str) -> Any:
-        return self.values[name]
+        return self.columns[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.values
+        return name in self.columns
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.columns)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.columns)
 
     def get(self, name: str | None, default: Any = None) -> Any:
         """The value of a column, which does not count as reading."""
-        return self.values.get(name, default)
+        return self.columns.get(name, default)
 
     def find(self, meaning: str) -> str | None:
         """The name of the column with this meaning: the first that holds something, else one that is empty."""
-        there = [name for name in NAMES[meaning] if name in self.values]
-        return next((name for name in there if self.values[name] not in ("", [], {})), there[0] if there else None)
+        there = [name for name in NAMES[meaning] if name in self.columns]
+        return next((name for name in there if self.columns[name] not in ("", [], {})), there[0] if there else None)
 
     def take(self, *names: str | None) -> list[Any]:
         """Read columns; those that are not there give None."""
         self.read.update(name for name in names if name)
-        return [self.values.get(name) for name in names]
+        return [self.columns.get(name) for name in names]
 
     @property
     def names(self) -> str:
@@ -118,12 +119,12 @@ class Fields(Mapping):
 
     def unread(self) -> list[str]:
         """The columns that hold text of which nothing was read."""
-        rest = [name for name in self.values if name not in self.read and not _is_fact(name)]
-        found = [name for name in rest if any(_is_text(text, name in KNOWN) for text in _texts(self.values[name]))]
+        rest = [name for name in self.columns if name not in self.read and not _is_fact(name)]
+        found = [name for name in rest if any(_is_text(text, name in KNOWN) for text in _texts(self.columns[name]))]
         if found:
             # What another column says too is not lost: a prompt beside the whole conversation.
-            read = "\n".join(text for name in self.read for text in _texts(self.values.get(name)))
-            found = [name for name in found if any(text.strip() not in read for text in _texts(self.values[name]))]
+            read = "\n".join(text for name in self.read for text in _texts(self.columns.get(name)))
+            found = [name for name in found if any(text.strip() not in read for text in _texts(self.columns[name]))]
         return found + self.unread_inside
 
 
@@ -156,13 +157,16 @@ class Columns:
     Args:
         renamed: "meaning=column" words (`--columns`), such as "prompt=问题".
         unread: columns that are left out, or "ignore" for all that nobody reads (`--unread_columns`).
+        cleaned: whether the rows were renamed before, by a cleaning.
 
     Raises:
         UserError: a word that is not of this form, or with an unknown meaning.
     """
 
-    def __init__(self, renamed: Sequence[str] | None = None, unread: Sequence[str] | None = None):
-        self.given = {}
+    def __init__(
+        self, renamed: Sequence[str] | None = None, unread: Sequence[str] | None = None, cleaned: bool = False
+    ):
+        self.given, self.cleaned = {}, cleaned
         for word in renamed or ():
             meaning, equals, column = str(word).partition("=")
             if not equals or not column or meaning not in NAMES:
@@ -178,20 +182,24 @@ class Columns:
         self.places: dict[str, list[str]] = {}
         self.seen: dict[str, None] = {}
 
-    def fields(self, data: Mapping[str, Any]) -> Fields:
-        """A row as it will be read: renamed columns under our names, ignored ones left out."""
+    def rename(self, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row with renamed columns under our names, and without those that are left out."""
         if not self.given and not self.ignored:
-            return Fields(data)
-        kept = {}
-        for name, value in data.items():
-            if name in self.given:
-                kept[self.given[name]] = value
-            elif name.strip().lower() not in self.ignored and name not in self.given.values():
-                kept[name] = value
-        self.renamed_rows += any(name in self.given for name in data)
-        if self.given and len(self.seen) < 50:
+            return data
+        taken = {self.given[name] for name in data if name in self.given}
+        self.renamed_rows += bool(taken)
+        if self.given and len(self.seen) < NAMES_SHOWN:
             self.seen.update(dict.fromkeys(data))
-        return Fields(kept)
+        kept = {
+            name: value
+            for name, value in data.items()
+            if name not in self.given and name not in taken and name.strip().lower() not in self.ignored
+        }
+        return kept | {self.given[name]: value for name, value in data.items() if name in self.given}
+
+    def fields(self, data: Mapping[str, Any]) -> Fields:
+        """The columns of a row as they will be read."""
+        return Fields(self.rename(data))
 
     def count(self, where: str, fields: Fields) -> None:
         """Note which columns of a row that could be used nobody read."""
@@ -207,7 +215,7 @@ class Columns:
 
     def finish(self) -> None:
         """Raises UserError where no row had a renamed column."""
-        if self.given and not self.renamed_rows:
+        if self.given and not self.renamed_rows and not self.cleaned:
             raise UserError(
                 f"--columns: found no row with {' or '.join(map(repr, self.given))}, only the columns "
                 f"{', '.join(map(repr, self.seen)) or 'of an empty file'}. Check the names."

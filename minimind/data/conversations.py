@@ -54,7 +54,7 @@ class Conversation(NamedTuple):
 
 def check_verdict(row: Fields) -> None:
     """Refuse (BadRowError) a row that is marked as one that nobody should learn, as KTO's data has them."""
-    for name in sorted(row.values.keys() & MARKS):
+    for name in sorted(row.columns.keys() & MARKS):
         value = row[name]
         if isinstance(value, list | dict):
             continue
@@ -72,12 +72,12 @@ def check_verdict(row: Fields) -> None:
 
 def open_template_kwargs(row: Fields) -> None:
     """Treat what stands in "chat_template_kwargs" (smoltalk2's system prompt and tools) as columns of the row."""
-    inside = row.values.pop("chat_template_kwargs", None)
+    inside = row.columns.pop("chat_template_kwargs", None)
     inside = parse_literal(inside, "chat_template_kwargs") if inside not in EMPTY else {}
     if isinstance(inside, Mapping):
         for name, value in inside.items():
             if value is not None:
-                row.values.setdefault(str(name).lower(), value)
+                row.columns.setdefault(str(name).lower(), value)
 
 
 def parse_history(value: Any) -> list[Message]:

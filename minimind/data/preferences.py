@@ -38,7 +38,7 @@ def parse_prompt(row: Fields) -> tuple[list[Message], str | None]:
     # OpenAI's "input" holds the messages and the tools.
     value, history = row.take(name, "history")
     if isinstance(value, Mapping) and value.get("tools") not in EMPTY:
-        row.values.setdefault("tools", value["tools"])
+        row.columns.setdefault("tools", value["tools"])
     return parse_history(history) + parse_messages(value, name, "user", row), name
 
 

@@ -95,7 +95,7 @@ class DataArguments:
 
     def reading(self) -> Columns:
         """How the columns of some rows are read; one object counts those of one reading. Raises UserError."""
-        return Columns(self.columns, self.unread_columns)
+        return Columns(self.columns, self.unread_columns, cleaned=self.clean_recipe is not None)
 
     def expand(self, paths: Sequence[str]) -> list[File]:
         """The files to train on: `paths`, or with a recipe their cleaned copy, which is made once and kept."""
@@ -103,8 +103,9 @@ class DataArguments:
             return expand(paths)
         from minimind.data.cleaning import cache_key, clean
 
-        directory = cache_directory() / "clean" / cache_key(paths, self.clean_recipe, self.text_unit)
-        report = clean(paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, text_unit=self.text_unit)
+        reading = {"text_unit": self.text_unit, "columns": self.columns}
+        directory = cache_directory() / "clean" / cache_key(paths, self.clean_recipe, **reading)
+        report = clean(paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading)
         if is_main_process():
             kept, read = report["rows"]["out"], report["rows"]["in"]
             print(f"cleaned: {kept:,} of {read:,} rows kept; see {directory / 'report.html'}", flush=True)

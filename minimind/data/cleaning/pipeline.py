@@ -31,6 +31,7 @@ from minimind.data.cleaning.report import report_page
 from minimind.data.cleaning.segments import Done, Item, group_of, segments_of
 from minimind.data.cleaning.texts import Texts, check_row, split_row
 from minimind.data.cleaning.workers import Workers
+from minimind.data.columns import Columns
 from minimind.data.files import (
     BAD_ROWS_NAMED,
     BadRowError,
@@ -66,9 +67,14 @@ def as_recipe(recipe: str | Path | Recipe) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def cache_key(files: Sequence[str | File], recipe: str | Path | Recipe, text_unit: str = "file") -> str:
+def cache_key(
+    files: Sequence[str | File],
+    recipe: str | Path | Recipe,
+    text_unit: str = "file",
+    columns: Sequence[str] | None = None,
+) -> str:
     """One hash over all that the output of `clean` depends on: the files' contents, the recipe, library versions."""
-    return as_recipe(recipe).key([*(content_hash([file]) for file in expand(files)), text_unit])
+    return as_recipe(recipe).key([*(content_hash([file]) for file in expand(files)), text_unit, *(columns or ())])
 
 
 def clean(
@@ -78,6 +84,7 @@ def clean(
     num_proc: int | None = None,
     on_bad_rows: str | None = None,
     text_unit: str = "file",
+    columns: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Clean rows of any kind into the new directory `destination`; returns the report.
 
@@ -89,6 +96,7 @@ def clean(
         num_proc: processes; default: all cores. The result does not depend on it.
         on_bad_rows: as in `files.BadRows`.
         text_unit: what one row of a txt file is, as in `files.read_rows`.
+        columns: words of `--columns`; the cleaned rows have our names.
 
     Returns:
         What `report.json` holds, and under "run" what is not the same each time: seconds, rows per second,
@@ -106,12 +114,13 @@ def clean(
     given, destination = str(destination), Path.cwd() / Path(destination).expanduser()
     recipe.prepare()
     hashes = [content_hash([file]) for file in found]
-    key = recipe.key([*hashes, text_unit])
+    renaming = Columns(columns)
+    key = recipe.key([*hashes, text_unit, *(columns or ())])
     destination.parent.mkdir(parents=True, exist_ok=True)
     lock = destination.with_name(f".{destination.name}.lock")
     with FileLock(lock):
         report = finished_report(destination, key)
-        job = Cleaning(recipe, found, hashes, key, destination, BadRows(on_bad_rows), text_unit)
+        job = Cleaning(recipe, found, hashes, key, destination, BadRows(on_bad_rows), text_unit, renaming)
         if not (already := report is not None):
             report = job.run(num_proc or os.cpu_count() or 1)
         lock.unlink(missing_ok=True)  # whoever waits for it finds the destination finished
@@ -153,9 +162,10 @@ class Cleaning:
         destination: Path,
         bad: BadRows,
         text_unit: str,
+        columns: Columns,
     ):
         self.recipe, self.files, self.hashes, self.key, self.destination = recipe, files, hashes, key, destination
-        self.bad, self.text_unit = bad, text_unit
+        self.bad, self.text_unit, self.columns = bad, text_unit, columns
         self.rows = 0  # read so far, bad ones included
         self.partial = destination.with_name(f".{destination.name}.partial")
         self.state = self.partial / ".state"
@@ -182,6 +192,7 @@ class Cleaning:
                 self._write(batch.part, done.lines)
                 if batch.last:
                     self._finish_part(batch.part)
+        self.columns.finish()
         self.bad.finish(self.rows)
         return self._publish(self.rows)
 
@@ -210,7 +221,7 @@ class Cleaning:
     def _add_row(self, batch: Batch, where: str, parse: Callable[[], dict]) -> None:
         try:
             boundaries = Boundaries(self.recipe.settings.boundary_markers)
-            rows = split_row(check_row(parse()), boundaries)
+            rows = split_row(check_row(dict(self.columns.rename(parse()))), boundaries)
         except BadRowError as problem:
             count, first = self.bad_of_part.get(batch.part, (0, []))
             self.bad_of_part[batch.part] = (count + 1, [*first, (where, str(problem))][:BAD_ROWS_NAMED])
@@ -378,7 +389,7 @@ class Cleaning:
             if len(found) == len(wanted):
                 break
             if number in wanted:
-                found[number] = {"where": f"{file}:{place}", "text": excerpt(Texts(parse()).whole)}
+                found[number] = {"where": f"{file}:{place}", "text": excerpt(Texts(dict(self.columns.rename(parse()))).whole)}
         return found
 
 
