@@ -575,7 +575,9 @@ def run_clean(args: argparse.Namespace) -> None:
     from minimind.data.cleaning import clean
     from minimind.data.cleaning.report import report_text
 
-    report = clean(args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns)
+    report = clean(
+        args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns
+    )
     print(json.dumps(report, ensure_ascii=False) if args.json else report_text(report))
 
 

@@ -389,7 +389,10 @@ class Cleaning:
             if len(found) == len(wanted):
                 break
             if number in wanted:
-                found[number] = {"where": f"{file}:{place}", "text": excerpt(Texts(dict(self.columns.rename(parse()))).whole)}
+                found[number] = {
+                    "where": f"{file}:{place}",
+                    "text": excerpt(Texts(dict(self.columns.rename(parse()))).whole),
+                }
         return found
 
 
