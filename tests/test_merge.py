@@ -195,7 +195,7 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
 ):
     base = write_base(tmp_path / "base", MiniMindConfig(**config.to_diff_dict() | moe), tokenizer)
     chats, adapter, merged = write_jsonl("chats.jsonl", chat_rows()), tmp_path / "adapter", tmp_path / "merged"
-    run = short_run(adapter, max_length=64, learning_rate=0.1)
+    run = short_run(adapter, max_length=64, learning_rate=0.05)
     start = ["--model_name_or_path", base, "--train_files", chats, "--eval_ratio", "0.2", "--use_peft"]
     run_script(monkeypatch, "finetune_sft", *run, *start, *options)
     expected = logits(load_adapter(adapter))

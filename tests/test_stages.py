@@ -194,7 +194,7 @@ def test_chat_answers_each_line_of_its_input(runs, stage, capsys, monkeypatch):
 def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(runs, capsys, monkeypatch):
     sent = []
     monkeypatch.setattr("minimind.chat.decode", lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0])))
-    monkeypatch.setattr("minimind.chat.parse_message", lambda *_: {"role": "assistant", "content": "(reply)"})
+    monkeypatch.setattr("minimind.chat.parse_message", lambda *_: [{"role": "assistant", "content": "(reply)"}])
     lines = "/help\n/system be brief\n /home is it\n/etc/passwd?\n/new\nlast\n/exit\nnot read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     run_cli("chat", runs / "sft", "--max_new_tokens", "4")
