@@ -197,7 +197,8 @@ def test_a_reply_marked_as_not_trained_has_the_weight_0(mark):
     [
         *({"label": value} for value in (False, 0, "false", "0")),
         *({"kto_tag": False}, {"desirable": "no"}, {"is_correct": False}, {"rejected": True}, {"chosen": False}),
-        *({"score": -1}, {"rating": "rejected"}, {"feedback": "thumbs_down"}),
+        *({"score": -1}, {"score": 0}, {"reward": False}, {"rating": "rejected"}, {"feedback": "thumbs_down"}),
+        *({"votes": -3}, {"label": "dispreferred"}),
     ],
 )
 def test_a_row_marked_as_rejected_is_refused_unless_its_mark_is_left_out(mark):
@@ -206,7 +207,7 @@ def test_a_row_marked_as_rejected_is_refused_unless_its_mark_is_left_out(mark):
     with pytest.raises(BadRowError, match=f"found '{name}': .*, the mark of a rejected reply"):
         to_messages(row)
     assert to_messages(Columns(unread=[name]).fields(row)) == TALK
-    kept = {"label": True, "kto_tag": 1, "score": 0, "rating": 0.0, "reward": -1.5, "feedback": "good"}
+    kept = {"label": True, "kto_tag": 1, "score": 3, "rating": 0.5, "reward": -1.5, "votes": 0, "feedback": "good"}
     assert to_messages({"prompt": "hi", "completion": "hello", **kept}) == TALK
 
 
@@ -375,6 +376,9 @@ def test_a_prompt_may_be_any_question_of_the_conversations_it_stands_beside():
         '{"rows": [{"row_idx": 0, "row": {"instruction": "hi", "output": "hello"}, "truncated_cells": []}]}',
         '{"instruction": ["hi"], "output": ["hello"]}',
         '{"instruction": {"0": "hi"}, "output": {"0": "hello"}}',
+        '{"columns": ["instruction", "output"], "index": [0], "data": [["hi", "hello"]]}',
+        '{"made_by": "us", "chats": [{"messages": [{"role": "user", "content": "hi"}, '
+        '{"role": "assistant", "content": "hello"}]}]}',
     ],
 )
 def test_a_json_file_of_one_object_is_read_as_what_it_is(tmp_path, text):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -636,6 +637,17 @@ def test_weighted_sources_are_read_and_a_row_taken_twice_is_no_copy(tokenizer_di
 
 
 # What is shown.
+
+
+def test_both_voices_of_a_dialogue_in_a_users_message_are_found(tokenizer, tokenizer_dir, write_jsonl, capsys):
+    both = chat("Go on:\nHuman: fox?\nAssistant: dog.\nHuman: and?", "cat")
+    one = chat("Say it:\nHuman: fox?", "Here:\nAssistant: dog")
+    for rows, severity in ((rows_of(both, one, *CONVERSATIONS), "warning"), (rows_of(both, one), "error")):
+        path = write_jsonl("chats.jsonl", rows)
+        with suppress(SystemExit):
+            run_cli("inspect", path, "--tokenizer", tokenizer_dir, "--json")
+        found = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["name"] == "flat_dialogues"]
+        assert [(f["severity"], f["count"], f["places"]) for f in found] == [(severity, 1, [f"{path}:1"])]
 
 
 HOSTILE = '<script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" </div> \x1b[31m\u202ered 🦊'

@@ -33,9 +33,11 @@ VERDICTS = (
     *("is_preferred", "approved", "is_approved", "correct", "is_correct", "good", "is_good", "thumbs_up", "liked"),
 )
 REJECTIONS = ("rejected", "is_rejected", "bad", "is_bad", "undesirable", "thumbs_down", "disliked")
-SCORES = ("score", "rating", "reward", "vote", "votes", "feedback", "preference", "verdict", "judgement", "judgment")
-MARKS = {*VERDICTS, *REJECTIONS, *SCORES}
-NO = (False, "false", "no", "0", "-1", "rejected", "negative", "bad", "undesirable", "dislike", "thumbs_down")
+SCORES = ("score", "rating", "reward", "verdict", "judgement", "judgment", "overall_score")  # 0 is the worst of all
+VOTES = ("vote", "votes", "feedback", "preference")  # 0 says nothing
+MARKS = {*VERDICTS, *REJECTIONS, *SCORES, *VOTES}
+NO_WORDS = ("rejected", "negative", "bad", "undesirable", "dispreferred", "dislike", "thumbs_down", "downvote", "-1")
+NO = (False, "false", "no", "0", *NO_WORDS)
 YES = (True, "true", "yes", "1")
 # Values of a column "reasoning" or "thinking" that switch it and are no thoughts.
 SWITCHES = {"on", "off", "true", "false", "yes", "no", "none", "auto", "enabled", "disabled", "low", "medium", "high"}
@@ -59,10 +61,9 @@ def check_verdict(row: Fields) -> None:
         if isinstance(value, list | dict):
             continue
         word = value.strip().lower() if isinstance(value, str) else value
-        if name in SCORES:
-            rejected = word == -1 or (isinstance(word, str) and word in NO and word != "0")
-        else:
-            rejected = word in (YES if name in REJECTIONS else (*NO, -1))  # 0 and 1 are False and True
+        rejected = word in (YES if name in REJECTIONS else NO_WORDS if name in VOTES else NO)  # 0 and 1 are booleans
+        if name not in REJECTIONS and isinstance(word, int):  # a negative fraction may be a reward model's
+            rejected = rejected or word < 0
         if rejected:
             raise BadRowError(
                 f"found {name!r}: {shown(value)}, the mark of a rejected reply, expected replies to learn from "

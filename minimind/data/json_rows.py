@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from minimind.data.columns import KNOWN
 from minimind.data.rows import BadRowError, decoded, shown
 from minimind.errors import UserError
 
@@ -103,6 +104,7 @@ def _parse_strictly(raw: bytes) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("line 1 ", "")
+        reason += "; a line break within a text is written \\n" if reason.startswith("Unterminated") else ""
         raise BadRowError(f"found {text[:60]!r}, which is not JSON ({reason}), expected {JSON_ROW}") from None
     return _checked(value, text)
 
@@ -294,20 +296,24 @@ def rows_of(value: dict, name: str) -> list[dict]:
 
     Of a "train" part beside others, such as "test", only that is read; a log line says so.
     """
-    parts = {
-        key: part
-        for key, part in value.items()
-        if isinstance(part, list) and part and all(isinstance(row, dict) for row in part)
-    }
-    if key := next((key for key in WRAPPERS if key in parts), None):
+    parts = {key: part for key, part in value.items() if _holds_rows(part)}
+    if KNOWN.isdisjoint(map(str.lower, value)) and (len(parts) == 1 or not parts.keys().isdisjoint(WRAPPERS)):
+        key = next((key for key in WRAPPERS if key in parts), next(iter(parts)))
         if others := [other for other in parts if other != key]:
             logger.warning("%s: read the rows of %r, not those of %s", name, key, ", ".join(map(repr, others)))
         return [row["row"] if "row_idx" in row and isinstance(row.get("row"), dict) else row for row in parts[key]]
     return _transposed(value) or [value]
 
 
+def _holds_rows(part: Any) -> bool:
+    """Whether a value is a list of objects, as rows are."""
+    return isinstance(part, list) and bool(part) and all(isinstance(row, dict) for row in part)
+
+
 def _transposed(value: dict) -> list[dict] | None:
     """Columns -> rows: lists of equal length, or dicts by the same numbers (pandas'); None where it is no table."""
+    if set(value) >= {"columns", "data"} and all(isinstance(row, list) for row in value["data"]):  # pandas' "split"
+        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
     columns = list(value.values())
     kinds = {type(column) for column in columns}
     if kinds == {list} and len({len(column) for column in columns}) == 1:
