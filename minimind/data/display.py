@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.inspection import Inspection
 from minimind.data.packing import IGNORED
+from minimind.language import translated
 from minimind.tokenizer import text_bytes
 
 # The name of a role's colour in the terminal, and its hue on the page; other roles share the last.
@@ -120,7 +121,7 @@ def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
 
 def print_report(report: dict, console: Console) -> None:
     """Roles, lengths and findings."""
-    console.print(Text(summary(report), "bold"))
+    console.print(Text(translated(summary(report)), "bold"))
     roles = table("role", "tokens", "trained", "share")
     for name, counts in report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
@@ -130,13 +131,14 @@ def print_report(report: dict, console: Console) -> None:
     console.print()
     lengths = report["lengths"]
     shown = "  ".join(f"{name} %: {value:,}" for name, value in lengths["percentiles"].items())
-    console.print(f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shown}")
+    console.print(translated(f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shown}"))
     counts, edges = lengths["histogram"]["counts"], lengths["histogram"]["edges"]
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         console.print(f"{low:>8,} to {high:<7,} {count:>9,}  [green]{bar(count / max(counts))}[/]")
     console.print()
     console.print(windows_table(lengths))
-    console.print(f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n")
+    fitting = f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n"
+    console.print(translated(fitting))
     print_findings(report["findings"], console)
 
 
@@ -183,14 +185,14 @@ def windows_table(lengths: dict) -> Table:
 def print_findings(findings: Iterable[dict], console: Console) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
-        line = Text().append(f"{finding['severity']:<8}", SEVERITIES[finding["severity"]])
-        line.append(f"{finding['name']}: ", "bold").append(finding["text"] + ". ").append(finding["advice"])
+        line = Text().append(f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]])
+        line.append(f"{finding['name']}: ", "bold").append(translated(f"{finding['text']}. {finding['advice']}"))
         console.print(line)
         if finding["places"]:
             more = ", ..." if finding["count"] > len(finding["places"]) else ""
             console.print(Text(f"         {', '.join(finding['places'])}{more}", "dim"))
     if not findings:
-        console.print("[green]no findings[/]")
+        console.print(translated("[green]no findings[/]"))
 
 
 def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
@@ -212,7 +214,7 @@ def print_rows(inspection: Inspection, numbers: Sequence[int], tokenizer, consol
     if not numbers:
         return
     pieces = Pieces(inspection, tokenizer)
-    legend = Text("\ntokens, every second one underlined, special ones in italics: ")
+    legend = Text(translated("\ntokens, every second one underlined, special ones in italics: "))
     for name, counts in inspection.report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
         if counts["trained"] < counts["tokens"]:

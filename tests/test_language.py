@@ -1,0 +1,132 @@
+"""What is printed for a person is Chinese where it is asked for, from a table that matches the code, and else English."""
+
+import argparse
+import ast
+import io
+import re
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import minimind
+from minimind.errors import UserError, reports_user_errors
+from minimind.language import TABLE, say, templates, translated
+
+CODE = [*Path(minimind.__file__).parent.rglob("*.py"), Path(argparse.__file__)]
+TEMPLATES = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def chinese(monkeypatch):
+    monkeypatch.setenv("MINIMIND_LANG", "zh")
+
+
+def literals(path: Path) -> set[str]:
+    """The strings in a file, each f-string with {} for its values, and {} for those that % or logging fills in."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(re.sub(r"%(\(\w+\))?[rsd]", "{}", node.value))
+        elif isinstance(node, ast.JoinedStr):
+            found.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+    return found
+
+
+def filled(template: str) -> tuple[str, list[str]]:
+    """A template with its gaps filled by names that are in no template."""
+    names = [f"⟨{number}⟩" for number in range(template.count("{}"))]
+    words = template.split("{}")
+    return "".join(word + name for word, name in zip(words, [*names, ""], strict=True)), names
+
+
+def test_every_template_is_a_text_of_the_code():
+    texts = set().union(*map(literals, CODE))
+    assert sorted(set(TEMPLATES) - texts) == []
+
+
+def test_every_template_is_translated_by_its_own_chinese_and_with_all_its_gaps(chinese):
+    """Fails too where an earlier template takes the text of a later one."""
+    wrong = {}
+    for template, expected in TEMPLATES.items():
+        text, names = filled(template)
+        numbers = [field or str(index) for index, field in enumerate(gaps(expected))]
+        if sorted(numbers) != [str(index) for index in range(len(names))]:
+            wrong[template] = numbers
+        elif translated(text) != expected.format(*names):
+            wrong[template] = translated(text)
+    assert wrong == {}
+
+
+def gaps(chinese: str) -> list[str]:
+    return [field for _, field, _, _ in string.Formatter().parse(chinese) if field is not None]
+
+
+def test_english_is_untouched_and_does_not_read_the_table(monkeypatch):
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    monkeypatch.setenv("MINIMIND_LANG", "en")  # it goes before the locale
+    templates.cache_clear()
+    assert translated("interrupted: nothing was saved") == "interrupted: nothing was saved"
+    assert templates.cache_info().currsize == 0
+
+
+def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
+    for name in ("MINIMIND_LANG", "LC_ALL", "LC_MESSAGES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    assert translated("interrupted: nothing was saved") == "已中断：没有保存任何内容"
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert translated("interrupted: nothing was saved") == "interrupted: nothing was saved"
+
+
+def test_what_is_nested_is_translated_too(chinese):
+    problem = "messages[1]: found 7, expected an object with 'role' and 'content'"
+    text = f"a b.jsonl:3: {problem} (and 1 more: a b.jsonl:4)\nMend the row, or leave out bad rows with --on_bad_rows skip."
+    assert translated(f"error: {text}") == (
+        "错误：a b.jsonl:3：messages[1]：读到 7，应为含有 'role' 和 'content' 的对象（另有 1 处：a b.jsonl:4）\n"
+        "请修正这一行，或用 --on_bad_rows skip 跳过坏行。"
+    )
+
+
+def test_sentences_that_are_put_together_are_translated_one_by_one(chinese):
+    finding = "warmup: 500 warm-up steps, expected fewer than the 400 steps of the run. Give more text, or train for fewer steps."
+    assert translated(f"warning: {finding}") == (
+        "警告：warmup: 预热 500 步，应为少于训练的 400 步。请给出更多文本，或减少训练步数。"
+    )
+
+
+def test_a_text_that_is_not_in_the_table_stays(chinese):
+    text = "nobody: has, this; text. At all\n  here"
+    assert translated(text) == text
+
+
+def test_an_ascii_terminal_gets_english(chinese, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    say("interrupted: nothing was saved")
+    assert terminal.buffer.getvalue() == b"interrupted: nothing was saved\n"
+
+
+def test_an_error_comes_out_in_chinese(chinese, capsys):
+    @reports_user_errors
+    def main():
+        raise UserError("runs/x exists and is not empty. Give a directory that does not exist yet, or remove it.")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "错误：runs/x 已存在且不是空目录。请给出一个尚不存在的目录，或删除它。\n"
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"), [("zh", "错误：缺少参数："), ("en", "error: the following arguments")]
+)
+def test_a_command_speaks_the_language_asked_for(language, expected, monkeypatch):
+    monkeypatch.setenv("MINIMIND_LANG", language)
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    command = [sys.executable, "-m", "minimind.cli", "chat"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(minimind.__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr.startswith(expected)
