@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
-# Where texts are put together from several: a place or a name, sentences; then the items of a list.
-BORDERS = re.compile(r": |\. |, expected "), re.compile(r"; |, ")
-CHINESE_MARKS = {": ": "：", ". ": "。", ", expected ": "，应为", "; ": "；", ", ": "，"}
+# Where texts are put together from several: a place or a name, sentences, lines; then the items of a list.
+BORDERS = re.compile(r": |\. |\n"), re.compile(r"; |, ")
+CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 
 def is_chinese() -> bool:
@@ -34,13 +34,16 @@ def _can_show(text: str) -> bool:
 
 @cache
 def templates() -> list[tuple[list[str], re.Pattern, str]]:
-    """The table in its order: the words of an English template, its pattern with a group for each gap, the Chinese."""
+    """The table in its order: the words of an English template, its pattern with a group for each gap, the Chinese.
+
+    What fills a gap is within one line, unless the template itself has several.
+    """
     import yaml
 
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     parts = {english: english.split("{}") for english in table}
     return [
-        (words, re.compile("(.*?)".join(map(re.escape, words)), re.DOTALL), table[english])
+        (words, re.compile("(.*?)".join(map(re.escape, words)), re.DOTALL if "\n" in english else 0), table[english])
         for english, words in parts.items()
     ]
 
@@ -52,8 +55,6 @@ def translated(text: str) -> str:
     for words, pattern, chinese in templates():
         if all(word in text for word in words) and (match := pattern.fullmatch(text)):
             return chinese.format(*map(translated, match.groups()))
-    if "\n" in text:
-        return "\n".join(map(translated, text.split("\n")))
     for borders in BORDERS:
         if border := borders.search(text):
             first, mark, rest = text[: border.start()], border.group(), text[border.end() :]

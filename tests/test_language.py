@@ -1,4 +1,4 @@
-"""What is printed for a person is Chinese where it is asked for, from a table that matches the code, and else English."""
+"""What is printed for a person is Chinese where that is asked for, from a table that fits the code; else English."""
 
 import argparse
 import ast
@@ -84,17 +84,18 @@ def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
 
 def test_what_is_nested_is_translated_too(chinese):
     problem = "messages[1]: found 7, expected an object with 'role' and 'content'"
-    text = f"a b.jsonl:3: {problem} (and 1 more: a b.jsonl:4)\nMend the row, or leave out bad rows with --on_bad_rows skip."
-    assert translated(f"error: {text}") == (
+    remedy = "Mend the row, or leave out bad rows with --on_bad_rows skip."
+    assert translated(f"error: a b.jsonl:3: {problem} (and 1 more: a b.jsonl:4)\n{remedy}") == (
         "错误：a b.jsonl:3：messages[1]：读到 7，应为含有 'role' 和 'content' 的对象（另有 1 处：a b.jsonl:4）\n"
         "请修正这一行，或用 --on_bad_rows skip 跳过坏行。"
     )
 
 
 def test_sentences_that_are_put_together_are_translated_one_by_one(chinese):
-    finding = "warmup: 500 warm-up steps, expected fewer than the 400 steps of the run. Give more text, or train for fewer steps."
-    assert translated(f"warning: {finding}") == (
-        "警告：warmup: 预热 500 步，应为少于训练的 400 步。请给出更多文本，或减少训练步数。"
+    found = "\n  epochs: 9 passes over the data. Give more text, or train for fewer steps.\n  wide: 7 of 8"
+    assert translated(f"this run would go wrong:{found}\nTo train it still: --on_findings warn.") == (
+        "这次训练会出错：\n  epochs: 数据重复 9 遍。请给出更多文本，或减少训练步数。\n  wide: 7 of 8\n"
+        "如仍要训练：--on_findings warn。"
     )
 
 

@@ -186,7 +186,10 @@ def print_findings(findings: Iterable[dict], console: Console) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
         line = Text().append(f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]])
-        line.append(f"{finding['name']}: ", "bold").append(translated(f"{finding['text']}. {finding['advice']}"))
+        told = translated("{text}. {advice}").format(
+            text=translated(finding["text"]), advice=translated(finding["advice"])
+        )
+        line.append(f"{finding['name']}: ", "bold").append(told)
         console.print(line)
         if finding["places"]:
             more = ", ..." if finding["count"] > len(finding["places"]) else ""

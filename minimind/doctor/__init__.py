@@ -116,5 +116,6 @@ def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) 
 
 
 def _sentence(finding: Finding) -> str:
-    expected = f", expected {finding.expected}" if finding.expected else ""
-    return f"{finding.found}{expected}. {finding.fix}"
+    form = "{found}, expected {expected}. {fix}" if finding.expected else "{found}. {fix}"
+    parts = {name: translated(getattr(finding, name)) for name in ("found", "expected", "fix")}
+    return translated(form).format(**parts)

@@ -267,7 +267,7 @@ class Stage:
         console.print(translated(f"[bold]{self.kind}[/] -> {self.output_dir}  (from {start})"))
         for part, title in (("train", "  train  "), ("eval", "  eval   ")):
             counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
-            listed = ", ".join(f"{value:,} {translated(key).replace('_', ' ')}" for key, value in counts.items())
+            listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
             files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
             console.print(f"{translated(title)}{listed}  [dim]{translated(files)}[/]")
         active = active_parameters(model)
