@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 
-from minimind.language import say
+from minimind.language import say, translated
 
 
 class UserError(Exception):
@@ -33,7 +33,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             return main(*args, **kwargs)
         except UserError as error:
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-                say(f"error: {error}", file=sys.stderr)
+                say(f"error: {translated(str(error))}", file=sys.stderr)
             else:
                 time.sleep(5)  # a launcher stops all as soon as one is gone: rank 0 must have spoken before
             sys.exit(2)

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
-# Where texts are put together from several: a place or a name, sentences, lines; then the items of a list.
-BORDERS = re.compile(r": |\. |\n"), re.compile(r"; |, ")
+# Where texts are put together from several: lines; a place or a name, and sentences; the items of a list.
+BORDERS = re.compile(r"\n"), re.compile(r": |\. "), re.compile(r"; |, ")
 CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 

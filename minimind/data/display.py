@@ -121,7 +121,7 @@ def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
 
 def print_report(report: dict, console: Console) -> None:
     """Roles, lengths and findings."""
-    console.print(Text(translated(summary(report)), "bold"))
+    console.print(Text("".join(map(translated, summary(report))), "bold"))
     roles = table("role", "tokens", "trained", "share")
     for name, counts in report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
@@ -142,16 +142,16 @@ def print_report(report: dict, console: Console) -> None:
     print_findings(report["findings"], console)
 
 
-def summary(report: dict) -> str:
-    """The report in one line."""
+def summary(report: dict) -> tuple[str, str]:
+    """The report in one line: what all stages have, and their own."""
     text = f"{report['stage']}: {report['rows']:,} rows, {report['tokens']:,} tokens, "
     if report["stage"] == "pretrain":
-        return text + (
+        return text, (
             f"{report['documents']:,} documents, {report['bytes_per_token']} bytes per token, "
             f"{report['dropped_tokens']:,} tokens left over, "
             f"{report['partial_character_share']:.1%} of the tokens are parts of characters"
         )
-    return text + (
+    return text, (
         f"{report['trained_share']:.1%} trained; the end token of {report['replies_with_end_trained']:,} of "
         f"{report['replies_trained']:,} trained replies; {report['rows_without_trained_token']:,} rows without a "
         "trained token"
@@ -186,9 +186,8 @@ def print_findings(findings: Iterable[dict], console: Console) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
         line = Text().append(f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]])
-        told = translated("{text}. {advice}").format(
-            text=translated(finding["text"]), advice=translated(finding["advice"])
-        )
+        parts = {name: translated(finding[name]) for name in ("text", "advice")}
+        told = translated("{text}. {advice}").format(**parts)
         line.append(f"{finding['name']}: ", "bold").append(told)
         console.print(line)
         if finding["places"]:
@@ -330,11 +329,12 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
             f"<div class=where>{html.escape(inspection.title(number))}</div><div class=row>{''.join(shown)}</div>"
         )
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    line = "".join(summary(report))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8>"
         f'<meta http-equiv=Content-Security-Policy content="{policy}">'
         f"<title>minimind inspect: {html.escape(source)}</title><style>{style}</style>"
-        f"<h1>{html.escape(source)}</h1><p>{html.escape(summary(report))}</p>{html_table(roles)}"
+        f"<h1>{html.escape(source)}</h1><p>{html.escape(line)}</p>{html_table(roles)}"
         f"<h2>Findings</h2><dl>{findings or 'none'}</dl>"
         f'<h2>Lengths</h2><img alt="length histogram" src="data:image/png;base64,{image}">'
         f"{html_table(windows_table(report['lengths']))}"

@@ -69,8 +69,10 @@ def print_report(report: dict) -> None:
     console.print(table)
     if left_out := not_checked(report["findings"]):
         console.print(translated(f"not checked: {escape(left_out)}"))
-    counts = (f"{report[name]} {name if report[name] != 1 else name[:-1]}" for name in ("errors", "warnings"))
-    console.print(translated(", ".join(counts)))
+    counts = (
+        f"{report[name]} {translated(name if report[name] != 1 else name[:-1])}" for name in ("errors", "warnings")
+    )
+    console.print(", ".join(counts))
 
 
 def not_checked(findings: Sequence[dict]) -> str:
@@ -82,7 +84,7 @@ def not_checked(findings: Sequence[dict]) -> str:
     named = {
         why: ", ".join(names) if len(names) <= NAMED else f"{len(names)} checks" for why, names in reasons.items()
     }
-    return "; ".join(f"{names} ({reason})" for reason, names in named.items())
+    return "; ".join(f"{translated(names)} ({translated(reason)})" for reason, names in named.items())
 
 
 def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:

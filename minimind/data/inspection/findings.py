@@ -263,11 +263,12 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
     allowed = 0 if on_bad_rows == "error" else BAD_ROW_SHARE
     for bad in reading.bad:
         refused = bad.count > allowed * bad.total and on_bad_rows != "skip"
-        stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
         for count, problem, places in bad.reasons.values():
             name, advice = next((known[1:] for known in REASONS if known[0] in problem), ("bad_rows", "Mend them."))
             text = f"{count:,} of {bad.total:,} rows are left out: {'in the first ' * (count > 1)}{problem}"
-            found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
+            if refused:
+                advice = f"{advice} A run would stop at them without --on_bad_rows skip."
+            found.add(name, "error" if refused else "warning", count, text, advice, places)
     for columns in reading.columns:
         for name, count, text, advice, places in columns.findings():
             found.add("unread_columns", "error", count, text, advice, places)
