@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pipeline import document_rows, run_cli, run_script, short_run, write_model
 
 import minimind
 from minimind.errors import UserError, reports_user_errors
 from minimind.language import TABLE, say, templates, translated
 
 CODE = [*Path(minimind.__file__).parent.rglob("*.py"), Path(argparse.__file__)]
+HAN = re.compile(r"[\u4e00-\u9fff]")
 TEMPLATES = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 
 
@@ -119,6 +121,32 @@ def test_an_error_comes_out_in_chinese(chinese, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "错误：runs/x 已存在且不是空目录。请给出一个尚不存在的目录，或删除它。\n"
+
+
+def test_a_run_and_a_chat_speak_chinese(chinese, tmp_path, tokenizer_dir, write_jsonl, monkeypatch, capsys):
+    """Names of metrics and figures stay, and so does what is written to files."""
+    texts = write_jsonl("texts.jsonl", document_rows())
+    words = ["--train_files", texts, "--model_config", write_model(tmp_path / "model.json")]
+    words += ["--tokenizer", tokenizer_dir, "--block_size", 16, "--sample_tokens", 2]
+    run_script(monkeypatch, "pretrain", *short_run(tmp_path / "run", logging_steps=1), *words)
+    said = capsys.readouterr().out
+    for line in (
+        rf"正在准备 {texts}（只此一次；保存在 \S+）",
+        rf"pretrain -> {tmp_path}/run（起点：随机权重）",
+        r"  步数   2 步，每步 2 行（2 x 1 累积 x 1 进程），学习率 0.0005（cosine_with_min_lr），随机种子 42",
+        r"步 2/2 100.0%  loss \d.*  lr .*  已用 \S+，剩余 0:00:00",
+        r"第 2 步之后的样例",
+        rf"pretrain 已完成，目录 {tmp_path}/run，用时 \d+ 秒",
+    ):
+        assert re.search(f"^{line}$", said, re.MULTILINE), (line, said)
+    for file in ("train_log.jsonl", "stage.json"):
+        assert not HAN.search((tmp_path / "run" / file).read_text(encoding="utf-8"))
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/nothing\n"))
+    run_cli("chat", tmp_path / "run")
+    heard = capsys.readouterr()
+    assert heard.out.startswith("按回车发送") and "/nothing：没有这个命令。请用 /help 查看。\n" in heard.out
+    assert heard.err.startswith("注意：") and "是基座模型" in heard.err
 
 
 @pytest.mark.parametrize(
