@@ -33,27 +33,30 @@ def _can_show(text: str) -> bool:
 
 
 @cache
-def templates() -> list[tuple[list[str], re.Pattern, str]]:
-    """The table in its order: the words of an English template, its pattern with a group for each gap, the Chinese.
-
-    What fills a gap is within one line, unless the template itself has several.
-    """
+def table() -> dict[str, str]:
+    """English templates and their Chinese, in the order of the file: the first that fits is taken."""
     import yaml
 
-    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    parts = {english: english.split("{}") for english in table}
-    return [
-        (words, re.compile("(.*?)".join(map(re.escape, words)), re.DOTALL if "\n" in english else 0), table[english])
-        for english, words in parts.items()
-    ]
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+def _fit(template: str, text: str) -> re.Match | None:
+    """What fills the gaps of a template that the text is an instance of.
+
+    It is within one line, unless the template itself has several.
+    """
+    words = template.split("{}")
+    if not all(word in text for word in words):
+        return None
+    return re.fullmatch("(.*?)".join(map(re.escape, words)), text, re.DOTALL if "\n" in template else 0)
 
 
 def translated(text: str) -> str:
     """A text for a person, in the user's language as far as the table has it, what fills its gaps included."""
     if not text.strip() or not is_chinese():
         return text
-    for words, pattern, chinese in templates():
-        if all(word in text for word in words) and (match := pattern.fullmatch(text)):
+    for english, chinese in table().items():
+        if match := _fit(english, text):
             return chinese.format(*map(translated, match.groups()))
     for borders in BORDERS:
         if border := borders.search(text):

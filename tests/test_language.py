@@ -10,16 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from pipeline import document_rows, run_cli, run_script, short_run, write_model
 
 import minimind
 from minimind.errors import UserError, reports_user_errors
-from minimind.language import TABLE, say, templates, translated
+from minimind.language import say, table, translated
 
 CODE = [*Path(minimind.__file__).parent.rglob("*.py"), Path(argparse.__file__)]
 HAN = re.compile(r"[\u4e00-\u9fff]")
-TEMPLATES = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+TEMPLATES = table()
 
 
 @pytest.fixture
@@ -28,11 +27,11 @@ def chinese(monkeypatch):
 
 
 def literals(path: Path) -> set[str]:
-    """The strings in a file, each f-string with {} for its values, and {} for those that % or logging fills in."""
+    """The strings in a file, each f-string with {} for its values; also with {} for what % or `format` fills in."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(re.sub(r"%(\(\w+\))?[rsd]", "{}", node.value))
+            found |= {node.value, re.sub(r"%(\(\w+\))?[rsd]|\{\w+(:[^{}]+)?\}", "{}", node.value)}
         elif isinstance(node, ast.JoinedStr):
             found.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
     return found
@@ -70,9 +69,9 @@ def gaps(chinese: str) -> list[str]:
 def test_english_is_untouched_and_does_not_read_the_table(monkeypatch):
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     monkeypatch.setenv("MINIMIND_LANG", "en")  # it goes before the locale
-    templates.cache_clear()
+    table.cache_clear()
     assert translated("interrupted: nothing was saved") == "interrupted: nothing was saved"
-    assert templates.cache_info().currsize == 0
+    assert table.cache_info().currsize == 0
 
 
 def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
