@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
-# Where texts are put together from several: lines; a place or a name, and sentences; the items of a list.
-BORDERS = re.compile(r"\n"), re.compile(r": |\. "), re.compile(r"; |, ")
+# Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
+BORDERS = re.compile(r"\n|^ +"), re.compile(r": |\. "), re.compile(r"; |, ")
 CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 
@@ -43,10 +43,10 @@ def table() -> dict[str, str]:
 def _fit(template: str, text: str) -> re.Match | None:
     """What fills the gaps of a template that the text is an instance of.
 
-    It is within one line, unless the template itself has several.
+    It is within one line, unless the template itself has several, and begins no text with an indent.
     """
     words = template.split("{}")
-    if not all(word in text for word in words):
+    if not all(word in text for word in words) or (text[0].isspace() and not words[0]):
         return None
     return re.fullmatch("(.*?)".join(map(re.escape, words)), text, re.DOTALL if "\n" in template else 0)
 

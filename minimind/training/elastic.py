@@ -42,10 +42,10 @@ class Batch:
         return self.processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def __str__(self) -> str:
-        plural = "es" if self.processes > 1 else ""
+        noun = "processes" if self.processes > 1 else "process"
         return (
             f"{self.rows:,} rows ({self.per_device_train_batch_size} x {self.gradient_accumulation_steps} "
-            f"accumulation x {self.processes} process{plural})"
+            f"accumulation x {self.processes} {noun})"
         )
 
     def shared_by(self, processes: int) -> "Batch | None":

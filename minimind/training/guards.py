@@ -213,7 +213,7 @@ class GuardCallback(TrainerCallback):
         if last or (self.streak == 1 and self.saved < KEPT_BATCHES):
             save_batch(self.trainer, directory, step, loss, norm, with_weights=last)
             self.saved += 1
-            found += f"; the batch is kept in {directory}"
+            found = f"{found}; the batch is kept in {directory}"
         if not last:
             notice(f"{found}; step skipped ({self.streak} in a row, the run stops at {self.limit})")
             return

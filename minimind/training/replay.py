@@ -175,8 +175,10 @@ def print_replay(report: dict) -> None:
     say(f"  again        loss {loss} ({report['precision']})")
     for names, words in ((report["bad_weights"], "weights"), (report["bad_gradients"], "gradients")):
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            say(f"  {words} that are not finite: {', '.join(names[:SHOWN])}{more}")
+            listed = ", ".join(names[:SHOWN])
+            if len(names) > SHOWN:
+                listed = f"{listed} and {len(names) - SHOWN} more"
+            say(f"  {words} that are not finite: {listed}")
     for key, words in (("first_layer", "forward pass"), ("first_gradient", "backward pass")):
         if first := report[key]:
             place = "".join(f"row {row}, position {at}, " for row, at in first.get("places", [])[:1])

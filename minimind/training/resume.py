@@ -246,9 +246,11 @@ def check_output_directory(output_dir: Path) -> None:
     names = sorted(path.name for path in output_dir.iterdir())
     strangers = [name for name in names if not name.startswith(".") and not name.endswith(LOGS)]
     if strangers:
-        more = f" and {len(strangers) - 3:,} more" if len(strangers) > 3 else ""
+        found = ", ".join(strangers[:3])
+        if len(strangers) > 3:
+            found = f"{found} and {len(strangers) - 3:,} more"
         raise UserError(
-            f"--output_dir {output_dir} is not empty and not a run of ours: found {', '.join(strangers[:3])}{more}, "
+            f"--output_dir {output_dir} is not empty and not a run of ours: found {found}, "
             f"but neither {RUN} nor stage.json. Give a directory that does not exist yet."
         )
 
