@@ -69,7 +69,7 @@ def read_texts(
     """
     found = expand(files)
     hidden = None if title else True
-    with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=translated(title), disable=hidden) as bar:
+    with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden) as bar:
         boundaries = Boundaries()
 
         def convert(data: dict) -> tuple[list[str], Any]:
