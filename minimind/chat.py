@@ -11,6 +11,7 @@ from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.files import cache_directory
 from minimind.data.messages import parse_message
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.terminal import read_messages
 from minimind.tokenizer import load_tokenizer
 
@@ -84,7 +85,7 @@ def chat(
     set_seed(seed)
     interactive = sys.stdin.isatty()
     if interactive:
-        print(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. Type a message, or /help.")
+        say(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. Type a message, or /help.")
     encoder = ChatEncoder(tokenizer)
     window = max(1, model.config.max_position_embeddings - max_new_tokens)
     opening = [{"role": "system", "content": system}] if system else []
@@ -97,7 +98,7 @@ def chat(
         if command and command[1] == "/new":
             messages = list(opening)
         elif command:
-            print(HELP if command[1] == "/help" else f"{command[1]}: no such command. See /help.")
+            say(HELP if command[1] == "/help" else f"{command[1]}: no such command. See /help.")
         if command or not text.strip():
             continue
 
@@ -126,7 +127,7 @@ def check_chattable(directory: str, tokenizer: PreTrainedTokenizerFast) -> None:
             "continues texts; finetune_sft.py --chat_template chatml makes a chat model of it."
         )
     if read_stage(directory).get("stage") == "pretrain":
-        print(
+        say(
             f"notice: {directory} is a base model: it continues texts and has not learned to answer. See `minimind "
             "generate`, or train it on conversations with finetune_sft.py.",
             file=sys.stderr,

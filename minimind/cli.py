@@ -6,6 +6,7 @@ import sys
 from contextlib import redirect_stdout
 
 from minimind.errors import UserError, reports_user_errors
+from minimind.language import say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 
 
@@ -351,13 +352,13 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     from minimind.tokenizer import save_tokenizer, train_tokenizer
     from minimind.tokenizer.texts import read_texts, weighted
 
-    print(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}", flush=True)
+    say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
     texts = weighted(read_texts(args.files, args.on_bad_rows, columns=args.columns), dict(args.weights))
     tokenizer = train_tokenizer((text.text for text in texts), args.vocab_size, args.pre_tokenizer, args.min_frequency)
     save_tokenizer(tokenizer, Path(args.output_dir))
     fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
-    print(f"{len(tokenizer):,} tokens{fewer} in {time.perf_counter() - began:.0f} s -> {args.output_dir}")
+    say(f"{len(tokenizer):,} tokens{fewer} in {time.perf_counter() - began:.0f} s -> {args.output_dir}")
 
 
 def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
@@ -532,7 +533,7 @@ def run_export(args: argparse.Namespace) -> None:
     prepare_launch(uses_deepspeed=False)
     record = export(args.directory, args.out, args.format, args.dtype)
     print(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
-    print(report(record["verification"]))
+    say(report(record["verification"]))
 
 
 def run_merge(args: argparse.Namespace) -> None:
@@ -544,7 +545,7 @@ def run_merge(args: argparse.Namespace) -> None:
     prepare_launch(uses_deepspeed=False)
     record = merge(args.adapter, args.out)
     print(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
-    print(report(record["verification"]))
+    say(report(record["verification"]))
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -559,12 +560,12 @@ def run_import(args: argparse.Namespace) -> None:
         num_attention_heads=args.num_attention_heads,
         rope_theta=args.rope_theta,
     )
-    print(f"{args.source}: {report.layout}, {model.num_parameters() / 1e6:.2f} M parameters, {model.dtype}")
+    say(f"{args.source}: {report.layout}, {model.num_parameters() / 1e6:.2f} M parameters, {model.dtype}")
     for title, fields in {"from the shapes": report.inferred, "ASSUMED": report.assumed}.items():
         if fields:
             print(f"  {title}: {', '.join(f'{name} {value}' for name, value in fields.items())}")
     for note in report.notes:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
     print(f"-> {args.destination}")
 
 
@@ -596,7 +597,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     for part, counts in facts.items():
         shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
         print(f"{part:<6} {shown}")
-    print(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
+    say(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
 
 
 def run_plan(args: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from functools import wraps
 
+from minimind.language import say, translated
+
 
 class UserError(Exception):
     """A mistake the user can fix.
@@ -31,13 +33,13 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             return main(*args, **kwargs)
         except UserError as error:
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say(f"error: {translated(str(error))}", file=sys.stderr)
             else:
                 time.sleep(5)  # a launcher stops all as soon as one is gone: rank 0 must have spoken before
             sys.exit(2)
         except KeyboardInterrupt:  # outside of training, which saves first (training/signals.py)
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-                print("interrupted: nothing was saved", file=sys.stderr, flush=True)
+                say("interrupted: nothing was saved", file=sys.stderr)
             sys.exit(130)
 
     return wrapped

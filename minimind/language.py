@@ -7,41 +7,63 @@ English. A test holds every template against the texts in the code, so that none
 
 import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
-PLACE = re.compile(r"(\S+:(?:\d+|row \d+)): (.*)", re.DOTALL)  # file:line, before what was found there
+# Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
+BORDERS = re.compile(r"\n|^ +"), re.compile(r": |\. "), re.compile(r"; |, ")
+CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 
 def is_chinese() -> bool:
-    """Whether the user asked for Chinese, or the locale does."""
+    """Whether the user asked for Chinese, or the locale does, and the terminal can show it."""
     names = ("MINIMIND_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "").lower().startswith("zh")
+    asked = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return asked.lower().startswith("zh") and _can_show("中")
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @cache
-def templates() -> list[tuple[re.Pattern, str]]:
-    """The table as patterns, one group for each gap, and Chinese templates; the longest first, as the most special."""
+def table() -> dict[str, str]:
+    """English templates and their Chinese, in the order of the file: the first that fits is taken."""
     import yaml
 
-    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    return [
-        (re.compile("(.*?)".join(map(re.escape, english.split("{}"))), re.DOTALL), chinese)
-        for english, chinese in sorted(table.items(), key=lambda pair: -len(pair[0]))
-    ]
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+def _fit(template: str, text: str) -> re.Match | None:
+    """What fills the gaps of a template that the text is an instance of.
+
+    It is within one line, unless the template itself has several, and begins no text with an indent.
+    """
+    words = template.split("{}")
+    if not all(word in text for word in words) or (text[0].isspace() and not words[0]):
+        return None
+    return re.fullmatch("(.*?)".join(map(re.escape, words)), text, re.DOTALL if "\n" in template else 0)
 
 
 def translated(text: str) -> str:
     """A text for a person, in the user's language as far as the table has it, what fills its gaps included."""
-    if not is_chinese() or not text.strip():
+    if not text.strip() or not is_chinese():
         return text
-    for pattern, chinese in templates():
-        if match := pattern.fullmatch(text):
+    for english, chinese in table().items():
+        if match := _fit(english, text):
             return chinese.format(*map(translated, match.groups()))
-    if place := PLACE.fullmatch(text):
-        return f"{place[1]}: {translated(place[2])}"
-    return "\n".join(map(translated, text.split("\n"))) if "\n" in text else text
+    for borders in BORDERS:
+        if border := borders.search(text):
+            first, mark, rest = text[: border.start()], border.group(), text[border.end() :]
+            said = translated(first)
+            return said + (mark if said == first else CHINESE_MARKS[mark]) + translated(rest)
+    return text
 
 
 def say(text: str, **options) -> None:

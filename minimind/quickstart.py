@@ -22,6 +22,7 @@ from minimind.chat import load_for_generation
 from minimind.checkpoints import read_stage, write_json
 from minimind.errors import reports_user_errors
 from minimind.evaluation import answer, read_questions, score
+from minimind.language import say, translated
 from minimind.planning.slowness import seen_reasons, usage
 from minimind.recipes import read_recipe
 from minimind.training.arguments import PretrainConfig, load_model_config_file
@@ -92,14 +93,13 @@ def introduce(started: float) -> None:
     before = usage()
     step, steps = seconds_of_a_step(recipes["pretrain"]), steps_in_all(recipes)
     minutes = (PROCESSES * starting + steps * step) / 60
-    print(f"This machine: {kind_of_machine()}.")
-    print(
+    say(f"This machine: {kind_of_machine()}.")
+    say(
         f"A pretraining step takes {step:.2g} s just now, and all stages are worth {steps:.0f} of them: about "
-        f"{max(1, round(minutes))} min in all.",
-        flush=True,
+        f"{max(1, round(minutes))} min in all."
     )
     for reason in seen_reasons(before, usage(), "cuda" if torch.cuda.is_available() else "cpu", "fp32"):
-        print(f"It could be faster: {reason}.", flush=True)
+        say(f"It could be faster: {reason}.")
 
 
 def summarise(run: Path) -> dict:
@@ -144,15 +144,15 @@ def sample_chat(model, tokenizer, questions: list[dict]) -> list[dict]:
 
 def show(summary: dict, console: Console) -> None:
     """Print the summary as one table, and the conversation."""
-    table = Table(title="quickstart: what each stage changed, measured on rows no stage was trained on")
+    table = Table(title=translated("quickstart: what each stage changed, measured on rows no stage was trained on"))
     for column in ("stage", "measure", "before", "after", "seconds", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("stage", "measure") else "right")
+        table.add_column(translated(column), justify="left" if column in ("stage", "measure") else "right")
 
     def row(stage: str, measure: str, values: dict, form: str, timed: bool = True) -> None:
         timing = summary["stages"][stage]
         times = [f"{timing['seconds']:.0f}", f"{timing['tokens_per_second']:,.0f}"] if timed else ["", ""]
         shown = [format(values[when], form) for when in ("before", "after")]
-        table.add_row(stage if timed else "", measure, *shown, *times)
+        table.add_row(stage if timed else "", translated(measure), *shown, *times)
 
     row("pretrain", "bits per byte", summary["bits_per_byte"], ".3f")
     row("sft", "held-out questions right", summary["exact_match"], ".1%")

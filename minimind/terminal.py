@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from minimind.language import say
+
 HOW_TO_END = "Ctrl-D or /exit ends the chat."
 
 
@@ -29,7 +31,7 @@ def read_messages(history: Path | None = None) -> Iterator[str]:
             message = session.prompt("> ", prompt_continuation="  ")
         except KeyboardInterrupt:
             if not session.default_buffer.text:
-                print(HOW_TO_END)
+                say(HOW_TO_END)
             continue
         except EOFError:
             return

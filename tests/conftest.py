@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", MINIMIND_LANG="en")
 os.environ["WANDB__SERVICE_WAIT"] = "600"  # seconds, for its service to start, on a machine however busy
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests of test_gpu.py run where it is set
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported, which TRL does

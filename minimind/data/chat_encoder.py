@@ -22,6 +22,7 @@ from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
 from minimind.data.files import BadRowError
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 from minimind.training.launch import is_main_process
@@ -315,7 +316,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) ->
         raise UserError(f"{given}: {problem}.{advice}") from None
     if end != tokenizer.eos_token:
         if is_main_process():
-            print(f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token", flush=True)
+            say(f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token")
         tokenizer.eos_token = end
 
 

@@ -31,6 +31,7 @@ from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
+from minimind.language import translated
 
 BATCH = 1000  # conversations tokenised at a time
 BORDER = 8  # tokens that a template may write between two turns and leaves out before the first
@@ -510,7 +511,7 @@ def _load(
         reading.columns.append(columns)
         reading.too_long.append(too_long)
         found = read_rows(files, bad, unrendered, columns=columns)
-        rows = iter(tqdm(found, unit=" rows", desc="tokenising", disable=None))
+        rows = iter(tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None))
         while batch := list(islice(rows, BATCH)):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):

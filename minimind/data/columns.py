@@ -238,8 +238,8 @@ class Columns:
     def stop(self) -> None:
         """Raises UserError where text is not read."""
         if found := self.findings():
-            listed = "".join(f"\n  {text} ({', '.join(places)}). {advice}" for _, _, text, advice, places in found)
-            raise UserError(f"the data has columns that would be left out:{listed}")
+            listed = "\n".join(f"  {text}. {advice}\n    {', '.join(places)}" for _, _, text, advice, places in found)
+            raise UserError(f"the data has columns that would be left out:\n{listed}")
 
 
 def as_text(value: Any, name: str) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.inspection import Inspection
 from minimind.data.packing import IGNORED
+from minimind.language import translated
 from minimind.tokenizer import text_bytes
 
 # The name of a role's colour in the terminal, and its hue on the page; other roles share the last.
@@ -120,7 +121,7 @@ def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
 
 def print_report(report: dict, console: Console) -> None:
     """Roles, lengths and findings."""
-    console.print(Text(summary(report), "bold"))
+    console.print(Text("".join(map(translated, summary(report))), "bold"))
     roles = table("role", "tokens", "trained", "share")
     for name, counts in report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
@@ -130,26 +131,27 @@ def print_report(report: dict, console: Console) -> None:
     console.print()
     lengths = report["lengths"]
     shown = "  ".join(f"{name} %: {value:,}" for name, value in lengths["percentiles"].items())
-    console.print(f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shown}")
+    console.print(translated(f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shown}"))
     counts, edges = lengths["histogram"]["counts"], lengths["histogram"]["edges"]
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         console.print(f"{low:>8,} to {high:<7,} {count:>9,}  [green]{bar(count / max(counts))}[/]")
     console.print()
     console.print(windows_table(lengths))
-    console.print(f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n")
+    fitting = f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n"
+    console.print(translated(fitting))
     print_findings(report["findings"], console)
 
 
-def summary(report: dict) -> str:
-    """The report in one line."""
+def summary(report: dict) -> tuple[str, str]:
+    """The report in one line: what all stages have, and their own."""
     text = f"{report['stage']}: {report['rows']:,} rows, {report['tokens']:,} tokens, "
     if report["stage"] == "pretrain":
-        return text + (
+        return text, (
             f"{report['documents']:,} documents, {report['bytes_per_token']} bytes per token, "
             f"{report['dropped_tokens']:,} tokens left over, "
             f"{report['partial_character_share']:.1%} of the tokens are parts of characters"
         )
-    return text + (
+    return text, (
         f"{report['trained_share']:.1%} trained; the end token of {report['replies_with_end_trained']:,} of "
         f"{report['replies_trained']:,} trained replies; {report['rows_without_trained_token']:,} rows without a "
         "trained token"
@@ -183,14 +185,16 @@ def windows_table(lengths: dict) -> Table:
 def print_findings(findings: Iterable[dict], console: Console) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
-        line = Text().append(f"{finding['severity']:<8}", SEVERITIES[finding["severity"]])
-        line.append(f"{finding['name']}: ", "bold").append(finding["text"] + ". ").append(finding["advice"])
+        line = Text().append(f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]])
+        parts = {name: translated(finding[name]) for name in ("text", "advice")}
+        told = translated("{text}. {advice}").format(**parts)
+        line.append(f"{finding['name']}: ", "bold").append(told)
         console.print(line)
         if finding["places"]:
             more = ", ..." if finding["count"] > len(finding["places"]) else ""
             console.print(Text(f"         {', '.join(finding['places'])}{more}", "dim"))
     if not findings:
-        console.print("[green]no findings[/]")
+        console.print(translated("[green]no findings[/]"))
 
 
 def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
@@ -212,7 +216,7 @@ def print_rows(inspection: Inspection, numbers: Sequence[int], tokenizer, consol
     if not numbers:
         return
     pieces = Pieces(inspection, tokenizer)
-    legend = Text("\ntokens, every second one underlined, special ones in italics: ")
+    legend = Text(translated("\ntokens, every second one underlined, special ones in italics: "))
     for name, counts in inspection.report["roles"].items():
         colour = COLOURS.get(name, COLOURS[""])[0]
         if counts["trained"] < counts["tokens"]:
@@ -325,11 +329,12 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
             f"<div class=where>{html.escape(inspection.title(number))}</div><div class=row>{''.join(shown)}</div>"
         )
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    line = "".join(summary(report))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8>"
         f'<meta http-equiv=Content-Security-Policy content="{policy}">'
         f"<title>minimind inspect: {html.escape(source)}</title><style>{style}</style>"
-        f"<h1>{html.escape(source)}</h1><p>{html.escape(summary(report))}</p>{html_table(roles)}"
+        f"<h1>{html.escape(source)}</h1><p>{html.escape(line)}</p>{html_table(roles)}"
         f"<h2>Findings</h2><dl>{findings or 'none'}</dl>"
         f'<h2>Lengths</h2><img alt="length histogram" src="data:image/png;base64,{image}">'
         f"{html_table(windows_table(report['lengths']))}"

@@ -28,6 +28,7 @@ from minimind.data.markers import Boundaries
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
 from minimind.errors import UserError
+from minimind.language import say, translated
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 from minimind.training.launch import is_main_process
@@ -140,7 +141,7 @@ def load_blocks(
             try:
                 parts = _prepare(directory, files, held_out, tokenizer, options)
             except WrongIdsError as error:
-                print(f"{error}; beginning again with tokenizers alone", flush=True)
+                say(f"{error}; beginning again with tokenizers alone")
                 parts = _prepare(directory, files, held_out, tokenizer, options, fast=False)
             building = Path(f"{directory}.building")
             (building / "manifest.json").write_text(json.dumps({"key": key, **parts}, indent=2))
@@ -170,7 +171,7 @@ def load_blocks(
         ]
     facts = {"train": parts["train"], "eval": parts["eval"]}
     if is_main_process() and "boundary_markers" in facts["train"]:
-        print(facts["train"]["boundary_markers"], flush=True)
+        say(facts["train"]["boundary_markers"])
     return Blocks(rows, evaluation if len(evaluation) else None, facts)
 
 
@@ -203,7 +204,7 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     everything = [path for paths in files for path in paths]
-    print(f"preparing {', '.join(map(str, everything))} (once; kept in {cache_directory()})", flush=True)
+    say(f"preparing {', '.join(map(str, everything))} (once; kept in {cache_directory()})")
     hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
@@ -212,7 +213,9 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total_size(everything), unit="B", unit_scale=True, desc="packing", disable=None) as progress,
+        tqdm(
+            total=total_size(everything), unit="B", unit_scale=True, desc=translated("packing"), disable=None
+        ) as progress,
     ):
 
         def part(name: str) -> Part:

@@ -24,6 +24,7 @@ from minimind.data.hub import PREFIX, SPELLING, HubDataset
 from minimind.data.markers import Boundaries
 from minimind.data.rows import BadRowError, check_text, shown
 from minimind.errors import UserError
+from minimind.language import translated
 
 __all__ = [
     "BadRowError",
@@ -108,7 +109,7 @@ class BadRows:
     def warn(self, total: int) -> None:
         """Say in one warning how many of `total` rows were skipped; nothing if none was."""
         if self.count:
-            logger.warning("skipped %s of %s rows: %s", f"{self.count:,}", f"{total:,}", self)
+            logger.warning("%s", translated(f"skipped {self.count:,} of {total:,} rows: {self}"))
 
     def __str__(self) -> str:
         (where, problem), *others = self.first
@@ -247,7 +248,7 @@ def _without_held_out(top: Path, files: list[Path]) -> list[Path]:
 @cache
 def _tell(text: str) -> None:
     """Log a warning, once, since a directory is searched several times."""
-    logger.warning("%s", text)
+    logger.warning("%s", translated(text))
 
 
 def _saved_shards(directory: Path) -> list[Path]:

@@ -19,6 +19,7 @@ import orjson
 from minimind.data.columns import KNOWN
 from minimind.data.rows import BadRowError, decoded, shown
 from minimind.errors import UserError
+from minimind.language import translated
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,8 @@ def rows_of(value: dict, name: str) -> list[dict]:
     if KNOWN.isdisjoint(map(str.lower, value)) and (len(parts) == 1 or not parts.keys().isdisjoint(WRAPPERS)):
         key = next((key for key in WRAPPERS if key in parts), next(iter(parts)))
         if others := [other for other in parts if other != key]:
-            logger.warning("%s: read the rows of %r, not those of %s", name, key, ", ".join(map(repr, others)))
+            left_out = ", ".join(map(repr, others))
+            logger.warning("%s", translated(f"{name}: read the rows of {key!r}, not those of {left_out}"))
         return [row["row"] if "row_idx" in row and isinstance(row.get("row"), dict) else row for row in parts[key]]
     return _transposed(value) or [value]
 

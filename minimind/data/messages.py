@@ -364,8 +364,10 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
         role = message["role"]
         if role not in expected:
             wanted = " or ".join(map(repr, expected))
-            after = f" after {_understood(messages[index - 1])}" if index else ""
-            raise BadRowError(f"{name}[{index}]: found the role {role!r}{after}, expected {wanted} ({ORDER})")
+            found = f"the role {role!r}"
+            if index:
+                found = f"the role {role!r} after {_understood(messages[index - 1])}"
+            raise BadRowError(f"{name}[{index}]: found {found}, expected {wanted} ({ORDER})")
         if role == "assistant":
             calls = message.get("tool_calls", [])
             if not message["content"].strip() and not calls:

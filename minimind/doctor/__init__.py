@@ -10,6 +10,7 @@ from minimind.doctor import budget  # noqa: F401 (registers its checks)
 from minimind.doctor.cases import read_case, read_deepspeed
 from minimind.doctor.checks import CHECKS, SEVERITIES, Case, Finding
 from minimind.errors import UserError
+from minimind.language import say, translated
 from minimind.training.launch import is_main_process
 
 NAMED = 3  # checks that were left out for the same reason; of more the number
@@ -63,13 +64,14 @@ def print_report(report: dict) -> None:
         severity = finding["severity"]
         if severity != "skipped":
             lines = [finding["found"], finding["expected"] and f"expected: {finding['expected']}", finding["fix"]]
-            table.add_row(
-                f"[{colours[severity]}]{severity}[/]", finding["name"], escape("\n".join(filter(None, lines)))
-            )
+            words = escape("\n".join(translated(line) for line in lines if line))
+            table.add_row(f"[{colours[severity]}]{translated(severity)}[/]", finding["name"], words)
     console.print(table)
     if left_out := not_checked(report["findings"]):
-        console.print(f"not checked: {escape(left_out)}")
-    counts = (f"{report[name]} {name if report[name] != 1 else name[:-1]}" for name in ("errors", "warnings"))
+        console.print(translated(f"not checked: {escape(left_out)}"))
+    counts = (
+        f"{report[name]} {translated(name if report[name] != 1 else name[:-1])}" for name in ("errors", "warnings")
+    )
     console.print(", ".join(counts))
 
 
@@ -82,7 +84,7 @@ def not_checked(findings: Sequence[dict]) -> str:
     named = {
         why: ", ".join(names) if len(names) <= NAMED else f"{len(names)} checks" for why, names in reasons.items()
     }
-    return "; ".join(f"{names} ({reason})" for reason, names in named.items())
+    return "; ".join(f"{translated(names)} ({translated(reason)})" for reason, names in named.items())
 
 
 def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:
@@ -109,12 +111,13 @@ def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) 
     if is_main_process():
         for finding in findings:
             if finding.severity == "warning" or (finding in errors and args.on_findings == "warn"):
-                print(f"{finding.severity}: {finding.name}: {_sentence(finding)}", flush=True)
+                say(f"{finding.severity}: {finding.name}: {_sentence(finding)}")
     if errors and args.on_findings == "error":
         listed = "".join(f"\n  {finding.name}: {_sentence(finding)}" for finding in errors)
         raise UserError(f"this run would go wrong:{listed}\nTo train it still: --on_findings warn.")
 
 
 def _sentence(finding: Finding) -> str:
-    expected = f", expected {finding.expected}" if finding.expected else ""
-    return f"{finding.found}{expected}. {finding.fix}"
+    form = "{found}, expected {expected}. {fix}" if finding.expected else "{found}. {fix}"
+    parts = {name: translated(getattr(finding, name)) for name in ("found", "expected", "fix")}
+    return translated(form).format(**parts)

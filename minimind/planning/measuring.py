@@ -5,6 +5,7 @@ python -m minimind.planning.measuring SCRIPT REPORT ARGS...    # what `measure` 
 
 import ctypes
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from minimind.checkpoints import write_json
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.planning.costs import Step, core, empty_model, flops, memory
 from minimind.planning.devices import Device, this_device
 from minimind.planning.plans import gib
@@ -164,7 +166,7 @@ class PlanCallback(StepMeter):
         try:
             action()
         except Exception as error:
-            print(f"plan: this run cannot be compared with one ({type(error).__name__}: {error})", flush=True)
+            say(f"plan: this run cannot be compared with one ({type(error).__name__}: {error})")
             self.steps = 0
 
     def compare(self) -> None:
@@ -193,14 +195,13 @@ class PlanCallback(StepMeter):
             self.found |= {f"plan/{name}": found[name], f"plan/{name}_planned": planned[name]}
             said.append(f"{show(found[name])} instead of {show(planned[name])} ({difference:+.0%})")
         said.append(f"MFU {mfu:.0%} instead of {device.utilisation:.0%}")
-        print(f"plan: over the first {self.steps} steps on {device.name}: {', '.join(said)}", flush=True)
+        say(f"plan: over the first {self.steps} steps on {device.name}: {', '.join(said)}")
         taken, expected = found["seconds_per_step"], planned["seconds_per_step"]
         if taken > SLOW * expected and taken - expected > LOST:
             why = explain(self.usage_before, usage(), device.kind, step.precision)
-            print(
+            say(
                 f"warning: a step takes {taken:.3g} s instead of the planned {expected:.3g} s "
-                f"({taken / expected - 1:+.0%}). Likely reasons, and what to try:{why}",
-                flush=True,
+                f"({taken / expected - 1:+.0%}). Likely reasons, and what to try:{why}"
             )
 
 
@@ -268,7 +269,8 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
         elif not parent and tokenizer_dir and not Path(tokenizer_dir).exists():
             words += ["--tokenizer", str(DEFAULT_TOKENIZER)]
         command = [sys.executable, "-m", __name__, str(script), str(report), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
+        english = os.environ | {"MINIMIND_LANG": "en"}  # what it says is looked through here
+        done = subprocess.run(command, capture_output=True, text=True, env=english)
         if done.returncode or not report.is_file():
             said = done.stderr.strip().split("error: ")[-1] if "error: " in done.stderr else done.stderr[-2000:]
             raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {said}")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.errors import UserError
+from minimind.language import say, translated
 from minimind.planning.costs import (
     CHINCHILLA,
     Step,
@@ -162,7 +163,7 @@ def run(
                 if not plan.fits:
                     raise UserError(f"--device measured: the steps cannot be run here. {advice(plan)}")
                 guess = duration(MEASURED_STEPS * plan.seconds_per_step / 3600)
-                print(f"{recipe.path}: {MEASURED_STEPS} real steps, about {guess}", flush=True)
+                say(f"{recipe.path}: {MEASURED_STEPS} real steps, about {guess}")
                 plan = replace(plan, measured=measure(recipe))
             plans.append(plan)
     if as_json:
@@ -317,7 +318,7 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
         table.add_column(f"{plan.stage}\n{Path(plan.recipe).stem}", justify="right", overflow="fold")
 
     def row(label: str, value, style: str | None = None) -> None:
-        table.add_row(label, *(str(value(plan)) for plan in plans), style=style)
+        table.add_row(translated(label), *(str(value(plan)) for plan in plans), style=style)
 
     row("parameters", lambda p: millions(p.parameters["total"]))
     if any(p.parameters["active"] != p.parameters["total"] for p in plans):
@@ -336,7 +337,7 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     row("memory of tensors at peak", lambda p: gib(p.memory["peak"]), "bold")
     for key, label in PARTS.items():
         if any(p.memory[key] for p in plans):
-            row(f"  {label}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else "-")
+            row(f"  {translated(label)}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else "-")
     for key, label in PARTS.items():
         if any(held(p, key) for p in plans):
             row(f"  {label}, at another moment", lambda p, key=key: gib(held(p, key)) if held(p, key) else "-")
@@ -365,12 +366,12 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
     hours = sum(plan.hours for plan in plans)
     if len(plans) > 1:
         cost = f", {price.shown(hours * processes)}" if price else ""
-        console.print(f"[bold]in all {duration(hours)}{cost}[/]")
+        console.print(translated(f"[bold]in all {duration(hours)}{cost}[/]"))
     for line in reckoned_with(plans, price):
-        console.print(f"[dim]{line}[/]")
+        console.print(f"[dim]{translated(line)}[/]")
     for plan in plans:
         if not plan.fits:
-            console.print(f"[red]{advice(plan)}[/]")
+            console.print(f"[red]{translated(advice(plan))}[/]")
 
 
 def held(plan: Plan, key: str) -> float:

@@ -19,6 +19,7 @@ from minimind.data.conversations import to_text
 from minimind.data.files import expand, read_rows, total_size
 from minimind.data.markers import Boundaries
 from minimind.errors import UserError
+from minimind.language import translated
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def read_texts(
             domain = source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name
             yield from (Text(text, domain) for text in texts)
     if boundaries.rows:
-        logger.warning("%s", boundaries)
+        logger.warning("%s", translated(str(boundaries)))
 
 
 def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Text]:

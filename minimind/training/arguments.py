@@ -20,6 +20,7 @@ from minimind.data.columns import NAMES, Columns
 from minimind.data.files import File, cache_directory, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.options import option_names, suggestion
 from minimind.recipes import read_recipe
 from minimind.training.help import StageParser
@@ -108,7 +109,7 @@ class DataArguments:
         report = clean(paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading)
         if is_main_process():
             kept, read = report["rows"]["out"], report["rows"]["in"]
-            print(f"cleaned: {kept:,} of {read:,} rows kept; see {directory / 'report.html'}", flush=True)
+            say(f"cleaned: {kept:,} of {read:,} rows kept; see {directory / 'report.html'}")
         return expand([str(directory)])
 
     def or_embedded(self, name: str) -> "DataArguments":

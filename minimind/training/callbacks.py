@@ -11,6 +11,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
 
 from minimind.errors import UserError
+from minimind.language import say, translated
 from minimind.model.modeling_minimind import MiniMindTopKRouter
 
 
@@ -146,7 +147,7 @@ class ProgressCallback(TrainerCallback):
             parts.append(f"{clock(entry['elapsed'])} elapsed, {clock(entry['eta'])} left")
         if "train_loss" in entry:
             parts.append(f"finished training in {clock(entry['train_runtime'])}")
-        return "  ".join(parts)
+        return "  ".join(map(translated, parts))
 
 
 def peak_memory() -> int:
@@ -174,7 +175,7 @@ def work_of(trainer: Trainer) -> tuple[float | None, str | None]:
         work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
         return work["model"] / step.tokens / trainer.args.world_size, step.precision
     except Exception as error:
-        print(f"MFU is not known here ({type(error).__name__}: {error})", flush=True)
+        say(f"MFU is not known here ({type(error).__name__}: {error})")
         return None, None
 
 
@@ -237,7 +238,7 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **kwargs)
         count, name = self.early_stopping_patience_counter, args.metric_for_best_model
         if count >= self.early_stopping_patience and state.is_world_process_zero:
-            print(f"stopping early: {count} evaluations did not improve {name} {state.best_metric:.4f}", flush=True)
+            say(f"stopping early: {count} evaluations did not improve {name} {state.best_metric:.4f}")
 
 
 class Baseline(TrainerCallback):

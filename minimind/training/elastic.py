@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.training.launch import is_main_process
 
 # What DeepSpeed's converter knows: weights, first and second moment.
@@ -41,10 +42,10 @@ class Batch:
         return self.processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def __str__(self) -> str:
-        plural = "es" if self.processes > 1 else ""
+        noun = "processes" if self.processes > 1 else "process"
         return (
             f"{self.rows:,} rows ({self.per_device_train_batch_size} x {self.gradient_accumulation_steps} "
-            f"accumulation x {self.processes} process{plural})"
+            f"accumulation x {self.processes} {noun})"
         )
 
     def shared_by(self, processes: int) -> "Batch | None":
@@ -95,7 +96,7 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
             f"{', '.join(fitting)} or {last} processes, or begin anew in another --output_dir."
         )
     if is_main_process():
-        print(f"the run began with {first} per step, and goes on with {batch}", flush=True)
+        say(f"the run began with {first} per step, and goes on with {batch}")
     args.per_device_train_batch_size = batch.per_device_train_batch_size
     args.gradient_accumulation_steps = batch.gradient_accumulation_steps
     if args.deepspeed:  # these were copied when the arguments were read

@@ -31,6 +31,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from minimind.checkpoints import write_json
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.training.launch import is_main_process
 
 WINDOW, ENOUGH = 64, 16  # steps that a loss is compared with, at most and at least
@@ -44,7 +45,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES,
 def notice(text: str) -> None:
     """One line about the run, said once for all processes."""
     if is_main_process():
-        print(f"notice: {text}", file=sys.stderr, flush=True)
+        say(f"notice: {text}", file=sys.stderr)
 
 
 @dataclass
@@ -212,7 +213,7 @@ class GuardCallback(TrainerCallback):
         if last or (self.streak == 1 and self.saved < KEPT_BATCHES):
             save_batch(self.trainer, directory, step, loss, norm, with_weights=last)
             self.saved += 1
-            found += f"; the batch is kept in {directory}"
+            found = f"{found}; the batch is kept in {directory}"
         if not last:
             notice(f"{found}; step skipped ({self.streak} in a row, the run stops at {self.limit})")
             return

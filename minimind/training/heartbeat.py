@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from minimind.language import say
+
 SILENCE_SECONDS = 40
 HOST_VARIABLES = (
     ("GROUP_RANK", "GROUP_WORLD_SIZE"),  # torchrun, accelerate launch
@@ -74,11 +76,10 @@ class HeartbeatCallback(TrainerCallback):
                 self.silent[other] += 1
             lost = [other for other, seconds in self.silent.items() if seconds > self.silence]
             if lost:
-                print(
+                say(
                     f"error: no sign of life from host {', '.join(map(str, lost))} for {self.silence} s, so host "
                     f"{self.index} ends too (hosts are counted from 0). Run the same command again, with the hosts "
                     "that are left: it goes on from the last checkpoint.",
                     file=sys.stderr,
-                    flush=True,
                 )
                 os._exit(1)

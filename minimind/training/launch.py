@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from minimind.errors import UserError
+from minimind.language import say
 
 
 def prepare_launch(uses_deepspeed: bool) -> None:
@@ -72,10 +73,9 @@ def _announce_compilation() -> None:
         return
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     if not list(cache.glob("**/deepspeed_shm_comm/*.so")):
-        print(
+        say(
             "DeepSpeed compiles one operator on its first run on a CPU: about 2 minutes without further output, "
-            f"once (cached in {cache}).",
-            flush=True,
+            f"once (cached in {cache})."
         )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from minimind.checkpoints import load_model
 from minimind.data.packing import IGNORED
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.tokenizer import load_tokenizer
 from minimind.training.guards import read_batch
 
@@ -169,17 +170,19 @@ def print_replay(report: dict) -> None:
     """The report for reading."""
     recorded = report["recorded"]
     loss = "not finite" if report["loss"] is None else f"{report['loss']:.4f}"
-    print(f"{report['directory']}: step {report['step']}, {report['rows']} rows, weights {report['weights']}")
-    print(f"  in the run   loss {recorded['loss']}, gradient norm {recorded['grad_norm']}")
-    print(f"  again        loss {loss} ({report['precision']})")
+    say(f"{report['directory']}: step {report['step']}, {report['rows']} rows, weights {report['weights']}")
+    say(f"  in the run   loss {recorded['loss']}, gradient norm {recorded['grad_norm']}")
+    say(f"  again        loss {loss} ({report['precision']})")
     for names, words in ((report["bad_weights"], "weights"), (report["bad_gradients"], "gradients")):
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            print(f"  {words} that are not finite: {', '.join(names[:SHOWN])}{more}")
+            listed = ", ".join(names[:SHOWN])
+            if len(names) > SHOWN:
+                listed = f"{listed} and {len(names) - SHOWN} more"
+            say(f"  {words} that are not finite: {listed}")
     for key, words in (("first_layer", "forward pass"), ("first_gradient", "backward pass")):
         if first := report[key]:
             place = "".join(f"row {row}, position {at}, " for row, at in first.get("places", [])[:1])
-            print(
+            say(
                 f"  {words}: the first value that is not finite comes out of {first['layer']} ({first['values']:,} of "
                 f"{first['of']:,} values; {place}micro-batch {first['micro_batch']}, process {first['process']})"
             )
@@ -187,15 +190,13 @@ def print_replay(report: dict) -> None:
         tokens = ", ".join(
             f"{token['position']} {json.dumps(token['token'], ensure_ascii=False)}" for token in bad["first"]
         )
-        print(
+        say(
             f"  row {bad['row']} of micro-batch {bad['micro_batch']}, process {bad['process']}: {bad['bad_tokens']} "
             f"tokens without a finite loss, after {tokens}"
         )
-        print(f"    ... {bad['text']!r}")
+        say(f"    ... {bad['text']!r}")
     if len(report["bad_rows"]) > SHOWN:
-        print(f"  and {len(report['bad_rows']) - SHOWN} more rows")
+        say(f"  and {len(report['bad_rows']) - SHOWN} more rows")
     if not (report["bad_rows"] or report["bad_gradients"] or report["bad_weights"]):
-        print(
-            "  Everything is finite here: the fault was not in these rows and weights alone. Try --precision bf16, or"
-        )
-        print("  look at what the run had besides: its device, its kernels, its memory.")
+        say("  Everything is finite here: the fault was not in these rows and weights alone. Try --precision bf16, or")
+        say("  look at what the run had besides: its device, its kernels, its memory.")

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState
 
 from minimind.checkpoints import read_stage
 from minimind.evaluation import TIMES
+from minimind.language import say
 from minimind.training.callbacks import clock
 from minimind.training.samples import read_samples
 
@@ -87,7 +88,7 @@ def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path:
         partial.write_text(report_page(directory, record or read_stage(directory)), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        print(f"{path} cannot be written: {error}", flush=True)
+        say(f"{path} cannot be written: {error}")
     return path
 
 

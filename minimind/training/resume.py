@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimind.checkpoints import library_versions, weights_hash, write_json
 from minimind.errors import UserError
+from minimind.language import say
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.elastic import check_world_size
 from minimind.training.guards import check_writable
@@ -245,9 +246,11 @@ def check_output_directory(output_dir: Path) -> None:
     names = sorted(path.name for path in output_dir.iterdir())
     strangers = [name for name in names if not name.startswith(".") and not name.endswith(LOGS)]
     if strangers:
-        more = f" and {len(strangers) - 3:,} more" if len(strangers) > 3 else ""
+        found = ", ".join(strangers[:3])
+        if len(strangers) > 3:
+            found = f"{found} and {len(strangers) - 3:,} more"
         raise UserError(
-            f"--output_dir {output_dir} is not empty and not a run of ours: found {', '.join(strangers[:3])}{more}, "
+            f"--output_dir {output_dir} is not empty and not a run of ours: found {found}, "
             f"but neither {RUN} nor stage.json. Give a directory that does not exist yet."
         )
 
@@ -310,7 +313,7 @@ def _decide(args, recipe: dict, pipeline: str) -> dict:
         return _complete(output_dir, former.get("recipe"), recipe)
     checkpoint, problems = _choose(output_dir, asked)
     for problem in problems:
-        print(problem, flush=True)
+        say(problem)
     run = {"run": uuid4().hex[:8], "pipeline": pipeline, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     decision = {"checkpoint": checkpoint and str(checkpoint), "resized": False, "changes": {}}
     if checkpoint:
@@ -320,9 +323,9 @@ def _decide(args, recipe: dict, pipeline: str) -> dict:
         changes = _check_recipe(checkpoint, saved, recipe, args.allow_changed_recipe, resized)
         decision |= {"saved": saved, "resized": resized, "changes": changes}
         run = {key: former.get(key, value) for key, value in run.items()}
-        print(f"going on from {checkpoint}", flush=True)
+        say(f"going on from {checkpoint}")
     elif problems:
-        print(f"no whole checkpoint is left in {output_dir}: beginning anew", flush=True)
+        say(f"no whole checkpoint is left in {output_dir}: beginning anew")
     check_writable(output_dir)
     write_json(output_dir / RUN, {**run, "recipe": recipe})
     return {**decision, "run": run}
@@ -340,10 +343,9 @@ def _complete(output_dir: Path, saved: dict | None, recipe: dict) -> dict:
             "--output_dir, or delete that run and begin again with --overwrite_output_dir true."
         )
     record = _read(output_dir / "stage.json")
-    print(
+    say(
         f"{record.get('stage')} is complete in {output_dir} (step {record.get('steps', 0):,}): nothing to do. To "
-        "train it again give another --output_dir, or --overwrite_output_dir true.",
-        flush=True,
+        "train it again give another --output_dir, or --overwrite_output_dir true."
     )
     return {"complete": True}
 
@@ -396,9 +398,9 @@ def _check_recipe(checkpoint: Path, saved: dict, now: dict, accept: bool, resize
             "with --allow_changed_recipe true."
         )
     if changes:
-        print(f"going on with a changed recipe:\n{listed(changes)}", flush=True)
+        say(f"going on with a changed recipe:\n{listed(changes)}")
     if information:
-        print(f"the last bits may differ from an undisturbed run, since these changed:\n{listed(information)}")
+        say(f"the last bits may differ from an undisturbed run, since these changed:\n{listed(information)}")
     return changes
 
 

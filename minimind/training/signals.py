@@ -21,6 +21,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from minimind.language import say, translated
 from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
 
@@ -89,7 +90,7 @@ class InterruptCallback(TrainerCallback):
             if self.first_interrupt is not None and now - self.first_interrupt > ECHO_SECONDS:
                 os._exit(LEFT_AT_ONCE)
             if self.first_interrupt is None and is_main_process():
-                said = "\nwriting a checkpoint at the end of this step; Ctrl-C again leaves at once\n"
+                said = translated("\nwriting a checkpoint at the end of this step; Ctrl-C again leaves at once\n")
                 with suppress(OSError):
                     os.write(sys.__stderr__.fileno(), said.encode())  # `print` may be what the signal has interrupted
             self.first_interrupt = self.first_interrupt or now
@@ -144,10 +145,9 @@ class InterruptCallback(TrainerCallback):
         if is_main_process():
             why = "its launcher is gone" if self.agreed == LAUNCHER_GONE else signal.Signals(self.agreed).name
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            print(
+            say(
                 f"interrupted ({why}) after step {state.global_step:,} of {state.max_steps:,}: {checkpoint} is "
-                f"complete. Run the same command again to go on. Exit code {INTERRUPTED}.",
-                flush=True,
+                f"complete. Run the same command again to go on. Exit code {INTERRUPTED}."
             )
         sys.exit(INTERRUPTED)
 
@@ -224,4 +224,4 @@ def close_wandb() -> None:
             wandb.run.mark_preempting()
             wandb.finish(exit_code=INTERRUPTED)
         except Exception as error:  # a server that is gone must not change how the run ends
-            print(f"notice: wandb could not be told of the end: {error}", file=sys.stderr, flush=True)
+            say(f"notice: wandb could not be told of the end: {error}", file=sys.stderr)

@@ -46,6 +46,7 @@ from minimind.checkpoints import (
 )
 from minimind.errors import UserError
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
+from minimind.language import say, translated
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
@@ -103,7 +104,7 @@ def starting_point(
     """
     if given is None and not (default and (Path(default) / "stage.json").exists()):
         if is_main_process():
-            print(f"no stage at {default}: starting from a tiny model with RANDOM weights (--model_name_or_path)")
+            say(f"no stage at {default}: starting from a tiny model with RANDOM weights (--model_name_or_path)")
         tokenizer = load_tokenizer()
         return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
     path = require_stage(given or default)
@@ -263,21 +264,24 @@ class Stage:
             return
         console = Console(highlight=False, soft_wrap=True)
         start = args.resume_from_checkpoint or self.parent or "random weights"
-        console.print(f"[bold]{self.kind}[/] -> {self.output_dir}  (from {start})")
-        for part in ("train", "eval"):
+        console.print(translated(f"[bold]{self.kind}[/] -> {self.output_dir}  (from {start})"))
+        for part, title in (("train", "  train  "), ("eval", "  eval   ")):
             counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
             listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
             files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
-            console.print(f"  {part:<6} {listed}  [dim]{files}[/]")
+            console.print(f"{translated(title)}{listed}  [dim]{translated(files)}[/]")
         active = active_parameters(model)
-        shown = f"{parameters / 1e6:.2f} M" + (f" ({active / 1e6:.2f} M active)" if active < parameters else "")
-        shown += "" if trainable == parameters else f", {trainable / 1e6:.2f} M trained"
+        shown = f"{parameters / 1e6:.2f} M"
+        shown += translated(f" ({active / 1e6:.2f} M active)") if active < parameters else ""
+        shown += translated(f", {trainable / 1e6:.2f} M trained") if trainable < parameters else ""
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
-        console.print(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
+        console.print(translated(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}"))
         console.print(
-            f"  steps  {steps:,} of {batch}, learning rate "
-            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+            translated(
+                f"  steps  {steps:,} of {batch}, learning rate "
+                f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+            )
         )
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
@@ -322,8 +326,8 @@ class Stage:
         partial.rmdir()
         write_report(self.output_dir, record)
         write_json(self.output_dir / "stage.json", record)
-        print(f"report: {self.output_dir / 'report.html'}")
-        print(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s", flush=True)
+        say(f"report: {self.output_dir / 'report.html'}")
+        say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
 
     def best(self, state: TrainerState) -> dict | None:
         """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
@@ -335,9 +339,9 @@ class Stage:
         step = next((each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0)
         best = {"metric": metric, "value": float(state.best_metric), "step": step}
         if not best["step"]:
-            print(f"no evaluation was better than the {best['metric']} {best['value']:.4f} before the first step")
+            say(f"no evaluation was better than the {best['metric']} {best['value']:.4f} before the first step")
         elif self.args.load_best_model_at_end:
-            print(f"the best model is that of step {best['step']:,}: {best['metric']} {best['value']:.4f}")
+            say(f"the best model is that of step {best['step']:,}: {best['metric']} {best['value']:.4f}")
         return best
 
     def token_loss(self, trainer: Trainer) -> dict | None:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from minimind.errors import UserError, install
+from minimind.language import say
 from minimind.training.launch import is_main_process
 
 PROBE_SECONDS = 5
@@ -96,7 +97,7 @@ def start_tracking(stage, report: dict | None = None) -> None:
 
 def _say_failed(name: str, error: Exception) -> None:
     lines = str(error).strip().splitlines() or [""]
-    print(f"{name} failed and is left out from here on: {type(error).__name__}: {lines[0]}", flush=True)
+    say(f"{name} failed and is left out from here on: {type(error).__name__}: {lines[0]}")
 
 
 def track_samples(rows: Sequence[dict], step: int) -> None:
@@ -159,13 +160,13 @@ def _trackio(stage) -> None:
         _say_failed("trackio", error)
         stage.args.report_to.remove("trackio")
         return
-    print(f"trackio: look at the run          trackio show --project {stage.args.project}", flush=True)
+    say(f"trackio: look at the run          trackio show --project {stage.args.project}")
 
 
 def _tensorboard(stage) -> None:
     directory = os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(stage.output_dir / "tensorboard"))
     if is_main_process():
-        print(f"tensorboard: look at the run      tensorboard --logdir {directory}", flush=True)
+        say(f"tensorboard: look at the run      tensorboard --logdir {directory}")
 
 
 def _swanlab(stage) -> None:
@@ -184,9 +185,9 @@ def _swanlab(stage) -> None:
     try:
         swanlab.init(**options, mode=os.environ.get("SWANLAB_MODE", "offline"))
     except Exception as error:  # a refused key, a server that does not answer
-        print(f"swanlab: offline, because the run could not be opened: {str(error).splitlines()[0]}")
+        say(f"swanlab: offline, because the run could not be opened: {str(error).splitlines()[0]}")
         swanlab.init(**options, mode="offline")
-    print(f"swanlab: upload it later          swanlab sync {directory}/run-*", flush=True)
+    say(f"swanlab: upload it later          swanlab sync {directory}/run-*")
 
 
 def _wandb(stage) -> None:
@@ -198,7 +199,7 @@ def _wandb(stage) -> None:
     mode = os.environ.get("WANDB_MODE")
     if mode is None and (reason := offline_reason()):
         mode = "offline"
-        print(f"wandb: offline, because {reason}")
+        say(f"wandb: offline, because {reason}")
 
     def init(mode: str | None):
         return wandb.init(
@@ -218,14 +219,14 @@ def _wandb(stage) -> None:
     try:
         run = init(mode)
     except Exception as error:  # a refused key or a server that fails half-way must not end a training run
-        print(f"wandb: offline, because the server refused the run: {str(error).splitlines()[0]}")
+        say(f"wandb: offline, because the server refused the run: {str(error).splitlines()[0]}")
         run = init("offline")
     if run.settings.mode in ("offline", "dryrun"):
         directory = Path(run.settings.sync_dir)
-        print(f"wandb: look at the run now    wandb leet {directory}")
-        print(f"wandb: upload it later        wandb sync {directory}", flush=True)
+        say(f"wandb: look at the run now    wandb leet {directory}")
+        say(f"wandb: upload it later        wandb sync {directory}")
     else:
-        print(f"wandb: {run.url}", flush=True)
+        say(f"wandb: {run.url}")
 
 
 def report_tables(report: dict) -> dict:

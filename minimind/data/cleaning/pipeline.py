@@ -45,6 +45,7 @@ from minimind.data.files import (
 from minimind.data.formats import TEXT_UNITS
 from minimind.data.markers import Boundaries
 from minimind.errors import UserError
+from minimind.language import translated
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Cleaning:
         size = total_size(self.files)
         with (
             Workers(self.recipe, num_proc) as workers,
-            tqdm(total=size or None, unit="B", unit_scale=True, desc="cleaning", disable=None) as progress,
+            tqdm(total=size or None, unit="B", unit_scale=True, desc=translated("cleaning"), disable=None) as progress,
         ):
             for batch, done in self._stream(workers, self._read(progress.update)):
                 batch.counts.merge(done.counts, self.recipe.settings.examples)
@@ -273,14 +274,14 @@ class Cleaning:
         same = manifest.is_file() and manifest.read_text() == self.key
         if not same:
             if self.partial.exists():
-                logger.warning("another recipe or input was begun before: starting anew")
+                logger.warning(translated("another recipe or input was begun before: starting anew"))
             shutil.rmtree(self.partial, ignore_errors=True)
             self.state.mkdir(parents=True)
             write_whole(manifest, self.key.encode())
         while self._restore_part(len(self.shards)):
             pass
         if self.resumed_rows:
-            logger.warning("going on behind %s rows that are finished", f"{self.resumed_rows:,}")
+            logger.warning(translated(f"going on behind {self.resumed_rows:,} rows that are finished"))
 
     def _write(self, part: int, lines: list[bytes]) -> None:
         content = b"".join(lines)

@@ -263,11 +263,13 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
     allowed = 0 if on_bad_rows == "error" else BAD_ROW_SHARE
     for bad in reading.bad:
         refused = bad.count > allowed * bad.total and on_bad_rows != "skip"
-        stops = " A run would stop at them without --on_bad_rows skip." if refused else ""
         for count, problem, places in bad.reasons.values():
             name, advice = next((known[1:] for known in REASONS if known[0] in problem), ("bad_rows", "Mend them."))
-            text = f"{count:,} of {bad.total:,} rows are left out: {'in the first ' * (count > 1)}{problem}"
-            found.add(name, "error" if refused else "warning", count, text, advice + stops, places)
+            named = f"in the first {problem}" if count > 1 else problem
+            text = f"{count:,} of {bad.total:,} rows are left out: {named}"
+            if refused:
+                advice = f"{advice} A run would stop at them without --on_bad_rows skip."
+            found.add(name, "error" if refused else "warning", count, text, advice, places)
     for columns in reading.columns:
         for name, count, text, advice, places in columns.findings():
             found.add("unread_columns", "error", count, text, advice, places)
@@ -275,9 +277,8 @@ def check_left_out(found: Findings, reading: Reading, on_bad_rows: str | None) -
     long = counts["dropped"]
     reasons = [reason for bad in reading.too_long for reason in bad.reasons.values()]
     problem = next((problem for _, problem, _ in reasons), "")
-    text = (
-        f"{long:,} of {total:,} rows ({ratio(long, total):.1%}) are left out: {'in the first ' * (long > 1)}{problem}"
-    )
+    named = f"in the first {problem}" if long > 1 else problem
+    text = f"{long:,} of {total:,} rows ({ratio(long, total):.1%}) are left out: {named}"
     advice = "Raise it, or shorten them."
     found.add("too_long_rows", "warning", long, text, advice, reading.places.get("dropped", ()))
     text = f"{counts['untrained']:,} of {total:,} rows have no reply to train and are left out"
