@@ -148,7 +148,15 @@ def test_text_that_nobody_reads_is_counted_by_column():
     rows = [
         {"question": "q", "answer": "a", "hint": "think of two", "score": 0.5, "source": "a long name, in words"},
         {"question": "q", "answer": "a", "hint": "think of three", "language": "English", "id": "x y z"},
-        {"question": "q", "answer": "a", "hint": None, "tier": "gold", "meta": {"note": "of the maker"}},
+        {
+            "question": "q",
+            "answer": "a",
+            "hint": None,
+            "tier": "gold",
+            "dataType": "百科",
+            "copyright": "of them all",
+            "meta": {"note": "of the maker"},
+        },
         {"messages": [user("q"), assistant("a", citations=["read this book"])], "n": 3, "empty": " "},
     ]
     assert unread(rows) == {"hint": 2, "messages.citations": 1}
@@ -161,6 +169,9 @@ def test_text_that_another_column_repeats_is_not_lost():
     pair = {"prompt": "hi", "chosen": "a b", "rejected": "c d", "generations": ["a b", "c d"]}
     assert unread([pair], to_preference) == {}
     assert unread([{**pair, "generations": ["e f"]}], to_preference) == {"generations": 1}
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "An instruction.\nAdd.\n1 2\nResponse: 3"}
+    assert unread([row]) == {}
+    assert unread([{**row, "input": "4 5"}]) == {"text": 1}
     assert unread([{"text": "a", "summary": "of the text"}], to_document) == {"summary": 1}
 
 

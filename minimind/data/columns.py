@@ -48,7 +48,8 @@ FACTS = re.compile(
     r"(.*_)?("
     r"ids?|keys?|doc|uu?id|guid|hash|sha\d*|md5|index|idx|number|count|num|length|len|size|tokens?|n|"
     r"scores?|ratings?|ranks?|rewards?|quality|loss|ppl|perplexity|probability|confidence|votes?|weight|"
-    r"sources?|origin|datasets?|corpus|subset|split|config|version|licen[cs]e|authors?|annotators?|users?|"
+    r"sources?|origin|datasets?|corpus|subset|split|config|version|licen[cs]e|copyright|rights|authors?|annotators?|"
+    r"users?|publisher|verified|from|dump|"
     r"url|uri|link|domain|host|website|file(name|_name)?|path|repo(_name)?|repository|commit|"
     r"date|time|timestamp|year|created(_at)?|updated(_at)?|"
     r"lang|languages?|locale|country|region|state|"
@@ -59,7 +60,8 @@ FACTS = re.compile(
     r"language_(score|code)|label|desirable|kto_tag|is_.*|has_.*|num_.*|n_.*"
     r")"
 )
-LABEL = re.compile(r"[\w.:/+#@%&=?~-]{1,200}", re.ASCII)  # one word, path or address: a name of something, not text
+# A value that is one word, path or address (of Chinese, a few characters): a name of something, not text.
+LABEL = re.compile(r"(?a:[\w.:/+#@%&=?~-]{1,200})|\w{1,8}")
 KNOWN = {name for names in NAMES.values() for name in names}
 IGNORE_ALL = "ignore"
 PLACES = 5  # rows named for one column
@@ -122,9 +124,8 @@ class Fields(Mapping):
         rest = [name for name in self.columns if name not in self.read and not _is_fact(name)]
         found = [name for name in rest if any(_is_text(text, name in KNOWN) for text in _texts(self.columns[name]))]
         if found:
-            # What another column says too is not lost: a prompt beside the whole conversation.
-            read = "\n".join(text for name in self.read for text in _texts(self.columns.get(name)))
-            found = [name for name in found if any(text.strip() not in read for text in _texts(self.columns[name]))]
+            read = [text.strip() for name in self.read for text in _texts(self.columns.get(name))]
+            found = [name for name in found if not _repeats(list(_texts(self.columns[name])), read)]
         return found + self.unread_inside
 
 
@@ -144,6 +145,12 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
+
+
+def _repeats(texts: list[str], read: list[str]) -> bool:
+    """Whether texts say nothing beside what was read: a prompt beside the conversation, or all of it as one text."""
+    whole = "\n".join(read)
+    return all(text.strip() in whole for text in texts) or (len(read) > 1 and all(text in texts[0] for text in read))
 
 
 def _is_text(text: str, is_named_so: bool) -> bool:
