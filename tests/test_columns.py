@@ -8,6 +8,7 @@ import pytest
 from pipeline import assistant, result, user
 
 from minimind.data.cleaning import clean
+from minimind.data.cleaning.texts import Texts, check_row
 from minimind.data.columns import NAMES, Columns
 from minimind.data.conversations import to_conversation, to_messages
 from minimind.data.files import BadRowError, expand, read_rows, to_document
@@ -194,7 +195,7 @@ def test_columns_with_names_of_their_own_are_read_as_they_are_mapped(tmp_path):
     "mark",
     [
         *({name: False} for name in ("train", "training", "trainable", "train_on_turn", "loss")),
-        *({"loss": "false"}, {"loss": 0}, {"loss_weight": 0.0}, {"weight": "0"}, {"masked": True}),
+        *({"loss": "false"}, {"loss": 0}, {"loss_weight": 0.0}, {"weight": "0"}, {"masked": True}, {"loss_mask": 0}),
         *({"weight": 1, "train": False}, {"loss_weight": 1.0, "loss": False}),
     ],
 )
@@ -232,6 +233,7 @@ def test_a_row_marked_as_rejected_is_refused_unless_its_mark_is_left_out(mark):
         (assistant("<tool_call>{'name': 'look', 'arguments': {'at': 'Lomo'}}</tool_call>"), [result("21")]),
         (assistant('{"name": "look", "arguments": {"at": "Lomo"}}'), [{"role": "observation", "content": "21"}]),
         (assistant('{"at": "Lomo"}', metadata="look"), [{"role": "observation", "content": "21"}]),
+        (assistant('look\n{"at": "Lomo"}'), [{"role": "observation", "content": "21"}]),
         (assistant('[look(at="Lomo")]'), [{"from": "tool", "value": "21"}]),
         ({"role": "tool_call", "content": '{"name": "look", "arguments": {"at": "Lomo"}}'}, [result("21")]),
         (assistant([{"type": "tool_use", "name": "look", "input": {"at": "Lomo"}}]), [result("21")]),
@@ -355,6 +357,8 @@ def test_a_dialogue_whose_voices_do_not_alternate_is_refused():
     "row",
     [
         {"messages": TALK, "rejected_response": "no"},
+        {"messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
+        {"query": "hi", "response": "hello", "rejected_response": "no"},
         {"input": {"messages": TALK[:1]}, "preferred_output": TALK[1:], "non_preferred_output": [assistant("no")]},
         {"chosen_messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
         {"input": "hi", "chosen": "hello", "rejected": "no", "generations": ["hello", "no"]},
@@ -437,3 +441,27 @@ def test_a_cleaning_writes_rows_under_the_names_that_they_are_read_by(tmp_path):
     again = Columns(names, cleaned=True)
     read = [row.data for row in read_rows([str(cleaned)], "error", to_messages, columns=again)]
     assert [message["content"] for message in read[0]] == list(row.values())
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        (
+            {"query": "a", "response": "b", "rejected_response": "c"},
+            {"query": "A", "response": "B", "rejected_response": "C"},
+        ),
+        ({"question": "a", "context": "b", "answer": "c"}, {"question": "A", "context": "B", "answer": "C"}),
+        ({"Question": "a", "A": "b", "B": "c", "Answer": "d"}, {"Question": "A", "A": "B", "B": "C", "Answer": "D"}),
+        (
+            {"system_prompt": "a", "prompt": "b", "response": "c"},
+            {"system_prompt": "A", "prompt": "B", "response": "C"},
+        ),
+        (
+            {"input": "a", "content": "b", "reasoning_content": "c"},
+            {"input": "A", "content": "B", "reasoning_content": "C"},
+        ),
+    ],
+)
+def test_a_cleaning_changes_the_texts_of_every_layout(row, texts):
+    assert Texts(check_row(row)).replace(str.upper) == (True, False)
+    assert row == texts

@@ -11,6 +11,7 @@ from minimind.data.rows import BadRowError, shown
 
 EMPTY = (None, "", "[]", "{}", [], {})
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+NAMED_CALL = re.compile(r"([A-Za-z_][\w.-]*)\n\s*(\{.*\})", re.DOTALL)
 PYTHON_LIMIT = 1 << 16  # characters that are parsed as Python
 NOT_PYTHON = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)
 
@@ -117,8 +118,11 @@ def bare_calls(content: str, function: Any, name: str) -> list[dict]:
     {"name": "f", "arguments": {"a": 1}}    JSON or a Python literal, one or a list
     [f(a=1), g()]                           Python calls with named literals, as in ToolACE
     {"a": 1} and `function` "f"             GLM-4's, the name in the message's metadata
+    f, then {"a": 1} on the next line       GLM-4's, as its template writes them
     """
     content = content.strip()
+    if named := NAMED_CALL.fullmatch(content):
+        function, content = named.groups()
     if isinstance(function, str) and function.strip() and content.startswith("{"):
         content = json.dumps([{"name": function.strip(), "arguments": content}])
     if content[:1] not in ("{", "["):

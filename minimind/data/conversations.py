@@ -29,7 +29,18 @@ TURNS = ("user", "assistant")
 LETTERS = "ABCDEFGHIJ"
 # Columns that say whether anybody should learn the reply, and those that say the opposite.
 VERDICTS = (
-    *("label", "kto_tag", "desirable", "is_desirable", "accepted", "is_accepted", "chosen", "is_chosen", "preferred"),
+    *(
+        "label",
+        "kto_tag",
+        "desirable",
+        "is_desirable",
+        "accept",
+        "accepted",
+        "is_accepted",
+        "chosen",
+        "is_chosen",
+        "preferred",
+    ),
     *("is_preferred", "approved", "is_approved", "correct", "is_correct", "good", "is_good", "thumbs_up", "liked"),
 )
 REJECTIONS = ("rejected", "is_rejected", "bad", "is_bad", "undesirable", "thumbs_down", "disliked")

@@ -27,8 +27,11 @@ CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's: the text of the messa
 CONTENTS = ("content", "value", "text", "parts")
 CALLS = ("tool_calls", "function_call")
 REASONING = NAMES["reasoning_content"]
-FLAGS = ("train", "training", "trainable", "train_on_turn", "loss", "learn")  # whether a reply is trained
-MASKS = ("mask", "masked")  # the opposite
+FLAGS = (  # whether a reply is trained
+    *("train", "training", "trainable", "train_on_turn", "loss", "learn", "loss_mask", "compute_loss", "supervised"),
+    *("include_in_loss", "use_for_training"),
+)
+MASKS = ("mask", "masked", "skip", "ignore", "exclude", "mask_loss", "no_loss")  # the opposite
 WEIGHTS = ("weight", "loss_weight")
 MARKS = {*FLAGS, *MASKS, *WEIGHTS, "train_detail"}
 WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}

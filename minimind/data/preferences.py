@@ -9,6 +9,7 @@ from minimind.data.conversations import (
     open_template_kwargs,
     parse_history,
     read_prompt,
+    read_reply,
     read_tools,
     without_empty_system,
 )
@@ -83,7 +84,7 @@ def to_preference(data: Mapping) -> dict[str, list]:
     """
     row = Fields.of(data)
     open_template_kwargs(row)
-    has_reply = any(name in row for name in NAMES["messages"])  # ms-swift's: the reply ends the messages
+    has_reply = row.find("messages") or row.find("response")  # ms-swift's, beside a rejected one
     if not row.find("rejected") or not (row.find("chosen") or has_reply):
         raise BadRowError(
             f"found keys {row.names}, expected 'chosen' and 'rejected', with a 'prompt' or within messages"
@@ -91,9 +92,13 @@ def to_preference(data: Mapping) -> dict[str, list]:
     prompt, name = parse_prompt(row)
     if row.find("chosen"):
         chosen = parse_replies(row, "chosen")
-    else:
+    elif row.find("messages"):
         prompt, chosen = take_last_reply(prompt)
+    else:
+        chosen = read_reply(row)
     rejected = parse_replies(row, "rejected")
+    if rejected[0]["role"] != "assistant" and not row.find("chosen"):
+        chosen = prompt + chosen
     if chosen == rejected:
         raise BadRowError("found chosen equal to rejected, expected two different replies")
     if not chosen or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":

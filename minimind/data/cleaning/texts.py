@@ -16,7 +16,7 @@ from minimind.data.preferences import to_preference
 PROMPTS = ("prompt", "input", "context")
 MEANINGS = {
     "conversation": (*PROMPTS, "choices", "reasoning_content", "response"),
-    "preference": (*PROMPTS, "choices", "chosen", "rejected"),
+    "preference": (*PROMPTS, "choices", "response", "chosen", "rejected"),
 }
 MACHINE_ROLES = {*CALL_ROLES, *(name for name, role in ROLES.items() if role == "tool")}
 
@@ -43,7 +43,8 @@ class Slot(NamedTuple):
 def kind_of(row: dict) -> str:
     """Which kind of row it is by its columns: "document", "conversation" or "preference"."""
     fields = Fields(row)
-    if fields.find("rejected") and (fields.find("chosen") or fields.find("messages")):
+    is_pair = isinstance(fields.get(fields.find("rejected")), str | list | dict)  # else the mark of a reply
+    if is_pair and any(map(fields.find, ("chosen", "messages", "response"))):
         return "preference"
     if fields.get(fields.find("messages")):
         return "conversation"
