@@ -90,3 +90,12 @@ def bf16_is_fast(device: str | None = None) -> bool:
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return bool(native and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def leave_process_group(trainer) -> None:
+    """Leave the other processes of a run that is complete; DeepSpeed's engine leaves them by itself.
+
+    Left to the interpreter's end, gloo's threads now and then abort the process, and a launcher calls the run failed.
+    """
+    if torch.distributed.is_initialized() and not trainer.is_deepspeed_enabled:
+        torch.distributed.destroy_process_group()

@@ -59,7 +59,7 @@ from minimind.training.callbacks import (
 from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
-from minimind.training.launch import is_main_process
+from minimind.training.launch import is_main_process, leave_process_group
 from minimind.training.plots import plot_loss
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
 from minimind.training.resume import ResumeCallback, begin, recipe_of
@@ -288,6 +288,7 @@ class Stage:
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
         with reports_disk_errors(self.output_dir):
             self._write(trainer, tokenizer, metrics, report)
+        leave_process_group(trainer)
 
     def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
         partial = self.output_dir / ".partial"
