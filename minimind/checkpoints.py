@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -35,13 +34,6 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 # Initialisations of LoRA that take something out of the base's weights by chance, data or quantisation: nothing
 # warrants that it is the same again when the adapter is loaded. PiSSA by full SVD and OLoRA are computed again.
 UNREPEATABLE_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 from minimind.language import say, translated
+
+FAILED: set[str] = set()  # decorations that this process has said to have failed
 
 
 class UserError(Exception):
@@ -19,6 +22,21 @@ class UserError(Exception):
 def install(extra: str) -> str:
     """How to install the libraries of an extra; the project itself is on no package index."""
     return f"pip install -e '.[{extra}]' in the project's directory"
+
+
+@contextmanager
+def decoration(what: str) -> Iterator[None]:
+    """A block that only tells about a run: whatever goes wrong in it is said in one line, and the run continues.
+
+    `what` it makes, such as "the report", is named once, however often it fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        if what not in FAILED and os.environ.get("RANK", "0") == "0":
+            words = (str(error).splitlines() or [""])[0]
+            say(f"notice: {what} failed ({type(error).__name__}: {words}); the run continues", file=sys.stderr)
+        FAILED.add(what)
 
 
 def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:

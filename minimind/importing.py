@@ -35,8 +35,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import weights_hash, write_json
+from minimind.checkpoints import weights_hash
 from minimind.errors import UserError
+from minimind.records import write_json
 from minimind.tokenizer import tokenizer_hash
 
 Tensors = dict[str, torch.Tensor]

@@ -14,6 +14,8 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("messages_zh.yaml")
 # Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
 BORDERS = re.compile(r"\n|^ +"), re.compile(r": |\. "), re.compile(r"; |, ")
+# Control characters but tab and line feed (C0 and C1 of ECMA-48), marks that reorder text, half surrogate pairs.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 
@@ -66,6 +68,16 @@ def translated(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    r"""A text as a terminal may have it: what could control the terminal, turn the direction of writing or not be
+    encoded is shown as an escape.
+
+    >>> print(printable("a\x1b[2J\u202e\ud83d"))
+    a\x1b[2J\u202e\ud83d
+    """
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def say(text: str, **options) -> None:
     """Print a text for a person, at once; `options` are those of `print`."""
-    print(translated(text), **{"flush": True, **options})
+    print(printable(translated(text)), **{"flush": True, **options})

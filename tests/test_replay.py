@@ -7,7 +7,7 @@ import torch
 from pipeline import document_rows, failure, run_cli, run_script, short_run, write_model
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import write_json
+from minimind.records import write_json
 from minimind.training.guards import Step, save_batch
 from minimind.training.replay import replay
 

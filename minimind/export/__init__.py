@@ -20,7 +20,6 @@ from minimind.checkpoints import (
     new_directory,
     provenance,
     require_stage,
-    write_json,
 )
 from minimind.errors import UserError
 from minimind.export.gguf import require_gguf, rounded, write_gguf
@@ -43,6 +42,7 @@ from minimind.export.verification import (
     logits_of,
     make_probes,
 )
+from minimind.records import write_json
 from minimind.tokenizer import load_tokenizer
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")

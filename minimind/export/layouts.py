@@ -20,8 +20,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from minimind.checkpoints import write_json
 from minimind.errors import UserError
+from minimind.records import write_json
 
 STOCK = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),

@@ -13,10 +13,10 @@ from minimind.checkpoints import (
     read_stage,
     require_stage,
     weights_hash,
-    write_json,
 )
 from minimind.errors import UserError
 from minimind.export.verification import check_model, make_probes
+from minimind.records import write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 

@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from minimind.checkpoints import write_json
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.planning.costs import Step, core, empty_model, flops, memory
@@ -28,6 +27,7 @@ from minimind.planning.devices import Device, this_device
 from minimind.planning.plans import gib
 from minimind.planning.recipes import Recipe
 from minimind.planning.slowness import explain, usage
+from minimind.records import write_json
 from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.launch import is_main_process
 

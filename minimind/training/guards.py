@@ -29,9 +29,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
-from minimind.checkpoints import write_json
 from minimind.errors import UserError
 from minimind.language import say
+from minimind.records import write_json
 from minimind.training.launch import is_main_process
 
 WINDOW, ENOUGH = 64, 16  # steps that a loss is compared with, at most and at least

@@ -29,9 +29,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minimind.checkpoints import library_versions, weights_hash, write_json
+from minimind.checkpoints import library_versions, weights_hash
 from minimind.errors import UserError
 from minimind.language import say
+from minimind.records import write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.elastic import check_world_size
 from minimind.training.guards import check_writable

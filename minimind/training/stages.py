@@ -42,11 +42,11 @@ from minimind.checkpoints import (
     read_stage,
     require_stage,
     weights_hash,
-    write_json,
 )
 from minimind.errors import UserError
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.language import say, translated
+from minimind.records import write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
