@@ -18,15 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
+import transformers.dynamic_module_utils
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
 from minimind.data.files import content_hash
-from minimind.errors import UserError
+from minimind.errors import UserError, reason
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
+# What would run code of a directory is an error, and no question on standard input.
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 transformers.utils.logging.disable_progress_bar()  # "Loading weights", gone before it can be read at these sizes
 # An old name that peft 0.21 still asks transformers for, nothing a user could mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -97,6 +99,30 @@ def adapter_base(path: Path) -> Path:
     return path / base if not Path(base).is_absolute() else Path(base)
 
 
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a stage directory's model, of an adapter that of its base.
+
+    Raises:
+        UserError: the directory is not a stage directory, or its config.json cannot be read.
+    """
+    path = require_stage(path)
+    while (path / "adapter_config.json").exists():
+        path = adapter_base(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}.") from error
+
+
+def check_kind(config: PreTrainedConfig, path: str | Path) -> None:
+    """Raises UserError where a model is of another kind than the stages train."""
+    if config.model_type != "minimind":
+        raise UserError(
+            f"{path} holds a model of the kind {config.model_type!r}, and the stages train MiniMind's. Where it fits, "
+            "'minimind import' makes one of it."
+        )
+
+
 def load_model(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
     """Load the causal LM of a stage directory in fp32; an adapter is merged into its base.
 
@@ -110,10 +136,13 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
             model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation=attn_implementation
+                path,
+                dtype=torch.float32,
+                attn_implementation=attn_implementation or "sdpa",  # config.json might name a kernel of the Hub
+                trust_remote_code=False,
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+        raise UserError(f"the model in {path} cannot be loaded: {reason(error)}") from error
     return model
 
 

@@ -1,6 +1,7 @@
 """The one kind of error that is shown to a user without a traceback."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,18 @@ class UserError(Exception):
 def install(extra: str) -> str:
     """How to install the libraries of an extra; the project itself is on no package index."""
     return f"pip install -e '.[{extra}]' in the project's directory"
+
+
+def reason(error: Exception) -> str:
+    """What a library says about a foreign file, without its advice to run the code that the file brings or names."""
+    words = str(error)
+    if "trust_remote_code" in words:
+        return "it brings code of its own (auto_map), which is never run; expected a model of this project"
+    if named := re.search(r"GLOBAL (\S+)", words):
+        return f"it needs the code {named[1]}, which is never run"
+    if "weights_only" in words or "Weights only" in words:
+        return "it is damaged, or a pickle with more than tensors in it"
+    return words
 
 
 @contextmanager

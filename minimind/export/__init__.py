@@ -115,7 +115,7 @@ def write_layout(
     tensors = model.state_dict()
     if format in STOCK:
         save_for_all_versions(model.to(target), tokenizer, out)
-        reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
     else:
         model.config.use_cache = True
         model.to(target).save_pretrained(out)
@@ -123,7 +123,8 @@ def write_layout(
         # The code in the directory itself: the Auto classes would take the package's.
         shipped_class = get_class_from_dynamic_module(f"modeling_minimind.{type(model).__name__}", out)
         reloaded = shipped_class.from_pretrained(out, dtype=torch.float32)
-    compared = compare(source, probes, tensors, reloaded, tokenizer, AutoTokenizer.from_pretrained(out))
+    reloaded_tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    compared = compare(source, probes, tensors, reloaded, tokenizer, reloaded_tokenizer)
     if format not in STOCK:
         shutil.rmtree(
             Path(inspect.getfile(shipped_class)).parents[1]

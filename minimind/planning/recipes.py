@@ -14,11 +14,11 @@ from statistics import fmean
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import get_peft_config, pack_dataset
 
 from minimind import MiniMindConfig
-from minimind.checkpoints import adapter_base, require_stage
+from minimind.checkpoints import check_kind, load_config
 from minimind.data.chat_encoder import ChatEncoder, set_chat_template
 from minimind.data.chats import (
     ChatArguments,
@@ -154,11 +154,8 @@ class Recipe:
         """
         parent = self.parent
         if parent and (Path(parent).is_dir() or not self.writer(parent)):
-            path = require_stage(parent)
-            base = path
-            while (base / "adapter_config.json").exists():
-                base = adapter_base(base)
-            config, tokenizer, notes = AutoConfig.from_pretrained(base), load_tokenizer(path), []
+            config, tokenizer, notes = load_config(parent), load_tokenizer(parent), []
+            check_kind(config, parent)
         elif parent:
             writer = self.writer(parent)
             config, tokenizer, notes = writer.starting_point()

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minimind.errors import UserError
+from minimind.errors import UserError, reason
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
@@ -40,9 +40,9 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
             "'minimind tokenizer train'."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from error
+        raise UserError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
     if isinstance(tokenizer.chat_template, dict):  # several by name, for chats, for tools ...
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.pad_token_id is None:  # padding is masked by its place, so any token may pad

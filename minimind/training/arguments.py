@@ -284,6 +284,8 @@ class StageConfig(TrainingArguments):
             self.use_cpu = True
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        if getattr(self, "trust_remote_code", False):  # TRL's
+            raise ValueError("--trust_remote_code has no meaning here: no code of a model's directory is ever run")
         if self.hub_token:
             raise ValueError("--hub_token would reach saved files and trackers: set the variable HF_TOKEN instead")
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":

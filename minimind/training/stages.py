@@ -35,6 +35,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import (
+    check_kind,
     check_vocabulary,
     library_versions,
     load_model,
@@ -111,6 +112,7 @@ def starting_point(
     check_attention(attn_implementation)
     tokenizer = load_tokenizer(path)
     model = load_model(path, attn_implementation)
+    check_kind(model.config, path)
     check_vocabulary(model, tokenizer, path)
     return model, tokenizer, path
 
