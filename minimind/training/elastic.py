@@ -20,11 +20,18 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from minimind.errors import UserError
+from minimind.errors import UserError, reason
 from minimind.language import say
 from minimind.training.launch import is_main_process
 
 # What DeepSpeed's converter knows: weights, first and second moment.
+# DeepSpeed's program, which loads what it converts as a resumed run does: without the code that a file asks for.
+CONVERTER = """
+from runpy import run_module
+from minimind.training.launch import refuse_code_in_pickles
+refuse_code_in_pickles()
+run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
+"""
 CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -190,16 +197,17 @@ def _convert(checkpoint: Path, target: Path) -> None:
     words = ["--input_folder", partial / shards.name, "--output_folder", partial / f"{shards.name}_universal"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words, "--inject_missing_state"],
+        [sys.executable, "-c", CONVERTER, *words, "--inject_missing_state"],
         env=environment,
         capture_output=True,
         text=True,
     )
     if done.returncode:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        said = done.stderr.strip()
+        words = (reason(RuntimeError(said)).splitlines() or ["it said nothing"])[-1]
         raise UserError(
             f"{checkpoint} was written by {saved_processes(checkpoint)} processes and DeepSpeed cannot convert it for "
-            f"another number: {reason}. Start {saved_processes(checkpoint)} processes."
+            f"another number: {words}. Start {saved_processes(checkpoint)} processes."
         )
     partial.replace(target)

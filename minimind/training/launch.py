@@ -13,6 +13,10 @@ import torch
 from minimind.errors import UserError
 from minimind.language import say
 
+LOOPBACK = ("127.0.0.1", "localhost")
+EXISTING_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch then connects to a store, and opens none
+STORES: list = []  # what listens, as long as the process lives
+
 
 def prepare_launch(uses_deepspeed: bool) -> None:
     """Set the environment for this launcher and device; anything the user has set stays as it is."""
@@ -29,37 +33,66 @@ def prepare_launch(uses_deepspeed: bool) -> None:
             # `accelerate launch` sets it on a machine without a GPU, and accelerate then leaves DeepSpeed out in
             # silence (seen in accelerate 1.15).
             os.environ.pop("ACCELERATE_USE_CPU", None)
-    check_port()
     if uses_deepspeed and "RANK" not in os.environ:
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((LOOPBACK[0], 0))
             port = free.getsockname()[1]
-        rendezvous = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        rendezvous = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": LOOPBACK[0], "MASTER_PORT": port}
         for name, value in rendezvous.items():
             os.environ.setdefault(name, str(value))
+    open_meeting_point()
     if uses_deepspeed:
+        refuse_code_in_pickles()
         _announce_compilation()
 
 
-def check_port() -> None:
-    """Raises UserError where the port at which the processes are to meet is taken, by another run as a rule.
+def open_meeting_point() -> None:
+    """Listen at the port where the processes are to meet: torch does it at all addresses of the machine, this, where
+    all processes are on one, at the loopback address alone.
 
-    Under torchrun it is torchrun that opens it, and says so itself.
+    Under torchrun it is torchrun that opens it.
+
+    Raises:
+        UserError: the port is taken, by another run as a rule.
     """
-    if os.environ.get("RANK") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    is_local = address in LOOPBACK
+    if is_local:
+        interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+        for library in ("GLOO", "NCCL") if interface else ():
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    if os.environ.get("RANK") != "0" or os.environ.get(EXISTING_STORE) == "True" or not port.isdigit():
         return
-    port = os.environ.get("MASTER_PORT", "")
-    if not port.isdigit():
+    try:
+        listener = socket.create_server((address if is_local else "", int(port)))
+    except OSError as error:
+        raise UserError(
+            f"port {port}, at which the processes are to meet, cannot be opened: {error.strerror}, perhaps by "
+            f"another run. Give another one: deepspeed --master_port {int(port) + 1} ..., or MASTER_PORT."
+        ) from error
+    if not is_local:
+        listener.close()  # torch opens it
         return
-    with socket.socket() as meeting_point:
-        meeting_point.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            meeting_point.bind(("", int(port)))
-        except OSError as error:
-            raise UserError(
-                f"port {port}, at which the processes are to meet, cannot be opened: {error.strerror}, perhaps by "
-                f"another run. Give another one: deepspeed --master_port {int(port) + 1} ..., or MASTER_PORT."
-            ) from error
+    STORES.append(
+        torch.distributed.TCPStore(
+            address, int(port), is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+    )
+    os.environ[EXISTING_STORE] = "True"
+
+
+def refuse_code_in_pickles() -> None:
+    """Let `torch.load` run nothing that a file asks for, also where DeepSpeed asks it to: a checkpoint may be anybody's.
+
+    What DeepSpeed's checkpoints hold beside tensors is allowed. TORCH_FORCE_WEIGHTS_ONLY_LOAD=0 allows everything.
+    """
+    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def is_main_process() -> bool:

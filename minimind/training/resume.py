@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from uuid import uuid4
 
@@ -30,7 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimind.checkpoints import library_versions, weights_hash
-from minimind.errors import UserError
+from minimind.errors import UserError, reason
 from minimind.language import say
 from minimind.records import write_json
 from minimind.tokenizer import tokenizer_hash
@@ -419,6 +420,16 @@ class ResumableTrainer(Trainer):
     stage = None  # set by `Stage.announce`
     last_saved: int | None = None
     earlier_seconds = 0.0  # of training before the interruption
+
+    def train(self, resume_from_checkpoint=None, **options):
+        """The library's; raises UserError where a file of the checkpoint asks for code to be run."""
+        try:
+            return super().train(resume_from_checkpoint, **options)
+        except UnpicklingError as error:
+            raise UserError(
+                f"{resume_from_checkpoint} cannot be loaded: {reason(error)}. Begin anew in another --output_dir; "
+                "docs/security.md says what a checkpoint may hold."
+            ) from error
 
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
