@@ -11,7 +11,7 @@ from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.files import cache_directory
 from minimind.data.messages import parse_message
 from minimind.errors import UserError
-from minimind.language import say
+from minimind.language import printable, say
 from minimind.terminal import read_messages
 from minimind.tokenizer import load_tokenizer
 
@@ -21,6 +21,14 @@ Ctrl-C drops the line, or stops an answer.
 /exit ends it, as Ctrl-D does
 A message that begins with / needs a space before it."""
 COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
+
+
+class Streamer(TextStreamer):
+    """Identical to the library's except: what a model writes cannot control the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        """Called with each piece of the text."""
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -50,7 +58,7 @@ def decode(
         input_ids.to(model.device),
         attention_mask=torch.ones_like(input_ids, device=model.device),
         max_new_tokens=max(1, min(max_new_tokens, room)),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
@@ -63,7 +71,7 @@ def generate(directory: str, prompt: str, max_new_tokens: int, temperature: floa
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
     if not ids.numel():  # an empty prompt starts a new document, as after the end of another
         ids = torch.tensor([[tokenizer.eos_token_id]])
-    print(prompt, end="", flush=True)
+    print(printable(prompt), end="", flush=True)
     decode(model, tokenizer, ids, max_new_tokens, temperature, top_p)
 
 
@@ -103,7 +111,7 @@ def chat(
             continue
 
         if not interactive:
-            print(f"> {text.strip()}")
+            print(f"> {printable(text.strip())}")
         messages.append({"role": "user", "content": text.strip()})
         ids = torch.tensor(encode_prompts([messages], encoder))
         while ids.shape[1] > window and len(messages) > len(opening) + 1:

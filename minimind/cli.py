@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 
 from minimind.errors import UserError, reports_user_errors
-from minimind.language import say
+from minimind.language import as_json, printable, say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 
 
@@ -397,13 +397,11 @@ def tokenizer_directory(name: str) -> str:
 
 def print_report(args: argparse.Namespace, result: dict, tables) -> None:
     """Print a result as JSON or as tables."""
-    import json
 
     from minimind.tokenizer.report import show
 
     if args.json:
-        json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
-        print()
+        print(as_json(result, indent=2))
     if args.save or not args.json:
         show(tables(result), f"minimind tokenizer {args.command}", args.save, quiet=args.json)
 
@@ -425,7 +423,6 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """`minimind evaluate`."""
-    import json
     from contextlib import redirect_stdout
 
     from minimind.chat import load_for_generation
@@ -439,8 +436,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         model, tokenizer = load_for_generation(args.directory)
         options = {name: getattr(args, name) for name in ("max_length", "max_new_tokens", "batch_size")}
         result = evaluate(model, tokenizer, args.files, args.stage, args.on_bad_rows, columns, **options)
-    json.dump(result, sys.stdout, ensure_ascii=False, indent=2)
-    print()
+    print(as_json(result, indent=2))
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -494,7 +490,6 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run_doctor(args: argparse.Namespace) -> None:
     """`minimind doctor`."""
-    import json
     from contextlib import redirect_stdout
 
     from minimind.doctor import doctor, print_report
@@ -502,7 +497,7 @@ def run_doctor(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         report = doctor(args.recipe, args.options, args.stage, args.processes, args.quick)
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(as_json(report))
     else:
         print_report(report)
     if report["errors"]:
@@ -511,7 +506,6 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def run_replay(args: argparse.Namespace) -> None:
     """`minimind replay`."""
-    import json
     from contextlib import redirect_stdout
 
     from minimind.training.replay import print_replay, replay
@@ -519,7 +513,7 @@ def run_replay(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):
         report = replay(args.directory, args.model, args.precision)
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(as_json(report))
     else:
         print_replay(report)
 
@@ -532,7 +526,7 @@ def run_export(args: argparse.Namespace) -> None:
 
     prepare_launch(uses_deepspeed=False)
     record = export(args.directory, args.out, args.format, args.dtype)
-    print(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
+    say(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
     say(report(record["verification"]))
 
 
@@ -544,7 +538,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
     prepare_launch(uses_deepspeed=False)
     record = merge(args.adapter, args.out)
-    print(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
+    say(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
     say(report(record["verification"]))
 
 
@@ -563,15 +557,14 @@ def run_import(args: argparse.Namespace) -> None:
     say(f"{args.source}: {report.layout}, {model.num_parameters() / 1e6:.2f} M parameters, {model.dtype}")
     for title, fields in {"from the shapes": report.inferred, "ASSUMED": report.assumed}.items():
         if fields:
-            print(f"  {title}: {', '.join(f'{name} {value}' for name, value in fields.items())}")
+            say(f"  {title}: {', '.join(f'{name} {value}' for name, value in fields.items())}")
     for note in report.notes:
         say(f"  note: {note}")
-    print(f"-> {args.destination}")
+    say(f"-> {args.destination}")
 
 
 def run_clean(args: argparse.Namespace) -> None:
     """`minimind clean`."""
-    import json
 
     from minimind.data.cleaning import clean
     from minimind.data.cleaning.report import report_text
@@ -579,7 +572,7 @@ def run_clean(args: argparse.Namespace) -> None:
     report = clean(
         args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns
     )
-    print(json.dumps(report, ensure_ascii=False) if args.json else report_text(report))
+    print(as_json(report) if args.json else printable(report_text(report)))
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -596,7 +589,7 @@ def run_prepare(args: argparse.Namespace) -> None:
     facts = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing).facts
     for part, counts in facts.items():
         shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
-        print(f"{part:<6} {shown}")
+        say(f"{part:<6} {shown}")
     say(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
 
 
@@ -618,7 +611,7 @@ def run_world(args: argparse.Namespace) -> None:
     from minimind.data.world import write_world
 
     for name, path in write_world(Path(args.directory)).items():
-        print(f"{name:<14} {path}")
+        say(f"{name:<14} {path}")
 
 
 TAKE_STAGE_OPTIONS = (run_prepare, run_plan, run_doctor)

@@ -1,5 +1,6 @@
 """The one kind of error that is shown to a user without a traceback."""
 
+import logging
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from minimind.language import say, translated
+from minimind.language import PrintableRecord, say, translated
 
 FAILED: set[str] = set()  # decorations that this process has said to have failed
 
@@ -60,6 +61,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(main)
     def wrapped(*args, **kwargs):
+        logging.setLogRecordFactory(PrintableRecord)
         try:
             return main(*args, **kwargs)
         except UserError as error:

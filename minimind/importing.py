@@ -37,7 +37,7 @@ from transformers.activations import ACT2FN
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.checkpoints import weights_hash
 from minimind.errors import UserError
-from minimind.records import write_json
+from minimind.records import beside, write_json
 from minimind.tokenizer import tokenizer_hash
 
 Tensors = dict[str, torch.Tensor]
@@ -245,7 +245,7 @@ def read_tensors(source: Path) -> Tensors:
         index = source / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            return {name: tensor for shard in shards for name, tensor in read_file(source / shard).items()}
+            return {name: tensor for shard in shards for name, tensor in read_file(beside(index, shard)).items()}
     raise UserError(f"{source} has no weights: expected model.safetensors or pytorch_model.bin, or their shards.")
 
 

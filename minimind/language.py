@@ -5,11 +5,14 @@ table, messages_zh.yaml: English templates, with {} for what changes, and their 
 English. A test holds every template against the texts in the code, so that none is left behind when they change.
 """
 
+import json
+import logging
 import os
 import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
 # Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
@@ -76,6 +79,24 @@ def printable(text: str) -> str:
     a\x1b[2J\u202e\ud83d
     """
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    r"""A value as JSON that a terminal may have: what `printable` escapes is escaped as JSON reads it back.
+
+    >>> print(as_json({"a": "中\x9b"}))
+    {"a": "中\u009b"}
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of a log, this package's or a library's: what it names of files and data cannot control the terminal."""
+
+    def getMessage(self) -> str:  # noqa: N802 (the library's name)
+        """The line."""
+        return printable(super().getMessage())
 
 
 def say(text: str, **options) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +25,7 @@ from minimind.language import say, translated
 from minimind.planning.slowness import seen_reasons, usage
 from minimind.recipes import read_recipe
 from minimind.records import write_json
+from minimind.terminal import Terminal
 from minimind.training.arguments import PretrainConfig, load_model_config_file
 from minimind.training.launch import bf16_is_fast, prepare_launch
 from minimind.training.optimizers import build_optimizer
@@ -143,7 +143,7 @@ def sample_chat(model, tokenizer, questions: list[dict]) -> list[dict]:
     return messages
 
 
-def show(summary: dict, console: Console) -> None:
+def show(summary: dict, console: Terminal) -> None:
     """Print the summary as one table, and the conversation."""
     table = Table(title=translated("quickstart: what each stage changed, measured on rows no stage was trained on"))
     for column in ("stage", "measure", "before", "after", "seconds", "tokens/s"):
@@ -176,7 +176,7 @@ def main() -> None:
     run = Path(sys.argv[1])
     summary = summarise(run)
     write_json(run / "summary.json", summary)
-    show(summary, Console(highlight=False))
+    show(summary, Terminal())
 
 
 if __name__ == "__main__":

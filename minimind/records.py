@@ -83,6 +83,17 @@ def read_json(path: str | Path, remedy: str, kind: type = dict) -> Any:
     return value
 
 
+def beside(file: Path, name: Any) -> Path:
+    """The path of a `name` that stands in a file and means one in the same directory.
+
+    Raises:
+        UserError: it would lead elsewhere.
+    """
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise UserError(f"{file}: found {name!r}, expected the name of a file in the same directory.")
+    return file.parent / name
+
+
 def json_lines(path: str | Path) -> Iterator[dict]:
     """The objects in a JSON Lines file of ours; lines that a killed process left unfinished are left out.
 

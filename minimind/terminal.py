@@ -1,12 +1,28 @@
-"""What somebody types, or a pipe delivers, message by message. Loads no torch."""
+"""A terminal: what is shown in it, and what somebody types, or a pipe delivers, message by message. Loads no torch."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimind.language import say
+from rich.console import Console
+from rich.segment import Segment
+
+from minimind.language import printable, say
 
 HOW_TO_END = "Ctrl-D or /exit ends the chat."
+
+
+class Terminal(Console):
+    """rich's console, except: no text in it can control the terminal, and nothing of it is taken for a number to
+    colour or the name of a smiley."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, emoji=False, **options)
+
+    def render(self, renderable, options=None):
+        """The segments of what is printed; only rich's own control it."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def read_messages(history: Path | None = None) -> Iterator[str]:

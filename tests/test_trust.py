@@ -1,4 +1,4 @@
-"""Nothing runs that was not asked for: code of a directory, pickles, templates, escape sequences; see docs/security.md."""
+"""Nothing runs that was not asked for: code of a directory, pickles, templates, escape sequences."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def plant(directory, marker):
 
 
 def evil_model(directory):
-    classes = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    classes = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "evil.Evil")
     change(directory / "config.json", model_type="evil", auto_map=classes)
     return directory
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
 from minimind.data.files import BadRowError
+from minimind.data.templates import WRITTEN, WRITTEN_PER_CHARACTER, bounded
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
@@ -29,6 +29,7 @@ from minimind.training.launch import is_main_process
 
 FEW = 16  # conversations that are not worth setting up the fast engine for
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
+SHIPPED = frozenset(path.read_text(encoding="utf-8") for path in TEMPLATES.values())
 GENERATION = re.compile(r"{%-?\s*generation\b")
 OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a message's words while roles are looked for
 
@@ -122,7 +123,7 @@ class ChatEncoder:
 
     def _write(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The template's text, and from where to where it marks what the assistant says."""
-        try:
+        with bounded(sum(len(message["content"]) for message in conversation.messages), self.template in SHIPPED):
             texts = render_jinja_template(
                 [conversation.messages],
                 tools=conversation.tools,
@@ -131,8 +132,9 @@ class ChatEncoder:
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise BadRowError(f"the chat template refuses the conversation: {error}") from None
+        written = len(texts[0][0])
+        if written > WRITTEN and written > WRITTEN_PER_CHARACTER * len(_words(conversation)):
+            raise BadRowError(f"the chat template writes {written:,} characters for a conversation of few")
         return (texts[0][0], texts[1][0]) if self.marked else (texts[0][0], [])
 
     def encode(

@@ -3,19 +3,18 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.inspection import Inspection
 from minimind.data.packing import IGNORED
-from minimind.language import translated
+from minimind.language import as_json, translated
+from minimind.terminal import Terminal
 from minimind.tokenizer import text_bytes
 
 # The name of a role's colour in the terminal, and its hue on the page; other roles share the last.
@@ -97,29 +96,24 @@ def table(*columns: str) -> Table:
     return made
 
 
-def terminal() -> Console:
-    """A console that neither colours numbers by itself nor breaks lines where the output is a file."""
-    return Console(highlight=False, soft_wrap=True)
-
-
 def print_inspection(inspection: Inspection, numbers: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> None:
     """The report and some rows."""
-    console = terminal()
+    console = Terminal(soft_wrap=True)
     print_report(inspection.report, console)
     print_rows(inspection, numbers, tokenizer, console)
 
 
 def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
     """The report as one JSON object, with the rows in place of their number; row by row, since they may be many."""
-    head = json.dumps({**inspection.report, "rows": None}, ensure_ascii=False, indent=2)
+    head = as_json({**inspection.report, "rows": None}, indent=2)
     before, after = head.split('"rows": null', 1)
     print(before + '"rows": [', end="")
     for index, number in enumerate(numbers):
-        print("," if index else "", json.dumps(inspection.row(number), ensure_ascii=False), sep="\n    ", end="")
+        print("," if index else "", as_json(inspection.row(number)), sep="\n    ", end="")
     print("]" + after)
 
 
-def print_report(report: dict, console: Console) -> None:
+def print_report(report: dict, console: Terminal) -> None:
     """Roles, lengths and findings."""
     console.print(Text("".join(map(translated, summary(report))), "bold"))
     roles = table("role", "tokens", "trained", "share")
@@ -182,7 +176,7 @@ def windows_table(lengths: dict) -> Table:
     return made
 
 
-def print_findings(findings: Iterable[dict], console: Console) -> None:
+def print_findings(findings: Iterable[dict], console: Terminal) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
         line = Text().append(f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]])
@@ -211,7 +205,7 @@ def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
     return shown
 
 
-def print_rows(inspection: Inspection, numbers: Sequence[int], tokenizer, console: Console) -> None:
+def print_rows(inspection: Inspection, numbers: Sequence[int], tokenizer, console: Terminal) -> None:
     """Some rows, after a legend."""
     if not numbers:
         return

@@ -25,6 +25,7 @@ from minimind.data.markers import Boundaries
 from minimind.data.rows import BadRowError, check_text, shown
 from minimind.errors import UserError
 from minimind.language import translated
+from minimind.records import beside
 
 __all__ = [
     "BadRowError",
@@ -255,7 +256,7 @@ def _saved_shards(directory: Path) -> list[Path]:
     """The arrow files of a dataset saved by `save_to_disk`; others beside them are left over or caches."""
     state = directory / SAVED_DATASET
     try:
-        return [_regular(directory / shard["filename"]) for shard in json.loads(state.read_bytes())["_data_files"]]
+        return [_regular(beside(state, shard["filename"])) for shard in json.loads(state.read_bytes())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{state}: not the state of a saved dataset ({error!r}). Save the dataset again, or give its files."

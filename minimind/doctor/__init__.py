@@ -49,12 +49,13 @@ def doctor(recipe: str, options: Sequence[str] = (), stage: str | None = None, w
 
 def print_report(report: dict) -> None:
     """The findings, what is wrong first, and in one line what was not checked."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from minimind.terminal import Terminal
+
     colours = {"error": "bold red", "warning": "yellow", "ok": "green"}
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(f"[bold]{escape(report['recipe'])}[/] ({report['stage'] or '?'})")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from jinja2 import TemplateError
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minimind.data.rows import BadRowError
+from minimind.data.templates import bounded
 from minimind.errors import UserError
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, at least of 1: the same fp32 arithmetic in another order
@@ -92,8 +93,9 @@ def chats_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     texts = []
     for chat in CHATS if tokenizer.chat_template else ():
         try:
-            texts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        except TemplateError:  # a system prompt, say
+            with bounded():
+                texts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        except BadRowError:  # a system prompt, say
             continue
     return texts
 

@@ -1,6 +1,5 @@
 """The plan of a run, as an object, as JSON and as a table."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -9,7 +8,7 @@ from math import ceil
 from pathlib import Path
 
 import datasets
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from minimind.errors import UserError
@@ -26,6 +25,7 @@ from minimind.planning.costs import (
 )
 from minimind.planning.devices import GIB, Device, Price, find_device
 from minimind.planning.recipes import Recipe, Rows, deepspeed_of, read_recipes
+from minimind.terminal import Terminal
 
 BATCH_LIMIT = 2**16
 ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -167,9 +167,9 @@ def run(
                 plan = replace(plan, measured=measure(recipe))
             plans.append(plan)
     if as_json:
-        print(json.dumps(plans_as_json(plans, price), ensure_ascii=False))
+        print(as_json(plans_as_json(plans, price)))
     else:
-        show(plans, price, Console(highlight=False, soft_wrap=True))
+        show(plans, price, Terminal(soft_wrap=True))
 
 
 def precision_of(options, device: Device) -> str:
@@ -309,13 +309,13 @@ def plans_as_json(plans: Sequence[Plan], price: Price | None) -> dict:
     }
 
 
-def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
+def show(plans: Sequence[Plan], price: Price | None, console: Terminal) -> None:
     """Print the plans side by side, what they rest on, and what does not fit."""
     processes = plans[0].step.processes
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(f"{plan.stage}\n{Path(plan.recipe).stem}", justify="right", overflow="fold")
+        table.add_column(f"{plan.stage}\n{escape(Path(plan.recipe).stem)}", justify="right", overflow="fold")
 
     def row(label: str, value, style: str | None = None) -> None:
         table.add_row(translated(label), *(str(value(plan)) for plan in plans), style=style)
@@ -368,10 +368,10 @@ def show(plans: Sequence[Plan], price: Price | None, console: Console) -> None:
         cost = f", {price.shown(hours * processes)}" if price else ""
         console.print(translated(f"[bold]in all {duration(hours)}{cost}[/]"))
     for line in reckoned_with(plans, price):
-        console.print(f"[dim]{translated(line)}[/]")
+        console.print(translated(line), style="dim", markup=False)
     for plan in plans:
         if not plan.fits:
-            console.print(f"[red]{translated(advice(plan))}[/]")
+            console.print(translated(advice(plan)), style="red", markup=False)
 
 
 def held(plan: Plan, key: str) -> float:

@@ -4,11 +4,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from minimind.errors import UserError
+from minimind.terminal import Terminal
 
 DOMAINS_SHOWN = 30
 WIDTH = 120  # columns, where no terminal says
@@ -26,7 +26,7 @@ def check_save(save: str | None) -> None:
 
 def show(tables: Sequence[Table | str], title: str, save: str | None = None, quiet: bool = False) -> None:
     """Print tables, unless `quiet`, and write them to `save`, a picture (.svg), a page (.html) or text (.txt)."""
-    console = Console(record=bool(save), highlight=False, file=io.StringIO() if quiet else None)
+    console = Terminal(record=bool(save), file=io.StringIO() if quiet else None)
     if save or not console.is_terminal:
         console.width = WIDTH
     for table in tables:

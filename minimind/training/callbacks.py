@@ -11,7 +11,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
 
 from minimind.errors import UserError
-from minimind.language import say, translated
+from minimind.language import printable, say, translated
 from minimind.model.modeling_minimind import MiniMindTopKRouter
 
 
@@ -104,7 +104,7 @@ class ProgressCallback(TrainerCallback):
         entry = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        print(self._line(entry, state.max_steps), flush=True)
+        print(printable(self._line(entry, state.max_steps)), flush=True)
 
     def _measure(self, state: TrainerState, logs: dict) -> dict[str, float]:
         """Adds what the trackers draw too to `logs`; returns the times."""

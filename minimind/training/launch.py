@@ -82,7 +82,7 @@ def open_meeting_point() -> None:
 
 
 def refuse_code_in_pickles() -> None:
-    """Let `torch.load` run nothing that a file asks for, also where DeepSpeed asks it to: a checkpoint may be anybody's.
+    """Let `torch.load` run nothing that a file asks for, also where DeepSpeed calls it: a checkpoint may be anybody's.
 
     What DeepSpeed's checkpoints hold beside tensors is allowed. TORCH_FORCE_WEIGHTS_ONLY_LOAD=0 allows everything.
     """

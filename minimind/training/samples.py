@@ -12,7 +12,7 @@ from minimind.data.files import BadRowError
 from minimind.data.messages import check_order, parse_messages
 from minimind.errors import UserError
 from minimind.evaluation import answer, complete
-from minimind.language import say
+from minimind.language import printable, say
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")
@@ -133,7 +133,7 @@ class SampleCallback(TrainerCallback):
         self._save()
         say(f"samples after step {state.global_step:,}")
         for row in new:
-            print(f"  {one_line(row['prompt'])} | {one_line(row['text'])}", flush=True)
+            print(printable(f"  {one_line(row['prompt'])} | {one_line(row['text'])}"), flush=True)
         track_samples(self.rows, state.global_step)
 
     def _save(self) -> None:

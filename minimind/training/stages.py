@@ -19,7 +19,6 @@ import transformers
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     IntervalStrategy,
@@ -48,6 +47,7 @@ from minimind.errors import UserError
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.language import say, translated
 from minimind.records import write_json
+from minimind.terminal import Terminal
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
@@ -264,7 +264,7 @@ class Stage:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if not is_main_process():
             return
-        console = Console(highlight=False, soft_wrap=True)
+        console = Terminal(soft_wrap=True)
         start = args.resume_from_checkpoint or self.parent or "random weights"
         console.print(translated(f"[bold]{self.kind}[/] -> {self.output_dir}  (from {start})"))
         for part, title in (("train", "  train  "), ("eval", "  eval   ")):
