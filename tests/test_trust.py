@@ -1,13 +1,52 @@
 """Nothing runs that was not asked for: code of a directory, pickles, templates, escape sequences."""
 
+import copy
 import io
 import json
+import logging
+import os
+import resource
 import shutil
+import socket
 import sys
+from importlib.util import find_spec
+from pickle import UnpicklingError
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
+import yaml
+from datasets import Dataset
+from rich.table import Table
+from rich.text import Text
 
-from tests.pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run
+from minimind.chat import Streamer
+from minimind.data import templates
+from minimind.data.chat_encoder import ChatEncoder, set_chat_template
+from minimind.data.conversations import Conversation
+from minimind.data.files import expand
+from minimind.errors import UserError, reports_user_errors
+from minimind.importing import import_checkpoint
+from minimind.language import as_json, say
+from minimind.terminal import Terminal
+from minimind.training import launch
+from minimind.training.launch import open_meeting_point, refuse_code_in_pickles
+from minimind.training.resume import write_manifest
+from tests.pipeline import (
+    assistant,
+    chat_rows,
+    document_rows,
+    failure,
+    free_port,
+    pair_rows,
+    run_cli,
+    run_script,
+    short_run,
+    user,
+)
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
 @pytest.fixture
@@ -108,7 +147,6 @@ def test_no_command_runs_code_of_a_directory_nor_asks_whether_to(
         except SystemExit as stop:
             assert stop.code in (1, 2), name
         said = capsys.readouterr()
-        print(name, said.err[-300:], file=sys.__stderr__)
         assert not marker.exists(), name
         assert "[y/N]" not in said.out + said.err and "trust_remote_code" not in said.out + said.err, said
         assert "Traceback" not in said.out + said.err
@@ -116,8 +154,197 @@ def test_no_command_runs_code_of_a_directory_nor_asks_whether_to(
     for script, files in {"pretrain": "documents", "finetune_sft": "chats", "train_dpo": "pairs"}.items():
         options = short_run(tmp_path / script, model_name_or_path=directory, train_files=data[files])
         message = failure(capsys, run_script, monkeypatch, script, *options)
-        print(script, message, file=sys.__stderr__)
         assert "trust_remote_code" not in message
         assert not marker.exists(), script
     if infect is not evil_tokenizer:
         assert asked.read() == "y\n" * 20
+
+
+def test_a_model_of_ours_needs_no_code_of_its_directory(stage, data, asked, tmp_path, capsys, monkeypatch):
+    """It is loaded by the package's classes whatever its directory names and holds, and exported with its code."""
+    marker = tmp_path / "ran"
+    plant(stage, marker)
+    change(stage / "config.json", auto_map={"AutoConfig": "a/b--evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    run_cli("generate", stage, "--prompt", "the", "--max_new_tokens", 2)
+    run_cli("export", stage, tmp_path / "out", "--format", "minimind")
+    options = short_run(tmp_path / "next", model_name_or_path=stage, train_files=data["documents"], block_size=32)
+    run_script(monkeypatch, "pretrain", *options)
+    assert (tmp_path / "next" / "stage.json").exists() and not marker.exists()
+    assert "class MiniMindForCausalLM" in (tmp_path / "out" / "modeling_minimind.py").read_text()
+    assert asked.read() == "y\n" * 20
+
+
+def test_the_option_to_run_foreign_code_is_refused(stage, data, tmp_path, capsys, monkeypatch):
+    options = short_run(tmp_path / "sft", model_name_or_path=stage, trust_remote_code=True, train_files=data["chats"])
+    assert "--trust_remote_code has no meaning here" in failure(
+        capsys, run_script, monkeypatch, "finetune_sft", *options
+    )
+
+
+class Evil:
+    """Pickled, it is a call."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_checkpoint_whose_pickles_are_calls_ends_with_one_message_and_runs_none(
+    stage, data, tmp_path, capsys, monkeypatch
+):
+    run, marker = tmp_path / "run", tmp_path / "ran"
+    options = {"model_name_or_path": stage, "train_files": data["documents"], "block_size": 32}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    run_script(monkeypatch, "pretrain", *short_run(run, **options))
+    (run / "stage.json").unlink()
+    shutil.rmtree(run / "checkpoint-2")
+    for name in ("run_state_0.pth", "optimizer.pt"):
+        torch.save({"step": Evil(marker)}, run / "checkpoint-1" / name)
+        write_manifest(run / "checkpoint-1", step=1, processes=1)
+        message = failure(capsys, run_script, monkeypatch, "pretrain", *short_run(run, **options))
+        assert "checkpoint-1 cannot be loaded: it needs the code posix.mkdir, which is never run" in message
+        assert "weights_only" not in message and not marker.exists()
+
+
+@needs_deepspeed
+def test_deepspeed_loads_what_it_writes_and_no_code(tmp_path, monkeypatch):
+    """It asks torch to run what a file holds, and this stack does not: the environment is stronger than the call."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "")
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    refuse_code_in_pickles()
+    own, evil = tmp_path / "own.pt", tmp_path / "evil.pt"
+    torch.save({"loss_scaler": LossScaler(2.0), "zero_stage": ZeroStageEnum(2), "step": torch.ones(1)}, own)
+    torch.save({"step": Evil(tmp_path / "ran")}, evil)
+    assert torch.load(own, weights_only=False)["loss_scaler"].cur_scale == 2.0
+    with pytest.raises(UnpicklingError):
+        torch.load(evil, weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_processes_of_one_machine_meet_where_no_other_machine_reaches(monkeypatch):
+    port = free_port()
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "STORES", [])
+    open_meeting_point()
+    listening = [c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]
+    assert socket.if_nametoindex(os.environ["GLOO_SOCKET_IFNAME"])
+    group = torch.distributed.rendezvous("env://", rank=0, world_size=1)
+    store, _, _ = next(iter(group))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    with pytest.raises(UserError, match=f"port {port}, at which the processes are to meet, cannot be opened"):
+        open_meeting_point()
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/hosts", "", "..", "a/b.arrow", None])
+def test_a_saved_dataset_reads_its_own_directory_alone(name, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    Dataset.from_list(document_rows()).save_to_disk(str(tmp_path / "outside"))
+    (tmp_path / "outside" / "data-00000-of-00001.arrow").rename(tmp_path / "outside.arrow")
+    Dataset.from_list(document_rows()).save_to_disk(str(saved))
+    assert expand([str(saved)]) == [saved / "data-00000-of-00001.arrow"]
+    change(saved / "state.json", _data_files=[{"filename": name}])
+    with pytest.raises(UserError, match=r"state\.json: found .*expected the name of a file in the same directory"):
+        expand([str(saved)])
+
+
+def test_an_import_reads_the_shards_of_its_own_directory_alone(stage, tmp_path):
+    shutil.move(stage / "model.safetensors", tmp_path / "outside.safetensors")
+    (stage / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(UserError, match="expected the name of a file in the same directory"):
+        import_checkpoint(stage, tmp_path / "out")
+
+
+ESCAPES = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202eright to left \r\x7f"
+
+
+def is_harmless(text):
+    text = text.replace("\n", "").replace("\t", "")
+    return not any(ord(sign) < 32 or 127 <= ord(sign) < 160 or sign == "\u202e" for sign in text)
+
+
+def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog):
+    table = Table(ESCAPES, title=ESCAPES)
+    table.add_row(ESCAPES, Text(ESCAPES))
+    shown = io.StringIO()
+    Terminal(file=shown, width=200).print(table, ESCAPES)
+    assert is_harmless(shown.getvalue()) and shown.getvalue().count("\\x1b[2J") == 5
+    coloured = io.StringIO()
+    Terminal(file=coloured, force_terminal=True).print("[red]a[/]")
+    assert "\x1b[31m" in coloured.getvalue()
+
+    say(ESCAPES)
+    Streamer(SimpleNamespace(decode=lambda *args, **kwargs: ESCAPES)).on_finalized_text(ESCAPES, stream_end=True)
+    reports_user_errors(lambda: logging.getLogger("minimind").warning("%s", ESCAPES))()
+    with pytest.raises(SystemExit):
+        run_cli("inspect", "--" + ESCAPES, ESCAPES)
+    said = capsys.readouterr()
+    assert is_harmless(said.out + said.err + caplog.text) and ESCAPES[:1] not in caplog.messages[-1]
+
+    value = {ESCAPES: [ESCAPES, "中文\ud83d"]}
+    assert is_harmless(as_json(value)) and json.loads(as_json(value)) == value and "中文" in as_json(value)
+
+
+def test_a_command_shows_names_and_data_harmless(data, tmp_path, capsys):
+    rows = tmp_path / f"rows{ESCAPES}.csv"
+    rows.write_text(f"text,{ESCAPES.strip()}\n" + "".join(f"{row['text']}{ESCAPES},1\n" for row in document_rows()))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({f"a{ESCAPES}": 1}))
+    for words in (
+        ("inspect", rows),
+        ("inspect", rows, "--json"),
+        ("plan", recipe, "--stage", "dpo"),
+        ("doctor", recipe, "--stage", "dpo"),
+    ):
+        try:
+            run_cli(*words)
+        except SystemExit as stop:
+            assert stop.code in (1, 2)
+        said = capsys.readouterr()
+        assert said.out + said.err and is_harmless(said.out + said.err), words
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    "{{ 1 / 0 }}": "division by zero",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "recursion",
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    "{{ 'a' * 10 ** 10 }}": "more than 2 GiB of memory",
+    "{{ 'a' | center(10 ** 10) }}": "more than 2 GiB of memory",
+    "{{ 9 ** (9 ** 9) }}": "a number of more than 4,096 bits",
+    "{{ 'a' * 10 ** 7 }}": "writes 10,000",
+    ENDLESS: "more than 1 s of the processor",
+}
+
+
+@pytest.mark.parametrize("program", TEMPLATES)
+def test_a_template_is_bounded_whatever_it_does(program, tokenizer, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    hostile = copy.deepcopy(tokenizer)
+    hostile.chat_template = program + tokenizer.chat_template
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(UserError, match=TEMPLATES[program]):
+        set_chat_template(hostile, None)
+    assert psutil.Process().memory_info().rss - before < 2**31
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_a_template_that_fails_on_one_row_costs_that_row(tokenizer):
+    hostile = copy.deepcopy(tokenizer)
+    test = "{% for message in messages %}{% if 'odd' in message.content %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    hostile.chat_template = test + tokenizer.chat_template
+    set_chat_template(hostile, None)
+    chats = [Conversation([user(text), assistant("b")]) for text in ("even", "odd")]
+    even, odd = ChatEncoder(hostile).encode(chats)
+    assert even.ids and "division by zero" in str(odd)
