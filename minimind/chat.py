@@ -10,7 +10,7 @@ from minimind.checkpoints import check_vocabulary, load_model, read_stage, requi
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.files import cache_directory
 from minimind.data.messages import parse_message
-from minimind.errors import UserError
+from minimind.errors import UserError, reason
 from minimind.language import printable, say
 from minimind.terminal import read_messages
 from minimind.tokenizer import load_tokenizer
@@ -49,18 +49,26 @@ def decode(
     temperature: float,
     top_p: float,
 ) -> str:
-    """Generate after `input_ids` (1, S), printing as it goes; returns the new text."""
+    """Generate after `input_ids` (1, S), printing as it goes; returns the new text.
+
+    Raises:
+        UserError: the model's own settings ask for what is not possible here.
+    """
     room = model.config.max_position_embeddings - input_ids.shape[1]
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
-    output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids, device=model.device),
-        max_new_tokens=max(1, min(max_new_tokens, room)),
-        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+    try:
+        output = model.generate(
+            input_ids.to(model.device),
+            attention_mask=torch.ones_like(input_ids, device=model.device),
+            max_new_tokens=max(1, min(max_new_tokens, room)),
+            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+    except (ValueError, TypeError) as error:  # beams, say, which cannot be shown as they grow
+        file = f"{model.config._name_or_path}/generation_config.json"
+        raise UserError(f"{file}: a setting cannot be used here ({reason(error)}). Take it out.") from error
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -136,10 +136,7 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
             model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=torch.float32,
-                attn_implementation=attn_implementation or "sdpa",  # config.json might name a kernel of the Hub
-                trust_remote_code=False,
+                path, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=False
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(f"the model in {path} cannot be loaded: {reason(error)}") from error

@@ -30,7 +30,7 @@ def reason(error: Exception) -> str:
     """What a library says about a foreign file, without its advice to run the code that the file brings or names."""
     words = str(error)
     if "trust_remote_code" in words:
-        return "it brings code of its own (auto_map), which is never run; expected a model of this project"
+        return "it asks for code that is not installed (auto_map, say), which is never run; expected a model of this project"
     if named := re.search(r"GLOBAL (\S+)", words):
         return f"it needs the code {named[1]}, which is never run"
     if "weights_only" in words or "Weights only" in words:

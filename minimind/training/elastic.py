@@ -196,6 +196,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
         (partial / entry.name).symlink_to(entry.resolve())
     words = ["--input_folder", partial / shards.name, "--output_folder", partial / f"{shards.name}_universal"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # this package may not be installed
     done = subprocess.run(
         [sys.executable, "-c", CONVERTER, *words, "--inject_missing_state"],
         env=environment,
