@@ -1,6 +1,5 @@
 """The one kind of error that is shown to a user without a traceback."""
 
-import logging
 import os
 import re
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from minimind.language import PrintableRecord, say, translated
+from minimind.language import make_output_printable, say, translated
 
 FAILED: set[str] = set()  # decorations that this process has said to have failed
 
@@ -30,7 +29,9 @@ def reason(error: Exception) -> str:
     """What a library says about a foreign file, without its advice to run the code that the file brings or names."""
     words = str(error)
     if "trust_remote_code" in words:
-        return "it asks for code that is not installed (auto_map, say), which is never run; expected a model of this project"
+        return (
+            "it asks for code that is not installed (auto_map), which is never run; expected a model of this project"
+        )
     if named := re.search(r"GLOBAL (\S+)", words):
         return f"it needs the code {named[1]}, which is never run"
     if "weights_only" in words or "Weights only" in words:
@@ -61,7 +62,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(main)
     def wrapped(*args, **kwargs):
-        logging.setLogRecordFactory(PrintableRecord)
+        make_output_printable()
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -10,9 +10,12 @@ import logging
 import os
 import re
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
+from warnings import formatwarning as format_warning
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
 # Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
@@ -97,6 +100,13 @@ class PrintableRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802 (the library's name)
         """The line."""
         return printable(super().getMessage())
+
+
+def make_output_printable() -> None:
+    """Let what libraries say of this process, log lines, warnings and tracebacks, be `printable` from here on."""
+    logging.setLogRecordFactory(PrintableRecord)
+    warnings.formatwarning = lambda *args, **options: printable(format_warning(*args, **options))
+    sys.excepthook = lambda *error: print(printable("".join(format_exception(*error))), end="", file=sys.stderr)
 
 
 def say(text: str, **options) -> None:
