@@ -133,8 +133,8 @@ class ChatEncoder:
                 **self.tokenizer.special_tokens_map,
             )
         written = len(texts[0][0])
-        if written > WRITTEN and written > WRITTEN_PER_CHARACTER * len(_words(conversation)):
-            raise BadRowError(f"the chat template writes {written:,} characters for a conversation of few")
+        if written > WRITTEN and written > WRITTEN_PER_CHARACTER * (given := len(_words(conversation))):
+            raise BadRowError(f"the chat template writes {written:,} characters for a conversation of {given:,}")
         return (texts[0][0], texts[1][0]) if self.marked else (texts[0][0], [])
 
     def encode(

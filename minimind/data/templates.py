@@ -19,6 +19,7 @@ SECONDS = 60  # of the processor
 MEMORY, PER_CHARACTER = 2**31, 64  # bytes beyond what the process has already
 WRITTEN, WRITTEN_PER_CHARACTER = 2**20, 64  # characters
 BITS = 4096  # of a whole number
+ADVICE = "Give the tokenizer another one, or fine-tune with --chat_template."
 STATUS = Path("/proc/self/statm")  # Linux
 
 
@@ -74,9 +75,6 @@ def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
         ) from None
     except Exception as error:  # it is a program: anything can go wrong in it
         raise BadRowError(f"the chat template refuses the conversation: {error}") from None
-
-
-ADVICE = "Give the tokenizer another one, or fine-tune with --chat_template."
 
 
 @contextmanager

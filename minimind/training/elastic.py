@@ -25,6 +25,7 @@ from minimind.language import say
 from minimind.training.launch import is_main_process
 
 # What DeepSpeed's converter knows: weights, first and second moment.
+CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # DeepSpeed's program, which loads what it converts as a resumed run does: without the code that a file asks for.
 CONVERTER = """
 from runpy import run_module
@@ -32,7 +33,6 @@ from minimind.training.launch import refuse_code_in_pickles
 refuse_code_in_pickles()
 run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
 """
-CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass(frozen=True)

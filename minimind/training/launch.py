@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minimind.errors import UserError
+from minimind.errors import UserError, install
 from minimind.language import say
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -85,12 +85,20 @@ def refuse_code_in_pickles() -> None:
     """Let `torch.load` run nothing that a file asks for, also where DeepSpeed calls it: a checkpoint may be anybody's.
 
     What DeepSpeed's checkpoints hold beside tensors is allowed. TORCH_FORCE_WEIGHTS_ONLY_LOAD=0 allows everything.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
     """
-    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
-        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    if os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1") != "0":
+        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch takes one of the two alone
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError as error:
+        raise UserError(
+            f"--deepspeed needs DeepSpeed, which is not here ({error}): {install('deepspeed')}."
+        ) from error
 
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
