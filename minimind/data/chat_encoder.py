@@ -5,18 +5,18 @@ Only what the template itself writes becomes a control token; the same character
 
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, pass_eval_context
+from jinja2.nodes import EvalContext
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
@@ -24,6 +24,7 @@ from minimind.data.files import BadRowError
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
+from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 from minimind.training.launch import is_main_process
 
@@ -61,6 +62,8 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template()
         self.marked = bool(GENERATION.search(self.template))
+        if self.marked:
+            _count_once(self.template)
         added = list(tokenizer.added_tokens_decoder.values())
         controls = [token.content for token in added if token.special or token.content in self.template]
         self.controls = sorted(controls, key=len, reverse=True)
@@ -71,7 +74,8 @@ class ChatEncoder:
         state.update(padding=None, truncation=None)
         self.library = Tokenizer.from_str(json.dumps(state))
         self.greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
-        self.bytes_of = np.asarray(token_byte_lengths(tokenizer))
+        self.bytes_of = np.asarray(token_byte_lengths(tokenizer), dtype=np.int32)
+        self.numbers = np.arange(len(self.bytes_of), dtype=object)  # one object for each id, not one for each token
         for token, index in self.control_ids.items():
             self.bytes_of[index] = len(token.encode())
 
@@ -79,6 +83,16 @@ class ChatEncoder:
     def plain(self) -> Tokenizer:
         """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
         return Tokenizer.from_str(json.dumps({**json.loads(self.library.to_str()), "added_tokens": []}))
+
+    @cached_property
+    def cut(self) -> Cutter:
+        """Cuts long texts for the library's tokenizer."""
+        return Cutter(self.library)
+
+    @cached_property
+    def cut_plain(self) -> Cutter:
+        """Cuts long texts for the one without added tokens."""
+        return Cutter(self.plain)
 
     @cached_property
     def segments(self) -> DocumentEncoder:
@@ -149,16 +163,22 @@ class ChatEncoder:
                 text, spans = self.render(conversation, prompt)
                 if not prompt:
                     check_rendering(conversation, text, spans)
-                if len(conversations) > FEW and self.fast:
+                if (len(conversations) > FEW or len(text) > PIECE) and self.fast:
                     harmless.append((index, text, spans))
                 else:
-                    encoding = self.library.encode(text, add_special_tokens=False)
-                    results[index] = self._finish(conversation, text, spans, encoding.ids, encoding.offsets, roles)
+                    ids, starts = self._encode_by(self.cut, text)
+                    results[index] = self._finish(conversation, text, spans, ids, starts, roles)
             except BadRowError as problem:
                 results[index] = problem
         if harmless:
             try:
                 self._encode_harmless(conversations, harmless, results, roles)
+            except BadRowError as problem:  # a word too long for the tokenizer, in one of them
+                if len(harmless) == 1:
+                    results[harmless[0][0]] = problem
+                else:
+                    for index, *_ in harmless:
+                        (results[index],) = self.encode([conversations[index]], prompt, roles)
             except WrongIdsError:
                 self.fast = False
                 return self.encode(conversations, prompt, roles)
@@ -186,7 +206,7 @@ class ChatEncoder:
                 names = [owners[owner - 1] for owner in which]
             tokens = (found[here] - start).tolist()
             replies = list(zip(tokens[::2], tokens[1::2], strict=True))
-            results[index] = Encoded(ids[start:stop].tolist(), replies, roles=names)
+            results[index] = Encoded(self.numbers[ids[start:stop]].tolist(), replies, roles=names)
 
     def _encode_segments(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted on through all
@@ -199,9 +219,11 @@ class ChatEncoder:
         ids = self.segments(segments).astype(np.int32)  # an end token after each segment: where a control token goes
         ends, controls = np.flatnonzero(ids == self.segments.eos_token_id), np.asarray(controls)
         ids[ends] = controls
-        lengths = np.where(ids < 0, 1, self.bytes_of[ids])
+        lengths = np.where(ids < 0, np.int32(1), self.bytes_of[ids])
         stops = ends[controls < 0]
-        return ids, np.cumsum(lengths) - lengths, np.concatenate([[0], stops[:-1] + 1]), stops
+        begins = np.cumsum(lengths)
+        begins -= lengths
+        return ids, begins, np.concatenate([[0], stops[:-1] + 1]), stops
 
     def _finish(
         self,
@@ -209,18 +231,21 @@ class ChatEncoder:
         text: str,
         spans: list,
         ids: list,
-        offsets: list,
+        starts: np.ndarray,
         roles: bool,
         escaped: int = 0,
     ) -> Encoded:
-        starts = {start: index for index, (start, _) in reversed([*enumerate(offsets)])} | {len(text): len(ids)}
-        if not all(char in starts for span in spans for char in span):
+        starts = np.append(starts, len(text))
+        edges = [edge for span in spans for edge in span]
+        tokens = np.searchsorted(starts, edges)  # the first of several that share a character
+        if not (starts[tokens] == edges).all():
             raise BadRowError(BLURRED)
         names = None
         if roles:
             places, owners = self._roles(conversation, text, spans)
-            names = [owners[bisect_right(places, start) - 1] for start, _ in offsets]
-        return Encoded(ids, [(starts[start], starts[end]) for start, end in spans], escaped, names)
+            names = [owners[owner - 1] for owner in np.searchsorted(places, starts[:-1], side="right")]
+        tokens = tokens.tolist()
+        return Encoded(ids, list(zip(tokens[::2], tokens[1::2], strict=True)), escaped, names)
 
     def _encode_hostile(self, conversation: Conversation, prompt: bool, roles: bool) -> Encoded:
         """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
@@ -249,17 +274,28 @@ class ChatEncoder:
                 f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
                 "text there, so it cannot be told from its own. Remove it"
             )
-        ids, offsets, position = [], [], 0
+        ids, starts, position = [], [], 0
         for match in [*self.pattern.finditer(covered), None]:
             end = match.start() if match else len(text)
-            encoding = self.plain.encode(text[position:end], add_special_tokens=False)
-            ids += encoding.ids
-            offsets += [(position + a, position + b) for a, b in encoding.offsets]
+            found, places = self._encode_by(self.cut_plain, text[position:end])
+            ids += found
+            starts.append(places + position)
             if match:
                 ids.append(self.control_ids[match.group()])
-                offsets.append(match.span())
+                starts.append([end])
                 position = match.end()
-        return self._finish(conversation, text, spans, ids, offsets, roles, len(covers.findall(covered)))
+        starts = np.concatenate(starts)
+        return self._finish(conversation, text, spans, ids, starts, roles, len(covers.findall(covered)))
+
+    def _encode_by(self, cut: Cutter, text: str) -> tuple[list[int], np.ndarray]:
+        """The ids of a text by a tokenizer of the library, and the character at which each begins."""
+        ids, starts, position = [], [], 0
+        for piece in cut(text):
+            encoding = cut.library.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            starts.append(np.array([start for start, _ in encoding.offsets], dtype=int) + position)
+            position += len(piece)
+        return ids, np.concatenate(starts)
 
     def _roles(self, conversation: Conversation, text: str, spans: list) -> tuple[list[int], list[str]]:
         """At which characters the parts of the text begin, and whose they are: a message's header, words and end.
@@ -287,6 +323,30 @@ class ChatEncoder:
             names.append(message["role"])
             before = end
         return begins, names
+
+
+def _count_once(template: str) -> None:
+    """Make transformers see where replies begin in linear time: it joins all that is written, before each of them."""
+    try:
+        extensions = _compile_jinja_template(template).environment.extensions.values()
+    except TemplateError:  # told where it is rendered
+        return
+    tracker = next(extension for extension in extensions if "generation" in extension.tags)
+    blocks = length = 0  # of what was written before the last reply
+
+    @pass_eval_context
+    def note(context: EvalContext, caller: Callable[[], str]) -> str:
+        nonlocal blocks, length
+        reply = caller()
+        if tracker.is_active():
+            if not tracker._generation_indices:
+                blocks = length = 0
+            length += sum(map(len, tracker._rendered_blocks[blocks:]))
+            blocks = len(tracker._rendered_blocks)
+            tracker._generation_indices.append((length, length + len(reply)))
+        return reply
+
+    tracker._generation_support = note
 
 
 def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
@@ -386,12 +446,9 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
         found = text.find(words, max(start, position), end)
         if found < 0:
             raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {role!r}")
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text[start:end]:
-                name = call["function"]["name"]
-                raise BadRowError(
-                    f"messages[{index}]: the chat template has no place for calls, found one of {name!r}"
-                )
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        if missing := _missing(names, text, start, end):
+            raise BadRowError(f"messages[{index}]: the chat template has no place for calls, found one of {missing!r}")
         if role != "system":  # a system prompt may stand inside the last question
             position = end if role == "assistant" else found + len(words)
         if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r") and message["content"]:
@@ -399,12 +456,22 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
             raise BadRowError(
                 f"messages[{index}]: found a reply that begins with a line break, expected text. Remove it"
             )
-    for tool in conversation.tools or ():
-        if tool["function"]["name"] not in text:
-            raise BadRowError(f"the chat template has no place for tools, found {tool['function']['name']!r}")
+    if missing := _missing([tool["function"]["name"] for tool in conversation.tools or ()], text, 0, len(text)):
+        raise BadRowError(f"the chat template has no place for tools, found {missing!r}")
     last = conversation.messages[-1]
     if last.get("reasoning_content", "") not in text:
         raise BadRowError("the chat template has no place for reasoning, found a reply with it")
+
+
+def _missing(names: Sequence[str], text: str, start: int, end: int) -> str | None:
+    """The first of some names that a stretch of text does not hold; each is looked for behind the one before first."""
+    position = start
+    for name in names:
+        found = text.find(name, position, end)
+        if found < 0 and (found := text.find(name, start, end)) < 0:
+            return name
+        position = found
+    return None
 
 
 def encode_prompts(prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder) -> list[list[int]]:

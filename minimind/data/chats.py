@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ from minimind.data.messages import Message
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
 from minimind.data.preferences import to_preference
+from minimind.data.rows import batches
 from minimind.errors import UserError
 from minimind.language import translated
 
@@ -230,7 +231,7 @@ class Pieces:
         return self.conversation._replace(messages=kept)
 
     def window(self, number: int, until: list[int], policy: str, room: int, split: list) -> tuple[int, int] | None:
-        """The turns of a piece of which rows may be made, from and to; None where all that would be trained is cut off.
+        """The turns of a piece of which rows may be made, from and to; None where nothing to train is left of it.
 
         Args:
             until: turn -> tokens before it, in the last piece, whose turns have no reasoning but the last.
@@ -375,6 +376,7 @@ class _Group:
 
     def __init__(self, pieces: Pieces, whole: Encoded, shortening: partial):
         self.pieces, self.whole, self.shortening = pieces, whole, shortening
+        self.pattern = shortening.keywords["encoder"].pattern
         self.last, self.problem = shortening(pieces.piece(-1), whole)
         max_length, policy = (shortening.keywords["max_length"], shortening.keywords["args"].long_conversations)
         self.windows = [(0, end) for end in pieces.ends[:-1]]
@@ -391,13 +393,14 @@ class _Group:
     def tokenized(self, encoded: Iterator[Encoded | BadRowError]) -> Tokenized | BadRowError:
         """The rows; `encoded` goes on with what `wanted` became, all of which is taken."""
         results = [next(encoded) if window else None for window in self.windows]
-        kept, counts = [], Counter(reasoning_rows=int(bool(results)), escaped=int(bool(self.whole.escaped)))
+        kept, counts = [], Counter(reasoning_rows=int(bool(results)))
+        thoughts = [message.get("reasoning_content", "") for message in self.pieces.conversation.messages]
+        counts["escaped"] = int(self.whole.escaped > 0 or any(map(self.pattern.search, thoughts if results else ())))
         for number, (window, result) in enumerate(zip(self.windows, results, strict=True)):
             if isinstance(result, BadRowError):
                 return result
             parts = []
             if window:
-                counts["escaped"] |= int(bool(result.escaped))
                 parts, _ = self.shortening(self.pieces.piece(number, *window), result)
             self._count(counts, [*self._before(window), *parts], self.pieces.ends[number])
             kept += parts
@@ -468,41 +471,56 @@ def tokenize_preferences(
 
 def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments) -> Tokenized:
     prompt, tools = pair["prompt"], pair.get("tools")
-    starts, first = [start for start, _ in turns(prompt)], None
-    for start in starts:
+    starts, whole = [start for start, _ in turns(prompt)], None
+    for turn, start in enumerate(starts):
+        is_last = turn == len(starts) - 1
+        if turn and not is_last and whole.length - whole.until[turn] > max_length + BORDER:
+            continue
         head = [message for message in prompt[:start] if message["role"] == "system"]
-        messages = prompt if start == starts[0] else head + prompt[start:]
-        row, lengths, escaped = _pair_row(Conversation(messages, tools), pair, encoder)
-        first = first or max(lengths.values())
-        if max_length is None or max(lengths.values()) <= max_length:
-            counts = Counter(truncated=int(start != starts[0]), escaped=int(escaped))
-            return Tokenized([row], +counts, first)
+        messages = head + prompt[start:] if turn else prompt
+        found = _encoded_pair(Conversation(messages, tools), pair, encoder)
+        whole = whole or found
+        if max_length is None or found.length <= max_length:
+            return Tokenized([found.row], +Counter(truncated=int(turn > 0), escaped=int(found.escaped)), whole.length)
         if args.long_conversations == "drop":
             break
-    name = max(lengths, key=lengths.get)
     problem = (
-        f"found {lengths[name]:,} tokens of prompt and {name} reply, expected at most --max_length {max_length:,}"
+        f"found {found.length:,} tokens of prompt and {found.longest} reply, expected at most --max_length "
+        f"{max_length:,}"
     )
-    return Tokenized([], Counter(dropped=1), first, problem)
+    return Tokenized([], Counter(dropped=1), whole.length, problem)
 
 
-def _pair_row(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> tuple[dict, dict[str, int], bool]:
+class _EncodedPair(NamedTuple):
+    """A pair as a row; the tokens of its `longest` conversation, and of it before each turn of the prompt."""
+
+    row: dict
+    longest: str
+    length: int
+    until: list[int]
+    escaped: bool
+
+
+def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _EncodedPair:
     (start,) = encoder.encode([prompt], prompt=True)
     names = ("chosen", "rejected")
     wholes = encoder.encode([prompt._replace(messages=prompt.messages + pair[name]) for name in names])
     for result in (start, *wholes):
         if isinstance(result, BadRowError):
             raise result
+    asked = sum(message["role"] == "assistant" for message in prompt.messages)
     row, lengths = {"prompt_ids": start.ids}, {}
     for name, whole in zip(names, wholes, strict=True):
         if whole.ids[: len(start.ids)] != start.ids:
             raise BadRowError(f"the chat template renders the prompt differently before the {name} reply than alone")
         mask = [0] * len(whole.ids)
-        for begin, end in whole.replies[sum(message["role"] == "assistant" for message in prompt.messages) :]:
+        for begin, end in whole.replies[asked:]:
             mask[begin:end] = [1] * (end - begin)
         row |= {f"{name}_ids": whole.ids[len(start.ids) :], f"{name}_mask": mask[len(start.ids) :]}
         lengths[name] = len(whole.ids)
-    return row, lengths, any(whole.escaped for whole in wholes)
+    longest = max(lengths, key=lengths.get)
+    until = tokens_until([*prompt.messages, *pair[longest]], wholes[names.index(longest)])
+    return _EncodedPair(row, longest, lengths[longest], until, any(whole.escaped for whole in wholes))
 
 
 def preference_labels(rows: Iterable[dict]) -> list[dict]:
@@ -599,8 +617,8 @@ def _load(
         reading.columns.append(columns)
         reading.too_long.append(too_long)
         found = read_rows(files, bad, unrendered, columns=columns)
-        rows = iter(tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None))
-        while batch := list(islice(rows, BATCH)):
+        rows = tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None)
+        for batch in batches(rows, lambda row: sum(len(m["content"]) for m in messages(row.data)), BATCH):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
                     bad.add(row.where, str(result))

@@ -4,8 +4,8 @@ Encoding takes 100 to 350 bytes of memory a character in the library, and tiktok
 text is encoded piece by piece, cut where the tokenizer's rule begins a new word whatever stands around:
 
 *   before a space that follows something else, or between a letter (Latin or Chinese) and white space, a digit or
-    a mark other than an apostrophe. No rule of byte-level BPE looks over such a border: each matches from left to right,
-    and by the kinds of neighbouring characters.
+    a mark other than an apostrophe. No rule of byte-level BPE looks over such a border: each matches from left to
+    right, and by the kinds of neighbouring characters.
 *   Whether this holds for the tokenizer at hand is asked of the library at each cut, on the characters around it.
 
 A tokenizer that splits in another way, or not at all, encodes a text only as a whole.
