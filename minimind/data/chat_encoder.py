@@ -5,6 +5,7 @@ Only what the template itself writes becomes a control token; the same character
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -42,7 +43,7 @@ class Encoded(NamedTuple):
     for, names the role whose message each token belongs to.
     """
 
-    ids: list[int]
+    ids: list[int] | array  # of 4 bytes each, where there are many
     replies: list[tuple[int, int]]
     escaped: int = 0
     roles: list[str] | None = None
@@ -75,7 +76,6 @@ class ChatEncoder:
         self.library = Tokenizer.from_str(json.dumps(state))
         self.greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
         self.bytes_of = np.asarray(token_byte_lengths(tokenizer), dtype=np.int32)
-        self.numbers = np.arange(len(self.bytes_of), dtype=object)  # one object for each id, not one for each token
         for token, index in self.control_ids.items():
             self.bytes_of[index] = len(token.encode())
 
@@ -166,7 +166,8 @@ class ChatEncoder:
                 if (len(conversations) > FEW or len(text) > PIECE) and self.fast:
                     harmless.append((index, text, spans))
                 else:
-                    ids, starts = self._encode_by(self.cut, text)
+                    ids, starts = array("i"), array("q")
+                    self._encode_by(self.cut, text, ids, starts)
                     results[index] = self._finish(conversation, text, spans, ids, starts, roles)
             except BadRowError as problem:
                 results[index] = problem
@@ -206,7 +207,7 @@ class ChatEncoder:
                 names = [owners[owner - 1] for owner in which]
             tokens = (found[here] - start).tolist()
             replies = list(zip(tokens[::2], tokens[1::2], strict=True))
-            results[index] = Encoded(self.numbers[ids[start:stop]].tolist(), replies, roles=names)
+            results[index] = Encoded(_listed(array("i", ids[start:stop].tobytes())), replies, roles=names)
 
     def _encode_segments(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted on through all
@@ -230,12 +231,13 @@ class ChatEncoder:
         conversation: Conversation,
         text: str,
         spans: list,
-        ids: list,
-        starts: np.ndarray,
+        ids: array,
+        starts: array,
         roles: bool,
         escaped: int = 0,
     ) -> Encoded:
-        starts = np.append(starts, len(text))
+        starts.append(len(text))
+        starts = np.asarray(starts)
         edges = [edge for span in spans for edge in span]
         tokens = np.searchsorted(starts, edges)  # the first of several that share a character
         if not (starts[tokens] == edges).all():
@@ -245,7 +247,7 @@ class ChatEncoder:
             places, owners = self._roles(conversation, text, spans)
             names = [owners[owner - 1] for owner in np.searchsorted(places, starts[:-1], side="right")]
         tokens = tokens.tolist()
-        return Encoded(ids, list(zip(tokens[::2], tokens[1::2], strict=True)), escaped, names)
+        return Encoded(_listed(ids), list(zip(tokens[::2], tokens[1::2], strict=True)), escaped, names)
 
     def _encode_hostile(self, conversation: Conversation, prompt: bool, roles: bool) -> Encoded:
         """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
@@ -274,28 +276,23 @@ class ChatEncoder:
                 f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
                 "text there, so it cannot be told from its own. Remove it"
             )
-        ids, starts, position = [], [], 0
+        ids, starts, position = array("i"), array("q"), 0
         for match in [*self.pattern.finditer(covered), None]:
             end = match.start() if match else len(text)
-            found, places = self._encode_by(self.cut_plain, text[position:end])
-            ids += found
-            starts.append(places + position)
+            self._encode_by(self.cut_plain, text[position:end], ids, starts, position)
             if match:
                 ids.append(self.control_ids[match.group()])
-                starts.append([end])
+                starts.append(end)
                 position = match.end()
-        starts = np.concatenate(starts)
         return self._finish(conversation, text, spans, ids, starts, roles, len(covers.findall(covered)))
 
-    def _encode_by(self, cut: Cutter, text: str) -> tuple[list[int], np.ndarray]:
-        """The ids of a text by a tokenizer of the library, and the character at which each begins."""
-        ids, starts, position = [], [], 0
+    def _encode_by(self, cut: Cutter, text: str, ids: array, starts: array, position: int = 0) -> None:
+        """Append the ids of a text by a tokenizer of the library, and the character at which each begins."""
         for piece in cut(text):
             encoding = cut.library.encode(piece, add_special_tokens=False)
-            ids += encoding.ids
-            starts.append(np.array([start for start, _ in encoding.offsets], dtype=int) + position)
+            ids.extend(encoding.ids)
+            starts.extend(position + start for start, _ in encoding.offsets)
             position += len(piece)
-        return ids, np.concatenate(starts)
 
     def _roles(self, conversation: Conversation, text: str, spans: list) -> tuple[list[int], list[str]]:
         """At which characters the parts of the text begin, and whose they are: a message's header, words and end.
@@ -323,6 +320,10 @@ class ChatEncoder:
             names.append(message["role"])
             before = end
         return begins, names
+
+
+def _listed(ids: array) -> list[int] | array:
+    return ids if len(ids) > PIECE else ids.tolist()
 
 
 def _count_once(template: str) -> None:

@@ -511,7 +511,7 @@ def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _En
     asked = sum(message["role"] == "assistant" for message in prompt.messages)
     row, lengths = {"prompt_ids": start.ids}, {}
     for name, whole in zip(names, wholes, strict=True):
-        if whole.ids[: len(start.ids)] != start.ids:
+        if list(whole.ids[: len(start.ids)]) != list(start.ids):
             raise BadRowError(f"the chat template renders the prompt differently before the {name} reply than alone")
         mask = [0] * len(whole.ids)
         for begin, end in whole.replies[asked:]:
