@@ -8,7 +8,7 @@ import re
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,6 +193,7 @@ class ChatEncoder:
         edges = []
         for start, (_, text, spans) in zip(starts, rendered, strict=True):
             edges += [begins[start] + edge for edge in _bytes_until(text, [edge for span in spans for edge in span])]
+        edges = np.array(edges, dtype=begins.dtype)
         found = np.searchsorted(begins, edges)
         exact, position = begins[found] == edges, 0
         for (index, text, spans), start, stop in zip(rendered, starts.tolist(), stops.tolist(), strict=True):
@@ -220,9 +221,11 @@ class ChatEncoder:
         ids = self.segments(segments).astype(np.int32)  # an end token after each segment: where a control token goes
         ends, controls = np.flatnonzero(ids == self.segments.eos_token_id), np.asarray(controls)
         ids[ends] = controls
-        lengths = np.where(ids < 0, np.int32(1), self.bytes_of[ids])
+        lengths = self.bytes_of[ids]
+        lengths[ids < 0] = 1
         stops = ends[controls < 0]
-        begins = np.cumsum(lengths)
+        # As narrow as possible: a long reply of rare characters has as many tokens as bytes.
+        begins = np.cumsum(lengths, dtype=np.int32 if lengths.sum() < 2**31 else np.int64)
         begins -= lengths
         return ids, begins, np.concatenate([[0], stops[:-1] + 1]), stops
 
@@ -254,7 +257,9 @@ class ChatEncoder:
         what is a control token then is the template's."""
         words = _words(conversation)
         count = len(self.controls)
-        base = next(b for b in range(0xF0000, 0x110000 - count, count) if not _has_any(words, b, count))
+        # Private characters, those of two bytes first: one of more makes Python keep the whole text in four each.
+        private = chain(range(0xE002, 0xF900 - count, count), range(0xF0000, 0x110000 - count, count))
+        base = next(b for b in private if not _has_any(words, b, count))
         cover = {token: chr(base + index) * len(token) for index, token in enumerate(self.controls)}
         covers = re.compile("|".join(cover.values()))
         names = {covered: token for token, covered in cover.items()}
@@ -277,7 +282,7 @@ class ChatEncoder:
                 "text there, so it cannot be told from its own. Remove it"
             )
         ids, starts, position = array("i"), array("q"), 0
-        for match in [*self.pattern.finditer(covered), None]:
+        for match in chain(self.pattern.finditer(covered), [None]):
             end = match.start() if match else len(text)
             self._encode_by(self.cut_plain, text[position:end], ids, starts, position)
             if match:
