@@ -350,11 +350,15 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from minimind.tokenizer import save_tokenizer, train_tokenizer
+    from minimind.tokenizer.cutting import Cutter
     from minimind.tokenizer.texts import read_texts, weighted
+    from minimind.tokenizer.training import untrained
 
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
-    texts = weighted(read_texts(args.files, args.on_bad_rows, columns=args.columns), dict(args.weights))
+    check = Cutter(untrained(args.pre_tokenizer)).check
+    found = read_texts(args.files, args.on_bad_rows, columns=args.columns, check=check)
+    texts = weighted(found, dict(args.weights))
     tokenizer = train_tokenizer((text.text for text in texts), args.vocab_size, args.pre_tokenizer, args.min_frequency)
     save_tokenizer(tokenizer, Path(args.output_dir))
     fewer = " (the text has no more pairs to merge)" if len(tokenizer) < args.vocab_size else ""
@@ -367,8 +371,9 @@ def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
     from minimind.tokenizer.texts import read_texts
 
     report.check_save(args.save)
-    texts = read_texts(args.files, args.on_bad_rows, "tokenising", args.columns)
-    result = judging.evaluate(tokenizer_directory(args.directory), texts)
+    directory = tokenizer_directory(args.directory)
+    check = judging.check_of([directory])
+    result = judging.evaluate(directory, read_texts(args.files, args.on_bad_rows, "tokenising", args.columns, check))
     print_report(args, result, report.evaluation_tables)
 
 
@@ -381,8 +386,8 @@ def run_tokenizer_compare(args: argparse.Namespace) -> None:
         raise UserError("compare: found one directory, expected at least two: compare DIR DIR --files FILE.")
     report.check_save(args.save)
     directories = [tokenizer_directory(directory) for directory in args.directories]
-    texts = read_texts(args.files, args.on_bad_rows, "tokenising", args.columns)
-    result = judging.compare(directories, texts)
+    check = judging.check_of(directories)
+    result = judging.compare(directories, read_texts(args.files, args.on_bad_rows, "tokenising", args.columns, check))
     print_report(args, result, report.comparison_tables)
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -19,7 +20,8 @@ from minimind.data.messages import Message, split_reasoning
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.data.world import is_courteous, is_embedded, strip_courtesy
 from minimind.errors import UserError
-from minimind.tokenizer import token_byte_lengths
+from minimind.tokenizer import text_encoder, token_byte_lengths
+from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
 
 LOGITS = 2**26  # numbers that a batch of `loss_of` may have
@@ -263,7 +265,8 @@ def evaluate(
         raise UserError(f"{files[0]}: found preference pairs, expected conversations or documents.")
     max_length, bad = min(max_length, model.config.max_position_embeddings), BadRows(on_bad_rows)
     if stage == "pretrain":
-        texts = list(read_documents(files, bad, columns=columns))
+        check = Cutter(text_encoder(tokenizer)).check
+        texts = list(read_documents(files, bad, columns=columns, check=check))
         columns.stop()
         result = {"documents": len(texts)}
         rows = document_rows(texts, tokenizer, max_length)
@@ -282,7 +285,7 @@ def document_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_
     """Documents -> rows of ids and labels; all but the first id of a row have one."""
     encoder, rows = DocumentEncoder(tokenizer, fast=False), []
     for text in texts:
-        ids = [tokenizer.eos_token_id, *encoder([text]).tolist()]
+        ids = np.append([tokenizer.eos_token_id], encoder([text])).astype(np.int32)
         parts = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
         rows += [{"input_ids": part, "labels": part} for part in parts]
     return rows

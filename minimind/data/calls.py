@@ -157,12 +157,13 @@ def split_results(content: str) -> list[str]:
     ['21', '9']
     """
     results, position = [], 0
-    for match in RESULT.finditer(content):
-        if match.start() != position:
+    while position < len(content):
+        match = RESULT.match(content, position)
+        if not match:
             return [content]
         results.append(match.group(1))
         position = match.end()
-    return results if results and position == len(content) else [content]
+    return results or [content]
 
 
 def find_tools(given: Sequence[tuple[str, Any]], systems: Sequence[str]) -> list[dict] | None:

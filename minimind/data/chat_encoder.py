@@ -5,17 +5,19 @@ Only what the template itself writes becomes a control token; the same character
 
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError, pass_eval_context
+from jinja2.nodes import EvalContext
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
@@ -24,6 +26,7 @@ from minimind.data.templates import WRITTEN, WRITTEN_PER_CHARACTER, bounded
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
+from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 from minimind.training.launch import is_main_process
 
@@ -42,7 +45,7 @@ class Encoded(NamedTuple):
     for, names the role whose message each token belongs to.
     """
 
-    ids: list[int]
+    ids: list[int] | array  # of 4 bytes each, where there are many
     replies: list[tuple[int, int]]
     escaped: int = 0
     roles: list[str] | None = None
@@ -62,6 +65,8 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template()
         self.marked = bool(GENERATION.search(self.template))
+        if self.marked:
+            _count_once(self.template)
         added = list(tokenizer.added_tokens_decoder.values())
         controls = [token.content for token in added if token.special or token.content in self.template]
         self.controls = sorted(controls, key=len, reverse=True)
@@ -72,7 +77,7 @@ class ChatEncoder:
         state.update(padding=None, truncation=None)
         self.library = Tokenizer.from_str(json.dumps(state))
         self.greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
-        self.bytes_of = np.asarray(token_byte_lengths(tokenizer))
+        self.bytes_of = np.asarray(token_byte_lengths(tokenizer), dtype=np.int32)
         for token, index in self.control_ids.items():
             self.bytes_of[index] = len(token.encode())
 
@@ -80,6 +85,16 @@ class ChatEncoder:
     def plain(self) -> Tokenizer:
         """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
         return Tokenizer.from_str(json.dumps({**json.loads(self.library.to_str()), "added_tokens": []}))
+
+    @cached_property
+    def cut(self) -> Cutter:
+        """Cuts long texts for the library's tokenizer."""
+        return Cutter(self.library)
+
+    @cached_property
+    def cut_plain(self) -> Cutter:
+        """Cuts long texts for the one without added tokens."""
+        return Cutter(self.plain)
 
     @cached_property
     def segments(self) -> DocumentEncoder:
@@ -151,16 +166,23 @@ class ChatEncoder:
                 text, spans = self.render(conversation, prompt)
                 if not prompt:
                     check_rendering(conversation, text, spans)
-                if len(conversations) > FEW and self.fast:
+                if (len(conversations) > FEW or len(text) > PIECE) and self.fast:
                     harmless.append((index, text, spans))
                 else:
-                    encoding = self.library.encode(text, add_special_tokens=False)
-                    results[index] = self._finish(conversation, text, spans, encoding.ids, encoding.offsets, roles)
+                    ids, starts = array("i"), array("q")
+                    self._encode_by(self.cut, text, ids, starts)
+                    results[index] = self._finish(conversation, text, spans, ids, starts, roles)
             except BadRowError as problem:
                 results[index] = problem
         if harmless:
             try:
                 self._encode_harmless(conversations, harmless, results, roles)
+            except BadRowError as problem:  # a word too long for the tokenizer, in one of them
+                if len(harmless) == 1:
+                    results[harmless[0][0]] = problem
+                else:
+                    for index, *_ in harmless:
+                        (results[index],) = self.encode([conversations[index]], prompt, roles)
             except WrongIdsError:
                 self.fast = False
                 return self.encode(conversations, prompt, roles)
@@ -174,6 +196,7 @@ class ChatEncoder:
         edges = []
         for start, (_, text, spans) in zip(starts, rendered, strict=True):
             edges += [begins[start] + edge for edge in _bytes_until(text, [edge for span in spans for edge in span])]
+        edges = np.array(edges, dtype=begins.dtype)
         found = np.searchsorted(begins, edges)
         exact, position = begins[found] == edges, 0
         for (index, text, spans), start, stop in zip(rendered, starts.tolist(), stops.tolist(), strict=True):
@@ -188,7 +211,7 @@ class ChatEncoder:
                 names = [owners[owner - 1] for owner in which]
             tokens = (found[here] - start).tolist()
             replies = list(zip(tokens[::2], tokens[1::2], strict=True))
-            results[index] = Encoded(ids[start:stop].tolist(), replies, roles=names)
+            results[index] = Encoded(_listed(array("i", ids[start:stop].tobytes())), replies, roles=names)
 
     def _encode_segments(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted on through all
@@ -201,35 +224,45 @@ class ChatEncoder:
         ids = self.segments(segments).astype(np.int32)  # an end token after each segment: where a control token goes
         ends, controls = np.flatnonzero(ids == self.segments.eos_token_id), np.asarray(controls)
         ids[ends] = controls
-        lengths = np.where(ids < 0, 1, self.bytes_of[ids])
+        lengths = self.bytes_of[ids]
+        lengths[ids < 0] = 1
         stops = ends[controls < 0]
-        return ids, np.cumsum(lengths) - lengths, np.concatenate([[0], stops[:-1] + 1]), stops
+        # As narrow as possible: a long reply of rare characters has as many tokens as bytes.
+        begins = np.cumsum(lengths, dtype=np.int32 if lengths.sum() < 2**31 else np.int64)
+        begins -= lengths
+        return ids, begins, np.concatenate([[0], stops[:-1] + 1]), stops
 
     def _finish(
         self,
         conversation: Conversation,
         text: str,
         spans: list,
-        ids: list,
-        offsets: list,
+        ids: array,
+        starts: array,
         roles: bool,
         escaped: int = 0,
     ) -> Encoded:
-        starts = {start: index for index, (start, _) in reversed([*enumerate(offsets)])} | {len(text): len(ids)}
-        if not all(char in starts for span in spans for char in span):
+        starts.append(len(text))
+        starts = np.asarray(starts)
+        edges = [edge for span in spans for edge in span]
+        tokens = np.searchsorted(starts, edges)  # the first of several that share a character
+        if not (starts[tokens] == edges).all():
             raise BadRowError(BLURRED)
         names = None
         if roles:
             places, owners = self._roles(conversation, text, spans)
-            names = [owners[bisect_right(places, start) - 1] for start, _ in offsets]
-        return Encoded(ids, [(starts[start], starts[end]) for start, end in spans], escaped, names)
+            names = [owners[owner - 1] for owner in np.searchsorted(places, starts[:-1], side="right")]
+        tokens = tokens.tolist()
+        return Encoded(_listed(ids), list(zip(tokens[::2], tokens[1::2], strict=True)), escaped, names)
 
     def _encode_hostile(self, conversation: Conversation, prompt: bool, roles: bool) -> Encoded:
         """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
         what is a control token then is the template's."""
         words = _words(conversation)
         count = len(self.controls)
-        base = next(b for b in range(0xF0000, 0x110000 - count, count) if not _has_any(words, b, count))
+        # Private characters, those of two bytes first: one of more makes Python keep the whole text in four each.
+        private = chain(range(0xE002, 0xF900 - count, count), range(0xF0000, 0x110000 - count, count))
+        base = next(b for b in private if not _has_any(words, b, count))
         cover = {token: chr(base + index) * len(token) for index, token in enumerate(self.controls)}
         covers = re.compile("|".join(cover.values()))
         names = {covered: token for token, covered in cover.items()}
@@ -251,17 +284,23 @@ class ChatEncoder:
                 f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
                 "text there, so it cannot be told from its own. Remove it"
             )
-        ids, offsets, position = [], [], 0
-        for match in [*self.pattern.finditer(covered), None]:
+        ids, starts, position = array("i"), array("q"), 0
+        for match in chain(self.pattern.finditer(covered), [None]):
             end = match.start() if match else len(text)
-            encoding = self.plain.encode(text[position:end], add_special_tokens=False)
-            ids += encoding.ids
-            offsets += [(position + a, position + b) for a, b in encoding.offsets]
+            self._encode_by(self.cut_plain, text[position:end], ids, starts, position)
             if match:
                 ids.append(self.control_ids[match.group()])
-                offsets.append(match.span())
+                starts.append(end)
                 position = match.end()
-        return self._finish(conversation, text, spans, ids, offsets, roles, len(covers.findall(covered)))
+        return self._finish(conversation, text, spans, ids, starts, roles, len(covers.findall(covered)))
+
+    def _encode_by(self, cut: Cutter, text: str, ids: array, starts: array, position: int = 0) -> None:
+        """Append the ids of a text by a tokenizer of the library, and the character at which each begins."""
+        for piece in cut(text):
+            encoding = cut.library.encode(piece, add_special_tokens=False)
+            ids.extend(encoding.ids)
+            starts.extend(position + start for start, _ in encoding.offsets)
+            position += len(piece)
 
     def _roles(self, conversation: Conversation, text: str, spans: list) -> tuple[list[int], list[str]]:
         """At which characters the parts of the text begin, and whose they are: a message's header, words and end.
@@ -289,6 +328,34 @@ class ChatEncoder:
             names.append(message["role"])
             before = end
         return begins, names
+
+
+def _listed(ids: array) -> list[int] | array:
+    return ids if len(ids) > PIECE else ids.tolist()
+
+
+def _count_once(template: str) -> None:
+    """Make transformers see where replies begin in linear time: it joins all that is written, before each of them."""
+    try:
+        extensions = _compile_jinja_template(template).environment.extensions.values()
+    except TemplateError:  # told where it is rendered
+        return
+    tracker = next(extension for extension in extensions if "generation" in extension.tags)
+    blocks = length = 0  # of what was written before the last reply
+
+    @pass_eval_context
+    def note(context: EvalContext, caller: Callable[[], str]) -> str:
+        nonlocal blocks, length
+        reply = caller()
+        if tracker.is_active():
+            if not tracker._generation_indices:
+                blocks = length = 0
+            length += sum(map(len, tracker._rendered_blocks[blocks:]))
+            blocks = len(tracker._rendered_blocks)
+            tracker._generation_indices.append((length, length + len(reply)))
+        return reply
+
+    tracker._generation_support = note
 
 
 def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
@@ -388,12 +455,9 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
         found = text.find(words, max(start, position), end)
         if found < 0:
             raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {role!r}")
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text[start:end]:
-                name = call["function"]["name"]
-                raise BadRowError(
-                    f"messages[{index}]: the chat template has no place for calls, found one of {name!r}"
-                )
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        if missing := _missing(names, text, start, end):
+            raise BadRowError(f"messages[{index}]: the chat template has no place for calls, found one of {missing!r}")
         if role != "system":  # a system prompt may stand inside the last question
             position = end if role == "assistant" else found + len(words)
         if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r") and message["content"]:
@@ -401,12 +465,22 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
             raise BadRowError(
                 f"messages[{index}]: found a reply that begins with a line break, expected text. Remove it"
             )
-    for tool in conversation.tools or ():
-        if tool["function"]["name"] not in text:
-            raise BadRowError(f"the chat template has no place for tools, found {tool['function']['name']!r}")
+    if missing := _missing([tool["function"]["name"] for tool in conversation.tools or ()], text, 0, len(text)):
+        raise BadRowError(f"the chat template has no place for tools, found {missing!r}")
     last = conversation.messages[-1]
     if last.get("reasoning_content", "") not in text:
         raise BadRowError("the chat template has no place for reasoning, found a reply with it")
+
+
+def _missing(names: Sequence[str], text: str, start: int, end: int) -> str | None:
+    """The first of some names that a stretch of text does not hold; each is looked for behind the one before first."""
+    position = start
+    for name in names:
+        found = text.find(name, position, end)
+        if found < 0 and (found := text.find(name, start, end)) < 0:
+            return name
+        position = found
+    return None
 
 
 def encode_prompts(prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder) -> list[list[int]]:

@@ -9,10 +9,12 @@ in somebody's words are plain text.
     ChatEncoder                              -> ids, and where in them the assistant speaks; also prompts to answer
 """
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -30,6 +32,7 @@ from minimind.data.messages import Message
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
 from minimind.data.preferences import to_preference
+from minimind.data.rows import batches
 from minimind.errors import UserError
 from minimind.language import translated
 
@@ -149,6 +152,15 @@ class TooLongError(BadRowError):
     """Nothing of a conversation or pair fits."""
 
 
+class Part(NamedTuple):
+    """A conversation that fits into a row, and which turns of a longer one it was split off from (exclusive)."""
+
+    conversation: Conversation
+    encoded: Encoded
+    first: int = 0
+    last: int = 0
+
+
 # What of a conversation is trained, and in which rows
 
 
@@ -176,47 +188,87 @@ def turns(messages: Sequence[Message]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(messages)], strict=True))
 
 
-def by_reasoning(conversation: Conversation) -> list[Conversation]:
+def tokens_until(messages: Sequence[Message], encoded: Encoded) -> list[int]:
+    """Turn -> tokens before it (from the second on those of the system prompt too), and of all turns at last."""
+    replies = [0, *accumulate(message["role"] == "assistant" for message in messages)]  # message -> replies before it
+    return [0, *(encoded.replies[replies[end] - 1][1] for _, end in turns(messages))]
+
+
+class Pieces:
     """For a template that leaves out the reasoning of earlier turns: one conversation for each turn that reasons.
 
-    Each reply is trained once, after exactly the text that the model will see when it generates it.
+    Each reply is trained once, after exactly the text that the model will see when it generates it. Only the last
+    piece, which holds all turns, is encoded as a whole; of the others, just the turns that may become rows. With
+    `whole` there is one piece.
     """
-    messages = conversation.messages
-    borders = turns(messages)
-    reasons = [any(m.get("reasoning_content") for m in messages[start:end]) for start, end in borders]
-    if not any(reasons[:-1]):
-        return [conversation]
-    pieces, done = [], 0
-    for (start, end), has_reasoning in zip(borders, reasons, strict=True):
-        if not has_reasoning and end != len(messages):
-            continue
-        earlier = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages[:start]]
-        for index, message in enumerate(earlier[:done]):
-            if message["role"] == "assistant":
-                earlier[index] = {**message, "weight": 0.0}
-        pieces.append(conversation._replace(messages=[*earlier, *messages[start:end]]))
-        done = end
-    return pieces
+
+    def __init__(self, conversation: Conversation, whole: bool = False):
+        self.conversation, messages = conversation, conversation.messages
+        self.borders = turns(messages)
+        counted = [sum(m["role"] == "assistant" for m in messages[start:end]) for start, end in self.borders]
+        self.replies = [0, *accumulate(counted)]  # turn -> replies before it
+        reasons = [any(m.get("reasoning_content") for m in messages[start:end]) for start, end in self.borders]
+        several = any(reasons[:-1]) and not whole
+        self.ends = [turn for turn, reasoned in enumerate(reasons, 1) if reasoned and several]  # of pieces, in turns
+        if self.ends[-1:] != [len(self.borders)]:
+            self.ends.append(len(self.borders))
+        self.begins = [0, *self.ends[:-1]]  # the first turn of each that is not trained in the one before
+        self.plain = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages] if several else []
+
+    def piece(self, number: int, first: int = 0, last: int | None = None) -> Conversation:
+        """A piece, or its turns from `first` to `last` (exclusive) after the system prompt."""
+        end, messages = self.ends[number], self.conversation.messages
+        if len(self.ends) == 1:
+            return self.conversation
+        last = last or end
+        done, own = self.borders[self.begins[number]][0], self.borders[end - 1][0]
+        head, start = self.borders[0][0], self.borders[first][0] if first else 0
+        chosen = [*range(head if start else 0), *range(start, self.borders[last - 1][1])]
+        kept = [messages[index] if index >= own else self.plain[index] for index in chosen]
+        for place, index in enumerate(chosen):
+            if index < done and kept[place]["role"] == "assistant":
+                kept[place] = {**kept[place], "weight": 0.0}
+        return self.conversation._replace(messages=kept)
+
+    def window(self, number: int, until: list[int], policy: str, room: int, split: list) -> tuple[int, int] | None:
+        """The turns of a piece of which rows may be made, from and to; None where nothing to train is left of it.
+
+        Args:
+            until: turn -> tokens before it, in the last piece, whose turns have no reasoning but the last.
+            room: what is longer than this does not fit.
+            split: the turns of the parts into which the last piece was split.
+        """
+        end, begin = self.ends[number], self.begins[number]
+        if until[end] <= room:
+            return 0, end
+        if policy == "keep_last":
+            return min(bisect_left(until, until[end] - room), end - 1), end
+        if policy == "keep_first":
+            last = min(bisect_right(until, room), end)
+            return (0, last) if last > begin else None
+        if policy == "split":
+            return next((first for first, last in split if first <= begin < last), begin), end
+        return None
 
 
 def shorten(
     encoder: ChatEncoder, long: Conversation, encoded: Encoded, max_length: int, policy: str, roles: bool
-) -> list[tuple[Conversation, Encoded]]:
+) -> list[Part]:
     """What of a conversation longer than `max_length` is used, cut between turns; raises TooLongError for nothing."""
     head = long.messages[:1] if long.messages[0]["role"] == "system" else []
     borders = turns(long.messages)
     at = [index for index, message in enumerate(long.messages) if message["role"] == "assistant"]
     ends = dict(zip(at, (end for _, end in encoded.replies), strict=True))  # message -> tokens up to its end
-    until = [0, *(ends[end - 1] for _, end in borders)]  # turn -> tokens before it, the head's too from the second on
+    until = tokens_until(long.messages, encoded)
 
-    def fitting(start: int, end: int) -> tuple[Conversation, Encoded] | None:
+    def fitting(start: int, end: int, first: int = 0, last: int = 0) -> Part | None:
         piece = long._replace(messages=[*(head if start else []), *long.messages[start:end]])
         (result,) = encoder.encode([piece], roles=roles)
         if isinstance(result, BadRowError):
             raise result
         nonlocal needed
         needed = len(result.ids)
-        return (piece, result) if needed <= max_length else None
+        return Part(piece, result, first, last) if needed <= max_length else None
 
     needed, what = len(encoded.ids), "in the last turn with the system prompt"
     if policy == "drop":
@@ -240,7 +292,7 @@ def shorten(
             while last < len(borders) and until[last + 1] - until[first] <= max_length + BORDER:
                 last += 1
             start = borders[first][0] if first else 0
-            while last > first and not (found := fitting(start, borders[last - 1][1])):
+            while last > first and not (found := fitting(start, borders[last - 1][1], first, last)):
                 last -= 1
             pieces += [found] if last > first else []
             first = max(last, first + 1)
@@ -290,46 +342,85 @@ def tokenize_conversations(
     `escaped` (control tokens stand in the words), `reasoning_rows` (given once for each turn that reasons).
     """
     args = args or ChatArguments()
-    pieces: list[list[Conversation] | BadRowError] = []
+    tried: list[Pieces | BadRowError] = []
     for conversation in conversations:
         try:
-            weighted = with_weights(conversation, args)
-            pieces.append([weighted] if encoder.keeps_reasoning else by_reasoning(weighted))
+            tried.append(Pieces(with_weights(conversation, args), encoder.keeps_reasoning))
         except BadRowError as problem:
-            pieces.append(problem)
-    flat = [piece for group in pieces if isinstance(group, list) for piece in group]
-    encoded = iter(encoder.encode(flat, roles=roles))
-    return [
-        group
-        if isinstance(group, BadRowError)
-        else _tokenized(group, [next(encoded) for _ in group], encoder, max_length, args, roles)
-        for group in pieces
-    ]
+            tried.append(problem)
+    whole = iter(encoder.encode([each.piece(-1) for each in tried if isinstance(each, Pieces)], roles=roles))
+    shortening = partial(_shortened, encoder=encoder, max_length=max_length, args=args, roles=roles)
+    groups = []
+    for each in tried:
+        result = next(whole) if isinstance(each, Pieces) else each
+        groups.append(result if isinstance(result, BadRowError) else _Group(each, result, shortening))
+    wanted = [piece for group in groups if isinstance(group, _Group) for piece in group.wanted()]
+    encoded = iter(encoder.encode(wanted, roles=roles))
+    return [group.tokenized(encoded) if isinstance(group, _Group) else group for group in groups]
 
 
-def _tokenized(group, results, encoder: ChatEncoder, max_length, args, roles) -> Tokenized | BadRowError:
-    """The pieces of one conversation and what encoding them gave -> its rows."""
-    problem = next((result for result in results if isinstance(result, BadRowError)), None)
-    if problem:
-        return problem
-    escaped = any(result.escaped for result in results)
-    kept, counts = [], Counter(reasoning_rows=int(len(group) > 1), escaped=int(escaped))
-    for conversation, result in zip(group, results, strict=True):
-        if max_length is None or len(result.ids) <= max_length:
-            kept.append((conversation, result))
-            continue
-        try:
-            parts = shorten(encoder, conversation, result, max_length, args.long_conversations, roles)
-        except TooLongError as error:
-            problem, parts = error, []
+def _shortened(
+    conversation: Conversation, result: Encoded, encoder: ChatEncoder, max_length, args, roles
+) -> tuple[list[Part], TooLongError | None]:
+    """The parts of a conversation that fit, or why there is none."""
+    if max_length is None or len(result.ids) <= max_length:
+        return [Part(conversation, result)], None
+    try:
+        return shorten(encoder, conversation, result, max_length, args.long_conversations, roles), None
+    except TooLongError as error:
+        return [], error
+
+
+class _Group:
+    """The pieces of one conversation on their way to rows; `whole` is the last of them, encoded."""
+
+    def __init__(self, pieces: Pieces, whole: Encoded, shortening: partial):
+        self.pieces, self.whole, self.shortening = pieces, whole, shortening
+        self.pattern = shortening.keywords["encoder"].pattern
+        self.last, self.problem = shortening(pieces.piece(-1), whole)
+        max_length, policy = (shortening.keywords["max_length"], shortening.keywords["args"].long_conversations)
+        self.windows = [(0, end) for end in pieces.ends[:-1]]
+        if max_length is not None and self.windows:
+            until = tokens_until(pieces.plain, whole)
+            split = [(part.first, part.last) for part in self.last]
+            numbers = range(len(self.windows))
+            self.windows = [pieces.window(n, until, policy, max_length + BORDER, split) for n in numbers]
+
+    def wanted(self) -> list[Conversation]:
+        """What of the pieces before the last is to be encoded."""
+        return [self.pieces.piece(n, *window) for n, window in enumerate(self.windows) if window]
+
+    def tokenized(self, encoded: Iterator[Encoded | BadRowError]) -> Tokenized | BadRowError:
+        """The rows; `encoded` goes on with what `wanted` became, all of which is taken."""
+        results = [next(encoded) if window else None for window in self.windows]
+        kept, counts = [], Counter(reasoning_rows=int(bool(results)))
+        thoughts = [message.get("reasoning_content", "") for message in self.pieces.conversation.messages]
+        counts["escaped"] = int(self.whole.escaped > 0 or any(map(self.pattern.search, thoughts if results else ())))
+        for number, (window, result) in enumerate(zip(self.windows, results, strict=True)):
+            if isinstance(result, BadRowError):
+                return result
+            parts = []
+            if window:
+                parts, _ = self.shortening(self.pieces.piece(number, *window), result)
+            self._count(counts, [*self._before(window), *parts], self.pieces.ends[number])
+            kept += parts
+        self._count(counts, self.last, len(self.pieces.borders))
+        kept += self.last
+        if not kept:
+            return Tokenized([], Counter(dropped=1), len(self.whole.ids), str(self.problem))
+        args = self.shortening.keywords["args"]
+        rows = [row for part in kept if (row := to_row(part.conversation, part.encoded, args))]
+        counts["untrained"] = int(not rows)
+        return Tokenized(rows, +counts, len(self.whole.ids))
+
+    def _before(self, window: tuple[int, int] | None) -> list[Part]:
+        """The parts of a piece before a window, as those of the last piece; nothing of them is trained."""
+        return [part for part in self.last if window and part.last and part.last <= window[0]]
+
+    def _count(self, counts: Counter, parts: list[Part], end: int) -> None:
+        replies = self.pieces.replies[end]
         counts["split"] |= len(parts) > 1
-        counts["truncated"] |= sum(len(part.replies) for _, part in parts) < len(result.replies)
-        kept += parts
-    if not kept:
-        return Tokenized([], Counter(dropped=1), len(results[-1].ids), str(problem))
-    rows = [row for conversation, result in kept if (row := to_row(conversation, result, args))]
-    counts["untrained"] = int(not rows)
-    return Tokenized(rows, +counts, len(results[-1].ids))
+        counts["truncated"] |= sum(len(part.encoded.replies) for part in parts) < replies
 
 
 def tokenize_conversation(
@@ -380,41 +471,56 @@ def tokenize_preferences(
 
 def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments) -> Tokenized:
     prompt, tools = pair["prompt"], pair.get("tools")
-    starts, first = [start for start, _ in turns(prompt)], None
-    for start in starts:
+    starts, whole = [start for start, _ in turns(prompt)], None
+    for turn, start in enumerate(starts):
+        is_last = turn == len(starts) - 1
+        if turn and not is_last and whole.length - whole.until[turn] > max_length + BORDER:
+            continue
         head = [message for message in prompt[:start] if message["role"] == "system"]
-        messages = prompt if start == starts[0] else head + prompt[start:]
-        row, lengths, escaped = _pair_row(Conversation(messages, tools), pair, encoder)
-        first = first or max(lengths.values())
-        if max_length is None or max(lengths.values()) <= max_length:
-            counts = Counter(truncated=int(start != starts[0]), escaped=int(escaped))
-            return Tokenized([row], +counts, first)
+        messages = head + prompt[start:] if turn else prompt
+        found = _encoded_pair(Conversation(messages, tools), pair, encoder)
+        whole = whole or found
+        if max_length is None or found.length <= max_length:
+            return Tokenized([found.row], +Counter(truncated=int(turn > 0), escaped=int(found.escaped)), whole.length)
         if args.long_conversations == "drop":
             break
-    name = max(lengths, key=lengths.get)
     problem = (
-        f"found {lengths[name]:,} tokens of prompt and {name} reply, expected at most --max_length {max_length:,}"
+        f"found {found.length:,} tokens of prompt and {found.longest} reply, expected at most --max_length "
+        f"{max_length:,}"
     )
-    return Tokenized([], Counter(dropped=1), first, problem)
+    return Tokenized([], Counter(dropped=1), whole.length, problem)
 
 
-def _pair_row(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> tuple[dict, dict[str, int], bool]:
+class _EncodedPair(NamedTuple):
+    """A pair as a row; the tokens of its `longest` conversation, and of it before each turn of the prompt."""
+
+    row: dict
+    longest: str
+    length: int
+    until: list[int]
+    escaped: bool
+
+
+def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _EncodedPair:
     (start,) = encoder.encode([prompt], prompt=True)
     names = ("chosen", "rejected")
     wholes = encoder.encode([prompt._replace(messages=prompt.messages + pair[name]) for name in names])
     for result in (start, *wholes):
         if isinstance(result, BadRowError):
             raise result
+    asked = sum(message["role"] == "assistant" for message in prompt.messages)
     row, lengths = {"prompt_ids": start.ids}, {}
     for name, whole in zip(names, wholes, strict=True):
-        if whole.ids[: len(start.ids)] != start.ids:
+        if list(whole.ids[: len(start.ids)]) != list(start.ids):
             raise BadRowError(f"the chat template renders the prompt differently before the {name} reply than alone")
         mask = [0] * len(whole.ids)
-        for begin, end in whole.replies[sum(message["role"] == "assistant" for message in prompt.messages) :]:
+        for begin, end in whole.replies[asked:]:
             mask[begin:end] = [1] * (end - begin)
         row |= {f"{name}_ids": whole.ids[len(start.ids) :], f"{name}_mask": mask[len(start.ids) :]}
         lengths[name] = len(whole.ids)
-    return row, lengths, any(whole.escaped for whole in wholes)
+    longest = max(lengths, key=lengths.get)
+    until = tokens_until([*prompt.messages, *pair[longest]], wholes[names.index(longest)])
+    return _EncodedPair(row, longest, lengths[longest], until, any(whole.escaped for whole in wholes))
 
 
 def preference_labels(rows: Iterable[dict]) -> list[dict]:
@@ -511,8 +617,8 @@ def _load(
         reading.columns.append(columns)
         reading.too_long.append(too_long)
         found = read_rows(files, bad, unrendered, columns=columns)
-        rows = iter(tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None))
-        while batch := list(islice(rows, BATCH)):
+        rows = tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None)
+        for batch in batches(rows, lambda row: sum(len(m["content"]) for m in messages(row.data)), BATCH):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
                     bad.add(row.where, str(result))
@@ -529,7 +635,7 @@ def _load(
     files = [data_args.expand(source.paths) for source in sources]
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
     hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
-    parts, held_out = [_Part() for _ in sources], _Part()
+    parts, held_out = [_Collected() for _ in sources], _Collected()
     reading, apart = Reading(), Reading()
     for part, paths in zip(parts, files, strict=True):
         for text, where, result in read(paths, reading):
@@ -580,7 +686,7 @@ def _load(
     return ChatRows(train, held_out.dataset(), facts, where, lengths, reading)
 
 
-class _Part:
+class _Collected:
     """Collects rows as Arrow tables, a list of Python integers taking many times the memory."""
 
     types = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}  # noqa: RUF012

@@ -36,6 +36,7 @@ from minimind.training.launch import is_main_process
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
 EARLY = 10_000  # rows after which columns that nobody reads stop the preparation, and not only at its end
 BATCH = 2**18  # characters tokenised at a time by one thread
+AHEAD = 2**24  # characters that may wait for it, unless one document has more
 
 
 class Blocks(NamedTuple):
@@ -209,6 +210,7 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
     reading = {"on_bad_rows": options["on_bad_rows"], "text_unit": options["text_unit"], "columns": columns}
+    reading["check"] = encoder.cut.check
     boundaries, held_out_boundaries = (Boundaries(options["boundary_markers"]) for _ in range(2))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
@@ -262,8 +264,8 @@ class Part:
         self.packer = packer(options["packing_strategy"], options["block_size"], encoder.eos_token_id)
         self.block_size, self.document_mask, self.bytes_of = options["block_size"], options["document_mask"], bytes_of
         self.texts: list[str] = []
-        self.characters = 0
-        self.pending: deque[Future] = deque()
+        self.characters = self.waiting = 0
+        self.pending: deque[tuple[int, Future]] = deque()
         self.counts = dict.fromkeys(("documents", "tokens", "blocks", "targets", "target_bytes"), 0)
         self.packed = 0
         self.schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(encoder.dtype))})
@@ -289,10 +291,13 @@ class Part:
     def _submit(self, ahead: int | None = None) -> None:
         if self.texts:
             self.counts["documents"] += len(self.texts)
-            self.pending.append(self.pool.submit(self.encoder, self.texts))
+            self.pending.append((self.characters, self.pool.submit(self.encoder, self.texts)))
+            self.waiting += self.characters
             self.texts, self.characters = [], 0
-        while len(self.pending) > (self.ahead if ahead is None else ahead):
-            ids = self.pending.popleft().result()
+        while self.pending and (len(self.pending) > (self.ahead if ahead is None else ahead) or self.waiting > AHEAD):
+            characters, future = self.pending.popleft()
+            self.waiting -= characters
+            ids = future.result()
             self.counts["tokens"] += len(ids)
             self._write(self.packer.add(ids))
 

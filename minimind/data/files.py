@@ -392,11 +392,20 @@ def read_documents(
     progress: Progress | None = None,
     columns: Columns | None = None,
     boundaries: Boundaries | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`.
 
-    `boundaries` splits rows at the boundary markers spelled out in them, and counts; by default it splits.
+    `boundaries` splits rows at the boundary markers spelled out in them, and counts; by default it splits. `check`
+    raises BadRowError for a document that cannot be used.
     """
     split = (boundaries or Boundaries()).split
-    rows = read_rows(paths, on_bad_rows, lambda data: split(to_document(data)), text_unit, progress, columns)
+
+    def convert(data: Mapping) -> list[str]:
+        documents = split(to_document(data))
+        for document in documents if check else ():
+            check(document)
+        return documents
+
+    rows = read_rows(paths, on_bad_rows, convert, text_unit, progress, columns)
     return (document for row in rows for document in row.data)

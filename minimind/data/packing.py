@@ -91,10 +91,13 @@ def _fill(stream: np.ndarray, block_size: int, eos_token_id: int) -> Rows:
     lengths = np.minimum(np.repeat(ends, pieces) - starts, block_size)
     bins = best_fit(lengths, block_size)
     order = np.concatenate(bins)
-    # The index of every token in the stream, piece by piece: its piece's start, and its place in the piece.
-    lengths_in_order = lengths[order]
-    places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths_in_order) - lengths_in_order, lengths_in_order)
-    ids = stream[np.repeat(starts[order], lengths_in_order) + places]
+    ids, done = np.empty(len(stream), dtype=stream.dtype), 0
+    for some in np.array_split(order, len(stream) // WINDOW + 1):  # an index is eight times a token
+        # The index of every token in the stream, piece by piece: its piece's start, and its place in the piece.
+        sizes = lengths[some]
+        places = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        ids[done : done + len(places)] = stream[np.repeat(starts[some], sizes) + places]
+        done += len(places)
     return Rows(ids, np.array([lengths[row].sum() for row in bins]))
 
 

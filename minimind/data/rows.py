@@ -1,7 +1,10 @@
 """What a row that cannot be used raises, and how its values are shown."""
 
 import json
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class BadRowError(ValueError):
@@ -29,3 +32,16 @@ def decoded(raw: bytes) -> str:
             f"found byte 0x{raw[error.start]:02x} at byte offset {error.start}, expected UTF-8 text "
             "(a Chinese file from Windows: iconv -f gb18030 -t utf-8)"
         ) from None
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], count: int, limit: int = 2**22) -> Iterator[list[T]]:
+    """Items in lists of `count`, shorter ones where their sizes (in characters, say) add up to `limit`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if len(batch) == count or total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

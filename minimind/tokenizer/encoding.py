@@ -11,23 +11,27 @@ The ids are those of the library's tokenizer, which stays the only truth. Two th
     hold the text of one go to the library too.
 *   In every run the library encodes a sample beside it. (That both split text alike, whatever the character, is tested
     on all of Unicode by benchmarks/data_preparation.py --unicode.)
+
+Both encode long texts in pieces (cutting.py).
 """
 
 import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.loading import BYTE_OF, text_encoder
 
 END = "\U0010ffff end of document \U0010ffff"  # becomes EOS; U+10FFFF is no character
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 FIRST_CHECKED = 100  # documents of a run that both engines encode, and then one of each batch
+CHECKED = 2**14  # characters of a document that are checked
 
 
 class WrongIdsError(Exception):
@@ -42,17 +46,33 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, fast: bool = True):
         self.library = text_encoder(tokenizer)
+        self.cut = Cutter(self.library)
         self.eos_token_id = tokenizer.eos_token_id
         self.dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
         self.engine, self.unsure, self.added = fast_engine(self.library, self.eos_token_id) if fast else (None,) * 3
         self.unchecked = FIRST_CHECKED
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Raises WrongIdsError where the engines differ: begin again with `fast=False`."""
+        """Raises BadRowError for a text that `cut` refuses, and WrongIdsError where the engines differ: begin again
+        with `fast=False`."""
+        parts = []
+        for is_long, group in groupby(texts, lambda text: len(text) > PIECE):
+            if is_long:
+                for text in group:
+                    parts += [self._encode([piece])[:-1] for piece in self.cut(text)]
+                    parts.append(np.array([self.eos_token_id], dtype=self.dtype))
+            else:
+                parts.append(self._encode(list(group)))
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
         if self.engine is None:
             return self._by_library(texts)
         text = END.join(texts) + END
-        ids = self.engine.encode_to_numpy(text, allowed_special={END})
+        try:
+            ids = self.engine.encode_to_numpy(text, allowed_special={END})
+        except ValueError:  # its splitting has too small a stack for very long white space
+            return self._by_library(texts)
         ends = np.flatnonzero(ids == self.eos_token_id)
         if len(ends) != len(texts):  # a text that holds the mark itself
             return self._by_library(texts)
@@ -60,19 +80,27 @@ class DocumentEncoder:
         if self.added and self.added.search(text):
             found = [index for index, each in enumerate(texts) if self.added.search(each)]
             doubtful = np.union1d(doubtful, found).astype(int)
-        parts = None
         checked = range(min(max(self.unchecked, 1), len(texts)))
         self.unchecked -= len(checked)
-        if len(doubtful) or checked:
-            parts = np.split(ids, ends[:-1] + 1)
+        parts = np.split(ids, ends[:-1] + 1)
         for index in checked:
-            if index not in doubtful and not np.array_equal(parts[index], self._by_library([texts[index]])):
-                raise WrongIdsError(f"tiktoken and tokenizers encode {texts[index][:60]!r} differently")
+            if index not in doubtful:
+                self._check(texts[index], parts[index])
         if len(doubtful):
             for index in doubtful:
                 parts[index] = self._by_library([texts[index]])
             ids = np.concatenate(parts)
         return ids.astype(self.dtype)
+
+    def _check(self, text: str, ids: np.ndarray) -> None:
+        """Compare the ids of a text, or of its beginning, with the library's."""
+        if len(text) > CHECKED:
+            text = text[:CHECKED]
+            ids = self.engine.encode_to_numpy(text + END, allowed_special={END})
+            if self.unsure[ids].any():  # in a word that was cut
+                return
+        if not np.array_equal(ids, self._by_library([text])):
+            raise WrongIdsError(f"tiktoken and tokenizers encode {text[:60]!r} differently")
 
     def _by_library(self, texts: Sequence[str]) -> np.ndarray:
         encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -10,14 +10,15 @@ A text is always only text: the name of a control token in it is tokenised as ch
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from minimind.data.rows import batches
 from minimind.errors import UserError
+from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.loading import token_bytes
 from minimind.tokenizer.probes import PROBES
 from minimind.tokenizer.splitting import splitting_name
@@ -49,14 +50,18 @@ class Judged:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True
+        self.cut = Cutter(self.tokenizer)
         self.bytes = token_bytes(self.tokenizer)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {index for index, token in added.items() if token.special}
         self.kinds = np.array([self._kind(index) for index in range(len(self.bytes))])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts -> their ids, nothing added."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Texts -> their ids, nothing added; raises BadRowError for one that `cut` refuses."""
+        pieces = [list(self.cut(text)) for text in texts]
+        flat = [piece for each in pieces for piece in each]
+        found = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        return [[token for _ in each for token in next(found).ids] for each in pieces]
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, nothing left out."""
@@ -132,15 +137,20 @@ class Measurement:
 def measure(directories: Sequence[str | Path], texts: Iterable[Text]) -> Measurement:
     """Tokenise `texts` with the tokenizers in some directories."""
     measurement = Measurement([Judged(directory) for directory in directories])
-    for batch in _batches(texts):
+    for batch in batches(texts, lambda text: len(text.text), BATCH):
         measurement.add(batch)
     return measurement
 
 
-def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
+def check_of(directories: Iterable[str | Path]) -> Callable[[str], None]:
+    """What raises BadRowError for a text that one of the tokenizers cannot encode; see `Cutter.check`."""
+    cutters = [Judged(directory).cut for directory in directories]
+
+    def check(text: str) -> None:
+        for cut in cutters:
+            cut.check(text)
+
+    return check
 
 
 def evaluate(directory: str | Path, texts: Iterable[Text]) -> dict:

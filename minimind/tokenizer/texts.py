@@ -7,7 +7,7 @@ of the writing it holds most of: Chinese characters ("zh"), words in Latin lette
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +62,12 @@ def read_texts(
     on_bad_rows: str | None = None,
     title: str | None = None,
     columns: Sequence[str] | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> Iterator[Text]:
     """Files, directories and globs of documents and conversations -> their texts, with a `title` under a progress bar.
 
-    `columns`: words of `--columns`. Raises UserError as `read_rows`.
+    `columns`: words of `--columns`; `check` raises BadRowError for a text that cannot be used. Raises UserError as
+    `read_rows`.
     """
     found = expand(files)
     hidden = None if title else True
@@ -73,7 +75,10 @@ def read_texts(
         boundaries = Boundaries()
 
         def convert(data: dict) -> tuple[list[str], Any]:
-            return boundaries.split(to_text(data)), data.get("source")
+            texts = boundaries.split(to_text(data))
+            for text in texts if check else ():
+                check(text)
+            return texts, data.get("source")
 
         for row in read_rows(found, on_bad_rows, convert, progress=bar.update, columns=Columns(columns)):
             texts, source = row.data

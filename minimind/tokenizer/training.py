@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from minimind.errors import UserError
+from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.splitting import PRE_TOKENIZERS
 
 # The order fixes the ids 0, 1, 2. Padding is its own token, never the end token: were they one, masking the padding
@@ -16,6 +17,15 @@ PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
 
 CHAT_TEMPLATE = Path(__file__).parent / "chatml.jinja"
+
+
+def untrained(pre_tokenizer: str) -> Tokenizer:
+    """What is trained: BPE without a vocabulary; raises UserError for a name that is not in PRE_TOKENIZERS."""
+    if pre_tokenizer not in PRE_TOKENIZERS:
+        raise UserError(f"--pre_tokenizer {pre_tokenizer}: expected one of {', '.join(PRE_TOKENIZERS)}.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
+    return bpe
 
 
 def train_tokenizer(
@@ -29,16 +39,15 @@ def train_tokenizer(
     Raises:
         UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens, `pre_tokenizer` is none of
             them, or `min_frequency` is below 0.
+        BadRowError: a text that `Cutter` refuses.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}.")
-    if pre_tokenizer not in PRE_TOKENIZERS:
-        raise UserError(f"--pre_tokenizer {pre_tokenizer}: expected one of {', '.join(PRE_TOKENIZERS)}.")
     if min_frequency < 0:
         raise UserError(f"--min_frequency {min_frequency}: expected 0 or more.")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
+    bpe = untrained(pre_tokenizer)
+    cut = Cutter(bpe)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -47,7 +56,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),  # the trainer draws its own bars, of reading and of merging
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD_TOKEN,
