@@ -349,9 +349,10 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     import time
     from pathlib import Path
 
-    from minimind.tokenizer import save_tokenizer, train_tokenizer
+    from minimind.tokenizer import check_destination, save_tokenizer, train_tokenizer
     from minimind.tokenizer.texts import read_texts, weighted
 
+    check_destination(Path(args.output_dir))
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
     texts = weighted(read_texts(args.files, args.on_bad_rows, columns=args.columns), dict(args.weights))

@@ -60,9 +60,9 @@ from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process, leave_process_group
+from minimind.training.output_directory import unlock_directory
 from minimind.training.plots import plot_loss
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
-from minimind.training.output_directory import unlock_directory
 from minimind.training.resume import ResumeCallback, recipe_of
 from minimind.training.samples import SampleCallback, read_prompts
 from minimind.training.signals import InterruptCallback

@@ -176,6 +176,7 @@ class Start:
         for problem in problems:
             say(problem)
         if checkpoint is None:
+            self.source = None
             if problems:
                 say(f"no whole checkpoint is left in {self.output_dir}: beginning anew")
             return {"checkpoint": None, "resized": False, "changes": {}}
@@ -204,12 +205,11 @@ class Start:
                     f"({found[0].name}). Leave the option out to go on, give another --output_dir, or delete the run "
                     "with --overwrite_output_dir true."
                 )
-            self.source = None
             return None, []
         if self.asked not in ("auto", "true"):
             return self.given(), []
         checkpoint, problems = last_whole_checkpoint(self.output_dir)
-        if checkpoint is None and self.path:
+        if checkpoint is None and self.source and Path(self.source).is_absolute():
             return self.given(), problems  # nothing of its own yet
         if checkpoint is None and self.asked == "true":
             details = "".join(f"\n  {problem}" for problem in problems)
