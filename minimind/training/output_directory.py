@@ -45,7 +45,6 @@ CHECKPOINT_FILES = (
 DIRECTORIES = (PARTIAL, ".universal-checkpoint-*", "global_step*")  # those of the names above that are one
 SHELL_LOGS = (".log", ".out", ".err")  # the shell's and the batch system's: they may lie there before a run begins
 CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": str}}
-ELSEWHERE = "Give a directory that does not exist yet."
 
 
 # Whose it is
@@ -68,7 +67,7 @@ def read_record(output_dir: Path, name: str) -> dict[str, Any]:
     if any(not isinstance(record.get(key), kind) for key, kind in CONTENT[name].items()):
         raise UserError(
             f"{file} is not of a run of ours: it has no {' and '.join(CONTENT[name])}. It would be overwritten. "
-            f"{ELSEWHERE}"
+            "Give a directory that does not exist yet."
         )
     return record
 
@@ -78,7 +77,7 @@ def check_output_directory(output_dir: Path) -> None:
     try:
         _check(output_dir)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be read: {error.strerror}. {ELSEWHERE}") from error
+        raise UserError(f"--output_dir {output_dir} cannot be read: {error.strerror}.") from error
 
 
 def _check(output_dir: Path) -> None:
@@ -88,7 +87,10 @@ def _check(output_dir: Path) -> None:
         return
     run, stage = (read_record(output_dir, name) for name in (RUN, STAGE))
     if stage.get("stage") in ("import", "merge"):
-        raise UserError(f"--output_dir {output_dir} holds a model that minimind {stage['stage']} wrote. {ELSEWHERE}")
+        raise UserError(
+            f"--output_dir {output_dir} holds a model that minimind {stage['stage']} wrote, not a run. Give a "
+            "directory that does not exist yet."
+        )
     if run or stage or checkpoints(output_dir):
         return
     names = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK)
@@ -101,7 +103,7 @@ def _check(output_dir: Path) -> None:
             found = f"{found} and {len(strangers) - 3:,} more"
         raise UserError(
             f"--output_dir {output_dir} is not empty and not a run of ours: found {found}, "
-            f"but neither {RUN} nor {STAGE}. {ELSEWHERE}"
+            f"but neither {RUN} nor stage.json. Give a directory that does not exist yet."
         )
 
 

@@ -43,7 +43,6 @@ from minimind.training.resume import (
 )
 
 LENGTH = ("max_steps", "num_train_epochs")
-BEGIN_ELSEWHERE = "Give another --output_dir, or delete that run and begin again with --overwrite_output_dir true."
 
 
 def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
@@ -225,7 +224,8 @@ class Start:
         if self.elsewhere and held and not self.anew:
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not of the run in --output_dir {self.output_dir}, and the "
-                f"two would mix. {BEGIN_ELSEWHERE}"
+                "two would mix. Give another --output_dir, or delete that run and begin again with "
+                "--overwrite_output_dir true."
             )
         if not checkpoint.is_dir():
             raise UserError(f"--resume_from_checkpoint {checkpoint}: no such directory.")
@@ -241,15 +241,20 @@ class Start:
             return self.given()  # refused
         if not self.run:
             raise UserError(
-                f"--output_dir {self.output_dir} holds a complete {self.stage['stage']}, and no {RUN} that says of "
-                f"which recipe. {BEGIN_ELSEWHERE}"
+                f"--output_dir {self.output_dir} holds a complete {self.stage['stage']}, and no run.json that says of "
+                "which recipe. Give another --output_dir, or delete that run and begin again with "
+                "--overwrite_output_dir true."
             )
-        another = f"--output_dir {self.output_dir} holds a complete run of another recipe:\n{listed(self.changes)}\n"
         if self.asked == "false" or not any(key in self.changes for key in LENGTH):
-            raise UserError(f"{another}{BEGIN_ELSEWHERE}")
+            raise UserError(
+                f"--output_dir {self.output_dir} holds a complete run of another recipe:\n{listed(self.changes)}\n"
+                "Give another --output_dir, or delete that run and begin again with --overwrite_output_dir true."
+            )
         if not self.args.allow_changed_recipe:
             raise UserError(
-                f"{another}To extend it from its last checkpoint, add --allow_changed_recipe true. {BEGIN_ELSEWHERE}"
+                f"--output_dir {self.output_dir} holds a complete run of another recipe:\n{listed(self.changes)}\n"
+                "Extend it with --allow_changed_recipe true, give another --output_dir, or delete that run and begin "
+                "again with --overwrite_output_dir true."
             )
         if self.asked not in ("auto", "true"):
             return self.given()
@@ -257,8 +262,9 @@ class Start:
         if checkpoint is None:
             details = "".join(f"\n  {problem}" for problem in problems)
             raise UserError(
-                f"{another}It cannot be extended, since no complete checkpoint of it is left.{details}\nBegin a run "
-                f"from its weights: --model_name_or_path {self.output_dir} and another --output_dir."
+                f"the complete run in --output_dir {self.output_dir} cannot be extended: no complete checkpoint of it "
+                f"is left.{details}\nBegin another run from its weights: --model_name_or_path {self.output_dir} and "
+                "another --output_dir."
             )
         return checkpoint
 
