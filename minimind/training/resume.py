@@ -270,6 +270,11 @@ class ResumableTrainer(Trainer):
             rotate(checkpoint.parent, limit, [checkpoint, *([Path(best)] if best else [])])
         self.last_saved = step
 
+    def create_model_card(self, *args, **kwargs):
+        """TRL's form with empty fields only where it goes to the hub: a user's README.md stays."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
+
     def _run_state(self) -> dict:
         state = {
             "loss": self._tr_loss.detach().cpu(),
