@@ -181,7 +181,7 @@ CHANGES = {
     "batch": ({"per_device_train_batch_size": 4}, "per_device_train_batch_size  2 -> 4\nGive another"),
     "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps  1 -> 2"),
     "longer": ({"max_steps": 6}, "max_steps  4 -> 6\nExtend it with --allow_changed_recipe true"),
-    "shorter": ({"max_steps": 2, "allow": True}, "has 4 steps behind it"),
+    "shorter": ({"max_steps": 2, "allow": True}, "max_steps  4 -> 2\nGive another"),
     "as long": ({"max_steps": -1, "num_train_epochs": 0.01, "allow": True}, "has 4 steps behind it"),
     "only a rate": ({"learning_rate": 1e-3, "allow": True}, "learning_rate  0.0005 -> 0.001\nGive another"),
     "another's checkpoint": ({"asked": "/", "max_steps": 6, "allow": True}, "and the two would mix"),

@@ -223,7 +223,11 @@ class StageConfig(TrainingArguments):
         },
     )
     allow_changed_recipe: bool = field(
-        default=False, metadata={"help": "Go on from a checkpoint although options that decide the result changed."}
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint although options that decide the result changed; extends a complete run "
+            "to more steps or epochs."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,

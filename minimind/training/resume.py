@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimind.checkpoints import library_versions, weights_hash
+from minimind.language import say
 from minimind.records import write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.output_directory import (
@@ -58,10 +59,13 @@ HARMLESS = frozenset((
     "model_config", "tokenizer", "model_name_or_path", "trust_remote_code", "model_revision",
 ))
 # fmt: on
+# But evaluations decide, where they stop the run or choose its weights.
+EVALUATIONS = frozenset(("eval_strategy", "eval_steps", "eval_delay"))
 # Without these the files of a checkpoint fit neither model nor optimizer.
 DECISIVE = ("stage", "model", "tokenizer", "optim", "deepspeed", "use_peft", "lora_r", "lora_target_modules")
 DECISIVE += ("lora_target_parameters", "modules_to_save", "use_dora")
 INFORMATION = ("libraries", "device", "threads")  # may change the last bits; said, not refused
+LENGTH = ("max_steps", "num_train_epochs")
 WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -152,9 +156,11 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
     """All that decides the result of a stage, as JSON: arguments, data, model, tokenizer, weights it starts from,
     processes; for information the libraries' versions, the device and its threads."""
     recipe: dict[str, Any] = {}
+    chooses = args.load_best_model_at_end or getattr(args, "early_stopping_patience", None) is not None
+    harmless = HARMLESS - EVALUATIONS if chooses else HARMLESS
     for source in (args, *options):
         fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-        recipe |= {key: value for key, value in fields.items() if key not in HARMLESS}
+        recipe |= {key: value for key, value in fields.items() if key not in harmless}
     if getattr(args, "use_muon", False):
         recipe["optim"] = "muon"
     if isinstance(args.deepspeed, str):
@@ -406,6 +412,15 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.resume_from_checkpoint:
             self.trainer.take_up(Path(args.resume_from_checkpoint))
+            self._say_rate(state, kwargs["optimizer"])
+
+    def _say_rate(self, state, optimizer) -> None:
+        """Where another length of the run moves the learning rate, as a cosine that has come down before."""
+        rates = [line["learning_rate"] for line in state.log_history if "learning_rate" in line]
+        changes = self.trainer.stage.changes if self.trainer.stage else {}
+        rate = optimizer.param_groups[0]["lr"]
+        if rates and state.is_world_process_zero and any(is_about(key, LENGTH) for key in changes):
+            say(f"the learning rate was {rates[-1]:.3g} in the last step, and is {rate:.3g} in the next")
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save and (state.epoch == int(state.epoch) or state.global_step >= state.max_steps):

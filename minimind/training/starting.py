@@ -4,7 +4,6 @@ The same command again continues an interrupted run, and has nothing to do after
 told what differs, and what to add to continue, to extend a complete run, or to delete it and begin anew.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from minimind.training.output_directory import (
 from minimind.training.resume import (
     DECISIVE,
     INFORMATION,
+    LENGTH,
     WORLD,
     changed,
     differences,
@@ -41,8 +41,6 @@ from minimind.training.resume import (
     problem_of,
     read_manifest,
 )
-
-LENGTH = ("max_steps", "num_train_epochs")
 
 
 def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
@@ -179,7 +177,7 @@ class Start:
             if problems:
                 say(f"no whole checkpoint is left in {self.output_dir}: beginning anew")
             return {"checkpoint": None, "resized": False, "changes": {}}
-        saved, manifest = _read(checkpoint / RECIPE), read_manifest(checkpoint)
+        saved, manifest = _recipe(checkpoint), read_manifest(checkpoint)
         resized = {saved.get("processes"), manifest["processes"]} != {self.recipe["processes"]}
         changes = _check_recipe(checkpoint, saved, self.recipe, self.args.allow_changed_recipe)
         if any(is_about(key, WORLD) for key in changes):
@@ -192,7 +190,7 @@ class Start:
 
     def is_of_another(self, checkpoint: Path) -> bool:
         """Whether a checkpoint was written with another recipe, and that was not accepted."""
-        return bool(changed(_read(checkpoint / RECIPE), self.recipe)) and not self.args.allow_changed_recipe
+        return bool(changed(_recipe(checkpoint), self.recipe)) and not self.args.allow_changed_recipe
 
     def choose(self) -> tuple[Path | None, list[str]]:
         """The checkpoint of an unfinished run that --resume_from_checkpoint means, and what is wrong with newer
@@ -245,7 +243,7 @@ class Start:
                 "which recipe. Give another --output_dir, or delete that run and begin again with "
                 "--overwrite_output_dir true."
             )
-        if self.asked == "false" or not any(key in self.changes for key in LENGTH):
+        if self.asked == "false" or not self.is_longer():
             raise UserError(
                 f"--output_dir {self.output_dir} holds a complete run of another recipe:\n{listed(self.changes)}\n"
                 "Give another --output_dir, or delete that run and begin again with --overwrite_output_dir true."
@@ -267,6 +265,11 @@ class Start:
                 "another --output_dir."
             )
         return checkpoint
+
+    def is_longer(self) -> bool:
+        """Whether the command may ask for more steps than the complete run has; `check_length` knows."""
+        changed_length = any(key in self.changes for key in LENGTH)
+        return changed_length and not 0 < self.recipe["max_steps"] <= self.steps
 
     def check_length(self, checkpoint: Path, step: int) -> None:
         """Raises UserError where the command asks for no step after the checkpoint's, or for fewer."""
@@ -323,8 +326,8 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _recipe(checkpoint: Path) -> dict:
+    return read_json(checkpoint / RECIPE, "Remove this checkpoint: the run continues from the one before.")
 
 
 def _check_recipe(checkpoint: Path, saved: dict, now: dict, accept: bool) -> dict:
