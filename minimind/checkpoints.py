@@ -11,6 +11,7 @@ that has it is complete.
 
 import importlib.metadata
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from minimind.data.files import content_hash
 from minimind.errors import UserError, reason
+from minimind.locks import lock, unlock
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 # What would run code of a directory is an error, and no question on standard input.
@@ -46,19 +48,40 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         UserError: `path` exists and is not an empty directory, or cannot be written.
     """
     path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is not empty. Give a directory that does not exist yet, or remove it.")
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.partial")
+    mark = ".minimind"  # the file by which what a killed process left is known for ours
+    held = None
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not empty. Give a directory that does not exist yet, or remove it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(path.with_name(f".{path.name}.lock"), str(path))
+        if os.path.lexists(partial) and not is_leftover(partial, mark):
+            raise UserError(f"{partial} is in the way, and not of ours. Move it away, or give another directory.")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
+        (partial / mark).touch()
     except OSError as error:
+        unlock(held)
         raise UserError(f"{path} cannot be written: {error}") from error
+    except UserError:
+        unlock(held)
+        raise
     try:
         yield partial
         partial.replace(path)
+        (path / mark).unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        unlock(held)
+
+
+def is_leftover(partial: Path, mark: str) -> bool:
+    """Whether a directory holds our mark, the first thing written into it, or nothing yet."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return os.path.lexists(partial / mark) or not any(partial.iterdir())
 
 
 def require_stage(path: str | Path) -> Path:

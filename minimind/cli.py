@@ -349,11 +349,12 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     import time
     from pathlib import Path
 
-    from minimind.tokenizer import save_tokenizer, train_tokenizer
+    from minimind.tokenizer import check_destination, save_tokenizer, train_tokenizer
     from minimind.tokenizer.cutting import Cutter
     from minimind.tokenizer.texts import read_texts, weighted
     from minimind.tokenizer.training import untrained
 
+    check_destination(Path(args.output_dir))
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
     check = Cutter(untrained(args.pre_tokenizer)).check

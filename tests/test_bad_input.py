@@ -172,7 +172,7 @@ def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):
 
 
 def test_an_output_that_would_overwrite_the_parent(chats, stage, tmp_path):
-    (stage / "stage.json").write_text("{}")
+    (stage / "stage.json").write_text('{"stage": "pretrain", "weights": ""}')
     message = chats([GOOD_CHAT] * 3, output_dir=stage)
     said(message, f"--output_dir {stage} is the stage this run starts from")
 

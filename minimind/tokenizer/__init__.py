@@ -5,6 +5,7 @@ Any byte sequence can be tokenised and comes back unchanged; there is no unknown
 
 from minimind.tokenizer.loading import (
     DEFAULT_TOKENIZER,
+    check_destination,
     load_tokenizer,
     save_tokenizer,
     text_bytes,
@@ -31,6 +32,7 @@ __all__ = [
     "PRE_TOKENIZERS",
     "SPECIAL_TOKENS",
     "SPLIT_PATTERN",
+    "check_destination",
     "load_tokenizer",
     "save_tokenizer",
     "text_bytes",

@@ -12,7 +12,21 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from minimind.errors import UserError, reason
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
+
+
+def check_destination(directory: Path) -> None:
+    """Raises UserError where a tokenizer would replace that of a model, or another program's."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output_dir {directory} is a file. Give a directory.")
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    strangers = sorted(name for name in names - {*TOKENIZER_FILES} if not name.startswith("."))
+    if strangers and names & {*TOKENIZER_FILES}:
+        raise UserError(
+            f"--output_dir {directory} holds a tokenizer and more: found {', '.join(strangers[:3])}. A model is read "
+            "with the tokenizer beside it, and another one would spoil it. Give a directory that does not exist yet."
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -25,7 +25,7 @@ from minimind.options import option_names, suggestion
 from minimind.recipes import read_recipe
 from minimind.training.help import StageParser
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
-from minimind.training.resume import check_output_directory, checkpoints
+from minimind.training.output_directory import RUN, check_output_directory, checkpoints
 
 
 @dataclass
@@ -223,7 +223,11 @@ class StageConfig(TrainingArguments):
         },
     )
     allow_changed_recipe: bool = field(
-        default=False, metadata={"help": "Go on from a checkpoint although options that decide the result changed."}
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint although options that decide the result changed; extends a complete run "
+            "to more steps or epochs."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,
@@ -298,7 +302,7 @@ class StageConfig(TrainingArguments):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower().replace("none", "auto")
             if self.resume_from_checkpoint == "true" and not checkpoints(Path(self.output_dir)):
                 raise ValueError(f"--resume_from_checkpoint true: there is no checkpoint in {self.output_dir}")
-        elif not Path(self.resume_from_checkpoint).is_dir():
+        elif not Path(self.resume_from_checkpoint).is_dir() and not (Path(self.output_dir) / RUN).exists():
             raise ValueError(f"--resume_from_checkpoint {self.resume_from_checkpoint}: no such directory")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)

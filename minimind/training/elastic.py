@@ -150,7 +150,7 @@ def share_last_rows(trainer: Trainer) -> None:
 def prepare_checkpoint(trainer: Trainer) -> None:
     """Make the shards of another number of processes loadable: call it on all of them, just before `train`.
 
-    It converts into a hidden directory beside the checkpoint, which stays as it is, and points
+    It converts into a hidden directory of the run's own, the checkpoint stays as it is, and points
     `trainer.args.resume_from_checkpoint` there. The directory goes after the first step.
 
     Raises:
@@ -162,7 +162,7 @@ def prepare_checkpoint(trainer: Trainer) -> None:
     checkpoint = Path(args.resume_from_checkpoint)
     if saved_processes(checkpoint) == args.world_size:
         return
-    converted = checkpoint.with_name(f".universal-{checkpoint.name}")
+    converted = Path(args.output_dir) / f".universal-{checkpoint.name}"
     if is_main_process():
         _convert(checkpoint, converted)
     if dist.is_initialized():
@@ -189,7 +189,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
     """Links to everything in `checkpoint`, and its shards in DeepSpeed's universal form."""
     shards = max(checkpoint.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
     partial = target.with_name(f"{target.name}.partial")
-    for directory in list(checkpoint.parent.glob(".universal-*")):  # a killed run leaves its own
+    for directory in target.parent.glob(".universal-checkpoint-*"):  # a killed run leaves its own
         shutil.rmtree(directory, ignore_errors=True)
     partial.mkdir()
     for entry in checkpoint.iterdir():

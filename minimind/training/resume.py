@@ -11,19 +11,17 @@ checkpoint, to the same bits.
 
 import dataclasses
 import json
-import re
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 import xxhash
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -35,12 +33,14 @@ from minimind.errors import UserError, reason
 from minimind.language import say
 from minimind.records import write_json
 from minimind.tokenizer import tokenizer_hash
-from minimind.training.elastic import check_world_size
-from minimind.training.guards import check_writable
-from minimind.training.launch import is_main_process
-
-MANIFEST, RECIPE, RUN = "manifest.json", "recipe.json", "run.json"
-INCOMPLETE = "checkpoint-is-incomplete.txt"  # the library's own mark, see transformers.trainer_jit_checkpoint
+from minimind.training.output_directory import (
+    INCOMPLETE,
+    MANIFEST,
+    RECIPE,
+    RUN_LOGS,
+    checkpoints,
+    delete_checkpoint,
+)
 
 # Arguments that may change: where a run is written and what it says, and how data reaches it, not what it computes.
 # fmt: off
@@ -61,13 +61,14 @@ HARMLESS = frozenset((
     "model_config", "tokenizer", "model_name_or_path", "trust_remote_code", "model_revision",
 ))
 # fmt: on
+# But evaluations decide, where they stop the run or choose its weights.
+EVALUATIONS = frozenset(("eval_strategy", "eval_steps", "eval_delay"))
 # Without these the files of a checkpoint fit neither model nor optimizer.
 DECISIVE = ("stage", "model", "tokenizer", "optim", "deepspeed", "use_peft", "lora_r", "lora_target_modules")
 DECISIVE += ("lora_target_parameters", "modules_to_save", "use_dora")
 INFORMATION = ("libraries", "device", "threads")  # may change the last bits; said, not refused
+LENGTH = ("max_steps", "num_train_epochs")
 WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
-# What may lie in an output directory before a run begins: the shell's and the batch system's logs.
-LOGS = (".log", ".out", ".err")
 
 
 # Checkpoints: whole or not
@@ -122,13 +123,6 @@ def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
     return None
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of an output directory, whole or not, the newest first."""
-    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
-    return sorted(steps, key=steps.__getitem__, reverse=True)
-
-
 def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that a run can go on from, and one line for each newer one about what is wrong with it."""
     problems = []
@@ -138,12 +132,6 @@ def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, problems
         problems.append(f"skipped {checkpoint}: {problem}")
     return None, problems
-
-
-def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete, the manifest first: cut off half-way, it is not taken for a whole one."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
@@ -170,9 +158,11 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
     """All that decides the result of a stage, as JSON: arguments, data, model, tokenizer, weights it starts from,
     processes; for information the libraries' versions, the device and its threads."""
     recipe: dict[str, Any] = {}
+    chooses = args.load_best_model_at_end or getattr(args, "early_stopping_patience", None) is not None
+    harmless = HARMLESS - EVALUATIONS if chooses else HARMLESS
     for source in (args, *options):
         fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
-        recipe |= {key: value for key, value in fields.items() if key not in HARMLESS}
+        recipe |= {key: value for key, value in fields.items() if key not in harmless}
     if getattr(args, "use_muon", False):
         recipe["optim"] = "muon"
     if isinstance(args.deepspeed, str):
@@ -218,13 +208,23 @@ def flat(value: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", inner
 
 
-def _changed(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The differences that make another run, whatever the number of processes."""
+def changed(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """The differences that make another run. Another number of processes does not, where it takes the rows per step
+    that it is given, or those that it would work out by itself (elastic.py)."""
     changes = differences(saved, now)
-    return {key: pair for key, pair in changes.items() if not _is_about(key, (*INFORMATION, *WORLD))}
+    changes = {key: pair for key, pair in changes.items() if not is_about(key, INFORMATION)}
+    if "processes" in changes and _shares_rows(saved, now):
+        changes = {key: pair for key, pair in changes.items() if not is_about(key, WORLD)}
+    return changes
 
 
-def _is_about(key: str, names: Iterable[str]) -> bool:
+def _shares_rows(saved: dict, now: dict) -> bool:
+    one, two = ([recipe.get(key) or 1 for key in WORLD] for recipe in (saved, now))
+    return one[1:] == two[1:] or math.prod(one) == math.prod(two)
+
+
+def is_about(key: str, names: Iterable[str]) -> bool:
+    """Whether a key of `differences` is one of the names or inside of it."""
     return key.split(".")[0] in names
 
 
@@ -234,176 +234,6 @@ def listed(changes: dict[str, tuple[Any, Any]]) -> str:
     shown = {key: [json.dumps(value, ensure_ascii=False) for value in pair] for key, pair in changes.items()}
     lines = (f"  {key:<{width}}  {old[:80]} -> {new[:80]}" for key, (old, new) in shown.items())
     return "\n".join(lines)
-
-
-# What an output directory is, and what to do in it
-
-
-def check_output_directory(output_dir: Path) -> None:
-    """Raises UserError for a directory with something in it that is not a run of ours."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file. Give a directory, new or of the run to continue.")
-    if not output_dir.is_dir() or any((output_dir / name).exists() for name in (RUN, "stage.json")):
-        return
-    names = sorted(path.name for path in output_dir.iterdir())
-    strangers = [name for name in names if not name.startswith(".") and not name.endswith(LOGS)]
-    if strangers:
-        found = ", ".join(strangers[:3])
-        if len(strangers) > 3:
-            found = f"{found} and {len(strangers) - 3:,} more"
-        raise UserError(
-            f"--output_dir {output_dir} is not empty and not a run of ours: found {found}, "
-            f"but neither {RUN} nor stage.json. Give a directory that does not exist yet."
-        )
-
-
-def clear(output_dir: Path) -> None:
-    """Delete what a former run wrote into its directory, `run.json` last."""
-    for checkpoint in checkpoints(output_dir):
-        delete_checkpoint(checkpoint)
-    (output_dir / "stage.json").unlink(missing_ok=True)
-    for path in sorted(output_dir.iterdir()):
-        if path.is_file() and path.name != RUN and not path.name.endswith(LOGS):
-            path.unlink()
-    (output_dir / RUN).unlink(missing_ok=True)
-
-
-def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
-    """Decide between a new run and an old one that goes on, the same in all processes.
-
-    Returns what run.json says of the run ("run": its id, "pipeline", "started"), and the changes of its recipe that
-    were accepted, each key with its old and new value.
-
-    Sets `args.resume_from_checkpoint` to the checkpoint to go on from, or None.
-
-    Raises:
-        UserError: there is nothing to go on from and there should be, the checkpoint given is broken, the recipe has
-            changed, or the directory holds a run that is complete with another recipe.
-        SystemExit: with code 0, the run is complete already.
-    """
-    decision: dict[str, Any] = {}
-    if is_main_process():
-        try:
-            decision = _decide(args, recipe, pipeline)
-        except UserError as error:
-            decision = {"error": str(error)}
-        except OSError as error:
-            decision = {"error": f"--output_dir {args.output_dir} cannot be used: {error}"}
-    (decision,) = broadcast_object_list([decision])
-    if "error" in decision:
-        raise UserError(decision["error"])
-    if decision.get("complete"):
-        raise SystemExit(0)
-    args.resume_from_checkpoint = decision["checkpoint"]
-    if decision["resized"]:
-        check_world_size(decision["saved"], recipe, args)
-        # Later checkpoints keep the batch as the recipe had it, so that each restart works out its own accumulation.
-        recipe |= {key: decision["saved"][key] for key in WORLD}
-    return decision["run"], decision["changes"]
-
-
-def _decide(args, recipe: dict, pipeline: str) -> dict:
-    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    former = _read(output_dir / RUN)
-    complete = (output_dir / "stage.json").exists()
-    # The same command again, after an interruption, goes on with the run that it began anew.
-    another = asked == "false" or (asked == "auto" and (complete or _changed(former.get("recipe", {}), recipe)))
-    if args.overwrite_output_dir and output_dir.is_dir() and another:
-        clear(output_dir)
-        former, complete = {}, False
-    if complete and asked in ("auto", "true", "false"):
-        return _complete(output_dir, former.get("recipe"), recipe)
-    checkpoint, problems = _choose(output_dir, asked)
-    for problem in problems:
-        say(problem)
-    run = {"run": uuid4().hex[:8], "pipeline": pipeline, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    decision = {"checkpoint": checkpoint and str(checkpoint), "resized": False, "changes": {}}
-    if checkpoint:
-        saved = _read(checkpoint / RECIPE)
-        processes = read_manifest(checkpoint)["processes"]
-        resized = {saved.get("processes"), processes} != {recipe["processes"]}
-        changes = _check_recipe(checkpoint, saved, recipe, args.allow_changed_recipe, resized)
-        decision |= {"saved": saved, "resized": resized, "changes": changes}
-        run = {key: former.get(key, value) for key, value in run.items()}
-        say(f"going on from {checkpoint}")
-    elif problems:
-        say(f"no whole checkpoint is left in {output_dir}: beginning anew")
-    check_writable(output_dir)
-    write_json(output_dir / RUN, {**run, "recipe": recipe})
-    return {**decision, "run": run}
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _complete(output_dir: Path, saved: dict | None, recipe: dict) -> dict:
-    """The stage was finished before: fine if this is the same run again."""
-    if changes := _changed(saved, recipe) if saved else None:
-        raise UserError(
-            f"--output_dir {output_dir} holds a complete run of another recipe:\n{listed(changes)}\nGive another "
-            "--output_dir, or delete that run and begin again with --overwrite_output_dir true."
-        )
-    record = _read(output_dir / "stage.json")
-    say(
-        f"{record.get('stage')} is complete in {output_dir} (step {record.get('steps', 0):,}): nothing to do. To "
-        "train it again give another --output_dir, or --overwrite_output_dir true."
-    )
-    return {"complete": True}
-
-
-def _choose(output_dir: Path, asked: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that --resume_from_checkpoint means, and what is wrong with newer ones."""
-    if asked == "false":
-        if found := checkpoints(output_dir):
-            raise UserError(
-                f"--resume_from_checkpoint false, but {output_dir} holds an unfinished run ({found[0].name}). Leave "
-                "the option out to go on, give another --output_dir, or delete the run with --overwrite_output_dir "
-                "true."
-            )
-        return None, []
-    if asked in ("auto", "true"):
-        checkpoint, problems = last_whole_checkpoint(output_dir)
-        if checkpoint is None and asked == "true":
-            details = "".join(f"\n  {problem}" for problem in problems)
-            raise UserError(f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir}.{details}")
-        return checkpoint, problems
-    checkpoint = Path(asked)
-    if not checkpoint.is_dir():
-        raise UserError(f"--resume_from_checkpoint {asked}: no such directory.")
-    if problem := problem_of(checkpoint):
-        whole = [path for path in checkpoints(checkpoint.parent) if problem_of(path) is None]
-        hint = f" Whole: {', '.join(map(str, whole))}." if whole else ""
-        raise UserError(f"--resume_from_checkpoint {asked} is not a whole checkpoint: {problem}.{hint}")
-    return checkpoint, []
-
-
-def _check_recipe(checkpoint: Path, saved: dict, now: dict, accept: bool, resized: bool) -> dict:
-    """Say what changed and return it; raises UserError where the run would be another and that was not accepted."""
-    changes = differences(saved, now)
-    information = {key: pair for key, pair in changes.items() if _is_about(key, INFORMATION)}
-    changes = {
-        key: pair
-        for key, pair in changes.items()
-        if key not in information and not (resized and _is_about(key, WORLD))
-    }
-    decisive = {key: pair for key, pair in changes.items() if _is_about(key, DECISIVE)}
-    if decisive:
-        raise UserError(
-            f"{checkpoint} cannot be continued by this command, it is of another model or recipe:\n"
-            f"{listed(decisive)}\nPut the old values back, or begin anew in another --output_dir."
-        )
-    if changes and not accept:
-        raise UserError(
-            f"{checkpoint} was written with another recipe, and going on would give what neither gives:\n"
-            f"{listed(changes)}\nPut the old values back, begin anew in another --output_dir, or accept the change "
-            "with --allow_changed_recipe true."
-        )
-    if changes:
-        say(f"going on with a changed recipe:\n{listed(changes)}")
-    if information:
-        say(f"the last bits may differ from an undisturbed run, since these changed:\n{listed(information)}")
-    return changes
 
 
 # The trainers' part
@@ -438,6 +268,8 @@ class ResumableTrainer(Trainer):
             return  # asked for twice, as by --save_steps and a signal
         if self.args.should_save:
             delete_checkpoint(checkpoint)  # a broken one, or of a run that was given up
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            write_json(checkpoint / RECIPE, self.stage.recipe if self.stage else {})  # first: by it it is ours
         barrier()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -446,15 +278,20 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         torch.save(self._run_state(), checkpoint / f"run_state_{self.args.process_index}.pth")
         if self.args.should_save:
-            write_json(checkpoint / RECIPE, self.stage.recipe if self.stage else {})
-            for log in Path(self.args.output_dir).glob("*.jsonl"):
-                shutil.copy(log, checkpoint)
+            for log in (Path(self.args.output_dir) / name for name in RUN_LOGS):
+                if log.exists():
+                    shutil.copy(log, checkpoint)
         barrier()
         if self.args.should_save:
             write_manifest(checkpoint, step=step, processes=self.args.world_size)
             best = self.state.best_model_checkpoint
             rotate(checkpoint.parent, limit, [checkpoint, *([Path(best)] if best else [])])
         self.last_saved = step
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL's form with empty fields only where it goes to the hub: a user's README.md stays."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
 
     def _run_state(self) -> dict:
         state = {
@@ -587,6 +424,15 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.resume_from_checkpoint:
             self.trainer.take_up(Path(args.resume_from_checkpoint))
+            self._say_rate(state, kwargs["optimizer"])
+
+    def _say_rate(self, state, optimizer) -> None:
+        """Where another length of the run moves the learning rate, as a cosine that has come down before."""
+        rates = [line["learning_rate"] for line in state.log_history if "learning_rate" in line]
+        changes = self.trainer.stage.changes if self.trainer.stage else {}
+        rate = optimizer.param_groups[0]["lr"]
+        if rates and state.is_world_process_zero and any(is_about(key, LENGTH) for key in changes):
+            say(f"the learning rate was {rates[-1]:.3g} in the last step, and is {rate:.3g} in the next")
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save and (state.epoch == int(state.epoch) or state.global_step >= state.max_steps):
@@ -599,13 +445,13 @@ class ResumeCallback(TrainerCallback):
 
 def restore_logs(checkpoint: Path, output_dir: Path) -> None:
     """Cut the logs of a stage directory back to what they were at a checkpoint."""
-    for log in output_dir.glob("*.jsonl"):
-        if not (checkpoint / log.name).exists():
-            log.unlink()
-    for log in checkpoint.glob("*.jsonl"):
-        partial = output_dir / f".{log.name}.partial"
-        shutil.copy(log, partial)
-        partial.replace(output_dir / log.name)
+    for name in RUN_LOGS:
+        partial = output_dir / f".{name}.partial"
+        if (checkpoint / name).exists():
+            shutil.copy(checkpoint / name, partial)
+            partial.replace(output_dir / name)
+        else:
+            (output_dir / name).unlink(missing_ok=True)
 
 
 def barrier() -> None:

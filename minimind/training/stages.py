@@ -61,11 +61,13 @@ from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards, reports_disk_errors
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process, leave_process_group
+from minimind.training.output_directory import unlock_directory
 from minimind.training.plots import plot_loss
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
-from minimind.training.resume import ResumeCallback, begin, recipe_of
+from minimind.training.resume import ResumeCallback, recipe_of
 from minimind.training.samples import SampleCallback, read_prompts
 from minimind.training.signals import InterruptCallback
+from minimind.training.starting import begin
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
@@ -147,10 +149,10 @@ class Stage:
 
     `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted. `options`: the
     other dataclasses of arguments that decide the result. After it `args.resume_from_checkpoint` is the checkpoint to
-    go on from, or None; see resume.py.
+    go on from, or None; see starting.py.
 
     Raises:
-        UserError: the output directory is the parent, or see `resume.begin`.
+        UserError: the output directory is the parent or holds it, or see `starting.begin`.
         SystemExit: the stage is complete already.
     """
 
@@ -173,8 +175,10 @@ class Stage:
         self.output_dir = Path(args.output_dir)
         self.parent = parent
         self.started = time.time()
-        if parent and parent.resolve() == self.output_dir.resolve():
-            raise UserError(f"--output_dir {self.output_dir} is the stage this run starts from. Give another one.")
+        if parent and self.output_dir.resolve() in (parent.resolve(), *parent.resolve().parents):
+            raise UserError(
+                f"--output_dir {self.output_dir} is the stage this run starts from, or holds it. Give another one."
+            )
         if data.eval is None:
             if args.load_best_model_at_end or args.early_stopping_patience is not None:
                 raise UserError(
@@ -290,6 +294,7 @@ class Stage:
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
         with reports_disk_errors(self.output_dir):
             self._write(trainer, tokenizer, metrics, report)
+        unlock_directory()
         leave_process_group(trainer)
 
     def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
@@ -313,6 +318,7 @@ class Stage:
             "weights": weights_hash(partial),
             "tokenizer": tokenizer_hash(tokenizer),
             "steps": state.global_step,
+            "extended": self.run["extended"],
             "tokens_seen": int(state.num_input_tokens_seen),
             "tokens_per_second": round(self.progress.tokens_per_second(state), 1),
             "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},

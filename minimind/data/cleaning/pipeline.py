@@ -274,6 +274,10 @@ class Cleaning:
         same = manifest.is_file() and manifest.read_text() == self.key
         if not same:
             if self.partial.exists():
+                if self.partial.is_symlink() or (not self.state.exists() and any(self.partial.iterdir())):
+                    raise UserError(
+                        f"{self.partial} is in the way, and not of ours. Move it away, or give another directory."
+                    )
                 logger.warning(translated("another recipe or input was begun before: starting anew"))
             shutil.rmtree(self.partial, ignore_errors=True)
             self.state.mkdir(parents=True)

@@ -1,0 +1,323 @@
+"""Whose files lie in an output directory, what another command does there, and that one run at a time is in it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pipeline import document_rows, failure, run_cli, run_script, write_model
+from test_resume import KilledError, command, kill_at, log_of, run
+
+from minimind.checkpoints import new_directory, read_stage, weights_hash
+from minimind.errors import UserError
+from minimind.locks import lock, unlock
+from minimind.training.output_directory import (
+    CHECKPOINT_FILES,
+    LOCK,
+    RUN_FILES,
+    check_output_directory,
+    checkpoints,
+    clear,
+    delete_checkpoint,
+    named,
+    unlock_directory,
+)
+from minimind.training.resume import changed
+from minimind.training.starting import begin
+
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def complete(tokenizer_dir, tmp_path_factory):
+    """A run of 4 steps at a constant rate, with checkpoints at 2 and 4."""
+    root = tmp_path_factory.mktemp("complete")
+    (root / "docs.jsonl").write_text("\n".join(map(json.dumps, document_rows())))
+    write_model(root / "model.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIMIND_CACHE", str(root / "cache"))
+        run_script(patch, *command(root, "pretrain", root / "run", tokenizer_dir, max_steps=4, **CONSTANT))
+    return root / "run"
+
+
+@pytest.fixture
+def finished(complete, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMIND_CACHE", str(complete.parent / "cache"))
+    yield shutil.copytree(complete, tmp_path / "run")
+    unlock_directory()
+
+
+@pytest.fixture
+def unfinished(finished):
+    """Killed just before its end."""
+    (finished / "stage.json").unlink()
+    return finished
+
+
+def start(directory, asked="auto", overwrite=False, allow=False, other=None, **changes):
+    """What a command begins with whose recipe has these `changes`: the checkpoint's name, and run.json."""
+    args = SimpleNamespace(
+        output_dir=other or directory,
+        resume_from_checkpoint=str(asked),
+        overwrite_output_dir=overwrite,
+        allow_changed_recipe=allow,
+    )
+    recipe = json.loads((directory / "run.json").read_text())["recipe"] | changes
+    record, _ = begin(args, recipe, "pipeline")
+    return args.resume_from_checkpoint and Path(args.resume_from_checkpoint).name, record
+
+
+def refused(*args, **options):
+    with pytest.raises(UserError) as error:
+        start(*args, **options)
+    return str(error.value)
+
+
+def write(directory, files):
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
+
+
+def content(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# Whose files
+
+
+STRANGERS = {
+    "run.json of another program": ({"run.json": '{"name": "x"}'}, "run.json is not of a run of ours"),
+    "stage.json of another program": ({"stage.json": '{"stage": "build"}'}, "stage.json is not of a run of ours"),
+    "one that is cut off": ({"run.json": '{"run": "1", "rec'}, "run.json: not JSON, or cut off"),
+    "one that is empty": ({"run.json": ""}, "run.json: found an empty file"),
+    "a list": ({"stage.json": "[]"}, "stage.json: found a list"),
+    "another trainer's": ({"checkpoint-5/trainer_state.json": "{}"}, "not a run of ours: found checkpoint-5"),
+    "an imported model": ({"stage.json": '{"stage": "import", "weights": "x"}'}, "that minimind import wrote"),
+    "a model": ({"config.json": "{}", "model.safetensors": ""}, "not a run of ours: found config.json"),
+    "a repository": ({".git/HEAD": "", "README.md": ""}, "not a run of ours: found README.md"),
+    "hidden, of our name": ({".partial/mine": ""}, "not a run of ours: found .partial"),
+    "a cook's": ({"checkpoint-5/recipe.json": '{"flour": 1}'}, "not a run of ours: found checkpoint-5"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_others_wrote_is_refused_by_name_and_stays(tmp_path, name):
+    files, words = STRANGERS[name]
+    before = content(write(tmp_path, files))
+    with pytest.raises(UserError, match=words):
+        check_output_directory(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_overwriting_a_run_deletes_what_it_wrote_and_nothing_else(tmp_path, finished):
+    mine = ["notes.txt", "data/rows.jsonl", "rows.jsonl", "checkpoint-4/notes.txt", "checkpoint-3/trainer_state.json"]
+    outside = write(tmp_path / "outside", {"config.json": "mine"})
+    write(finished, dict.fromkeys([*mine, "slurm-1.out"], "mine"))
+    (finished / "checkpoint-2" / "optimizer").symlink_to(outside)
+    (finished / "checkpoint-7").symlink_to(finished / "checkpoint-2")
+    clear(finished)
+    assert {*content(finished)} == {*mine, "slurm-1.out", "run.json"}  # by run.json it is ours until the next begins
+    assert content(outside) == {"config.json": b"mine"}
+
+
+def test_the_lists_name_all_that_a_run_writes(finished):
+    names = {path.name for path in finished.iterdir()} - {"checkpoint-2", "checkpoint-4"}
+    assert {name for name in names if not named(name, RUN_FILES)} == set()
+    names = {path.name for checkpoint in checkpoints(finished) for path in checkpoint.iterdir()}
+    assert {name for name in names if not named(name, CHECKPOINT_FILES)} == set()
+    assert not (finished / LOCK).exists()
+
+
+def test_a_checkpoint_is_known_by_what_it_holds_however_broken(tmp_path, finished):
+    began = write(tmp_path / "checkpoint-9", {"recipe.json": '{"stage": "sft"}', "model.safetensors": "half"})
+    assert checkpoints(tmp_path) == [began]
+    delete_checkpoint(began)
+    assert checkpoints(tmp_path) == []
+    assert not began.exists()
+    escaping = {"files": {"../run.json": {}, "/etc/passwd": {}, "..": {}, "mine/../../run.json": {}}}
+    write(finished / "checkpoint-4", {"manifest.json": json.dumps(escaping)})
+    delete_checkpoint(finished / "checkpoint-4")
+    assert (finished / "run.json").exists()
+    assert not (finished / "checkpoint-4").exists()
+
+
+def test_a_strangers_checkpoint_where_one_will_be_written_is_refused_before_anything_is_deleted(finished):
+    write(finished, {"checkpoint-5/trainer_state.json": "{}"})
+    before = content(finished)
+    for flag in ("overwrite", "allow"):
+        message = refused(finished, max_steps=6, **{flag: True})
+        assert f"{finished / 'checkpoint-5'} is no checkpoint of a run of ours" in message
+        assert content(finished) == before
+
+
+def test_a_leftover_is_replaced_and_a_strangers_directory_of_that_name_is_not(tmp_path):
+    write(tmp_path / ".out.partial", {"mine": "x"})
+    with pytest.raises(UserError, match="is in the way, and not of ours"), new_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / ".out.partial" / "mine").exists()
+    write(tmp_path / ".other.partial", {".minimind": "", "half": "x"})
+    with new_directory(tmp_path / "other") as partial:
+        write(partial, {"file": "x"})
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", "other"}
+    assert content(tmp_path / "other") == {"file": b"x"}
+
+
+def test_a_models_tokenizer_is_not_replaced(tmp_path, finished, capsys):
+    words = ("tokenizer", "train", write(tmp_path, {"a.txt": "text " * 99}) / "a.txt", "--vocab_size", 300)
+    message = failure(capsys, run_cli, *words, "--output_dir", finished)
+    assert f"--output_dir {finished} holds a tokenizer and more" in message
+
+
+# The same command, changed
+
+
+CHANGES = {
+    "batch": ({"per_device_train_batch_size": 4}, "per_device_train_batch_size  2 -> 4\nGive another"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps  1 -> 2"),
+    "longer": ({"max_steps": 6}, "max_steps  4 -> 6\nExtend it with --allow_changed_recipe true"),
+    "shorter": ({"max_steps": 2, "allow": True}, "max_steps  4 -> 2\nGive another"),
+    "as long": ({"max_steps": -1, "num_train_epochs": 0.01, "allow": True}, "has 4 steps behind it"),
+    "only a rate": ({"learning_rate": 1e-3, "allow": True}, "learning_rate  0.0005 -> 0.001\nGive another"),
+    "another's checkpoint": ({"asked": "/", "max_steps": 6, "allow": True}, "and the two would mix"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_complete_run_is_told_from_another_command_and_what_to_add_is_said(finished, name):
+    changes, words = CHANGES[name]
+    before = content(finished)
+    assert words in refused(finished, **changes)
+    assert content(finished) == before
+
+
+def test_a_complete_run_has_nothing_to_do_whatever_checkpoint_of_it_is_named(finished, capsys):
+    for asked in ("auto", "true", "false", finished / "checkpoint-2"):
+        with pytest.raises(SystemExit) as stop:
+            start(finished, asked)
+        assert stop.value.code == 0
+        assert "nothing to do" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_alone_is_the_same_run():
+    one = {"processes": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert not changed(one, one | {"processes": 1})
+    assert not changed(one, one | {"processes": 1, "gradient_accumulation_steps": 2})
+    assert len(changed(one, one | {"processes": 1, "gradient_accumulation_steps": 3})) == 2
+    assert len(changed(one, one | {"per_device_train_batch_size": 2})) == 1
+
+
+def test_a_complete_run_is_extended_through_kills_to_the_bits_of_a_long_one(tokenizer_dir, complete, finished, capsys):
+    words = (*command(complete.parent, "pretrain", finished, tokenizer_dir, max_steps=8, **CONSTANT),)
+    words += ("--allow_changed_recipe", "true", "--resume_from_checkpoint", finished / "checkpoint-4")
+    write(finished, {"rows.jsonl": "mine"})  # a user's data is neither copied into checkpoints nor cut back
+    short = weights_hash(finished)
+    for step in (5, 8):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+            kill_at(patch, step)
+            run_script(patch, *words)
+        assert (read_stage(finished)["steps"], weights_hash(finished)) == (4, short)
+    assert "extending the complete run of 4 steps" in capsys.readouterr().out
+    shutil.rmtree(finished / "checkpoint-4")  # as rotation does in the end
+    run(words)
+    long = finished.parent / "long"
+    run(command(complete.parent, "pretrain", long, tokenizer_dir, max_steps=8, **CONSTANT))
+    assert weights_hash(finished) == weights_hash(long)
+    losses = [[line["loss"] for line in log_of(path) if "loss" in line] for path in (finished, long)]
+    assert losses[0][-1] == losses[1][-1]
+    assert (read_stage(finished)["steps"], read_stage(finished)["extended"]) == (8, [4])
+    assert (finished / "rows.jsonl").read_text() == "mine"
+    assert not (finished / "checkpoint-8" / "rows.jsonl").exists()
+    with pytest.raises(SystemExit) as stop:
+        run(words)
+    assert stop.value.code == 0
+
+
+def test_a_run_without_checkpoints_says_how_its_weights_are_trained_on(finished):
+    for checkpoint in checkpoints(finished):
+        delete_checkpoint(checkpoint)
+    message = refused(finished, max_steps=6, allow=True)
+    assert "cannot be extended: no complete checkpoint of it is left" in message
+    assert f"--model_name_or_path {finished} and another --output_dir" in message
+
+
+def test_overwriting_deletes_an_unfinished_run_but_the_very_same(unfinished):
+    assert start(unfinished, overwrite=True)[0] == "checkpoint-4"
+    assert "accept the change with --allow_changed_recipe" in refused(unfinished, gradient_accumulation_steps=2)
+    name, record = start(unfinished, overwrite=True, gradient_accumulation_steps=2)
+    assert (name, record["from"], checkpoints(unfinished)) == (None, None, [])
+
+
+def test_a_run_shorter_than_its_checkpoint_is_refused(unfinished):
+    assert "has 4 steps behind it" in refused(unfinished, max_steps=2, allow=True)
+
+
+def test_going_back_deletes_newer_checkpoints_when_that_is_asked_for_alone(unfinished):
+    older = unfinished / "checkpoint-2"
+    assert "would give up the newer checkpoint-4" in refused(unfinished, older)
+    assert start(unfinished, older, overwrite=True)[0] == "checkpoint-2"
+    assert checkpoints(unfinished) == [older]
+    older.rename(unfinished / "checkpoint-3")  # what it writes then is newer, and what it began from rotated away
+    assert start(unfinished, older, overwrite=True)[0] == "checkpoint-3"
+
+
+def test_a_run_begun_from_elsewhere_continues_from_its_own_checkpoints(unfinished, tmp_path):
+    asked, other = unfinished / "checkpoint-2", tmp_path / "other"
+    for again in (asked, asked, "auto"):  # killed before its first checkpoint
+        name, record = start(unfinished, again, other=other)
+        assert (name, record["from"]) == ("checkpoint-2", str(asked.resolve()))
+    (unfinished / "checkpoint-4").rename(other / "checkpoint-4")
+    for again in (asked, "auto"):
+        assert start(unfinished, again, other=other)[0] == "checkpoint-4"
+
+
+# One run at a time
+
+
+HOLD_AND_FORK = """
+import os, sys, time
+from pathlib import Path
+from minimind.locks import lock
+held = lock(Path(sys.argv[1]), "x")
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_and_a_killed_ones_children_keep_nobody_out(unfinished):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-c", HOLD_AND_FORK, str(unfinished / LOCK)]
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    child = int(first.stdout.readline())
+    try:
+        before = content(unfinished)
+        message = refused(unfinished, overwrite=True, max_steps=6)
+        assert f"--output_dir {unfinished} is being written by process {first.pid} on " in message
+        assert content(unfinished) == before
+        first.kill()
+        first.wait()
+        os.kill(child, 0)  # a loader's worker, say, lives on for some seconds
+        assert start(unfinished)[0] == "checkpoint-4"
+        assert json.loads((unfinished / LOCK).read_text())["pid"] == os.getpid()
+    finally:
+        os.kill(child, 9)
+        first.kill()
+        first.stdout.close()
+
+
+def test_without_locks_a_notice_says_so_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def refuse(self):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock._acquire", refuse)
+    assert lock(tmp_path / LOCK, "x") is None
+    unlock(None)
+    said = capsys.readouterr().err
+    assert said == f"notice: {tmp_path / LOCK} cannot be locked (No locks available): do not start another run there\n"
