@@ -23,7 +23,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
-from minimind.data.files import content_hash
+from minimind.data.cache import content_hash
 from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
