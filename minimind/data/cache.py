@@ -70,7 +70,7 @@ def cache_directory(kind: str = "", kept: bool = False) -> Path:
     except UnicodeError:
         reason = "its name is not UTF-8"
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = _reason(error)
     if kept:
         raise UserError(f"{chosen}: nothing can be kept there ({reason}). {REMEDY}")
     with refusing(chosen):
@@ -85,8 +85,7 @@ def refusing(directory: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{directory}: what is prepared cannot be kept there ({reason}). {REMEDY}") from error
+        raise UserError(f"{directory}: nothing can be kept there ({_reason(error)}). {REMEDY}") from error
 
 
 def _temporary_directory(chosen: str, reason: str) -> Path:
@@ -111,6 +110,11 @@ def _temporary_directory(chosen: str, reason: str) -> Path:
             file=sys.stderr,
         )
     return directory
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of an error; pyarrow puts more around it."""
+    return os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
 
 
 def _speaks() -> bool:
@@ -251,8 +255,8 @@ def find_or_build(kind: str, key: dict, build: Callable[[Path], dict]) -> tuple[
             building.rename(directory)
             sync_directory(directory.parent)
         except OSError:
-            if found := find(kind, key):  # without a lock another process may have been first
-                return found
+            with suppress(UserError):  # without a lock another process may have been first
+                return _opened(directory)
             raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -293,8 +297,9 @@ def _opened(directory: Path) -> tuple[Path, dict]:
 
 def check_file(path: Path, size: int, digest: str) -> None:
     """Raises UserError where a file is not of this size and hash."""
-    found = _status(path)[0]
-    if found != size:
+    if not path.is_file():
+        raise UserError(f"{path} is gone")
+    if (found := path.stat().st_size) != size:
         raise UserError(f"{path} has {found:,} bytes, was written with {size:,}")
     if file_hash(path) != digest:
         raise UserError(f"{path} is not what was written: it has another hash")

@@ -156,6 +156,8 @@ def finished_report(
         try:
             for shard in report["shards"]:
                 check_file(destination / shard["file"], shard["bytes"], shard["hash"])
+            if sum(shard["rows"] for shard in report["shards"]) != report["rows"]["out"]:
+                raise UserError("report.json does not name all shards")
         except (UserError, KeyError, TypeError) as problem:
             raise UserError(f"{destination}: holds a damaged result ({problem}). {remedy}") from None
         return report
