@@ -127,15 +127,16 @@ def lock(path: Path | str) -> Iterator[bool]:
 
     A killed process holds none. Without a lock several do the same work, and the first that is done wins.
     """
+    file = FileLock(path, fallback_to_soft=False)  # a soft one is held for ever by a process that was killed
     with ExitStack() as held:
         locked = False
-        with suppress(OSError, NotImplementedError):
+        with suppress(OSError):
             try:
-                held.enter_context(FileLock(path).acquire(timeout=0))
+                held.enter_context(file.acquire(blocking=False))
             except Timeout:
                 if _speaks():
                     say(f"waiting for another process that prepares the same ({path})", file=sys.stderr)
-                held.enter_context(FileLock(path))
+                held.enter_context(file)
             locked = True
         yield locked
 
