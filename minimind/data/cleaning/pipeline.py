@@ -157,9 +157,11 @@ def finished_report(
             for shard in report["shards"]:
                 check_file(destination / shard["file"], shard["bytes"], shard["hash"])
             if sum(shard["rows"] for shard in report["shards"]) != report["rows"]["out"]:
-                raise UserError("report.json does not name all shards")
-        except (UserError, KeyError, TypeError) as problem:
-            raise UserError(f"{destination}: holds a damaged result ({problem}). {remedy}") from None
+                raise ValueError("not all shards are named")
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{destination / 'report.json'} is not what was written. {remedy}") from None
+        except UserError as problem:
+            raise UserError(f"{problem}, so {destination} is damaged. {remedy}") from None
         return report
     found = "the result of another recipe or input" if isinstance(report, dict) and "key" in report else "something"
     raise UserError(f"{destination}: holds {found}, expected a new directory. {remedy}")
