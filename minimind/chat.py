@@ -2,13 +2,14 @@
 
 import re
 import sys
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
 
 from minimind.checkpoints import check_vocabulary, load_model, read_stage, require_stage
+from minimind.data.cache import cache_directory
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.files import cache_directory
 from minimind.data.messages import parse_message
 from minimind.errors import UserError, reason
 from minimind.language import printable, say
@@ -107,7 +108,7 @@ def chat(
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
 
-    for text in read_messages(cache_directory() / "chat_history" if keep_history else None):
+    for text in read_messages(history_file() if keep_history and interactive else None):
         command = COMMAND.fullmatch(text)
         if command and command[1] in ("/exit", "/quit"):
             return
@@ -133,6 +134,15 @@ def chat(
             continue
         messages += parse_message({"role": "assistant", "content": reply}, "the reply")
     print()
+
+
+def history_file() -> Path | None:
+    """Where what is typed is remembered; where it cannot be, that is said, and None."""
+    try:
+        return cache_directory(kept=True) / "chat_history"
+    except UserError as problem:
+        say(f"notice: what you type is not remembered: {problem}", file=sys.stderr)
+        return None
 
 
 def check_chattable(directory: str, tokenizer: PreTrainedTokenizerFast) -> None:

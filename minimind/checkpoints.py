@@ -24,7 +24,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
-from minimind.data.files import content_hash
+from minimind.data.cache import content_hash
 from minimind.errors import UserError, reason
 from minimind.locks import lock, unlock
 from minimind.tokenizer import load_tokenizer, tokenizer_hash

@@ -583,20 +583,21 @@ def run_clean(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """`minimind prepare`."""
+    from minimind.data.cache import cache_directory
     from minimind.data.documents import load_blocks
-    from minimind.data.files import cache_directory
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
 
     data_args, model_args, training_args = parse(
         DataArguments, PretrainModelArguments, PretrainConfig, argv=args.options
     )
+    directory = cache_directory("blocks", kept=True)
     tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.tokenizer)
     facts = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing).facts
     for part, counts in facts.items():
         shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if isinstance(n, int))
         say(f"{part:<6} {shown}")
-    say(f"kept in {cache_directory()}; pretrain.py with the same data, tokenizer and packing finds it there")
+    say(f"kept in {directory}; pretrain.py with the same data, tokenizer and packing finds it there")
 
 
 def run_plan(args: argparse.Namespace) -> None:

@@ -44,6 +44,12 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def sync_file(path: str | Path) -> None:
+    """Wait until a file that was written and closed is on the disk; raises OSError."""
+    with Path(path).open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Wait until the names in a directory are on the disk, where the file system can do that."""
     try:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -37,11 +38,21 @@ def read_messages(history: Path | None = None) -> Iterator[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory
 
+    class Remembered(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # a full disk costs the memory, not the chat
+                super().store_string(string)
+
     if history:
-        history.parent.mkdir(parents=True, exist_ok=True)
-        history.touch(mode=0o600)
-        history.chmod(0o600)  # for this user's eyes only, also where another program made it
-    session = PromptSession(history=FileHistory(str(history)) if history else None)
+        try:
+            history.parent.mkdir(parents=True, exist_ok=True)
+            history.touch(mode=0o600)
+            history.chmod(0o600)  # for this user's eyes only, also where another program made it
+            history.open("rb").close()
+        except OSError as error:
+            say(f"notice: what you type is not remembered: {error}", file=sys.stderr)
+            history = None
+    session = PromptSession(history=Remembered(str(history)) if history else None)
     while True:
         try:
             message = session.prompt("> ", prompt_continuation="  ")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
+from minimind.data.cache import content_hash
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts, set_chat_template
 from minimind.data.chats import (
     ChatArguments,
@@ -29,7 +30,7 @@ from minimind.data.chats import (
     tokenize_preferences,
 )
 from minimind.data.conversations import Conversation
-from minimind.data.files import BadRowError, content_hash
+from minimind.data.files import BadRowError
 from minimind.data.packing import PackedCollator
 from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, load_tokenizer, text_encoder, train_tokenizer

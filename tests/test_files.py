@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimind.data import files, formats, json_rows
+from minimind.data import formats, json_rows
+from minimind.data.cache import content_hash
 from minimind.data.files import (
     BadRowError,
     BadRows,
-    content_hash,
     expand,
     read_documents,
     read_rows,
@@ -476,24 +476,6 @@ def test_a_row_without_a_document_is_named_with_its_line_number(tmp_path, row, f
     message = refusal(lambda: list(read_documents([path], "error")))
     assert message.startswith(f"{path}:2: {found}")
     assert expected in message
-
-
-def test_a_large_file_is_hashed_again_only_if_its_size_or_time_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGE", 0)
-    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"one")
-    os.utime(path, ns=(10, 10))
-    first = files.content_hash([path])
-    path.write_bytes(b"two")
-    os.utime(path, ns=(10, 10))
-    assert files.content_hash([path]) == first  # the price of not reading it
-    os.utime(path, ns=(10, 20))
-    second = files.content_hash([path])
-    assert second != first
-    path.write_bytes(b"longer")
-    os.utime(path, ns=(10, 20))
-    assert files.content_hash([path]) not in (first, second)
 
 
 @pytest.fixture

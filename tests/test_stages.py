@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind.chat import check_chattable
 from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
-from minimind.data.files import content_hash
+from minimind.data.cache import content_hash
 from minimind.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
 from minimind.training.resume import ResumableTrainer

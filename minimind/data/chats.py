@@ -22,11 +22,12 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from minimind.data.cache import Contents
 from minimind.data.chat_encoder import TEMPLATES, ChatEncoder, Encoded
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.documents import HoldOut
-from minimind.data.files import BadRowError, BadRows, content_hash, expand, read_rows
+from minimind.data.files import BadRowError, BadRows, expand, read_rows
 from minimind.data.markers import rendered_turn
 from minimind.data.messages import Message
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
@@ -636,6 +637,8 @@ def _load(
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
     hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
     parts, held_out = [_Collected() for _ in sources], _Collected()
+    everything = [path for paths in files for path in paths]
+    contents, held_out_contents = Contents(everything), Contents(held_out_files)
     reading, apart = Reading(), Reading()
     for part, paths in zip(parts, files, strict=True):
         for text, where, result in read(paths, reading):
@@ -646,6 +649,8 @@ def _load(
     for number, (_, where, result) in enumerate(read(held_out_files, apart) if held_out_files else ()):
         if number < data_args.max_eval_rows:  # and read on, since bad rows are judged at the end
             held_out.add(where, result)
+    contents.check()
+    held_out_contents.check()
     for part, paths in zip(parts, files, strict=True):
         if not part.where:
             raise UserError(
@@ -660,11 +665,10 @@ def _load(
     if wanted != sizes:
         chosen = mixture(sizes, wanted, seed)
         train, where, lengths = train.select(chosen), [where[i] for i in chosen], [lengths[i] for i in chosen]
-    everything = [path for paths in files for path in paths]
     facts = {
         "train": {
             "files": list(map(str, everything)),
-            "hash": content_hash(everything),
+            "hash": contents.hash,
             **{
                 name: sum(each.get(name, 0) for each in counted)
                 for name in {n: None for each in counted for n in each}
@@ -672,7 +676,7 @@ def _load(
         },
         "eval": {
             "files": list(map(str, held_out_files)),
-            "hash": content_hash(held_out_files) if held_out_files else None,
+            "hash": held_out_contents.hash if held_out_files else None,
             **held_out.facts(),
         },
     }

@@ -4,9 +4,7 @@ Every document is followed by EOS, tokenised in threads, packed (see packing.py)
 mapped into memory, so that a corpus may be larger than it.
 """
 
-import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from minimind.data.cache import Contents, find_or_build
 from minimind.data.columns import Columns
-from minimind.data.files import cache_directory, content_hash, expand, read_documents, total_size
+from minimind.data.files import expand, read_documents, total_size
 from minimind.data.markers import Boundaries
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
@@ -79,13 +77,13 @@ class HoldOut:
 
 
 class Preparation(NamedTuple):
-    """Where the rows of some files, tokenizer and options are kept, or will be, and what names that place."""
+    """Rows to be made of some files. `key`: contents of the files, tokenizer and options, all that decides them."""
 
-    directory: Path
     key: dict
     sources: list
     files: list[list]
     held_out: list
+    contents: list[Contents]
 
 
 def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
@@ -110,10 +108,11 @@ def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Pre
         "boundary_markers": data_args.boundary_markers,
         "eos_token_id": tokenizer.eos_token_id,  # the hash of a tokenizer leaves out which of its tokens ends
     }
-    hashes = {part: [content_hash(paths) for paths in each] for part, each in (("train", files), ("eval", held_out))}
+    contents = [Contents(paths) for paths in (*files, *held_out)]
+    hashes = [each.hash for each in contents]
+    hashes = {"train": hashes[: len(files)], "eval": hashes[len(files) :]}
     key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
-    name = xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
-    return Preparation(cache_directory() / "blocks" / name, key, sources, files, held_out)
+    return Preparation(key, sources, files, held_out, contents)
 
 
 def load_blocks(
@@ -127,27 +126,29 @@ def load_blocks(
     """Documents -> packed rows, prepared once and found again by the content of files, tokenizer and options.
 
     Of several processes the first prepares under a file lock and the others find the result, so no collective waits.
+    Prepared rows that are not what was written are prepared again; see cache.py.
     The mixture of the sources is made from the prepared rows, so that other weights prepare nothing anew.
 
     Raises:
-        UserError: see `files.read_documents` and `mixing.parse_sources`; or there is too little text for one row.
+        UserError: see `files.read_documents`, `mixing.parse_sources` and `cache.find_or_build`; there is too little
+            text for one row; a file changed while it was read.
     """
     packing = {"block_size": block_size, "packing_strategy": packing_strategy, "document_mask": document_mask}
-    directory, key, sources, files, held_out = preparation(data_args, tokenizer, **packing)
+    key, sources, files, held_out, contents = preparation(data_args, tokenizer, **packing)
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
     options, hashes = key["options"], key["files"]
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if not (directory / "manifest.json").is_file():
-            try:
-                parts = _prepare(directory, files, held_out, tokenizer, options)
-            except WrongIdsError as error:
-                say(f"{error}; beginning again with tokenizers alone")
-                parts = _prepare(directory, files, held_out, tokenizer, options, fast=False)
-            building = Path(f"{directory}.building")
-            (building / "manifest.json").write_text(json.dumps({"key": key, **parts}, indent=2))
-            building.replace(directory)
-    parts = json.loads((directory / "manifest.json").read_text())
+
+    def build(directory: Path) -> dict:
+        try:
+            parts = _prepare(directory, files, held_out, tokenizer, options)
+        except WrongIdsError as error:
+            say(f"{error}; beginning again with tokenizers alone")
+            parts = _prepare(directory, files, held_out, tokenizer, options, fast=False)
+        for each in contents:
+            each.check()
+        return parts
+
+    directory, parts = find_or_build("blocks", key, build)
     train = [_open(directory / f"train-{index}.arrow") for index in range(len(files))]
     wanted = rows_per_epoch(sources, [len(dataset) for dataset in train], temperature, stopping)
     rows = concatenate_datasets(train)
@@ -196,16 +197,16 @@ def _joined(hashes: Sequence[str]) -> str | None:
 
 
 def _open(path: Path) -> Dataset:
-    return Dataset.from_file(str(path)).with_format("numpy")
+    try:
+        return Dataset.from_file(str(path)).with_format("numpy")
+    except (OSError, pa.ArrowException) as error:  # somebody empties the cache just now
+        raise UserError(f"{path}: cannot be opened ({error}). Run the command again.") from error
 
 
 def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: bool = True) -> dict:
-    """Write the Arrow files of all parts beside `directory`; returns what was counted."""
-    building = Path(f"{directory}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    """Write the Arrow files of all parts into `directory`; returns what was counted."""
     everything = [path for paths in files for path in paths]
-    say(f"preparing {', '.join(map(str, everything))} (once; kept in {cache_directory()})")
+    say(f"preparing {', '.join(map(str, everything))} (once; kept in {directory.parent})")
     hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
@@ -221,7 +222,7 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     ):
 
         def part(name: str) -> Part:
-            return Part(building / f"{name}.arrow", encoder, pool, threads, bytes_of, options)
+            return Part(directory / f"{name}.arrow", encoder, pool, threads, bytes_of, options)
 
         parts = [part(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):

@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from minimind.data.columns import Columns, Fields
 from minimind.data.formats import KNOWN, TEXT_UNITS, Parsable, Progress, format_of, read_file
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
@@ -31,9 +29,7 @@ __all__ = [
     "BadRowError",
     "BadRows",
     "Row",
-    "cache_directory",
     "check_text",
-    "content_hash",
     "expand",
     "parsables",
     "read_documents",
@@ -53,7 +49,6 @@ PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
 HELD_OUT = re.compile(
     r"(?<![^\W\d_])(test|testing|valid|validation|val|dev|eval|evaluation)(?![^\W\d_])", re.IGNORECASE
 )
-LARGE = 2**26  # bytes of a file that is not hashed again at every start
 DATASET_FACTS = {"dataset_info.json", "dataset_infos.json"}  # what `datasets` writes beside the data
 CLEANING_REPORT = {"report.json", "report.html"}  # what `minimind clean` writes beside the data, both of them
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"  # marks of `save_to_disk`
@@ -261,38 +256,6 @@ def _saved_shards(directory: Path) -> list[Path]:
         raise UserError(
             f"{state}: not the state of a saved dataset ({error!r}). Save the dataset again, or give its files."
         ) from None
-
-
-def cache_directory() -> Path:
-    """Where prepared data is kept: $MINIMIND_CACHE, or ~/.cache/minimind."""
-    return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
-
-
-def content_hash(files: Iterable[File]) -> str:
-    """One hash over the contents of some files, in their order; for a dataset of the Hub over its revision."""
-    hashes = [file.fingerprint if isinstance(file, HubDataset) else _file_hash(file) for file in files]
-    return xxhash.xxh3_128_hexdigest("\n".join(hashes).encode())
-
-
-def _file_hash(path: Path) -> str:
-    """The hash of a file's bytes; that of a large one is remembered as long as its size and time do not change."""
-    status = path.stat()
-    known = f"{status.st_size} {status.st_mtime_ns}"
-    memory = cache_directory() / "hashes" / xxhash.xxh3_128_hexdigest(os.path.realpath(path).encode())
-    if status.st_size >= LARGE and memory.is_file():
-        remembered, _, digest = memory.read_text().rpartition(" ")
-        if remembered == known:
-            return digest
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            hasher.update(chunk)
-    if status.st_size >= LARGE:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(f"{known} {hasher.hexdigest()}")
-        partial.replace(memory)
-    return hasher.hexdigest()
 
 
 def total_size(files: Iterable[File]) -> int:

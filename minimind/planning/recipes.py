@@ -19,6 +19,7 @@ from trl import get_peft_config, pack_dataset
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import check_kind, load_config
+from minimind.data.cache import find
 from minimind.data.chat_encoder import ChatEncoder, set_chat_template
 from minimind.data.chats import (
     ChatArguments,
@@ -266,7 +267,7 @@ def count_blocks(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, o
     packing = {name: getattr(options, name) for name in names}
     place = preparation(data_args, tokenizer, **packing)
     size, limit = total_size([path for paths in place.files for path in paths]), options.block_size
-    prepared = (place.directory / "manifest.json").is_file()
+    prepared = find("blocks", place.key) is not None
     if prepared or size <= COUNTED:
         facts = load_blocks(data_args, tokenizer, **packing, seed=options.seed).facts["train"]
         rows = facts.get("rows_per_epoch", facts["blocks"])

@@ -6,18 +6,20 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from minimind.data.cache import cache_directory, discard, lock, places, refusing
 from minimind.data.columns import NAMES, Columns
-from minimind.data.files import File, cache_directory, expand
+from minimind.data.files import File, expand
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.language import say
@@ -102,23 +104,35 @@ class DataArguments:
         """The files to train on: `paths`, or with a recipe their cleaned copy, which is made once and kept."""
         if self.clean_recipe is None:
             return expand(paths)
-        from minimind.data.cleaning import cache_key, clean
-
-        reading = {"text_unit": self.text_unit, "columns": self.columns}
-        directory = cache_directory() / "clean" / cache_key(paths, self.clean_recipe, **reading)
-        report = clean(paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading)
+        directory, report = self._cleaned(paths)
         if is_main_process():
             kept, read = report["rows"]["out"], report["rows"]["in"]
             say(f"cleaned: {kept:,} of {read:,} rows kept; see {directory / 'report.html'}")
-        return expand([str(directory)])
+        return expand([str(directory / shard["file"]) for shard in report["shards"]])
+
+    def _cleaned(self, paths: Sequence[str]) -> tuple[Path, dict]:
+        """The directory of the cleaned copy of some files, and its report; one that is damaged is made again."""
+        from minimind.data.cleaning import cache_key, clean, finished_report
+
+        reading = {"text_unit": self.text_unit, "columns": self.columns}
+        key = cache_key(paths, self.clean_recipe, **reading)
+        for place in places("clean"):
+            with suppress(UserError):
+                if report := finished_report(place / key, key):
+                    return place / key, report
+
+        directory = cache_directory("clean") / key
+        with refusing(directory), lock(f"{directory}.lock"):
+            discard(directory, partial(finished_report, key=key, remedy=""))
+            report = clean(paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading)
+        return directory, report
 
     def or_embedded(self, name: str) -> "DataArguments":
         """These arguments, with the embedded corpus' rows for stage `name` where no files were given."""
         if self.train_files:
             return self
-        directory = cache_directory() / "world"
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / ".lock"):
+        directory = cache_directory("world")
+        with refusing(directory), lock(directory / ".lock"):
             paths = write_world(directory)
         return dataclasses.replace(
             self, train_files=[str(paths[name])], eval_files=self.eval_files or [str(paths[f"{name}_eval"])]

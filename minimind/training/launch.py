@@ -112,7 +112,8 @@ def _announce_compilation() -> None:
     """DeepSpeed compiles its shared-memory communication operator the first time it runs on CPU."""
     if torch.cuda.is_available() or not is_main_process():
         return
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    home = os.path.expanduser("~")  # noqa: PTH111, Path raises where there is none
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / ".cache" / "torch_extensions")
     if not list(cache.glob("**/deepspeed_shm_comm/*.so")):
         say(
             "DeepSpeed compiles one operator on its first run on a CPU: about 2 minutes without further output, "

@@ -31,7 +31,8 @@ def find_key(host: str) -> bool:
     """Whether wandb will find a login for `host`: $WANDB_API_KEY, or an entry in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    home = os.path.expanduser("~")  # noqa: PTH111, Path raises where there is none
+    path = Path(os.environ.get("NETRC") or Path(home) / ".netrc")
     try:
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

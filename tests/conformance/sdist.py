@@ -7,7 +7,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from minimind.data.files import cache_directory
+from minimind.data.cache import cache_directory
 from minimind.errors import UserError
 
 # What the common tests import and the distribution leaves out. Generation and export are thereby not tested here, and

@@ -24,6 +24,7 @@ import xxhash
 from filelock import FileLock
 from tqdm import tqdm
 
+from minimind.data.cache import Contents, check_file, content_hash
 from minimind.data.cleaning.counts import Counts, StepCounts, excerpt
 from minimind.data.cleaning.extras import version
 from minimind.data.cleaning.recipe import FORMAT_VERSION, Recipe, load_recipe
@@ -37,7 +38,6 @@ from minimind.data.files import (
     BadRowError,
     BadRows,
     File,
-    content_hash,
     expand,
     parsables,
     total_size,
@@ -46,6 +46,7 @@ from minimind.data.formats import TEXT_UNITS
 from minimind.data.markers import Boundaries
 from minimind.errors import UserError
 from minimind.language import translated
+from minimind.records import sync_directory, sync_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def clean(
 
     Raises:
         UserError: what `files.expand` and `load_recipe` refuse; bad rows as the policy says; a destination that holds
-            something else; a missing library; no row left.
+            something else, or a damaged result; a missing library; no row left; a file that changed meanwhile.
     """
     recipe, found, started = as_recipe(recipe), expand(files), time.monotonic()
     if num_proc is not None and num_proc < 1:
@@ -114,14 +115,14 @@ def clean(
         raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}.")
     given, destination = str(destination), Path.cwd() / Path(destination).expanduser()
     recipe.prepare()
-    hashes = [content_hash([file]) for file in found]
+    contents = [Contents([file]) for file in found]
     renaming = Columns(columns)
-    key = recipe.key([*hashes, text_unit, *(columns or ())])
+    key = recipe.key([*(each.hash for each in contents), text_unit, *(columns or ())])
     destination.parent.mkdir(parents=True, exist_ok=True)
     lock = destination.with_name(f".{destination.name}.lock")
     with FileLock(lock):
         report = finished_report(destination, key)
-        job = Cleaning(recipe, found, hashes, key, destination, BadRows(on_bad_rows), text_unit, renaming)
+        job = Cleaning(recipe, found, contents, key, destination, BadRows(on_bad_rows), text_unit, renaming)
         if not (already := report is not None):
             report = job.run(num_proc or os.cpu_count() or 1)
         lock.unlink(missing_ok=True)  # whoever waits for it finds the destination finished
@@ -137,8 +138,14 @@ def clean(
     return {**report, "run": run}
 
 
-def finished_report(destination: Path, key: str) -> dict[str, Any] | None:
-    """The report of the same cleaning done before, or None for a free destination; raises UserError for others."""
+def finished_report(
+    destination: Path, key: str, remedy: str = "Remove it, or name another destination."
+) -> dict[str, Any] | None:
+    """The report of the same cleaning done before, or None for a free destination.
+
+    Raises:
+        UserError: it holds something else, or not the shards that were written; `remedy` says what to do then.
+    """
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
     try:
@@ -146,9 +153,18 @@ def finished_report(destination: Path, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         report = {}
     if isinstance(report, dict) and report.get("key") == key:
+        try:
+            for shard in report["shards"]:
+                check_file(destination / shard["file"], shard["bytes"], shard["hash"])
+            if sum(shard["rows"] for shard in report["shards"]) != report["rows"]["out"]:
+                raise ValueError("not all shards are named")
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{destination / 'report.json'} is not what was written. {remedy}") from None
+        except UserError as problem:
+            raise UserError(f"{problem}, so {destination} is damaged. {remedy}") from None
         return report
     found = "the result of another recipe or input" if isinstance(report, dict) and "key" in report else "something"
-    raise UserError(f"{destination}: holds {found}, expected a new directory. Remove it, or name another destination.")
+    raise UserError(f"{destination}: holds {found}, expected a new directory. {remedy}")
 
 
 class Cleaning:
@@ -158,14 +174,14 @@ class Cleaning:
         self,
         recipe: Recipe,
         files: list[File],
-        hashes: list[str],
+        contents: list[Contents],
         key: str,
         destination: Path,
         bad: BadRows,
         text_unit: str,
         columns: Columns,
     ):
-        self.recipe, self.files, self.hashes, self.key, self.destination = recipe, files, hashes, key, destination
+        self.recipe, self.files, self.contents, self.key, self.destination = recipe, files, contents, key, destination
         self.bad, self.text_unit, self.columns = bad, text_unit, columns
         self.rows = 0  # read so far, bad ones included
         self.partial = destination.with_name(f".{destination.name}.partial")
@@ -193,9 +209,18 @@ class Cleaning:
                 self._write(batch.part, done.lines)
                 if batch.last:
                     self._finish_part(batch.part)
+        self._check_unchanged()
         self.columns.finish()
         self.bad.finish(self.rows)
         return self._publish(self.rows)
+
+    def _check_unchanged(self) -> None:
+        try:
+            for each in self.contents:
+                each.check()
+        except UserError:
+            shutil.rmtree(self.partial)
+            raise
 
     # --- streaming -------------------------------------------------------------------------------------------------
 
@@ -299,11 +324,13 @@ class Cleaning:
         shard = {**self.writing, "hash": self.hasher.hexdigest()}
         self.writing, self.hasher = {"rows": 0, "bytes": 0}, xxhash.xxh3_128()
         self.shards.append(shard)
+        sync_file(building(self._shard(part)))
         building(self._shard(part)).replace(self._shard(part))
         for number in range(len(self.indexes)):
             path = self.state / f"{part:05d}-{number}.npz"
             with building(path).open("wb") as file:
                 np.savez(file, **self.remembered.pop((part, number)))
+            sync_file(building(path))
             building(path).replace(path)
         # Written last: it says that all the rest of the part is there.
         count, first = self.bad_of_part.pop(part, (0, []))
@@ -348,6 +375,7 @@ class Cleaning:
         shutil.rmtree(state, ignore_errors=True)
         self.state.replace(state)
         self.partial.replace(self.destination)
+        sync_directory(self.destination.parent)
         shutil.rmtree(state)
         return report
 
@@ -372,8 +400,8 @@ class Cleaning:
             "recipe": self.recipe.as_dict(),
             "packages": {package: version(package) for package in packages},
             "inputs": [
-                {"path": str(file), "bytes": total_size([file]), "hash": digest}
-                for file, digest in zip(self.files, self.hashes, strict=True)
+                {"path": str(file), "bytes": total_size([file]), "hash": each.hash}
+                for file, each in zip(self.files, self.contents, strict=True)
             ],
             "rows": rows,
             "characters": {"in": steps[0].characters_in, "out": steps[-1].characters_out},

@@ -13,9 +13,9 @@ from typing import Any
 
 import xxhash
 
+from minimind.data.cache import content_hash
 from minimind.data.cleaning import duplicates, extras, filters, normalization, personal
 from minimind.data.cleaning.steps import Step, build, check_positive, closest, options_of
-from minimind.data.files import content_hash
 from minimind.data.markers import POLICIES
 from minimind.errors import UserError
 from minimind.recipes import read_recipe
