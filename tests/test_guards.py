@@ -14,25 +14,25 @@ import pytest
 import torch
 from datasets import Dataset
 from pipeline import document_rows, failure, run_script, short_run, write_model
-from transformers import TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
 
 from minimind import MiniMindForCausalLM
 from minimind.data.packing import BlockCollator
 from minimind.errors import UserError
-from minimind.training import guards
+from minimind.training import guards, saving
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback
 from minimind.training.guards import (
-    DiskCallback,
     GuardCallback,
     MemoryCallback,
-    check_writable,
     growth,
     install_guards,
     read_batch,
     shield_trackers,
 )
 from minimind.training.optimizers import build_optimizer
+from minimind.training.saving import SaveCallback, check_writable, checkpoint_bytes
 from minimind.training.trainers import BlockTrainer
 
 STEPS = 6
@@ -239,40 +239,52 @@ def test_a_checkpoint_without_room_is_left_out_and_training_goes_on(make_trainer
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    assert "step 3: no checkpoint, it needs about" in capsys.readouterr().err
+    assert "step 3: no checkpoint, training goes on. " in capsys.readouterr().err
+
+
+def full(*args, **kwargs):
+    """Stands for a call of the system on a disk without room."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"),
-        OSError(errno.EROFS, "Read-only file system"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        # These as the libraries hide it: the disk has to be asked, unless there is a number of the system.
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
     ],
+    ids=["EIO", "EROFS", "torch", "iostream", "safetensors"],
 )
-def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_none(
+def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_it_and_not_the_run(
     make_trainer, monkeypatch, tmp_path, capsys, error
 ):
-    write = BlockTrainer._save_optimizer_and_scheduler
+    write = Trainer._save_optimizer_and_scheduler
 
     def fail_once(self, directory):
-        if self.state.global_step == 2:
-            raise error
-        write(self, directory)
+        if self.state.global_step != 2:
+            return write(self, directory)
+        if not isinstance(error, (OSError, SafetensorError)):
+            monkeypatch.setattr(saving.tempfile, "TemporaryFile", full)  # what the probe is written to
+        raise error
 
-    monkeypatch.setattr(BlockTrainer, "_save_optimizer_and_scheduler", fail_once)
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail_once)
     trainer = make_trainer(save_strategy="steps", save_steps=2, save_total_limit=None)
     trainer.train()
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
     assert "step 2: no checkpoint, training goes on" in capsys.readouterr().err
 
 
-def test_other_errors_of_a_save_are_not_hidden(make_trainer, monkeypatch):
+@pytest.mark.parametrize("words", ["shape mismatch", "unexpected pos 64 vs 0", "I/O error: no space left on device"])
+def test_errors_of_a_save_are_not_hidden_where_the_disk_is_well_whatever_their_words(make_trainer, monkeypatch, words):
     def fail(self, directory):
-        raise RuntimeError("shape mismatch")
+        raise RuntimeError(words)
 
-    monkeypatch.setattr(BlockTrainer, "_save_optimizer_and_scheduler", fail)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(RuntimeError, match=words):
         make_trainer(save_strategy="steps", save_steps=2).train()
 
 
@@ -380,8 +392,8 @@ def test_the_memory_watch_reads_the_real_memory_of_the_process(make_trainer, mon
 
 def test_the_size_of_a_checkpoint_is_foreseen(make_trainer, tmp_path):
     trainer = make_trainer(save_strategy="steps", save_steps=3, max_steps=3, optim="adamw_torch")
-    disk = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DiskCallback))
-    foreseen = guards.checkpoint_bytes(trainer.model, deepspeed=False)
+    disk = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SaveCallback))
+    foreseen = checkpoint_bytes(trainer.model, deepspeed=False)
     trainer.train()
     files = [tmp_path / "run" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")]
     assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.15)
