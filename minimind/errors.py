@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from minimind.language import say, translated
+from minimind.language import outlive_full_disks, say, translated
 
 FAILED: set[str] = set()  # decorations that this process has said to have failed
 
@@ -47,6 +47,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(main)
     def wrapped(*args, **kwargs):
+        outlive_full_disks()
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -57,7 +58,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
         except KeyboardInterrupt:  # outside of training, which saves first (training/signals.py)
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-                say("interrupted: nothing was saved", file=sys.stderr)
+                say("interrupted: nothing more was saved", file=sys.stderr)
             sys.exit(130)
 
     return wrapped

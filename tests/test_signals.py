@@ -16,10 +16,11 @@ import psutil
 import pytest
 import torch
 from pipeline import PATIENCE, at_free_port, document_rows, short_run, wait_until, write_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import minimind.training.signals as signals
 from minimind.training.report import ReportCallback
+from minimind.training.resume import ResumableTrainer
 from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, InterruptCallback
 
 ROOT = Path(__file__).parent.parent
@@ -57,12 +58,12 @@ class Tell(TrainerCallback):
 
 
 def train(model, output_dir, *callbacks, resume=None, **options):
-    """Four steps of the stock Trainer on 8 rows; returns it."""
+    """Four steps on 8 rows; returns the trainer."""
     rows = [{"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i + 3]} for i in range(8)]
     arguments = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | options
     arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1} | arguments
     args = TrainingArguments(str(output_dir), dataloader_pin_memory=False, **arguments)
-    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer = ResumableTrainer(model, args, train_dataset=rows, eval_dataset=rows)
     for callback in (*callbacks, InterruptCallback(trainer)):
         trainer.add_callback(callback)
     trainer.train(resume)

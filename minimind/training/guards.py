@@ -218,10 +218,11 @@ class GuardCallback(TrainerCallback):
             return
         if is_main_process():
             doubt(self.output_dir / f"checkpoint-{step.number - self.streak}", self.streak)
+        see = f" See which rows and which layer do it: minimind replay {directory}." if is_kept else ""
         raise UserError(
             f"{found}. Stopped, since {self.streak} steps in a row had no finite loss and gradient (all were skipped; "
-            f"--max_nonfinite_steps). See which rows and which layer do it: minimind replay {directory}. If it is the "
-            "learning rate rather than the data: lower it, and go on from the last checkpoint."
+            f"--max_nonfinite_steps).{see} If it is the learning rate rather than the data: lower it, and go on from "
+            "the last checkpoint."
         )
 
     def _watch(self, step: int, loss: float) -> None:

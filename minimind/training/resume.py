@@ -159,7 +159,7 @@ def doubt(checkpoint: Path, steps: int) -> None:
 def doubted(checkpoint: Path) -> str | None:
     """Why a run should not go on from a whole checkpoint unless it is told to."""
     steps = read_manifest(checkpoint).get("bad_steps")
-    return steps and f"the run stopped after it, {steps} steps from it were not finite, and none was"
+    return steps and f"the run stopped after it, the {steps} steps that followed were not finite"
 
 
 def last_good(output_dir: Path) -> Path | None:

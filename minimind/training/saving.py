@@ -79,8 +79,8 @@ def reports_disk_errors(path: Path, size: int = 0) -> Iterator[None]:
         if fault is None:
             raise
         raise UserError(
-            f"{not_written(path, fault)}. What was whole before is still so. {REMEDY}, then run the same command "
-            "again: it goes on from the last checkpoint."
+            f"{not_written(path, fault)}. What was complete before is unchanged. {REMEDY}, then run the same command "
+            "again."
         ) from error
 
 
@@ -222,10 +222,11 @@ class SaveCallback(TrainerCallback):
         def wrapped(model, trial):
             state = self.trainer.state
             target = self.output_dir / f"checkpoint-{state.global_step}"
-            self.postponed = in_streak(self.trainer)
+            put_off, self.postponed = self.postponed, in_streak(self.trainer)
             self.left_out = self.postponed
             if self.postponed:
-                notice(f"step {state.global_step}: no checkpoint at a step that is not finite; at the next that is")
+                if not put_off:
+                    notice(f"step {state.global_step}: no checkpoint, since the step is not finite")
                 return
             try:
                 self._check_room(target)
@@ -237,7 +238,8 @@ class SaveCallback(TrainerCallback):
                     shutil.rmtree(target, ignore_errors=True)
                 if state.best_global_step == state.global_step:  # it cannot be loaded again
                     state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
-                notice(f"step {state.global_step}: no checkpoint, training goes on. {error}. {REMEDY}.")
+                goes_on = "" if self.trainer.control.should_training_stop else ", training goes on"
+                notice(f"step {state.global_step}: no checkpoint{goes_on}. {error}. {REMEDY}.")
 
         return wrapped
 

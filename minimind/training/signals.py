@@ -161,15 +161,20 @@ class InterruptCallback(TrainerCallback):
     def _say_what_is_saved(self, args, state) -> int:
         """Look at the directory before saying so; returns the exit code."""
         why = "its launcher is gone" if self.agreed == LAUNCHER_GONE else signal.Signals(self.agreed).name
-        after = f"interrupted ({why}) after step {state.global_step:,} of {state.max_steps:,}"
+        step, steps = f"{state.global_step:,}", f"{state.max_steps:,}"
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        problem = problem_of(checkpoint, hashes=False)
-        if problem is None:
-            say(f"{after}: {checkpoint} is complete. Run the same command again to go on. Exit code {INTERRUPTED}.")
+        if problem_of(checkpoint, hashes=False) is None:
+            say(
+                f"interrupted ({why}) after step {step} of {steps}: {checkpoint} is complete. Run the same command "
+                f"again to go on. Exit code {INTERRUPTED}."
+            )
             return INTERRUPTED
         last = last_good(Path(args.output_dir))
-        left = f"The same command goes on from {last}" if last else "There is no other: the same command begins anew"
-        say(f"{after}, WITHOUT its checkpoint: {checkpoint}: {problem}. {left}. Exit code {NOT_SAVED}.")
+        left = f"the same command goes on from {last}" if last else "there is no other, the same command begins anew"
+        say(
+            f"interrupted ({why}) after step {step} of {steps}, but {checkpoint} could not be written: {left}. Exit "
+            f"code {NOT_SAVED}."
+        )
         return NOT_SAVED
 
 
