@@ -269,7 +269,7 @@ def test_after_too_many_bad_steps_the_same_command_goes_back_behind_the_weights_
     assert problem_of(met) is None  # it can be asked for by name
     if left is None:
         with pytest.raises(
-            UserError, match="the 2 steps that followed were not finite. There is no checkpoint before"
+            UserError, match=r"the 2 steps that followed were not finite\. There is no checkpoint before"
         ):
             last_whole_checkpoint(tmp_path / "run")
     else:
@@ -430,7 +430,7 @@ def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_manifest_appears(m
 
     monkeypatch.setattr(os, "fsync", note)
     write_manifest(checkpoint, step=1, processes=1)
-    for path in (*files, checkpoint, checkpoint / "global_step1", checkpoint / "manifest.json"):
+    for path in (*files, checkpoint / "global_step1", checkpoint / "manifest.json"):
         assert (path.stat().st_ino, False) in synced, path  # the manifest under the name that it is written by
     assert synced[-1] == (tmp_path.stat().st_ino, True)
 

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.training.launch import is_main_process
+from minimind.training.saving import REMEDY, disk_fault, not_written, reports_disk_errors
 
 # What DeepSpeed's converter knows: weights, first and second moment.
 CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -157,7 +158,8 @@ def prepare_checkpoint(trainer: Trainer) -> None:
         return
     converted = checkpoint.with_name(f".universal-{checkpoint.name}")
     if is_main_process():
-        _convert(checkpoint, converted)
+        with reports_disk_errors(checkpoint.parent):
+            _convert(checkpoint, converted)
     if dist.is_initialized():
         dist.barrier()
     trainer.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
@@ -196,7 +198,10 @@ def _convert(checkpoint: Path, target: Path) -> None:
         text=True,
     )
     if done.returncode:
+        fault = disk_fault(partial)
         shutil.rmtree(partial, ignore_errors=True)
+        if fault:
+            raise UserError(f"{not_written(target, fault)}. {REMEDY}, then run the same command again.")
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(
             f"{checkpoint} was written by {saved_processes(checkpoint)} processes and DeepSpeed cannot convert it for "

@@ -223,15 +223,12 @@ class SaveCallback(TrainerCallback):
             state = self.trainer.state
             target = self.output_dir / f"checkpoint-{state.global_step}"
             put_off, self.postponed = self.postponed, in_streak(self.trainer)
-            self.left_out = self.postponed
-            if self.postponed:
-                if not put_off:
-                    notice(f"step {state.global_step}: no checkpoint, since the step is not finite")
-                return
             try:
+                if self.postponed:
+                    raise NotWrittenError("the step is not finite")
                 self._check_room(target)
                 save_checkpoint(model, trial)
-                self.needed = directory_bytes(target)
+                self.needed, self.left_out = directory_bytes(target), False
             except NotWrittenError as error:
                 self.left_out = True
                 if is_main_process():
@@ -239,7 +236,10 @@ class SaveCallback(TrainerCallback):
                 if state.best_global_step == state.global_step:  # it cannot be loaded again
                     state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
                 goes_on = "" if self.trainer.control.should_training_stop else ", training goes on"
-                notice(f"step {state.global_step}: no checkpoint{goes_on}. {error}. {REMEDY}.")
+                if not self.postponed:
+                    notice(f"step {state.global_step}: no checkpoint{goes_on}. {error}. {REMEDY}.")
+                elif not put_off:
+                    notice(f"step {state.global_step}: no checkpoint, since {error}")
 
         return wrapped
 
