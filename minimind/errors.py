@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from minimind.language import make_output_printable, say, translated
+from minimind.language import make_output_printable, outlive_full_disks, say, translated
 
 FAILED: set[str] = set()  # decorations that this process has said to have failed
 
@@ -63,6 +63,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
     @wraps(main)
     def wrapped(*args, **kwargs):
         make_output_printable()
+        outlive_full_disks()
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -73,7 +74,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(2)
         except KeyboardInterrupt:  # outside of training, which saves first (training/signals.py)
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-                say("interrupted: nothing was saved", file=sys.stderr)
+                say("interrupted: nothing more was saved", file=sys.stderr)
             sys.exit(130)
 
     return wrapped

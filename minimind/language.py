@@ -5,6 +5,8 @@ table, messages_zh.yaml: English templates, with {} for what changes, and their 
 English. A test holds every template against the texts in the code, so that none is left behind when they change.
 """
 
+import errno
+import io
 import json
 import logging
 import os
@@ -112,3 +114,28 @@ def make_output_printable() -> None:
 def say(text: str, **options) -> None:
     """Print a text for a person, at once; `options` are those of `print`."""
     print(printable(translated(text)), **{"flush": True, **options})
+
+
+class Output(io.FileIO):
+    """A file that output goes to: what its full disk does not take is lost. A reader that is gone stays an error."""
+
+    def write(self, data) -> int | None:
+        """`io.FileIO.write`, except that an error of the disk counts as written."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            return len(data)
+
+
+def outlive_full_disks() -> None:
+    """Let no full disk behind `> run.log` end the program, in the midst of a run or with a code of its own."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__") or stream.isatty():
+            continue
+        stream.flush()
+        file = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
+        options = {"errors": stream.errors, "line_buffering": stream.line_buffering}
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, write_through=stream.write_through, **options))

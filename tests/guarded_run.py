@@ -70,7 +70,8 @@ def main():
         step, part = divmod(calls, 2)
         calls += 1
         loss = compute_loss(*positional, **named)
-        return loss + float("nan") if rank == 1 and step + 1 in bad and part == 0 else loss
+        # Its gradient is 0, as that of a mean over no token.
+        return loss * 0 + float("nan") if rank == 1 and step + 1 in bad and part == 0 else loss
 
     guard = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "GuardCallback")
     trainer.compute_loss = guard._poisoned(spoilt)

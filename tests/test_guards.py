@@ -4,6 +4,7 @@ import errno
 import json
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,25 +15,28 @@ import pytest
 import torch
 from datasets import Dataset
 from pipeline import document_rows, failure, run_script, short_run, write_model
-from transformers import TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
 
 from minimind import MiniMindForCausalLM
 from minimind.data.packing import BlockCollator
 from minimind.errors import UserError
-from minimind.training import guards
+from minimind.training import guards, saving
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback
 from minimind.training.guards import (
-    DiskCallback,
     GuardCallback,
     MemoryCallback,
-    check_writable,
     growth,
     install_guards,
     read_batch,
     shield_trackers,
 )
 from minimind.training.optimizers import build_optimizer
+from minimind.training.resume import last_whole_checkpoint, problem_of, read_manifest, write_manifest
+from minimind.training.saving import NotWrittenError, SaveCallback, check_writable, checkpoint_bytes
+from minimind.training.stages import Stage
 from minimind.training.trainers import BlockTrainer
 
 STEPS = 6
@@ -104,6 +108,8 @@ def spoil(monkeypatch, steps, kind="loss", micro_batch=0):
             if step + 1 in steps and number == micro_batch:
                 if kind == "gradient":
                     output.loss.register_hook(lambda gradient: gradient * float("inf"))
+                elif kind == "empty":  # the mean over no token: its gradient is 0
+                    output.loss = output.loss * 0 + float("nan")
                 else:  # a value alone, its gradient stays finite
                     output.loss = output.loss + (float("nan") if kind == "loss" else float("inf"))
         return output
@@ -133,9 +139,10 @@ def test_guards_change_no_bit_of_a_healthy_run(make_trainer, optim):
     [
         ("adamw_torch_fused", "loss"),
         ("adamw_torch_fused", "inf"),
+        ("adamw_torch_fused", "empty"),
         ("adamw_torch_fused", "gradient"),
         ("adamw_torch", "gradient"),
-        ("muon", "loss"),
+        ("muon", "empty"),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(make_trainer, monkeypatch, optim, kind):
@@ -211,6 +218,81 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_leave_batch_and_weights(mak
     assert not list(directory.glob(".*"))
 
 
+def names(directory):
+    return {path.name for path in directory.glob("checkpoint-*")}
+
+
+def is_finite(checkpoint):
+    return all(torch.isfinite(value).all() for value in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_push_out_the_good_checkpoints(
+    make_trainer, monkeypatch, tmp_path
+):
+    spoil(monkeypatch, {3}, "gradient")
+    trainer = make_trainer(max_nonfinite_steps=0, save_strategy="steps", save_steps=1, save_total_limit=2)
+    with pytest.raises(UserError, match=r"after step 3 the weights are not finite.*goes on from \S+checkpoint-2\."):
+        trainer.train()
+    assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2"}
+    assert all(map(is_finite, (tmp_path / "run").glob("checkpoint-*")))
+    assert last_whole_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", [])
+
+
+def test_final_weights_that_are_not_finite_are_no_complete_stage(make_trainer):
+    trainer = make_trainer(guarded=False)
+    trainer.check_weights()
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[3, 1] = float("inf")
+    stage = object.__new__(Stage)
+    with pytest.raises(UserError, match=r"not finite: model.embed_tokens.weight.*There is no checkpoint from before"):
+        stage.finish(trainer, None, {})
+
+
+def test_a_checkpoint_that_falls_due_at_a_skipped_step_is_written_at_the_next_that_is_finite(
+    make_trainer, monkeypatch, tmp_path, capsys
+):
+    spoil(monkeypatch, {2, 6})
+    make_trainer(save_strategy="steps", save_steps=2, save_total_limit=None).train()
+    assert names(tmp_path / "run") == {"checkpoint-3", "checkpoint-4"}
+    assert "step 2: no checkpoint, since the step is not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("first", "left"), [(2, None), (3, 1)])
+def test_after_too_many_bad_steps_the_same_command_goes_back_behind_the_weights_they_met(
+    make_trainer, monkeypatch, tmp_path, first, left
+):
+    spoil(monkeypatch, {first, first + 1})
+    trainer = make_trainer(max_nonfinite_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(UserError, match="2 steps in a row"):
+        trainer.train()
+    met = tmp_path / "run" / f"checkpoint-{first - 1}"
+    assert problem_of(met) is None  # it can be asked for by name
+    if left is None:
+        with pytest.raises(
+            UserError, match=r"the 2 steps that followed were not finite\. There is no checkpoint before"
+        ):
+            last_whole_checkpoint(tmp_path / "run")
+    else:
+        found, (problem,) = last_whole_checkpoint(tmp_path / "run")
+        assert found.name == f"checkpoint-{left}"
+        assert problem.startswith(f"skipped {met}: ")
+
+
+def test_a_checkpoint_of_an_older_version_is_looked_at_for_weights_that_are_not_finite(make_trainer, tmp_path):
+    make_trainer(save_strategy="steps", save_steps=3).train()
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    assert read_manifest(checkpoint)["finite"] is True
+    write_manifest(checkpoint, step=6, processes=1)
+    assert problem_of(checkpoint) is None
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][7] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors")
+    write_manifest(checkpoint, step=6, processes=1)
+    found, (problem,) = last_whole_checkpoint(tmp_path / "run")
+    assert found.name == "checkpoint-3"
+    assert "model.norm.weight, holds weights that are not finite" in problem
+
+
 def test_a_loss_far_above_the_last_ones_is_noticed_once(make_trainer, capsys):
     trainer = make_trainer()
     guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback))
@@ -239,41 +321,118 @@ def test_a_checkpoint_without_room_is_left_out_and_training_goes_on(make_trainer
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    assert "step 3: no checkpoint, it needs about" in capsys.readouterr().err
+    assert "step 3: no checkpoint, training goes on. " in capsys.readouterr().err
+
+
+def full(*args, **kwargs):
+    """Stands for a call of the system on a disk without room."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"),
-        OSError(errno.EROFS, "Read-only file system"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+        # These as the libraries hide it: the disk has to be asked, unless there is a number of the system.
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
     ],
+    ids=["EIO", "EROFS", "torch", "iostream", "safetensors"],
 )
-def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_none(
+def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_it_and_not_the_run(
     make_trainer, monkeypatch, tmp_path, capsys, error
 ):
-    write = BlockTrainer._save_optimizer_and_scheduler
+    write = Trainer._save_optimizer_and_scheduler
 
     def fail_once(self, directory):
-        if self.state.global_step == 2:
-            raise error
-        write(self, directory)
+        if self.state.global_step != 2:
+            return write(self, directory)
+        if not isinstance(error, (OSError, SafetensorError)):
+            monkeypatch.setattr(saving.tempfile, "TemporaryFile", full)  # what the probe is written to
+        raise error
 
-    monkeypatch.setattr(BlockTrainer, "_save_optimizer_and_scheduler", fail_once)
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail_once)
     trainer = make_trainer(save_strategy="steps", save_steps=2, save_total_limit=None)
     trainer.train()
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
     assert "step 2: no checkpoint, training goes on" in capsys.readouterr().err
 
 
-def test_other_errors_of_a_save_are_not_hidden(make_trainer, monkeypatch):
+@pytest.mark.parametrize("words", ["shape mismatch", "unexpected pos 64 vs 0", "I/O error: no space left on device"])
+def test_errors_of_a_save_are_not_hidden_where_the_disk_is_well_whatever_their_words(make_trainer, monkeypatch, words):
     def fail(self, directory):
-        raise RuntimeError("shape mismatch")
+        raise RuntimeError(words)
 
-    monkeypatch.setattr(BlockTrainer, "_save_optimizer_and_scheduler", fail)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(RuntimeError, match=words):
         make_trainer(save_strategy="steps", save_steps=2).train()
+
+
+def test_a_real_limit_of_the_size_of_files_costs_a_checkpoint_and_not_the_run(make_trainer, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            size = 60_000 if state.global_step == 1 else limits[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    trainer = make_trainer(save_strategy="steps", save_steps=2, save_total_limit=None)
+    trainer.add_callback(Limit())
+    try:
+        trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path / "run") == {"checkpoint-4", "checkpoint-6"}
+    assert "checkpoint-2 could not be written: File too large" in capsys.readouterr().err
+
+
+def test_a_best_checkpoint_that_found_no_room_is_not_the_best_one(make_trainer, monkeypatch, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    state, seen = trainer.state, []
+
+    class Evaluation(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (2, 4):
+                state.best_metric, state.best_global_step = -state.global_step, state.global_step
+            if state.global_step == 4:
+                monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+            seen.append((state.best_metric, state.best_global_step, state.best_model_checkpoint))
+
+    trainer.add_callback(Evaluation())
+    trainer.train()
+    state = trainer.state
+    assert (state.best_metric, state.best_global_step) == (-2, 2)
+    assert state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised"), [((errno.ENOSPC, "No space left on device"), NotWrittenError), (None, RuntimeError)]
+)
+def test_what_one_process_could_not_write_all_processes_know(monkeypatch, tmp_path, fault, raised):
+    monkeypatch.setattr(saving, "gather_object", lambda own: [*own, ("RuntimeError: unexpected pos", fault)])
+    with pytest.raises(raised, match="could not"):
+        saving.Writing(tmp_path / "checkpoint-1", 0).check()
+
+
+def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_manifest_appears(monkeypatch, tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "global_step1").mkdir(parents=True)
+    files = [checkpoint / "model.safetensors", checkpoint / "global_step1" / "optim_states.pt"]
+    for file in files:
+        file.write_bytes(b"0" * 100)
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, (checkpoint / "manifest.json").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_manifest(checkpoint, step=1, processes=1)
+    for path in (*files, checkpoint / "global_step1", checkpoint / "manifest.json"):
+        assert (path.stat().st_ino, False) in synced, path  # the manifest under the name that it is written by
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
 
 
 @pytest.fixture
@@ -380,8 +539,8 @@ def test_the_memory_watch_reads_the_real_memory_of_the_process(make_trainer, mon
 
 def test_the_size_of_a_checkpoint_is_foreseen(make_trainer, tmp_path):
     trainer = make_trainer(save_strategy="steps", save_steps=3, max_steps=3, optim="adamw_torch")
-    disk = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DiskCallback))
-    foreseen = guards.checkpoint_bytes(trainer.model, deepspeed=False)
+    disk = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SaveCallback))
+    foreseen = checkpoint_bytes(trainer.model, deepspeed=False)
     trainer.train()
     files = [tmp_path / "run" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")]
     assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.15)

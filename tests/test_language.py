@@ -70,7 +70,7 @@ def test_english_is_untouched_and_does_not_read_the_table(monkeypatch):
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     monkeypatch.setenv("MINIMIND_LANG", "en")  # it goes before the locale
     table.cache_clear()
-    assert translated("interrupted: nothing was saved") == "interrupted: nothing was saved"
+    assert translated("interrupted: nothing more was saved") == "interrupted: nothing more was saved"
     assert table.cache_info().currsize == 0
 
 
@@ -78,9 +78,9 @@ def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
     for name in ("MINIMIND_LANG", "LC_ALL", "LC_MESSAGES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
-    assert translated("interrupted: nothing was saved") == "已中断：没有保存任何内容"
+    assert translated("interrupted: nothing more was saved") == "已中断：没有再保存任何内容"
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
-    assert translated("interrupted: nothing was saved") == "interrupted: nothing was saved"
+    assert translated("interrupted: nothing more was saved") == "interrupted: nothing more was saved"
 
 
 def test_what_is_nested_is_translated_too(chinese):
@@ -108,8 +108,8 @@ def test_a_text_that_is_not_in_the_table_stays(chinese):
 def test_an_ascii_terminal_gets_english(chinese, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    say("interrupted: nothing was saved")
-    assert terminal.buffer.getvalue() == b"interrupted: nothing was saved\n"
+    say("interrupted: nothing more was saved")
+    assert terminal.buffer.getvalue() == b"interrupted: nothing more was saved\n"
 
 
 def test_an_error_comes_out_in_chinese(chinese, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +17,14 @@ import psutil
 import pytest
 import torch
 from pipeline import PATIENCE, at_free_port, document_rows, short_run, wait_until, write_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import minimind.training.signals as signals
+from minimind.training import resume, saving
 from minimind.training.report import ReportCallback
-from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, InterruptCallback
+from minimind.training.resume import ResumableTrainer
+from minimind.training.saving import SaveCallback
+from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, NOT_SAVED, InterruptCallback
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -57,22 +61,23 @@ class Tell(TrainerCallback):
 
 
 def train(model, output_dir, *callbacks, resume=None, **options):
-    """Four steps of the stock Trainer on 8 rows; returns it."""
+    """Four steps on 8 rows; returns the trainer."""
     rows = [{"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i + 3]} for i in range(8)]
     arguments = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | options
     arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1} | arguments
     args = TrainingArguments(str(output_dir), dataloader_pin_memory=False, **arguments)
-    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer = ResumableTrainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer.add_callback(SaveCallback(trainer, Path(output_dir)))
     for callback in (*callbacks, InterruptCallback(trainer)):
         trainer.add_callback(callback)
     trainer.train(resume)
     return trainer
 
 
-def interrupted(*args, **options):
+def interrupted(*args, code=INTERRUPTED, **options):
     with pytest.raises(SystemExit) as stop:
         train(*args, **options)
-    assert stop.value.code == INTERRUPTED
+    assert stop.value.code == code
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
@@ -152,6 +157,57 @@ def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(gre
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, "there is no other, the same command begins anew"),
+        ({"save_strategy": "steps", "save_steps": 1}, "the same command goes on from {}/checkpoint-1"),
+    ],
+)
+def test_a_signal_on_a_full_disk_says_that_nothing_was_saved_and_what_is_left(
+    options, left, model, tmp_path, monkeypatch, capsys
+):
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+
+    interrupted(model, tmp_path, Fill(), Tell(2, signal.SIGTERM), code=NOT_SAVED, **options)
+    said = capsys.readouterr()
+    assert f"{tmp_path}/checkpoint-2 could not be written: {left.format(tmp_path)}. Exit code 74." in said.out
+    assert "is complete" not in said.out
+    assert "training goes on" not in said.err
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_checkpoint_is_called_complete_only_after_a_look_at_it(model, tmp_path, monkeypatch, capsys):
+    def without_manifest(checkpoint, **facts):
+        assert checkpoint.is_dir()
+
+    monkeypatch.setattr(resume, "write_manifest", without_manifest)
+    interrupted(model, tmp_path, Tell(2, signal.SIGTERM), code=NOT_SAVED)
+    assert "is complete" not in capsys.readouterr().out
+
+
+def test_an_interrupted_run_that_keeps_weights_alone_can_go_on(model, tmp_path):
+    interrupted(model, tmp_path, Tell(2, signal.SIGTERM), save_only_model=True)
+    assert resume.problem_of(tmp_path / "checkpoint-2") is None
+
+
+def test_a_signal_at_a_step_that_is_not_finite_waits_for_one_that_is(model, tmp_path):
+    class Streak(TrainerCallback):
+        step = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.step = state.global_step
+
+        def in_streak(self):
+            return self.step == 2
+
+    interrupted(model, tmp_path, Streak(), Tell(2, signal.SIGTERM))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
 def test_a_signal_that_was_ignored_before_the_run_stays_ignored(model, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what `nohup` does
     assert train(model, tmp_path, Tell(2, signal.SIGHUP)).state.global_step == 4
@@ -198,6 +254,21 @@ def test_output_whose_reader_is_gone_is_dropped_and_not_an_error():
         os.dup2(before, 1)
         for number in (before, writing):
             os.close(number)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise UserError('wrong')", 2)])
+def test_a_full_disk_behind_the_output_neither_ends_a_run_nor_changes_its_exit_code(end, code):
+    program = f"""
+from minimind.errors import UserError, reports_user_errors
+@reports_user_errors
+def main():
+    print("a line of the log" * 1000, flush=True)
+    {end}
+main()
+"""
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full).returncode == code
 
 
 # --- with a launcher -----------------------------------------------------------------------------------------------

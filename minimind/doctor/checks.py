@@ -26,9 +26,9 @@ from minimind.data.inspection import Inspection, data_paths, inspect_chats, insp
 from minimind.data.inspection.tokens import Texts
 from minimind.errors import UserError
 from minimind.planning.recipes import STAGES
-from minimind.training.guards import checkpoint_bytes
 from minimind.training.launch import bf16_is_fast
 from minimind.training.resume import flat
+from minimind.training.saving import checkpoint_bytes
 from minimind.training.tracking import offline_reason
 
 SEVERITIES = ("error", "warning", "ok", "skipped")

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from minimind.errors import UserError, reason
 from minimind.language import say
 from minimind.training.launch import is_main_process
+from minimind.training.saving import REMEDY, disk_fault, not_written, reports_disk_errors
 
 # What DeepSpeed's converter knows: weights, first and second moment.
 CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -164,7 +165,8 @@ def prepare_checkpoint(trainer: Trainer) -> None:
         return
     converted = Path(args.output_dir) / f".universal-{checkpoint.name}"
     if is_main_process():
-        _convert(checkpoint, converted)
+        with reports_disk_errors(checkpoint.parent):
+            _convert(checkpoint, converted)
     if dist.is_initialized():
         dist.barrier()
     trainer.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
@@ -204,7 +206,10 @@ def _convert(checkpoint: Path, target: Path) -> None:
         text=True,
     )
     if done.returncode:
+        fault = disk_fault(partial)
         shutil.rmtree(partial, ignore_errors=True)
+        if fault:
+            raise UserError(f"{not_written(target, fault)}. {REMEDY}, then run the same command again.")
         said = done.stderr.strip()
         words = (reason(RuntimeError(said)).splitlines() or ["it said nothing"])[-1]
         raise UserError(

@@ -1,21 +1,15 @@
-"""What keeps a run alive, or ends it with one message: steps that are not finite, full disks, lost trackers.
+"""What keeps a run alive, or ends it with one message: steps that are not finite, lost trackers, memory that grows.
 
 A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state. It counts as a
 step all the same, so that the schedule of the learning rate ends where it was planned to. After several in a row the
 run stops, and leaves the batch and the weights it met for `minimind replay`.
 """
 
-import errno
 import json
 import math
 import os
-import shutil
-import sys
-import tempfile
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -29,23 +23,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
-from minimind.errors import UserError
-from minimind.language import say
+from minimind.errors import UserError, decoration
 from minimind.records import write_json
-from minimind.training.launch import is_main_process
+from minimind.training.launch import is_main_process, notice
+from minimind.training.resume import doubt
+from minimind.training.saving import SaveCallback, Writing, numel
 
 WINDOW, ENOUGH = 64, 16  # steps that a loss is compared with, at most and at least
 SPIKE = 6.0  # robust z-score: with normally distributed losses one step in a thousand million
 KEPT_BATCHES = 3  # of the streaks of a run; more would tell nothing new
 SAMPLES, GROWTH, GROWN_BYTES = 30, 0.1, 200e6  # memory: logs looked back at, share and bytes that are worth a notice
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
-
-
-def notice(text: str) -> None:
-    """One line about the run, said once for all processes."""
-    if is_main_process():
-        say(f"notice: {text}", file=sys.stderr)
 
 
 @dataclass
@@ -66,8 +54,9 @@ class GuardCallback(TrainerCallback):
     `found_inf`, as they do from a gradient scaler; others are asked to wait for the flag. The host reads the flag one
     step late, when the next step is already under way.
 
-    Of several processes all decide alike without a message of their own: a loss that is not finite is multiplied into
-    the gradient, which is summed over the processes anyway, so that the norm of the sum is not finite on any of them.
+    Of several processes all decide alike without a message of their own: a loss that is not finite makes the gradient
+    of one parameter so, also where its own gradient is 0 (the mean over no token, say). Gradients are summed over the
+    processes anyway, so that the norm of the sum is not finite on any of them.
 
     DeepSpeed steps inside its backward pass. ZeRO 1, 2 and 3 look at the gradients there, and skip, by themselves;
     this callback counts, and moves the schedule on, which DeepSpeed leaves standing.
@@ -86,13 +75,13 @@ class GuardCallback(TrainerCallback):
         self.streak = self.skipped = self.skipped_since_log = self.steps_since_log = self.saved = 0
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.spike = 0.0
-        self.bad = self.norm = self.loss_before = None
+        self.bad = self.norm = self.loss_before = self.loss_is_bad = None
         trainer.compute_loss = self._poisoned(trainer.compute_loss)
         trainer._get_grad_norm = self._judged(trainer._get_grad_norm)
         trainer.log = self._counted(trainer.log)
 
     def _poisoned(self, compute_loss):
-        """The trainer's loss; where it is not finite, its gradient is not finite either, on no process."""
+        """The trainer's loss; where it is not finite, `_poison` sees to it that the gradient is not either."""
 
         @wraps(compute_loss)
         def wrapped(model, inputs, *args, **kwargs):
@@ -101,10 +90,13 @@ class GuardCallback(TrainerCallback):
             self.batches.append({**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")})
             result = compute_loss(model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
-            loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-            return (loss, *result[1:]) if isinstance(result, tuple) else loss
+            self.loss_is_bad = ~torch.isfinite(loss.detach())
+            return result
 
         return wrapped
+
+    def _poison(self, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.loss_is_bad, torch.nan, gradient)
 
     def _judged(self, get_grad_norm):
         """The trainer's gradient norm, which tells whether the step that follows is skipped."""
@@ -134,6 +126,7 @@ class GuardCallback(TrainerCallback):
         self.deepspeed = trainer.is_deepspeed_enabled
         self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self.fused = not self.deepspeed and bool(self.optimizer.defaults.get("fused"))
+        always_used(trainer.model).register_hook(self._poison)
         if not (self.fused or self.deepspeed or self.fp16):
             step = self.optimizer.step
 
@@ -166,6 +159,11 @@ class GuardCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._read(0)
+
+    def in_streak(self) -> bool:
+        """Whether the last step was bad; waits for the device."""
+        self._read(0)
+        return self.streak > 0
 
     def state_dict(self) -> dict:
         """What a run that goes on from a checkpoint has to know, to log what it would have."""
@@ -213,14 +211,18 @@ class GuardCallback(TrainerCallback):
         if last or (self.streak == 1 and self.saved < KEPT_BATCHES):
             save_batch(self.trainer, directory, step, loss, norm, with_weights=last)
             self.saved += 1
-            found = f"{found}; the batch is kept in {directory}"
+            is_kept = (directory / "batch.json").is_file()
+            found = f"{found}; the batch is kept in {directory}" if is_kept else f"{found}; the batch is not kept"
         if not last:
             notice(f"{found}; step skipped ({self.streak} in a row, the run stops at {self.limit})")
             return
+        if is_main_process():
+            doubt(self.output_dir / f"checkpoint-{step.number - self.streak}", self.streak)
+        see = f" See which rows and which layer do it: minimind replay {directory}." if is_kept else ""
         raise UserError(
             f"{found}. Stopped, since {self.streak} steps in a row had no finite loss and gradient (all were skipped; "
-            f"--max_nonfinite_steps). See which rows and which layer do it: minimind replay {directory}. If it is the "
-            "learning rate rather than the data: lower it, and go on from the last checkpoint."
+            f"--max_nonfinite_steps).{see} If it is the learning rate rather than the data: lower it, and go on from "
+            "the last checkpoint."
         )
 
     def _watch(self, step: int, loss: float) -> None:
@@ -262,173 +264,50 @@ class GuardCallback(TrainerCallback):
         return wrapped
 
 
+def always_used(model: torch.nn.Module) -> torch.Tensor:
+    """The smallest parameter that is trained and no expert's: one that has a gradient in every step."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return min(([p for name, p in trained if ".experts." not in name] or [p for _, p in trained]), key=numel)
+
+
 def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm: float, with_weights: bool) -> None:
     """Keep the micro-batches of a step, one file per process, and perhaps the weights; every process calls it.
 
-    batch.json (written last)  rank-0.safetensors ...  model/ (a stage directory)
+    batch.json (written last, where all else was)  rank-0.safetensors ...  model/ (a stage directory)
     """
     from minimind.training.stages import save_model
 
     args = trainer.args
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{number}/{name}": value.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
         for number, batch in enumerate(step.batches)
         for name, value in batch.items()
         if isinstance(value, torch.Tensor)
     }
-    partial = directory / f".rank-{args.process_index}.partial"
-    save_file(tensors, partial)
-    partial.replace(directory / f"rank-{args.process_index}.safetensors")
-    if with_weights:
-        save_model(trainer, directory / "model")
-        if is_main_process():
-            trainer.processing_class.save_pretrained(directory / "model")
-    trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
-    if is_main_process():
-        record = {
-            "step": step.number,
-            "loss": repr(loss),  # JSON has no nan
-            "grad_norm": repr(norm),
-            "micro_batches": len(step.batches),
-            "processes": args.world_size,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-            "weights": "model" if with_weights else None,
-        }
-        write_json(directory / "batch.json", record)
-
-
-# Disks.
-
-
-def is_disk_error(error: BaseException) -> bool:
-    """Whether an error says that a file could not be written: the disk is full, read-only or broken.
-
-    safetensors and torch wrap the system's error in their own.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            return True
-        text = str(error).lower()
-        said = ("no space left", "disk quota", "read-only file system", "input/output error", "i/o error")
-        if any(words in text for words in said) or "file write failed" in text or "pytorchstreamwriter" in text:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _words(error: BaseException) -> str:
-    """The first line of an error, without what libraries put before the system's words."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rpartition("error: ")[2]
-
-
-@contextmanager
-def reports_disk_errors(path: Path) -> Iterator[None]:
-    """What is written below `path` inside this block succeeds, or ends in one UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not is_disk_error(error):
-            raise
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
-        raise UserError(
-            f"{path} could not be written: {_words(error)} ({free / 1e6:,.0f} MB free). What was whole "
-            "before is still so. Make room, then run the same command again: it goes on from the last checkpoint."
-        ) from error
-
-
-def check_writable(directory: Path) -> None:
-    """Make the directory, and raise UserError where a file in it cannot be written."""
-    try:
+    writing = Writing(directory, 0)
+    with writing.part():
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable-") as file:
-            file.write(b"0")
-            file.flush()
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {directory} cannot be written: {error.strerror or error}. Give a directory on a disk with "
-            "room, that is yours to write."
-        ) from error
-
-
-def directory_bytes(path: Path) -> int:
-    """The size of all files below a directory."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def checkpoint_bytes(model: torch.nn.Module, deepspeed: bool) -> int:
-    """About how much a checkpoint takes: weights as they are, two fp32 moments of AdamW for what is trained, and under
-    DeepSpeed its fp32 master weights."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = [p for p in model.parameters() if p.requires_grad or trained == 0]
-    if trained * 2 > sum(p.numel() for p in model.parameters()):  # no adapter: the whole model is written
-        saved = list(model.parameters())
-    return sum(p.numel() * p.element_size() for p in saved) + trained * (12 if deepspeed else 8)
-
-
-class DiskCallback(TrainerCallback):
-    """A checkpoint that finds no room is left out, and training goes on.
-
-    The room is looked at before anything is written, by the main process for all. Where the disk fills up while a
-    checkpoint is being written, what there is of it is removed; a run of one process goes on, one of several ends with
-    one message, since the others wait for the one that failed.
-    """
-
-    def __init__(self, trainer: Trainer, output_dir: Path):
-        self.trainer, self.output_dir = trainer, output_dir
-        self.needed = None
-        trainer._save_checkpoint = self._guarded(trainer._save_checkpoint)
-        trainer.callback_handler.on_save = self._unless_left_out(trainer.callback_handler.on_save)
-        self.left_out = False
-
-    def _guarded(self, save_checkpoint):
-        @wraps(save_checkpoint)
-        def wrapped(model, trial):
-            state = self.trainer.state
-            target = self.output_dir / f"checkpoint-{state.global_step}"
-            if self.needed is None:
-                self.needed = checkpoint_bytes(self.trainer.model, self.trainer.is_deepspeed_enabled)
-            free = shutil.disk_usage(self.output_dir).free
-            self.left_out = self._agreed(free < self.needed)
-            if self.left_out:
-                notice(
-                    f"step {state.global_step}: no checkpoint, it needs about {self.needed / 1e6:,.0f} MB and "
-                    f"{self.output_dir} has {free / 1e6:,.0f} MB free; training goes on. Make room, or lower "
-                    "--save_total_limit."
-                )
-                return
-            try:
-                with reports_disk_errors(target):
-                    save_checkpoint(model, trial)
-            except UserError as error:
-                shutil.rmtree(target, ignore_errors=True)
-                if self.trainer.args.world_size > 1:
-                    raise
-                self.left_out = True
-                notice(f"step {state.global_step}: no checkpoint, training goes on. {error}")
-                return
-            if target.is_dir():
-                self.needed = directory_bytes(target)
-
-        return wrapped
-
-    def _unless_left_out(self, on_save):
-        @wraps(on_save)
-        def wrapped(args, state, control):
-            if self.left_out:
-                control.should_save = False
-                return control
-            return on_save(args, state, control)
-
-        return wrapped
-
-    def _agreed(self, value: bool) -> bool:
-        """The main process' value, on all."""
-        if self.trainer.args.world_size == 1:
-            return value
-        flag = torch.tensor(float(value), device=self.trainer.args.device)
-        torch.distributed.broadcast(flag, src=0)
-        return bool(flag)
+        partial = directory / f".rank-{args.process_index}.partial"
+        save_file(tensors, partial)
+        partial.replace(directory / f"rank-{args.process_index}.safetensors")
+    if with_weights:
+        with writing.part():
+            save_model(trainer, directory / "model")
+            if is_main_process():
+                trainer.processing_class.save_pretrained(directory / "model")
+    with decoration("keeping a batch"):
+        writing.check()  # waits for all: a launcher ends all processes as soon as one has ended
+        if is_main_process():
+            record = {
+                "step": step.number,
+                "loss": repr(loss),  # JSON has no nan
+                "grad_norm": repr(norm),
+                "micro_batches": len(step.batches),
+                "processes": args.world_size,
+                "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+                "weights": "model" if with_weights else None,
+            }
+            write_json(directory / "batch.json", record)
 
 
 # Trackers.
@@ -445,6 +324,11 @@ def shield_trackers(handler: CallbackHandler, *others: type) -> None:
             _shield(callback, Exception, "training goes on without it")
         elif isinstance(callback, others):
             _shield(callback, OSError, "training goes on")
+
+
+def _words(error: BaseException) -> str:
+    """The first line of an error, without what libraries put before the system's words."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rpartition("error: ")[2]
 
 
 def _shield(callback: TrainerCallback, caught: type[Exception], consequence: str) -> None:
@@ -520,7 +404,8 @@ def install_guards(trainer: Trainer, output_dir: Path, progress: type[TrainerCal
     limit = trainer.args.max_nonfinite_steps
     if limit:
         trainer.add_callback(GuardCallback(trainer, output_dir, limit))
-    trainer.add_callback(DiskCallback(trainer, output_dir))
+    # First: what it makes up for may fall on the end of an epoch, where `ResumeCallback` puts it off.
+    trainer.callback_handler.callbacks.insert(0, SaveCallback(trainer, output_dir))
     trainer.add_callback(MemoryCallback())
     shield_trackers(trainer.callback_handler, progress)
 

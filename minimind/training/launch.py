@@ -6,6 +6,7 @@ would then look for MPI.
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -106,6 +107,12 @@ def refuse_code_in_pickles() -> None:
 def is_main_process() -> bool:
     """Whether this process speaks and writes for all; true before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def notice(text: str) -> None:
+    """One line about the run, said once for all processes."""
+    if is_main_process():
+        say(f"notice: {text}", file=sys.stderr)
 
 
 def _announce_compilation() -> None:

@@ -7,6 +7,9 @@ checkpoint, to the same bits.
         run_state_R.pth    of process R: what the library keeps in memory alone
         train_log.jsonl    the log up to here, so that no line of it is lost or stands there twice
         manifest.json      sizes and hashes of all these; written last, so that what has none is not whole
+
+All of it is on the disk, not only in the system's memory, before the manifest is: a power loss leaves a whole
+checkpoint or one that is known not to be.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
+from accelerate.utils import gather_object
+from safetensors import safe_open
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -29,9 +35,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimind.checkpoints import library_versions, weights_hash
-from minimind.errors import UserError, reason
+from minimind.errors import UserError, decoration, reason
 from minimind.language import say
-from minimind.records import write_json
+from minimind.records import sync_directory, write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.output_directory import (
     INCOMPLETE,
@@ -41,6 +47,7 @@ from minimind.training.output_directory import (
     checkpoints,
     delete_checkpoint,
 )
+from minimind.training.saving import Writing, checkpoint_bytes, reports_disk_errors, sync_file
 
 # Arguments that may change: where a run is written and what it says, and how data reaches it, not what it computes.
 # fmt: off
@@ -75,13 +82,17 @@ WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_step
 
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at once."""
-    files = {
-        str(file.relative_to(checkpoint)): {"size": file.stat().st_size, "xxh3_128": file_hash(file)}
-        for file in sorted(checkpoint.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
+    """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at once, after all that
+    it lists is on the disk."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_dir():
+            sync_directory(path)
+        elif path.name != MANIFEST:
+            sync_file(path)
+            files[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, "xxh3_128": file_hash(path)}
     write_json(checkpoint / MANIFEST, {**facts, "files": files})
+    sync_directory(checkpoint.parent)
 
 
 def file_hash(file: Path) -> str:
@@ -103,7 +114,8 @@ def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
     try:
-        files = read_manifest(checkpoint)["files"]
+        manifest = read_manifest(checkpoint)
+        files = manifest["files"]
     except FileNotFoundError:
         return f"it was never finished: there is no {MANIFEST}, which is written last"
     except (ValueError, KeyError, OSError) as error:
@@ -120,17 +132,67 @@ def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
         for name, expected in files.items():
             if file_hash(checkpoint / name) != expected["xxh3_128"]:
                 return f"{name} is corrupted: its hash is not the one it was written with"
+        if not manifest.get("finite") and (name := _not_finite(checkpoint)):
+            return f"{name} holds weights that are not finite"
     return None
 
 
+def _not_finite(checkpoint: Path) -> str | None:
+    """The first file with weights that are not finite; for checkpoints whose manifest does not say that all are."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not largest(tensor).isfinite():
+                    return f"{file.name}, {name},"
+    return None
+
+
+def largest(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value, NaN where there is one, in no memory of its own."""
+    return torch.linalg.vector_norm(tensor.detach(), float("inf")) if tensor.numel() else tensor.new_zeros(())
+
+
+def doubt(checkpoint: Path, steps: int) -> None:
+    """Note in a checkpoint, if there is one, that so many steps from it were not finite, and none was."""
+    if (checkpoint / MANIFEST).is_file():
+        with decoration("a note in a checkpoint"):
+            write_json(checkpoint / MANIFEST, {**read_manifest(checkpoint), "bad_steps": steps})
+
+
+def doubted(checkpoint: Path) -> str | None:
+    """Why a run should not go on from a whole checkpoint unless it is told to."""
+    steps = read_manifest(checkpoint).get("bad_steps")
+    return steps and f"the run stopped after it, the {steps} steps that followed were not finite"
+
+
+def last_good(output_dir: Path) -> Path | None:
+    """The checkpoint that the same command would go on from, by the sizes of its files alone."""
+    good = (path for path in checkpoints(output_dir) if not (problem_of(path, hashes=False) or doubted(path)))
+    return next(good, None)
+
+
 def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that a run can go on from, and one line for each newer one about what is wrong with it."""
-    problems = []
+    """The newest checkpoint that a run can go on from, and one line for each newer one about what is wrong with it.
+
+    Raises:
+        UserError: only such are left as no step from them was finite.
+    """
+    problems, suspect = [], None
     for checkpoint in checkpoints(output_dir):
         problem = problem_of(checkpoint)
         if problem is None:
-            return checkpoint, problems
+            problem = doubted(checkpoint)
+            if problem is None:
+                return checkpoint, problems
+            suspect = suspect or f"{checkpoint}: {problem}"
         problems.append(f"skipped {checkpoint}: {problem}")
+    if suspect:
+        raise UserError(
+            f"{suspect}. There is no checkpoint before it. To go on from it anyway, with another --learning_rate say, "
+            "give it to --resume_from_checkpoint; to begin anew, give --overwrite_output_dir true and "
+            "--resume_from_checkpoint false."
+        )
     return None, problems
 
 
@@ -262,31 +324,93 @@ class ResumableTrainer(Trainer):
             ) from error
 
     def _save_checkpoint(self, model, trial):
+        """Raises NotWrittenError, on all processes, where the disk of one does not take its part."""
         step = self.state.global_step
         checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if self.last_saved == step:
             return  # asked for twice, as by --save_steps and a signal
+        self.check_weights()
+        self.writing = writing = Writing(checkpoint, checkpoint_bytes(self.model, self.is_deepspeed_enabled))
         if self.args.should_save:
-            delete_checkpoint(checkpoint)  # a broken one, or of a run that was given up
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            write_json(checkpoint / RECIPE, self.stage.recipe if self.stage else {})  # first: by it it is ours
+            with writing.part():
+                delete_checkpoint(checkpoint)  # a broken one, or of a run that was given up
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                write_json(checkpoint / RECIPE, self.stage.recipe if self.stage else {})  # by it it is ours
         barrier()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            # Of several processes the others may wait inside for one that left with an error of another kind.
+            with writing.part(Exception if self.args.world_size == 1 else OSError):
+                super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
-        torch.save(self._run_state(), checkpoint / f"run_state_{self.args.process_index}.pth")
+            self.args.save_total_limit, self.writing = limit, None
+        with writing.part():
+            torch.save(self._run_state(), checkpoint / f"run_state_{self.args.process_index}.pth")
         if self.args.should_save:
-            for log in (Path(self.args.output_dir) / name for name in RUN_LOGS):
-                if log.exists():
-                    shutil.copy(log, checkpoint)
-        barrier()
+            with writing.part():
+                for log in (Path(self.args.output_dir) / name for name in RUN_LOGS):
+                    if log.exists():
+                        shutil.copy(log, checkpoint)
+        writing.check()
         if self.args.should_save:
-            write_manifest(checkpoint, step=step, processes=self.args.world_size)
-            best = self.state.best_model_checkpoint
-            rotate(checkpoint.parent, limit, [checkpoint, *([Path(best)] if best else [])])
+            with writing.part():
+                write_manifest(checkpoint, step=step, processes=self.args.world_size, finite=True)
+        writing.check()
         self.last_saved = step
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            with decoration("deleting older checkpoints"):
+                rotate(checkpoint.parent, limit, [checkpoint, *([Path(best)] if best else [])])
+
+    writing: Writing | None = None  # while a checkpoint is written
+
+    def _part(self):
+        return self.writing.part() if self.writing else nullcontext()
+
+    def _save(self, *args, **kwargs):
+        with self._part():
+            super()._save(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        with self._part():
+            super()._save_rng_state(output_dir)
+
+    def _save_scaler(self, output_dir):
+        with self._part():
+            super()._save_scaler(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not (self.writing and self.is_deepspeed_enabled):
+            with self._part():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        engine = self.model_wrapped
+        files, script = self.writing.parts(engine.checkpoint_engine, "save", "makedirs"), "_copy_recovery_script"
+        with files, self.writing.parts(engine, script):
+            try:
+                super()._save_optimizer_and_scheduler(output_dir)
+            except OSError as error:  # of the file "latest", before whose barrier the others wait
+                self.writing.keep(error)
+                barrier()
+
+    def check_weights(self) -> None:
+        """Raises UserError, on all processes, where a weight of any is not finite: nobody should go on from it."""
+        weights = self.accelerator.unwrap_model(self.model).state_dict(keep_vars=True)
+        weights = {name: getattr(value, "ds_tensor", value) for name, value in weights.items()}
+        weights = {name: value for name, value in weights.items() if value.is_floating_point()}
+        values = torch.stack([largest(value).float().to(self.args.device) for value in weights.values()])
+        finite = values.isfinite().tolist()
+        names = gather_object([name for name, is_finite in zip(weights, finite, strict=True) if not is_finite])
+        if not names:
+            return
+        rest = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        good = last_good(Path(self.args.output_dir))
+        left = f"The same command goes on from {good}." if good else "There is no checkpoint from before."
+        raise UserError(
+            f"after step {self.state.global_step:,} the weights are not finite: {names[0]}{rest}. They are not saved "
+            f"and the run ends, since no step could make them finite again. {left} Lower --learning_rate, and leave "
+            "--max_nonfinite_steps above 0, which skips steps that are not finite."
+        )
 
     def create_model_card(self, *args, **kwargs):
         """TRL's form with empty fields only where it goes to the hub: a user's README.md stays."""
@@ -349,7 +473,8 @@ class ResumableTrainer(Trainer):
         if self.stage:
             self.stage.started -= state["wall_seconds"]
         if self.args.should_save:
-            restore_logs(checkpoint, Path(self.args.output_dir))
+            with reports_disk_errors(Path(self.args.output_dir)):
+                restore_logs(checkpoint, Path(self.args.output_dir))
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)

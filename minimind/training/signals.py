@@ -18,15 +18,20 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minimind.language import say, translated
 from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
+from minimind.training.resume import last_good, problem_of
+from minimind.training.saving import in_streak
 
 # sysexits.h: EX_TEMPFAIL, "the user is invited to try again later". Slurm scripts and the tests go by it.
 INTERRUPTED = 75
+# sysexits.h: EX_IOERR. Not the number that puts a job back into a queue: the disk would be as full as before.
+NOT_SAVED = 74
 # What a shell shows for a process that SIGINT ended.
 LEFT_AT_ONCE = 130
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -43,12 +48,15 @@ class InterruptCallback(TrainerCallback):
     """On SIGTERM, SIGINT, SIGUSR1, SIGHUP, or when the launcher is gone: a checkpoint at the end of the step, exit 75.
 
     All processes agree on the step by an all-reduced maximum, one element per step, so one told process is enough.
-    A second Ctrl-C leaves at once, without a checkpoint, with exit code 130.
+    A second Ctrl-C leaves at once, without a checkpoint, with exit code 130. Where the checkpoint could not be written
+    the exit code is 74.
+
+    At a step that is not finite nothing is saved (see guards.py): it waits for one that is, or for the guard's end.
 
     It leaves from the Trainer's `on_save`, when the checkpoint is whole; to be added after callbacks that look at it.
 
     Raises:
-        SystemExit: with code 75, from `Trainer.train`, on all processes.
+        SystemExit: with code 75 or 74, from `Trainer.train`, on all processes.
     """
 
     def __init__(self, trainer: Trainer):
@@ -109,6 +117,9 @@ class InterruptCallback(TrainerCallback):
             if not self.agreed:
                 return
             keep_output_writable()
+            args.save_only_model = False  # from weights alone the run could not go on
+        if in_streak(self.trainer) and state.global_step < state.max_steps:
+            return
         control.should_save = True
         if state.global_step >= state.max_steps:
             # Nothing is left to train: only keep the weights, should the evaluation that follows not end in time.
@@ -119,6 +130,8 @@ class InterruptCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.agreed and control.should_training_stop:
             self._leave(args, state, control)
+
+    on_left_out = on_save
 
     def _agree(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):
@@ -142,14 +155,27 @@ class InterruptCallback(TrainerCallback):
             dist.barrier()
         for number in SIGNALS:  # ... nor takes the launcher's SIGTERM for another exit code.
             signal.signal(number, signal.SIG_IGN)
-        if is_main_process():
-            why = "its launcher is gone" if self.agreed == LAUNCHER_GONE else signal.Signals(self.agreed).name
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (code,) = broadcast_object_list([self._say_what_is_saved(args, state) if is_main_process() else None])
+        sys.exit(code)
+
+    def _say_what_is_saved(self, args, state) -> int:
+        """Look at the directory before saying so; returns the exit code."""
+        why = "its launcher is gone" if self.agreed == LAUNCHER_GONE else signal.Signals(self.agreed).name
+        step, steps = f"{state.global_step:,}", f"{state.max_steps:,}"
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if problem_of(checkpoint, hashes=False) is None:
             say(
-                f"interrupted ({why}) after step {state.global_step:,} of {state.max_steps:,}: {checkpoint} is "
-                f"complete. Run the same command again to go on. Exit code {INTERRUPTED}."
+                f"interrupted ({why}) after step {step} of {steps}: {checkpoint} is complete. Run the same command "
+                f"again to go on. Exit code {INTERRUPTED}."
             )
-        sys.exit(INTERRUPTED)
+            return INTERRUPTED
+        last = last_good(Path(args.output_dir))
+        left = f"the same command goes on from {last}" if last else "there is no other, the same command begins anew"
+        say(
+            f"interrupted ({why}) after step {step} of {steps}, but {checkpoint} could not be written: {left}. Exit "
+            f"code {NOT_SAVED}."
+        )
+        return NOT_SAVED
 
 
 def find_launchers() -> list[psutil.Process]:

@@ -58,7 +58,7 @@ from minimind.training.callbacks import (
     RouterLoadCallback,
 )
 from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
-from minimind.training.guards import install_guards, reports_disk_errors
+from minimind.training.guards import install_guards
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process, leave_process_group
 from minimind.training.output_directory import unlock_directory
@@ -66,6 +66,7 @@ from minimind.training.plots import plot_loss
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
 from minimind.training.resume import ResumeCallback, recipe_of
 from minimind.training.samples import SampleCallback, read_prompts
+from minimind.training.saving import reports_disk_errors, sync_file, weights_bytes
 from minimind.training.signals import InterruptCallback
 from minimind.training.starting import begin
 
@@ -292,8 +293,13 @@ class Stage:
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
-        with reports_disk_errors(self.output_dir):
-            self._write(trainer, tokenizer, metrics, report)
+        trainer.check_weights()
+        try:
+            with reports_disk_errors(self.output_dir, weights_bytes(trainer.model)):
+                self._write(trainer, tokenizer, metrics, report)
+        except UserError:
+            shutil.rmtree(self.output_dir / ".partial", ignore_errors=True)
+            raise
         unlock_directory()
         leave_process_group(trainer)
 
@@ -327,6 +333,8 @@ class Stage:
             "token_loss": distribution,
             "seconds": round(time.time() - self.started, 1),
         }
+        for file in partial.iterdir():
+            sync_file(file)
         (self.output_dir / "stage.json").unlink(missing_ok=True)
         for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
             (self.output_dir / stale).unlink(missing_ok=True)

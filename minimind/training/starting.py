@@ -15,7 +15,6 @@ from minimind.errors import UserError
 from minimind.language import say
 from minimind.records import read_json, write_json
 from minimind.training.elastic import check_world_size
-from minimind.training.guards import check_writable
 from minimind.training.launch import is_main_process
 from minimind.training.output_directory import (
     RECIPE,
@@ -41,6 +40,7 @@ from minimind.training.resume import (
     problem_of,
     read_manifest,
 )
+from minimind.training.saving import check_writable
 
 
 def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
