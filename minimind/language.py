@@ -79,5 +79,11 @@ def printable(text: str) -> str:
 
 
 def say(text: str, **options) -> None:
-    """Print a text for a person, at once; `options` are those of `print`."""
-    print(printable(translated(text)), **{"flush": True, **options})
+    """Print a text for a person, at once; `options` are those of `print`.
+
+    Words that nobody can take, since the log's disk is full or its reader gone, end nothing.
+    """
+    try:
+        print(printable(translated(text)), **{"flush": True, **options})
+    except (OSError, ValueError):  # the latter of a stream that is closed
+        return

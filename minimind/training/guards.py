@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
-from minimind.errors import UserError
+from minimind.errors import UserError, decoration
 from minimind.language import say
 from minimind.records import write_json
 from minimind.training.launch import is_main_process
@@ -431,23 +431,19 @@ class DiskCallback(TrainerCallback):
         return bool(flag)
 
 
-# Trackers.
+# What only tells about a run.
 
 
-def shield_trackers(handler: CallbackHandler, *others: type) -> None:
-    """Let no tracker end a run: the first error of one is said, and it is asked no more.
-
-    `others`: further callbacks whose errors with disks are not worth a run.
-    """
+def shield(handler: CallbackHandler, *decorations: type) -> None:
+    """Let no tracker and none of these `decorations` end a run: the first error of one is said. A tracker is asked no
+    more then; ours go on, since a disk may have room again."""
     trackers = tuple(INTEGRATION_TO_CALLBACK.values())
     for callback in handler.callbacks:
-        if isinstance(callback, trackers):
-            _shield(callback, Exception, "training goes on without it")
-        elif isinstance(callback, others):
-            _shield(callback, OSError, "training goes on")
+        if isinstance(callback, (*trackers, *decorations)):
+            _shield(callback, once=isinstance(callback, trackers))
 
 
-def _shield(callback: TrainerCallback, caught: type[Exception], consequence: str) -> None:
+def _shield(callback: TrainerCallback, once: bool) -> None:
     name = type(callback).__name__.removesuffix("Callback").lower()
     failed = False
 
@@ -455,15 +451,14 @@ def _shield(callback: TrainerCallback, caught: type[Exception], consequence: str
         @wraps(event)
         def wrapped(args, state, control, **kwargs):
             nonlocal failed
-            if failed and caught is Exception:
-                return None
-            try:
-                return event(args, state, control, **kwargs)
-            except caught as error:
-                if not failed:
-                    notice(f"{name} failed at step {state.global_step}: {_words(error)}; {consequence}")
-                failed = True
-                return None
+            if once and failed:
+                return
+            with decoration(name):
+                try:
+                    event(args, state, control, **kwargs)
+                except Exception:
+                    failed = True
+                    raise
 
         return wrapped
 
@@ -515,14 +510,14 @@ def growth(samples) -> float:
     return grown if steady and grown > max(GROWTH * first, GROWN_BYTES) else 0.0
 
 
-def install_guards(trainer: Trainer, output_dir: Path, progress: type[TrainerCallback]) -> None:
-    """Put all guards around a trainer that is about to train; `progress` is the callback that writes the run's log."""
+def install_guards(trainer: Trainer, output_dir: Path, *decorations: type) -> None:
+    """Put all guards around a trainer that is about to train; `decorations` are callbacks that must not end it."""
     limit = trainer.args.max_nonfinite_steps
     if limit:
         trainer.add_callback(GuardCallback(trainer, output_dir, limit))
     trainer.add_callback(DiskCallback(trainer, output_dir))
     trainer.add_callback(MemoryCallback())
-    shield_trackers(trainer.callback_handler, progress)
+    shield(trainer.callback_handler, MemoryCallback, *decorations)
 
 
 def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:

@@ -11,8 +11,10 @@ checkpoint, to the same bits.
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,14 +27,15 @@ import xxhash
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from minimind.checkpoints import library_versions, weights_hash
-from minimind.errors import UserError
+from minimind.errors import UserError, decoration
 from minimind.language import say
-from minimind.records import write_json
+from minimind.records import read_json, write_bytes, write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.elastic import check_world_size
 from minimind.training.guards import check_writable
@@ -67,6 +70,10 @@ INFORMATION = ("libraries", "device", "threads")  # may change the last bits; sa
 WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 # What may lie in an output directory before a run begins: the shell's and the batch system's logs.
 LOGS = (".log", ".out", ".err")
+# What a run writes line by line, and a resumed one cuts back to its checkpoint.
+RUN_LOGS = ("train_log.jsonl", "samples.jsonl")
+# It looks for the best checkpoint where the run was before it was moved; `take_up` knows better.
+logging.getLogger("transformers.trainer").addFilter(lambda said: not said.msg.startswith("The best checkpoint"))
 
 
 # Checkpoints: whole or not
@@ -96,8 +103,9 @@ def read_manifest(checkpoint: Path) -> dict:
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
-def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
-    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of it."""
+def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = False) -> str | None:
+    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of it. With
+    `weights_alone` one that holds nothing else is whole too."""
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
     try:
@@ -112,7 +120,7 @@ def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
             return f"{name} is gone"
         if (size := file.stat().st_size) != expected["size"]:
             return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
-    if not any(name.startswith("rng_state") for name in files):
+    if not weights_alone and not any(name.startswith("rng_state") for name in files):
         return "it holds weights alone (--save_only_model)"
     if hashes:
         for name, expected in files.items():
@@ -156,7 +164,7 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
     for checkpoint in checkpoints(output_dir):
         if checkpoint.resolve() in kept:
             continue
-        if len(kept) < limit and problem_of(checkpoint, hashes=False) is None:
+        if len(kept) < limit and problem_of(checkpoint, hashes=False, weights_alone=True) is None:
             kept.add(checkpoint.resolve())
         else:
             delete_checkpoint(checkpoint)
@@ -418,6 +426,8 @@ class ResumableTrainer(Trainer):
 
     stage = None  # set by `Stage.announce`
     last_saved: int | None = None
+    weights_step: int | None = None  # the step whose weights it has in the end: the last one's or the best one's
+    interrupted = False  # set by `InterruptCallback`
     earlier_seconds = 0.0  # of training before the interruption
 
     def _save_checkpoint(self, model, trial):
@@ -436,8 +446,7 @@ class ResumableTrainer(Trainer):
         torch.save(self._run_state(), checkpoint / f"run_state_{self.args.process_index}.pth")
         if self.args.should_save:
             write_json(checkpoint / RECIPE, self.stage.recipe if self.stage else {})
-            for log in Path(self.args.output_dir).glob("*.jsonl"):
-                shutil.copy(log, checkpoint)
+            keep_logs(Path(self.args.output_dir), checkpoint)
         barrier()
         if self.args.should_save:
             write_manifest(checkpoint, step=step, processes=self.args.world_size)
@@ -482,6 +491,7 @@ class ResumableTrainer(Trainer):
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
         self._initial_global_step = 0  # the mean loss at the end is over all steps
         self.earlier_seconds = state["seconds"]
+        self.state.best_model_checkpoint = best_of(checkpoint)
         self.state.compute_steps(self.args, self.state.max_steps)  # how often to log, evaluate and save may change
         for callback in self.callback_handler.callbacks:
             name = type(callback).__name__
@@ -520,12 +530,16 @@ class ResumableTrainer(Trainer):
             return
         old, new = changes.get("learning_rate", (1, 1))
         schedule = self.lr_scheduler
+
+        def scaled(rate: float) -> float:
+            return rate * new / old if old else new
+
         if hasattr(schedule, "base_lrs"):
-            schedule.base_lrs = [rate * new / old for rate in schedule.base_lrs]
+            schedule.base_lrs = list(map(scaled, schedule.base_lrs))
         for index, group in enumerate(self.optimizer.param_groups):
-            group["lr"] *= new / old
+            group["lr"] = scaled(group["lr"])
             if "initial_lr" in group:
-                group["initial_lr"] *= new / old
+                group["initial_lr"] = scaled(group["initial_lr"])
             if hasattr(schedule, "lr_lambdas"):  # the next step's, by the new schedule
                 group["lr"] = schedule.base_lrs[index] * schedule.lr_lambdas[index](schedule.last_epoch)
             if "weight_decay" in changes and group.get("weight_decay"):
@@ -541,7 +555,33 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*args, start_time=start_time, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
+        if self.interrupted:  # `--save_strategy best` found this step no better, and did not save it
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.weights_step = self.state.global_step
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self):
+        """The library's, where the best checkpoint is whole; sets `weights_step`. The same on all processes."""
+        if self.interrupted:
+            return
+        best = Path(self.state.best_model_checkpoint)
+        problem = problem_of(best, weights_alone=True) if is_main_process() else None
+        (problem,) = broadcast_object_list([problem])
+        if problem is None:
+            super()._load_best_model()
+            self.weights_step = int(best.name.rpartition("-")[2])
+        elif is_main_process():
+            say(f"warning: the best model cannot be loaded from {best}: {problem}", file=sys.stderr)
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL's, written at each checkpoint."""
+        with decoration("the model card"):
+            super().create_model_card(*args, **kwargs)
 
 
 class SeededEpochs(Sampler):
@@ -586,15 +626,42 @@ class ResumeCallback(TrainerCallback):
         self.postponed = False
 
 
+def best_of(checkpoint: Path) -> str | None:
+    """The best checkpoint at the time of this one; None where there was none, or it is gone.
+
+    It is looked for beside this one, since a run may be moved, and else where it was, since a run may have branched
+    off another; only a checkpoint of the same history is it.
+    """
+    state = read_json(checkpoint / TRAINER_STATE_NAME, "Resume from another checkpoint.")
+    recorded = state.get("best_model_checkpoint")
+    places = [checkpoint.parent / Path(recorded).name, Path(recorded)] if recorded else []
+    return next((str(place) for place in places if _is_earlier(place, state)), None)
+
+
+def _is_earlier(checkpoint: Path, state: dict) -> bool:
+    try:
+        earlier = read_json(checkpoint / TRAINER_STATE_NAME, "")["log_history"]
+    except (UserError, KeyError):
+        return False
+    return json.dumps(earlier) == json.dumps(state["log_history"][: len(earlier)])
+
+
+def keep_logs(output_dir: Path, checkpoint: Path) -> None:
+    """Copy the logs of a run into a checkpoint."""
+    for name in RUN_LOGS:
+        with decoration(f"keeping {name}"):
+            if (output_dir / name).exists():
+                write_bytes(checkpoint / name, (output_dir / name).read_bytes())
+
+
 def restore_logs(checkpoint: Path, output_dir: Path) -> None:
     """Cut the logs of a stage directory back to what they were at a checkpoint."""
-    for log in output_dir.glob("*.jsonl"):
-        if not (checkpoint / log.name).exists():
-            log.unlink()
-    for log in checkpoint.glob("*.jsonl"):
-        partial = output_dir / f".{log.name}.partial"
-        shutil.copy(log, partial)
-        partial.replace(output_dir / log.name)
+    for name in RUN_LOGS:
+        with decoration(f"restoring {name}"):
+            if (checkpoint / name).exists():
+                write_bytes(output_dir / name, (checkpoint / name).read_bytes())
+            else:
+                (output_dir / name).unlink(missing_ok=True)
 
 
 def barrier() -> None:

@@ -114,7 +114,7 @@ class InterruptCallback(TrainerCallback):
             # Nothing is left to train: only keep the weights, should the evaluation that follows not end in time.
             self.agreed = 0
         else:
-            control.should_training_stop = True
+            control.should_training_stop = self.trainer.interrupted = True
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed and control.should_training_stop:
@@ -149,6 +149,7 @@ class InterruptCallback(TrainerCallback):
                 f"interrupted ({why}) after step {state.global_step:,} of {state.max_steps:,}: {checkpoint} is "
                 f"complete. Run the same command again to go on. Exit code {INTERRUPTED}."
             )
+        keep_output_writable()
         sys.exit(INTERRUPTED)
 
 
@@ -206,14 +207,23 @@ def _obey_parent() -> None:
 
 
 def keep_output_writable() -> None:
-    """Send output nowhere where its reader is gone: the Ctrl-C that reaches a run also ends the `tee` behind it, and a
-    closed terminal takes no more lines. A print must not cost the checkpoint."""
-    for number in (1, 2):
+    """Send output nowhere where nobody takes it: the Ctrl-C that reaches a run also ends the `tee` behind it, a closed
+    terminal takes no more lines, nor does a log on a full disk. A print must cost neither the checkpoint nor, in the
+    interpreter's last flush, the exit code."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         broken = select.poll()
         broken.register(number, 0)
-        if broken.poll(0):
+        if broken.poll(0) or not _flushes(stream):
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), number)
+
+
+def _flushes(stream) -> bool:
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def close_wandb() -> None:
