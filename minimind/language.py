@@ -7,6 +7,7 @@ English. A test holds every template against the texts in the code, so that none
 
 import os
 import re
+import select
 import sys
 from functools import cache
 from pathlib import Path
@@ -87,3 +88,29 @@ def say(text: str, **options) -> None:
         print(printable(translated(text)), **{"flush": True, **options})
     except (OSError, ValueError):  # the latter of a stream that is closed
         return
+
+
+def keep_output_writable() -> None:
+    """Send output nowhere where nobody takes it: the Ctrl-C that reaches a run also ends the `tee` behind it, a closed
+    terminal takes no more lines, nor does a log on a full disk. A print must cost neither the checkpoint nor, in the
+    interpreter's last flush, the exit code."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if _has_no_reader(number) or not _flushes(stream):
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), number)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    broken = select.poll()
+    broken.register(descriptor, 0)
+    return bool(broken.poll(0))
+
+
+def _flushes(stream) -> bool:
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True

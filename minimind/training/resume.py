@@ -247,7 +247,13 @@ def listed(changes: dict[str, tuple[Any, Any]]) -> str:
 
 
 def check_output_directory(output_dir: Path) -> None:
-    """Raises UserError for a directory with something in it that is not a run of ours."""
+    """Raises UserError for a directory with something in it that is not a run of ours, or of a name in no UTF-8."""
+    try:
+        str(output_dir).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--output_dir {output_dir}: the name is not UTF-8, as weights' files need. Give another one."
+        ) from None
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file. Give a directory, new or of the run to continue.")
     if not output_dir.is_dir() or any((output_dir / name).exists() for name in (RUN, "stage.json")):
@@ -472,6 +478,7 @@ class ResumableTrainer(Trainer):
                 if isinstance(callback, ExportableState)
             },
         }
+        state["training"] = self.model.training  # by which TRL's log chooses between its metrics
         if hasattr(self, "_total_train_tokens"):  # TRL's
             state["trl_tokens"] = self._total_train_tokens
             state["trl_metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
@@ -492,6 +499,7 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = 0  # the mean loss at the end is over all steps
         self.earlier_seconds = state["seconds"]
         self.state.best_model_checkpoint = best_of(checkpoint)
+        self.model.train(state.get("training", True))
         self.state.compute_steps(self.args, self.state.max_steps)  # how often to log, evaluate and save may change
         for callback in self.callback_handler.callbacks:
             name = type(callback).__name__
@@ -524,8 +532,14 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""
-        super()._load_optimizer_and_scheduler(checkpoint)
         changes = self.stage.changes if self.stage and checkpoint else {}
+        old, new = changes.get("lr_scheduler_type", (None, None))
+        if not {old, new}.isdisjoint(("reduce_lr_on_plateau", "greedy")):  # they keep another kind of state
+            raise UserError(
+                f"--lr_scheduler_type {new}: a run cannot be resumed with it that had {old}. Put the old one back, or "
+                "begin anew in another --output_dir."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
         if not changes:
             return
         old, new = changes.get("learning_rate", (1, 1))
@@ -546,6 +560,7 @@ class ResumableTrainer(Trainer):
                 group["weight_decay"] = self.args.weight_decay
             if "betas" in group:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next log shows
 
     def _run_epoch(self, *args, start_time, **kwargs):
         self.train_began = start_time

@@ -5,7 +5,6 @@ which is right for one process: of several, each would save at the step where it
 """
 
 import os
-import select
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from minimind.language import say, translated
+from minimind.language import keep_output_writable, say, translated
 from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
 
@@ -204,26 +203,6 @@ def _obey_parent() -> None:
         signalled = signal.sigwaitinfo(SIGNALS)
         if signalled.si_signo == signal.SIGTERM and signalled.si_pid == os.getppid():
             os._exit(0)
-
-
-def keep_output_writable() -> None:
-    """Send output nowhere where nobody takes it: the Ctrl-C that reaches a run also ends the `tee` behind it, a closed
-    terminal takes no more lines, nor does a log on a full disk. A print must cost neither the checkpoint nor, in the
-    interpreter's last flush, the exit code."""
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        broken = select.poll()
-        broken.register(number, 0)
-        if broken.poll(0) or not _flushes(stream):
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), number)
-
-
-def _flushes(stream) -> bool:
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def close_wandb() -> None:

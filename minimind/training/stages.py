@@ -43,7 +43,7 @@ from minimind.checkpoints import (
 )
 from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
-from minimind.language import say, translated
+from minimind.language import keep_output_writable, say, translated
 from minimind.records import write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
@@ -61,7 +61,7 @@ from minimind.training.launch import is_main_process, leave_process_group
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
 from minimind.training.resume import ResumableTrainer, ResumeCallback, begin, recipe_of
 from minimind.training.samples import SampleCallback, prepare_prompts
-from minimind.training.signals import InterruptCallback, keep_output_writable
+from minimind.training.signals import InterruptCallback
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.

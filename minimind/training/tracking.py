@@ -106,9 +106,9 @@ def track_samples(rows: Sequence[dict], step: int) -> None:
     """Show samples (step, prompt, text; the newest last) in the trackers that have a run open."""
     tables = {"wandb": _wandb_table, "trackio": _trackio_table, "swanlab": _swanlab_texts}
     for name, show in tables.items():
-        if name in sys.modules:
+        if tracker := sys.modules.get(name):
             with decoration(f"the table of samples in {name}"):
-                show(sys.modules[name], rows, step)
+                show(tracker, rows, step)
 
 
 def _wandb_table(wandb, rows: Sequence[dict], step: int) -> None:
