@@ -17,7 +17,7 @@ from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_conversations
 from minimind.data.display import print_inspection
 from minimind.data.inspection import has_roles, inspect_chats
-from minimind.errors import reports_user_errors
+from minimind.errors import decoration, reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
 from minimind.training.launch import is_main_process
@@ -47,7 +47,8 @@ def main() -> None:
     )
     inspection = inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all")
     if is_main_process():
-        print_inspection(inspection, range(1), tokenizer)
+        with decoration("showing the inspection"):
+            print_inspection(inspection, range(1), tokenizer)
     inspection.stop(training_args.on_findings)
 
     stage = Stage("sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args])
@@ -63,7 +64,7 @@ def main() -> None:
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, held_out_metrics(trainer), inspection.report)
+    stage.finish(trainer, tokenizer, held_out_metrics, inspection.report)
 
 
 if __name__ == "__main__":

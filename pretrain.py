@@ -52,7 +52,7 @@ def main() -> None:
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, language_model_metrics(trainer, blocks.facts["eval"]))
+    stage.finish(trainer, tokenizer, lambda trainer: language_model_metrics(trainer, blocks.facts["eval"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_preferences
 from minimind.data.display import print_inspection
 from minimind.data.inspection import inspect_chats
-from minimind.errors import reports_user_errors
+from minimind.errors import decoration, reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
 from minimind.training.launch import is_main_process
@@ -42,7 +42,8 @@ def main() -> None:
     )
     inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
     if is_main_process():
-        print_inspection(inspection, range(2), tokenizer)
+        with decoration("showing the inspection"):
+            print_inspection(inspection, range(2), tokenizer)
     inspection.stop(training_args.on_findings)
 
     stage = Stage("dpo", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args])
@@ -60,7 +61,7 @@ def main() -> None:
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, held_out_metrics(trainer), inspection.report)
+    stage.finish(trainer, tokenizer, held_out_metrics, inspection.report)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,14 @@ def decoration(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         if what not in FAILED and os.environ.get("RANK", "0") == "0":
-            words = (str(error).splitlines() or [""])[0]
-            say(f"notice: {what} failed ({type(error).__name__}: {words}); the run continues", file=sys.stderr)
+            said = f"{type(error).__name__}: {first_line(error)}"
+            say(f"notice: {what} failed ({said}); the run continues", file=sys.stderr)
         FAILED.add(what)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, which may be nothing."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
@@ -63,6 +68,9 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
     @wraps(main)
     def wrapped(*args, **kwargs):
         make_output_printable()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a terminal without Chinese gets escapes
         outlive_full_disks()
         try:
             return main(*args, **kwargs)

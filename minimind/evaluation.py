@@ -92,12 +92,14 @@ def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
         trainer.args.eval_batch_size,
         trainer.eval_dataset.select(range(min(rows, len(trainer.eval_dataset)))),
     )
-    training, losses = model.training, []
+    training, losses = model.training, [torch.empty(0)]
     model.eval()
-    for start in range(0, len(chosen), size):
-        batch = trainer.data_collator([chosen[index] for index in range(start, min(start + size, len(chosen)))])
-        losses.append(label_losses(model, batch))
-    model.train(training)
+    try:
+        for start in range(0, len(chosen), size):
+            batch = trainer.data_collator([chosen[index] for index in range(start, min(start + size, len(chosen)))])
+            losses.append(label_losses(model, batch))
+    finally:
+        model.train(training)
     return torch.cat(losses)
 
 

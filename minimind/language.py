@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import warnings
 from functools import cache
@@ -112,8 +113,14 @@ def make_output_printable() -> None:
 
 
 def say(text: str, **options) -> None:
-    """Print a text for a person, at once; `options` are those of `print`."""
-    print(printable(translated(text)), **{"flush": True, **options})
+    """Print a text for a person, at once; `options` are those of `print`.
+
+    Words that nobody can take, since the log's disk is full or its reader gone, end nothing.
+    """
+    try:
+        print(printable(translated(text)), **{"flush": True, **options})
+    except (OSError, ValueError):  # the latter of a stream that is closed
+        return
 
 
 class Output(io.FileIO):
@@ -139,3 +146,29 @@ def outlive_full_disks() -> None:
         file = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
         options = {"errors": stream.errors, "line_buffering": stream.line_buffering}
         setattr(sys, name, io.TextIOWrapper(file, stream.encoding, write_through=stream.write_through, **options))
+
+
+def keep_output_writable() -> None:
+    """Send output nowhere where nobody takes it: the Ctrl-C that reaches a run also ends the `tee` behind it, a closed
+    terminal takes no more lines, nor does a log on a full disk. A print must cost neither the checkpoint nor, in the
+    interpreter's last flush, the exit code."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if _has_no_reader(number) or not _flushes(stream):
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), number)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    broken = select.poll()
+    broken.register(descriptor, 0)
+    return bool(broken.poll(0))
+
+
+def _flushes(stream) -> bool:
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True

@@ -118,3 +118,16 @@ def json_lines(path: str | Path) -> Iterator[dict]:
                 continue
             if isinstance(entry, dict):
                 yield entry
+
+
+def append_json(path: str | Path, value: Any) -> None:
+    """Add a value to a JSON Lines file of ours, on a line of its own also where the last one was cut off.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with Path(path).open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + json.dumps(value).encode() + b"\n")

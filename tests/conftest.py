@@ -14,7 +14,7 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when tra
 import pytest
 import torch
 
-from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind import MiniMindConfig, MiniMindForCausalLM, errors
 from minimind.tokenizer import save_tokenizer, train_tokenizer
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
@@ -30,6 +30,11 @@ CHINESE = "敏捷的棕色狐狸跳过了懒惰的狗然后跑回家"
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_has_failed(monkeypatch):
+    monkeypatch.setattr(errors, "FAILED", set())  # a decoration's failure is said once for each process
 
 
 @pytest.fixture(scope="session")

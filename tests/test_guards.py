@@ -31,7 +31,7 @@ from minimind.training.guards import (
     growth,
     install_guards,
     read_batch,
-    shield_trackers,
+    shield,
 )
 from minimind.training.optimizers import build_optimizer
 from minimind.training.resume import last_whole_checkpoint, problem_of, read_manifest, write_manifest
@@ -482,29 +482,39 @@ def test_a_tracker_that_loses_its_network_does_not_end_the_run(make_trainer, mon
     trainer = make_trainer(guarded=False)
     lost = Lost()
     trainer.add_callback(lost)
-    shield_trackers(trainer.callback_handler)
+    shield(trainer.callback_handler)
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert lost.calls == 1
-    assert capsys.readouterr().err.count("notice: lost failed at step 1: network is unreachable") == 1
+    assert capsys.readouterr().err.count("notice: lost failed (ConnectionError: network is unreachable)") == 1
 
 
 def test_a_log_file_that_cannot_be_written_does_not_end_the_run(make_trainer, tmp_path, capsys):
     trainer = make_trainer(guarded=False)
     trainer.add_callback(ProgressCallback(tmp_path / "gone"))
-    shield_trackers(trainer.callback_handler, ProgressCallback)
+    shield(trainer.callback_handler, ProgressCallback)
     trainer.train()
-    assert "notice: progress failed at step 1" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("notice: progress failed (FileNotFoundError: ") == 1
 
 
-def test_errors_of_our_own_callbacks_are_not_hidden(make_trainer):
+def test_a_decoration_that_fails_is_asked_again_and_nothing_else_is_forgiven(make_trainer, capsys):
     class Broken(ProgressCallback):
+        calls = 0
+
         def on_log(self, *args, **kwargs):
+            Broken.calls += 1
             raise KeyError("loss")
 
     trainer = make_trainer(guarded=False)
     trainer.add_callback(Broken(Path()))
-    shield_trackers(trainer.callback_handler, ProgressCallback)
+    shield(trainer.callback_handler, ProgressCallback)
+    trainer.train()
+    assert Broken.calls == STEPS + 1
+    assert capsys.readouterr().err.count("notice: broken failed (KeyError: 'loss'); the run continues") == 1
+
+    trainer = make_trainer(guarded=False)
+    trainer.add_callback(Broken(Path()))
+    shield(trainer.callback_handler, MemoryCallback)
     with pytest.raises(KeyError):
         trainer.train()
 

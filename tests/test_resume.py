@@ -5,13 +5,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pipeline import chat_rows, document_rows, failure, pair_rows, run_script, short_run, write_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from minimind.checkpoints import read_stage, weights_hash
+from minimind.errors import UserError
 from minimind.training import resume, stages
 from minimind.training.callbacks import reproducible
 from minimind.training.resume import MANIFEST, last_whole_checkpoint, problem_of, rotate, write_manifest
@@ -145,7 +147,8 @@ RUNS = {
     "sft": ("sft", {"eval_strategy": "steps", "eval_steps": 3, "sample_steps": 2}, [], [MIDST, SAVED]),
     "sft-grouped": ("sft", {"packing": False, "train_sampling_strategy": "group_by_length"}, [], [MIDST]),
     "lora": ("sft", {"lora_dropout": 0.1}, ["--use_peft", "--lora_r", "4"], [MIDST]),
-    "dpo": ("dpo", {"disable_dropout": False}, [], [MIDST]),
+    # Nothing is logged until the end, so that TRL's means of all steps stand in the last line.
+    "dpo": ("dpo", {"disable_dropout": False, "logging_strategy": "no"}, [], [MIDST, SAVED]),
 }
 
 
@@ -311,6 +314,38 @@ def test_rotation_keeps_the_best_and_the_one_just_written_beyond_its_limit(tmp_p
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_rotation_counts_checkpoints_of_weights_alone(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        checkpoint = checkpoint_of(tmp_path, step)
+        (checkpoint / "rng_state.pth").rename(checkpoint / "model.safetensors")
+        write_manifest(checkpoint, step=step, processes=1)
+        assert problem_of(checkpoint) == "it holds weights alone (--save_only_model)"
+        rotate(tmp_path, 3, [checkpoint])
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4", "checkpoint-5"}
+
+
+def state_of(directory, step, history, best):
+    checkpoint = checkpoint_of(directory, step)
+    state = {"log_history": history, "best_model_checkpoint": best}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    return checkpoint
+
+
+def test_the_best_checkpoint_is_found_beside_its_run_wherever_that_is(tmp_path):
+    log = [{"step": 1, "eval_loss": float("nan"), "eval_runtime": 0.1234}, {"step": 2, "eval_loss": 2.0}]
+    best = str(tmp_path / "old" / "checkpoint-1")
+    state_of(tmp_path / "run", 1, log[:1], best)
+    last = state_of(tmp_path / "run", 2, log, best)
+    assert resume.best_of(last) == str(tmp_path / "run" / "checkpoint-1")
+    # A run that branched off another finds it there; one of another history is not it, nor one that is gone.
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    assert resume.best_of(last) is None
+    state_of(tmp_path / "old", 1, [{"step": 1, "eval_loss": 1.0}], best)
+    assert resume.best_of(last) is None
+    (tmp_path / "old" / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"log_history": log[:1]}))
+    assert resume.best_of(last) == best
+
+
 def test_the_librarys_rotation_would_have_deleted_the_last_whole_checkpoint(tmp_path):
     """Why it is replaced: by its count the two broken ones are the two to keep."""
     from transformers.trainer_utils import rotate_checkpoints
@@ -342,6 +377,25 @@ def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
     for path in (unfinished, unfinished.parent / "new"):
         rates += [line["learning_rate"] for line in log_of(path) if line["step"] == 9 and "loss" in line]
     assert rates[0] == pytest.approx(rates[1])
+
+
+@pytest.mark.parametrize(("old", "new"), [(0, 1e-3), (None, 1e-3), (5e-4, 1e-3)])
+def test_a_changed_rate_is_the_next_step_s_whatever_it_was(monkeypatch, old, new):
+    """Half-way down a line of 10 steps; the log shows the rate of the schedule, not the checkpoint's."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=old or 0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+    schedule.last_epoch = 5
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
+    trainer = resume.ResumableTrainer.__new__(resume.ResumableTrainer)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, schedule
+    trainer.args = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0)
+    trainer.stage = SimpleNamespace(changes={"learning_rate": (old, new)})
+    trainer._load_optimizer_and_scheduler("checkpoint-5")
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(new / 2)
+    assert schedule.get_last_lr() == pytest.approx([new / 2])
+    trainer.stage = SimpleNamespace(changes={"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")})
+    with pytest.raises(UserError, match="cannot be resumed with it that had linear"):
+        trainer._load_optimizer_and_scheduler("checkpoint-5")
 
 
 def test_what_does_not_decide_the_result_may_change(world, cache, tokenizer_dir, unfinished, whole):

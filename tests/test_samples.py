@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import equal
 
 from minimind.errors import UserError
-from minimind.training.samples import CHAT_PROMPTS, TEXT_PROMPTS, one_line, read_prompts
+from minimind.training.arguments import StageConfig
+from minimind.training.samples import CHAT_PROMPTS, TEXT_PROMPTS, one_line, prepare_prompts, read_prompts
 
 
 def is_chinese(text):
@@ -51,6 +52,43 @@ def test_a_wrong_prompt_file_is_refused_before_anything_runs(tmp_path, text, cha
         path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_prompts(str(path), chat)
+
+
+@pytest.mark.parametrize(
+    ("line", "tokens", "message"),
+    [
+        ('{"prompt": ""}', 4, ":1: found an empty prompt"),
+        ('{"prompt": "\\ud83d"}', 4, ":1: found half a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', 4, ":1: found half a surrogate pair"),
+        ("fox " * 100, 4, "'fox fox fox .*': found [0-9]+ tokens, expected 1 to 63: the model's positions"),
+        ("[" * 100_000, 4, "expected 1 to 63"),
+        ("the fox", 0, "--sample_tokens 0: expected 1 to 64"),
+        ("the fox", -5, "--sample_tokens -5: expected 1 to 64"),
+        ("the fox", 10**9, "--sample_tokens 1,000,000,000: expected 1 to 64"),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_cannot_be_sampled_is_refused(tmp_path, tokenizer, line, tokens, message, chat):
+    (tmp_path / "prompts.txt").write_text(f"{line}\n")
+    args = StageConfig.__new__(StageConfig)
+    args.sample_prompts, args.sample_tokens = str(tmp_path / "prompts.txt"), tokens
+    if "messages" in line and not chat:
+        message = ":1: found"
+    with pytest.raises(UserError, match=message):
+        prepare_prompts(args, chat, tokenizer, positions=64)
+
+
+def test_a_line_of_prompts_ends_at_a_line_feed_alone(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\u2028line\r\n\n \u2029\ntwo".encode())
+    assert read_prompts(path, chat=False) == ["one\u2028line", "two"]
+
+
+def test_a_toy_with_few_positions_leaves_out_the_default_prompts_that_it_cannot_take(tokenizer):
+    args = StageConfig.__new__(StageConfig)
+    args.sample_prompts, args.sample_tokens = None, 48
+    assert prepare_prompts(args, False, tokenizer, positions=4) == []
+    assert len(prepare_prompts(args, False, tokenizer, positions=256)) == len(TEXT_PROMPTS)
 
 
 def test_a_terminal_gets_no_control_characters():

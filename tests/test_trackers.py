@@ -126,7 +126,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(run, monkeypatch, 
     assert len(losses(stage)) == 2
     assert Broken.calls == 1
     said = capsys.readouterr().err
-    assert said.count("notice: broken failed at step 0: No space left on device; training goes on without it\n") == 1
+    assert said.count("notice: broken failed (OSError: No space left on device); the run continues\n") == 1
 
 
 def dashboard():

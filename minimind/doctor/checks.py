@@ -194,6 +194,9 @@ class Check:
             severity, *said = self.function(case)
         except UserError as error:  # another check says what is wrong
             return Finding(self.name, "skipped", str(error))
+        except Exception as error:  # a fault of the check is none of the run
+            found = f"this check failed by itself ({type(error).__name__}: {error})"
+            return Finding(self.name, "warning", found, fix="It says nothing about the run.")
         return Finding(self.name, severity, *said)
 
 

@@ -1,6 +1,6 @@
 """What a run says while it goes on."""
 
-import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
 
-from minimind.errors import UserError
-from minimind.language import printable, say, translated
+from minimind.errors import UserError, decoration
+from minimind.language import say, translated
 from minimind.model.modeling_minimind import MiniMindTopKRouter
+from minimind.records import append_json
 
 
 def clock(seconds: float) -> str:
@@ -73,9 +74,11 @@ class ProgressCallback(TrainerCallback):
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         self.last_seconds, self.last_tokens = 0.0, self.first_tokens
         if state.is_world_process_zero:
+            if self.trainer:
+                with decoration("measuring the MFU"):
+                    self.flops_per_token, self.precision = work_of(self.trainer)
             if not self.first_step:
                 self.log_file.unlink(missing_ok=True)
-            self.flops_per_token, self.precision = work_of(self.trainer) if self.trainer else (None, None)
 
     def state_dict(self) -> dict:
         """What a resumed run needs, so that tokens/s, elapsed time and ETA go on; see resume.py."""
@@ -99,12 +102,14 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        times = self._measure(state, logs) if "loss" in logs else {}
+        times = {}
+        if "loss" in logs:
+            with decoration("measuring the speed"):
+                times = self._measure(state, logs)
         entry = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "num_tokens"}, **times}
         entry = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        print(printable(self._line(entry, state.max_steps)), flush=True)
+        say(self._line(entry, state.max_steps))
+        append_json(self.log_file, entry)
 
     def _measure(self, state: TrainerState, logs: dict) -> dict[str, float]:
         """Adds what the trackers draw too to `logs`; returns the times."""
@@ -161,22 +166,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def work_of(trainer: Trainer) -> tuple[float | None, str | None]:
-    """FLOPs of one device for each token that all of them train, and the precision of a run; None where unknown.
+def work_of(trainer: Trainer) -> tuple[float, str]:
+    """FLOPs of one device for each token that all of them train, and the precision of a run."""
+    from minimind.planning.costs import flops
+    from minimind.planning.devices import this_device
+    from minimind.planning.measuring import step_of
 
-    Whatever goes wrong here costs a run its MFU and nothing else.
-    """
-    try:
-        from minimind.planning.costs import flops
-        from minimind.planning.devices import this_device
-        from minimind.planning.measuring import step_of
-
-        step, _ = step_of(trainer, this_device())
-        work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
-        return work["model"] / step.tokens / trainer.args.world_size, step.precision
-    except Exception as error:
-        say(f"MFU is not known here ({type(error).__name__}: {error})")
-        return None, None
+    step, _ = step_of(trainer, this_device())
+    work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
+    return work["model"] / step.tokens / trainer.args.world_size, step.precision
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -242,12 +240,14 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class Baseline(TrainerCallback):
-    """Takes the evaluation before the first step as the best so far: what the run has to beat."""
+    """Takes the evaluation before the first step as the best so far: what the run has to beat. One that is not finite
+    is none: nothing compares with it."""
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         name = args.metric_for_best_model
-        if name and not state.global_step:
-            state.best_metric = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}") if name else None
+        if not state.global_step and value is not None and math.isfinite(value):
+            state.best_metric = value
 
 
 class RouterLoadCallback(TrainerCallback):

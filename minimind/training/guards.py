@@ -310,28 +310,19 @@ def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm:
             write_json(directory / "batch.json", record)
 
 
-# Trackers.
+# What only tells about a run.
 
 
-def shield_trackers(handler: CallbackHandler, *others: type) -> None:
-    """Let no tracker end a run: the first error of one is said, and it is asked no more.
-
-    `others`: further callbacks whose errors with disks are not worth a run.
-    """
+def shield(handler: CallbackHandler, *decorations: type) -> None:
+    """Let no tracker and none of these `decorations` end a run: the first error of one is said. A tracker is asked no
+    more then; ours go on, since a disk may have room again."""
     trackers = tuple(INTEGRATION_TO_CALLBACK.values())
     for callback in handler.callbacks:
-        if isinstance(callback, trackers):
-            _shield(callback, Exception, "training goes on without it")
-        elif isinstance(callback, others):
-            _shield(callback, OSError, "training goes on")
+        if isinstance(callback, (*trackers, *decorations)):
+            _shield(callback, once=isinstance(callback, trackers))
 
 
-def _words(error: BaseException) -> str:
-    """The first line of an error, without what libraries put before the system's words."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rpartition("error: ")[2]
-
-
-def _shield(callback: TrainerCallback, caught: type[Exception], consequence: str) -> None:
+def _shield(callback: TrainerCallback, once: bool) -> None:
     name = type(callback).__name__.removesuffix("Callback").lower()
     failed = False
 
@@ -339,15 +330,14 @@ def _shield(callback: TrainerCallback, caught: type[Exception], consequence: str
         @wraps(event)
         def wrapped(args, state, control, **kwargs):
             nonlocal failed
-            if failed and caught is Exception:
-                return None
-            try:
-                return event(args, state, control, **kwargs)
-            except caught as error:
-                if not failed:
-                    notice(f"{name} failed at step {state.global_step}: {_words(error)}; {consequence}")
-                failed = True
-                return None
+            if once and failed:
+                return
+            with decoration(name):
+                try:
+                    event(args, state, control, **kwargs)
+                except Exception:
+                    failed = True
+                    raise
 
         return wrapped
 
@@ -399,15 +389,15 @@ def growth(samples) -> float:
     return grown if steady and grown > max(GROWTH * first, GROWN_BYTES) else 0.0
 
 
-def install_guards(trainer: Trainer, output_dir: Path, progress: type[TrainerCallback]) -> None:
-    """Put all guards around a trainer that is about to train; `progress` is the callback that writes the run's log."""
+def install_guards(trainer: Trainer, output_dir: Path, *decorations: type) -> None:
+    """Put all guards around a trainer that is about to train; `decorations` are callbacks that must not end it."""
     limit = trainer.args.max_nonfinite_steps
     if limit:
         trainer.add_callback(GuardCallback(trainer, output_dir, limit))
     # First: what it makes up for may fall on the end of an epoch, where `ResumeCallback` puts it off.
     trainer.callback_handler.callbacks.insert(0, SaveCallback(trainer, output_dir))
     trainer.add_callback(MemoryCallback())
-    shield_trackers(trainer.callback_handler, progress)
+    shield(trainer.callback_handler, MemoryCallback, *decorations)
 
 
 def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:

@@ -34,6 +34,7 @@ MODEL_FILES = (
 )
 RUN_FILES = (
     RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png", "mask_report.json",
+    "token_loss.json",
     ".universal-checkpoint-*", ".writable-*",
 )
 CHECKPOINT_FILES = (
@@ -73,7 +74,13 @@ def read_record(output_dir: Path, name: str) -> dict[str, Any]:
 
 
 def check_output_directory(output_dir: Path) -> None:
-    """Raises UserError for a directory with something in it that is not a run of ours."""
+    """Raises UserError for a directory with something in it that is not a run of ours, or of a name in no UTF-8."""
+    try:
+        str(output_dir).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--output_dir {output_dir}: the name is not UTF-8, as weights' files need. Give another one."
+        ) from None
     try:
         _check(output_dir)
     except OSError as error:

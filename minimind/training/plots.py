@@ -1,5 +1,6 @@
 """The picture of a run."""
 
+import io
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -10,6 +11,8 @@ matplotlib.use("agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
+from minimind.language import printable
+from minimind.records import write_bytes
 from minimind.training.report import curve
 
 # Families with Chinese glyphs, as Linux distributions, macOS and Windows name them.
@@ -27,13 +30,15 @@ def font_families(installed: Collection[str]) -> list[str]:
 
 def plot_loss(log: list[dict], path: Path, title: str, unit: str) -> None:
     """Draw training and held-out loss over the steps, and the learning rate beneath, to a PNG file."""
-    families = font_families(font_manager.get_font_names())
-    with plt.rc_context({"font.family": families}), warnings.catch_warnings():
+    settings = {"font.family": font_families(font_manager.get_font_names()), "text.usetex": False}
+    picture = io.BytesIO()
+    with plt.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # no font here has it: boxes then
-        _plot_loss(log, path, title, unit)
+        _draw_loss(log, picture, printable(title), unit)
+    write_bytes(path, picture.getvalue())
 
 
-def _plot_loss(log: list[dict], path: Path, title: str, unit: str) -> None:
+def _draw_loss(log: list[dict], picture: io.BytesIO, title: str, unit: str) -> None:
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5), height_ratios=(4, 1), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
         points = curve(log, key)
@@ -42,11 +47,12 @@ def _plot_loss(log: list[dict], path: Path, title: str, unit: str) -> None:
     rates = curve(log, "learning_rate")
     if rates:
         bottom.plot(*zip(*rates, strict=True), color="tab:gray")
-    top.set(title=title, ylabel=f"loss ({unit})")
+    top.set_title(title, parse_math=False)
+    top.set(ylabel=f"loss ({unit})")
     bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     if top.lines:
         top.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(picture, dpi=120)
     plt.close(figure)

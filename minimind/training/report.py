@@ -1,7 +1,7 @@
 """report.html of a stage directory: one page about a run, which asks for nothing from outside.
 
 It is made from the directory's own files and nothing else (stage.json or, while the run goes on, what it will say;
-train_log.jsonl, samples.jsonl, mask_report.json), and every text in it is escaped.
+train_log.jsonl, samples.jsonl, token_loss.json, mask_report.json), and every text in it is escaped.
 """
 
 import json
@@ -18,8 +18,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from minimind.checkpoints import read_stage
+from minimind.errors import decoration
 from minimind.evaluation import TIMES
-from minimind.language import say
+from minimind.records import json_lines, read_json, write_text
 from minimind.training.callbacks import clock
 from minimind.training.samples import read_samples
 
@@ -77,29 +78,24 @@ class ReportCallback(TrainerCallback):
         write_report(self.directory, {**self.record, **progress, "max_steps": state.max_steps, "state": said})
 
 
-def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path:
-    """Write `directory`/report.html, whole or not at all; without a `record` from its stage.json. Returns its path.
+def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path | None:
+    """Write `directory`/report.html, complete or not at all; without a `record` from its stage.json.
 
-    A disk that is full or read-only costs a run its report and nothing else.
+    Whatever goes wrong costs a run its report and nothing else. Returns the path, None where it was not written.
     """
     path = directory / "report.html"
-    partial = directory / ".report.html.partial"
-    try:
-        partial.write_text(report_page(directory, record or read_stage(directory)), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        say(f"{path} cannot be written: {error}")
-    return path
+    with decoration("the report"):
+        write_text(path, report_page(directory, record or read_stage(directory)))
+        return path
 
 
 def read_log(file: Path) -> list[dict]:
-    """The entries of a train_log.jsonl by their steps. Where a run went back to a checkpoint, the later ones count."""
+    """The numbers in a train_log.jsonl by their steps. Where a run went back to a checkpoint, the later ones count."""
     entries: list[dict] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # a line that a killed process left unfinished
+    for line in json_lines(file):
+        entry = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        if "step" not in entry:
+            continue
         if entries and entries[-1]["step"] > entry["step"]:
             entries = [earlier for earlier in entries if earlier["step"] < entry["step"]]
         entries.append(entry)
@@ -132,32 +128,41 @@ def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:
 
 
 def report_page(directory: Path, record: dict[str, Any]) -> str:
-    """The HTML page of a stage directory."""
-    log = read_log(directory / "train_log.jsonl")
-    mask = directory / "mask_report.json"
+    """The HTML page of a stage directory; a section that fails is left out."""
+    log: list[dict] = []
+    with decoration("reading train_log.jsonl"):
+        log = read_log(directory / "train_log.jsonl")
     stage = record.get("stage", "run")
     title = escape(title_of(stage, directory))
-    sections = [
-        ("Curves", curves(log, loss_unit(stage))),
-        ("Loss of single tokens", histogram(record.get("token_loss"))),
-        ("Held-out metrics", _metrics(record, log)),
-        ("Samples", _samples(read_samples(directory / "samples.jsonl"))),
-        ("Data", _data(record.get("data") or {})),
-        ("What is trained", _mask(json.loads(mask.read_text(encoding="utf-8"))) if mask.is_file() else ""),
-        ("Lineage", _lineage(directory, record)),
-        ("Recipe", _recipe(record)),
-    ]
-    body = "\n".join(f"<h2>{name}</h2>\n{content}" for name, content in sections if content)
+    sections = {
+        "": lambda: _summary(record, log),
+        "Curves": lambda: curves(log, loss_unit(stage)),
+        "Loss of single tokens": lambda: histogram(_side_record(directory / "token_loss.json")),
+        "Held-out metrics": lambda: _metrics(record, log),
+        "Samples": lambda: _samples(read_samples(directory / "samples.jsonl")),
+        "Data": lambda: _data(record.get("data") or {}),
+        "What is trained": lambda: _mask(_side_record(directory / "mask_report.json")),
+        "Lineage": lambda: _lineage(directory, record),
+        "Recipe": lambda: _recipe(record),
+    }
+    body = ""
+    for name, write in sections.items():
+        with decoration(f"the report's section {name}"):
+            if content := write():
+                body += f"<h2>{name}</h2>\n{content}\n" if name else f"{content}\n"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-{_summary(record, log)}
-{body}
-</body></html>
+{body}</body></html>
 """
+
+
+def _side_record(file: Path) -> dict:
+    """A JSON file that a run wrote beside its record; empty where it wrote none."""
+    return read_json(file, "The report does without it.") if file.exists() else {}
 
 
 def _summary(record: dict, log: Sequence[dict]) -> str:
@@ -263,7 +268,7 @@ def chart(
     if not finite:
         return f"<figure><figcaption>{escape(title)}</figcaption>no finite value</figure>"
     ys = [y for _, y in finite] + [0.0] * from_zero
-    axes = Axes(0, max(last, *(x for x, _ in finite)), nice_ticks(min(ys), max(ys)))
+    axes = Axes(0, max(last, *(x for x, _ in finite)) or 1, nice_ticks(min(ys), max(ys)))
     colours = dict(zip(series, COLOURS * len(series), strict=False))
     lines = "".join(_line(axes, points, colours[name]) for name, points in series.items())
     names = [f'<span style="color:{colours[name]}"> ■</span> {escape(name)}' for name in series]
@@ -286,7 +291,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> str
     return "".join(parts)
 
 
-def histogram(counts: dict | None) -> str:
+def histogram(counts: dict) -> str:
     """How the loss of single held-out tokens is distributed, as bars; see `evaluation.token_loss_distribution`."""
     if not counts:
         return ""
@@ -365,7 +370,9 @@ def _data(data: dict) -> str:
 
 
 def _mask(report: dict) -> str:
-    """The report of an inspection: its roles and findings; see `inspection.Inspection`."""
+    """The report of an inspection, if there is one: its roles and findings; see `inspection.Inspection`."""
+    if not report:
+        return ""
     said = ", ".join(
         f"{value:,} {key.replace('_', ' ')}" for key, value in report.items() if isinstance(value, int | float)
     )

@@ -14,8 +14,9 @@ checkpoint or one that is known not to be.
 
 import dataclasses
 import json
+import logging
 import math
-import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -37,8 +39,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minimind.checkpoints import library_versions, weights_hash
 from minimind.errors import UserError, decoration, reason
 from minimind.language import say
-from minimind.records import sync_directory, write_json
+from minimind.records import read_json, sync_directory, write_bytes, write_json
 from minimind.tokenizer import tokenizer_hash
+from minimind.training.launch import is_main_process
 from minimind.training.output_directory import (
     INCOMPLETE,
     MANIFEST,
@@ -76,6 +79,8 @@ DECISIVE += ("lora_target_parameters", "modules_to_save", "use_dora")
 INFORMATION = ("libraries", "device", "threads")  # may change the last bits; said, not refused
 LENGTH = ("max_steps", "num_train_epochs")
 WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+# It looks for the best checkpoint where the run was before it was moved; `take_up` knows better.
+logging.getLogger("transformers.trainer").addFilter(lambda said: not said.msg.startswith("The best checkpoint"))
 
 
 # Checkpoints: whole or not
@@ -109,8 +114,9 @@ def read_manifest(checkpoint: Path) -> dict:
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
-def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
-    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of it."""
+def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = False) -> str | None:
+    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of it. With
+    `weights_alone` one that holds nothing else is whole too."""
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
     try:
@@ -126,7 +132,7 @@ def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
             return f"{name} is gone"
         if (size := file.stat().st_size) != expected["size"]:
             return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
-    if not any(name.startswith("rng_state") for name in files):
+    if not weights_alone and not any(name.startswith("rng_state") for name in files):
         return "it holds weights alone (--save_only_model)"
     if hashes:
         for name, expected in files.items():
@@ -207,7 +213,7 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
     for checkpoint in checkpoints(output_dir):
         if checkpoint.resolve() in kept:
             continue
-        if len(kept) < limit and problem_of(checkpoint, hashes=False) is None:
+        if len(kept) < limit and problem_of(checkpoint, hashes=False, weights_alone=True) is None:
             kept.add(checkpoint.resolve())
         else:
             delete_checkpoint(checkpoint)
@@ -311,6 +317,8 @@ class ResumableTrainer(Trainer):
 
     stage = None  # set by `Stage.announce`
     last_saved: int | None = None
+    weights_step: int | None = None  # the step whose weights it has in the end: the last one's or the best one's
+    interrupted = False  # set by `InterruptCallback`
     earlier_seconds = 0.0  # of training before the interruption
 
     def train(self, resume_from_checkpoint=None, **options):
@@ -348,9 +356,7 @@ class ResumableTrainer(Trainer):
             torch.save(self._run_state(), checkpoint / f"run_state_{self.args.process_index}.pth")
         if self.args.should_save:
             with writing.part():
-                for log in (Path(self.args.output_dir) / name for name in RUN_LOGS):
-                    if log.exists():
-                        shutil.copy(log, checkpoint)
+                keep_logs(Path(self.args.output_dir), checkpoint)
         writing.check()
         if self.args.should_save:
             with writing.part():
@@ -412,11 +418,6 @@ class ResumableTrainer(Trainer):
             "--max_nonfinite_steps above 0, which skips steps that are not finite."
         )
 
-    def create_model_card(self, *args, **kwargs):
-        """TRL's form with empty fields only where it goes to the hub: a user's README.md stays."""
-        if self.args.push_to_hub:
-            super().create_model_card(*args, **kwargs)
-
     def _run_state(self) -> dict:
         state = {
             "loss": self._tr_loss.detach().cpu(),
@@ -435,6 +436,7 @@ class ResumableTrainer(Trainer):
                 if isinstance(callback, ExportableState)
             },
         }
+        state["training"] = self.model.training  # by which TRL's log chooses between its metrics
         if hasattr(self, "_total_train_tokens"):  # TRL's
             state["trl_tokens"] = self._total_train_tokens
             state["trl_metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
@@ -454,6 +456,8 @@ class ResumableTrainer(Trainer):
         self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["last_logged"]
         self._initial_global_step = 0  # the mean loss at the end is over all steps
         self.earlier_seconds = state["seconds"]
+        self.state.best_model_checkpoint = best_of(checkpoint)
+        self.model.train(state.get("training", True))
         self.state.compute_steps(self.args, self.state.max_steps)  # how often to log, evaluate and save may change
         for callback in self.callback_handler.callbacks:
             name = type(callback).__name__
@@ -487,24 +491,35 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""
-        super()._load_optimizer_and_scheduler(checkpoint)
         changes = self.stage.changes if self.stage and checkpoint else {}
+        old, new = changes.get("lr_scheduler_type", (None, None))
+        if not {old, new}.isdisjoint(("reduce_lr_on_plateau", "greedy")):  # they keep another kind of state
+            raise UserError(
+                f"--lr_scheduler_type {new}: a run cannot be resumed with it that had {old}. Put the old one back, or "
+                "begin anew in another --output_dir."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
         if not changes:
             return
         old, new = changes.get("learning_rate", (1, 1))
         schedule = self.lr_scheduler
+
+        def scaled(rate: float) -> float:
+            return rate * new / old if old else new
+
         if hasattr(schedule, "base_lrs"):
-            schedule.base_lrs = [rate * new / old for rate in schedule.base_lrs]
+            schedule.base_lrs = list(map(scaled, schedule.base_lrs))
         for index, group in enumerate(self.optimizer.param_groups):
-            group["lr"] *= new / old
+            group["lr"] = scaled(group["lr"])
             if "initial_lr" in group:
-                group["initial_lr"] *= new / old
+                group["initial_lr"] = scaled(group["initial_lr"])
             if hasattr(schedule, "lr_lambdas"):  # the next step's, by the new schedule
                 group["lr"] = schedule.base_lrs[index] * schedule.lr_lambdas[index](schedule.last_epoch)
             if "weight_decay" in changes and group.get("weight_decay"):
                 group["weight_decay"] = self.args.weight_decay
             if "betas" in group:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next log shows
 
     def _run_epoch(self, *args, start_time, **kwargs):
         self.train_began = start_time
@@ -514,7 +529,34 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*args, start_time=start_time, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
+        if self.interrupted:  # `--save_strategy best` found this step no better, and did not save it
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.weights_step = self.state.global_step
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self):
+        """The library's, where the best checkpoint is whole; sets `weights_step`. The same on all processes."""
+        if self.interrupted:
+            return
+        best = Path(self.state.best_model_checkpoint)
+        problem = problem_of(best, weights_alone=True) if is_main_process() else None
+        (problem,) = broadcast_object_list([problem])
+        if problem is None:
+            super()._load_best_model()
+            self.weights_step = int(best.name.rpartition("-")[2])
+        elif is_main_process():
+            say(f"warning: the best model cannot be loaded from {best}: {problem}", file=sys.stderr)
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL's form with empty fields only where it goes to the hub: a user's README.md stays."""
+        if self.args.push_to_hub:
+            with decoration("the model card"):
+                super().create_model_card(*args, **kwargs)
 
 
 class SeededEpochs(Sampler):
@@ -568,15 +610,42 @@ class ResumeCallback(TrainerCallback):
         self.postponed = False
 
 
+def best_of(checkpoint: Path) -> str | None:
+    """The best checkpoint at the time of this one; None where there was none, or it is gone.
+
+    It is looked for beside this one, since a run may be moved, and else where it was, since a run may have branched
+    off another; only a checkpoint of the same history is it.
+    """
+    state = read_json(checkpoint / TRAINER_STATE_NAME, "Resume from another checkpoint.")
+    recorded = state.get("best_model_checkpoint")
+    places = [checkpoint.parent / Path(recorded).name, Path(recorded)] if recorded else []
+    return next((str(place) for place in places if _is_earlier(place, state)), None)
+
+
+def _is_earlier(checkpoint: Path, state: dict) -> bool:
+    try:
+        earlier = read_json(checkpoint / TRAINER_STATE_NAME, "")["log_history"]
+    except (UserError, KeyError):
+        return False
+    return json.dumps(earlier) == json.dumps(state["log_history"][: len(earlier)])
+
+
+def keep_logs(output_dir: Path, checkpoint: Path) -> None:
+    """Copy the logs of a run into a checkpoint."""
+    for name in RUN_LOGS:
+        with decoration(f"keeping {name}"):
+            if (output_dir / name).exists():
+                write_bytes(checkpoint / name, (output_dir / name).read_bytes())
+
+
 def restore_logs(checkpoint: Path, output_dir: Path) -> None:
     """Cut the logs of a stage directory back to what they were at a checkpoint."""
     for name in RUN_LOGS:
-        partial = output_dir / f".{name}.partial"
-        if (checkpoint / name).exists():
-            shutil.copy(checkpoint / name, partial)
-            partial.replace(output_dir / name)
-        else:
-            (output_dir / name).unlink(missing_ok=True)
+        with decoration(f"restoring {name}"):
+            if (checkpoint / name).exists():
+                write_bytes(output_dir / name, (checkpoint / name).read_bytes())
+            else:
+                (output_dir / name).unlink(missing_ok=True)
 
 
 def barrier() -> None:

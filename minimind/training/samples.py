@@ -3,21 +3,57 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.files import BadRowError
 from minimind.data.messages import check_order, parse_messages
-from minimind.errors import UserError
-from minimind.evaluation import answer, complete
+from minimind.errors import UserError, decoration
+from minimind.evaluation import complete
 from minimind.language import printable, say
+from minimind.records import json_lines, write_text
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")
 CHAT_PROMPTS = ("你好，你是谁？", "请写出三个国家的名字。", "Who are you?", "Name three countries.")
 SHOWN = 160  # characters of a sample in the terminal
+
+
+class Prompt(NamedTuple):
+    """What is shown of a prompt, and the ids that the model continues."""
+
+    text: str
+    ids: list[int]
+
+
+def prepare_prompts(args, chat: bool, tokenizer: PreTrainedTokenizerFast, positions: int) -> list[Prompt]:
+    """What `--sample_prompts` asks for, for a model of so many positions; of the default prompts those that it takes.
+
+    Raises:
+        UserError: the prompts, or `--sample_tokens` of each, cannot be sampled.
+    """
+    path, most = args.sample_prompts, max(positions, type(args).sample_tokens)  # a toy may take less than the default
+    if not 0 < args.sample_tokens <= most:
+        raise UserError(
+            f"--sample_tokens {args.sample_tokens:,}: expected 1 to {most:,}, which the model has positions for. "
+            "For no samples give --sample_steps -1."
+        )
+    encoder, prepared = ChatEncoder(tokenizer) if chat else None, []
+    for prompt in read_prompts(path, chat):
+        text = str(prompt[-1]["content"]) if chat else prompt
+        try:
+            ids = encode_prompts([prompt], encoder)[0] if chat else tokenizer.encode(prompt, add_special_tokens=False)
+            if not 0 < len(ids) < positions:
+                raise UserError(f"found {len(ids):,} tokens, expected 1 to {positions - 1:,}: the model's positions")
+        except UserError as error:
+            if path is None:
+                continue
+            raise UserError(f"--sample_prompts {path}: {text[:40]!r}: {error}. Change that prompt.") from error
+        prepared.append(Prompt(text, ids))
+    return prepared
 
 
 def read_prompts(path: str | None, chat: bool) -> list[Any]:
@@ -32,8 +68,8 @@ def read_prompts(path: str | None, chat: bool) -> list[Any]:
         prompts = list(CHAT_PROMPTS if chat else TEXT_PROMPTS)
     else:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
             raise UserError(f"--sample_prompts {path}: {error}. Give a UTF-8 file with one prompt a line.") from error
         prompts = [_prompt(line, f"{path}:{number}", chat) for number, line in enumerate(lines, 1) if line.strip()]
         if not prompts:
@@ -44,11 +80,17 @@ def read_prompts(path: str | None, chat: bool) -> list[Any]:
 def _prompt(line: str, place: str, chat: bool) -> Any:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
     if not isinstance(row, dict):
         return line  # a line that is a number is a text
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: found half a surrogate pair, expected text ({error.reason}).") from None
     if isinstance(row.get("prompt"), str):
+        if not row["prompt"]:
+            raise UserError(f"{place}: found an empty prompt, expected a text that the model continues.")
         return row["prompt"]
     if not chat:
         raise UserError(f'{place}: found {line[:80]}, expected a text or {{"prompt": "..."}}.')
@@ -63,35 +105,34 @@ def _prompt(line: str, place: str, chat: bool) -> Any:
     return messages
 
 
-def prompt_text(prompt: str | Sequence[dict]) -> str:
-    """What is shown of a prompt: the text, or the last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
 def write_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[str]:
     """The model's greedy continuation of each prompt; the state of the random generators is not touched."""
     training = model.training
     model.eval()
     try:
-        if isinstance(prompts[0], str):
-            encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
-            return complete(model, tokenizer, encoded, max_new_tokens)
-        return answer(model, tokenizer, prompts, max_new_tokens)
+        return complete(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens)
     finally:
         model.train(training)
 
 
 class SampleCallback(TrainerCallback):
-    """Every `every` steps and at the end, the greedy continuation of fixed prompts: to the terminal, to samples.jsonl
-    and to the trackers' tables.
+    """Every `every` steps, and when `sample` is called, the greedy continuation of fixed prompts: to the terminal, to
+    samples.jsonl and to the trackers' tables.
 
     Greedy, so that samples of two steps can be compared and the training's random numbers stay what they were.
+    Whatever goes wrong is said, and the run continues.
     """
 
     def __init__(
-        self, trainer, tokenizer: PreTrainedTokenizerFast, prompts: Sequence, output_dir: Path, every: int, tokens: int
+        self,
+        trainer,
+        tokenizer: PreTrainedTokenizerFast,
+        prompts: Sequence[Prompt],
+        output_dir: Path,
+        every: int,
+        tokens: int,
     ):
         self.trainer, self.tokenizer, self.prompts = trainer, tokenizer, prompts
         self.file, self.every, self.tokens = output_dir / "samples.jsonl", every, tokens
@@ -113,40 +154,34 @@ class SampleCallback(TrainerCallback):
         if self.every > 0 and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.sample(state)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if not self.rows or self.rows[-1]["step"] != state.global_step:
-            self.sample(state)
-
     def sample(self, state) -> None:
         """Write, show and track one round. All processes take part where the weights are spread over them."""
-        if not (state.is_world_process_zero or is_deepspeed_zero3_enabled()):
+        if not self.prompts or not (state.is_world_process_zero or is_deepspeed_zero3_enabled()):
             return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        texts = write_samples(model, self.tokenizer, self.prompts, self.tokens)
-        if not state.is_world_process_zero:
-            return
+        with decoration("sampling"):
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            texts = write_samples(model, self.tokenizer, self.prompts, self.tokens)
+            if state.is_world_process_zero:
+                self._keep(state.global_step, texts)
+
+    def _keep(self, step: int, texts: Sequence[str]) -> None:
         new = [
-            {"step": state.global_step, "prompt": prompt_text(prompt), "text": text}
+            {"step": step, "prompt": prompt.text, "text": text}
             for prompt, text in zip(self.prompts, texts, strict=True)
         ]
         self.rows += new
-        self._save()
-        say(f"samples after step {state.global_step:,}")
-        for row in new:
-            print(printable(f"  {one_line(row['prompt'])} | {one_line(row['text'])}"), flush=True)
-        track_samples(self.rows, state.global_step)
-
-    def _save(self) -> None:
-        partial = self.file.with_name(f".{self.file.name}.partial")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows), encoding="utf-8")
-        partial.replace(self.file)
+        say(f"samples after step {step:,}")
+        with decoration("showing the samples"):
+            for row in new:
+                print(printable(f"  {one_line(row['prompt'])} | {one_line(row['text'])}"), flush=True)
+        with decoration("keeping the samples"):
+            write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        track_samples(self.rows, step)
 
 
 def read_samples(file: Path) -> list[dict]:
     """The rows of a samples.jsonl: step, prompt, text; none where there is no file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in json_lines(file) if isinstance(row.get("step"), int) and {"prompt", "text"} <= row.keys()]
 
 
 def one_line(text: str) -> str:

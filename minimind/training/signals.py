@@ -5,7 +5,6 @@ which is right for one process: of several, each would save at the step where it
 """
 
 import os
-import select
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from minimind.language import say, translated
+from minimind.language import keep_output_writable, say, translated
 from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
 from minimind.training.resume import last_good, problem_of
@@ -125,7 +124,7 @@ class InterruptCallback(TrainerCallback):
             # Nothing is left to train: only keep the weights, should the evaluation that follows not end in time.
             self.agreed = 0
         else:
-            control.should_training_stop = True
+            control.should_training_stop = self.trainer.interrupted = True
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed and control.should_training_stop:
@@ -156,6 +155,7 @@ class InterruptCallback(TrainerCallback):
         for number in SIGNALS:  # ... nor takes the launcher's SIGTERM for another exit code.
             signal.signal(number, signal.SIG_IGN)
         (code,) = broadcast_object_list([self._say_what_is_saved(args, state) if is_main_process() else None])
+        keep_output_writable()
         sys.exit(code)
 
     def _say_what_is_saved(self, args, state) -> int:
@@ -229,17 +229,6 @@ def _obey_parent() -> None:
         signalled = signal.sigwaitinfo(SIGNALS)
         if signalled.si_signo == signal.SIGTERM and signalled.si_pid == os.getppid():
             os._exit(0)
-
-
-def keep_output_writable() -> None:
-    """Send output nowhere where its reader is gone: the Ctrl-C that reaches a run also ends the `tee` behind it, and a
-    closed terminal takes no more lines. A print must not cost the checkpoint."""
-    for number in (1, 2):
-        broken = select.poll()
-        broken.register(number, 0)
-        if broken.poll(0):
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), number)
 
 
 def close_wandb() -> None:

@@ -3,15 +3,15 @@
 import copy
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -43,11 +42,10 @@ from minimind.checkpoints import (
     require_stage,
     weights_hash,
 )
-from minimind.errors import UserError
+from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
-from minimind.language import say, translated
+from minimind.language import keep_output_writable, say, translated
 from minimind.records import write_json
-from minimind.terminal import Terminal
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
@@ -62,10 +60,9 @@ from minimind.training.guards import install_guards
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.launch import is_main_process, leave_process_group
 from minimind.training.output_directory import unlock_directory
-from minimind.training.plots import plot_loss
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
-from minimind.training.resume import ResumeCallback, recipe_of
-from minimind.training.samples import SampleCallback, read_prompts
+from minimind.training.resume import ResumableTrainer, ResumeCallback, recipe_of
+from minimind.training.samples import SampleCallback, prepare_prompts
 from minimind.training.saving import reports_disk_errors, sync_file, weights_bytes
 from minimind.training.signals import InterruptCallback
 from minimind.training.starting import begin
@@ -225,11 +222,14 @@ class Stage:
         trainer.remove_callback(PrinterCallback)
         self.progress = ProgressCallback(self.output_dir, trainer, bits_per_nat(self.facts["train"]))
         trainer.callback_handler.callbacks.insert(0, self.progress)
+        self.samples = None
         if args.sample_steps >= 0:
-            prompts = read_prompts(args.sample_prompts, chat=self.name != "pretrain")
-            trainer.add_callback(
-                SampleCallback(trainer, tokenizer, prompts, self.output_dir, args.sample_steps, args.sample_tokens)
+            positions = trainer.model.config.max_position_embeddings
+            prompts = prepare_prompts(args, self.name != "pretrain", tokenizer, positions)
+            self.samples = SampleCallback(
+                trainer, tokenizer, prompts, self.output_dir, args.sample_steps, args.sample_tokens
             )
+            trainer.add_callback(self.samples)
         if args.early_stopping_patience is not None:
             trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
         if args.metric_for_best_model:
@@ -255,84 +255,82 @@ class Stage:
             share_last_rows(trainer)
         prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
-        install_guards(trainer, self.output_dir, ProgressCallback)
+        decorations = (ProgressCallback, SampleCallback, ReportCallback, PlanCallback, RouterLoadCallback)
+        install_guards(trainer, self.output_dir, *decorations, HeartbeatCallback)
         trainer.add_callback(ChangeCallback(trainer))
         from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
 
         examine_run(self.name, trainer, self.facts, self.parent)
+        if is_main_process():
+            with decoration("describing the run"):
+                self._describe(trainer)
+
+    def _describe(self, trainer: Trainer) -> None:
+        """Print data, parameters and steps."""
         args, model, facts = self.args, trainer.model, self.facts
         world = args.world_size
         batch = Batch(world, args.per_device_train_batch_size, args.gradient_accumulation_steps)
-        epoch = ceil(len(trainer.train_dataset) / batch.rows)
-        steps = args.max_steps if args.max_steps > 0 else ceil(epoch * args.num_train_epochs)
+        epoch = math.ceil(len(trainer.train_dataset) / batch.rows)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if not is_main_process():
-            return
-        console = Terminal(soft_wrap=True)
         start = args.resume_from_checkpoint or self.parent or "random weights"
-        console.print(translated(f"[bold]{self.kind}[/] -> {self.output_dir}  (from {start})"))
+        say(f"{self.kind} -> {self.output_dir}  (from {start})")
         for part, title in (("train", "  train  "), ("eval", "  eval   ")):
             counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
             listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
             files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
-            console.print(f"{translated(title)}{listed}  [dim]{translated(files)}[/]")
+            say(f"{translated(title)}{listed}  {translated(files)}")
         active = active_parameters(model)
         shown = f"{parameters / 1e6:.2f} M"
         shown += translated(f" ({active / 1e6:.2f} M active)") if active < parameters else ""
         shown += translated(f", {trainable / 1e6:.2f} M trained") if trainable < parameters else ""
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
-        console.print(translated(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}"))
-        console.print(
-            translated(
-                f"  steps  {steps:,} of {batch}, learning rate "
-                f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
-            )
+        say(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
+        say(
+            f"  steps  {steps:,} of {batch}, learning rate "
+            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
         )
 
-    def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
-        """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
+    def finish(
+        self,
+        trainer: ResumableTrainer,
+        tokenizer: PreTrainedTokenizerFast,
+        measure: Callable[[Trainer], dict],
+        report: dict | None = None,
+    ) -> None:
+        """Write the stage directory, every file at once: the model, then `stage.json` with what `measure` finds, and
+        last what only tells about the run. All processes call it."""
         trainer.check_weights()
         try:
             with reports_disk_errors(self.output_dir, weights_bytes(trainer.model)):
-                self._write(trainer, tokenizer, metrics, report)
+                self._write_model(trainer, tokenizer)
         except UserError:
             shutil.rmtree(self.output_dir / ".partial", ignore_errors=True)
             raise
+        metrics = measure(trainer)
+        if is_main_process():
+            record = self._record(trainer, tokenizer, metrics, report)
+            with reports_disk_errors(self.output_dir):
+                write_json(self.output_dir / "stage.json", record)
+        self._decorate(trainer, report)
+        if is_main_process():
+            say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
+            keep_output_writable()
         unlock_directory()
         leave_process_group(trainer)
 
-    def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
+    def _write_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
         partial = self.output_dir / ".partial"
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         save_model(trainer, partial)
-        distribution = self.token_loss(trainer)
         if not is_main_process():
             return
         tokenizer.save_pretrained(partial)
         torch.save(self.args, partial / "training_args.bin")
-        if report:
-            write_json(partial / "mask_report.json", report)
-        log = read_log(self.output_dir / "train_log.jsonl")
-        plot_loss(log, partial / "loss.png", title_of(self.kind, self.output_dir), loss_unit(self.kind))
-        state = trainer.state
-        record = {
-            **self.description,
-            "weights": weights_hash(partial),
-            "tokenizer": tokenizer_hash(tokenizer),
-            "steps": state.global_step,
-            "extended": self.run["extended"],
-            "tokens_seen": int(state.num_input_tokens_seen),
-            "tokens_per_second": round(self.progress.tokens_per_second(state), 1),
-            "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
-            "metrics": metrics,
-            "best": self.best(state),
-            "token_loss": distribution,
-            "seconds": round(time.time() - self.started, 1),
-        }
         for file in partial.iterdir():
             sync_file(file)
         (self.output_dir / "stage.json").unlink(missing_ok=True)
@@ -341,32 +339,73 @@ class Stage:
         for file in partial.iterdir():
             file.replace(self.output_dir / file.name)
         partial.rmdir()
-        write_report(self.output_dir, record)
-        write_json(self.output_dir / "stage.json", record)
-        say(f"report: {self.output_dir / 'report.html'}")
-        say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
 
-    def best(self, state: TrainerState) -> dict | None:
+    def _record(
+        self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None
+    ) -> dict:
+        state = trainer.state
+        return {
+            **self.description,
+            "weights": weights_hash(self.output_dir),
+            "weights_step": trainer.weights_step,
+            "tokenizer": tokenizer_hash(tokenizer),
+            "steps": state.global_step,
+            "extended": self.run["extended"],
+            "tokens_seen": int(state.num_input_tokens_seen),
+            "tokens_per_second": round(self.progress.tokens_per_second(state), 1),
+            "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
+            "metrics": metrics,
+            "best": self.best(trainer),
+            "seconds": round(time.time() - self.started, 1),
+        }
+
+    def _decorate(self, trainer: Trainer, report: dict | None) -> None:
+        """Write what only tells about the run that is complete: whatever goes wrong is said and ends nothing."""
+        if self.samples:
+            self.samples.sample(trainer.state)
+        if not is_main_process():
+            return
+        if report:
+            with decoration("keeping the mask report"):
+                write_json(self.output_dir / "mask_report.json", report)
+        with decoration("the losses of single tokens"):
+            if distribution := self.token_loss(trainer):
+                write_json(self.output_dir / "token_loss.json", distribution)
+        with decoration("loss.png"):
+            from minimind.training.plots import plot_loss  # matplotlib may be missing or broken
+
+            log = read_log(self.output_dir / "train_log.jsonl")
+            plot_loss(log, self.output_dir / "loss.png", title_of(self.kind, self.output_dir), loss_unit(self.kind))
+        if written := write_report(self.output_dir):
+            say(f"report: {written}")
+
+    def best(self, trainer: ResumableTrainer) -> dict | None:
         """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
-        if state.best_metric is None:
+        state, metric = trainer.state, self.args.metric_for_best_model
+        if state.best_metric is None or not math.isfinite(state.best_metric):
             return None
-        metric = self.args.metric_for_best_model
         logged = metric if metric.startswith("eval_") else f"eval_{metric}"
         # The state's own best step is that of a checkpoint, and there may be none.
         step = next((each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0)
         best = {"metric": metric, "value": float(state.best_metric), "step": step}
-        if not best["step"]:
-            say(f"no evaluation was better than the {best['metric']} {best['value']:.4f} before the first step")
+        if not step:
+            say(f"no evaluation was better than the {metric} {best['value']:.4f} before the first step")
+        elif self.args.load_best_model_at_end and trainer.weights_step == step:
+            say(f"the best model is that of step {step:,}: {metric} {best['value']:.4f}")
         elif self.args.load_best_model_at_end:
-            say(f"the best model is that of step {best['step']:,}: {best['metric']} {best['value']:.4f}")
+            say(
+                f"warning: the best evaluation is that of step {step:,}: {metric} {best['value']:.4f}, but its "
+                f"checkpoint is not there: the weights of step {trainer.weights_step:,} were saved"
+            )
         return best
 
     def token_loss(self, trainer: Trainer) -> dict | None:
         """How the loss of single held-out tokens is distributed; None for pairs, and where weights are spread."""
-        alone = not is_deepspeed_zero3_enabled() and is_main_process()
-        if self.name not in ("pretrain", "sft") or not isinstance(trainer.eval_dataset, Dataset) or not alone:
+        known = self.name in ("pretrain", "sft") and isinstance(trainer.eval_dataset, Dataset)
+        if not known or is_deepspeed_zero3_enabled():
             return None
         losses = token_losses(trainer)
+        losses = losses[~losses.isnan()]
         return token_loss_distribution(losses) if len(losses) else None
 
 
@@ -407,21 +446,22 @@ def save_model(trainer: Trainer, directory: Path) -> None:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for tied in base.all_tied_weights_keys:
         state_dict.pop(tied, None)
-    base.config.use_cache = True
     if isinstance(model, PeftModel):
         name = model.active_adapter
         model.peft_config[name].base_model_name_or_path = str(Path(base.config._name_or_path).resolve())
-    model.save_pretrained(directory, state_dict=state_dict)
+    use_cache, base.config.use_cache = base.config.use_cache, True
+    try:
+        model.save_pretrained(directory, state_dict=state_dict)
+    finally:
+        base.config.use_cache = use_cache  # an evaluation may follow
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, a form with empty fields
 
 
 def git_commit() -> str | None:
     """The commit of the project's checkout, with "+" where it has uncommitted changes; None outside of git."""
-    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True
-        )
-    except FileNotFoundError:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8")
+    except (OSError, ValueError):  # no git, or not one that works
         return None
     return run.stdout.strip() or None

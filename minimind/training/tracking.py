@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from minimind.errors import UserError, install
-from minimind.language import say
+from minimind.errors import UserError, decoration, first_line, install
+from minimind.language import printable, say
 from minimind.training.launch import is_main_process
 
 PROBE_SECONDS = 5
@@ -85,31 +85,31 @@ def start_tracking(stage, report: dict | None = None) -> None:
                 f"--report_to {name}: it is not installed. Install it ({install(EXTRAS[name])}, or "
                 f"pip install {name}), or leave it out."
             )
-    stage.args.run_name = stage.args.run_name or f"{stage.kind}: {stage.output_dir}"
+    stage.args.run_name = printable(stage.args.run_name or f"{stage.kind}: {stage.output_dir}")
     starts = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard, "swanlab": _swanlab}
-    for name in stage.args.report_to:
-        if name in starts:
-            starts[name](stage)
+    for name in list(stage.args.report_to):
+        opened = False
+        with decoration(name):
+            if name in starts:
+                starts[name](stage)
+            INTEGRATION_TO_CALLBACK[name]()  # as the Trainer will, which lets its errors through
+            opened = True
+        if not opened:
+            stage.args.report_to.remove(name)
     if report and "wandb" in stage.args.report_to and is_main_process():
-        import wandb
+        with decoration("the inspection's tables in wandb"):
+            import wandb
 
-        wandb.log(report_tables(report), commit=False)
-
-
-def _say_failed(name: str, error: Exception) -> None:
-    lines = str(error).strip().splitlines() or [""]
-    say(f"{name} failed and is left out from here on: {type(error).__name__}: {lines[0]}")
+            wandb.log(report_tables(report), commit=False)
 
 
 def track_samples(rows: Sequence[dict], step: int) -> None:
     """Show samples (step, prompt, text; the newest last) in the trackers that have a run open."""
     tables = {"wandb": _wandb_table, "trackio": _trackio_table, "swanlab": _swanlab_texts}
     for name, show in tables.items():
-        if name in sys.modules:
-            try:
-                show(sys.modules[name], rows, step)
-            except Exception as error:
-                _say_failed(f"the table of samples in {name}", error)
+        if tracker := sys.modules.get(name):
+            with decoration(f"the table of samples in {name}"):
+                show(tracker, rows, step)
 
 
 def _wandb_table(wandb, rows: Sequence[dict], step: int) -> None:
@@ -148,19 +148,14 @@ def _trackio(stage) -> None:
         return
     import trackio
 
-    try:
-        trackio.init(
-            project=stage.args.project,
-            name=stage.args.run_name,
-            group=stage.lineage["pipeline"],
-            config={"stage": stage.kind, **stage.lineage},
-            resume="allow",
-            embed=False,
-        )
-    except Exception as error:
-        _say_failed("trackio", error)
-        stage.args.report_to.remove("trackio")
-        return
+    trackio.init(
+        project=stage.args.project,
+        name=stage.args.run_name,
+        group=stage.lineage["pipeline"],
+        config={"stage": stage.kind, **stage.lineage},
+        resume="allow",
+        embed=False,
+    )
     say(f"trackio: look at the run          trackio show --project {stage.args.project}")
 
 
@@ -186,7 +181,7 @@ def _swanlab(stage) -> None:
     try:
         swanlab.init(**options, mode=os.environ.get("SWANLAB_MODE", "offline"))
     except Exception as error:  # a refused key, a server that does not answer
-        say(f"swanlab: offline, because the run could not be opened: {str(error).splitlines()[0]}")
+        say(f"swanlab: offline, because the run could not be opened: {first_line(error)}")
         swanlab.init(**options, mode="offline")
     say(f"swanlab: upload it later          swanlab sync {directory}/run-*")
 
@@ -220,7 +215,7 @@ def _wandb(stage) -> None:
     try:
         run = init(mode)
     except Exception as error:  # a refused key or a server that fails half-way must not end a training run
-        say(f"wandb: offline, because the server refused the run: {str(error).splitlines()[0]}")
+        say(f"wandb: offline, because the server refused the run: {first_line(error)}")
         run = init("offline")
     if run.settings.mode in ("offline", "dryrun"):
         directory = Path(run.settings.sync_dir)
