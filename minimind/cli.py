@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import redirect_stdout
 
+from minimind.bounds import check_options
 from minimind.errors import UserError, reports_user_errors
 from minimind.language import say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
@@ -162,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a card (4090, 4090d, 3060, 3080, 3090, t4, v100, a10, a100, a800, l20, h20, h100, h800, h200), cpu, or "
         "measured: five real steps on this machine; default: what this machine has",
     )
-    plan.add_argument("--processes", type=processes, default=1, help="devices that train together")
+    plan.add_argument("--processes", type=int, default=1, help="devices that train together")
     plan.add_argument("--price", type=price, help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h, 8元/h")
     plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
     plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
@@ -186,7 +187,7 @@ def doctor_commands(commands) -> None:
     )
     doctor.add_argument("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
     doctor.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
-    doctor.add_argument("--processes", type=processes, default=1, help="how many the run will have (default 1)")
+    doctor.add_argument("--processes", type=int, default=1, help="how many the run will have (default 1)")
     doctor.add_argument("--quick", action="store_true", help="only the checks that every run makes when it starts")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     doctor.set_defaults(run=run_doctor)
@@ -316,18 +317,12 @@ def price(text: str):
     return parse_price(text)
 
 
-def processes(text: str) -> int:
-    """How many processes a run will have."""
-    if int(text) < 1:
-        raise UserError(f"--processes {text}: expected at least 1.")
-    return int(text)
-
-
 @reports_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
+    check_options(args.parser._actions, args, args.parser.prog.split()[-1])
     if args.run in TAKE_STAGE_OPTIONS:
         args.options = others
     elif others:
@@ -432,8 +427,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from minimind.data.columns import Columns
     from minimind.evaluation import evaluate
 
-    if args.max_length < 2 or args.batch_size < 1 or args.max_new_tokens < 0:
-        raise UserError("--max_length must be at least 2, --batch_size 1, --max_new_tokens 0.")
     columns = Columns(args.columns, args.unread_columns)
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         model, tokenizer = load_for_generation(args.directory)
@@ -459,8 +452,6 @@ def run_inspect(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    if args.max_length < 2 or (args.rows is not None and args.rows < 0):
-        raise UserError("--max_length must be at least 2, and --rows at least 0.")
     data_args = DataArguments(
         args.files,
         args.eval_files,

@@ -1,23 +1,29 @@
 """Command line and YAML recipes -> typed arguments. Defaults here are the library's, except where a field says why."""
 
+import copy
 import dataclasses
 import json
-import re
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import Action, Namespace
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from minimind.bounds import shown
 from minimind.data.columns import NAMES, Columns
-from minimind.data.files import File, cache_directory, expand
+from minimind.data.files import TEXT_UNITS, File, cache_directory, expand
+from minimind.data.markers import POLICIES
+from minimind.data.mixing import STOPPING
+from minimind.data.packing import STRATEGIES
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.language import say
@@ -25,7 +31,9 @@ from minimind.options import option_names, suggestion
 from minimind.recipes import read_recipe
 from minimind.training.help import StageParser
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
+from minimind.training.optimizers import check_optimizer
 from minimind.training.resume import check_output_directory, checkpoints
+from minimind.training.schedules import check_schedule
 
 
 @dataclass
@@ -53,26 +61,35 @@ class DataArguments:
     )
     mixing_stop: str = field(
         default="first_exhausted",
-        metadata={"help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row."},
+        metadata={
+            "help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row.",
+            "choices": STOPPING,
+        },
     )
     clean_recipe: str | None = field(
         default=None,
         metadata={"help": "Clean the training files first, as `minimind clean` does with this recipe."},
     )
     text_unit: str = field(
-        default="file", metadata={"help": "What one document of a txt file is: the file, a paragraph or a line."}
+        default="file",
+        metadata={
+            "help": "What one document of a txt file is: the file, a paragraph or a line.",
+            "choices": TEXT_UNITS,
+        },
     )
     boundary_markers: str = field(
         default="split",
         metadata={
             "help": "Boundaries spelled out in documents, such as <|im_end|>. split: cut there; keep: train them as "
-            "text; error: refuse the row."
+            "text; error: refuse the row.",
+            "choices": POLICIES,
         },
     )
     on_bad_rows: str | None = field(
         default=None,
         metadata={
-            "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."
+            "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows.",
+            "choices": ("error", "skip"),
         },
     )
 
@@ -168,7 +185,10 @@ class StageConfig(TrainingArguments):
     """What all stages have in common."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr",
+        metadata={"help": "Learning-rate schedule.", "choices": [each.value for each in SchedulerType]},
+    )
     lr_scheduler_kwargs: dict | str | None = field(
         default=None,
         metadata={
@@ -206,7 +226,8 @@ class StageConfig(TrainingArguments):
     save_strategy: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoints: no, steps, epoch or best. Default: steps; best with --load_best_model_at_end."
+            "help": "Checkpoints: no, steps, epoch or best. Default: steps; best with --load_best_model_at_end.",
+            "choices": [each.value for each in SaveStrategy],
         },
     )
     save_steps: float = field(
@@ -253,7 +274,11 @@ class StageConfig(TrainingArguments):
         },
     )
     include_num_input_tokens_seen: str = field(
-        default="non_padding", metadata={"help": "Count tokens for the throughput: all, non_padding or no."}
+        default="non_padding",
+        metadata={
+            "help": "Count tokens for the throughput: all, non_padding or no.",
+            "choices": ("all", "non_padding", "no"),
+        },
     )
     disable_tqdm: bool | None = field(
         default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
@@ -262,7 +287,8 @@ class StageConfig(TrainingArguments):
         default="error",
         metadata={
             "help": "What an error among the findings does, those of the doctor and of the inspection of the data. "
-            "error: stops the run; warn: nothing."
+            "error: stops the run; warn: nothing.",
+            "choices": ("error", "warn"),
         },
     )
     max_nonfinite_steps: int = field(
@@ -274,12 +300,6 @@ class StageConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.on_findings not in ("error", "warn"):
-            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
-        if self.max_nonfinite_steps < 0:
-            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
-        if self.learning_rate <= 0:
-            raise ValueError(f"--learning_rate {self.learning_rate:g} would train nothing: expected above 0")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -301,14 +321,11 @@ class StageConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)
         super().__post_init__()
+        check_optimizer(self)
+        check_schedule(self)
 
     def _check_choice(self) -> None:
         """What early stopping and the best model need: evaluations, and for the latter checkpoints of the best."""
-        for name in ("warmup_steps", "lr_decay_steps", "early_stopping_threshold"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name):g}: expected 0 or more")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: expected at least 1")
         asked = "load_best_model_at_end" if self.load_best_model_at_end else None
         asked = asked if self.early_stopping_patience is None else "early_stopping_patience"
         if asked is None:
@@ -329,12 +346,18 @@ class PretrainConfig(StageConfig):
     output_dir: str | None = field(default="runs/pretrain", metadata={"help": "The stage directory to write."})
     optim: str = field(
         default="adamw_torch_fused",
-        metadata={"help": "muon, or any of the library's optimizers; see its OptimizerNames."},
+        metadata={
+            "help": "muon, or any of the library's optimizers; see its OptimizerNames.",
+            "choices": ["muon", *(each.value for each in OptimizerNames)],
+        },
     )
     block_size: int = field(default=512, metadata={"help": "Tokens per training row."})
     packing_strategy: str = field(
         default="wrapped",
-        metadata={"help": "wrapped: every row full; bfd_split: best-fit, only documents longer than a row are cut."},
+        metadata={
+            "help": "wrapped: every row full; bfd_split: best-fit, only documents longer than a row are cut.",
+            "choices": list(STRATEGIES),
+        },
     )
     document_mask: bool = field(
         default=False, metadata={"help": "Documents in one row cannot see each other, and their positions restart."}
@@ -401,19 +424,41 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    argv = with_recipe(parser, sys.argv[1:] if argv is None else argv)
-    prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
+    options = vars(_options(parser, sys.argv[1:] if argv is None else argv))
+    prepare_launch(uses_deepspeed=options["deepspeed"] is not None)
     try:
-        parsed = parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        unknown = re.findall(r"'(--[^'=]+)", str(error)) if "not used by" in str(error) else []
-        if unknown:
-            raise _unknown_options(parser, unknown) from error
-        raise UserError(f"the arguments do not fit together: {error}") from error
+        parsed = _filled(dataclass_types, options)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries choke on a value in many ways
+        raise UserError(_misfit(parser, options, error)) from error
     for arguments in parsed:
         if isinstance(arguments, StageConfig):
             check_output_directory(Path(arguments.output_dir))
     return parsed
+
+
+def _filled(dataclass_types: Iterable[type], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The dataclasses with these options; raises what their checks raise."""
+    options = copy.deepcopy(options)
+    return tuple(
+        kind(**{each.name: options[each.name] for each in dataclasses.fields(kind) if each.init})
+        for kind in dataclass_types
+    )
+
+
+def _misfit(parser: StageParser, options: dict[str, Any], error: Exception) -> str:
+    """What is wrong with options that make no dataclasses, with the name of the option that is to blame."""
+    said = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
+    message = f"the arguments do not fit together: {said}"
+    if any(f"--{name}" in said for name in options):
+        return message
+    for name, value in options.items():
+        if value != (default := parser.get_default(name)):
+            with suppress(Exception):
+                _filled(parser.dataclass_types, options | {name: default})
+                return f"--{name} {shown(value)}: {message}"
+    return message
 
 
 def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
@@ -422,7 +467,10 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
-    parser = StageParser(dataclass_types)
+    return _options(StageParser(dataclass_types), argv)
+
+
+def _options(parser: StageParser, argv: Sequence[str]) -> Namespace:
     options, others = parser.parse_known_args(with_recipe(parser, argv))
     if others:
         raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
@@ -431,12 +479,17 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
 
 def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
     """A command line with the words of its `--config` in front; raises UserError."""
-    argv = list(argv)
+    argv = [word for each in argv for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
     while "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):
             raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _recipe_words(Path(argv[position + 1]), option_names(parser))
+        path = Path(argv[position + 1])
+        recipe = _recipe_words(path, parser)
+        try:
+            parser.parse_known_args(recipe)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         argv = recipe + argv[:position] + argv[position + 2 :]
     return argv
 
@@ -445,21 +498,40 @@ def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
     return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
 
 
-def _recipe_words(path: Path, options: set[str]) -> list[str]:
+def _recipe_words(path: Path, parser: StageParser) -> list[str]:
     """A YAML mapping -> the same as command-line words."""
     recipe = read_recipe(path)
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
-    unknown = [str(key) for key in recipe if key not in options]
+    known = option_names(parser)
+    unknown = [str(key) for key in recipe if key not in known]
     if unknown:
-        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, options)}")
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, known)}")
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --NAME, not --no_NAME
     words = []
     for key, value in recipe.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += [f"--{key}", *map(str, values)]
+        if value is not None:
+            words += _words(f"{path}: {key}", actions[key], parser, value)
     return words
+
+
+def _words(place: str, action: Action, parser: StageParser, value: Any) -> list[str]:
+    """One key of a recipe as command-line words; raises UserError where its value is of a shape it does not take."""
+    option = f"--{action.dest}"
+    if isinstance(value, dict):
+        if dict not in parser.kinds[action.dest]:
+            raise UserError(f"{place}: found 'name: value' lines, expected one value.")
+        return [f"{option}={json.dumps(value, default=str)}"]
+    if isinstance(value, list) and list in parser.kinds[action.dest] and action.nargs != "+" and len(value) == 1:
+        value = value[0]  # the library takes several, its command line one
+    if not isinstance(value, list):
+        # YAML reads an unquoted no as false.
+        return [f"{option}={'no' if value is False and 'no' in (action.choices or ()) else value}"]
+    if action.nargs != "+":
+        raise UserError(f"{place}: found a list, expected one value.")
+    if any(isinstance(each, dict | list | None) or str(each).startswith("--") for each in value):
+        raise UserError(f"{place}: found {str(value)[:80]}, expected a list of names or numbers.")
+    return [option, *map(str, value)]
 
 
 def load_model_config_file(path: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import argparse
 import re
 from collections.abc import Iterable
 from copy import copy
+from typing import get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
+from minimind.bounds import check_options
 from minimind.errors import UserError
 from minimind.options import HelpAll, OptionFormatter, Version
 
@@ -55,6 +57,17 @@ class StageParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=OptionFormatter)
         self.add_argument("--help_all", action=HelpAll)
         self.add_argument("--version", action=Version)
+        hints = {name: hint for each in self.dataclass_types for name, hint in get_type_hints(each).items()}
+        # Option -> what its value may be, dict and list among others.
+        self.kinds = {
+            name: {get_origin(each) or each for each in (hint, *get_args(hint))} for name, hint in hints.items()
+        }
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's; raises UserError for values out of their bounds too."""
+        options, others = super().parse_known_args(args, namespace)
+        check_options(self._actions, options)
+        return options, others
 
     def error(self, message: str):
         """Called by argparse, whose own version prints a usage text of several screens first."""

@@ -1,6 +1,5 @@
 """Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +15,7 @@ from minimind.data.packing import IGNORED, PackedCollator
 from minimind.errors import UserError
 from minimind.evaluation import bits_per_byte
 from minimind.training.resume import ResumableTrainer
+from minimind.training.schedules import schedule_options
 
 
 def weighted_causal_lm_loss(
@@ -55,10 +55,8 @@ class ScheduledTrainer(ResumableTrainer):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step would be 0."""
         is_new = self.lr_scheduler is None
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            given = self.args.lr_decay_steps
-            steps = math.ceil(given * num_training_steps) if given < 1 else int(given)
             # A copy of the trainer may be asked, so the arguments as they were given have to stay.
-            self.args.lr_scheduler_kwargs = {"num_decay_steps": steps} | (self.args.lr_scheduler_kwargs or {})
+            self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if is_new and isinstance(schedule, LambdaLR):
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
