@@ -37,9 +37,17 @@ INTERVALS = {
     "[1, 31536000]": "ddp_timeout",  # seconds: a year
     "[0, 65535]": "local_rank",
     "[1, 1e18]": "tokens",
+    "[0, 1048576]": "head_dim hidden_size intermediate_size moe_intermediate_size n_shared_experts num_experts "
+    "num_experts_per_tok num_key_value_heads",
+    "[0, 1000]": "num_hidden_layers",
 }
 BOUNDS = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 BOUNDS["evaluate max_new_tokens"] = "[0, most]"  # a command's own
+# Options of the libraries that take a word, and would say so in the first step.
+CHOICES = {
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
 WORDS = {
     "[": "at least {}",
     "(": "above {}",
@@ -65,8 +73,19 @@ def check_options(actions: Iterable[argparse.Action], options: argparse.Namespac
                 check_object(name, each)
             elif isinstance(each, str):
                 check_text(name, each)
+                if each not in (choices := CHOICES.get(action.dest, (each,))):
+                    raise UserError(f"{name} {shown(each)}: expected one of {', '.join(choices)}.")
             elif isinstance(each, int | float) and not isinstance(each, bool):
                 check_number(name, each, interval or "(-inf, inf)")
+
+
+def check_numbers(place: str, fields: dict[str, Any]) -> None:
+    """`check_number` of each number in a JSON object, nested ones included."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            check_numbers(f"{place}: {name}", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            check_number(f"{place}: {name}", value, BOUNDS.get(name, "(-inf, inf)"))
 
 
 def check_number(name: str, value: float, interval: str) -> None:

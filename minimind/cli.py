@@ -9,6 +9,7 @@ from minimind.bounds import check_options
 from minimind.errors import UserError, reports_user_errors
 from minimind.language import say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
+from minimind.records import check_output
 
 
 class Parser(argparse.ArgumentParser):
@@ -347,6 +348,7 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     from minimind.tokenizer import save_tokenizer, train_tokenizer
     from minimind.tokenizer.texts import read_texts, weighted
 
+    check_output(args.output_dir, directory=True)
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
     texts = weighted(read_texts(args.files, args.on_bad_rows, columns=args.columns), dict(args.weights))
@@ -445,6 +447,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments
 
+    for file in filter(None, (args.html, args.png)):
+        check_output(file)
     weighted = None if args.weighted_loss is None else args.weighted_loss == "true"
     try:
         chat_args = ChatArguments(
@@ -522,6 +526,7 @@ def run_export(args: argparse.Namespace) -> None:
     from minimind.training.launch import prepare_launch
 
     prepare_launch(uses_deepspeed=False)
+    check_output(args.out, directory=True)
     record = export(args.directory, args.out, args.format, args.dtype)
     print(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
     say(report(record["verification"]))
@@ -534,6 +539,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from minimind.training.launch import prepare_launch
 
     prepare_launch(uses_deepspeed=False)
+    check_output(args.out, directory=True)
     record = merge(args.adapter, args.out)
     print(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
     say(report(record["verification"]))
@@ -543,6 +549,7 @@ def run_import(args: argparse.Namespace) -> None:
     """`minimind import`."""
     from minimind.importing import import_checkpoint
 
+    check_output(args.destination, directory=True)
     model, report = import_checkpoint(
         args.source,
         args.destination,
@@ -567,6 +574,7 @@ def run_clean(args: argparse.Namespace) -> None:
     from minimind.data.cleaning import clean
     from minimind.data.cleaning.report import report_text
 
+    check_output(args.destination, directory=True)
     report = clean(
         args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns
     )
@@ -608,6 +616,7 @@ def run_world(args: argparse.Namespace) -> None:
 
     from minimind.data.world import write_world
 
+    check_output(args.directory, directory=True)
     for name, path in write_world(Path(args.directory)).items():
         print(f"{name:<14} {path}")
 

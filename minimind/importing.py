@@ -13,7 +13,6 @@ Code that comes with a checkpoint is never run: configurations are read as JSON,
 
 import json
 import re
-import shutil
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -35,7 +34,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import weights_hash
+from minimind.checkpoints import new_directory, weights_hash
 from minimind.errors import UserError
 from minimind.records import write_json
 from minimind.tokenizer import tokenizer_hash
@@ -577,20 +576,17 @@ def write(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast | None, report: Report, destination: Path
 ) -> None:
     """Write the directory beside its place and move it there, `stage.json` included."""
-    partial = destination.absolute().with_name(f".{destination.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    if tokenizer:
-        tokenizer.save_pretrained(partial)
-    record = {
-        "stage": "import",
-        "parent": None,
-        "pipeline": destination.absolute().name,
-        "weights": weights_hash(partial),
-        **({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer else {}),
-        **asdict(report),
-        "command": " ".join(sys.argv),
-    }
-    write_json(partial / "stage.json", record)
-    partial.replace(destination)
+    with new_directory(destination) as partial:
+        model.save_pretrained(partial)
+        if tokenizer:
+            tokenizer.save_pretrained(partial)
+        record = {
+            "stage": "import",
+            "parent": None,
+            "pipeline": destination.absolute().name,
+            "weights": weights_hash(partial),
+            **({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer else {}),
+            **asdict(report),
+            "command": " ".join(sys.argv),
+        }
+        write_json(partial / "stage.json", record)

@@ -24,9 +24,10 @@ Kinds: "fact" (a held-out question in a trained wording), "wording" (held-out qu
 
 import json
 import random
-import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from minimind.records import write_text
 
 Message = dict[str, str]
 Fact = tuple[str, str]  # (person, attribute): what a question is about
@@ -351,8 +352,5 @@ def write_world(directory: Path, seed: int = 0) -> dict[str, Path]:
     paths = {}
     for name, rows in build_world(seed).items():
         paths[name] = directory / f"{name}.jsonl"
-        # A temporary file and a rename: another process never reads half a file.
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, delete=False) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(file.name).replace(paths[name])
+        write_text(paths[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return paths

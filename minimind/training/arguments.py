@@ -16,9 +16,10 @@ from filelock import FileLock
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from minimind.bounds import shown
+from minimind.bounds import check_numbers, check_object, shown
 from minimind.data.columns import NAMES, Columns
 from minimind.data.files import TEXT_UNITS, File, cache_directory, expand
 from minimind.data.markers import POLICIES
@@ -29,11 +30,15 @@ from minimind.errors import UserError
 from minimind.language import say
 from minimind.options import option_names, suggestion
 from minimind.recipes import read_recipe
+from minimind.records import read_json
 from minimind.training.help import StageParser
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.optimizers import check_optimizer
 from minimind.training.resume import check_output_directory, checkpoints
-from minimind.training.schedules import check_schedule
+from minimind.training.schedules import check_recomputation, check_schedule
+
+LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"]
+LOSSES += ["apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]  # TRL's, which it refuses in the first step
 
 
 @dataclass
@@ -173,6 +178,12 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_meaningless(
+            self,
+            lora_task_type="the models write texts",
+            load_in_8bit="nothing is trained on quantised weights",
+            load_in_4bit="nothing is trained on quantised weights",
+        )
         if self.lora_target_parameters and (self.use_dora or self.lora_dropout):
             raise UserError(
                 "--lora_target_parameters adapts stacked tensors, for which peft has neither DoRA nor dropout. Leave "
@@ -321,12 +332,16 @@ class StageConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)
         super().__post_init__()
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
         check_optimizer(self)
         check_schedule(self)
+        check_recomputation(self)
 
     def _check_choice(self) -> None:
         """What early stopping and the best model need: evaluations, and for the latter checkpoints of the best."""
         asked = "load_best_model_at_end" if self.load_best_model_at_end else None
+        asked = "save_strategy best" if self.save_strategy == "best" else asked
         asked = asked if self.early_stopping_patience is None else "early_stopping_patience"
         if asked is None:
             return
@@ -389,16 +404,19 @@ class SFTStageConfig(StageConfig, SFTConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
 
     def __post_init__(self):
-        for name, answer in {
-            "chat_template_path": "give --chat_template",
-            "packing_strategy": "whole conversations are packed by best-fit",
-            "truncation_mode": "give --long_conversations",
-            "loss_type": "the loss is the cross-entropy",
-            "assistant_only_loss": "it is the only way here; see --train_turns",
-        }.items():
-            default = next(each.default for each in dataclasses.fields(SFTConfig) if each.name == name)
-            if getattr(self, name) != default:
-                raise ValueError(f"--{name} {getattr(self, name)} has no meaning here: {answer}")
+        refuse_meaningless(
+            self,
+            chat_template_path="give --chat_template",
+            packing_strategy="whole conversations are packed by best-fit",
+            truncation_mode="give --long_conversations",
+            loss_type="the loss is the cross-entropy",
+            assistant_only_loss="it is the only way here; see --train_turns",
+            eos_token="the chat template decides",
+            pad_token="the tokenizer has its own",
+            dataset_text_field="see --columns",
+            dataset_kwargs="rows are tokenised before TRL sees them",
+            model_init_kwargs="the model is loaded before TRL sees it",
+        )
         super().__post_init__()
 
 
@@ -409,10 +427,28 @@ class DPOStageConfig(StageConfig, DPOConfig):
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
     # On the embedded corpus these took courteous answers to 97 %; beta 0.5 with 5e-6 left them at 14 %.
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Losses, summed with --loss_weights; see TRL's DPO guide.", "choices": LOSSES},
+    )
     beta: float = field(default=0.2, metadata={"help": "Strength of the pull towards the reference model."})
     max_length: int | None = field(default=2048, metadata={"help": "Tokens of the longest prompt with its reply."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+    def __post_init__(self):
+        refuse_meaningless(
+            self, pad_token="the tokenizer has its own", model_init_kwargs="the model is loaded before TRL sees it"
+        )
+        super().__post_init__()
+
+
+def refuse_meaningless(arguments: Any, **answers: str) -> None:
+    """Raises ValueError for a library's option that nothing here would obey; `answers`: what to do or to know."""
+    for each in dataclasses.fields(arguments):
+        if each.name in answers and getattr(arguments, each.name) != each.default:
+            given = getattr(arguments, each.name)
+            raise ValueError(f"--{each.name} {given} has no meaning here: {answers[each.name]}")
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -425,7 +461,9 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     """
     parser = StageParser(dataclass_types)
     options = vars(_options(parser, sys.argv[1:] if argv is None else argv))
-    prepare_launch(uses_deepspeed=options["deepspeed"] is not None)
+    prepare_launch(uses_deepspeed=options.get("deepspeed") is not None)
+    if options.get("deepspeed") is not None:
+        read_deepspeed(options.get("deepspeed"))
     try:
         parsed = _filled(dataclass_types, options)
     except UserError:
@@ -534,6 +572,14 @@ def _words(place: str, action: Action, parser: StageParser, value: Any) -> list[
     return [option, *map(str, value)]
 
 
+def read_deepspeed(given: str) -> dict:
+    """What `--deepspeed` names, or a recipe has in its place; raises UserError where it is no JSON object."""
+    if given.startswith("{"):
+        check_object("--deepspeed", given)
+        return json.loads(given)
+    return read_json(given, "Expected a DeepSpeed JSON, as in --deepspeed ds_config_zero2.json.")
+
+
 def load_model_config_file(path: str) -> dict[str, Any]:
     """The fields of a model JSON.
 
@@ -545,14 +591,10 @@ def load_model_config_file(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--model_config {path}: no such file. The sizes are in configs/model/.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected a JSON object with the fields of MiniMindConfig.")
+    fields = read_json(file, "Expected a JSON object with the fields of MiniMindConfig; see configs/model/.")
     known = set(MiniMindConfig.__dataclass_fields__)
     unknown = sorted(set(fields) - known)
     if unknown:
         raise UserError(f"{path}: unknown field {', '.join(unknown)}.{suggestion(unknown, known)}")
+    check_numbers(path, fields)
     return fields

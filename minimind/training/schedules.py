@@ -1,10 +1,11 @@
-"""The learning rate's schedule: its arguments, and whether they fit it."""
+"""The learning rate's schedule, and recomputation: their arguments, and whether they fit."""
 
 import json
 import math
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 TRIED = 1000  # steps of the run that a schedule is tried for where the data decides how many there are
@@ -40,3 +41,18 @@ def check_schedule(args: TrainingArguments) -> None:
         raise ValueError(
             f"--lr_scheduler_kwargs {json.dumps(given)[:200]} do not fit --lr_scheduler_type {kind.value}: {error}"
         ) from error
+
+
+def check_recomputation(args: TrainingArguments) -> None:
+    """Recompute one number, since the run begins to when all data is read.
+
+    Raises:
+        ValueError: torch does not take the arguments.
+    """
+    given = args.activation_checkpointing_kwargs
+    if not args.activation_checkpointing or not given:
+        return
+    try:
+        torch.utils.checkpoint.checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **given).sum().backward()
+    except Exception as error:  # it has many
+        raise ValueError(f"--activation_checkpointing_kwargs {json.dumps(given)[:200]}: {error}") from error

@@ -14,11 +14,12 @@ from functools import cached_property
 from math import ceil
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +33,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import align_special_tokens
+from trl import ModelConfig, get_peft_config
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import (
@@ -87,11 +89,25 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+        check_memory(config, config_file)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     except (StrictDataclassError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"{config_file}: {error.__cause__ or error}") from error
     check_vocabulary(model, tokenizer, config_file)
     return model
+
+
+def check_memory(config: MiniMindConfig, config_file: str) -> None:
+    """Raises UserError where the weights alone are larger than this machine's memory, unless they take none."""
+    if torch.get_default_device().type == "meta":
+        return
+    with torch.device("meta"):
+        weights = 4 * sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+    if weights > (memory := psutil.virtual_memory().total):
+        raise UserError(
+            f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}. Make it smaller; the sizes are in configs/model/."
+        )
 
 
 def starting_point(
@@ -127,6 +143,16 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that DPO compares with; TRL would otherwise load one from the path in the config, which a merged or
     random model has not."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
+    """The adapter that the options ask for, or None; raises UserError where it does not fit the model."""
+    from minimind.planning.costs import empty_model  # it plans stages, and so imports this module
+
+    config = get_peft_config(args)
+    if config is not None:
+        empty_model(copy.deepcopy(model.config), config)
+    return config
 
 
 def check_length(name: str, length: int, config: MiniMindConfig) -> None:

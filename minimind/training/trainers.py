@@ -49,7 +49,16 @@ class ScheduledTrainer(ResumableTrainer):
 
     The length of the decay of `warmup_stable_decay` may be a share of all steps, `--lr_decay_steps`, as that of the
     warm-up may.
+
+    Raises:
+        UserError: (when it is made) what the libraries refuse, which are options that do not fit together.
     """
+
+    def __init__(self, *args, **kwargs):
+        try:
+            super().__init__(*args, **kwargs)
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise UserError(f"the options do not fit together: {error}") from error
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step would be 0."""
