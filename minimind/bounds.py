@@ -48,6 +48,9 @@ CHOICES = {
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
+# Options that the libraries read, write or send themselves.
+FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "model", "model_name_or_path", "out")
+FOR_LIBRARIES += ("output_dir", "project", "run_name", "source", "tokenizer")
 WORDS = {
     "[": "at least {}",
     "(": "above {}",
@@ -73,6 +76,8 @@ def check_options(actions: Iterable[argparse.Action], options: argparse.Namespac
                 check_object(name, each)
             elif isinstance(each, str):
                 check_text(name, each)
+                if action.dest in FOR_LIBRARIES:
+                    check_encoding(name, each)
                 if each not in (choices := CHOICES.get(action.dest, (each,))):
                     raise UserError(f"{name} {shown(each)}: expected one of {', '.join(choices)}.")
             elif isinstance(each, int | float) and not isinstance(each, bool):
@@ -115,6 +120,16 @@ def check_text(name: str, text: str) -> None:
         raise UserError(f"{name}: found an empty text. Give a value, or leave the option out.")
     if "\0" in text:
         raise UserError(f"{name}: found a NUL character, which no name or path can have. Remove it.")
+
+
+def check_encoding(name: str, path: str) -> None:
+    """Raises UserError for a path that is not UTF-8, which tokenizers and safetensors neither read nor write."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{name} {path}: found a name that is not UTF-8, perhaps of an archive from Windows. Rename it."
+        ) from None
 
 
 def check_object(name: str, text: str) -> None:

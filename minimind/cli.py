@@ -9,7 +9,7 @@ from minimind.bounds import check_options
 from minimind.errors import UserError, reports_user_errors
 from minimind.language import say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
-from minimind.records import check_output
+from minimind.records import check_output, write_bytes, write_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -441,6 +441,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """`minimind inspect`."""
     from contextlib import redirect_stdout
+    from pathlib import Path
 
     from minimind.data import display, inspection
     from minimind.data.chats import ChatArguments
@@ -476,9 +477,11 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     if args.html:
         page = display.page(inspected, shown(100), tokenizer, " ".join(args.files))
-        display.write_whole(args.html, page.encode())
+        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.html, page)
     if args.png:
-        display.write_whole(args.png, display.length_png(inspected.report["lengths"]))
+        Path(args.png).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(args.png, display.length_png(inspected.report["lengths"]))
     if args.json:
         display.print_json(inspected, shown(len(chosen)))
     else:

@@ -277,7 +277,7 @@ def _file_hash(path: Path) -> str:
     """The hash of a file's bytes; that of a large one is remembered as long as its size and time do not change."""
     status = path.stat()
     known = f"{status.st_size} {status.st_mtime_ns}"
-    memory = cache_directory() / "hashes" / xxhash.xxh3_128_hexdigest(os.path.realpath(path).encode())
+    memory = cache_directory() / "hashes" / xxhash.xxh3_128_hexdigest(os.fsencode(os.path.realpath(path)))
     if status.st_size >= LARGE and memory.is_file():
         remembered, _, digest = memory.read_text().rpartition(" ")
         if remembered == known:
