@@ -14,10 +14,10 @@ MOST = 2**31 - 1  # what counts something stays within what every library takes 
 INTERVALS = {
     "[0, 1)": "adam_beta1 adam_beta2 eval_ratio label_smoothing_factor lora_dropout",
     "[0, 0.5)": "label_smoothing",
-    "[0, 1]": "ld_alpha ref_model_mixup_alpha",
+    "[0, 1]": "ld_alpha min_lr_rate ref_model_mixup_alpha",
     "(0, 1]": "top_p",
     "(0, inf)": "adam_epsilon beta discopop_tau f_alpha_divergence_coef learning_rate mixing_temperature rope_theta",
-    "[0, inf)": "early_stopping_threshold loss_weights max_grad_norm neftune_noise_alpha router_aux_loss_coef "
+    "[0, inf)": "early_stopping_threshold loss_weights max_grad_norm min_lr neftune_noise_alpha router_aux_loss_coef "
     "temperature weight_decay",
     "(0, most]": "eval_steps logging_steps num_train_epochs save_steps",
     "[0, most]": "eval_delay lr_decay_steps max_eval_rows max_nonfinite_steps min_frequency rows warmup_steps",
@@ -91,6 +91,8 @@ def check_numbers(place: str, fields: dict[str, Any]) -> None:
             check_numbers(f"{place}: {name}", value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             check_number(f"{place}: {name}", value, BOUNDS.get(name, "(-inf, inf)"))
+        elif name in BOUNDS and value is not None:
+            raise UserError(f"{place}: {name} {shown(value)}: expected a number.")
 
 
 def check_number(name: str, value: float, interval: str) -> None:
@@ -135,8 +137,8 @@ def check_encoding(name: str, path: str) -> None:
 def check_object(name: str, text: str) -> None:
     """Raises UserError for arguments of something that are no JSON object."""
     try:
-        if isinstance(json.loads(text), dict):
-            return
+        if isinstance(value := json.loads(text), dict):
+            return check_numbers(name, value)
     except (ValueError, RecursionError):
         pass
     raise UserError(f"""{name} {shown(text)}: expected a JSON object, such as '{{"name": 0.1}}'.""")

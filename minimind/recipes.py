@@ -8,7 +8,7 @@ import yaml
 
 from minimind.errors import UserError
 
-MOST_BYTES, MOST_VALUES = 2**20, 10_000  # of one recipe; an alias counts as often as it is used
+MOST_BYTES, MOST_DEPTH, MOST_VALUES = 2**20, 50, 10_000  # of one recipe; an alias counts as often as it is used
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -36,7 +36,9 @@ def read_recipe(path: str | Path) -> Any:
             content = file.read(MOST_BYTES + 1)  # a device would never end
         if len(content) > MOST_BYTES:
             raise UserError(f"{path}: found more than {MOST_BYTES:,} bytes, expected a YAML file of some lines.")
-        recipe = yaml.load(content.decode("utf-8-sig"), RecipeLoader)
+        text = content.decode("utf-8-sig")
+        _check_depth(path, text)
+        recipe = yaml.load(text, RecipeLoader)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"{path}: cannot be read ({reason}). The recipes are in configs/.") from None
@@ -46,10 +48,19 @@ def read_recipe(path: str | Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise UserError(f"{place}: not YAML ({getattr(error, 'problem', None) or error}). Mend the file.") from None
-    except (ValueError, RecursionError) as error:  # a date that is none; brackets without end; a path with NUL
+    except ValueError as error:  # a date that is none; a path with NUL
         raise UserError(f"{path}: not YAML ({error}). Mend the file.") from None
     _check_size(path, recipe)
     return recipe
+
+
+def _check_depth(path: str | Path, text: str) -> None:
+    """Raises UserError for lists and mappings deep within each other, at which the loader takes minutes."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise UserError(f"{path}: found lists or mappings more than {MOST_DEPTH} deep. Write it plainly.")
 
 
 def _check_size(path: str | Path, recipe: Any) -> None:
