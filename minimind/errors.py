@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import NoReturn
 
 from minimind.language import say, translated
@@ -54,13 +55,10 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(main)
     def wrapped(*args, **kwargs):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a file's name may be no text, and a terminal know no Chinese
-                stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         try:
             main(*args, **kwargs)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except UserError as error:
             stop(str(error))
         except OSError as error:
@@ -76,6 +74,16 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
 
     return wrapped
+
+
+def prepare_streams() -> None:
+    """Let the standard streams exist, also where the process was started without them, and take any text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may be no text, and a terminal know no Chinese
+            stream.reconfigure(errors="backslashreplace")
 
 
 def stop(message: str) -> NoReturn:

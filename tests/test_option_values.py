@@ -7,8 +7,10 @@ from functools import cache
 from itertools import pairwise
 
 import pytest
-from pipeline import chat_rows, failure, run_script, short_run
+from pipeline import chat_rows, document_rows, failure, run_script, short_run
+from transformers import Trainer
 
+from minimind import errors
 from minimind.bounds import BOUNDS, check_options
 from minimind.cli import build_parser
 from minimind.errors import UserError
@@ -17,6 +19,7 @@ from minimind.training import arguments
 from minimind.training.arguments import parse
 from minimind.training.help import StageParser
 from minimind.training.stages import adapter_config, new_model
+from minimind.training.trainers import BlockTrainer
 
 VALUES = ("-1", "0", "nan", "inf", "1e30", str(10**30), "banana", "")
 
@@ -60,11 +63,10 @@ def refusal(tmp_path, monkeypatch):
             parse(*STAGES[stage][1], argv=argv)
         except UserError as error:
             return str(error)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
-    return check
+    yield check
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own about what is accepted
@@ -122,6 +124,7 @@ LATE = [
         ["--activation_checkpointing", "true", "--activation_checkpointing_kwargs", '{"banana": 1}'],
         "unexpected keyword argument 'banana'",
     ),
+    ("pretrain", ["--dataloader_persistent_workers", "true"], "give --dataloader_num_workers"),
     ("sft", ["--lora_task_type", "SEQ_CLS"], "--lora_task_type SEQ_CLS has no meaning here"),
     ("sft", ["--load_in_4bit", "true"], "--load_in_4bit True has no meaning here"),
     ("sft", ["--eos_token", "banana"], "--eos_token banana has no meaning here"),
@@ -250,3 +253,27 @@ def test_a_model_that_cannot_be_is_refused_by_file_and_field(tmp_path, fields, n
         new_model(str(path), tokenizer)
     assert named in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_of_before_training(monkeypatch, tmp_path, capsys, model, tokenizer):
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in document_rows()))
+    argv = short_run(tmp_path / "out", block_size=32, push_to_hub="true", train_files=rows)
+    message = failure(capsys, run_script, monkeypatch, "pretrain", *argv, "--model_name_or_path", tmp_path / "base")
+    assert "--push_to_hub: the repository cannot be opened" in message
+
+
+def test_an_upload_that_fails_costs_no_run(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "FAILED", set())
+
+    def fail(*args):
+        raise ConnectionError("no network")
+
+    trainer = object.__new__(BlockTrainer)
+    for name in ("_push_from_checkpoint", "_finish_current_push"):
+        monkeypatch.setattr(Trainer, name, fail)
+    trainer._push_from_checkpoint("checkpoint-1")
+    trainer._finish_current_push()
+    assert capsys.readouterr().err.count("the upload to the Hub failed (ConnectionError: no network)") == 1

@@ -332,6 +332,9 @@ class StageConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)
         super().__post_init__()
+        alone = ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
+        if not self.dataloader_num_workers and (given := [name for name in alone if getattr(self, name)]):
+            raise ValueError(f"--{given[0]} is about workers: give --dataloader_num_workers")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
         check_optimizer(self)
@@ -461,9 +464,10 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     """
     parser = StageParser(dataclass_types)
     options = vars(_options(parser, sys.argv[1:] if argv is None else argv))
-    prepare_launch(uses_deepspeed=options.get("deepspeed") is not None)
-    if options.get("deepspeed") is not None:
-        read_deepspeed(options.get("deepspeed"))
+    deepspeed = options.get("deepspeed")
+    if deepspeed is not None:
+        read_deepspeed(deepspeed)
+    prepare_launch(uses_deepspeed=deepspeed is not None)
     try:
         parsed = _filled(dataclass_types, options)
     except UserError:

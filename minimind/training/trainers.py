@@ -12,7 +12,7 @@ from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from minimind.data.packing import IGNORED, PackedCollator
-from minimind.errors import UserError
+from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_byte
 from minimind.training.resume import ResumableTrainer
 from minimind.training.schedules import schedule_options
@@ -59,6 +59,25 @@ class ScheduledTrainer(ResumableTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(f"the options do not fit together: {error}") from error
+
+    def init_hf_repo(self, *args, **kwargs):
+        """The library's, before the first step; raises UserError where the Hub or the login fails."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--push_to_hub: the repository cannot be opened ({reason}). Log in with `hf auth login` and look at "
+                "the network; or train without it, and upload the finished directory with `hf upload`."
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with decoration("the upload to the Hub"):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        with decoration("the upload to the Hub"):
+            super()._finish_current_push()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step would be 0."""
