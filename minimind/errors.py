@@ -80,7 +80,7 @@ def prepare_streams() -> None:
     """Let the standard streams exist, also where the process was started without them, and take any text."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 (as long as the process)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may be no text, and a terminal know no Chinese
             stream.reconfigure(errors="backslashreplace")
