@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import sys
-from argparse import Action, Namespace
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,10 +28,9 @@ from minimind.data.packing import STRATEGIES
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.language import say
-from minimind.options import option_names, suggestion
-from minimind.recipes import read_recipe
+from minimind.options import suggestion
 from minimind.records import read_json
-from minimind.training.help import StageParser
+from minimind.training.help import StageParser, read_options
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.optimizers import check_optimizer
 from minimind.training.resume import check_output_directory, checkpoints
@@ -463,7 +462,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    options = vars(_options(parser, sys.argv[1:] if argv is None else argv))
+    options = vars(read_options(parser, sys.argv[1:] if argv is None else argv))
     deepspeed = options.get("deepspeed")
     if deepspeed is not None:
         read_deepspeed(deepspeed)
@@ -509,71 +508,7 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
-    return _options(StageParser(dataclass_types), argv)
-
-
-def _options(parser: StageParser, argv: Sequence[str]) -> Namespace:
-    options, others = parser.parse_known_args(with_recipe(parser, argv))
-    if others:
-        raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
-    return options
-
-
-def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
-    """A command line with the words of its `--config` in front; raises UserError."""
-    argv = [word for each in argv for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
-    while "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise UserError("--config needs the path of a YAML recipe.")
-        path = Path(argv[position + 1])
-        recipe = _recipe_words(path, parser)
-        try:
-            parser.parse_known_args(recipe)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        argv = recipe + argv[:position] + argv[position + 2 :]
-    return argv
-
-
-def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
-    return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
-
-
-def _recipe_words(path: Path, parser: StageParser) -> list[str]:
-    """A YAML mapping -> the same as command-line words."""
-    recipe = read_recipe(path)
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
-    known = option_names(parser)
-    unknown = [str(key) for key in recipe if key not in known]
-    if unknown:
-        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, known)}")
-    actions = {action.dest: action for action in reversed(parser._actions)}  # --NAME, not --no_NAME
-    words = []
-    for key, value in recipe.items():
-        if value is not None:
-            words += _words(f"{path}: {key}", actions[key], parser, value)
-    return words
-
-
-def _words(place: str, action: Action, parser: StageParser, value: Any) -> list[str]:
-    """One key of a recipe as command-line words; raises UserError where its value is of a shape it does not take."""
-    option = f"--{action.dest}"
-    if isinstance(value, dict):
-        if dict not in parser.kinds[action.dest]:
-            raise UserError(f"{place}: found 'name: value' lines, expected one value.")
-        return [f"{option}={json.dumps(value, default=str)}"]
-    if isinstance(value, list) and list in parser.kinds[action.dest] and action.nargs != "+" and len(value) == 1:
-        value = value[0]  # the library takes several, its command line one
-    if not isinstance(value, list):
-        # YAML reads an unquoted no as false.
-        return [f"{option}={'no' if value is False and 'no' in (action.choices or ()) else value}"]
-    if action.nargs != "+":
-        raise UserError(f"{place}: found a list, expected one value.")
-    if any(isinstance(each, dict | list | None) or str(each).startswith("--") for each in value):
-        raise UserError(f"{place}: found {str(value)[:80]}, expected a list of names or numbers.")
-    return [option, *map(str, value)]
+    return read_options(StageParser(dataclass_types), argv)
 
 
 def read_deepspeed(given: str) -> dict:
