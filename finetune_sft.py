@@ -11,7 +11,6 @@ Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; wit
 """
 
 from transformers import set_seed
-from trl import get_peft_config
 
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_conversations
@@ -21,7 +20,7 @@ from minimind.errors import decoration, reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
 from minimind.training.launch import is_main_process
-from minimind.training.stages import Stage, check_length, starting_point
+from minimind.training.stages import Stage, adapter_config, check_length, starting_point
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import ChatSFTTrainer
 
@@ -59,7 +58,7 @@ def main() -> None:
         train_dataset=rows.train,
         eval_dataset=rows.eval,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(model_args, model),
     )
     stage.announce(trainer)
 

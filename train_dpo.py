@@ -10,7 +10,6 @@ Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an a
 """
 
 from transformers import set_seed
-from trl import get_peft_config
 
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_preferences
@@ -20,7 +19,7 @@ from minimind.errors import decoration, reports_user_errors
 from minimind.evaluation import held_out_metrics
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
 from minimind.training.launch import is_main_process
-from minimind.training.stages import Stage, check_length, frozen_copy, starting_point
+from minimind.training.stages import Stage, adapter_config, check_length, frozen_copy, starting_point
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import PreferenceTrainer
 
@@ -56,7 +55,7 @@ def main() -> None:
         train_dataset=rows.train,
         eval_dataset=rows.eval,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config(model_args, model),
     )
     stage.announce(trainer)
 

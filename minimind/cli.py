@@ -5,9 +5,11 @@ import os
 import sys
 from contextlib import redirect_stdout
 
+from minimind.bounds import check_options
 from minimind.errors import UserError, reports_user_errors
 from minimind.language import as_json, printable, say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
+from minimind.records import check_output, write_bytes, write_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a card (4090, 4090d, 3060, 3080, 3090, t4, v100, a10, a100, a800, l20, h20, h100, h800, h200), cpu, or "
         "measured: five real steps on this machine; default: what this machine has",
     )
-    plan.add_argument("--processes", type=processes, default=1, help="devices that train together")
+    plan.add_argument("--processes", type=int, default=1, help="devices that train together")
     plan.add_argument("--price", type=price, help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h, 8元/h")
     plan.add_argument("--tokens", type=float, help="to be pretrained on, in place of the recipe's data: 1e9")
     plan.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
@@ -186,7 +188,7 @@ def doctor_commands(commands) -> None:
     )
     doctor.add_argument("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
     doctor.add_argument("--stage", choices=("pretrain", "sft", "lora", "dpo"), help="default: told from the recipe")
-    doctor.add_argument("--processes", type=processes, default=1, help="how many the run will have (default 1)")
+    doctor.add_argument("--processes", type=int, default=1, help="how many the run will have (default 1)")
     doctor.add_argument("--quick", action="store_true", help="only the checks that every run makes when it starts")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     doctor.set_defaults(run=run_doctor)
@@ -316,18 +318,12 @@ def price(text: str):
     return parse_price(text)
 
 
-def processes(text: str) -> int:
-    """How many processes a run will have."""
-    if int(text) < 1:
-        raise UserError(f"--processes {text}: expected at least 1.")
-    return int(text)
-
-
 @reports_user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
+    check_options(args.parser._actions, args, args.parser.prog.split()[-1])
     if args.run in TAKE_STAGE_OPTIONS:
         args.options = others
     elif others:
@@ -355,6 +351,7 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     from minimind.tokenizer.training import untrained
 
     check_destination(Path(args.output_dir))
+    check_output(args.output_dir, directory=True)
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
     check = Cutter(untrained(args.pre_tokenizer)).check
@@ -435,8 +432,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from minimind.data.columns import Columns
     from minimind.evaluation import evaluate
 
-    if args.max_length < 2 or args.batch_size < 1 or args.max_new_tokens < 0:
-        raise UserError("--max_length must be at least 2, --batch_size 1, --max_new_tokens 0.")
     columns = Columns(args.columns, args.unread_columns)
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         model, tokenizer = load_for_generation(args.directory)
@@ -448,12 +443,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """`minimind inspect`."""
     from contextlib import redirect_stdout
+    from pathlib import Path
 
     from minimind.data import display, inspection
     from minimind.data.chats import ChatArguments
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments
 
+    for file in filter(None, (args.html, args.png)):
+        check_output(file)
     weighted = None if args.weighted_loss is None else args.weighted_loss == "true"
     try:
         chat_args = ChatArguments(
@@ -461,8 +459,6 @@ def run_inspect(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    if args.max_length < 2 or (args.rows is not None and args.rows < 0):
-        raise UserError("--max_length must be at least 2, and --rows at least 0.")
     data_args = DataArguments(
         args.files,
         args.eval_files,
@@ -483,9 +479,11 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     if args.html:
         page = display.page(inspected, shown(100), tokenizer, " ".join(args.files))
-        display.write_whole(args.html, page.encode())
+        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.html, page)
     if args.png:
-        display.write_whole(args.png, display.length_png(inspected.report["lengths"]))
+        Path(args.png).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(args.png, display.length_png(inspected.report["lengths"]))
     if args.json:
         display.print_json(inspected, shown(len(chosen)))
     else:
@@ -531,6 +529,7 @@ def run_export(args: argparse.Namespace) -> None:
     from minimind.training.launch import prepare_launch
 
     prepare_launch(uses_deepspeed=False)
+    check_output(args.out, directory=True)
     record = export(args.directory, args.out, args.format, args.dtype)
     say(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
     say(report(record["verification"]))
@@ -543,6 +542,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from minimind.training.launch import prepare_launch
 
     prepare_launch(uses_deepspeed=False)
+    check_output(args.out, directory=True)
     record = merge(args.adapter, args.out)
     say(f"{args.adapter} + {record['parent']['base']['directory']} -> {args.out}")
     say(report(record["verification"]))
@@ -552,6 +552,7 @@ def run_import(args: argparse.Namespace) -> None:
     """`minimind import`."""
     from minimind.importing import import_checkpoint
 
+    check_output(args.destination, directory=True)
     model, report = import_checkpoint(
         args.source,
         args.destination,
@@ -575,6 +576,7 @@ def run_clean(args: argparse.Namespace) -> None:
     from minimind.data.cleaning import clean
     from minimind.data.cleaning.report import report_text
 
+    check_output(args.destination, directory=True)
     report = clean(
         args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns
     )
@@ -617,6 +619,7 @@ def run_world(args: argparse.Namespace) -> None:
 
     from minimind.data.world import write_world
 
+    check_output(args.directory, directory=True)
     for name, path in write_world(Path(args.directory)).items():
         say(f"{name:<14} {path}")
 

@@ -1,15 +1,21 @@
 """The one kind of error that is shown to a user without a traceback."""
 
+import errno
 import os
 import re
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
+from typing import NoReturn
 
 from minimind.language import make_output_printable, outlive_full_disks, say, translated
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED: set[str] = set()  # decorations that this process has said to have failed
 
 
@@ -62,27 +68,67 @@ def first_line(error: Exception) -> str:
 def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate an entry point: a `UserError` becomes one message on stderr and exit code 2.
 
+    So does an error of the system about a file, which its name tells, or about a full disk.
+
     With several processes only rank 0 of each machine prints, since all of them meet the same mistake.
     """
 
     @wraps(main)
     def wrapped(*args, **kwargs):
-        make_output_printable()
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # a terminal without Chinese gets escapes
-        outlive_full_disks()
+        prepare_streams()
         try:
-            return main(*args, **kwargs)
+            main(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as error:
-            if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
-                say(f"error: {translated(str(error))}", file=sys.stderr)
-            else:
-                time.sleep(5)  # a launcher stops all as soon as one is gone: rank 0 must have spoken before
-            sys.exit(2)
+            stop(str(error))
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and reader_is_gone():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter still flushes
+                sys.exit(128 + signal.SIGPIPE)
+            if (problem := file_problem(error)) is None:
+                raise
+            stop(problem)
         except KeyboardInterrupt:  # outside of training, which saves first (training/signals.py)
             if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
                 say("interrupted: nothing more was saved", file=sys.stderr)
             sys.exit(130)
 
     return wrapped
+
+
+def prepare_streams() -> None:
+    """Let the standard streams exist, also where the process was started without them, and take any text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 (as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may be no text, and a terminal know no Chinese
+            stream.reconfigure(errors="backslashreplace")
+    make_output_printable()
+    outlive_full_disks()
+
+
+def stop(message: str) -> NoReturn:
+    """Say what is wrong and exit with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
+        say(f"error: {translated(message)}", file=sys.stderr)
+    else:
+        time.sleep(5)  # a launcher stops all as soon as one is gone: rank 0 must have spoken before
+    sys.exit(2)
+
+
+def file_problem(error: OSError) -> str | None:
+    """What is wrong with a user's file or disk; None where an error is about something else."""
+    name = "" if error.filename is None else os.fsdecode(error.filename)
+    if error.errno in FULL:
+        return f"{name + ': ' if name else ''}{error.strerror}. Free some space, or write to another disk."
+    if not name or error.strerror is None:
+        return None
+    return f"{name}: {error.strerror.lower()}. Check that it exists, what it is, and who may read and write it."
+
+
+def reader_is_gone() -> bool:
+    """Whether nothing reads the standard output any more, as after `| head`."""
+    streams = select.poll()
+    streams.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in streams.poll(0))

@@ -575,7 +575,7 @@ def read_generation_config(source: Path, model: MiniMindForCausalLM, notes: list
 def write(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast | None, report: Report, destination: Path
 ) -> None:
-    """Write the directory whole or not at all, `stage.json` included."""
+    """Write the directory beside its place and move it there, `stage.json` included."""
     with new_directory(destination) as partial:
         model.save_pretrained(partial)
         if tokenizer:

@@ -50,6 +50,35 @@ def sync_file(path: str | Path) -> None:
         os.fsync(file.fileno())
 
 
+def check_output(path: str | Path, directory: bool = False) -> None:
+    """Look whether a file, or a `directory` of files, can be written, before the work that it is to hold.
+
+    Raises:
+        UserError: something else is there or in the way, it may not be written, or no file can have such a name.
+    """
+    place = Path(path).expanduser().absolute()
+    try:
+        for name in (place.name, f".{place.name}.partial"):  # the name and what stands there until it is whole
+            place.with_name(name).exists()
+        missing = [each for each in (place, *place.parents) if not each.exists()]
+        found = missing[-1].parent if missing else place if directory else place.parent
+        if missing and place.is_symlink():
+            problem = "it is a link to nothing"
+        elif not found.is_dir():
+            problem = f"{found} is no directory"
+        elif not os.access(found, os.W_OK | os.X_OK):
+            problem = f"{found} may not be written"
+        elif place.is_dir() and not directory:
+            problem = "it is a directory"
+        elif place.exists() and not os.access(place, os.W_OK):
+            problem = "it may not be written"
+        else:
+            return
+    except (OSError, ValueError) as error:  # a name too long, a loop of links; a NUL in it
+        problem = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"{path} cannot be written: {problem}. Give another place.")
+
+
 def sync_directory(directory: Path) -> None:
     """Wait until the names in a directory are on the disk, where the file system can do that."""
     try:

@@ -1,8 +1,30 @@
 """A user's mistake: one message with place, found, expected and remedy; exit code 2; nothing half-written."""
 
-import pytest
-from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from pipeline import (
+    assistant,
+    chat_rows,
+    document_rows,
+    failure,
+    pair_rows,
+    result,
+    run_cli,
+    run_script,
+    short_run,
+    user,
+    write_model,
+)
+
+from minimind.errors import reports_user_errors
+
+ROOT = Path(__file__).parent.parent
 GOOD_CHAT = chat_rows()[0]
 
 
@@ -190,3 +212,99 @@ def test_a_vocabulary_too_small_for_bytes(capsys, write_jsonl, tmp_path):
 
 def test_an_unknown_command(capsys):
     said(failure(capsys, run_cli, "fly"), "invalid choice: 'fly'", "minimind --help")
+
+
+# --- names, outputs, streams ---------------------------------------------------------------------------------------
+
+GBK = os.fsdecode("狐狸".encode("gbk"))  # a name as an archive from Windows has it
+
+
+def test_data_of_any_name_is_read_and_told_of(tmp_path, capsys):
+    for name, rows in ((f"{GBK}.jsonl", document_rows()), (f"{GBK}2.jsonl", chat_rows())):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_cli("inspect", tmp_path / f"{GBK}2.jsonl", "--html", tmp_path / f"{GBK}.html", "--json")
+    said = capsys.readouterr().out
+    assert json.loads(said)
+    assert f"{tmp_path}/\\udcba" in said
+    assert "\\udcba" in (tmp_path / f"{GBK}.html").read_text()
+    run_cli("tokenizer", "train", tmp_path / f"{GBK}.jsonl", "--vocab_size", 270, "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["tokenizer", "train", "docs", "--output_dir", GBK], "--output_dir"),
+        (["export", GBK, "out", "--format", "qwen3"], "directory"),
+        (["generate", GBK, "--prompt", "x"], "directory"),
+    ],
+    ids=["tokenizer", "export", "generate"],
+)
+def test_what_the_libraries_cannot_name_is_refused(command, option, capsys):
+    message = failure(capsys, run_cli, *command)
+    assert message.startswith(f"{option} \\udcba")
+    assert "not UTF-8" in message
+
+
+OUTPUTS = {
+    "a file in place of its directory": ("file/out", "is no directory"),
+    "a name too long": ("n" * 300, "File name too long"),
+    "a link to nothing": ("dangling", "a link to nothing"),
+    "a NUL character": ("a\0b", "NUL character"),
+    "what may not be written": ("/proc/nothing/out", "/proc"),
+}
+
+
+@pytest.mark.parametrize("command", ["inspect", "tokenizer", "clean", "world", "export", "import", "merge"])
+@pytest.mark.parametrize(("out", "problem"), OUTPUTS.values(), ids=OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused(command, out, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere/x")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows()))
+    before = sorted(tmp_path.iterdir())
+    words = {
+        "inspect": ["inspect", "rows.jsonl", "--html", out],
+        "tokenizer": ["tokenizer", "train", "rows.jsonl", "--output_dir", out],
+        "clean": ["clean", "rows.jsonl", out, "--recipe", ROOT / "configs" / "data" / "pretrain.yaml"],
+        "world": ["world", out],
+        "export": ["export", "nowhere", out, "--format", "qwen3"],
+        "import": ["import", "nowhere", out],
+        "merge": ["merge", "nowhere", out],
+    }
+    message = failure(capsys, run_cli, *words[command])
+    assert problem in message or "nowhere" in message  # what there is to read may be missed first
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_error_about_a_file_is_one_message_and_any_other_a_traceback(tmp_path, capsys):
+    @reports_user_errors
+    def main(error):
+        raise error
+
+    message = failure(capsys, main, FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.jsonl"))
+    assert message.startswith("gone.jsonl: no such file or directory.")
+    assert "Free some space" in failure(capsys, main, OSError(errno.ENOSPC, "No space left on device"))
+    for error in (OSError("of a library"), ConnectionError(), KeyError("x")):
+        with pytest.raises(type(error)):
+            main(error)
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "minimind.cli", "--help_all"]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 141  # as a shell tells of SIGPIPE
+
+
+def test_json_in_a_string_is_nested_no_deeper_than_a_row(tmp_path, capsys):
+    arguments = '{"a":' * 600 + "1" + "}" * 600
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [user("hi"), assistant("", tool_calls=[call]), result("r"), assistant("ok")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    for command in (["inspect", path], ["tokenizer", "evaluate", "default", path]):
+        assert "nested more than 100 deep" in failure(capsys, run_cli, *command)

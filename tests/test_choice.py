@@ -114,7 +114,7 @@ def test_a_schedule_that_is_0_at_every_step_is_refused():
 
 
 def test_a_learning_rate_of_0_is_refused():
-    with pytest.raises(UserError, match="--learning_rate 0 would train nothing: expected above 0"):
+    with pytest.raises(UserError, match="--learning_rate 0: expected above 0"):
         parse(PretrainConfig, argv=["--learning_rate", "0", "--report_to", "none"])
 
 
@@ -201,7 +201,7 @@ def test_the_evaluation_before_the_first_step_is_to_be_beaten():
         (["--early_stopping_patience", "2"], "--early_stopping_patience compares evaluations: give --eval_strategy"),
         (["--load_best_model_at_end"], "--load_best_model_at_end compares evaluations: give --eval_strategy"),
         (["--early_stopping_patience", "0", "--eval_strategy", "epoch"], "--early_stopping_patience 0: expected at"),
-        (["--lr_decay_steps", "-1"], "--lr_decay_steps -1: expected 0 or more"),
+        (["--lr_decay_steps", "-1"], "--lr_decay_steps -1: expected at least 0"),
     ],
 )
 def test_what_cannot_be_chosen_is_said(capsys, words, message, tmp_path):

@@ -243,8 +243,8 @@ def test_what_is_no_adapter_and_a_directory_in_use_are_refused(tmp_path, config,
     base = write_base(tmp_path / "base", config, tokenizer)
     assert "nothing to merge" in failure(capsys, run_cli, "merge", base, tmp_path / "merged")
     write_adapter(tmp_path / "adapter", base, tokenizer, target_modules=["q_proj"])
-    for used in (base, base / "config.json"):
-        assert "exists and is not empty" in failure(capsys, run_cli, "merge", tmp_path / "adapter", used)
+    for used, problem in {base: "exists and is not empty", base / "config.json": "is no directory"}.items():
+        assert problem in failure(capsys, run_cli, "merge", tmp_path / "adapter", used)
     (tmp_path / "empty").mkdir()
     run_cli("merge", tmp_path / "adapter", tmp_path / "empty")
     assert (tmp_path / "empty" / "stage.json").exists()

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from minimind.data.json_rows import count_keys
 from minimind.data.rows import BadRowError, shown
 
 EMPTY = (None, "", "[]", "{}", [], {})
@@ -25,6 +26,8 @@ def parse_json(value: Any, name: str) -> Any:
         json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise BadRowError(f"{name}: found {shown(value)}, expected JSON") from None
+    if isinstance(parsed, dict | list):
+        count_keys(parsed)  # the rows' own limit of nesting holds for JSON within a string too
     return parsed
 
 

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
@@ -266,15 +265,6 @@ def length_png(lengths: dict) -> bytes:
     figure.savefig(file, format="png", dpi=100)
     plt.close(figure)
     return file.getvalue()
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def html_table(made: Table) -> str:

@@ -8,6 +8,7 @@ Symbols: B rows, S length, E hidden_size, A = heads * head_dim, K = key/value he
 vocabulary.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minimind import MiniMindConfig
+from minimind.errors import UserError
 from minimind.model.modeling_minimind import (
     BLOCK,
     MAX_BLOCKED_LENGTH,
@@ -84,10 +86,27 @@ class Step:
 
 
 def empty_model(config: MiniMindConfig, adapter: PeftConfig | None = None) -> PreTrainedModel | PeftModel:
-    """The model without memory, on the meta device; with an adapter, as peft wraps it."""
+    """The model without memory, on the meta device; with an adapter, as peft wraps it.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        return get_peft_model(model, adapter) if adapter else model
+        if adapter is None:
+            return model
+        named = {
+            "--lora_modules_to_save": (adapter.modules_to_save, model.named_modules()),
+            "--lora_target_parameters": (adapter.target_parameters, model.named_parameters()),
+        }
+        for option, (asked, found) in named.items():
+            names = [f".{name}" for name, _ in found]
+            if missing := [each for each in asked or () if not any(name.endswith(f".{each}") for name in names)]:
+                raise UserError(f"{option} {' '.join(missing)}: the model has none of that name.")
+        try:
+            return get_peft_model(model, copy.deepcopy(adapter))
+        except Exception as error:  # peft has its own for each option
+            raise UserError(f"--use_peft and the --lora_... options do not fit the model: {error}") from error
 
 
 def core(model: nn.Module) -> PreTrainedModel:

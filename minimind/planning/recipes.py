@@ -99,11 +99,7 @@ class Recipe:
     @cached_property
     def options(self) -> Namespace:
         """Every option of the stage by its name."""
-        options = parse_options(*STAGES[self.stage][1], argv=self.words)
-        for name, least in (("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1)):
-            if getattr(options, name) < least:
-                raise UserError(f"--{name} {getattr(options, name)}: expected at least {least}.")
-        return options
+        return parse_options(*STAGES[self.stage][1], argv=self.words)
 
     @property
     def data_args(self) -> DataArguments:

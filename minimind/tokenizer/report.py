@@ -8,20 +8,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from minimind.errors import UserError
+from minimind.records import check_output, write_text
 from minimind.terminal import Terminal
 
 DOMAINS_SHOWN = 30
 WIDTH = 120  # columns, where no terminal says
-SAVERS = {".svg": "save_svg", ".html": "save_html", ".txt": "save_text"}
+EXPORTS = {".svg": "export_svg", ".html": "export_html", ".txt": "export_text"}
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English", "other": "other"}
 
 
 def check_save(save: str | None) -> None:
     """Raises UserError where the report cannot be written to `save`."""
-    if save and Path(save).suffix not in SAVERS:
-        raise UserError(f"--save {save}: expected a name that ends in {', '.join(SAVERS)}.")
+    if save and Path(save).suffix not in EXPORTS:
+        raise UserError(f"--save {save}: expected a name that ends in {', '.join(EXPORTS)}.")
     if save and not Path(save).parent.is_dir():
         raise UserError(f"--save {save}: the directory {Path(save).parent} does not exist.")
+    if save:
+        check_output(save)
 
 
 def show(tables: Sequence[Table | str], title: str, save: str | None = None, quiet: bool = False) -> None:
@@ -33,7 +36,7 @@ def show(tables: Sequence[Table | str], title: str, save: str | None = None, qui
         console.print(table)
     if save:
         options = {"title": title} if save.endswith(".svg") else {}
-        getattr(console, SAVERS[Path(save).suffix])(save, **options)
+        write_text(save, getattr(console, EXPORTS[Path(save).suffix])(**options))
 
 
 def evaluation_tables(result: dict) -> list[Table | str]:

@@ -1,11 +1,11 @@
 """Command line and YAML recipes -> typed arguments. Defaults here are the library's, except where a field says why."""
 
+import copy
 import dataclasses
 import json
-import re
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,21 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from minimind.bounds import check_numbers, check_object, shown
 from minimind.data.cache import cache_directory, discard, lock, places, refusing
 from minimind.data.columns import NAMES, Columns
-from minimind.data.files import File, expand
+from minimind.data.files import TEXT_UNITS, File, expand
+from minimind.data.markers import POLICIES
+from minimind.data.mixing import STOPPING
+from minimind.data.packing import STRATEGIES
 from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.language import say
-from minimind.options import option_names, suggestion
-from minimind.recipes import read_recipe
-from minimind.training.help import StageParser
+from minimind.options import suggestion
+from minimind.records import read_json
+from minimind.training.help import StageParser, read_options
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
+from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, check_output_directory, checkpoints
+from minimind.training.schedules import check_recomputation, check_schedule
+
+# TRL refuses others in the first step alone.
+LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"]
+LOSSES += ["apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 
 
 @dataclass
@@ -55,26 +67,35 @@ class DataArguments:
     )
     mixing_stop: str = field(
         default="first_exhausted",
-        metadata={"help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row."},
+        metadata={
+            "help": "Weighted sources: first_exhausted takes no row twice, all_exhausted takes every row.",
+            "choices": STOPPING,
+        },
     )
     clean_recipe: str | None = field(
         default=None,
         metadata={"help": "Clean the training files first, as `minimind clean` does with this recipe."},
     )
     text_unit: str = field(
-        default="file", metadata={"help": "What one document of a txt file is: the file, a paragraph or a line."}
+        default="file",
+        metadata={
+            "help": "What one document of a txt file is: the file, a paragraph or a line.",
+            "choices": TEXT_UNITS,
+        },
     )
     boundary_markers: str = field(
         default="split",
         metadata={
             "help": "Boundaries spelled out in documents, such as <|im_end|>. split: cut there; keep: train them as "
-            "text; error: refuse the row."
+            "text; error: refuse the row.",
+            "choices": POLICIES,
         },
     )
     on_bad_rows: str | None = field(
         default=None,
         metadata={
-            "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows."
+            "help": "error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of the rows.",
+            "choices": ("error", "skip"),
         },
     )
 
@@ -170,6 +191,12 @@ class ModelArguments(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_meaningless(
+            self,
+            lora_task_type="the models write texts",
+            load_in_8bit="nothing is trained on quantised weights",
+            load_in_4bit="nothing is trained on quantised weights",
+        )
         if self.lora_target_parameters and (self.use_dora or self.lora_dropout):
             raise UserError(
                 "--lora_target_parameters adapts stacked tensors, for which peft has neither DoRA nor dropout. Leave "
@@ -182,7 +209,10 @@ class StageConfig(TrainingArguments):
     """What all stages have in common."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr",
+        metadata={"help": "Learning-rate schedule.", "choices": [each.value for each in SchedulerType]},
+    )
     lr_scheduler_kwargs: dict | str | None = field(
         default=None,
         metadata={
@@ -220,7 +250,8 @@ class StageConfig(TrainingArguments):
     save_strategy: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoints: no, steps, epoch or best. Default: steps; best with --load_best_model_at_end."
+            "help": "Checkpoints: no, steps, epoch or best. Default: steps; best with --load_best_model_at_end.",
+            "choices": [each.value for each in SaveStrategy],
         },
     )
     save_steps: float = field(
@@ -271,7 +302,11 @@ class StageConfig(TrainingArguments):
         },
     )
     include_num_input_tokens_seen: str = field(
-        default="non_padding", metadata={"help": "Count tokens for the throughput: all, non_padding or no."}
+        default="non_padding",
+        metadata={
+            "help": "Count tokens for the throughput: all, non_padding or no.",
+            "choices": ("all", "non_padding", "no"),
+        },
     )
     disable_tqdm: bool | None = field(
         default=True, metadata={"help": "The stages print their own progress lines, with tokens/s and ETA."}
@@ -280,7 +315,8 @@ class StageConfig(TrainingArguments):
         default="error",
         metadata={
             "help": "What an error among the findings does, those of the doctor and of the inspection of the data. "
-            "error: stops the run; warn: nothing."
+            "error: stops the run; warn: nothing.",
+            "choices": ("error", "warn"),
         },
     )
     max_nonfinite_steps: int = field(
@@ -292,12 +328,6 @@ class StageConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.on_findings not in ("error", "warn"):
-            raise ValueError(f"--on_findings {self.on_findings}: expected error or warn")
-        if self.max_nonfinite_steps < 0:
-            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
-        if self.learning_rate <= 0:
-            raise ValueError(f"--learning_rate {self.learning_rate:g} would train nothing: expected above 0")
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -321,15 +351,19 @@ class StageConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast("cpu" if self.use_cpu else None)
         super().__post_init__()
+        alone = ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
+        if not self.dataloader_num_workers and (given := [name for name in alone if getattr(self, name)]):
+            raise ValueError(f"--{given[0]} is about workers: give --dataloader_num_workers")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
+        check_optimizer(self)
+        check_schedule(self)
+        check_recomputation(self)
 
     def _check_choice(self) -> None:
         """What early stopping and the best model need: evaluations, and for the latter checkpoints of the best."""
-        for name in ("warmup_steps", "lr_decay_steps", "early_stopping_threshold"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name):g}: expected 0 or more")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: expected at least 1")
         asked = "load_best_model_at_end" if self.load_best_model_at_end else None
+        asked = "save_strategy best" if self.save_strategy == "best" else asked
         asked = asked if self.early_stopping_patience is None else "early_stopping_patience"
         if asked is None:
             return
@@ -349,12 +383,18 @@ class PretrainConfig(StageConfig):
     output_dir: str | None = field(default="runs/pretrain", metadata={"help": "The stage directory to write."})
     optim: str = field(
         default="adamw_torch_fused",
-        metadata={"help": "muon, or any of the library's optimizers; see its OptimizerNames."},
+        metadata={
+            "help": "muon, or any of the library's optimizers; see its OptimizerNames.",
+            "choices": ["muon", *(each.value for each in OptimizerNames)],
+        },
     )
     block_size: int = field(default=512, metadata={"help": "Tokens per training row."})
     packing_strategy: str = field(
         default="wrapped",
-        metadata={"help": "wrapped: every row full; bfd_split: best-fit, only documents longer than a row are cut."},
+        metadata={
+            "help": "wrapped: every row full; bfd_split: best-fit, only documents longer than a row are cut.",
+            "choices": list(STRATEGIES),
+        },
     )
     document_mask: bool = field(
         default=False, metadata={"help": "Documents in one row cannot see each other, and their positions restart."}
@@ -386,16 +426,19 @@ class SFTStageConfig(StageConfig, SFTConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
 
     def __post_init__(self):
-        for name, answer in {
-            "chat_template_path": "give --chat_template",
-            "packing_strategy": "whole conversations are packed by best-fit",
-            "truncation_mode": "give --long_conversations",
-            "loss_type": "the loss is the cross-entropy",
-            "assistant_only_loss": "it is the only way here; see --train_turns",
-        }.items():
-            default = next(each.default for each in dataclasses.fields(SFTConfig) if each.name == name)
-            if getattr(self, name) != default:
-                raise ValueError(f"--{name} {getattr(self, name)} has no meaning here: {answer}")
+        refuse_meaningless(
+            self,
+            chat_template_path="give --chat_template",
+            packing_strategy="whole conversations are packed by best-fit",
+            truncation_mode="give --long_conversations",
+            loss_type="the loss is the cross-entropy",
+            assistant_only_loss="it is the only way here; see --train_turns",
+            eos_token="the chat template decides",
+            pad_token="the tokenizer has its own",
+            dataset_text_field="see --columns",
+            dataset_kwargs="rows are tokenised before TRL sees them",
+            model_init_kwargs="the model is loaded before TRL sees it",
+        )
         super().__post_init__()
 
 
@@ -406,10 +449,28 @@ class DPOStageConfig(StageConfig, DPOConfig):
     output_dir: str | None = field(default="runs/dpo", metadata={"help": "The stage directory to write."})
     # On the embedded corpus these took courteous answers to 97 %; beta 0.5 with 5e-6 left them at 14 %.
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Losses, summed with --loss_weights; see TRL's DPO guide.", "choices": LOSSES},
+    )
     beta: float = field(default=0.2, metadata={"help": "Strength of the pull towards the reference model."})
     max_length: int | None = field(default=2048, metadata={"help": "Tokens of the longest prompt with its reply."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+    def __post_init__(self):
+        refuse_meaningless(
+            self, pad_token="the tokenizer has its own", model_init_kwargs="the model is loaded before TRL sees it"
+        )
+        super().__post_init__()
+
+
+def refuse_meaningless(arguments: Any, **answers: str) -> None:
+    """Raises ValueError for a library's option that nothing here would obey; `answers`: what to do or to know."""
+    for each in dataclasses.fields(arguments):
+        if each.name in answers and getattr(arguments, each.name) != each.default:
+            given = getattr(arguments, each.name)
+            raise ValueError(f"--{each.name} {given} has no meaning here: {answers[each.name]}")
 
 
 def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -421,19 +482,44 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
     parser = StageParser(dataclass_types)
-    argv = with_recipe(parser, sys.argv[1:] if argv is None else argv)
-    prepare_launch(uses_deepspeed=any(value.split("=")[0] == "--deepspeed" for value in argv))
+    options = vars(read_options(parser, sys.argv[1:] if argv is None else argv))
+    deepspeed = options.get("deepspeed")
+    if deepspeed is not None:
+        read_deepspeed(deepspeed)
+    prepare_launch(uses_deepspeed=deepspeed is not None)
     try:
-        parsed = parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        unknown = re.findall(r"'(--[^'=]+)", str(error)) if "not used by" in str(error) else []
-        if unknown:
-            raise _unknown_options(parser, unknown) from error
-        raise UserError(f"the arguments do not fit together: {error}") from error
+        parsed = _filled(dataclass_types, options)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries choke on a value in many ways
+        raise UserError(_misfit(parser, options, error)) from error
     for arguments in parsed:
         if isinstance(arguments, StageConfig):
             check_output_directory(Path(arguments.output_dir))
     return parsed
+
+
+def _filled(dataclass_types: Iterable[type], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The dataclasses with these options; raises what their checks raise."""
+    options = copy.deepcopy(options)
+    return tuple(
+        kind(**{each.name: options[each.name] for each in dataclasses.fields(kind) if each.init})
+        for kind in dataclass_types
+    )
+
+
+def _misfit(parser: StageParser, options: dict[str, Any], error: Exception) -> str:
+    """What is wrong with options that make no dataclasses, with the name of the option that is to blame."""
+    said = str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
+    message = f"the arguments do not fit together: {said}"
+    if any(f"--{name}" in said for name in options):
+        return message
+    for name, value in options.items():
+        if value != (default := parser.get_default(name)):
+            with suppress(Exception):
+                _filled(parser.dataclass_types, options | {name: default})
+                return f"--{name} {shown(value)}: {message}"
+    return message
 
 
 def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
@@ -442,44 +528,15 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
     Raises:
         UserError: an unknown key or option, a value of the wrong type, a recipe that cannot be read.
     """
-    parser = StageParser(dataclass_types)
-    options, others = parser.parse_known_args(with_recipe(parser, argv))
-    if others:
-        raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
-    return options
+    return read_options(StageParser(dataclass_types), argv)
 
 
-def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
-    """A command line with the words of its `--config` in front; raises UserError."""
-    argv = list(argv)
-    while "--config" in argv:
-        position = argv.index("--config")
-        if position + 1 == len(argv):
-            raise UserError("--config needs the path of a YAML recipe.")
-        recipe = _recipe_words(Path(argv[position + 1]), option_names(parser))
-        argv = recipe + argv[:position] + argv[position + 2 :]
-    return argv
-
-
-def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
-    return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
-
-
-def _recipe_words(path: Path, options: set[str]) -> list[str]:
-    """A YAML mapping -> the same as command-line words."""
-    recipe = read_recipe(path)
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
-    unknown = [str(key) for key in recipe if key not in options]
-    if unknown:
-        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, options)}")
-    words = []
-    for key, value in recipe.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += [f"--{key}", *map(str, values)]
-    return words
+def read_deepspeed(given: str) -> dict:
+    """What `--deepspeed` names, or a recipe has in its place; raises UserError where it is no JSON object."""
+    if given.startswith("{"):
+        check_object("--deepspeed", given)
+        return json.loads(given)
+    return read_json(given, "Expected a DeepSpeed JSON, as in --deepspeed ds_config_zero2.json.")
 
 
 def load_model_config_file(path: str) -> dict[str, Any]:
@@ -493,14 +550,10 @@ def load_model_config_file(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--model_config {path}: no such file. The sizes are in configs/model/.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected a JSON object with the fields of MiniMindConfig.")
+    fields = read_json(file, "Expected a JSON object with the fields of MiniMindConfig; see configs/model/.")
     known = set(MiniMindConfig.__dataclass_fields__)
     unknown = sorted(set(fields) - known)
     if unknown:
         raise UserError(f"{path}: unknown field {', '.join(unknown)}.{suggestion(unknown, known)}")
+    check_numbers(path, fields)
     return fields

@@ -1,14 +1,20 @@
-"""The parser of the stages and its help: `--help` has our options and those that people set, `--help_all` all."""
+"""The parser of the stages, which reads recipes too, and its help: `--help` has our options and those that people set,
+`--help_all` all."""
 
 import argparse
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
+from minimind.bounds import check_options
 from minimind.errors import UserError
-from minimind.options import HelpAll, OptionFormatter, Version
+from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
+from minimind.recipes import read_recipe
 
 # Heading -> options that stand under it, in this order. Our own that are not named here stand under the heading of
 # their dataclass; of the libraries' only those named here are in the short help.
@@ -55,6 +61,17 @@ class StageParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=OptionFormatter)
         self.add_argument("--help_all", action=HelpAll)
         self.add_argument("--version", action=Version)
+        hints = {name: hint for each in self.dataclass_types for name, hint in get_type_hints(each).items()}
+        # Option -> what its value may be, dict and list among others.
+        self.kinds = {
+            name: {get_origin(each) or each for each in (hint, *get_args(hint))} for name, hint in hints.items()
+        }
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's; raises UserError for values out of their bounds too."""
+        options, others = super().parse_known_args(args, namespace)
+        check_options(self._actions, options)
+        return options, others
 
     def error(self, message: str):
         """Called by argparse, whose own version prints a usage text of several screens first."""
@@ -77,6 +94,71 @@ class StageParser(TrlParser):
             formatter.add_arguments(actions)
             formatter.end_section()
         return formatter.format_help()
+
+
+def read_options(parser: StageParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line and its `--config`; raises UserError for those that are unknown or wrong."""
+    options, others = parser.parse_known_args(with_recipe(parser, argv))
+    if others:
+        raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
+    return options
+
+
+def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
+    """A command line with the words of its `--config` in front; raises UserError."""
+    argv = [word for each in argv for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
+    while "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise UserError("--config needs the path of a YAML recipe.")
+        path = Path(argv[position + 1])
+        recipe = _recipe_words(path, parser)
+        try:
+            parser.parse_known_args(recipe)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        argv = recipe + argv[:position] + argv[position + 2 :]
+    return argv
+
+
+def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
+    return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
+
+
+def _recipe_words(path: Path, parser: StageParser) -> list[str]:
+    """A YAML mapping -> the same as command-line words."""
+    recipe = read_recipe(path)
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: expected 'name: value' lines, found {type(recipe).__name__}.")
+    known = option_names(parser)
+    unknown = [str(key) for key in recipe if key not in known]
+    if unknown:
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}.{suggestion(unknown, known)}")
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --NAME, not --no_NAME
+    words = []
+    for key, value in recipe.items():
+        if value is not None:
+            words += _words(f"{path}: {key}", actions[key], parser, value)
+    return words
+
+
+def _words(place: str, action: argparse.Action, parser: StageParser, value: Any) -> list[str]:
+    """One key of a recipe as command-line words; raises UserError where its value is of a shape it does not take."""
+    option = f"--{action.dest}"
+    if isinstance(value, dict):
+        if dict not in parser.kinds[action.dest]:
+            raise UserError(f"{place}: found 'name: value' lines, expected one value.")
+        return [f"{option}={json.dumps(value, default=str)}"]
+    if isinstance(value, list) and list in parser.kinds[action.dest] and action.nargs != "+" and len(value) == 1:
+        value = value[0]  # the library takes several, its command line one
+    if not isinstance(value, list):
+        # YAML reads an unquoted no as false.
+        return [f"{option}={'no' if value is False and 'no' in (action.choices or ()) else value}"]
+    if action.nargs != "+":
+        raise UserError(f"{place}: found a list, expected one value.")
+    if any(isinstance(each, dict | list | None) or str(each).startswith("--") for each in value):
+        raise UserError(f"{place}: found {str(value)[:80]}, expected a list of names or numbers.")
+    return [option, *map(str, value)]
 
 
 def own_options(dataclass_types: Iterable[type]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import Trainer, TrainingArguments
 
 from minimind.errors import UserError
 from minimind.training.launch import bf16_is_fast
@@ -65,6 +66,24 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share()
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Build the library's optimizer for one number, since the run's own is built when all data is read.
+
+    Raises:
+        ValueError: it needs what is not installed, or does not take its arguments.
+    """
+    if args.deepspeed:  # it makes its own of it
+        return
+    model = nn.Linear(1, 1)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not options.keys() & {"params", "model", "optimizer_dict"}:
+            kind(model.parameters(), **options)
+    except Exception as error:  # each of them has its own
+        given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
+        raise ValueError(f"--optim {args.optim.value}{given} cannot be built: {error}") from error
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:

@@ -39,7 +39,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minimind.checkpoints import library_versions, weights_hash
 from minimind.errors import UserError, decoration, reason
 from minimind.language import say
-from minimind.records import read_json, sync_directory, write_bytes, write_json
+from minimind.records import read_json, sync_directory, sync_file, write_bytes, write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.launch import is_main_process
 from minimind.training.output_directory import (
@@ -50,7 +50,7 @@ from minimind.training.output_directory import (
     checkpoints,
     delete_checkpoint,
 )
-from minimind.training.saving import Writing, checkpoint_bytes, reports_disk_errors, sync_file
+from minimind.training.saving import Writing, checkpoint_bytes, reports_disk_errors
 
 # Arguments that may change: where a run is written and what it says, and how data reaches it, not what it computes.
 # fmt: off

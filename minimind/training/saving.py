@@ -98,15 +98,6 @@ def check_writable(directory: Path) -> None:
         )
 
 
-def sync_file(path: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Writing:
     """The files of one checkpoint, while all processes write theirs.
 

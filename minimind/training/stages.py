@@ -14,11 +14,12 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     IntervalStrategy,
@@ -30,6 +31,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import align_special_tokens
+from trl import ModelConfig, get_peft_config
 
 from minimind import MiniMindConfig
 from minimind.checkpoints import (
@@ -45,7 +47,7 @@ from minimind.checkpoints import (
 from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.language import keep_output_writable, say, translated
-from minimind.records import write_json
+from minimind.records import sync_file, write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
@@ -63,7 +65,7 @@ from minimind.training.output_directory import unlock_directory
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
 from minimind.training.resume import ResumableTrainer, ResumeCallback, recipe_of
 from minimind.training.samples import SampleCallback, prepare_prompts
-from minimind.training.saving import reports_disk_errors, sync_file, weights_bytes
+from minimind.training.saving import reports_disk_errors, weights_bytes
 from minimind.training.signals import InterruptCallback
 from minimind.training.starting import begin
 
@@ -88,11 +90,25 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+        check_memory(config, config_file)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     except (StrictDataclassError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"{config_file}: {error.__cause__ or error}") from error
     check_vocabulary(model, tokenizer, config_file)
     return model
+
+
+def check_memory(config: MiniMindConfig, config_file: str) -> None:
+    """Raises UserError where the weights alone are larger than this machine's memory, unless they take none."""
+    if torch.get_default_device().type == "meta":
+        return
+    with torch.device("meta"):
+        weights = 4 * sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+    if weights > (memory := psutil.virtual_memory().total):
+        raise UserError(
+            f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}. Make it smaller; the sizes are in configs/model/."
+        )
 
 
 def starting_point(
@@ -129,6 +145,16 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that DPO compares with; TRL would otherwise load one from the path in the config, which a merged or
     random model has not."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
+    """The adapter that the options ask for, or None; raises UserError where it does not fit the model."""
+    from minimind.planning.costs import empty_model  # it plans stages, and so imports this module
+
+    config = get_peft_config(args)
+    if config is not None:
+        empty_model(copy.deepcopy(model.config), config)
+    return config
 
 
 def check_length(name: str, length: int, config: MiniMindConfig) -> None:

@@ -1,6 +1,5 @@
 """Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,9 +12,10 @@ from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from minimind.data.packing import IGNORED, PackedCollator
-from minimind.errors import UserError
+from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_byte
 from minimind.training.resume import ResumableTrainer
+from minimind.training.schedules import schedule_options
 
 
 def weighted_causal_lm_loss(
@@ -49,16 +49,42 @@ class ScheduledTrainer(ResumableTrainer):
 
     The length of the decay of `warmup_stable_decay` may be a share of all steps, `--lr_decay_steps`, as that of the
     warm-up may.
+
+    Raises:
+        UserError: (when it is made) what the libraries refuse, which are options that do not fit together.
     """
+
+    def __init__(self, *args, **kwargs):
+        try:
+            super().__init__(*args, **kwargs)
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise UserError(f"the options do not fit together: {error}") from error
+
+    def init_hf_repo(self, *args, **kwargs):
+        """The library's, before the first step; raises UserError where the Hub or the login fails."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--push_to_hub: the repository cannot be opened ({reason}). Log in with `hf auth login` and look at "
+                "the network; or train without it, and upload the finished directory with `hf upload`."
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with decoration("the upload to the Hub"):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        with decoration("the upload to the Hub"):
+            super()._finish_current_push()
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step would be 0."""
         is_new = self.lr_scheduler is None
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            given = self.args.lr_decay_steps
-            steps = math.ceil(given * num_training_steps) if given < 1 else int(given)
             # A copy of the trainer may be asked, so the arguments as they were given have to stay.
-            self.args.lr_scheduler_kwargs = {"num_decay_steps": steps} | (self.args.lr_scheduler_kwargs or {})
+            self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if is_new and isinstance(schedule, LambdaLR):
             warmup_steps = self.args.get_warmup_steps(num_training_steps)

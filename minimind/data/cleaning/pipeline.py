@@ -46,7 +46,7 @@ from minimind.data.formats import TEXT_UNITS
 from minimind.data.markers import Boundaries
 from minimind.errors import UserError
 from minimind.language import translated
-from minimind.records import sync_directory, sync_file
+from minimind.records import sync_directory, sync_file, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -366,8 +366,8 @@ class Cleaning:
             raise UserError(
                 f"no row is left of {total:,}: bad {report['rows']['bad']:,}, {removed}. Change the recipe."
             )
-        write_whole(self.partial / "report.json", json.dumps(report, ensure_ascii=False, indent=2).encode() + b"\n")
-        write_whole(self.partial / "report.html", report_page(report).encode())
+        write_json(self.partial / "report.json", report)
+        write_text(self.partial / "report.html", report_page(report))
         for part, shard in enumerate(self.shards):
             if not shard["rows"]:  # an empty file would be refused as data
                 self._shard(part).unlink()
