@@ -5,13 +5,15 @@ Loads no torch.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from minimind.errors import UserError
 
-KINDS = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+# JSON's kinds of values, by what Python makes of them.
+KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
+KINDS |= {bool: "true or false", type(None): "null"}
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -44,6 +46,16 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def sync_files(directory: Path) -> None:
+    """Wait until all files of a directory are on the disk: a library has written them, and it does not wait."""
+    for path in (directory, *directory.rglob("*")):
+        if path.is_dir():
+            sync_directory(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Wait until the names in a directory are on the disk, where the file system can do that."""
     try:
@@ -58,29 +70,47 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: str | Path, remedy: str, kind: type = dict) -> Any:
-    """The JSON value in a file of ours, which has to be of a `kind`.
+def read_json(path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None) -> Any:
+    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values in an object.
+
+    A type such as `int | None` is that of a value that may be null or absent. Names that are not among `fields` may
+    have any value.
 
     Raises:
         UserError: there is none, it cannot be read, or it is something else; `remedy` says what to do then.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            found = "a directory" if path.is_dir() else "a device or a pipe"
+            raise UserError(f"{path}: found {found}, expected a file. {remedy}")
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. {remedy}") from None
+        found = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{path}: {found}. {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
-    if not content.strip():
-        found = f"{len(content):,} bytes of white space" if content else "an empty file"
+    if not content.strip(b"\0 \t\r\n"):
+        found = f"{len(content):,} bytes without any text" if content else "an empty file"
         raise UserError(f"{path}: found {found}, expected JSON. {remedy}")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, or cut off ({error}). {remedy}") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: found {KINDS.get(type(value), 'null')}, expected {KINDS[kind]}. {remedy}")
+    if type(value) is not kind:
+        raise UserError(f"{path}: found {KINDS[type(value)]}, expected {KINDS[kind]}. {remedy}")
+    require_fields(path, value, fields or {}, remedy)
     return value
+
+
+def require_fields(where: str | Path, value: dict, fields: Mapping[str, Any], remedy: str) -> None:
+    """Raises UserError where an object's values are of other types than `fields` names; see `read_json`."""
+    for name, expected in fields.items():
+        kinds = get_args(expected) or (expected,)
+        if type(value.get(name)) not in kinds:
+            found = KINDS[type(value[name])] if name in value else "missing"
+            wanted = " or ".join(KINDS[each] for each in kinds)
+            raise UserError(f"{where}: {name} is {found}, expected {wanted}. {remedy}")
 
 
 def json_lines(path: str | Path) -> Iterator[dict]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from minimind.data.inspection import Inspection
 from minimind.data.packing import IGNORED
 from minimind.language import translated
+from minimind.records import write_bytes
 from minimind.tokenizer import text_bytes
 
 # The name of a role's colour in the terminal, and its hue on the page; other roles share the last.
@@ -275,12 +276,9 @@ def length_png(lengths: dict) -> bytes:
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    """Write a file that appears complete or not at all, and the directories above it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
 
 
 def html_table(made: Table) -> str:

@@ -1,6 +1,5 @@
 """A recipe -> the case that the checks look at, with all of the run that is there to be loaded."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.doctor.checks import RENAMED, Case, is_known
 from minimind.errors import UserError
 from minimind.planning.recipes import STAGES, Recipe, stage_of
-from minimind.recipes import read_recipe
+from minimind.recipes import read_deepspeed, read_recipe
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import StageParser, parse, with_recipe
 from minimind.training.stages import check_attention, new_model, starting_point
@@ -72,17 +71,6 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
         else:
             others.append(word)
     return value, others
-
-
-def read_deepspeed(file: str) -> dict:
-    """A DeepSpeed JSON; raises UserError."""
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {file} is no readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed {file}: expected a JSON object.")
-    return config
 
 
 def load_model_of(case: Case, model_args) -> None:

@@ -1,6 +1,7 @@
 """A tokenizer's directory: writing it and loading it; and what stages read off a tokenizer."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minimind.errors import UserError
+from minimind.records import read_json
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
+COPY = "Copy the file again from where it is complete, or write the directory again."
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
@@ -39,15 +42,40 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
             f"{path} holds no tokenizer: tokenizer.json was not found. Expected a stage directory or the output of "
             "'minimind tokenizer train'."
         )
+    check_side_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from error
+        raise unreadable(path, error) from error
     if isinstance(tokenizer.chat_template, dict):  # several by name, for chats, for tools ...
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.pad_token_id is None:  # padding is masked by its place, so any token may pad
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def check_side_files(path: Path) -> None:
+    """Raises UserError for files beside a tokenizer.json that are there and do not read: the library goes without."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if os.path.lexists(path / name):
+            read_json(path / name, COPY)
+    template = path / "chat_template.jinja"
+    if os.path.lexists(template):
+        try:
+            if not template.read_text(encoding="utf-8").strip("\0 \t\r\n"):
+                raise UserError(f"{template}: found a file without any text, expected a chat template. {COPY}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{template} cannot be read: {error}. {COPY}") from error
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to say of a tokenizer that a library cannot load; raises UserError where a file it reads is no JSON."""
+    for name in ("tokenizer.json", "config.json"):
+        if os.path.lexists(path / name):
+            read_json(path / name, COPY)
+    return UserError(
+        f"{path / 'tokenizer.json'} or tokenizer_config.json is wrong: {type(error).__name__}: {error}. {COPY}"
+    )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -22,7 +22,8 @@ from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.options import option_names, suggestion
-from minimind.recipes import read_recipe
+from minimind.recipes import read_deepspeed, read_recipe
+from minimind.records import read_json
 from minimind.training.help import StageParser
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.resume import check_output_directory, checkpoints
@@ -280,6 +281,8 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: expected 0 or more")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate:g} would train nothing: expected above 0")
+        if self.deepspeed:
+            read_deepspeed(self.deepspeed)  # which the library does with a traceback
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
@@ -470,15 +473,7 @@ def load_model_config_file(path: str) -> dict[str, Any]:
     """
     from minimind import MiniMindConfig
 
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--model_config {path}: no such file. The sizes are in configs/model/.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected a JSON object with the fields of MiniMindConfig.")
+    fields = read_json(path, "--model_config needs the fields of MiniMindConfig; the sizes are in configs/model/.")
     known = set(MiniMindConfig.__dataclass_fields__)
     unknown = sorted(set(fields) - known)
     if unknown:

@@ -6,14 +6,13 @@ run stops, and leaves the batch and the weights it met for `minimind replay`.
 """
 
 import errno
-import json
 import math
 import os
 import shutil
 import sys
 import tempfile
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from minimind.errors import UserError
 from minimind.language import say
-from minimind.records import write_json
+from minimind.records import read_json, write_json
 from minimind.training.launch import is_main_process
 
 WINDOW, ENOUGH = 64, 16  # steps that a loss is compared with, at most and at least
@@ -39,6 +38,10 @@ SPIKE = 6.0  # robust z-score: with normally distributed losses one step in a th
 KEPT_BATCHES = 3  # of the streaks of a run; more would tell nothing new
 SAMPLES, GROWTH, GROWN_BYTES = 30, 0.1, 200e6  # memory: logs looked back at, share and bytes that are worth a notice
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+# What is read of a kept batch's record, and what of a batch has a value for each token id.
+BATCH = {"step": int, "micro_batches": int, "precision": str, "weights": str | None}
+BATCH |= dict.fromkeys(("loss", "grad_norm"), str | int | float | None)
+PER_TOKEN = ("labels", "attention_mask", "position_ids", "completion_mask")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
@@ -533,19 +536,26 @@ def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:
     """
     from safetensors.torch import load_file
 
-    file = directory / "batch.json"
-    if not file.is_file():
-        raise UserError(f"{directory} is no kept batch: expected the bad_batch-STEP of a run, with batch.json inside.")
-    record = json.loads(file.read_text(encoding="utf-8"))
+    expected = f"Expected the bad_batch-STEP of a run, with batch.json and rank-N.safetensors inside; got {directory}."
+    record = read_json(directory / "batch.json", expected, fields=BATCH)
     processes = {}
     for path in sorted(directory.glob("rank-*.safetensors")):
-        batches = [{} for _ in range(record["micro_batches"])]
+        batches: dict[int, dict] = defaultdict(dict)
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        for key, value in tensors.items():
-            number, _, name = key.partition("/")
-            batches[int(number)][name] = value
-        processes[int(path.stem.removeprefix("rank-"))] = batches
+            process = int(path.stem.removeprefix("rank-"))
+            for key, value in load_file(path).items():
+                number, _, name = key.partition("/")
+                batches[int(number)][name] = value
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}. {expected}") from error
+        for batch in batches.values():
+            ids = batch.get("input_ids")
+            rows = [batch[name] for name in PER_TOKEN if name in batch]
+            if ids is None or ids.ndim != 2 or ids.is_floating_point() or any(ids.shape != row.shape for row in rows):
+                raise UserError(f"{path} holds no rows of token ids. {expected}")
+        if len(batches) != record["micro_batches"]:
+            raise UserError(f"{path} holds {len(batches)} micro-batches, batch.json says {record['micro_batches']}.")
+        processes[process] = [batches[number] for number in sorted(batches)]
+    if not processes:
+        raise UserError(f"{directory} holds no batch. {expected}")
     return record, processes

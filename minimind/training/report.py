@@ -18,8 +18,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from minimind.checkpoints import read_stage
+from minimind.errors import UserError
 from minimind.evaluation import TIMES
 from minimind.language import say
+from minimind.records import read_json
 from minimind.training.callbacks import clock
 from minimind.training.samples import read_samples
 
@@ -143,7 +145,7 @@ def report_page(directory: Path, record: dict[str, Any]) -> str:
         ("Held-out metrics", _metrics(record, log)),
         ("Samples", _samples(read_samples(directory / "samples.jsonl"))),
         ("Data", _data(record.get("data") or {})),
-        ("What is trained", _mask(json.loads(mask.read_text(encoding="utf-8"))) if mask.is_file() else ""),
+        ("What is trained", _mask(read_json(mask, "")) if mask.is_file() else ""),
         ("Lineage", _lineage(directory, record)),
         ("Recipe", _recipe(record)),
     ]
@@ -383,7 +385,10 @@ def _lineage(directory: Path, record: dict) -> str:
     seen = set()
     while (parent := record.get("parent")) and parent["directory"] not in seen:
         seen.add(parent["directory"])
-        record = read_stage(parent["directory"])
+        try:
+            record = read_stage(parent["directory"])
+        except UserError:
+            record = {}
         moved = record.get("weights") not in (None, parent["weights"])
         note = "no longer there" if not record else "holds other weights by now" if moved else ""
         rows.append((parent["directory"], parent.get("stage") or "", parent["weights"], *_raw(record)))

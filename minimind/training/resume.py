@@ -11,10 +11,12 @@ checkpoint, to the same bits.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,23 +25,28 @@ import torch
 import torch.distributed as dist
 import xxhash
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minimind.checkpoints import library_versions, weights_hash
+from minimind.checkpoints import check_names, library_versions, read_stage, weights_hash
 from minimind.errors import UserError
 from minimind.language import say
-from minimind.records import write_json
+from minimind.recipes import read_deepspeed
+from minimind.records import read_json, require_fields, sync_files, write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.elastic import check_world_size
 from minimind.training.guards import check_writable
 from minimind.training.launch import is_main_process
 
 MANIFEST, RECIPE, RUN = "manifest.json", "recipe.json", "run.json"
+TRAINER_STATE = "trainer_state.json"
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # the library's own mark, see transformers.trainer_jit_checkpoint
+
+RUN_STATE = {"loss", "total_loss", "last_logged", "seconds", "wall_seconds", "callbacks", "exported"}  # of run_state_*
 
 # Arguments that may change: where a run is written and what it says, and how data reaches it, not what it computes.
 # fmt: off
@@ -74,6 +81,7 @@ LOGS = (".log", ".out", ".err")
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at once."""
+    sync_files(checkpoint)
     files = {
         str(file.relative_to(checkpoint)): {"size": file.stat().st_size, "xxh3_128": file_hash(file)}
         for file in sorted(checkpoint.rglob("*"))
@@ -92,32 +100,61 @@ def file_hash(file: Path) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """{"step", "processes", "files"} of a whole checkpoint."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    """{"step", "processes", "files"} of a whole checkpoint; raises UserError."""
+    fields = {"step": int, "processes": int, "files": dict}
+    manifest = read_json(checkpoint / MANIFEST, "It lists the files of a checkpoint.", fields=fields)
+    for name, expected in manifest["files"].items():
+        expected = expected if isinstance(expected, dict) else {}
+        require_fields(f"{checkpoint / MANIFEST}: {name}", expected, {"size": int, "xxh3_128": str}, "")
+    return manifest
 
 
 def problem_of(checkpoint: Path, hashes: bool = True) -> str | None:
     """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of it."""
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
+    if not os.path.lexists(checkpoint / MANIFEST):
+        return f"it was never finished: there is no {MANIFEST}, which is written last"
     try:
         files = read_manifest(checkpoint)["files"]
-    except FileNotFoundError:
-        return f"it was never finished: there is no {MANIFEST}, which is written last"
-    except (ValueError, KeyError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is gone"
-        if (size := file.stat().st_size) != expected["size"]:
-            return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
-    if not any(name.startswith("rng_state") for name in files):
-        return "it holds weights alone (--save_only_model)"
-    if hashes:
         for name, expected in files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is gone"
+            if (size := file.stat().st_size) != expected["size"]:
+                return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
+        if not any(name.startswith("rng_state") for name in files):
+            return "it holds weights alone (--save_only_model)"
+        if missing := sorted({TRAINER_STATE, RECIPE, "run_state_0.pth"} - set(files)):
+            return f"{MANIFEST} does not name {', '.join(missing)}"
+        for name, expected in files.items() if hashes else ():
             if file_hash(checkpoint / name) != expected["xxh3_128"]:
                 return f"{name} is corrupted: its hash is not the one it was written with"
+            if problem := _unreadable(checkpoint / name):
+                return f"{name} cannot be read: {problem}"
+    except (UserError, OSError) as error:
+        return str(error).strip().removeprefix(f"{checkpoint}/")
+    return None
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why the libraries could not load a file though its hash fits: it was written wrongly. Tensors stay unread."""
+    try:
+        if file.name == TRAINER_STATE:
+            read_json(file, "", fields={"global_step": int, "max_steps": int, "log_history": list})
+            TrainerState.load_from_json(file)
+        elif file.suffix == ".json":
+            read_json(file, "")
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix in (".pt", ".pth") and not file.parent.name.startswith("global_step"):  # DeepSpeed's own
+            with safe_globals():
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            if not isinstance(state, dict) or (file.name.startswith("run_state") and not state.keys() >= RUN_STATE):
+                return "it holds something else"
+    except Exception as error:  # of json, pickle, zip or safetensors
+        return (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")
     return None
 
 
@@ -141,7 +178,8 @@ def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 def delete_checkpoint(checkpoint: Path) -> None:
     """Delete, the manifest first: cut off half-way, it is not taken for a whole one."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    with suppress(OSError):  # it may be a directory
+        (checkpoint / MANIFEST).unlink()
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -175,7 +213,7 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
     if getattr(args, "use_muon", False):
         recipe["optim"] = "muon"
     if isinstance(args.deepspeed, str):
-        recipe["deepspeed"] = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+        recipe["deepspeed"] = read_deepspeed(args.deepspeed)
     config = model.config.to_dict()
     for key in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(key, None)
@@ -303,7 +341,7 @@ def begin(args, recipe: dict, pipeline: str) -> tuple[dict, dict]:
 
 def _decide(args, recipe: dict, pipeline: str) -> dict:
     output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
-    former = _read(output_dir / RUN)
+    former = read_run(output_dir)
     complete = (output_dir / "stage.json").exists()
     # The same command again, after an interruption, goes on with the run that it began anew.
     another = asked == "false" or (asked == "auto" and (complete or _changed(former.get("recipe", {}), recipe)))
@@ -332,8 +370,25 @@ def _decide(args, recipe: dict, pipeline: str) -> dict:
     return {**decision, "run": run}
 
 
+def read_run(output_dir: Path) -> dict:
+    """What run.json says of a run, nothing where there is none. One that does not read costs no checkpoint: what the
+    run is stands in the last of them as well."""
+    file = output_dir / RUN
+    if not os.path.lexists(file):
+        return {}
+    fields = dict.fromkeys(("run", "pipeline", "started"), str) | {"recipe": dict}
+    try:
+        return read_json(file, "The run continues from its last whole checkpoint, with a new id.", fields=fields)
+    except UserError as error:
+        checkpoint, _ = last_whole_checkpoint(output_dir)
+        if checkpoint is None:
+            return {}
+        say(f"notice: {error}")
+        return {"recipe": _read(checkpoint / RECIPE)}
+
+
 def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, "Put it back, or delete the directory it is in.")
 
 
 def _complete(output_dir: Path, saved: dict | None, recipe: dict) -> dict:
@@ -343,7 +398,7 @@ def _complete(output_dir: Path, saved: dict | None, recipe: dict) -> dict:
             f"--output_dir {output_dir} holds a complete run of another recipe:\n{listed(changes)}\nGive another "
             "--output_dir, or delete that run and begin again with --overwrite_output_dir true."
         )
-    record = _read(output_dir / "stage.json")
+    record = read_stage(output_dir)
     say(
         f"{record.get('stage')} is complete in {output_dir} (step {record.get('steps', 0):,}): nothing to do. To "
         "train it again give another --output_dir, or --overwrite_output_dir true."
@@ -509,8 +564,10 @@ class ResumableTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result):
         tied = getattr(self.model, "all_tied_weights_keys", ())  # written once, see `stages.save_model`
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        check_names(
+            Path(self.args.resume_from_checkpoint or self.args.output_dir), missing, load_result.unexpected_keys
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from rich.console import Console
 from transformers import (
@@ -40,13 +39,14 @@ from minimind.checkpoints import (
     load_model,
     provenance,
     read_stage,
+    reason,
     require_stage,
     weights_hash,
 )
 from minimind.errors import UserError
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.language import say, translated
-from minimind.records import write_json
+from minimind.records import sync_files, write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
@@ -88,8 +88,8 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
             eos_token_id=tokenizer.eos_token_id,
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(f"{config_file}: {error.__cause__ or error}") from error
+    except Exception as error:  # values may be of any type and size
+        raise UserError(f"{config_file}: {reason(error)}") from error
     check_vocabulary(model, tokenizer, config_file)
     return model
 
@@ -322,6 +322,7 @@ class Stage:
         (self.output_dir / "stage.json").unlink(missing_ok=True)
         for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
             (self.output_dir / stale).unlink(missing_ok=True)
+        sync_files(partial)
         for file in partial.iterdir():
             file.replace(self.output_dir / file.name)
         partial.rmdir()
