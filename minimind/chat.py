@@ -29,6 +29,11 @@ def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedToke
     tokenizer = load_tokenizer(path)
     model = load_model(path).eval()
     check_vocabulary(model, tokenizer, path)
+    if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(
+            f"{path}: {len(bad):,} tensors hold weights that are not finite, such as {bad[0]}: it can say nothing. "
+            "Take an earlier checkpoint of the run."
+        )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device), tokenizer
 

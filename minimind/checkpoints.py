@@ -179,7 +179,8 @@ def base_of(path: Path) -> Path:
 def load_config(path: Path) -> PreTrainedConfig:
     """The configuration of a whole model; raises UserError."""
     file = path / "config.json"
-    read_json(file, COPY, fields={"model_type": str})
+    # The library would take other weights than those beside the file, by the last of these names.
+    read_json(file, COPY, fields={"model_type": str, "architectures": list | None, "transformers_weights": type(None)})
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # the library's classes raise anything for values of other types
@@ -223,16 +224,21 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
         model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
         return model
     architectures = load_config(path).architectures or []
-    if any("SequenceClassification" in name for name in architectures):
+    if any("SequenceClassification" in str(name) for name in architectures):
         raise UserError(
             f"{path} holds a reward model, which scores replies and writes none: expected a model of language."
         )
     check_generation_config(path)
+    check_unchanged(path)
     with told(path):
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True
+            path,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    check_names(path, found["missing_keys"], found["unexpected_keys"])
+    check_fit(path, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
     return model
 
 
@@ -247,11 +253,13 @@ def told(path: Path) -> Iterator[None]:
         raise UserError(f"the model in {path} cannot be loaded: {reason(error)}") from error
 
 
-def check_names(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def check_fit(path: Path, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple] = ()) -> None:
     """Raises UserError where weights and configuration have other tensors: a library takes random ones for those that
-    are missing, and leaves the others out."""
-    kinds = {"are missing": sorted(missing), "are not of this model": sorted(unexpected)}
-    found = [f"{', '.join(names[:3])} ({len(names)} in all) {kind}" for kind, names in kinds.items() if names]
+    are missing, and leaves the others out. `mismatched`: (name, shape in the file, shape in the model)."""
+    shapes = [f"{name} {tuple(given)} instead of {tuple(wanted)}" for name, given, wanted in mismatched]
+    kinds = {"missing": missing, "not of this model": unexpected, "of another shape": shapes}
+    kinds = {kind: sorted(names) for kind, names in kinds.items()}
+    found = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in kinds.items() if names]
     if found:
         raise UserError(
             f"the weights in {path} do not fit its configuration: {'; '.join(found)}. Put back the files that belong "
@@ -281,12 +289,13 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
             "path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it, or train with "
             "init_lora_weights='pissa'."
         )
+    check_unchanged(path)
     base = load_model(adapter_base(path), attn_implementation)
     align_special_tokens(base, load_tokenizer(path))  # a chat template's end token may not be the base's
     with told(path):
         model = PeftModel.from_pretrained(base, path, config=config)
         found = model.load_adapter(path, model.active_adapter)  # once more: the first time says nothing
-    check_names(path, found.missing_keys, found.unexpected_keys)
+    check_fit(path, found.missing_keys, found.unexpected_keys)
     layers = {name for name in ("embed_tokens", "lm_head") for key in model.state_dict() if f"{name}.lora_" in key}
     if base.config.tie_word_embeddings and layers:
         raise UserError(
@@ -337,6 +346,17 @@ def read_stage(path: str | Path) -> dict:
 def weights_hash(path: str | Path) -> str:
     """A hash of the weight files of a stage directory."""
     return content_hash(file for file in sorted(Path(path).glob("*.safetensors")) if file.is_file())
+
+
+def check_unchanged(path: Path) -> None:
+    """Raises UserError where a directory's weights are not those that its stage.json names: what a power loss leaves
+    may have the right size and zeros in it."""
+    named = read_stage(path).get("weights")
+    if named and named != weights_hash(path):
+        raise UserError(
+            f"{path}: the weights are not those of this stage (stage.json has another hash). Put the stage's own "
+            "files back, or delete stage.json to use these all the same."
+        )
 
 
 def provenance(path: Path) -> dict:

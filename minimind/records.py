@@ -70,15 +70,8 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None) -> Any:
-    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values in an object.
-
-    A type such as `int | None` is that of a value that may be null or absent. Names that are not among `fields` may
-    have any value.
-
-    Raises:
-        UserError: there is none, it cannot be read, or it is something else; `remedy` says what to do then.
-    """
+def read_file(path: str | Path, remedy: str) -> bytes:
+    """What a file of texts holds; raises UserError where it cannot be read, or holds zeros and white space alone."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -92,9 +85,21 @@ def read_json(path: str | Path, remedy: str, kind: type = dict, fields: Mapping[
         raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
     if not content.strip(b"\0 \t\r\n"):
         found = f"{len(content):,} bytes without any text" if content else "an empty file"
-        raise UserError(f"{path}: found {found}, expected JSON. {remedy}")
+        raise UserError(f"{path}: found {found}, expected its content. {remedy}")
+    return content
+
+
+def read_json(path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None) -> Any:
+    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values in an object.
+
+    A type such as `int | None` is that of a value that may be null or absent. Names that are not among `fields` may
+    have any value.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is something else; `remedy` says what to do then.
+    """
     try:
-        value = json.loads(content)
+        value = json.loads(read_file(path, remedy))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, or cut off ({error}). {remedy}") from error
     if type(value) is not kind:

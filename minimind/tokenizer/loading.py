@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minimind.errors import UserError
-from minimind.records import read_json
+from minimind.records import read_file, read_json
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
@@ -62,10 +62,9 @@ def check_side_files(path: Path) -> None:
     template = path / "chat_template.jinja"
     if os.path.lexists(template):
         try:
-            if not template.read_text(encoding="utf-8").strip("\0 \t\r\n"):
-                raise UserError(f"{template}: found a file without any text, expected a chat template. {COPY}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{template} cannot be read: {error}. {COPY}") from error
+            read_file(template, COPY).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{template} is not UTF-8: {error}. {COPY}") from error
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
@@ -73,9 +72,8 @@ def unreadable(path: Path, error: Exception) -> UserError:
     for name in ("tokenizer.json", "config.json"):
         if os.path.lexists(path / name):
             read_json(path / name, COPY)
-    return UserError(
-        f"{path / 'tokenizer.json'} or tokenizer_config.json is wrong: {type(error).__name__}: {error}. {COPY}"
-    )
+    problem = f"{type(error).__name__}: {error} (in tokenizer.json, tokenizer_config.json or config.json)"
+    return UserError(f"the tokenizer in {path} cannot be read: {problem}")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

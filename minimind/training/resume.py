@@ -32,7 +32,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minimind.checkpoints import check_names, library_versions, read_stage, weights_hash
+from minimind.checkpoints import check_fit, library_versions, read_stage, weights_hash
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.recipes import read_deepspeed
@@ -565,9 +565,7 @@ class ResumableTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result):
         tied = getattr(self.model, "all_tied_weights_keys", ())  # written once, see `stages.save_model`
         missing = [key for key in load_result.missing_keys if key not in tied]
-        check_names(
-            Path(self.args.resume_from_checkpoint or self.args.output_dir), missing, load_result.unexpected_keys
-        )
+        check_fit(Path(self.args.resume_from_checkpoint or self.args.output_dir), missing, load_result.unexpected_keys)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""
