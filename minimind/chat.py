@@ -51,13 +51,20 @@ def decode(
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
-    output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids, device=model.device),
-        max_new_tokens=max(1, min(max_new_tokens, room)),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+    try:
+        output = model.generate(
+            input_ids.to(model.device),
+            attention_mask=torch.ones_like(input_ids, device=model.device),
+            max_new_tokens=max(1, min(max_new_tokens, room)),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            "the model's probabilities are not numbers: its configuration or weights are damaged."
+        ) from error
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 

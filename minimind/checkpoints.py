@@ -54,8 +54,10 @@ FLOATS = (
 RECORD = {"stage": str} | dict.fromkeys(("pipeline", "weights", "tokenizer"), str | None) | {"steps": int | None}
 RECORD |= dict.fromkeys(("parent", "data", "metrics", "options", "libraries"), dict | None)
 NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams")
-NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "pad_token_id")
-SETTINGS = dict.fromkeys(NUMBERS, int | float | None) | {"eos_token_id": int | list | None, "do_sample": bool | None}
+NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size")
+SETTINGS = dict.fromkeys(NUMBERS, int | float | None) | dict.fromkeys(("pad_token_id", "bos_token_id"), int | None)
+SETTINGS |= dict.fromkeys(("do_sample", "output_attentions", "output_hidden_states"), bool | None)
+SETTINGS |= {"eos_token_id": int | list | None}
 
 
 @contextmanager
@@ -119,10 +121,13 @@ def require_stage(path: str | Path) -> Path:
     return path
 
 
-def check_weights(path: Path, name: str) -> None:
-    """Raises UserError where the safetensors file `name` of a directory, or a shard that stands in its index, does not
-    read or holds other things than weights."""
-    files = [path / name]
+def check_weights(path: Path, name: str) -> int:
+    """How many tensors the safetensors file `name` of a directory has, or the shards that stand in its index.
+
+    Raises:
+        UserError: one of these files does not read, or holds other things than weights.
+    """
+    files, count = [path / name], 0
     if not os.path.lexists(path / name):
         files = [path / shard for shard in shards_of(path, name)]
     for file in files:
@@ -137,6 +142,8 @@ def check_weights(path: Path, name: str) -> None:
         if other := {key: dtype for key, dtype in dtypes.items() if dtype not in FLOATS}:
             key, dtype = next(iter(other.items()))
             raise UserError(f"{file}: {key} is of type {dtype}, expected weights as {', '.join(FLOATS)}. {COPY}")
+        count += len(dtypes)
+    return count
 
 
 def shards_of(path: Path, name: str) -> list[str]:
@@ -180,11 +187,16 @@ def load_config(path: Path) -> PreTrainedConfig:
     """The configuration of a whole model; raises UserError."""
     file = path / "config.json"
     # The library would take other weights than those beside the file, by the last of these names.
-    read_json(file, COPY, fields={"model_type": str, "architectures": list | None, "transformers_weights": type(None)})
+    fields = {"model_type": str, "architectures": list | None, "dtype": str | None, "transformers_weights": type(None)}
+    read_json(file, COPY, fields=fields)
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except Exception as error:  # the library's classes raise anything for values of other types
         raise UserError(f"{file} is no configuration of a model: {reason(error)}. {COPY}") from error
+    layers, tensors = getattr(config, "num_hidden_layers", 0), check_weights(path, "model.safetensors")
+    if layers > tensors:  # building them all might take the whole memory
+        raise UserError(f"{file}: num_hidden_layers is {layers:,}, and the weights have {tensors} tensors. {COPY}")
+    return config
 
 
 def check_generation_config(path: Path) -> None:
@@ -194,6 +206,7 @@ def check_generation_config(path: Path) -> None:
         return
     settings = read_json(file, COPY, fields=SETTINGS)
     try:
+        torch.tensor(settings.get("eos_token_id") or 0, dtype=torch.long)
         GenerationConfig.from_dict(settings)
     except Exception as error:
         raise UserError(f"{file} holds no generation settings: {reason(error)}. {COPY}") from error
@@ -225,20 +238,14 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
         return model
     architectures = load_config(path).architectures or []
     if any("SequenceClassification" in str(name) for name in architectures):
-        raise UserError(
-            f"{path} holds a reward model, which scores replies and writes none: expected a model of language."
-        )
+        raise UserError(f"{path} holds a reward model, which scores replies and writes none. Give a language model.")
     check_generation_config(path)
     check_unchanged(path)
     with told(path):
         model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            path, dtype=torch.float32, attn_implementation=attn_implementation, output_loading_info=True
         )
-    check_fit(path, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+    check_fit(path, found["missing_keys"], found["unexpected_keys"])
     return model
 
 
@@ -250,15 +257,16 @@ def told(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the model in {path} cannot be loaded: {reason(error)}") from error
+        words = reason(error)
+        if "ignore_mismatched_sizes" in words:  # the library's, in a table
+            words = "its tensors have other shapes than its configuration says, see above"
+        raise UserError(f"the model in {path} cannot be loaded: {words}") from error
 
 
-def check_fit(path: Path, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple] = ()) -> None:
+def check_fit(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Raises UserError where weights and configuration have other tensors: a library takes random ones for those that
-    are missing, and leaves the others out. `mismatched`: (name, shape in the file, shape in the model)."""
-    shapes = [f"{name} {tuple(given)} instead of {tuple(wanted)}" for name, given, wanted in mismatched]
-    kinds = {"missing": missing, "not of this model": unexpected, "of another shape": shapes}
-    kinds = {kind: sorted(names) for kind, names in kinds.items()}
+    are missing, and leaves the others out."""
+    kinds = {"missing": sorted(missing), "not of this model": sorted(unexpected)}
     found = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in kinds.items() if names]
     if found:
         raise UserError(

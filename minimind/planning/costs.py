@@ -11,6 +11,7 @@ vocabulary.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minimind import MiniMindConfig
+from minimind.checkpoints import told
 from minimind.model.modeling_minimind import (
     BLOCK,
     MAX_BLOCKED_LENGTH,
@@ -85,7 +87,7 @@ class Step:
 
 def empty_model(config: MiniMindConfig, adapter: PeftConfig | None = None) -> PreTrainedModel | PeftModel:
     """The model without memory, on the meta device; with an adapter, as peft wraps it."""
-    with torch.device("meta"):
+    with told(Path(config.name_or_path or "this recipe")), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         return get_peft_model(model, adapter) if adapter else model
 

@@ -58,7 +58,7 @@ def check_side_files(path: Path) -> None:
     """Raises UserError for files beside a tokenizer.json that are there and do not read: the library goes without."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if os.path.lexists(path / name):
-            read_json(path / name, COPY)
+            read_json(path / name, COPY, fields={"model_max_length": int | float | None})
     template = path / "chat_template.jinja"
     if os.path.lexists(template):
         try:
