@@ -300,7 +300,8 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
     check_unchanged(path)
     base = load_model(adapter_base(path), attn_implementation)
     align_special_tokens(base, load_tokenizer(path))  # a chat template's end token may not be the base's
-    with told(path):
+    with told(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are an error below
         model = PeftModel.from_pretrained(base, path, config=config)
         found = model.load_adapter(path, model.active_adapter)  # once more: the first time says nothing
     check_fit(path, found.missing_keys, found.unexpected_keys)

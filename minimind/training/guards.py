@@ -541,6 +541,8 @@ def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:
     processes = {}
     for path in sorted(directory.glob("rank-*.safetensors")):
         batches: dict[int, dict] = defaultdict(dict)
+        if not path.is_file():
+            raise UserError(f"{path} is not a regular file. {expected}")
         try:
             process = int(path.stem.removeprefix("rank-"))
             for key, value in load_file(path).items():
