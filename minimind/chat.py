@@ -38,6 +38,11 @@ def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedToke
     tokenizer = load_tokenizer(path)
     model = load_model(path).eval()
     check_vocabulary(model, tokenizer, path)
+    if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(
+            f"{path}: {len(bad):,} tensors hold weights that are not finite, such as {bad[0]}: it can say nothing. "
+            "Take an earlier checkpoint of the run."
+        )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device), tokenizer
 
@@ -70,6 +75,12 @@ def decode(
     except (ValueError, TypeError) as error:  # beams, say, which cannot be shown as they grow
         file = f"{model.config._name_or_path}/generation_config.json"
         raise UserError(f"{file}: a setting cannot be used here ({reason(error)}). Take it out.") from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            "the model's probabilities are not numbers: its configuration or weights are damaged."
+        ) from error
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -11,24 +11,33 @@ that has it is complete.
 """
 
 import importlib.metadata
-import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers.dynamic_module_utils
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.trainer_utils import align_special_tokens
 
 from minimind.data.cache import content_hash
 from minimind.errors import UserError, reason
 from minimind.locks import lock, unlock
+from minimind.records import read_json, sync_files
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
+from minimind.tokenizer.loading import COPY
 
 # What would run code of a directory is an error, and no question on standard input.
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -39,6 +48,20 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "
 # Initialisations of LoRA that take something out of the base's weights by chance, data or quantisation: nothing
 # warrants that it is the same again when the adapter is loaded. PiSSA by full SVD and OLoRA are computed again.
 UNREPEATABLE_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
+FLOATS = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+)  # of weights in a safetensors file; others would be taken for numbers they are not
+# What is read of a stage's record and of generation settings, by name; other entries may be anything.
+RECORD = {"stage": str} | dict.fromkeys(("pipeline", "weights", "tokenizer"), str | None) | {"steps": int | None}
+RECORD |= dict.fromkeys(("parent", "data", "metrics", "options", "libraries"), dict | None)
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams")
+NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size")
+SETTINGS = dict.fromkeys(NUMBERS, int | float | None) | dict.fromkeys(("pad_token_id", "bos_token_id"), int | None)
+SETTINGS |= dict.fromkeys(("do_sample", "output_attentions", "output_hidden_states"), bool | None)
+SETTINGS |= {"eos_token_id": int | list | None}
 
 
 @contextmanager
@@ -71,6 +94,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         raise
     try:
         yield partial
+        sync_files(partial)
         partial.replace(path)
         (path / mark).unlink()
     finally:
@@ -86,15 +110,18 @@ def is_leftover(partial: Path, mark: str) -> bool:
 
 
 def require_stage(path: str | Path) -> Path:
-    """Return `path` if it is a stage directory that can be loaded.
+    """Return `path` if it is a stage directory with all that loading needs, each file of its kind.
 
     Raises:
-        UserError: naming what is missing, and for an adapter also its base.
+        UserError: naming the file that is missing or does not read, and for an adapter also those of its base.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory. Expected a stage directory, the output of an earlier stage.")
-    names = {file.name for file in path.iterdir()}
+    try:
+        names = {file.name for file in path.iterdir()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     adapter = "adapter_config.json" in names
     needed = ["adapter_config.json" if adapter else "config.json", "tokenizer.json"]
     missing = [name for name in needed if name not in names]
@@ -106,7 +133,9 @@ def require_stage(path: str | Path) -> Path:
             f"{path} is not a complete stage directory: {', '.join(missing)} not found. "
             "Expected the output of pretrain.py, finetune_sft.py or train_dpo.py."
         )
+    check_weights(path, weights)
     if adapter:
+        base_of(path)
         base = adapter_base(path)
         if not base.is_dir():
             raise UserError(
@@ -117,25 +146,96 @@ def require_stage(path: str | Path) -> Path:
     return path
 
 
+def check_weights(path: Path, name: str) -> int:
+    """How many tensors the safetensors file `name` of a directory has, or the shards that stand in its index.
+
+    Raises:
+        UserError: one of these files does not read, or holds other things than weights.
+    """
+    files, count = [path / name], 0
+    if not os.path.lexists(path / name):
+        files = [path / shard for shard in shards_of(path, name)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file, or not a regular one. {COPY}")
+        try:
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+                dtypes = {name: tensors.get_slice(name).get_dtype() for name in names}
+        except Exception as error:  # of safetensors or the system
+            raise UserError(f"{file}: not a safetensors file, or cut off ({error}). {COPY}") from error
+        if other := {key: dtype for key, dtype in dtypes.items() if dtype not in FLOATS}:
+            key, dtype = next(iter(other.items()))
+            raise UserError(f"{file}: {key} is of type {dtype}, expected weights as {', '.join(FLOATS)}. {COPY}")
+        count += len(dtypes)
+    return count
+
+
+def shards_of(path: Path, name: str) -> list[str]:
+    """The names of the files that the index of `name` lists; raises UserError where one would lie elsewhere."""
+    index = path / f"{name}.index.json"
+    shards = read_json(index, COPY, fields={"weight_map": dict})["weight_map"].values()
+    strangers = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
+    if strangers or not shards:
+        found = f"the shard {strangers[0]!r}" if strangers else "no shard"
+        raise UserError(f"{index}: {found}, expected the names of files beside it. {COPY}")
+    return sorted(set(shards))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory says that it is an adapter."""
+    return os.path.lexists(path / "adapter_config.json")
+
+
 def adapter_base(path: Path) -> Path:
     """The stage directory that an adapter was trained on; a relative path is relative to the adapter."""
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or "?"
+    fields = {"base_model_name_or_path": str | None, "peft_type": str}
+    base = read_json(path / "adapter_config.json", COPY, fields=fields).get("base_model_name_or_path") or "?"
     return path / base if not Path(base).is_absolute() else Path(base)
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a stage directory's model, of an adapter that of its base.
-
-    Raises:
-        UserError: the directory is not a stage directory, or its config.json cannot be read.
-    """
-    path = require_stage(path)
-    while (path / "adapter_config.json").exists():
+def base_of(path: Path) -> Path:
+    """The directory of the whole model under an adapter, which may be trained on another one; raises UserError."""
+    seen: set[Path] = set()
+    while is_adapter(path):
+        if path.resolve() in seen:
+            raise UserError(
+                f"{path} is an adapter whose base leads back to itself. Put the path of the model it was trained on "
+                f"into base_model_name_or_path in {path / 'adapter_config.json'}."
+            )
+        seen.add(path.resolve())
         path = adapter_base(path)
+    return path
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a stage directory's model, of an adapter that of its base; raises UserError."""
+    path = base_of(require_stage(path))
+    file = path / "config.json"
+    # The library would take other weights than those beside the file, by the last of these names.
+    fields = {"model_type": str, "architectures": list | None, "dtype": str | None, "transformers_weights": type(None)}
+    read_json(file, COPY, fields=fields)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {reason(error)}.") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the library's classes raise anything for values of other types
+        raise UserError(f"{file} is no configuration of a model: {reason(error)}. {COPY}") from error
+    layers, tensors = getattr(config, "num_hidden_layers", 0), check_weights(path, "model.safetensors")
+    if layers > tensors:  # building them all might take the whole memory
+        raise UserError(f"{file}: num_hidden_layers is {layers:,}, and the weights have {tensors} tensors. {COPY}")
+    return config
+
+
+def check_generation_config(path: Path) -> None:
+    """Raises UserError for generation settings that do not read: the library goes without them, or fails later."""
+    file = path / "generation_config.json"
+    if not os.path.lexists(file):
+        return
+    settings = read_json(file, COPY, fields=SETTINGS)
+    try:
+        torch.tensor(settings.get("eos_token_id") or 0, dtype=torch.long)
+        GenerationConfig.from_dict(settings)
+    except Exception as error:
+        raise UserError(f"{file} holds no generation settings: {reason(error)}. {COPY}") from error
 
 
 def check_kind(config: PreTrainedConfig, path: str | Path) -> None:
@@ -151,20 +251,56 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
     """Load the causal LM of a stage directory in fp32; an adapter is merged into its base.
 
     Raises:
-        UserError: the directory is not a stage directory, or its files cannot be read.
+        UserError: the directory is not a stage directory, its files cannot be read, or do not belong together.
     """
     path = require_stage(path)
-    try:
-        if (path / "adapter_config.json").exists():
-            model = load_adapter(path, attn_implementation).merge_and_unload()
-            model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=False
-            )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {reason(error)}") from error
+    if is_adapter(path):
+        model = load_adapter(path, attn_implementation)
+        with told(path):
+            model = model.merge_and_unload()
+        model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
+        return model
+    architectures = load_config(path).architectures or []
+    if any("SequenceClassification" in str(name) for name in architectures):
+        raise UserError(f"{path} holds a reward model, which scores replies and writes none. Give a language model.")
+    check_generation_config(path)
+    check_unchanged(path)
+    with told(path):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    check_fit(path, found["missing_keys"], found["unexpected_keys"])
     return model
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Whatever a library raises while it loads the model in `path` becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        words = reason(error)
+        if "ignore_mismatched_sizes" in words:  # the library's, in a table
+            words = "its tensors have other shapes than its configuration says, see above"
+        raise UserError(f"the model in {path} cannot be loaded: {words}") from error
+
+
+def check_fit(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises UserError where weights and configuration have other tensors: a library takes random ones for those that
+    are missing, and leaves the others out."""
+    kinds = {"missing": sorted(missing), "not of this model": sorted(unexpected)}
+    found = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in kinds.items() if names]
+    if found:
+        raise UserError(
+            f"the weights in {path} do not fit its configuration: {'; '.join(found)}. Put back the files that belong "
+            "together."
+        )
 
 
 def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftModel:
@@ -173,7 +309,8 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
     Raises:
         UserError: it is of a kind that cannot be merged, or its base as it was trained on cannot be had again.
     """
-    config = PeftConfig.from_pretrained(path)
+    with told(path):
+        config = PeftConfig.from_pretrained(path)
     if config.is_prompt_learning:
         raise UserError(
             f"{path} holds {config.peft_type.value.lower().replace('_', ' ')}: tokens in front of the text, which no "
@@ -188,9 +325,14 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
             "path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it, or train with "
             "init_lora_weights='pissa'."
         )
+    check_unchanged(path)
     base = load_model(adapter_base(path), attn_implementation)
     align_special_tokens(base, load_tokenizer(path))  # a chat template's end token may not be the base's
-    model = PeftModel.from_pretrained(base, path, config=config)
+    with told(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are an error below
+        model = PeftModel.from_pretrained(base, path, config=config)
+        found = model.load_adapter(path, model.active_adapter)  # once more: the first time says nothing
+    check_fit(path, found.missing_keys, found.unexpected_keys)
     layers = {name for name in ("embed_tokens", "lm_head") for key in model.state_dict() if f"{name}.lora_" in key}
     if base.config.tie_word_embeddings and layers:
         raise UserError(
@@ -232,20 +374,32 @@ def check_same_tokenizer(given: str | None, tokenizer: PreTrainedTokenizerFast) 
 
 
 def read_stage(path: str | Path) -> dict:
-    """The record of a stage directory; empty for a checkpoint that other tools wrote."""
+    """The record of a stage directory; empty for a checkpoint that other tools wrote. Raises UserError."""
     file = Path(path) / "stage.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    remedy = "The model can be used without this record: copy the file again, or delete it."
+    return read_json(file, remedy, fields=RECORD) if os.path.lexists(file) else {}
 
 
 def weights_hash(path: str | Path) -> str:
     """A hash of the weight files of a stage directory."""
-    return content_hash(sorted(Path(path).glob("*.safetensors")))
+    return content_hash(file for file in sorted(Path(path).glob("*.safetensors")) if file.is_file())
+
+
+def check_unchanged(path: Path) -> None:
+    """Raises UserError where a directory's weights are not those that its stage.json names: what a power loss leaves
+    may have the right size and zeros in it."""
+    named = read_stage(path).get("weights")
+    if named and named != weights_hash(path):
+        raise UserError(
+            f"{path}: the weights are not those of this stage (stage.json has another hash). Put the stage's own "
+            "files back, or delete stage.json to use these all the same."
+        )
 
 
 def provenance(path: Path) -> dict:
     """A stage directory as records name it: where it is, which stage, which weights; of an adapter also its base."""
     found = {"directory": str(path), "stage": read_stage(path).get("stage"), "weights": weights_hash(path)}
-    if (path / "adapter_config.json").exists():
+    if is_adapter(path):
         found["base"] = provenance(adapter_base(path))
     return found
 

@@ -31,8 +31,9 @@ def install(extra: str) -> str:
     return f"pip install -e '.[{extra}]' in the project's directory"
 
 
-def reason(error: Exception) -> str:
-    """What a library says about a foreign file, without its advice to run the code that the file brings or names."""
+def reason(error: BaseException) -> str:
+    """What a library says about a foreign file, with the error's kind where the words alone tell nothing, and without
+    advice to run the code that the file brings or names."""
     words = str(error)
     if "trust_remote_code" in words:
         return (
@@ -42,7 +43,10 @@ def reason(error: Exception) -> str:
         return f"it needs the code {named[1]}, which is never run"
     if "weights_only" in words or "Weights only" in words:
         return "it is damaged, or a pickle with more than tensors in it"
-    return words
+    error = error.__cause__ or error
+    words = str(error).strip()
+    telling = words and isinstance(error, ValueError | OSError | RuntimeError)
+    return words if telling else f"{type(error).__name__}: {words}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ What MiniMind's generations compute (github.com/jingyaogong/minimind, its histor
 Code that comes with a checkpoint is never run: configurations are read as JSON, pickles with `weights_only=True`.
 """
 
-import json
+import os
 import re
 import sys
 import warnings
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -34,10 +33,11 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import new_directory, weights_hash
-from minimind.errors import UserError
-from minimind.records import beside, write_json
+from minimind.checkpoints import SETTINGS, new_directory, shards_of, weights_hash
+from minimind.errors import UserError, reason
+from minimind.records import read_json, write_json
 from minimind.tokenizer import tokenizer_hash
+from minimind.tokenizer.loading import COPY, check_side_files, unreadable
 
 Tensors = dict[str, torch.Tensor]
 
@@ -151,8 +151,16 @@ def import_checkpoint(
         UserError: something cannot be read, is not expressible, or tensors and configuration do not fit.
     """
     source, destination = Path(source), Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination} exists and is not empty. Give a new directory.")
+    with new_directory(destination) as partial:
+        model, loaded, report = read_checkpoint(source, config, tokenizer, options)
+        write(model, loaded, report, partial, destination)
+    return model, report
+
+
+def read_checkpoint(
+    source: Path, config: str | Path | None, tokenizer: str | Path | None, options: dict[str, Any]
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerFast | None, Report]:
+    """Model and tokenizer of a published checkpoint; see `import_checkpoint`."""
     raw, origin = read_config(source, config)
     tensors, generation, notes = canonical(read_tensors(source), raw, source)
     report = Report(str(source), generation.name, notes=notes)
@@ -164,8 +172,7 @@ def import_checkpoint(
         halve_rotary_pairs(tensors, model_config.head_dim)
     model = load(tensors, model_config, source)
     read_generation_config(source, model, notes)
-    write(model, loaded, report, destination)
-    return model, report
+    return model, loaded, report
 
 
 def resolve(
@@ -194,21 +201,10 @@ def resolve(
         theta = float(fields.pop("rope_theta", MiniMindConfig.default_theta))
         fields["rope_parameters"] = {"rope_type": "default", **fields.get("rope_parameters", {}), "rope_theta": theta}
         return MiniMindConfig(**fields)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:  # types may be anything
-        raise UserError(f"{origin}: {error.__cause__ or error}") from error
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; raises UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object with the fields of a model.")
-    return value
+    except UserError:
+        raise
+    except Exception as error:  # types and shapes may be anything
+        raise UserError(f"{origin}: {reason(error)}") from error
 
 
 def read_config(source: Path, given: str | Path | None) -> tuple[dict, Path]:
@@ -222,13 +218,13 @@ def read_config(source: Path, given: str | Path | None) -> tuple[dict, Path]:
     if not given and source.is_file():
         return {}, source
     file = Path(given) if given else source / "config.json"
-    if not given and not file.is_file():
+    if not given and not os.path.lexists(file):
         raise UserError(
             f"{source} has no config.json. Expected a HuggingFace folder of a whole model (an adapter is merged where "
             "it was trained); for a state dict give the .pth file itself, or --config with the fields of the model."
         )
-    raw = read_json(file)
-    family = raw.get("model_type", "minimind")
+    raw = read_json(file, "Expected the fields of a model.", fields={"model_type": str | None})
+    family = raw.get("model_type") or "minimind"
     if family not in FAMILIES:
         raise UserError(f"{file}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}.")
     return raw, file
@@ -239,12 +235,11 @@ def read_tensors(source: Path) -> Tensors:
     if source.is_file():
         return read_file(source)
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (source / name).is_file():
+        if os.path.lexists(source / name):
             return read_file(source / name)
-        index = source / f"{name}.index.json"
-        if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            return {name: tensor for shard in shards for name, tensor in read_file(beside(index, shard)).items()}
+        if os.path.lexists(source / f"{name}.index.json"):
+            shards = shards_of(source, name)
+            return {name: tensor for shard in shards for name, tensor in read_file(source / shard).items()}
     raise UserError(f"{source} has no weights: expected model.safetensors or pytorch_model.bin, or their shards.")
 
 
@@ -257,7 +252,9 @@ def read_file(path: Path) -> Tensors:
         UserError: the file is damaged, is no state dict, or a pickle with more than tensors in it.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist: a shard named in the index is missing.")
+        raise UserError(
+            f"{path}: no such file, or not a regular one. Expected weights, or a shard named in the index."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -425,10 +422,10 @@ def require_expressible(values: dict, origin: Path) -> None:
     if values.get("hidden_act", "silu") not in ACT2FN:
         raise UserError(f"{origin}: hidden_act is {values['hidden_act']!r}, an activation that transformers has not.")
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    for name, (only, reason) in ONLY.items():
+    for name, (only, why) in ONLY.items():
         value = values.get(name, rope.get(name))
         if value is not None and value != only:
-            raise UserError(f"{origin}: {name} is {value!r}, which cannot be imported: {reason} (expected {only!r}).")
+            raise UserError(f"{origin}: {name} is {value!r}, which cannot be imported: {why} (expected {only!r}).")
 
 
 def infer(tensors: Tensors, known: dict[str, Any]) -> dict[str, Any]:
@@ -528,15 +525,16 @@ def read_tokenizer(path: Path, required: bool, notes: list[str]) -> PreTrainedTo
     Raises:
         UserError: it cannot be read, or is `required` and not there.
     """
-    if not (path / "tokenizer.json").is_file():
+    if not os.path.lexists(path / "tokenizer.json"):
         if required:
             raise UserError(f"--tokenizer {path} holds no tokenizer: tokenizer.json was not found.")
         notes.append("no tokenizer: tokenizer.json was not found. Give the model's own with --tokenizer DIR")
         return None
+    check_side_files(path)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # the class is named: no code of the folder is asked
     except Exception as error:
-        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from error
+        raise unreadable(path, error) from error
     if tokenizer.pad_token is None and tokenizer.unk_token not in (None, tokenizer.eos_token):
         tokenizer.pad_token = tokenizer.unk_token  # MiniMind-1 padded with it, and named no padding
         notes.append(f"the tokenizer named no padding token: it is {tokenizer.pad_token!r} now")
@@ -558,10 +556,11 @@ def take_special_ids(config: MiniMindConfig, tokenizer: PreTrainedTokenizerFast,
 
 def read_generation_config(source: Path, model: MiniMindForCausalLM, notes: list[str]) -> None:
     """Give the model the folder's generation settings; those that the library refuses to save are left out."""
-    if not (source / "generation_config.json").is_file():
+    if not os.path.lexists(source / "generation_config.json"):
         return
+    raw = read_json(source / "generation_config.json", f"{COPY} Or delete it.", fields=SETTINGS)
     try:
-        settings = GenerationConfig.from_dict(read_json(source / "generation_config.json"))
+        settings = GenerationConfig.from_dict(raw)
         settings.validate(strict=True)
     except (ValueError, TypeError) as error:
         notes.append(f"left out generation_config.json, which contradicts itself: {str(error).splitlines()[0]}")
@@ -573,20 +572,23 @@ def read_generation_config(source: Path, model: MiniMindForCausalLM, notes: list
 
 
 def write(
-    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerFast | None, report: Report, destination: Path
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerFast | None,
+    report: Report,
+    partial: Path,
+    destination: Path,
 ) -> None:
-    """Write the directory beside its place and move it there, `stage.json` included."""
-    with new_directory(destination) as partial:
-        model.save_pretrained(partial)
-        if tokenizer:
-            tokenizer.save_pretrained(partial)
-        record = {
-            "stage": "import",
-            "parent": None,
-            "pipeline": destination.absolute().name,
-            "weights": weights_hash(partial),
-            **({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer else {}),
-            **asdict(report),
-            "command": " ".join(sys.argv),
-        }
-        write_json(partial / "stage.json", record)
+    """Write the files of a stage directory, which will be `destination`, `stage.json` included."""
+    model.save_pretrained(partial)
+    if tokenizer:
+        tokenizer.save_pretrained(partial)
+    record = {
+        "stage": "import",
+        "parent": None,
+        "pipeline": destination.absolute().name,
+        "weights": weights_hash(partial),
+        **({"tokenizer": tokenizer_hash(tokenizer)} if tokenizer else {}),
+        **asdict(report),
+        "command": " ".join(sys.argv),
+    }
+    write_json(partial / "stage.json", record)

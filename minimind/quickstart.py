@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from minimind import MiniMindConfig
 from minimind.chat import load_for_generation
-from minimind.checkpoints import read_stage
 from minimind.errors import reports_user_errors
 from minimind.evaluation import answer, read_questions, score
 from minimind.language import say, translated
 from minimind.planning.slowness import seen_reasons, usage
 from minimind.recipes import read_recipe
-from minimind.records import write_json
+from minimind.records import read_json, require_fields, write_json
 from minimind.terminal import Terminal
 from minimind.training.arguments import PretrainConfig, load_model_config_file
 from minimind.training.launch import bf16_is_fast, prepare_launch
@@ -103,15 +102,28 @@ def introduce(started: float) -> None:
         say(f"It could be faster: {reason}.")
 
 
+def read_measured(stage: Path) -> dict:
+    """The record of a finished stage, with what the summary shows of it; raises UserError."""
+    number, remedy = int | float, "Delete the directory and run scripts/quickstart.sh again."
+    fields = {"seconds": number, "tokens_seen": int, "tokens_per_second": number, "metrics": dict}
+    record = read_json(stage / "stage.json", remedy, fields=fields)
+    if stage.name == "pretrain":
+        for when in ("before", "after"):
+            where = f"{stage / 'stage.json'}: the metrics"
+            require_fields(where, record["metrics"], {when: dict}, remedy)
+            require_fields(f"{where} {when}", record["metrics"][when], {"bits_per_byte": number}, remedy)
+    return record
+
+
 def summarise(run: Path) -> dict:
     """Measure the finished stages of a quickstart on its held-out rows; see `main` for what the names mean."""
     facts = read_questions([str(run / "data" / "sft_eval.jsonl")])
     skill = read_questions([str(run / "data" / "lora_eval.jsonl")])
-    records = {name: read_stage(run / name) for name in STAGES}
+    records = {name: read_measured(run / name) for name in STAGES}
     models = {name: load_for_generation(str(run / name)) for name in STAGES}
     on_facts = {name: score(*models[name], facts) for name in STAGES}
     on_skill = {name: score(*models[name], skill) for name in ("sft", "lora")}
-    bits = {when: metrics["bits_per_byte"] for when, metrics in records["pretrain"]["metrics"].items()}
+    bits = {when: records["pretrain"]["metrics"][when]["bits_per_byte"] for when in ("before", "after")}
     return {
         "bits_per_byte": bits,
         "exact_match": {"before": on_facts["pretrain"]["exact_match"], "after": on_facts["sft"]["exact_match"]},

@@ -1,5 +1,6 @@
-"""Recipes: YAML files, of the training stages and of cleaning alike."""
+"""Recipes: YAML files, of the training stages and of cleaning alike; and the DeepSpeed JSON that they name."""
 
+import json
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import yaml
 
 from minimind.errors import UserError
+from minimind.records import read_json, require_fields
+
+DEEPSPEED_BLOCKS = dict.fromkeys(("zero_optimization", "optimizer", "scheduler", "fp16", "bf16"), dict | None)
+OFFLOADING = dict.fromkeys(("offload_optimizer", "offload_param"), dict | None)
 
 MOST_BYTES, MOST_DEPTH, MOST_VALUES = 2**20, 50, 10_000  # of one recipe; an alias counts as often as it is used
 
@@ -72,3 +77,23 @@ def _check_size(path: str | Path, recipe: Any) -> None:
             raise UserError(f"{path}: found more than {MOST_VALUES:,} values, perhaps by aliases. Write it plainly.")
         if isinstance(value, dict | list):
             waiting += value.values() if isinstance(value, dict) else value
+
+
+def read_deepspeed(given: str | Path | dict) -> dict:
+    """The DeepSpeed configuration of `--deepspeed`: a JSON file, JSON itself, or what was parsed already.
+
+    Raises:
+        UserError: it cannot be read, or a block of it is no object.
+    """
+    where, remedy = "--deepspeed", "Expected a DeepSpeed JSON, as ds_config_zero2.json."
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--deepspeed {given[:80]} is not JSON: {error}. {remedy}") from error
+    elif not isinstance(given, dict):
+        where, given = f"--deepspeed {given}", read_json(given, remedy)
+    require_fields(where, given, DEEPSPEED_BLOCKS, remedy)
+    zero = given.get("zero_optimization") or {}
+    require_fields(where, zero, OFFLOADING, remedy)
+    return given

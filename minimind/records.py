@@ -5,13 +5,15 @@ Loads no torch.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from minimind.errors import UserError
 
-KINDS = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+# JSON's kinds of values, by what Python makes of them.
+KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
+KINDS |= {bool: "true or false", type(None): "null"}
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -48,6 +50,15 @@ def sync_file(path: str | Path) -> None:
     """Wait until a file that was written and closed is on the disk; raises OSError."""
     with Path(path).open("rb") as file:
         os.fsync(file.fileno())
+
+
+def sync_files(directory: Path) -> None:
+    """Wait until all files of a directory are on the disk: a library has written them, and it does not wait."""
+    for path in (directory, *directory.rglob("*")):
+        if path.is_dir():
+            sync_directory(path)
+        elif path.is_file():
+            sync_file(path)
 
 
 def check_output(path: str | Path, directory: bool = False) -> None:
@@ -93,28 +104,41 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: str | Path, remedy: str, kind: type = dict) -> Any:
-    """The JSON value in a file of ours, which has to be of a `kind`.
+def read_file(path: str | Path, remedy: str) -> bytes:
+    """What a file of texts holds; raises UserError where it cannot be read, or holds zeros and white space alone."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            found = "a directory" if path.is_dir() else "a device or a pipe"
+            raise UserError(f"{path}: found {found}, expected a file. {remedy}")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        found = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{path}: {found}. {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
+    if not content.strip(b"\0 \t\r\n"):
+        found = f"{len(content):,} bytes without any text" if content else "an empty file"
+        raise UserError(f"{path}: found {found}, expected its content. {remedy}")
+    return content
+
+
+def read_json(path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None) -> Any:
+    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values in an object.
+
+    A type such as `int | None` is that of a value that may be null or absent. Names that are not among `fields` may
+    have any value.
 
     Raises:
         UserError: there is none, it cannot be read, or it is something else; `remedy` says what to do then.
     """
-    path = Path(path)
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. {remedy}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
-    if not content.strip():
-        found = f"{len(content):,} bytes of white space" if content else "an empty file"
-        raise UserError(f"{path}: found {found}, expected JSON. {remedy}")
-    try:
-        value = json.loads(content)
+        value = json.loads(read_file(path, remedy))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, or cut off ({error}). {remedy}") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: found {KINDS.get(type(value), 'null')}, expected {KINDS[kind]}. {remedy}")
+    if type(value) is not kind:
+        raise UserError(f"{path}: found {KINDS[type(value)]}, expected {KINDS[kind]}. {remedy}")
+    require_fields(path, value, fields or {}, remedy)
     return value
 
 
@@ -127,6 +151,16 @@ def beside(file: Path, name: Any) -> Path:
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise UserError(f"{file}: found {name!r}, expected the name of a file in the same directory.")
     return file.parent / name
+
+
+def require_fields(where: str | Path, value: dict, fields: Mapping[str, Any], remedy: str) -> None:
+    """Raises UserError where an object's values are of other types than `fields` names; see `read_json`."""
+    for name, expected in fields.items():
+        kinds = get_args(expected) or (expected,)
+        if type(value.get(name)) not in kinds:
+            found = KINDS[type(value[name])] if name in value else "missing"
+            wanted = " or ".join(KINDS[each] for each in kinds)
+            raise UserError(f"{where}: {name} is {found}, expected {wanted}. {remedy}")
 
 
 def json_lines(path: str | Path) -> Iterator[dict]:

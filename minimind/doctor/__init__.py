@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import Trainer
 
 from minimind.doctor import budget  # noqa: F401 (registers its checks)
-from minimind.doctor.cases import read_case, read_deepspeed
+from minimind.doctor.cases import read_case
 from minimind.doctor.checks import CHECKS, SEVERITIES, Case, Finding
 from minimind.errors import UserError
 from minimind.language import say, translated
+from minimind.recipes import read_deepspeed
 from minimind.training.launch import is_main_process
 
 NAMED = 3  # checks that were left out for the same reason; of more the number
@@ -92,9 +93,6 @@ def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) 
     """The quick checks of a run about to begin: warnings are printed, errors raise UserError unless
     `--on_findings warn`."""
     args = trainer.args
-    deepspeed = args.deepspeed
-    if isinstance(deepspeed, str):
-        deepspeed = read_deepspeed(deepspeed)
     case = Case(
         stage,
         args=args,
@@ -103,7 +101,7 @@ def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) 
         train=trainer.train_dataset if hasattr(trainer.train_dataset, "__len__") else None,
         facts=facts,
         collator=trainer.data_collator,
-        deepspeed=deepspeed or None,
+        deepspeed=read_deepspeed(args.deepspeed) if args.deepspeed else None,
         parent=parent,
         world=args.world_size,
     )

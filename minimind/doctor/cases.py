@@ -18,9 +18,9 @@ from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.doctor.checks import RENAMED, Case, is_known
 from minimind.errors import UserError
 from minimind.planning.recipes import STAGES, Recipe, stage_of
-from minimind.recipes import read_recipe
+from minimind.recipes import read_deepspeed, read_recipe
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import parse, read_deepspeed
+from minimind.training.arguments import parse
 from minimind.training.help import StageParser, with_recipe
 from minimind.training.stages import check_attention, new_model, starting_point
 from minimind.training.trainers import PreferenceCollator

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from minimind.checkpoints import (
-    adapter_base,
+    base_of,
     check_vocabulary,
     library_versions,
+    load_config,
     load_model,
     new_directory,
     provenance,
@@ -28,7 +29,6 @@ from minimind.export.layouts import (
     STOCK,
     natural_layout,
     obstacles,
-    read_json,
     save_for_all_versions,
     stock_model,
 )
@@ -66,10 +66,6 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
         raise UserError(f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or bfloat16.")
     source, tokenizer = load_model(path).eval(), load_tokenizer(path)
     check_vocabulary(source, tokenizer, path)
-    if "MiniMindForSequenceClassification" in (source.config.architectures or []):
-        raise UserError(
-            f"{path} holds a reward model, which scores replies and writes none: no format has a place for it."
-        )
     if found := obstacles(source.config, format):
         fitting = [name for name in FORMATS if not obstacles(source.config, name)]
         raise UserError(
@@ -90,10 +86,8 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
 
 def saved_dtype(path: Path) -> str:
     """The data type of the weights of a stage directory, of an adapter those of its base."""
-    while (path / "adapter_config.json").exists():
-        path = adapter_base(path)
-    config = read_json(path / "config.json")
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = load_config(base_of(path)).dtype
+    return str(dtype or "float32").removeprefix("torch.")
 
 
 def with_weights(source: PreTrainedModel, change: Callable[[str, torch.Tensor], torch.Tensor]) -> PreTrainedModel:

@@ -4,7 +4,6 @@ MiniMind computes what Qwen3, Qwen3-MoE or Llama compute and names its tensors a
 all it takes for vLLM, llama.cpp or `transformers serve` to run it.
 """
 
-import json
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -21,7 +20,8 @@ from transformers import (
 )
 
 from minimind.errors import UserError
-from minimind.records import write_json
+from minimind.records import read_json, write_json
+from minimind.tokenizer.loading import COPY
 
 STOCK = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -114,7 +114,7 @@ def save_for_all_versions(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    config = read_json(directory / "config.json")
+    config = read_json(directory / "config.json", COPY)
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
@@ -124,12 +124,7 @@ def save_for_all_versions(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     write_json(directory / "config.json", config)
     write_json(
         directory / "tokenizer_config.json",
-        read_json(directory / "tokenizer_config.json")
+        read_json(directory / "tokenizer_config.json", COPY)
         | {"tokenizer_class": "PreTrainedTokenizerFast"}
         | ({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
     )
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

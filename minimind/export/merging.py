@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minimind.checkpoints import (
     check_vocabulary,
+    is_adapter,
     library_versions,
     load_adapter,
     load_model,
@@ -12,6 +13,7 @@ from minimind.checkpoints import (
     provenance,
     read_stage,
     require_stage,
+    told,
     weights_hash,
 )
 from minimind.errors import UserError
@@ -27,14 +29,15 @@ def merge(adapter: str | Path, out: str | Path) -> dict:
         UserError: `adapter` is not an adapter, or the merged model does not answer as adapter and base together do.
     """
     path = require_stage(adapter)
-    if not (path / "adapter_config.json").exists():
+    if not is_adapter(path):
         raise UserError(f"{path} is a whole model, no adapter: there is nothing to merge.")
     tokenizer = load_tokenizer(path)
     model = load_adapter(path).eval()
     check_vocabulary(model, tokenizer, path)
     probes = make_probes(model, tokenizer)
     with new_directory(out) as partial:
-        merged = model.merge_and_unload()
+        with told(path):
+            merged = model.merge_and_unload()
         merged.config.use_cache = True
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

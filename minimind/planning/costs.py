@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minimind import MiniMindConfig
+from minimind.checkpoints import told
 from minimind.errors import UserError
 from minimind.model.modeling_minimind import (
     BLOCK,
@@ -89,9 +91,9 @@ def empty_model(config: MiniMindConfig, adapter: PeftConfig | None = None) -> Pr
     """The model without memory, on the meta device; with an adapter, as peft wraps it.
 
     Raises:
-        UserError: the adapter does not fit the model.
+        UserError: the configuration makes no model, or the adapter does not fit it.
     """
-    with torch.device("meta"):
+    with told(Path(config.name_or_path or "this recipe")), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         if adapter is None:
             return model

@@ -4,7 +4,6 @@ python -m minimind.planning.measuring SCRIPT REPORT ARGS...    # what `measure` 
 """
 
 import ctypes
-import json
 import os
 import runpy
 import subprocess
@@ -27,7 +26,7 @@ from minimind.planning.devices import Device, this_device
 from minimind.planning.plans import gib
 from minimind.planning.recipes import Recipe
 from minimind.planning.slowness import explain, usage
-from minimind.records import write_json
+from minimind.records import read_json, write_json
 from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.launch import is_main_process
 
@@ -274,7 +273,7 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
         if done.returncode or not report.is_file():
             said = done.stderr.strip().split("error: ")[-1] if "error: " in done.stderr else done.stderr[-2000:]
             raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {said}")
-        return json.loads(report.read_text())
+        return read_json(report, "It is written by the steps of --device measured.")
 
 
 def main(script: str, report: str, *words: str) -> None:

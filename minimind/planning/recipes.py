@@ -1,7 +1,6 @@
 """A recipe -> the model, the rows and the steps of the run it describes, without running it."""
 
 import dataclasses
-import json
 import random
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from minimind.data.packing import packer
 from minimind.data.preferences import to_preference
 from minimind.errors import UserError
 from minimind.options import option_names
-from minimind.recipes import read_recipe
+from minimind.recipes import read_deepspeed, read_recipe
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.encoding import DocumentEncoder
 from minimind.training.arguments import (
@@ -382,22 +381,13 @@ def deepspeed_of(options: Namespace) -> tuple[int | None, bool, bool]:
     """The ZeRO stage of `--deepspeed` (None without it), and whether optimizer and weights are offloaded.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: it cannot be read.
     """
-    given = options.deepspeed
-    if not given:
+    if not options.deepspeed:
         return None, False, False
-    if not isinstance(given, dict):
-        file = Path(given)
-        if not file.is_file() and not str(given).lstrip().startswith("{"):
-            raise UserError(f"--deepspeed {given}: no such file. Expected a DeepSpeed JSON, as ds_config_zero2.json.")
-        try:
-            given = json.loads(file.read_text(encoding="utf-8") if file.is_file() else given)
-        except ValueError as error:
-            raise UserError(f"--deepspeed {file} is not JSON: {error}") from error
-    zero = given.get("zero_optimization", {})
+    zero = read_deepspeed(options.deepspeed).get("zero_optimization") or {}
 
     def offloaded(name: str) -> bool:
-        return zero.get(name, {}).get("device", "none") != "none"
+        return (zero.get(name) or {}).get("device", "none") != "none"
 
     return zero.get("stage", 0), offloaded("offload_optimizer"), offloaded("offload_param")

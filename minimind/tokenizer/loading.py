@@ -1,6 +1,7 @@
 """A tokenizer's directory: writing it and loading it; and what stages read off a tokenizer."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minimind.errors import UserError, reason
+from minimind.errors import UserError
+from minimind.records import read_file, read_json
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
+COPY = "Copy the file again from where it is complete, or write the directory again."
 
 
 def check_destination(directory: Path) -> None:
@@ -53,15 +56,38 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
             f"{path} holds no tokenizer: tokenizer.json was not found. Expected a stage directory or the output of "
             "'minimind tokenizer train'."
         )
+    check_side_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
+        raise unreadable(path, error) from error
     if isinstance(tokenizer.chat_template, dict):  # several by name, for chats, for tools ...
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.pad_token_id is None:  # padding is masked by its place, so any token may pad
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def check_side_files(path: Path) -> None:
+    """Raises UserError for files beside a tokenizer.json that are there and do not read: the library goes without."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if os.path.lexists(path / name):
+            read_json(path / name, COPY, fields={"model_max_length": int | float | None})
+    template = path / "chat_template.jinja"
+    if os.path.lexists(template):
+        try:
+            read_file(template, COPY).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{template} is not UTF-8: {error}. {COPY}") from error
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to say of a tokenizer that a library cannot load; raises UserError where a file it reads is no JSON."""
+    for name in ("tokenizer.json", "config.json"):
+        if os.path.lexists(path / name):
+            read_json(path / name, COPY)
+    problem = f"{type(error).__name__}: {error} (in tokenizer.json, tokenizer_config.json or config.json)"
+    return UserError(f"the tokenizer in {path} cannot be read: {problem}")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

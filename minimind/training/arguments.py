@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from minimind.bounds import check_numbers, check_object, shown
+from minimind.bounds import check_numbers, shown
 from minimind.data.cache import cache_directory, discard, lock, places, refusing
 from minimind.data.columns import NAMES, Columns
 from minimind.data.files import TEXT_UNITS, File, expand
@@ -30,6 +29,7 @@ from minimind.data.world import write_world
 from minimind.errors import UserError
 from minimind.language import say
 from minimind.options import suggestion
+from minimind.recipes import read_deepspeed
 from minimind.records import read_json
 from minimind.training.help import StageParser, read_options
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
@@ -485,7 +485,7 @@ def parse(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[An
     options = vars(read_options(parser, sys.argv[1:] if argv is None else argv))
     deepspeed = options.get("deepspeed")
     if deepspeed is not None:
-        read_deepspeed(deepspeed)
+        read_deepspeed(deepspeed)  # which the library does with a traceback
     prepare_launch(uses_deepspeed=deepspeed is not None)
     try:
         parsed = _filled(dataclass_types, options)
@@ -531,14 +531,6 @@ def parse_options(*dataclass_types: type, argv: Sequence[str]) -> Namespace:
     return read_options(StageParser(dataclass_types), argv)
 
 
-def read_deepspeed(given: str) -> dict:
-    """What `--deepspeed` names, or a recipe has in its place; raises UserError where it is no JSON object."""
-    if given.startswith("{"):
-        check_object("--deepspeed", given)
-        return json.loads(given)
-    return read_json(given, "Expected a DeepSpeed JSON, as in --deepspeed ds_config_zero2.json.")
-
-
 def load_model_config_file(path: str) -> dict[str, Any]:
     """The fields of a model JSON.
 
@@ -547,10 +539,7 @@ def load_model_config_file(path: str) -> dict[str, Any]:
     """
     from minimind import MiniMindConfig
 
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--model_config {path}: no such file. The sizes are in configs/model/.")
-    fields = read_json(file, "Expected a JSON object with the fields of MiniMindConfig; see configs/model/.")
+    fields = read_json(path, "--model_config needs the fields of MiniMindConfig; the sizes are in configs/model/.")
     known = set(MiniMindConfig.__dataclass_fields__)
     unknown = sorted(set(fields) - known)
     if unknown:

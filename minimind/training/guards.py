@@ -5,11 +5,10 @@ step all the same, so that the schedule of the learning rate ends where it was p
 run stops, and leaves the batch and the weights it met for `minimind replay`.
 """
 
-import json
 import math
 import os
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
 from minimind.errors import UserError, decoration
-from minimind.records import write_json
+from minimind.records import read_json, write_json
 from minimind.training.launch import is_main_process, notice
 from minimind.training.resume import doubt
 from minimind.training.saving import SaveCallback, Writing, numel
@@ -34,6 +33,10 @@ SPIKE = 6.0  # robust z-score: with normally distributed losses one step in a th
 KEPT_BATCHES = 3  # of the streaks of a run; more would tell nothing new
 SAMPLES, GROWTH, GROWN_BYTES = 30, 0.1, 200e6  # memory: logs looked back at, share and bytes that are worth a notice
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+# What is read of a kept batch's record, and what of a batch has a value for each token id.
+BATCH = {"step": int, "micro_batches": int, "precision": str, "weights": str | None}
+BATCH |= dict.fromkeys(("loss", "grad_norm"), str | int | float | None)
+PER_TOKEN = ("labels", "attention_mask", "position_ids", "completion_mask")
 
 
 @dataclass
@@ -408,19 +411,28 @@ def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:
     """
     from safetensors.torch import load_file
 
-    file = directory / "batch.json"
-    if not file.is_file():
-        raise UserError(f"{directory} is no kept batch: expected the bad_batch-STEP of a run, with batch.json inside.")
-    record = json.loads(file.read_text(encoding="utf-8"))
+    expected = f"Expected the bad_batch-STEP of a run, with batch.json and rank-N.safetensors inside; got {directory}."
+    record = read_json(directory / "batch.json", expected, fields=BATCH)
     processes = {}
     for path in sorted(directory.glob("rank-*.safetensors")):
-        batches = [{} for _ in range(record["micro_batches"])]
+        batches: dict[int, dict] = defaultdict(dict)
+        if not path.is_file():
+            raise UserError(f"{path} is not a regular file. {expected}")
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        for key, value in tensors.items():
-            number, _, name = key.partition("/")
-            batches[int(number)][name] = value
-        processes[int(path.stem.removeprefix("rank-"))] = batches
+            process = int(path.stem.removeprefix("rank-"))
+            for key, value in load_file(path).items():
+                number, _, name = key.partition("/")
+                batches[int(number)][name] = value
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}. {expected}") from error
+        for batch in batches.values():
+            ids = batch.get("input_ids")
+            rows = [batch[name] for name in PER_TOKEN if name in batch]
+            if ids is None or ids.ndim != 2 or ids.is_floating_point() or any(ids.shape != row.shape for row in rows):
+                raise UserError(f"{path} holds no rows of token ids. {expected}")
+        if len(batches) != record["micro_batches"]:
+            raise UserError(f"{path} holds {len(batches)} micro-batches, batch.json says {record['micro_batches']}.")
+        processes[process] = [batches[number] for number in sorted(batches)]
+    if not processes:
+        raise UserError(f"{directory} holds no batch. {expected}")
     return record, processes

@@ -54,17 +54,22 @@ CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": s
 def read_record(output_dir: Path, name: str) -> dict[str, Any]:
     """The `run.json` or `stage.json` of a directory; empty where there is none.
 
+    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe").
+
     Raises:
         UserError: it is not one of ours, or does not read.
     """
     file = output_dir / name
     if not os.path.lexists(file):
         return {}
-    remedy = (
-        "Another program's? Then give another --output_dir. Damaged? Then remove it: the run continues from its "
-        "last complete checkpoint."
-    )
-    record = read_json(file, remedy)
+    remedy = "Another program's? Then give another --output_dir. Damaged? Then remove it."
+    try:
+        record = read_json(file, remedy)
+    except UserError:
+        recipes = [recipe for path in checkpoints(output_dir) if (recipe := _content(path / RECIPE))]
+        if name != RUN or not file.is_file() or not recipes:
+            raise
+        return {"recipe": recipes[0]}
     if any(not isinstance(record.get(key), kind) for key, kind in CONTENT[name].items()):
         raise UserError(
             f"{file} is not of a run of ours: it has no {' and '.join(CONTENT[name])}. It would be overwritten. "

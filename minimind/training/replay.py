@@ -42,6 +42,12 @@ def replay(directory: str | Path, model: str | Path | None = None, precision: st
         )
     path = Path(model) if model is not None else directory / record["weights"]
     network, tokenizer = load_model(path).train(), load_tokenizer(path)
+    largest = max(int(batch["input_ids"].max()) for batches in processes.values() for batch in batches)
+    if largest >= network.config.vocab_size:
+        raise UserError(
+            f"{directory} holds the token id {largest:,}, and the model in {path} has {network.config.vocab_size:,} "
+            "tokens. Name the weights of the same run with --model DIR."
+        )
     precision = precision or ("bf16" if record["precision"] == "bf16" else "fp32")
     if precision == "bf16":
         autocast = torch.autocast(_device(network).type, torch.bfloat16)

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from minimind.checkpoints import read_stage
-from minimind.errors import decoration
+from minimind.errors import UserError, decoration
 from minimind.evaluation import TIMES
 from minimind.records import json_lines, read_json, write_text
 from minimind.training.callbacks import clock
@@ -390,7 +390,10 @@ def _lineage(directory: Path, record: dict) -> str:
     seen = set()
     while (parent := record.get("parent")) and parent["directory"] not in seen:
         seen.add(parent["directory"])
-        record = read_stage(parent["directory"])
+        try:
+            record = read_stage(parent["directory"])
+        except UserError:
+            record = {}
         moved = record.get("weights") not in (None, parent["weights"])
         note = "no longer there" if not record else "holds other weights by now" if moved else ""
         rows.append((parent["directory"], parent.get("stage") or "", parent["weights"], *_raw(record)))

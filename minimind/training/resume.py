@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,16 +31,17 @@ import xxhash
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minimind.checkpoints import library_versions, weights_hash
+from minimind.checkpoints import check_fit, library_versions, weights_hash
 from minimind.errors import UserError, decoration, reason
 from minimind.language import say
-from minimind.records import read_json, sync_directory, sync_file, write_bytes, write_json
+from minimind.recipes import read_deepspeed
+from minimind.records import read_json, require_fields, sync_directory, sync_files, write_bytes, write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.launch import is_main_process
 from minimind.training.output_directory import (
@@ -51,6 +53,8 @@ from minimind.training.output_directory import (
     delete_checkpoint,
 )
 from minimind.training.saving import Writing, checkpoint_bytes, reports_disk_errors
+
+RUN_STATE = {"loss", "total_loss", "last_logged", "seconds", "wall_seconds", "callbacks", "exported"}  # of run_state_*
 
 # Arguments that may change: where a run is written and what it says, and how data reaches it, not what it computes.
 # fmt: off
@@ -89,13 +93,12 @@ logging.getLogger("transformers.trainer").addFilter(lambda said: not said.msg.st
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at once, after all that
     it lists is on the disk."""
-    files = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_dir():
-            sync_directory(path)
-        elif path.name != MANIFEST:
-            sync_file(path)
-            files[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, "xxh3_128": file_hash(path)}
+    sync_files(checkpoint)
+    files = {
+        str(file.relative_to(checkpoint)): {"size": file.stat().st_size, "xxh3_128": file_hash(file)}
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
     write_json(checkpoint / MANIFEST, {**facts, "files": files})
     sync_directory(checkpoint.parent)
 
@@ -110,8 +113,13 @@ def file_hash(file: Path) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """{"step", "processes", "files"} of a whole checkpoint."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    """{"step", "processes", "files"} of a whole checkpoint; raises UserError."""
+    fields = {"step": int, "processes": int, "files": dict}
+    manifest = read_json(checkpoint / MANIFEST, "It lists the files of a checkpoint.", fields=fields)
+    for name, expected in manifest["files"].items():
+        expected = expected if isinstance(expected, dict) else {}
+        require_fields(f"{checkpoint / MANIFEST}: {name}", expected, {"size": int, "xxh3_128": str}, "")
+    return manifest
 
 
 def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = False) -> str | None:
@@ -119,27 +127,51 @@ def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = Fals
     `weights_alone` one that holds nothing else is whole too."""
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
+    if not os.path.lexists(checkpoint / MANIFEST):
+        return f"it was never finished: there is no {MANIFEST}, which is written last"
     try:
         manifest = read_manifest(checkpoint)
         files = manifest["files"]
-    except FileNotFoundError:
-        return f"it was never finished: there is no {MANIFEST}, which is written last"
-    except (ValueError, KeyError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is gone"
-        if (size := file.stat().st_size) != expected["size"]:
-            return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
-    if not weights_alone and not any(name.startswith("rng_state") for name in files):
-        return "it holds weights alone (--save_only_model)"
-    if hashes:
         for name, expected in files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is gone"
+            if (size := file.stat().st_size) != expected["size"]:
+                return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
+        if not (weights_alone or any(name.startswith("rng_state") for name in files)):
+            return "it holds weights alone (--save_only_model)"
+        if missing := sorted({TRAINER_STATE_NAME, RECIPE, "run_state_0.pth"} - set(files)):
+            return f"{MANIFEST} does not name {', '.join(missing)}"
+        for name, expected in files.items() if hashes else ():
             if file_hash(checkpoint / name) != expected["xxh3_128"]:
                 return f"{name} is corrupted: its hash is not the one it was written with"
-        if not manifest.get("finite") and (name := _not_finite(checkpoint)):
+            if problem := _unreadable(checkpoint / name):
+                return f"{name} cannot be read: {problem}"
+        if hashes and not manifest.get("finite") and (name := _not_finite(checkpoint)):
             return f"{name} holds weights that are not finite"
+    except (UserError, OSError) as error:
+        return str(error).strip().removeprefix(f"{checkpoint}/")
+    return None
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why the libraries could not load a file though its hash fits: it was written wrongly. Tensors stay unread."""
+    try:
+        if file.name == TRAINER_STATE_NAME:
+            read_json(file, "", fields={"global_step": int, "max_steps": int, "log_history": list})
+            TrainerState.load_from_json(file)
+        elif file.suffix == ".json":
+            read_json(file, "")
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix in (".pt", ".pth") and not file.parent.name.startswith("global_step"):  # DeepSpeed's own
+            with safe_globals():
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            if not isinstance(state, dict) or (file.name.startswith("run_state") and not state.keys() >= RUN_STATE):
+                return "it holds something else"
+    except Exception as error:  # of json, pickle, zip or safetensors
+        return (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")
     return None
 
 
@@ -234,7 +266,7 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
     if getattr(args, "use_muon", False):
         recipe["optim"] = "muon"
     if isinstance(args.deepspeed, str):
-        recipe["deepspeed"] = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+        recipe["deepspeed"] = read_deepspeed(args.deepspeed)
     config = model.config.to_dict()
     for key in ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"):
         config.pop(key, None)
@@ -486,8 +518,8 @@ class ResumableTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result):
         tied = getattr(self.model, "all_tied_weights_keys", ())  # written once, see `stages.save_model`
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        check_fit(Path(self.args.resume_from_checkpoint or self.args.output_dir), missing, load_result.unexpected_keys)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's, and then what an accepted change of the recipe asks for in place of the checkpoint's."""

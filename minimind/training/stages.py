@@ -18,7 +18,6 @@ import psutil
 import torch
 import transformers
 from datasets import Dataset
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -41,13 +40,14 @@ from minimind.checkpoints import (
     load_model,
     provenance,
     read_stage,
+    reason,
     require_stage,
     weights_hash,
 )
 from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.language import keep_output_writable, say, translated
-from minimind.records import sync_file, write_json
+from minimind.records import sync_files, write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
@@ -92,8 +92,8 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
         )
         check_memory(config, config_file)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(f"{config_file}: {error.__cause__ or error}") from error
+    except Exception as error:  # values may be of any type and size
+        raise UserError(f"{config_file}: {reason(error)}") from error
     check_vocabulary(model, tokenizer, config_file)
     return model
 
@@ -357,8 +357,7 @@ class Stage:
             return
         tokenizer.save_pretrained(partial)
         torch.save(self.args, partial / "training_args.bin")
-        for file in partial.iterdir():
-            sync_file(file)
+        sync_files(partial)
         (self.output_dir / "stage.json").unlink(missing_ok=True)
         for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
             (self.output_dir / stale).unlink(missing_ok=True)

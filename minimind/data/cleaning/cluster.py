@@ -23,12 +23,13 @@ import numpy as np
 from minimind.data.cleaning.counts import Counts
 from minimind.data.cleaning.duplicates import ExactDedup, NearDedup
 from minimind.data.cleaning.extras import require
-from minimind.data.cleaning.pipeline import as_recipe, write_whole
+from minimind.data.cleaning.pipeline import as_recipe
 from minimind.data.cleaning.recipe import Recipe
 from minimind.data.cleaning.segments import Item, run_segment, segments_of, to_line
 from minimind.data.cleaning.texts import Texts, check_row, split_row
 from minimind.data.files import BadRowError, expand, parsables
 from minimind.data.markers import Boundaries
+from minimind.records import write_bytes
 
 require("datatrove", "data-cluster")
 
@@ -110,7 +111,7 @@ class WriteShard(PipelineStep):
             lines.append(to_line(document.metadata["row"]))
             yield document
         if lines or not self.final:  # an empty file would be refused as data
-            write_whole(_shard(self.directory, rank), b"".join(lines))
+            write_bytes(_shard(self.directory, rank), b"".join(lines))
 
 
 def _shard(directory: str, rank: int) -> Path:

@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +45,11 @@ from minimind.data.formats import TEXT_UNITS
 from minimind.data.markers import Boundaries
 from minimind.errors import UserError
 from minimind.language import translated
-from minimind.records import sync_directory, sync_file, write_json, write_text
+from minimind.records import read_json, sync_directory, sync_file, sync_files, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+REPORT = {"key": str, "rows": dict, "steps": list, "shards": list}  # what is read of a report.json
 BATCH_ROWS, BATCH_CHARACTERS = 250, 500_000  # sent to a worker process at a time; no influence on the result
 
 
@@ -148,23 +148,27 @@ def finished_report(
     """
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
-    try:
-        report = json.loads((destination / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        report = {}
-    if isinstance(report, dict) and report.get("key") == key:
-        try:
-            for shard in report["shards"]:
-                check_file(destination / shard["file"], shard["bytes"], shard["hash"])
-            if sum(shard["rows"] for shard in report["shards"]) != report["rows"]["out"]:
-                raise ValueError("not all shards are named")
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{destination / 'report.json'} is not what was written. {remedy}") from None
-        except UserError as problem:
-            raise UserError(f"{problem}, so {destination} is damaged. {remedy}") from None
-        return report
-    found = "the result of another recipe or input" if isinstance(report, dict) and "key" in report else "something"
+    found = "something"
+    if os.path.lexists(destination / "report.json"):
+        report = read_json(destination / "report.json", f"{destination} was to be new. {remedy}", fields=REPORT)
+        if report["key"] == key:
+            _check_shards(destination, report, remedy)
+            return report
+        found = "the result of another recipe or input"
     raise UserError(f"{destination}: holds {found}, expected a new directory. {remedy}")
+
+
+def _check_shards(destination: Path, report: dict[str, Any], remedy: str) -> None:
+    """Raises UserError where the files of a cleaned directory are not those that were written."""
+    try:
+        for shard in report["shards"]:
+            check_file(destination / shard["file"], shard["bytes"], shard["hash"])
+        if sum(shard["rows"] for shard in report["shards"]) != report["rows"]["out"]:
+            raise ValueError("not all shards are named")
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{destination / 'report.json'} is not what was written. {remedy}") from None
+    except UserError as problem:
+        raise UserError(f"{problem}, so {destination} is damaged. {remedy}") from None
 
 
 class Cleaning:
@@ -296,7 +300,7 @@ class Cleaning:
     def _open_state(self) -> None:
         """Take up the finished parts of the same cleaning; anything else in the hidden directory is thrown away."""
         manifest = self.state / "key"
-        same = manifest.is_file() and manifest.read_text() == self.key
+        same = manifest.is_file() and manifest.read_bytes() == self.key.encode()
         if not same:
             if self.partial.exists():
                 if self.partial.is_symlink() or (not self.state.exists() and any(self.partial.iterdir())):
@@ -306,7 +310,7 @@ class Cleaning:
                 logger.warning(translated("another recipe or input was begun before: starting anew"))
             shutil.rmtree(self.partial, ignore_errors=True)
             self.state.mkdir(parents=True)
-            write_whole(manifest, self.key.encode())
+            write_text(manifest, self.key)
         while self._restore_part(len(self.shards)):
             pass
         if self.resumed_rows:
@@ -335,24 +339,26 @@ class Cleaning:
         # Written last: it says that all the rest of the part is there.
         count, first = self.bad_of_part.pop(part, (0, []))
         facts = {"shard": shard, "bad": count, "first_bad": first, "counts": self.counts.as_dict()}
-        write_whole(self.state / f"{part:05d}.json", json.dumps(facts).encode())
+        write_json(self.state / f"{part:05d}.json", facts)
 
     def _restore_part(self, part: int) -> bool:
         try:
-            facts = json.loads((self.state / f"{part:05d}.json").read_text())
+            facts = json.loads((self.state / f"{part:05d}.json").read_bytes())
+            counts, bad = Counts.from_dict(facts["counts"]), int(facts["bad"])
+            first_bad = [(str(where), str(problem)) for where, problem in facts["first_bad"]]
             if xxhash.xxh3_128_hexdigest(self._shard(part).read_bytes()) != facts["shard"]["hash"]:
                 return False
             saved = [(self.state / f"{part:05d}-{number}.npz").read_bytes() for number in range(len(self.indexes))]
             arrays = [dict(np.load(io.BytesIO(content))) for content in saved]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # whatever it holds: the part is cleaned again
             return False
         for index, values in zip(self.indexes, arrays, strict=True):
             index.restore(values)
         self.shards.append(facts["shard"])
-        for where, problem in facts["first_bad"]:
+        for where, problem in first_bad:
             self.bad.add(where, problem)
-        self.bad.count += facts["bad"] - len(facts["first_bad"])
-        self.counts = Counts.from_dict(facts["counts"])
+        self.bad.count += bad - len(first_bad)
+        self.counts = counts
         self.resumed_rows += self.recipe.settings.rows_per_shard
         return True
 
@@ -374,6 +380,7 @@ class Cleaning:
         state = self.destination.with_name(f".{self.destination.name}.state")
         shutil.rmtree(state, ignore_errors=True)
         self.state.replace(state)
+        sync_files(self.partial)
         self.partial.replace(self.destination)
         sync_directory(self.destination.parent)
         shutil.rmtree(state)
@@ -457,9 +464,3 @@ def _step_report(label: str, step: StepCounts, earlier: dict[int, dict[str, str]
 def building(path: Path) -> Path:
     """Where a file lies until it is whole."""
     return Path(f"{path}.building")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    building(path).write_bytes(content)
-    building(path).replace(path)
