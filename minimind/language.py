@@ -153,6 +153,8 @@ def keep_output_writable() -> None:
     terminal takes no more lines, nor does a log on a full disk. A print must cost neither the checkpoint nor, in the
     interpreter's last flush, the exit code."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if stream is None:  # closed from the beginning: the number may be another file's by now
+            continue
         if _has_no_reader(number) or not _flushes(stream):
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), number)

@@ -2,18 +2,22 @@
 
 import json
 import math
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pipeline import document_rows, failure, run_script, short_run, write_model
 from safetensors.torch import load_file
-from transformers import SchedulerType, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from minimind.checkpoints import read_stage
+from minimind.checkpoints import read_stage, weights_hash
 from minimind.errors import UserError
+from minimind.training import stages
 from minimind.training.arguments import PretrainConfig, parse
 from minimind.training.callbacks import Baseline, EarlyStopping
+from minimind.training.resume import ResumableTrainer
 from minimind.training.trainers import ScheduledTrainer
 
 STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3
@@ -149,6 +153,59 @@ def test_the_best_model_is_the_one_that_is_kept(pretrain, caplog):
     kept, final = load_file(stage / f"checkpoint-{best}" / "model.safetensors"), load_file(stage / "model.safetensors")
     assert all(torch.equal(kept[name], final[name]) for name in final)
     assert "missing keys" not in caplog.text  # the head is the embedding, and so in no file
+
+
+def test_what_is_called_the_best_model_is_what_is_saved_also_in_a_run_that_was_moved(
+    pretrain, monkeypatch, tmp_path, capsys
+):
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    options = {"learning_rate": 2.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12, "max_steps": 6}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_strategy": "steps"}
+    options |= {"save_steps": 1, "save_total_limit": 9}
+    original = stages.ResumeCallback
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(stages, "ResumeCallback", lambda t: (t.add_callback(Kill()), original(t))[1])
+        pretrain("run", **options)
+    recorded = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    best = recorded["best_global_step"]
+    assert best < 4
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone" / f"checkpoint-{best}")
+    capsys.readouterr()
+
+    _, stage = pretrain("moved", **options)
+    assert f"the best model is that of step {best}: " in capsys.readouterr().out
+    assert (read_stage(stage)["best"]["step"], read_stage(stage)["weights_step"]) == (best, best)
+    assert weights_hash(stage) == weights_hash(stage / f"checkpoint-{best}")
+
+    _, stage = pretrain("gone", **options)
+    said = capsys.readouterr().out
+    assert f"warning: the best evaluation is that of step {best}: " in said
+    assert "checkpoint is not there: the weights of step 6 were saved" in said
+    assert "the best model is that" not in said
+    assert (read_stage(stage)["best"]["step"], read_stage(stage)["weights_step"]) == (best, 6)
+    assert weights_hash(stage) == weights_hash(stage / "checkpoint-6")
+
+
+def test_a_step_that_is_told_to_stop_and_was_not_saved_is_saved_before_the_best_model_is_loaded(monkeypatch):
+    """Else the weights of the best step would stand in the checkpoint of the last one."""
+    done = []
+    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    trainer.interrupted, trainer.model, trainer.args, trainer.control = True, None, None, None
+    trainer.state = SimpleNamespace(global_step=5, best_model_checkpoint="checkpoint-2")
+    trainer._save_checkpoint = lambda model, trial: done.append("saved")
+    trainer.callback_handler = SimpleNamespace(on_save=lambda *args: sys.exit(75))
+    monkeypatch.setattr(Trainer, "_finalize_training", lambda *args: done.append("finalised"))
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: done.append("loaded"))
+    with pytest.raises(SystemExit):
+        trainer._finalize_training(None, 1, 0.0)
+    trainer._load_best_model()
+    assert done == ["saved"]
 
 
 def test_training_stops_when_evaluations_stop_improving(pretrain, capsys):

@@ -486,7 +486,7 @@ def git_commit() -> str | None:
     """The commit of the project's checkout, with "+" where it has uncommitted changes; None outside of git."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8")
-    except (OSError, ValueError):  # no git, or not one that works
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", timeout=30)
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, or not one that works
         return None
     return run.stdout.strip() or None
