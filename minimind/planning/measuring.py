@@ -18,6 +18,7 @@ from statistics import fmean, median
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.errors import UserError
 from minimind.language import say
@@ -131,7 +132,9 @@ class PlanCallback(StepMeter):
 
     def on_train_begin(self, args, state, control, **kwargs):
         left = state.max_steps - state.global_step
-        self.steps = min(WATCHED_STEPS, left) if left >= MEASURED_STEPS and is_main_process() else 0
+        # To look at weights that ZeRO-3 divides takes all processes, and this is one.
+        watches = left >= MEASURED_STEPS and is_main_process() and not is_deepspeed_zero3_enabled()
+        self.steps = min(WATCHED_STEPS, left) if watches else 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.steps:
