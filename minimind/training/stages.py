@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
@@ -129,6 +130,15 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+def check_same_data(data: dict) -> None:
+    """Raises UserError in all processes where they have read different data: a file changed while they started."""
+    if any(other != data for other in gather_object([data])):
+        raise UserError(
+            "the processes of this run have read different data: a file changed while they started, or their hosts "
+            "have other files. Run the command again when nothing writes to the files."
+        )
+
+
 def check_length(name: str, length: int, config: MiniMindConfig) -> None:
     """Raises UserError where rows are longer than the model has positions, or too short to predict anything."""
     if length > config.max_position_embeddings:
@@ -182,6 +192,7 @@ class Stage:
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         align_special_tokens(model, tokenizer)  # a chat template may have brought another end token
         self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
+        check_same_data(self.recipe["data"])
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run, self.changes = begin(args, self.recipe, pipeline)
         args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
