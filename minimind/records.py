@@ -48,7 +48,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def sync_file(path: str | Path) -> None:
     """Wait until a file that was written and closed is on the disk; raises OSError."""
-    with Path(path).open("rb") as file:
+    with Path(path).open("r+b") as file:
         os.fsync(file.fileno())
 
 

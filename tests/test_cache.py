@@ -21,6 +21,7 @@ from minimind.data.chats import load_conversations
 from minimind.data.cleaning import pipeline
 from minimind.data.documents import load_blocks
 from minimind.errors import UserError
+from minimind.training import stages
 from minimind.training.arguments import DataArguments
 
 TEXTS = [f"{number}: {text}" for number in range(40) for text in (ENGLISH, CHINESE)]
@@ -290,6 +291,14 @@ def test_a_broken_memory_of_hashes_costs_only_time(data, tmp_path, monkeypatch, 
     memory.unlink()
     memory.mkdir() if found == "a directory" else memory.write_bytes(found)
     assert content_hash([data]) == expected
+
+
+def test_processes_that_have_read_different_data_do_not_train_together(monkeypatch):
+    old, new = ({"train": {"hash": digest}} for digest in "ab")
+    monkeypatch.setattr(stages, "gather_object", lambda mine: [*mine, old])
+    stages.check_same_data(old)
+    with pytest.raises(UserError, match="have read different data"):
+        stages.check_same_data(new)
 
 
 # A cache that cannot be used

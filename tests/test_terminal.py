@@ -168,6 +168,14 @@ def test_without_a_history_nothing_is_kept(terminal, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_history_that_cannot_be_written_costs_the_history_and_not_the_chat(terminal, tmp_path):
+    line = terminal(tmp_path)  # a directory
+    line.type("", "> ")
+    assert "notice: what you type is not remembered" in " ".join(line.rows())
+    line.type(f"a{ENTER}", "got 'a'", "> ")
+    line.type(CTRL_D, "the end", "")
+
+
 def test_a_pipe_is_read_line_by_line():
     done = subprocess.run([sys.executable, "-c", CODE], input="a\n\n /b\r\n你", capture_output=True, text=True)
     assert done.stdout.splitlines() == ["got 'a'", "got ''", "got ' /b'", "got '你'", "the end"]

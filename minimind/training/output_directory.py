@@ -54,7 +54,7 @@ CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": s
 def read_record(output_dir: Path, name: str) -> dict[str, Any]:
     """The `run.json` or `stage.json` of a directory; empty where there is none.
 
-    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe").
+    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe"; "problem": the damage).
 
     Raises:
         UserError: it is not one of ours, or does not read.
@@ -65,11 +65,13 @@ def read_record(output_dir: Path, name: str) -> dict[str, Any]:
     remedy = "Another program's? Then give another --output_dir. Damaged? Then remove it."
     try:
         record = read_json(file, remedy)
-    except UserError:
+        if not record:
+            raise UserError(f"{file}: found an empty object. {remedy}")
+    except UserError as error:
         recipes = [recipe for path in checkpoints(output_dir) if (recipe := _content(path / RECIPE))]
         if name != RUN or not file.is_file() or not recipes:
             raise
-        return {"recipe": recipes[0]}
+        return {"recipe": recipes[0], "problem": str(error)}
     if any(not isinstance(record.get(key), kind) for key, kind in CONTENT[name].items()):
         raise UserError(
             f"{file} is not of a run of ours: it has no {' and '.join(CONTENT[name])}. It would be overwritten. "

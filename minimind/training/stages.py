@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import (
@@ -147,6 +148,15 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+def check_same_data(data: dict) -> None:
+    """Raises UserError in all processes where they have read different data: a file changed while they started."""
+    if any(other != data for other in gather_object([data])):
+        raise UserError(
+            "the processes of this run have read different data: a file changed while they started, or their hosts "
+            "have other files. Run the command again when nothing writes to the files."
+        )
+
+
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
     """The adapter that the options ask for, or None; raises UserError where it does not fit the model."""
     from minimind.planning.costs import empty_model  # it plans stages, and so imports this module
@@ -212,6 +222,7 @@ class Stage:
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         align_special_tokens(model, tokenizer)  # a chat template may have brought another end token
         self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
+        check_same_data(self.recipe["data"])
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run, self.changes = begin(args, self.recipe, pipeline)
         args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None

@@ -87,6 +87,8 @@ def _decide(args, recipe: dict, pipeline: str) -> dict:
     if found := output_dir.is_dir():
         lock_directory(output_dir)
     start = Start(args, recipe)
+    if problem := start.run.get("problem"):
+        say(f"notice: {problem}")
     if start.has_nothing_to_do():
         say(
             f"{start.stage['stage']} is complete in {output_dir} (step {start.steps:,}): nothing to do. To "
