@@ -21,9 +21,10 @@ from minimind.errors import UserError
 from minimind.recipes import read_deepspeed
 from minimind.records import read_json, write_json
 from minimind.training.arguments import load_model_config_file
+from minimind.training.output_directory import MANIFEST, RUN, read_record
 from minimind.training.replay import replay
 from minimind.training.report import write_report
-from minimind.training.resume import MANIFEST, RUN, file_hash, last_whole_checkpoint, problem_of, read_run
+from minimind.training.resume import file_hash, last_whole_checkpoint, problem_of
 from minimind.training.stages import new_model, starting_point
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -284,12 +285,21 @@ def test_a_manifest_of_other_values_is_a_problem(unfinished, files):
     assert problem_of(unfinished / "checkpoint-2")
 
 
-@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@pytest.mark.parametrize("corruption", ["empty", "zeros", *NO_JSON, *OTHER_JSON])
 def test_a_broken_run_json_costs_no_checkpoint(unfinished, corruption):
     """What the run is stands in its checkpoints: else --overwrite_output_dir would take it for another one."""
-    recipe = read_run(unfinished)["recipe"]
+    recipe = read_record(unfinished, RUN)["recipe"]
     CORRUPTIONS[corruption](unfinished / RUN)
-    assert read_run(unfinished) == {"recipe": recipe}
+    record = read_record(unfinished, RUN)
+    assert record["recipe"] == recipe
+    assert str(unfinished / RUN) in record["problem"]
+
+
+@pytest.mark.parametrize("corruption", ["a directory", "dangling", "a pipe", *OTHER_VALUES])
+def test_what_stands_in_the_place_of_run_json_is_not_overwritten(unfinished, corruption):
+    CORRUPTIONS[corruption](unfinished / RUN)
+    with pytest.raises(UserError, match=RUN):
+        read_record(unfinished, RUN)
 
 
 def test_a_run_goes_on_without_its_run_json_and_its_newest_checkpoint(world, unfinished, monkeypatch, capsys):
@@ -310,7 +320,7 @@ def test_a_finished_run_with_a_broken_record_says_what_to_do(world, copy, monkey
     stage = copy("stage")
     CORRUPTIONS[corruption](stage / "stage.json")
     message = failure(capsys, run_script, monkeypatch, *command(world, stage))
-    assert f"{stage / 'stage.json'}: " in message and "delete it" in message
+    assert f"{stage / 'stage.json'}: " in message and "remove it" in message
 
 
 # Weights and what says how to read them.

@@ -54,7 +54,8 @@ CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": s
 def read_record(output_dir: Path, name: str) -> dict[str, Any]:
     """The `run.json` or `stage.json` of a directory; empty where there is none.
 
-    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe"; "problem": the damage).
+    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe", and the
+    damage as "problem").
 
     Raises:
         UserError: it is not one of ours, or does not read.
