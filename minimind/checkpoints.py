@@ -2,8 +2,7 @@
 
     config.json  generation_config.json  model.safetensors  configuration_minimind.py  modeling_minimind.py
     tokenizer.json  tokenizer_config.json  chat_template.jinja  training_args.bin
-    stage.json  run.json  train_log.jsonl
-    report.html  samples.jsonl  loss.png  token_loss.json (pretrain, sft)  mask_report.json (sft, dpo)
+    stage.json  run.json  report.html  train_log.jsonl  samples.jsonl  loss.png  mask_report.json (sft, dpo)
 
 A LoRA stage has adapter_config.json and adapter_model.safetensors in place of config and weights; its base is found
 through adapter_config.json. `run.json` is written first (see training/resume.py) and `stage.json` last: a directory

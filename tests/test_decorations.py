@@ -160,7 +160,7 @@ def test_a_page_of_losses_that_are_no_numbers_or_stand_at_the_start_alone_is_wri
 
 def test_a_section_that_fails_costs_the_page_no_other(tmp_path, capsys):
     (tmp_path / "mask_report.json").write_text("{")
-    (tmp_path / "token_loss.json").mkdir()
+    (tmp_path / "samples.jsonl").mkdir()
     page = report.report_page(tmp_path, {"stage": "sft", "data": {"train": {"rows": 7}}})
     assert "7 rows" in page
     assert capsys.readouterr().err.count("notice: the report's section ") == 2

@@ -77,8 +77,6 @@ def stage(tmp_path):
     (directory / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     roles = {HOSTILE: {"tokens": 4, "trained": 2, "trained_share": 0.5}}
     findings = [{"severity": "warning", "name": "x", "count": 1, "text": HOSTILE, "advice": "none", "places": []}]
-    distribution = token_loss_distribution(torch.tensor([0.1, 0.2, 3.0, 99.0]))
-    (directory / "token_loss.json").write_text(json.dumps(distribution))
     (directory / "mask_report.json").write_text(json.dumps({"rows": 2, "roles": roles, "findings": findings}))
     record = {
         "stage": "sft",
@@ -89,6 +87,7 @@ def stage(tmp_path):
         "command": HOSTILE,
         "metrics": {"before": {"loss": 3.0}, "after": {"loss": 2.0}},
         "best": {"metric": "eval_loss", "value": 2.0, "step": 10},
+        "token_loss": token_loss_distribution(torch.tensor([0.1, 0.2, 3.0, 99.0])),
     }
     (directory / "stage.json").write_text(json.dumps(record))
     return directory

@@ -71,7 +71,6 @@ def test_a_stage_directory_is_complete(runs, stage):
     common = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin", "stage.json"}
     report = set() if stage == "pretrain" else {"mask_report.json"}
     told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json"}
-    told |= set() if stage == "dpo" else {"token_loss.json"}
     assert names == weights | common | report | told
 
 

@@ -34,7 +34,6 @@ MODEL_FILES = (
 )
 RUN_FILES = (
     RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png", "mask_report.json",
-    "token_loss.json",
     ".universal-checkpoint-*", ".writable-*",
 )
 CHECKPOINT_FILES = (

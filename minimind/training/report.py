@@ -1,7 +1,7 @@
 """report.html of a stage directory: one page about a run, which asks for nothing from outside.
 
 It is made from the directory's own files and nothing else (stage.json or, while the run goes on, what it will say;
-train_log.jsonl, samples.jsonl, token_loss.json, mask_report.json), and every text in it is escaped.
+train_log.jsonl, samples.jsonl, mask_report.json), and every text in it is escaped.
 """
 
 import json
@@ -137,11 +137,11 @@ def report_page(directory: Path, record: dict[str, Any]) -> str:
     sections = {
         "": lambda: _summary(record, log),
         "Curves": lambda: curves(log, loss_unit(stage)),
-        "Loss of single tokens": lambda: histogram(_side_record(directory / "token_loss.json")),
+        "Loss of single tokens": lambda: histogram(record.get("token_loss")),
         "Held-out metrics": lambda: _metrics(record, log),
         "Samples": lambda: _samples(read_samples(directory / "samples.jsonl")),
         "Data": lambda: _data(record.get("data") or {}),
-        "What is trained": lambda: _mask(_side_record(directory / "mask_report.json")),
+        "What is trained": lambda: _mask(directory / "mask_report.json"),
         "Lineage": lambda: _lineage(directory, record),
         "Recipe": lambda: _recipe(record),
     }
@@ -158,11 +158,6 @@ def report_page(directory: Path, record: dict[str, Any]) -> str:
 <h1>{title}</h1>
 {body}</body></html>
 """
-
-
-def _side_record(file: Path) -> dict:
-    """A JSON file that a run wrote beside its record; empty where it wrote none."""
-    return read_json(file, "The report does without it.") if file.exists() else {}
 
 
 def _summary(record: dict, log: Sequence[dict]) -> str:
@@ -291,7 +286,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> str
     return "".join(parts)
 
 
-def histogram(counts: dict) -> str:
+def histogram(counts: dict | None) -> str:
     """How the loss of single held-out tokens is distributed, as bars; see `evaluation.token_loss_distribution`."""
     if not counts:
         return ""
@@ -369,10 +364,11 @@ def _data(data: dict) -> str:
     return table(("part", "rows and tokens", "files", "hash"), rows, texts=(2,))
 
 
-def _mask(report: dict) -> str:
-    """The report of an inspection, if there is one: its roles and findings; see `inspection.Inspection`."""
-    if not report:
+def _mask(file: Path) -> str:
+    """The report of an inspection, where there is one: its roles and findings; see `inspection.Inspection`."""
+    if not file.exists():
         return ""
+    report = read_json(file, "The report does without it.")
     said = ", ".join(
         f"{value:,} {key.replace('_', ' ')}" for key, value in report.items() if isinstance(value, int | float)
     )

@@ -351,8 +351,10 @@ class Stage:
             record = self._record(trainer, tokenizer, metrics, report)
             with reports_disk_errors(self.output_dir):
                 write_json(self.output_dir / "stage.json", record)
-        self._decorate(trainer, report)
+        if self.samples:
+            self.samples.sample(trainer.state)
         if is_main_process():
+            self._decorate(trainer, record, report)
             say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
             keep_output_writable()
         unlock_directory()
@@ -395,18 +397,14 @@ class Stage:
             "seconds": round(time.time() - self.started, 1),
         }
 
-    def _decorate(self, trainer: Trainer, report: dict | None) -> None:
+    def _decorate(self, trainer: Trainer, record: dict, report: dict | None) -> None:
         """Write what only tells about the run that is complete: whatever goes wrong is said and ends nothing."""
-        if self.samples:
-            self.samples.sample(trainer.state)
-        if not is_main_process():
-            return
         if report:
             with decoration("keeping the mask report"):
                 write_json(self.output_dir / "mask_report.json", report)
         with decoration("the losses of single tokens"):
-            if distribution := self.token_loss(trainer):
-                write_json(self.output_dir / "token_loss.json", distribution)
+            record["token_loss"] = self.token_loss(trainer)
+            write_json(self.output_dir / "stage.json", record)
         with decoration("loss.png"):
             from minimind.training.plots import plot_loss  # matplotlib may be missing or broken
 
