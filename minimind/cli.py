@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 from minimind.bounds import check_options
 from minimind.errors import UserError, reports_user_errors
-from minimind.language import as_json, printable, say
+from minimind.language import json_text, printable, say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 from minimind.records import check_output, write_bytes, write_text
 
@@ -404,7 +404,7 @@ def print_report(args: argparse.Namespace, result: dict, tables) -> None:
     from minimind.tokenizer.report import show
 
     if args.json:
-        print(as_json(result, indent=2))
+        print(json_text(result, indent=2))
     if args.save or not args.json:
         show(tables(result), f"minimind tokenizer {args.command}", args.save, quiet=args.json)
 
@@ -437,7 +437,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         model, tokenizer = load_for_generation(args.directory)
         options = {name: getattr(args, name) for name in ("max_length", "max_new_tokens", "batch_size")}
         result = evaluate(model, tokenizer, args.files, args.stage, args.on_bad_rows, columns, **options)
-    print(as_json(result, indent=2))
+    print(json_text(result, indent=2))
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -501,7 +501,7 @@ def run_doctor(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
         report = doctor(args.recipe, args.options, args.stage, args.processes, args.quick)
     if args.json:
-        print(as_json(report))
+        print(json_text(report))
     else:
         print_report(report)
     if report["errors"]:
@@ -517,7 +517,7 @@ def run_replay(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):
         report = replay(args.directory, args.model, args.precision)
     if args.json:
-        print(as_json(report))
+        print(json_text(report))
     else:
         print_replay(report)
 
@@ -580,7 +580,7 @@ def run_clean(args: argparse.Namespace) -> None:
     report = clean(
         args.files, args.destination, args.recipe, args.num_proc, args.on_bad_rows, args.text_unit, args.columns
     )
-    print(as_json(report) if args.json else printable(report_text(report)))
+    print(json_text(report) if args.json else printable(report_text(report)))
 
 
 def run_prepare(args: argparse.Namespace) -> None:

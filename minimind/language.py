@@ -87,10 +87,10 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def as_json(value: Any, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None) -> str:
     r"""A value as JSON that a terminal may have: what `printable` escapes is escaped as JSON reads it back.
 
-    >>> print(as_json({"a": "中\x9b"}))
+    >>> print(json_text({"a": "中\x9b"}))
     {"a": "中\u009b"}
     """
     text = json.dumps(value, ensure_ascii=False, indent=indent)

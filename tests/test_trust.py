@@ -29,7 +29,7 @@ from minimind.data.conversations import Conversation
 from minimind.data.files import expand
 from minimind.errors import UserError, reports_user_errors
 from minimind.importing import import_checkpoint
-from minimind.language import as_json, say
+from minimind.language import json_text, say
 from minimind.terminal import Terminal
 from minimind.training import launch
 from minimind.training.launch import open_meeting_point, refuse_code_in_pickles
@@ -296,7 +296,7 @@ def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog):
     assert is_harmless(said.out + said.err + caplog.text) and ESCAPES[:1] not in caplog.messages[-1]
 
     value = {ESCAPES: [ESCAPES, "中文\ud83d"]}
-    assert is_harmless(as_json(value)) and json.loads(as_json(value)) == value and "中文" in as_json(value)
+    assert is_harmless(json_text(value)) and json.loads(json_text(value)) == value and "中文" in json_text(value)
 
 
 def test_a_command_shows_names_and_data_harmless(data, tmp_path, capsys):

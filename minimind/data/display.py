@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.inspection import Inspection
 from minimind.data.packing import IGNORED
-from minimind.language import as_json, translated
+from minimind.language import json_text, translated
 from minimind.terminal import Terminal
 from minimind.tokenizer import text_bytes
 
@@ -104,11 +104,11 @@ def print_inspection(inspection: Inspection, numbers: Sequence[int], tokenizer: 
 
 def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
     """The report as one JSON object, with the rows in place of their number; row by row, since they may be many."""
-    head = as_json({**inspection.report, "rows": None}, indent=2)
+    head = json_text({**inspection.report, "rows": None}, indent=2)
     before, after = head.split('"rows": null', 1)
     print(before + '"rows": [', end="")
     for index, number in enumerate(numbers):
-        print("," if index else "", as_json(inspection.row(number)), sep="\n    ", end="")
+        print("," if index else "", json_text(inspection.row(number)), sep="\n    ", end="")
     print("]" + after)
 
 

@@ -167,7 +167,7 @@ def run(
                 plan = replace(plan, measured=measure(recipe))
             plans.append(plan)
     if as_json:
-        print(as_json(plans_as_json(plans, price)))
+        print(json_text(plans_as_json(plans, price)))
     else:
         show(plans, price, Terminal(soft_wrap=True))
 
