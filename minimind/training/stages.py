@@ -290,9 +290,11 @@ class Stage:
 
     def finish(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None = None):
         """Write the stage directory, every file whole, `stage.json` last; all processes call it."""
-        with reports_disk_errors(self.output_dir):
-            self._write(trainer, tokenizer, metrics, report)
-        unlock_directory()
+        try:
+            with reports_disk_errors(self.output_dir):
+                self._write(trainer, tokenizer, metrics, report)
+        finally:
+            unlock_directory()
         leave_process_group(trainer)
 
     def _write(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None) -> None:
