@@ -339,6 +339,13 @@ class Stage:
     ) -> None:
         """Write the stage directory, every file at once: the model, then `stage.json` with what `measure` finds, and
         last what only tells about the run. All processes call it."""
+        try:
+            self._write(trainer, tokenizer, measure, report)
+        finally:
+            unlock_directory()
+        leave_process_group(trainer)
+
+    def _write(self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, measure, report) -> None:
         trainer.check_weights()
         try:
             with reports_disk_errors(self.output_dir, weights_bytes(trainer.model)):
@@ -357,8 +364,6 @@ class Stage:
             self._decorate(trainer, record, report)
             say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
             keep_output_writable()
-        unlock_directory()
-        leave_process_group(trainer)
 
     def _write_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
         partial = self.output_dir / ".partial"
