@@ -242,6 +242,7 @@ def test_a_file_of_arguments_beside_the_script_is_not_read(tmp_path, monkeypatch
         ({"hidden_size": 10**30}, "hidden_size 1000000000000000000000000000000"),
         ({"hidden_size": 96, "num_attention_heads": 7}, "num_attention_heads (7)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"chunk_size_feed_forward": 10**400}, "chunk_size_feed_forward 10000000000000000000... (401 characters)"),
         ({"vocab_size": 16_000_000, "hidden_size": 1_048_576, "num_attention_heads": 8}, "weights take"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta -1"),
