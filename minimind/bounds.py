@@ -101,7 +101,8 @@ def check_number(name: str, value: float, interval: str) -> None:
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
     # Also without bounds of its own: beyond 2**63 an integer fits in no tensor, database or JSON of others.
-    if above and below and math.isfinite(value) and (isinstance(value, float) or abs(value) < 2**63):
+    usual = math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    if above and below and usual:
         return
     brackets = interval[0]
     if math.isfinite(high) and (high != MOST or not below):

@@ -158,16 +158,22 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_before_the_data(model
         adapter_config(args, model)
 
 
-def test_what_the_library_refuses_of_a_trainer_is_one_message(monkeypatch, tmp_path, capsys, model, tokenizer):
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"packing": "false", "padding_free": "true"}, "the options do not fit together: When `padding_free=True`"),
+        ({"router_aux_loss_coef": 1}, "--router_aux_loss_coef is about experts, and the model has none"),
+    ],
+    ids=["library", "experts"],
+)
+def test_what_fits_no_trainer_is_one_message(monkeypatch, tmp_path, capsys, model, tokenizer, options, problem):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows()))
-    argv = short_run(tmp_path / "out", max_length=64, packing="false", padding_free="true", train_files=rows)
+    argv = short_run(tmp_path / "out", max_length=64, train_files=rows, **options)
     argv += ["--model_name_or_path", tmp_path / "base"]
-    message = failure(capsys, run_script, monkeypatch, "finetune_sft", *argv)
-    assert "the options do not fit together" in message
-    assert "padding_free" in message
+    assert problem in failure(capsys, run_script, monkeypatch, "finetune_sft", *argv)
 
 
 RECIPES = {
@@ -236,6 +242,7 @@ def test_a_file_of_arguments_beside_the_script_is_not_read(tmp_path, monkeypatch
         ({"hidden_size": 10**30}, "hidden_size 1000000000000000000000000000000"),
         ({"hidden_size": 96, "num_attention_heads": 7}, "num_attention_heads (7)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"chunk_size_feed_forward": 10**400}, "chunk_size_feed_forward 10000000000000000000... (401 characters)"),
         ({"vocab_size": 16_000_000, "hidden_size": 1_048_576, "num_attention_heads": 8}, "weights take"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta -1"),

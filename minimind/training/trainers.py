@@ -59,6 +59,8 @@ class ScheduledTrainer(ResumableTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(f"the options do not fit together: {error}") from error
+        if getattr(self.args, "router_aux_loss_coef", None) and not getattr(self.model.config, "num_experts", 0):
+            raise UserError("--router_aux_loss_coef is about experts, and the model has none. Leave it out.")
 
     def init_hf_repo(self, *args, **kwargs):
         """The library's, before the first step; raises UserError where the Hub or the login fails."""
