@@ -671,9 +671,9 @@ def test_paths_that_hold_no_checkpoint(refused, tmp_path):
     (source / "pytorch_model.bin").unlink()
     said(refused(source), "has no weights", "model.safetensors or pytorch_model.bin")
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part1.safetensors"}}')
-    said(refused(source), "part1.safetensors does not exist")
+    said(refused(source), "part1.safetensors: no such file")
     (source / "config.json").write_text("{")
-    said(refused(source), "config.json is not JSON")
+    said(refused(source), "config.json: not JSON")
 
 
 def test_a_destination_that_is_not_empty_is_left_as_it_is(refused, tmp_path, saved):
@@ -740,7 +740,7 @@ def test_options_that_do_not_fit(refused, saved, tmp_path, tokenizer_dir):
     said(refused(source, "--num_attention_heads", 5), "num_attention_heads (5)")
     said(refused(source, "--tokenizer", tokenizer_dir), "the tokenizer has", "tokens, the model 200")
     said(refused(source, "--tokenizer", tmp_path), "holds no tokenizer")
-    said(refused(source, "--config", tmp_path / "no.json"), "no.json cannot be read")
+    said(refused(source, "--config", tmp_path / "no.json"), "no.json: no such file")
 
 
 def test_both_languages_of_the_guide_have_the_same_commands_and_figures():

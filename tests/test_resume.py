@@ -230,7 +230,7 @@ DAMAGES = {
     "corrupted": (corrupt, "optimizer.pt is corrupted: its hash is not"),
     "half-deleted": (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is gone"),
     "never-finished": (lambda path: (path / MANIFEST).unlink(), "it was never finished: there is no manifest.json"),
-    "manifest-cut": (lambda path: (path / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    "manifest-cut": (lambda path: (path / MANIFEST).write_text("{"), "manifest.json: not JSON, or cut off"),
     "sentinel": (lambda path: (path / resume.INCOMPLETE).touch(), "marked incomplete by the library"),
 }
 

@@ -298,7 +298,7 @@ def test_train_takes_weights_and_the_rule_and_writes_a_tokenizer(corpus, tmp_pat
     ("arguments", "message"),
     [
         (["evaluate", "{missing}", "{corpus}"], "missing holds no tokenizer: tokenizer.json was not found"),
-        (["evaluate", "{broken}", "{corpus}"], "broken cannot be read"),
+        (["evaluate", "{broken}", "{corpus}"], "broken/tokenizer.json: not JSON"),
         (["evaluate", "default", "{corpus}", "--save", "report.pdf"], "--save report.pdf: expected a name that ends"),
         (
             ["evaluate", "default", "{corpus}", "--save", "no/x.svg"],

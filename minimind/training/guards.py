@@ -411,7 +411,9 @@ def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:
     """
     from safetensors.torch import load_file
 
-    expected = f"Expected the bad_batch-STEP of a run, with batch.json and rank-N.safetensors inside; got {directory}."
+    expected = "Expected the bad_batch-STEP of a run, with batch.json and rank-N.safetensors inside."
+    if not os.path.lexists(directory / "batch.json"):
+        raise UserError(f"{directory} is no kept batch: there is no batch.json. {expected}")
     record = read_json(directory / "batch.json", expected, fields=BATCH)
     processes = {}
     for path in sorted(directory.glob("rank-*.safetensors")):

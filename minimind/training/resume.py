@@ -140,9 +140,11 @@ def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = Fals
                 return f"{name} has {size:,} bytes, was written with {expected['size']:,}"
         if not (weights_alone or any(name.startswith("rng_state") for name in files)):
             return "it holds weights alone (--save_only_model)"
+        if not hashes:
+            return None
         if missing := sorted({TRAINER_STATE_NAME, RECIPE, "run_state_0.pth"} - set(files)):
             return f"{MANIFEST} does not name {', '.join(missing)}"
-        for name, expected in files.items() if hashes else ():
+        for name, expected in files.items():
             if file_hash(checkpoint / name) != expected["xxh3_128"]:
                 return f"{name} is corrupted: its hash is not the one it was written with"
             if problem := _unreadable(checkpoint / name):
