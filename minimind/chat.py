@@ -12,7 +12,8 @@ from minimind.data.cache import cache_directory
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.messages import parse_message
 from minimind.errors import UserError, reason
-from minimind.language import printable, say
+from minimind.language import say
+from minimind.streams import printable
 from minimind.terminal import read_messages
 from minimind.tokenizer import load_tokenizer
 

@@ -7,9 +7,10 @@ from contextlib import redirect_stdout
 
 from minimind.bounds import check_options
 from minimind.errors import UserError, reports_user_errors
-from minimind.language import json_text, printable, say
+from minimind.language import say
 from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 from minimind.records import check_output, write_bytes, write_text
+from minimind.streams import json_text, printable
 
 
 class Parser(argparse.ArgumentParser):

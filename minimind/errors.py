@@ -3,17 +3,16 @@
 import errno
 import os
 import re
-import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import NoReturn
 
-from minimind.language import make_output_printable, outlive_full_disks, say, translated
+from minimind.language import say, translated
+from minimind.streams import has_no_reader, prepare_streams
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED: set[str] = set()  # decorations that this process has said to have failed
@@ -86,7 +85,7 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             stop(str(error))
         except OSError as error:
-            if isinstance(error, BrokenPipeError) and reader_is_gone():
+            if isinstance(error, BrokenPipeError) and has_no_reader(1):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter still flushes
                 sys.exit(128 + signal.SIGPIPE)
             if (problem := file_problem(error)) is None:
@@ -98,18 +97,6 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
 
     return wrapped
-
-
-def prepare_streams() -> None:
-    """Let the standard streams exist, also where the process was started without them, and take any text."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 (as long as the process)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file's name may be no text, and a terminal know no Chinese
-            stream.reconfigure(errors="backslashreplace")
-    make_output_printable()
-    outlive_full_disks()
 
 
 def stop(message: str) -> NoReturn:
@@ -129,10 +116,3 @@ def file_problem(error: OSError) -> str | None:
     if not name or error.strerror is None:
         return None
     return f"{name}: {error.strerror.lower()}. Check that it exists, what it is, and who may read and write it."
-
-
-def reader_is_gone() -> bool:
-    """Whether nothing reads the standard output any more, as after `| head`."""
-    streams = select.poll()
-    streams.register(1, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in streams.poll(0))

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.segment import Segment
 
-from minimind.language import printable, say
+from minimind.language import say
+from minimind.streams import printable
 
 HOW_TO_END = "Ctrl-D or /exit ends the chat."
 

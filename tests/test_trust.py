@@ -29,7 +29,8 @@ from minimind.data.conversations import Conversation
 from minimind.data.files import expand
 from minimind.errors import UserError, reports_user_errors
 from minimind.importing import import_checkpoint
-from minimind.language import json_text, say
+from minimind.language import say
+from minimind.streams import json_text
 from minimind.terminal import Terminal
 from minimind.training import launch
 from minimind.training.launch import open_meeting_point, refuse_code_in_pickles

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.data.inspection import Inspection
 from minimind.data.packing import IGNORED
-from minimind.language import json_text, translated
+from minimind.language import translated
+from minimind.streams import json_text
 from minimind.terminal import Terminal
 from minimind.tokenizer import text_bytes
 

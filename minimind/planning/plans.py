@@ -25,6 +25,7 @@ from minimind.planning.costs import (
 )
 from minimind.planning.devices import GIB, Device, Price, find_device
 from minimind.planning.recipes import Recipe, Rows, deepspeed_of, read_recipes
+from minimind.streams import json_text
 from minimind.terminal import Terminal
 
 BATCH_LIMIT = 2**16

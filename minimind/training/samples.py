@@ -13,8 +13,9 @@ from minimind.data.files import BadRowError
 from minimind.data.messages import check_order, parse_messages
 from minimind.errors import UserError, decoration
 from minimind.evaluation import complete
-from minimind.language import printable, say
+from minimind.language import say
 from minimind.records import json_lines, write_text
+from minimind.streams import printable
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")

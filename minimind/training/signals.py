@@ -21,7 +21,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from minimind.language import keep_output_writable, say, translated
+from minimind.language import say, translated
+from minimind.streams import keep_output_writable
 from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
 from minimind.training.resume import last_good, problem_of

@@ -47,8 +47,9 @@ from minimind.checkpoints import (
 )
 from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
-from minimind.language import keep_output_writable, say, translated
+from minimind.language import say, translated
 from minimind.records import sync_files, write_json
+from minimind.streams import keep_output_writable
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.callbacks import (
