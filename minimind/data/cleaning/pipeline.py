@@ -296,7 +296,7 @@ class Cleaning:
     def _open_state(self) -> None:
         """Take up the finished parts of the same cleaning; anything else in the hidden directory is thrown away."""
         manifest = self.state / "key"
-        same = manifest.is_file() and manifest.read_text() == self.key
+        same = manifest.is_file() and manifest.read_bytes() == self.key.encode()
         if not same:
             if self.partial.exists():
                 logger.warning(translated("another recipe or input was begun before: starting anew"))
@@ -335,20 +335,22 @@ class Cleaning:
 
     def _restore_part(self, part: int) -> bool:
         try:
-            facts = json.loads((self.state / f"{part:05d}.json").read_text())
-            if xxhash.xxh3_128_hexdigest(self._shard(part).read_bytes()) != facts["shard"]["hash"]:
+            facts = json.loads((self.state / f"{part:05d}.json").read_bytes())
+            shard, counts = facts["shard"], Counts.from_dict(facts["counts"])
+            first_bad, bad = [(where, problem) for where, problem in facts["first_bad"]], int(facts["bad"])
+            if xxhash.xxh3_128_hexdigest(self._shard(part).read_bytes()) != shard["hash"]:
                 return False
             saved = [(self.state / f"{part:05d}-{number}.npz").read_bytes() for number in range(len(self.indexes))]
             arrays = [dict(np.load(io.BytesIO(content))) for content in saved]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
             return False
         for index, values in zip(self.indexes, arrays, strict=True):
             index.restore(values)
-        self.shards.append(facts["shard"])
-        for where, problem in facts["first_bad"]:
+        self.shards.append(shard)
+        for where, problem in first_bad:
             self.bad.add(where, problem)
-        self.bad.count += facts["bad"] - len(facts["first_bad"])
-        self.counts = Counts.from_dict(facts["counts"])
+        self.bad.count += bad - len(first_bad)
+        self.counts = counts
         self.resumed_rows += self.recipe.settings.rows_per_shard
         return True
 
