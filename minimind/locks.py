@@ -23,7 +23,8 @@ def lock(file: Path, what: str) -> BaseFileLock | None:
     Raises:
         UserError: another process holds it; `what` it works on.
     """
-    held = FileLock(file, blocking=False, thread_local=False)
+    # A soft lock would be held for ever by a process that was killed.
+    held = FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         held.acquire()
     except Timeout:

@@ -224,7 +224,7 @@ def _hash(text: str) -> str:
 def find(kind: str, key: dict) -> tuple[Path, dict] | None:
     """What `find_or_build` gives, where it was built before and nothing of it has changed."""
     for place in places(kind):
-        with suppress(UserError):
+        with suppress(UserError, OSError):
             return _opened(place / _name(key))
     return None
 
@@ -256,7 +256,7 @@ def find_or_build(kind: str, key: dict, build: Callable[[Path], dict]) -> tuple[
             building.rename(directory)
             sync_directory(directory.parent)
         except OSError:
-            with suppress(UserError):  # without a lock another process may have been first
+            with suppress(UserError, OSError):  # without a lock another process may have been first
                 return _opened(directory)
             raise
         finally:
@@ -286,7 +286,7 @@ def _seal(directory: Path, key: dict, facts: dict) -> None:
 
 
 def _opened(directory: Path) -> tuple[Path, dict]:
-    """An entry that is what was written; raises UserError for another, and for none."""
+    """An entry that is what was written; raises UserError or OSError for another, and for none."""
     manifest = read_json(directory / MANIFEST, "")
     checksum = manifest.pop("checksum", None)
     if checksum != _name(manifest) or _name(manifest["key"]) != directory.name:
@@ -297,7 +297,7 @@ def _opened(directory: Path) -> tuple[Path, dict]:
 
 
 def check_file(path: Path, size: int, digest: str) -> None:
-    """Raises UserError where a file is not of this size and hash."""
+    """Raises UserError where a file is not of this size and hash, OSError where that cannot be seen."""
     if not path.is_file():
         raise UserError(f"{path} is gone")
     if (found := path.stat().st_size) != size:
@@ -307,7 +307,7 @@ def check_file(path: Path, size: int, digest: str) -> None:
 
 
 def discard(directory: Path, check: Callable[[Path], Any]) -> None:
-    """Remove what stands in the place of an entry and what `check` refuses with a UserError, which is said.
+    """Remove what stands in the place of an entry and what `check` refuses with an error, which is said.
 
     Raises:
         OSError: it cannot be removed.
@@ -316,7 +316,7 @@ def discard(directory: Path, check: Callable[[Path], Any]) -> None:
         return
     try:
         check(directory)
-    except UserError as problem:
+    except (UserError, OSError) as problem:
         say(f"notice: {str(problem).strip().rstrip('.')}: preparing it again", file=sys.stderr)
         remove(directory)
 

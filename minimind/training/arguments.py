@@ -138,7 +138,7 @@ class DataArguments:
         reading = {"text_unit": self.text_unit, "columns": self.columns}
         key = cache_key(paths, self.clean_recipe, **reading)
         for place in places("clean"):
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 if report := finished_report(place / key, key):
                     return place / key, report
 
