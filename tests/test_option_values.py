@@ -125,6 +125,7 @@ LATE = [
         "unexpected keyword argument 'banana'",
     ),
     ("pretrain", ["--dataloader_persistent_workers", "true"], "give --dataloader_num_workers"),
+    ("sft", ["--activation_offloading", "true", "--use_cpu", "true"], "--activation_offloading moves"),
     ("sft", ["--lora_task_type", "SEQ_CLS"], "--lora_task_type SEQ_CLS has no meaning here"),
     ("sft", ["--load_in_4bit", "true"], "--load_in_4bit True has no meaning here"),
     ("sft", ["--eos_token", "banana"], "--eos_token banana has no meaning here"),

@@ -354,6 +354,8 @@ class StageConfig(TrainingArguments):
         alone = ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
         if not self.dataloader_num_workers and (given := [name for name in alone if getattr(self, name)]):
             raise ValueError(f"--{given[0]} is about workers: give --dataloader_num_workers")
+        if self.use_cpu and getattr(self, "activation_offloading", False):
+            raise ValueError("--activation_offloading moves what a device computed to the CPU, and the run is on it")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
         check_optimizer(self)
