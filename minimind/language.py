@@ -16,6 +16,7 @@ from minimind.streams import printable
 TABLE = Path(__file__).with_name("messages_zh.yaml")
 # Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
 BORDERS = re.compile(r"\n|^ +"), re.compile(r": |\. "), re.compile(r"; |, ")
+MESSAGE = 2**12  # characters; what is longer is a list, or no message
 CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 
@@ -55,17 +56,21 @@ def _fit(template: str, text: str) -> re.Match | None:
 
 def translated(text: str) -> str:
     """A text for a person, in the user's language as far as the table has it, what fills its gaps included."""
-    if not text.strip() or not is_chinese():
+    if len(text) > MESSAGE or not is_chinese():
         return text
-    for english, chinese in table().items():
-        if match := _fit(english, text):
-            return chinese.format(*map(translated, match.groups()))
-    for borders in BORDERS:
-        if border := borders.search(text):
-            first, mark, rest = text[: border.start()], border.group(), text[border.end() :]
-            said = translated(first)
-            return said + (mark if said == first else CHINESE_MARKS[mark]) + translated(rest)
-    return text
+    done = ""
+    while text.strip():  # a list may have thousands of borders
+        for english, chinese in table().items():
+            if match := _fit(english, text):
+                return done + chinese.format(*map(translated, match.groups()))
+        border = next(filter(None, (borders.search(text) for borders in BORDERS)), None)
+        if border is None:
+            break
+        first, mark = text[: border.start()], border.group()
+        said = translated(first)
+        done += said + (mark if said == first else CHINESE_MARKS[mark])
+        text = text[border.end() :]
+    return done + text
 
 
 def say(text: str, **options) -> None:

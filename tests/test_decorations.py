@@ -186,7 +186,10 @@ def test_words_that_nobody_can_take_end_nothing(monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_on_a_full_disk_does_not_change_the_exit_code():
-    code = "from minimind.language import say\nfrom minimind.streams import keep_output_writable\nsay('x' * 10**5)\nkeep_output_writable()"
+    code = (
+        "from minimind.language import say\nfrom minimind.streams import keep_output_writable\n"
+        "say('x' * 10**5)\nkeep_output_writable()"
+    )
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([sys.executable, "-c", code], stdout=full).returncode == 0
 
