@@ -18,7 +18,7 @@ from minimind.data.documents import load_blocks
 from minimind.data.rows import BadRowError
 from minimind.errors import UserError
 from minimind.language import translated
-from minimind.tokenizer import cutting, load_tokenizer, text_encoder
+from minimind.tokenizer import cutting, load_tokenizer, text_encoder, tokenizer_hash, train_tokenizer
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
 from minimind.training.arguments import DataArguments
@@ -139,6 +139,13 @@ def test_a_long_document_takes_memory_for_its_pieces_only(strategy, tmp_path, mo
     assert peak < 20 * len(text)
     assert seen  # the library, which takes more than 100 bytes a character, sees a sample only
     assert max(seen) <= 2**14
+
+
+def test_a_tokenizer_trained_on_pieces_is_that_of_the_whole_text(small_pieces, monkeypatch):
+    text = " ".join(long_texts()[:4])
+    in_pieces = train_tokenizer([text], vocab_size=300)
+    monkeypatch.setattr(cutting, "PIECE", len(text))
+    assert tokenizer_hash(in_pieces) == tokenizer_hash(train_tokenizer([text], vocab_size=300))
 
 
 # Chats

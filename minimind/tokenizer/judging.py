@@ -9,6 +9,7 @@
 A text is always only text: the name of a control token in it is tokenised as characters, as in `text_encoder`.
 """
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from minimind.data.rows import batches
 from minimind.errors import UserError
-from minimind.tokenizer.cutting import Cutter
+from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.loading import token_bytes
 from minimind.tokenizer.probes import PROBES
 from minimind.tokenizer.splitting import splitting_name
@@ -56,12 +57,17 @@ class Judged:
         self.special = {index for index, token in added.items() if token.special}
         self.kinds = np.array([self._kind(index) for index in range(len(self.bytes))])
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int] | array]:
         """Texts -> their ids, nothing added; raises BadRowError for one that `cut` refuses."""
-        pieces = [list(self.cut(text)) for text in texts]
-        flat = [piece for each in pieces for piece in each]
-        found = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-        return [[token for _ in each for token in next(found).ids] for each in pieces]
+        short = [text for text in texts if len(text) <= PIECE]
+        found = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [next(found).ids if len(text) <= PIECE else self._encode_long(text) for text in texts]
+
+    def _encode_long(self, text: str) -> array:
+        ids = array("i")
+        for piece in self.cut(text):
+            ids.extend(self.tokenizer.encode(piece, add_special_tokens=False).ids)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, nothing left out."""

@@ -47,7 +47,7 @@ def train_tokenizer(
     if min_frequency < 0:
         raise UserError(f"--min_frequency {min_frequency}: expected 0 or more.")
     bpe = untrained(pre_tokenizer)
-    cut = Cutter(bpe)
+    cut = Cutter(untrained(pre_tokenizer))  # another one: what is in training answers nobody
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
