@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minimind.errors import UserError
-from minimind.language import json_text, say, translated
+from minimind.language import say, translated
 from minimind.planning.costs import (
     CHINCHILLA,
     Step,
