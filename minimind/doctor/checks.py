@@ -477,7 +477,7 @@ def document_ends(case: Case) -> tuple:
 
 @check("model", "tokenizer")
 def vocabulary(case: Case) -> tuple:
-    size, tokens = case.base.get_input_embeddings().weight.shape[0], len(case.tokenizer)
+    size, tokens = case.base.get_input_embeddings().num_embeddings, len(case.tokenizer)
     if tokens > size or case.base.config.vocab_size != size:
         found = f"{tokens:,} tokens, {size:,} embeddings, vocab_size {case.base.config.vocab_size:,}"
         return "error", found, "an embedding for each token", "Take the tokenizer of the model's stage directory."

@@ -7,6 +7,7 @@ A run is recognised by what `run.json`, `stage.json` and its checkpoints hold, a
 import os
 import re
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
@@ -165,7 +166,8 @@ def delete_checkpoint(checkpoint: Path) -> None:
     listed = _content(checkpoint / MANIFEST).get("files")
     parts = [PurePath(name).parts for name in listed] if isinstance(listed, dict) else []
     ours = {names[0] for names in parts if names}  # compared with names found here: none leads out
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    with suppress(OSError):  # it may be a directory
+        (checkpoint / MANIFEST).unlink()
     for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == RECIPE):
         if path.name in ours or named(path.name, CHECKPOINT_FILES):
             _delete(path, directory=path.name in ours)

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from minimind.errors import UserError
 from minimind.training.launch import is_main_process, notice
+from minimind.training.output_directory import delete_checkpoint
 
 PROBE = 1 << 20  # bytes that are really written to learn whether a disk takes them
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
@@ -223,7 +224,8 @@ class SaveCallback(TrainerCallback):
             except NotWrittenError as error:
                 self.left_out = True
                 if is_main_process():
-                    shutil.rmtree(target, ignore_errors=True)
+                    with suppress(OSError):
+                        delete_checkpoint(target)
                 if state.best_global_step == state.global_step:  # it cannot be loaded again
                     state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
                 goes_on = "" if self.trainer.control.should_training_stop else ", training goes on"
