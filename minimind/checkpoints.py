@@ -34,7 +34,7 @@ from transformers.trainer_utils import align_special_tokens
 from minimind.data.cache import content_hash
 from minimind.errors import UserError, reason
 from minimind.locks import lock, unlock
-from minimind.records import read_json, sync_files
+from minimind.records import beside, read_json, sync_files
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.tokenizer.loading import COPY
 
@@ -174,11 +174,9 @@ def shards_of(path: Path, name: str) -> list[str]:
     """The names of the files that the index of `name` lists; raises UserError where one would lie elsewhere."""
     index = path / f"{name}.index.json"
     shards = read_json(index, COPY, fields={"weight_map": dict})["weight_map"].values()
-    strangers = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
-    if strangers or not shards:
-        found = f"the shard {strangers[0]!r}" if strangers else "no shard"
-        raise UserError(f"{index}: {found}, expected the names of files beside it. {COPY}")
-    return sorted(set(shards))
+    if not shards:
+        raise UserError(f"{index}: found no shard, expected the names of files beside it. {COPY}")
+    return sorted({beside(index, shard).name for shard in shards})
 
 
 def is_adapter(path: Path) -> bool:

@@ -351,8 +351,8 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
     from minimind.tokenizer.texts import read_texts, weighted
     from minimind.tokenizer.training import untrained
 
-    check_destination(Path(args.output_dir))
     check_output(args.output_dir, directory=True)
+    check_destination(Path(args.output_dir))
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     began = time.perf_counter()
     check = Cutter(untrained(args.pre_tokenizer)).check

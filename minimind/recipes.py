@@ -85,7 +85,7 @@ def read_deepspeed(given: str | Path | dict) -> dict:
     Raises:
         UserError: it cannot be read, or a block of it is no object.
     """
-    where, remedy = "--deepspeed", "Expected a DeepSpeed JSON, as ds_config_zero2.json."
+    where, remedy = "--deepspeed", "--deepspeed expects a DeepSpeed JSON, as ds_config_zero2.json."
     if isinstance(given, str) and given.lstrip().startswith("{"):
         try:
             given = json.loads(given)

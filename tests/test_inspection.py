@@ -580,7 +580,7 @@ def test_only_the_last_reply_is_trained_where_asked_for(tokenizer_dir, write_jso
         (["CHATS", "--tokenizer", "/nowhere"], "holds no tokenizer"),
         (["CHATS", "--row", "x.jsonl:99"], "--row x.jsonl:99: found no such row"),
         (["CHATS", "--max_length", "1"], "--max_length 1: expected at least 2"),
-        (["CHATS", "--rows", "-1"], "--rows at least 0"),
+        (["CHATS", "--rows", "-1"], "--rows -1: expected at least 0"),
         (["CHATS", "--train_turns", "some"], "--train_turns some: expected one of all, last, flags"),
         (["CHATS", "--stage", "dpo"], "expected 'chosen' and 'rejected'"),
         (["NEITHER"], "the stage cannot be told"),

@@ -143,6 +143,7 @@ def test_a_run_that_stops_is_explained_by_its_own_advice(monkeypatch, tmp_path, 
     weights = load_file(tmp_path / "first" / "model.safetensors")
     weights["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("inf")
     save_file(weights, tmp_path / "first" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "first" / "stage.json").unlink()  # it has the hash of the weights
     again = short_run(tmp_path / "second", block_size=32, max_steps=4, max_nonfinite_steps=3)
     message = failure(
         capsys, run_script, monkeypatch, "pretrain", *again, *data, "--model_name_or_path", tmp_path / "first"

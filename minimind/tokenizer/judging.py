@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from minimind.data.rows import batches
 from minimind.errors import UserError
 from minimind.tokenizer.cutting import PIECE, Cutter
-from minimind.tokenizer.loading import token_bytes
+from minimind.tokenizer.loading import token_bytes, unreadable
 from minimind.tokenizer.probes import PROBES
 from minimind.tokenizer.splitting import splitting_name
 from minimind.tokenizer.texts import HAN_RUN, LANGUAGES, OTHER_LETTERS, WORD, Text, script
@@ -47,7 +47,7 @@ class Judged:
         try:
             self.tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
+            raise unreadable(Path(directory), error) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True

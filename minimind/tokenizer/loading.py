@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minimind.errors import UserError
+from minimind.errors import UserError, reason
 from minimind.records import read_file, read_json
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
@@ -86,8 +86,8 @@ def unreadable(path: Path, error: Exception) -> UserError:
     for name in ("tokenizer.json", "config.json"):
         if os.path.lexists(path / name):
             read_json(path / name, COPY)
-    problem = f"{type(error).__name__}: {error} (in tokenizer.json, tokenizer_config.json or config.json)"
-    return UserError(f"the tokenizer in {path} cannot be read: {problem}")
+    files = "tokenizer.json, tokenizer_config.json or config.json"
+    return UserError(f"the tokenizer in {path} cannot be read: {reason(error)} (in {files})")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -173,7 +173,7 @@ def _unreadable(file: Path) -> str | None:
             if not isinstance(state, dict) or (file.name.startswith("run_state") and not state.keys() >= RUN_STATE):
                 return "it holds something else"
     except Exception as error:  # of json, pickle, zip or safetensors
-        return (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")
+        return reason(error).splitlines()[0].removeprefix(f"{file}: ")
     return None
 
 
