@@ -215,7 +215,9 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the library's classes raise anything for values of other types
-        raise UserError(f"{file} is no configuration of a model: {reason(error)}. {COPY}") from error
+        words = reason(error)
+        remedy = "See docs/security.md." if "never run" in words else COPY
+        raise UserError(f"{file} is no configuration of a model: {words}. {remedy}") from error
     layers, tensors = getattr(config, "num_hidden_layers", 0), check_weights(path, "model.safetensors")
     if layers > tensors:  # building them all might take the whole memory
         raise UserError(f"{file}: num_hidden_layers is {layers:,}, and the weights have {tensors} tensors. {COPY}")
