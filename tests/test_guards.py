@@ -594,7 +594,11 @@ needs_deepspeed = pytest.mark.skipif(not shutil.which("deepspeed"), reason="Deep
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(
-    "engine", [pytest.param((), id="ddp"), pytest.param(("ds_config_zero2.json",), id="zero2", marks=needs_deepspeed)]
+    "engine",
+    [
+        pytest.param((), id="ddp"),
+        pytest.param(("ds_config_zero2.json",), id="zero2", marks=[needs_deepspeed, pytest.mark.slow]),
+    ],
 )
 def test_one_process_with_a_bad_loss_makes_all_skip_and_stop_at_the_same_step(tmp_path, engine):
     """Steps 3, 5 and 6 of 6 are bad on the second process alone, and two in a row stop the run."""

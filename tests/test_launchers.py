@@ -169,6 +169,7 @@ def test_every_launcher_starts_deepspeed(command, processes, pretrained, world, 
     assert f"cpu x {processes}, DeepSpeed" in said
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
     """The router's loss weighs a hundred times its usual: counted per rank or micro-batch it could not be missed."""
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "seq_aux": True, "router_aux_loss_coef": 1.0}
@@ -183,6 +184,7 @@ def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, 
     assert any(key.startswith("router_load/") for key in log_of(two)[-3])
 
 
+@pytest.mark.slow
 def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
     """Weights that differ a hundredfold between rows: a denominator per rank or micro-batch could not be missed."""
     rows = [{**row, "weight": [0.1, 10][index % 2]} for index, row in enumerate(chat_rows())]

@@ -164,6 +164,7 @@ if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$SCONTROL_LOG"; fi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_the_slurm_script_saves_on_usr1_and_puts_the_job_back_into_the_queue(command, tmp_path):
     pytest.importorskip("deepspeed")

@@ -334,6 +334,7 @@ class Run:
         assert not alive, self.said[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 @needs_deepspeed
 def test_workers_of_a_deepspeed_launcher_that_died_save_and_end(command, tmp_path):
