@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The checks that every change passes: lint, format, tests. Further arguments are pytest's: "-m slow" for the runs that
-# are killed, lose a host, or change their number of processes (5 minutes more).
+# are killed, lose a host, change their number of processes or start many (6 minutes more).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline

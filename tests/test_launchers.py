@@ -158,7 +158,9 @@ def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokeni
 @pytest.mark.parametrize(
     ("command", "processes"),
     [
-        (["accelerate", "launch", "--num_processes", "1", "pretrain.py", *DEEPSPEED], 1),
+        pytest.param(
+            ["accelerate", "launch", "--num_processes", "1", "pretrain.py", *DEEPSPEED], 1, marks=pytest.mark.slow
+        ),
         ([sys.executable, "finetune_sft.py", "--use_peft", *DEEPSPEED], 1),
     ],
     ids=["accelerate", "python-lora"],

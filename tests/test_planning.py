@@ -251,6 +251,7 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(variant, step):
     assert memory(empty_model(config), step)["peak"] == pytest.approx(real, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_real_run_is_within_15_percent_of_the_planned_one(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # each tensor a mapping: resident memory is that of tensors
     monkeypatch.chdir(Path(__file__).parent.parent)

@@ -376,6 +376,7 @@ def test_when_a_rank_dies_the_others_end_with_its_error_on_the_screen(command, t
         assert "Signal 9 (SIGKILL)" in run.said
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 @needs_deepspeed
 def test_a_port_in_use_is_one_clear_error(command, tmp_path):
