@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import xxhash
+
 from minimind.errors import UserError
 
 # JSON's kinds of values, by what Python makes of them.
@@ -88,6 +90,15 @@ def check_output(path: str | Path, directory: bool = False) -> None:
     except (OSError, ValueError) as error:  # a name too long, a loop of links; a NUL in it
         problem = getattr(error, "strerror", None) or str(error)
     raise UserError(f"{path} cannot be written: {problem}. Give another place.")
+
+
+def hash_file(path: str | Path) -> str:
+    """The xxh3 (128 bits) of a file's bytes, always read anew; raises OSError."""
+    hasher = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def sync_directory(directory: Path) -> None:

@@ -19,12 +19,12 @@ from minimind.data.cleaning.pipeline import finished_report
 from minimind.doctor import doctor
 from minimind.errors import UserError
 from minimind.recipes import read_deepspeed
-from minimind.records import read_json, write_json
+from minimind.records import hash_file, read_json, write_json
 from minimind.training.arguments import load_model_config_file
 from minimind.training.output_directory import MANIFEST, RUN, read_record
 from minimind.training.replay import replay
 from minimind.training.report import write_report
-from minimind.training.resume import file_hash, last_whole_checkpoint, problem_of
+from minimind.training.resume import last_whole_checkpoint, problem_of
 from minimind.training.stages import new_model, starting_point
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -241,7 +241,7 @@ def list_anew(checkpoint, name):
     manifest = json.loads((checkpoint / MANIFEST).read_bytes())
     manifest["files"].pop(name)
     if (checkpoint / name).exists():
-        size, digest = (checkpoint / name).stat().st_size, file_hash(checkpoint / name)
+        size, digest = (checkpoint / name).stat().st_size, hash_file(checkpoint / name)
         manifest["files"][name] = {"size": size, "xxh3_128": digest}
     holding(json.dumps(manifest).encode())(checkpoint / MANIFEST)
 

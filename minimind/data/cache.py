@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from minimind.data.hub import HubDataset
 from minimind.errors import UserError
 from minimind.language import say
-from minimind.records import read_json, sync_directory, sync_file, write_json, write_text
+from minimind.records import hash_file, read_json, sync_directory, sync_file, write_json, write_text
 
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 MANIFEST = "manifest.json"
@@ -191,18 +191,15 @@ def file_hash(path: Path) -> str:
             remembered = re.fullmatch(rf"{known} ([0-9a-f]{{32}})\s*".encode(), memory.read_bytes())
             if remembered:
                 return remembered[1].decode()
-    hasher = xxhash.xxh3_128()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                hasher.update(chunk)
+        digest = hash_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the file.") from None
     if memory:
         with suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_text(memory, f"{known} {hasher.hexdigest()}\n")
-    return hasher.hexdigest()
+            write_text(memory, f"{known} {digest}\n")
+    return digest
 
 
 def _status(path: Path) -> tuple[int, int, int, int]:

@@ -41,7 +41,7 @@ from minimind.checkpoints import check_fit, library_versions, weights_hash
 from minimind.errors import UserError, decoration, reason
 from minimind.language import say
 from minimind.recipes import read_deepspeed
-from minimind.records import read_json, require_fields, sync_directory, sync_files, write_bytes, write_json
+from minimind.records import hash_file, read_json, require_fields, sync_directory, sync_files, write_bytes, write_json
 from minimind.tokenizer import tokenizer_hash
 from minimind.training.launch import is_main_process
 from minimind.training.output_directory import (
@@ -95,21 +95,12 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
     it lists is on the disk."""
     sync_files(checkpoint)
     files = {
-        str(file.relative_to(checkpoint)): {"size": file.stat().st_size, "xxh3_128": file_hash(file)}
+        str(file.relative_to(checkpoint)): {"size": file.stat().st_size, "xxh3_128": hash_file(file)}
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
     write_json(checkpoint / MANIFEST, {**facts, "files": files})
     sync_directory(checkpoint.parent)
-
-
-def file_hash(file: Path) -> str:
-    """The xxh3 (128 bits) of a file's bytes, always read anew."""
-    hasher = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def read_manifest(checkpoint: Path) -> dict:
@@ -145,7 +136,7 @@ def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = Fals
         if missing := sorted({TRAINER_STATE_NAME, RECIPE, "run_state_0.pth"} - set(files)):
             return f"{MANIFEST} does not name {', '.join(missing)}"
         for name, expected in files.items():
-            if file_hash(checkpoint / name) != expected["xxh3_128"]:
+            if hash_file(checkpoint / name) != expected["xxh3_128"]:
                 return f"{name} is corrupted: its hash is not the one it was written with"
             if problem := _unreadable(checkpoint / name):
                 return f"{name} cannot be read: {problem}"
