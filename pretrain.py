@@ -10,15 +10,15 @@ Writes  a stage directory (--output_dir, default runs/pretrain) for finetune_sft
 
 from transformers import set_seed
 
-from minimind.checkpoints import check_same_tokenizer
+from minimind.common.errors import reports_user_errors
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
-from minimind.errors import reports_user_errors
 from minimind.evaluation import language_model_metrics
+from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
 from minimind.training.optimizers import build_optimizer
-from minimind.training.stages import Stage, check_length, new_model, starting_point
+from minimind.training.run import Stage, check_length, new_model, starting_point
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import BlockTrainer
 

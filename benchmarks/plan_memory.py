@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from minimind.errors import reports_user_errors
-from minimind.planning.devices import this_device
+from minimind.common.errors import reports_user_errors
+from minimind.costs.devices import this_device
 from minimind.planning.measuring import measure
+from minimind.planning.planned_runs import read_recipes
 from minimind.planning.plans import make_plan
-from minimind.planning.recipes import read_recipes
 
 CHECKPOINTING = "--activation_checkpointing true"
 TINY = "configs/pretrain/26m.yaml --model_config configs/model/tiny.json --block_size 256"

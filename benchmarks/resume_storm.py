@@ -27,10 +27,10 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from minimind.checkpoints import read_stage, weights_hash
 from minimind.data.world import write_world
+from minimind.stage_directory import read_stage, weights_hash
 from minimind.training.callbacks import reproducible
-from minimind.training.resume import MANIFEST, checkpoints
+from minimind.training.checkpoints import MANIFEST, checkpoints
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"pretrain": "pretrain.py", "sft": "finetune_sft.py", "lora": "finetune_sft.py", "dpo": "train_dpo.py"}

@@ -23,8 +23,8 @@ import xxhash
 
 from minimind.cli import domain_weight
 from minimind.tokenizer import save_tokenizer, train_tokenizer
-from minimind.tokenizer.judging import compare
-from minimind.tokenizer.texts import read_texts, weighted
+from minimind.tokenizer_evaluation.comparison import compare
+from minimind.tokenizer_evaluation.texts import read_texts, weighted
 
 HELD_OUT = 0.1
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from minimind.checkpoints import check_vocabulary, load_model, read_stage, require_stage
-from minimind.data.cache import cache_directory
+from minimind.common.cache import cache_directory
+from minimind.common.errors import UserError, reason
+from minimind.common.language import say
+from minimind.common.streams import printable
+from minimind.common.terminal import read_messages
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.messages import parse_message
-from minimind.errors import UserError, reason
-from minimind.language import say
-from minimind.streams import printable
-from minimind.terminal import read_messages
+from minimind.stage_directory import check_vocabulary, load_model, read_stage, require_stage
 from minimind.tokenizer import load_tokenizer
 
 HELP = """Enter sends a message; a paste of several lines is one. The arrows reach earlier messages.

@@ -5,12 +5,12 @@ import os
 import sys
 from contextlib import redirect_stdout
 
-from minimind.bounds import check_options
-from minimind.errors import UserError, reports_user_errors
-from minimind.language import say
-from minimind.options import HelpAll, OptionFormatter, Version, option_names, suggestion
-from minimind.records import check_output, write_bytes, write_text
-from minimind.streams import json_text, printable
+from minimind.common.bounds import check_options
+from minimind.common.errors import UserError, reports_user_errors
+from minimind.common.files import check_output, write_bytes, write_text
+from minimind.common.language import say
+from minimind.common.options import HelpAll, OptionFormatter, Version, option_names, suggestion
+from minimind.common.streams import json_text, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
                 for command in action.choices.values():
                     print(f"\n{command.format_help()}", end="")
         if self.get_default("run") in TAKE_STAGE_OPTIONS:
-            from minimind.planning.recipes import STAGES, StageParser
+            from minimind.planning.planned_runs import STAGES, StageParser
 
             script, types = STAGES[getattr(namespace, "stage", None) or "pretrain"]
             print(f"\nand all options of {script}:\n")
@@ -307,14 +307,14 @@ def domain_weight(text: str) -> tuple[str, float]:
 
 def device(name: str) -> str:
     """The name of a device that `minimind plan` knows."""
-    from minimind.planning.devices import device_name
+    from minimind.costs.devices import device_name
 
     return device_name(name)
 
 
 def price(text: str):
     """A device's price for an hour."""
-    from minimind.planning.devices import parse_price
+    from minimind.costs.devices import parse_price
 
     return parse_price(text)
 
@@ -348,8 +348,8 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
 
     from minimind.tokenizer import check_destination, save_tokenizer, train_tokenizer
     from minimind.tokenizer.cutting import Cutter
-    from minimind.tokenizer.texts import read_texts, weighted
     from minimind.tokenizer.training import untrained
+    from minimind.tokenizer_evaluation.texts import read_texts, weighted
 
     check_output(args.output_dir, directory=True)
     check_destination(Path(args.output_dir))
@@ -366,8 +366,9 @@ def run_tokenizer_train(args: argparse.Namespace) -> None:
 
 def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
     """`minimind tokenizer evaluate`."""
-    from minimind.tokenizer import judging, report
-    from minimind.tokenizer.texts import read_texts
+    from minimind.tokenizer_evaluation import comparison as judging
+    from minimind.tokenizer_evaluation import report
+    from minimind.tokenizer_evaluation.texts import read_texts
 
     report.check_save(args.save)
     directory = tokenizer_directory(args.directory)
@@ -378,8 +379,9 @@ def run_tokenizer_evaluate(args: argparse.Namespace) -> None:
 
 def run_tokenizer_compare(args: argparse.Namespace) -> None:
     """`minimind tokenizer compare`."""
-    from minimind.tokenizer import judging, report
-    from minimind.tokenizer.texts import read_texts
+    from minimind.tokenizer_evaluation import comparison as judging
+    from minimind.tokenizer_evaluation import report
+    from minimind.tokenizer_evaluation.texts import read_texts
 
     if len(args.directories) < 2:
         raise UserError("compare: found one directory, expected at least two: compare DIR DIR --files FILE.")
@@ -402,7 +404,7 @@ def tokenizer_directory(name: str) -> str:
 def print_report(args: argparse.Namespace, result: dict, tables) -> None:
     """Print a result as JSON or as tables."""
 
-    from minimind.tokenizer.report import show
+    from minimind.tokenizer_evaluation.report import show
 
     if args.json:
         print(json_text(result, indent=2))
@@ -446,8 +448,9 @@ def run_inspect(args: argparse.Namespace) -> None:
     from contextlib import redirect_stdout
     from pathlib import Path
 
-    from minimind.data import display, inspection
+    from minimind import inspection
     from minimind.data.chats import ChatArguments
+    from minimind.inspection import display
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments
 
@@ -574,8 +577,8 @@ def run_import(args: argparse.Namespace) -> None:
 def run_clean(args: argparse.Namespace) -> None:
     """`minimind clean`."""
 
-    from minimind.data.cleaning import clean
-    from minimind.data.cleaning.report import report_text
+    from minimind.cleaning import clean
+    from minimind.cleaning.report import report_text
 
     check_output(args.destination, directory=True)
     report = clean(
@@ -586,7 +589,7 @@ def run_clean(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """`minimind prepare`."""
-    from minimind.data.cache import cache_directory
+    from minimind.common.cache import cache_directory
     from minimind.data.documents import load_blocks
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
@@ -605,7 +608,7 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     """`minimind plan`."""
-    from minimind.recipes import read_recipe
+    from minimind.common.recipes import read_recipe
 
     for recipe in args.recipes:  # read again with its stage's options, which takes torch: seconds
         read_recipe(recipe)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
+from minimind.common.errors import UserError
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.chats import ChatArguments, tokenize_conversations
 from minimind.data.columns import Columns
@@ -19,7 +20,6 @@ from minimind.data.files import BadRowError, BadRows, read_documents, read_rows
 from minimind.data.messages import Message, split_reasoning
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.data.world import is_courteous, is_embedded, strip_courtesy
-from minimind.errors import UserError
 from minimind.tokenizer import text_encoder, token_byte_lengths
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
@@ -259,7 +259,7 @@ def evaluate(
         UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or nothing can be told
             of the stage.
     """
-    from minimind.data.inspection import recognise_stage
+    from minimind.inspection import recognise_stage
 
     columns = columns or Columns()
     stage = stage or recognise_stage(files, columns)

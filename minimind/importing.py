@@ -33,9 +33,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import SETTINGS, new_directory, shards_of, weights_hash
-from minimind.errors import UserError, reason
-from minimind.records import read_json, write_json
+from minimind.common.errors import UserError, reason
+from minimind.common.files import read_json, write_json
+from minimind.stage_directory import SETTINGS, new_directory, shards_of, weights_hash
 from minimind.tokenizer import tokenizer_hash
 from minimind.tokenizer.loading import COPY, check_side_files, unreadable
 

@@ -14,7 +14,8 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when tra
 import pytest
 import torch
 
-from minimind import MiniMindConfig, MiniMindForCausalLM, errors
+from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.common import errors
 from minimind.tokenizer import save_tokenizer, train_tokenizer
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)

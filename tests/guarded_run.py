@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.common.errors import UserError
 from minimind.data.packing import BlockCollator
-from minimind.errors import UserError
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import arrow_bytes, packed, parquet_bytes
 
+from minimind.common.errors import UserError
 from minimind.data import formats, json_rows
 from minimind.data.conversations import to_messages, to_text
 from minimind.data.files import BadRowError, read_rows, to_document
 from minimind.data.messages import ROLES
 from minimind.data.preferences import to_preference
-from minimind.errors import UserError
 
 deterministic = settings(
     derandomize=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.training.arguments import (
     DataArguments,
     DPOStageConfig,

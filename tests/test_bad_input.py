@@ -22,7 +22,7 @@ from pipeline import (
     write_model,
 )
 
-from minimind.errors import reports_user_errors
+from minimind.common.errors import reports_user_errors
 
 ROOT = Path(__file__).parent.parent
 GOOD_CHAT = chat_rows()[0]

@@ -14,14 +14,15 @@ import pytest
 from conftest import CHINESE, ENGLISH
 from pipeline import assistant, failure, run_cli, user
 
-from minimind import chat
-from minimind.data import cache, chats, cleaning, documents
-from minimind.data.cache import cache_directory, content_hash
+from minimind import chat, cleaning
+from minimind.cleaning import pipeline
+from minimind.common import cache
+from minimind.common.cache import cache_directory, content_hash
+from minimind.common.errors import UserError
+from minimind.data import chats, documents
 from minimind.data.chats import load_conversations
-from minimind.data.cleaning import pipeline
 from minimind.data.documents import load_blocks
-from minimind.errors import UserError
-from minimind.training import stages
+from minimind.training import run as stages
 from minimind.training.arguments import DataArguments
 
 TEXTS = [f"{number}: {text}" for number in range(40) for text in (ENGLISH, CHINESE)]
@@ -369,7 +370,7 @@ def test_what_shall_be_kept_is_not_prepared_in_a_temporary_directory(tmp_path, m
 
 
 def test_the_processes_of_a_launch_share_the_temporary_directory_and_leave_nothing(tmp_path):
-    script = "from minimind.data.cache import cache_directory\nprint(cache_directory('blocks'), flush=True)\ninput()"
+    script = "from minimind.common.cache import cache_directory\nprint(cache_directory('blocks'), flush=True)\ninput()"
     environment = os.environ | {"MINIMIND_CACHE": "/dev/null/cache", "TMPDIR": str(tmp_path), "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(

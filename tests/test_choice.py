@@ -12,12 +12,12 @@ from pipeline import document_rows, failure, run_script, short_run, write_model
 from safetensors.torch import load_file
 from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from minimind.checkpoints import read_stage, weights_hash
-from minimind.errors import UserError
-from minimind.training import stages
+from minimind.common.errors import UserError
+from minimind.stage_directory import read_stage, weights_hash
+from minimind.training import run as stages
 from minimind.training.arguments import PretrainConfig, parse
 from minimind.training.callbacks import Baseline, EarlyStopping
-from minimind.training.resume import ResumableTrainer
+from minimind.training.checkpoints import ResumableTrainer
 from minimind.training.trainers import ScheduledTrainer
 
 STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3
@@ -262,7 +262,7 @@ def test_the_evaluation_before_the_first_step_is_to_be_beaten():
     ],
 )
 def test_what_cannot_be_chosen_is_said(capsys, words, message, tmp_path):
-    from minimind.errors import reports_user_errors
+    from minimind.common.errors import reports_user_errors
 
     call = reports_user_errors(parse)
     assert message in failure(capsys, lambda: call(PretrainConfig, argv=["--output_dir", str(tmp_path / "x"), *words]))

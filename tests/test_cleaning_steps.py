@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from minimind.data.cleaning.duplicates import Decontaminate, ExactDedup, NearDedup
-from minimind.data.cleaning.filters import Language, Length, Quality, detect_language
-from minimind.data.cleaning.normalization import ControlCharacters, FixUnicode, RemoveMarkup, Whitespace
-from minimind.data.cleaning.personal import MaskPersonalData, is_card_number, is_id_number
-from minimind.data.cleaning.steps import options_of
-from minimind.errors import UserError
+from minimind.cleaning.duplicates import Decontaminate, ExactDedup, NearDedup
+from minimind.cleaning.filters import Language, Length, Quality, detect_language
+from minimind.cleaning.normalization import ControlCharacters, FixUnicode, RemoveMarkup, Whitespace
+from minimind.cleaning.personal import MaskPersonalData, is_card_number, is_id_number
+from minimind.cleaning.steps import options_of
+from minimind.common.errors import UserError
 
 CHINESE = (
     "春天来了，公园里的花都开了。小明和妈妈一起去散步，他们在湖边看见一只白色的鸭子带着五只小鸭子游过来。小明问妈妈，"

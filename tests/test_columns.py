@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from pipeline import assistant, result, user
 
-from minimind.data.cleaning import clean
-from minimind.data.cleaning.texts import Texts, check_row
+from minimind.cleaning import clean
+from minimind.cleaning.texts import Texts, check_row
+from minimind.common.errors import UserError
 from minimind.data.columns import NAMES, Columns
 from minimind.data.conversations import to_conversation, to_messages
 from minimind.data.files import BadRowError, expand, read_rows, to_document
 from minimind.data.preferences import to_preference
-from minimind.errors import UserError
 
 TALK = [user("hi"), assistant("hello")]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

@@ -12,13 +12,15 @@ import pytest
 from pipeline import document_rows, run_script, short_run, write_model
 from transformers import TrainerCallback
 
-from minimind import errors
-from minimind.checkpoints import load_model, read_stage, weights_hash
+from minimind.common import errors
+from minimind.common.errors import decoration
+from minimind.common.files import append_json, json_lines
+from minimind.common.language import say
 from minimind.doctor import checks
-from minimind.errors import decoration
-from minimind.language import say
-from minimind.records import append_json, json_lines
-from minimind.training import callbacks, guards, report, resume, samples, stages, tracking
+from minimind.stage_directory import load_model, read_stage, weights_hash
+from minimind.training import callbacks, guards, report, samples, tracking
+from minimind.training import checkpoints as resume
+from minimind.training import run as stages
 from minimind.training.callbacks import Baseline
 from minimind.training.plots import plot_loss
 from minimind.training.samples import Prompt, SampleCallback, read_samples
@@ -187,7 +189,7 @@ def test_words_that_nobody_can_take_end_nothing(monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_on_a_full_disk_does_not_change_the_exit_code():
     code = (
-        "from minimind.language import say\nfrom minimind.streams import keep_output_writable\n"
+        "from minimind.common.language import say\nfrom minimind.common.streams import keep_output_writable\n"
         "say('x' * 10**5)\nkeep_output_writable()"
     )
     with Path("/dev/full").open("w") as full:

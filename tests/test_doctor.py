@@ -16,15 +16,15 @@ from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.common.files import write_json
+from minimind.costs.devices import find_device
 from minimind.data.packing import BlockCollator
 from minimind.doctor import budget, cases, checks, doctor, examine
 from minimind.doctor.checks import CHECKS, Case, accumulation_error, tiny_config, usual_learning_rates
-from minimind.planning.devices import find_device
+from minimind.planning.planned_runs import read_recipes
 from minimind.planning.plans import make_plan
-from minimind.planning.recipes import read_recipes
-from minimind.records import write_json
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
-from minimind.training.resume import flat
+from minimind.training.checkpoints import flat
 from minimind.training.trainers import ScheduledTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")

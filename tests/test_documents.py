@@ -8,9 +8,9 @@ import xxhash
 from conftest import CHINESE, ENGLISH
 from pipeline import PATIENCE
 
+from minimind.common.errors import UserError
 from minimind.data import documents
 from minimind.data.documents import HoldOut, load_blocks
-from minimind.errors import UserError
 from minimind.tokenizer import text_encoder, train_tokenizer
 from minimind.training.arguments import DataArguments
 

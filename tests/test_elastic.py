@@ -13,7 +13,7 @@ import pytest
 from pipeline import NAMES, short_run, write_model
 from torch.utils.data import BatchSampler
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.training.elastic import Batch, SharedBatches, check_world_size, saved_processes
 
 ROOT = Path(__file__).parent.parent

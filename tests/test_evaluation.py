@@ -6,11 +6,11 @@ import torch
 from transformers import TrainingArguments
 
 from minimind import evaluation
+from minimind.common.errors import UserError
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.data.world import COURTESY
-from minimind.errors import UserError
 from minimind.evaluation import (
     answer,
     bits_per_byte,

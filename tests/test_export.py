@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import minimind.export
 from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification
-from minimind.checkpoints import load_model, weights_hash
 from minimind.export.gguf import pre_tokenizer_name
 from minimind.export.layouts import obstacles
+from minimind.stage_directory import load_model, weights_hash
 from minimind.tokenizer import CHAT_TEMPLATE, PRE_TOKENIZERS, SPLIT_PATTERN, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
@@ -424,7 +424,7 @@ def test_the_pre_tokenizers_of_this_project_and_of_gpt_2_are_known_by_their_rule
     ],
 )
 def test_a_splitting_rule_that_llama_cpp_does_not_name_is_refused(steps, reason, stages, tmp_path, capsys):
-    with pytest.raises(minimind.errors.UserError, match=reason):
+    with pytest.raises(minimind.common.errors.UserError, match=reason):
         pre_tokenizer_name(byte_level_tokenizer(*steps))
 
 
@@ -442,7 +442,7 @@ def test_a_tokenizer_that_does_more_than_merge_bytes_is_refused(tokenizer):
         (lambda backend: setattr(backend, "post_processor", bos), "tokens added to every text"),
         (lambda backend: setattr(backend.model, "ignore_merges", True), "ignore_merges"),
     ):
-        with pytest.raises(minimind.errors.UserError, match=reason):
+        with pytest.raises(minimind.common.errors.UserError, match=reason):
             pre_tokenizer_name(changed(change))
 
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from minimind.common.cache import content_hash
+from minimind.common.errors import UserError
 from minimind.data import formats, json_rows
-from minimind.data.cache import content_hash
 from minimind.data.files import (
     BadRowError,
     BadRows,
@@ -23,7 +24,6 @@ from minimind.data.files import (
     read_rows,
     total_size,
 )
-from minimind.errors import UserError
 
 GOOD = '{"text": "good"}\n'
 

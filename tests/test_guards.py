@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
 
 from minimind import MiniMindForCausalLM
+from minimind.common.errors import UserError
 from minimind.data.packing import BlockCollator
-from minimind.errors import UserError
 from minimind.training import guards, saving
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback
+from minimind.training.checkpoints import last_whole_checkpoint, problem_of, read_manifest, write_manifest
 from minimind.training.guards import (
     GuardCallback,
     MemoryCallback,
@@ -34,9 +35,8 @@ from minimind.training.guards import (
     shield,
 )
 from minimind.training.optimizers import build_optimizer
-from minimind.training.resume import last_whole_checkpoint, problem_of, read_manifest, write_manifest
+from minimind.training.run import Stage
 from minimind.training.saving import NotWrittenError, SaveCallback, check_writable, checkpoint_bytes
-from minimind.training.stages import Stage
 from minimind.training.trainers import BlockTrainer
 
 STEPS = 6
@@ -211,7 +211,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_leave_batch_and_weights(mak
     assert record["step"] == 6
     assert record["weights"] == "model"
     assert batches[0][0]["input_ids"].shape == (2, 16)
-    from minimind.checkpoints import load_model
+    from minimind.stage_directory import load_model
 
     kept = load_model(directory / "model").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in trainer.model.state_dict().items())

@@ -13,11 +13,11 @@ import transformers
 from pipeline import failure, run_cli, run_script
 
 from minimind.cli import build_parser
-from minimind.errors import UserError
-from minimind.options import suggestion
-from minimind.planning.recipes import STAGES
+from minimind.common.errors import UserError
+from minimind.common.options import suggestion
+from minimind.planning.planned_runs import STAGES
 from minimind.training.arguments import StageParser, parse
-from minimind.training.help import GROUPS
+from minimind.training.parser import GROUPS
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {Path(script).stem: types for script, types in STAGES.values()}

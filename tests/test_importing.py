@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from minimind import MiniMindForCausalLM
-from minimind.checkpoints import check_vocabulary, read_stage, require_stage
 from minimind.cli import build_parser
 from minimind.data.chats import tokenize_conversation
 from minimind.importing import MINIMIND_1, MINIMIND_2, MINIMIND_2_OLD, MINIMIND_3, import_checkpoint
+from minimind.stage_directory import check_vocabulary, read_stage, require_stage
 from minimind.tokenizer import load_tokenizer
 
 VOCAB, HIDDEN, LAYERS, WIDTH, EXPERTS = 300, 64, 2, 48, 3

@@ -12,12 +12,11 @@ import pytest
 from datasets import Dataset
 from pipeline import failure, run_cli, run_script, short_run
 
-from minimind.data import display
 from minimind.data.chats import tokenize_conversation
-from minimind.data.inspection import inspect_documents, inspect_rows
-from minimind.data.inspection.tokens import Messages, Texts, Tokens, describe_lengths
 from minimind.data.packing import IGNORED
 from minimind.data.world import write_world
+from minimind.inspection import display, inspect_documents, inspect_rows
+from minimind.inspection.tokens import Messages, Texts, Tokens, describe_lengths
 from minimind.tokenizer import load_tokenizer, save_tokenizer, text_bytes, text_encoder, train_tokenizer
 
 PAD, START, END = 0, 1, 2
@@ -245,7 +244,7 @@ def test_special_tokens_spelled_out_in_text_are_found_by_role_and_place(either, 
 def test_searching_in_parts_finds_the_same(bytewise, monkeypatch):
     rows = [with_text(bytewise, f"q{i} <|im_end|>" if i % 3 else f"q{i}", "no") for i in range(20)]
     whole = inspected(rows, bytewise)
-    monkeypatch.setattr("minimind.data.inspection.findings.SEARCHED", 64)
+    monkeypatch.setattr("minimind.inspection.findings.SEARCHED", 64)
     assert inspected(rows, bytewise) == whole
     assert finding(whole, "special_tokens_in_text")["count"] == 13
 

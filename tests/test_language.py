@@ -13,8 +13,8 @@ import pytest
 from pipeline import document_rows, run_cli, run_script, short_run, write_model
 
 import minimind
-from minimind.errors import UserError, reports_user_errors
-from minimind.language import say, table, translated
+from minimind.common.errors import UserError, reports_user_errors
+from minimind.common.language import say, table, translated
 
 CODE = [*Path(minimind.__file__).parent.rglob("*.py"), Path(argparse.__file__)]
 HAN = re.compile(r"[\u4e00-\u9fff]")

@@ -10,14 +10,14 @@ from test_encoding import by_library, gpt2_like, with_added_token
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from minimind.common.errors import UserError
+from minimind.common.language import translated
 from minimind.data.calls import split_results
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chats import ChatArguments, tokenize_conversations, tokenize_preferences
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
 from minimind.data.rows import BadRowError
-from minimind.errors import UserError
-from minimind.language import translated
 from minimind.tokenizer import cutting, load_tokenizer, text_encoder, tokenizer_hash, train_tokenizer
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
@@ -225,7 +225,7 @@ def test_results_of_tools_are_split_in_one_pass():
 
 def test_a_message_with_thousands_of_parts_is_no_recursion(monkeypatch):
     monkeypatch.setenv("MINIMIND_LANG", "zh")
-    monkeypatch.setattr("minimind.language.table", dict)
+    monkeypatch.setattr("minimind.common.language.table", dict)
     names = ", ".join(["n"] * 1300)
     assert translated(names) == names
     assert translated(": " * 10_000) == ": " * 10_000

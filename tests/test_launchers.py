@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pipeline import MODEL, at_free_port, chat_rows, document_rows, pair_rows, run_script, short_run, write_model
 
-from minimind.checkpoints import read_stage
+from minimind.stage_directory import read_stage
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

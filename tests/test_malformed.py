@@ -6,10 +6,10 @@ import pytest
 from malformed import Case, malformed
 from pipeline import failure, run_cli, run_script, short_run, write_model
 
+from minimind.common.errors import UserError
 from minimind.data.conversations import to_messages
 from minimind.data.files import BAD_ROW_SHARE, read_rows, to_document
 from minimind.data.preferences import to_preference
-from minimind.errors import UserError
 
 CONVERT = {"document": to_document, "conversation": to_messages, "preference": to_preference}
 

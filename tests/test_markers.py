@@ -5,11 +5,11 @@ from contextlib import nullcontext
 import pytest
 from pipeline import failure, run_cli
 
+from minimind.common.errors import UserError
 from minimind.data.documents import load_blocks
 from minimind.data.markers import rendered_turn, split_documents
-from minimind.errors import UserError
 from minimind.tokenizer import text_encoder
-from minimind.tokenizer.texts import read_texts
+from minimind.tokenizer_evaluation.texts import read_texts
 from minimind.training.arguments import DataArguments
 
 EOS = 2

@@ -18,7 +18,7 @@ from pipeline import chat_rows, failure, pair_rows, run_cli, run_script, short_r
 from transformers import AutoModelForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import load_adapter, load_model, read_stage, require_stage, weights_hash
+from minimind.stage_directory import load_adapter, load_model, read_stage, require_stage, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
 

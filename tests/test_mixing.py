@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from minimind.common.errors import UserError
 from minimind.data.mixing import Source, mixture, parse_sources, rows_per_epoch
-from minimind.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.training import optimizers
 from minimind.training.optimizers import build_optimizer
 

@@ -10,15 +10,15 @@ import pytest
 from pipeline import chat_rows, document_rows, failure, run_script, short_run
 from transformers import Trainer
 
-from minimind import errors
-from minimind.bounds import BOUNDS, check_options
 from minimind.cli import build_parser
-from minimind.errors import UserError
-from minimind.planning.recipes import STAGES
+from minimind.common import errors
+from minimind.common.bounds import BOUNDS, check_options
+from minimind.common.errors import UserError
+from minimind.planning.planned_runs import STAGES
 from minimind.training import arguments
 from minimind.training.arguments import parse
-from minimind.training.help import StageParser
-from minimind.training.stages import adapter_config, new_model
+from minimind.training.parser import StageParser
+from minimind.training.run import adapter_config, new_model
 from minimind.training.trainers import BlockTrainer
 
 VALUES = ("-1", "0", "nan", "inf", "1e30", str(10**30), "banana", "")

@@ -12,9 +12,10 @@ import pytest
 from pipeline import document_rows, failure, run_cli, run_script, write_model
 from test_resume import KilledError, command, kill_at, log_of, run
 
-from minimind.checkpoints import new_directory, read_stage, weights_hash
-from minimind.errors import UserError
-from minimind.locks import lock, unlock
+from minimind.common.errors import UserError
+from minimind.common.locks import lock, unlock
+from minimind.stage_directory import new_directory, read_stage, weights_hash
+from minimind.training.checkpoints import changed
 from minimind.training.output_directory import (
     CHECKPOINT_FILES,
     LOCK,
@@ -26,8 +27,7 @@ from minimind.training.output_directory import (
     named,
     unlock_directory,
 )
-from minimind.training.resume import changed
-from minimind.training.starting import begin
+from minimind.training.resume import begin
 
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0}
 
@@ -282,7 +282,7 @@ def test_a_run_begun_from_elsewhere_continues_from_its_own_checkpoints(unfinishe
 HOLD_AND_FORK = """
 import os, sys, time
 from pathlib import Path
-from minimind.locks import lock
+from minimind.common.locks import lock
 held = lock(Path(sys.argv[1]), "x")
 child = os.fork()
 if child:

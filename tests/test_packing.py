@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from minimind.common.errors import UserError
 from minimind.data import packing
 from minimind.data.packing import BestFit, BlockCollator, Rows, Wrapped, best_fit, is_target, packer
-from minimind.errors import UserError
 
 EOS = 2
 

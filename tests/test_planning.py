@@ -36,10 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl.trainer.utils import add_fused_lm_head
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.checkpoints import read_stage
-from minimind.errors import UserError
-from minimind.planning import measuring, recipes
-from minimind.planning.costs import (
+from minimind.common.errors import UserError
+from minimind.costs.devices import DEVICES, find_card, find_device, parse_price, this_cpu
+from minimind.costs.step import (
     Step,
     empty_model,
     evaluation_memory,
@@ -49,8 +48,10 @@ from minimind.planning.costs import (
     parameter_counts,
     saved_per_token,
 )
-from minimind.planning.devices import DEVICES, find_card, find_device, parse_price, this_cpu
+from minimind.planning import measuring
+from minimind.planning import planned_runs as recipes
 from minimind.planning.plans import largest_batch, make_plan
+from minimind.stage_directory import read_stage
 from minimind.training.optimizers import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")

@@ -3,9 +3,9 @@ import json
 import pytest
 from pipeline import assistant, user
 
+from minimind.common.errors import UserError
 from minimind.data.files import BadRowError, read_rows
 from minimind.data.preferences import to_preference
-from minimind.errors import UserError
 
 
 def system(content):

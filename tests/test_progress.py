@@ -13,11 +13,11 @@ import torch
 from pipeline import document_rows, run_script, short_run, write_model
 from transformers import TrainerState, TrainingArguments
 
-from minimind.checkpoints import read_stage
+from minimind.costs import devices
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.evaluation import bits_per_nat
-from minimind.planning import devices
+from minimind.stage_directory import read_stage
 from minimind.training import callbacks
 from minimind.training.arguments import DataArguments
 from minimind.training.callbacks import ProgressCallback, peak_memory

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minimind import quickstart
-from minimind.recipes import read_recipe
+from minimind.common.recipes import read_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from pipeline import document_rows, failure, run_cli, run_script, short_run, write_model
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.records import write_json
+from minimind.common.files import write_json
 from minimind.training.guards import Step, save_batch
 from minimind.training.replay import replay
 
@@ -117,7 +117,7 @@ def test_of_a_pair_the_replies_alone_count(keep, config):
 
     file = directory / "rank-0.safetensors"
     save_file({name: value for name, value in load_file(file).items() if not name.endswith("labels")}, file)
-    from minimind.checkpoints import load_model
+    from minimind.stage_directory import load_model
 
     labels = torch.where(mask.bool(), ids, -100)
     expected = load_model(directory / "model")(input_ids=ids, labels=labels).loss.item()

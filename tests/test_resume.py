@@ -12,11 +12,12 @@ import torch
 from pipeline import chat_rows, document_rows, failure, pair_rows, run_script, short_run, write_model
 from transformers import Trainer, TrainerCallback
 
-from minimind.checkpoints import read_stage, weights_hash
-from minimind.errors import UserError
-from minimind.training import resume, stages
+from minimind.common.errors import UserError
+from minimind.stage_directory import read_stage, weights_hash
+from minimind.training import checkpoints as resume
+from minimind.training import run as stages
 from minimind.training.callbacks import reproducible
-from minimind.training.resume import MANIFEST, last_whole_checkpoint, problem_of, rotate, write_manifest
+from minimind.training.checkpoints import MANIFEST, last_whole_checkpoint, problem_of, rotate, write_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 

@@ -7,7 +7,7 @@ from pipeline import MODEL, chat_rows, document_rows, failure, run_script, short
 from safetensors.torch import load_file
 from torch import equal
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.training.arguments import StageConfig
 from minimind.training.samples import CHAT_PROMPTS, TEXT_PROMPTS, one_line, prepare_prompts, read_prompts
 

@@ -20,9 +20,10 @@ from pipeline import PATIENCE, at_free_port, document_rows, short_run, wait_unti
 from transformers import TrainerCallback, TrainingArguments
 
 import minimind.training.signals as signals
-from minimind.training import resume, saving
+from minimind.training import checkpoints as resume
+from minimind.training import saving
+from minimind.training.checkpoints import ResumableTrainer
 from minimind.training.report import ReportCallback
-from minimind.training.resume import ResumableTrainer
 from minimind.training.saving import SaveCallback
 from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, NOT_SAVED, InterruptCallback
 
@@ -260,7 +261,7 @@ def test_output_whose_reader_is_gone_is_dropped_and_not_an_error():
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise UserError('wrong')", 2)])
 def test_a_full_disk_behind_the_output_neither_ends_a_run_nor_changes_its_exit_code(end, code):
     program = f"""
-from minimind.errors import UserError, reports_user_errors
+from minimind.common.errors import UserError, reports_user_errors
 @reports_user_errors
 def main():
     print("a line of the log" * 1000, flush=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from pipeline import document_rows, run_script, short_run, write_model
 
-from minimind.planning import measuring, slowness
-from minimind.planning.slowness import Usage, explain, seen_reasons
+from minimind.costs import slowness
+from minimind.costs.slowness import Usage, explain, seen_reasons
+from minimind.planning import measuring
 
 QUIET = Usage(moment=0.0, busy=100.0, own=50.0, swapped=0.0)
 LATER = Usage(moment=10.0, busy=120.0, own=70.0, swapped=0.0)  # 10 s, in which this run took both cores

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind.chat import check_chattable
-from minimind.checkpoints import load_model, read_stage, require_stage, weights_hash
-from minimind.data.cache import content_hash
-from minimind.errors import UserError
+from minimind.common.cache import content_hash
+from minimind.common.errors import UserError
+from minimind.stage_directory import load_model, read_stage, require_stage, weights_hash
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
-from minimind.training.resume import ResumableTrainer
+from minimind.training.checkpoints import ResumableTrainer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 

@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from minimind import quickstart
 from minimind.chat import load_for_generation
-from minimind.checkpoints import load_model, read_stage, weights_hash
-from minimind.data.cleaning.pipeline import finished_report
+from minimind.cleaning.pipeline import finished_report
+from minimind.common.errors import UserError
+from minimind.common.files import hash_file, read_json, write_json
+from minimind.common.recipes import read_deepspeed
 from minimind.doctor import doctor
-from minimind.errors import UserError
-from minimind.recipes import read_deepspeed
-from minimind.records import hash_file, read_json, write_json
+from minimind.stage_directory import load_model, read_stage, weights_hash
 from minimind.training.arguments import load_model_config_file
+from minimind.training.checkpoints import last_whole_checkpoint, problem_of
 from minimind.training.output_directory import MANIFEST, RUN, read_record
 from minimind.training.replay import replay
 from minimind.training.report import write_report
-from minimind.training.resume import last_whole_checkpoint, problem_of
-from minimind.training.stages import new_model, starting_point
+from minimind.training.run import new_model, starting_point
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 

@@ -15,7 +15,7 @@ LEFT, UP, BACKSPACE, ENTER, CTRL_C, CTRL_D = "\x1b[D", "\x1b[A", "\x7f", "\r", "
 CODE = """
 import faulthandler, pathlib, sys
 faulthandler.dump_traceback_later(120, exit=True)  # should it wait for what is never typed
-from minimind.terminal import read_messages
+from minimind.common.terminal import read_messages
 for message in read_messages(pathlib.Path(sys.argv[1]) if sys.argv[1:] else None):
     print(f"got {message!r}")
 print("the end")

@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import CHINESE, ENGLISH
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.tokenizer import (
     SPECIAL_TOKENS,
     load_tokenizer,

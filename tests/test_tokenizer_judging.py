@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from benchmarks.tokenizer import split
 from minimind.cli import main
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, PRE_TOKENIZERS, load_tokenizer, train_tokenizer
-from minimind.tokenizer.judging import Judged, compare, evaluate
 from minimind.tokenizer.loading import BYTE_OF, token_bytes
-from minimind.tokenizer.probes import PROBES
-from minimind.tokenizer.report import comparison_tables, evaluation_tables
-from minimind.tokenizer.texts import Text, read_texts, script, weighted
+from minimind.tokenizer_evaluation.comparison import Judged, compare, evaluate
+from minimind.tokenizer_evaluation.probes import PROBES
+from minimind.tokenizer_evaluation.report import comparison_tables, evaluation_tables
+from minimind.tokenizer_evaluation.texts import Text, read_texts, script, weighted
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 

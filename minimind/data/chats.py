@@ -22,7 +22,9 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.cache import Contents
+from minimind.common.cache import Contents
+from minimind.common.errors import UserError
+from minimind.common.language import translated
 from minimind.data.chat_encoder import TEMPLATES, ChatEncoder, Encoded
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
@@ -34,8 +36,6 @@ from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
 from minimind.data.preferences import to_preference
 from minimind.data.rows import batches
-from minimind.errors import UserError
-from minimind.language import translated
 
 BATCH = 1000  # conversations tokenised at a time
 BORDER = 8  # tokens that a template may write between two turns and leaves out before the first

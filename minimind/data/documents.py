@@ -19,14 +19,14 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.cache import Contents, find_or_build
+from minimind.common.cache import Contents, find_or_build
+from minimind.common.errors import UserError
+from minimind.common.language import say, translated
 from minimind.data.columns import Columns
 from minimind.data.files import expand, read_documents, total_size
 from minimind.data.markers import Boundaries
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
-from minimind.errors import UserError
-from minimind.language import say, translated
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 from minimind.training.launch import is_main_process

@@ -16,14 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind.common.errors import UserError
+from minimind.common.files import beside
+from minimind.common.language import translated
 from minimind.data.columns import Columns, Fields
 from minimind.data.formats import KNOWN, TEXT_UNITS, Parsable, Progress, format_of, read_file
 from minimind.data.hub import PREFIX, SPELLING, HubDataset
 from minimind.data.markers import Boundaries
 from minimind.data.rows import BadRowError, check_text, shown
-from minimind.errors import UserError
-from minimind.language import translated
-from minimind.records import beside
 
 __all__ = [
     "BadRowError",

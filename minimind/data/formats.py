@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from minimind.common.errors import UserError
 from minimind.data.json_rows import BOM, BUFFER, ROW_LIMIT, Parsable, read_json, read_jsonl, read_lines, too_long
 from minimind.data.rows import BadRowError, decoded
-from minimind.errors import UserError
 
 # Buffered column by column; by default a whole row group, which may be the whole file, is read ahead.
 PARQUET_OPTIONS = {"buffer_size": BUFFER, "pre_buffer": False, "page_checksum_verification": True}

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from minimind.common.errors import UserError
 from minimind.data.formats import Parsable
-from minimind.errors import UserError
 
 PREFIX = "hf://datasets/"
 SPELLING = "hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]"

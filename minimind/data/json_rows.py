@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from minimind.common.errors import UserError
+from minimind.common.language import translated
 from minimind.data.columns import KNOWN
 from minimind.data.rows import BadRowError, decoded, shown
-from minimind.errors import UserError
-from minimind.language import translated
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from minimind.common.errors import UserError
 from minimind.data.formats import BadRowError
-from minimind.errors import UserError
 
 POLICIES = ("split", "keep", "error")
 ROLES = "(?:system|developer|user|assistant|model|tool|ipython|observation)"

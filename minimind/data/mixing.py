@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 
 STOPPING = ("first_exhausted", "all_exhausted")
 ASKED = re.compile(r"(?P<path>.+):(?P<number>[^:/\\]+?)(?P<times>x?)")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 
 WINDOW = 2**22  # tokens among which bfd_split looks for what fits; more would fill the rows hardly better
 IGNORED = -100

@@ -27,7 +27,7 @@ import random
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from minimind.records import write_text
+from minimind.common.files import write_text
 
 Message = dict[str, str]
 Fact = tuple[str, str]  # (person, attribute): what a question is about

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from minimind.common.errors import UserError
+from minimind.common.language import say, translated
+from minimind.common.recipes import read_deepspeed
 from minimind.doctor import budget  # noqa: F401 (registers its checks)
 from minimind.doctor.cases import read_case
 from minimind.doctor.checks import CHECKS, SEVERITIES, Case, Finding
-from minimind.errors import UserError
-from minimind.language import say, translated
-from minimind.recipes import read_deepspeed
 from minimind.training.launch import is_main_process
 
 NAMED = 3  # checks that were left out for the same reason; of more the number
@@ -53,7 +53,7 @@ def print_report(report: dict) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from minimind.terminal import Terminal
+    from minimind.common.terminal import Terminal
 
     colours = {"error": "bold red", "warning": "yellow", "ok": "green"}
     console = Terminal()

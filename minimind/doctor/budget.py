@@ -7,11 +7,11 @@ from statistics import fmean
 import torch
 from peft import PeftModel
 
+from minimind.costs.devices import find_device
+from minimind.costs.step import CHINCHILLA
 from minimind.doctor.checks import Case, check, sample, seconds_of_step, value_of
-from minimind.planning.costs import CHINCHILLA
-from minimind.planning.devices import find_device
+from minimind.planning.planned_runs import Rows, padded_length, sequence_lengths
 from minimind.planning.plans import Plan, advice, duration, gib, make_plan
-from minimind.planning.recipes import Rows, padded_length, sequence_lengths
 from minimind.training.trainers import ScheduledTrainer
 
 SCHEDULE_SAMPLE = 1000  # steps whose rates are added up

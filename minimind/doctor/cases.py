@@ -9,20 +9,20 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import align_special_tokens
 from trl import pack_dataset
 
-from minimind.checkpoints import require_stage
+from minimind.common.errors import UserError
+from minimind.common.recipes import read_deepspeed, read_recipe
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
-from minimind.data.inspection import data_paths, has_roles
 from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.doctor.checks import RENAMED, Case, is_known
-from minimind.errors import UserError
-from minimind.planning.recipes import STAGES, Recipe, stage_of
-from minimind.recipes import read_deepspeed, read_recipe
+from minimind.inspection import data_paths, has_roles
+from minimind.planning.planned_runs import STAGES, Recipe, stage_of
+from minimind.stage_directory import require_stage
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import parse
-from minimind.training.help import StageParser, with_recipe
-from minimind.training.stages import check_attention, new_model, starting_point
+from minimind.training.parser import StageParser, with_recipe
+from minimind.training.run import check_attention, new_model, starting_point
 from minimind.training.trainers import PreferenceCollator
 
 

@@ -12,17 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from minimind.checkpoints import (
-    base_of,
-    check_vocabulary,
-    library_versions,
-    load_config,
-    load_model,
-    new_directory,
-    provenance,
-    require_stage,
-)
-from minimind.errors import UserError
+from minimind.common.errors import UserError
+from minimind.common.files import write_json
 from minimind.export.gguf import require_gguf, rounded, write_gguf
 from minimind.export.layouts import (
     FORMATS,
@@ -42,7 +33,16 @@ from minimind.export.verification import (
     logits_of,
     make_probes,
 )
-from minimind.records import write_json
+from minimind.stage_directory import (
+    base_of,
+    check_vocabulary,
+    library_versions,
+    load_config,
+    load_model,
+    new_directory,
+    provenance,
+    require_stage,
+)
 from minimind.tokenizer import load_tokenizer
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")

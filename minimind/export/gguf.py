@@ -13,7 +13,7 @@ import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minimind.errors import UserError, install
+from minimind.common.errors import UserError, install
 from minimind.tokenizer.splitting import PRE_TOKENIZERS, splitting_name
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}

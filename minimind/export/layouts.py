@@ -19,8 +19,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from minimind.errors import UserError
-from minimind.records import read_json, write_json
+from minimind.common.errors import UserError
+from minimind.common.files import read_json, write_json
 from minimind.tokenizer.loading import COPY
 
 STOCK = {

@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
-from minimind.checkpoints import (
+from minimind.common.errors import UserError
+from minimind.common.files import write_json
+from minimind.export.verification import check_model, make_probes
+from minimind.stage_directory import (
     check_vocabulary,
     is_adapter,
     library_versions,
@@ -16,9 +19,6 @@ from minimind.checkpoints import (
     told,
     weights_hash,
 )
-from minimind.errors import UserError
-from minimind.export.verification import check_model, make_probes
-from minimind.records import write_json
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minimind.common.errors import UserError
 from minimind.data.rows import BadRowError
 from minimind.data.templates import bounded
-from minimind.errors import UserError
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, at least of 1: the same fp32 arithmetic in another order
 # llama.cpp also rounds the activations to the type of the matrix, in q8_0 to 8 bits. Of the differences the median

@@ -20,14 +20,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from minimind.errors import UserError
-from minimind.language import say
-from minimind.planning.costs import Step, core, empty_model, flops, memory
-from minimind.planning.devices import Device, this_device
+from minimind.common.errors import UserError
+from minimind.common.files import read_json, write_json
+from minimind.common.language import say
+from minimind.costs.devices import Device, this_device
+from minimind.costs.slowness import explain, usage
+from minimind.costs.step import Step, core, empty_model, flops, memory
+from minimind.planning.planned_runs import Recipe
 from minimind.planning.plans import gib
-from minimind.planning.recipes import Recipe
-from minimind.planning.slowness import explain, usage
-from minimind.records import read_json, write_json
 from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.launch import is_main_process
 
@@ -281,7 +281,7 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
 
 def main(script: str, report: str, *words: str) -> None:
     """Run a stage's script up to its first steps; see `measure`."""
-    from minimind.training.stages import Stage
+    from minimind.training.run import Stage
 
     announce = Stage.announce
 

@@ -11,9 +11,12 @@ import datasets
 from rich.markup import escape
 from rich.table import Table
 
-from minimind.errors import UserError
-from minimind.language import say, translated
-from minimind.planning.costs import (
+from minimind.common.errors import UserError
+from minimind.common.language import say, translated
+from minimind.common.streams import json_text
+from minimind.common.terminal import Terminal
+from minimind.costs.devices import GIB, Device, Price, find_device
+from minimind.costs.step import (
     CHINCHILLA,
     Step,
     empty_model,
@@ -23,10 +26,7 @@ from minimind.planning.costs import (
     model_states,
     parameter_counts,
 )
-from minimind.planning.devices import GIB, Device, Price, find_device
-from minimind.planning.recipes import Recipe, Rows, deepspeed_of, read_recipes
-from minimind.streams import json_text
-from minimind.terminal import Terminal
+from minimind.planning.planned_runs import Recipe, Rows, deepspeed_of, read_recipes
 
 BATCH_LIMIT = 2**16
 ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.splitting import PRE_TOKENIZERS
 

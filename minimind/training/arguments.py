@@ -18,23 +18,23 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from minimind.bounds import check_numbers, shown
-from minimind.data.cache import cache_directory, discard, lock, places, refusing
+from minimind.common.bounds import check_numbers, shown
+from minimind.common.cache import cache_directory, discard, lock, places, refusing
+from minimind.common.errors import UserError
+from minimind.common.files import read_json
+from minimind.common.language import say
+from minimind.common.options import suggestion
+from minimind.common.recipes import read_deepspeed
 from minimind.data.columns import NAMES, Columns
 from minimind.data.files import TEXT_UNITS, File, expand
 from minimind.data.markers import POLICIES
 from minimind.data.mixing import STOPPING
 from minimind.data.packing import STRATEGIES
 from minimind.data.world import write_world
-from minimind.errors import UserError
-from minimind.language import say
-from minimind.options import suggestion
-from minimind.recipes import read_deepspeed
-from minimind.records import read_json
-from minimind.training.help import StageParser, read_options
 from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, check_output_directory, checkpoints
+from minimind.training.parser import StageParser, read_options
 from minimind.training.schedules import check_recomputation, check_schedule
 
 # TRL refuses others in the first step alone.
@@ -133,7 +133,7 @@ class DataArguments:
 
     def _cleaned(self, paths: Sequence[str]) -> tuple[Path, dict]:
         """The directory of the cleaned copy of some files, and its report; one that is damaged is made again."""
-        from minimind.data.cleaning import cache_key, clean, finished_report
+        from minimind.cleaning import cache_key, clean, finished_report
 
         reading = {"text_unit": self.text_unit, "columns": self.columns}
         key = cache_key(paths, self.clean_recipe, **reading)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
 
-from minimind.errors import UserError, decoration
-from minimind.language import say, translated
+from minimind.common.errors import UserError, decoration
+from minimind.common.files import append_json
+from minimind.common.language import say, translated
 from minimind.model.modeling_minimind import MiniMindTopKRouter
-from minimind.records import append_json
 
 
 def clock(seconds: float) -> str:
@@ -129,7 +129,7 @@ class ProgressCallback(TrainerCallback):
 
     def _mfu(self, rate: float) -> float:
         """FLOP/s -> their share of the peak, 1 at most."""
-        from minimind.planning.devices import measure_again, this_device
+        from minimind.costs.devices import measure_again, this_device
 
         if self.measuring < MEASURING_SHARE * self.seconds:
             began = time.perf_counter()
@@ -168,8 +168,8 @@ def peak_memory() -> int:
 
 def work_of(trainer: Trainer) -> tuple[float, str]:
     """FLOPs of one device for each token that all of them train, and the precision of a run."""
-    from minimind.planning.costs import flops
-    from minimind.planning.devices import this_device
+    from minimind.costs.devices import this_device
+    from minimind.costs.step import flops
     from minimind.planning.measuring import step_of
 
     step, _ = step_of(trainer, this_device())

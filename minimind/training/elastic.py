@@ -20,8 +20,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from minimind.errors import UserError, reason
-from minimind.language import say
+from minimind.common.errors import UserError, reason
+from minimind.common.language import say
 from minimind.training.launch import is_main_process
 from minimind.training.saving import REMEDY, disk_fault, not_written, reports_disk_errors
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from minimind.language import say
+from minimind.common.language import say
 
 SILENCE_SECONDS = 40
 HOST_VARIABLES = (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from minimind.errors import UserError, install
-from minimind.language import say
+from minimind.common.errors import UserError, install
+from minimind.common.language import say
 
 LOOPBACK = ("127.0.0.1", "localhost")
 EXISTING_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch then connects to a store, and opens none

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.training.launch import bf16_is_fast
 
 

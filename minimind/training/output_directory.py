@@ -15,9 +15,9 @@ from typing import Any
 from filelock import BaseFileLock
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from minimind.errors import UserError
-from minimind.locks import lock, unlock
-from minimind.records import read_json
+from minimind.common.errors import UserError
+from minimind.common.files import read_json
+from minimind.common.locks import lock, unlock
 
 RUN, STAGE, LOCK, PARTIAL = "run.json", "stage.json", ".run.lock", ".partial"
 MANIFEST, RECIPE = "manifest.json", "recipe.json"

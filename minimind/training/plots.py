@@ -11,8 +11,8 @@ matplotlib.use("agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-from minimind.records import write_bytes
-from minimind.streams import printable
+from minimind.common.files import write_bytes
+from minimind.common.streams import printable
 from minimind.training.report import curve
 
 # Families with Chinese glyphs, as Linux distributions, macOS and Windows name them.

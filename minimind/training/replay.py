@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from minimind.checkpoints import load_model
+from minimind.common.errors import UserError
+from minimind.common.language import say
 from minimind.data.packing import IGNORED
-from minimind.errors import UserError
-from minimind.language import say
+from minimind.stage_directory import load_model
 from minimind.tokenizer import load_tokenizer
 from minimind.training.guards import read_batch
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from minimind.checkpoints import read_stage
-from minimind.errors import UserError, decoration
+from minimind.common.errors import UserError, decoration
+from minimind.common.files import json_lines, read_json, write_text
 from minimind.evaluation import TIMES
-from minimind.records import json_lines, read_json, write_text
+from minimind.stage_directory import read_stage
 from minimind.training.callbacks import clock
 from minimind.training.samples import read_samples
 

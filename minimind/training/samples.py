@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from minimind.common.errors import UserError, decoration
+from minimind.common.files import json_lines, write_text
+from minimind.common.language import say
+from minimind.common.streams import printable
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.files import BadRowError
 from minimind.data.messages import check_order, parse_messages
-from minimind.errors import UserError, decoration
 from minimind.evaluation import complete
-from minimind.language import say
-from minimind.records import json_lines, write_text
-from minimind.streams import printable
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 from minimind.training.launch import is_main_process, notice
 from minimind.training.output_directory import delete_checkpoint
 

@@ -21,11 +21,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from minimind.language import say, translated
-from minimind.streams import keep_output_writable
+from minimind.common.language import say, translated
+from minimind.common.streams import keep_output_writable
+from minimind.training.checkpoints import last_good, problem_of
 from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
-from minimind.training.resume import last_good, problem_of
 from minimind.training.saving import in_streak
 
 # sysexits.h: EX_TEMPFAIL, "the user is invited to try again later". Slurm scripts and the tests go by it.

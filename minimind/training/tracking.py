@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from minimind.errors import UserError, decoration, first_line, install
-from minimind.language import say
-from minimind.streams import printable
+from minimind.common.errors import UserError, decoration, first_line, install
+from minimind.common.language import say
+from minimind.common.streams import printable
 from minimind.training.launch import is_main_process
 
 PROBE_SECONDS = 5

@@ -11,10 +11,10 @@ from transformers import SchedulerType, Trainer
 from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from minimind.common.errors import UserError, decoration
 from minimind.data.packing import IGNORED, PackedCollator
-from minimind.errors import UserError, decoration
 from minimind.evaluation import bits_per_byte
-from minimind.training.resume import ResumableTrainer
+from minimind.training.checkpoints import ResumableTrainer
 from minimind.training.schedules import schedule_options
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sdist import download, unpack
 
-from minimind.errors import UserError
+from minimind.common.errors import UserError
 
 COUNTED = ("passed", "subtests passed", "skipped", "failed")
 # Tests that MiniMind may skip though its twin passes, because they ask for what it leaves out on purpose.

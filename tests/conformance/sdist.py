@@ -7,8 +7,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from minimind.data.cache import cache_directory
-from minimind.errors import UserError
+from minimind.common.cache import cache_directory
+from minimind.common.errors import UserError
 
 # What the common tests import and the distribution leaves out. Generation and export are thereby not tested here, and
 # the values that a configuration has to accept are ours.

@@ -1,0 +1,253 @@
+"""The same recipe as datatrove pipelines, for more than one machine (the extra `data-cluster`).
+
+`stages` gives pipelines to run one after the other, each with any of datatrove's executors (Local, Slurm, Ray, Jobs);
+`clean_with_datatrove` runs them with the local one. Files are read by this project's readers and the steps for single
+rows are the very ones of `minimind clean`, so those give the same result. The dedup steps are datatrove's, which work
+through files rather than memory, and differ in this:
+
+- exact_dedup: datatrove's exact dedup over the hash of the same reduced text; of equal rows the one it meets first in
+  the order of ranks stays.
+- near_dedup: datatrove's MinHash over the same character n-grams and the same number of bands and values in a band; it
+  clusters what shares a band and does not verify the candidates, so it removes more near the threshold.
+
+Ranks take the input files in turn, so give at least as many files as tasks. All tasks must see the same file system.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minimind.cleaning.counts import Counts
+from minimind.cleaning.duplicates import ExactDedup, NearDedup
+from minimind.cleaning.extras import require
+from minimind.cleaning.pipeline import as_recipe
+from minimind.cleaning.recipe import Recipe
+from minimind.cleaning.segments import Item, run_segment, segments_of, to_line
+from minimind.cleaning.texts import Texts, check_row, split_row
+from minimind.common.files import write_bytes
+from minimind.data.files import BadRowError, expand, parsables
+from minimind.data.markers import Boundaries
+
+require("datatrove", "data-cluster")
+
+from datatrove.data import Document, DocumentsPipeline  # noqa: E402
+from datatrove.executor import LocalPipelineExecutor  # noqa: E402
+from datatrove.pipeline.base import PipelineStep  # noqa: E402
+from datatrove.pipeline.dedup.exact_dedup import (  # noqa: E402
+    ExactDedupConfig,
+    ExactDedupFilter,
+    ExactDedupSignature,
+    ExactFindDedups,
+)
+from datatrove.pipeline.dedup.minhash import (  # noqa: E402
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.utils.hashing import HashConfig  # noqa: E402
+
+HASH = HashConfig(precision=64, hash_fc="sha1")  # datatrove 0.10's xxhash needs a version below 4
+
+
+class ReadRows(PipelineStep):
+    """Files of any format -> documents that carry their whole row; bad rows are counted and left out."""
+
+    type, name = "📖 - READER", "minimind rows"
+
+    def __init__(self, files: Sequence[str]):
+        super().__init__()
+        self.files = [str(file) for file in files]
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """The documents of every `world_size`-th file from `rank` on."""
+        for file in expand(self.files)[rank::world_size]:
+            for place, parse in parsables(file, "file", None):
+                try:
+                    rows = split_row(check_row(parse()), Boundaries())
+                except BadRowError:
+                    self.stat_update("bad")
+                else:
+                    self.stat_update("rows")
+                    for row in rows:
+                        yield Document(text=Texts(row).whole, id=f"{file}:{place}", metadata={"row": row})
+
+
+class ReadShard(PipelineStep):
+    """What `WriteShard` of the same rank wrote."""
+
+    type, name = "📖 - READER", "minimind shard"
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.directory = str(directory)
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """The documents of one shard, in their order."""
+        with _shard(self.directory, rank).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                row = json.loads(line)
+                yield Document(text=Texts(row).whole, id=f"{rank}/{number}", metadata={"row": row})
+
+
+class WriteShard(PipelineStep):
+    """Rows -> `data-RANK.jsonl`, there whole or not at all; the `final` one only if it has a row."""
+
+    type, name = "💽 - WRITER", "minimind shard"
+
+    def __init__(self, directory: Path, final: bool):
+        super().__init__()
+        self.directory, self.final = str(directory), final
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Passes the documents on."""
+        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for document in data:
+            lines.append(to_line(document.metadata["row"]))
+            yield document
+        if lines or not self.final:  # an empty file would be refused as data
+            write_bytes(_shard(self.directory, rank), b"".join(lines))
+
+
+def _shard(directory: str, rank: int) -> Path:
+    return Path(directory) / f"data-{rank:05d}.jsonl"
+
+
+class RunSteps(PipelineStep):
+    """The steps for single rows between two dedup steps of a recipe; removals are counted by step and reason."""
+
+    type, name = "🔻 - FILTER", "minimind steps"
+
+    def __init__(self, recipe: Recipe, segment: int):
+        super().__init__()
+        self.recipe, self.segment = recipe.as_dict(), segment
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """The documents that stay, changed."""
+        recipe = Recipe.from_dict(self.recipe)
+        recipe.prepare()
+        counts = Counts()
+        for document in data:
+            item = Item(0, document.id, document.metadata["row"])
+            with self.track_time():
+                done = run_segment(recipe, self.segment, [item], as_lines=False)
+            counts.merge(done.counts, 0)
+            for item in done.items:
+                document.text, document.metadata["row"] = Texts(item.row).whole, item.row
+                yield document
+        for label, step in counts.steps.items():
+            for reason, count in step.reasons.items():
+                self.stat_update(f"{label}: {reason}", value=count)
+
+
+class CharacterSignature(MinhashDedupSignature):
+    """datatrove's MinHash signature over our character n-grams instead of words, which Chinese does not separate."""
+
+    def __init__(self, output_folder: str, config: MinhashConfig, step: NearDedup):
+        # Not the parent's own: that loads a word tokenizer, which is another dependency.
+        PipelineStep.__init__(self)
+        from datatrove.io import get_datafolder
+        from datatrove.utils.hashing import create_hash_func
+
+        self.output_folder, self.config, self.step = get_datafolder(output_folder), config, step
+        self.num_hashes = config.num_buckets * config.hashes_per_bucket
+        self._parameters, self._hash_func = None, create_hash_func(config.hash_config)
+        self.language, self.skip_existing_sigs = "", False
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """(n-grams, 1) of 64-bit hashes."""
+        hashes = [self._hash_func(shingle) for shingle in self.step.shingles(text)]
+        return np.fromiter(hashes, dtype=np.uint64).reshape(-1, 1)
+
+
+class Stage(NamedTuple):
+    """A pipeline, and the number of tasks it must be run with."""
+
+    name: str
+    pipeline: list[PipelineStep]
+    tasks: int
+
+
+def stages(
+    files: Sequence[str], working: str | Path, output: str | Path, recipe: str | Path | Recipe, tasks: int
+) -> list[Stage]:
+    """The pipelines of a recipe, in their order; each starts when the one before is done.
+
+    Args:
+        files: files, directories and globs.
+        working: a directory for what lies between the stages; can be removed afterwards.
+        output: gets one `data-RANK.jsonl` for each task.
+        recipe: a YAML file, or a Recipe.
+        tasks: parts the work is cut into.
+
+    Raises:
+        UserError: for the files and the recipe; datatrove is missing.
+    """
+    recipe, working, files = as_recipe(recipe), Path(working), list(map(str, expand(files)))
+    segments = segments_of(recipe)
+    result: list[Stage] = []
+    start: list[PipelineStep] = [ReadRows(files)]
+    for number, segment in enumerate(segments):
+        last = segment.dedup is None
+        rows = Path(output) if last else working / f"rows-{number}"
+        result.append(Stage(f"rows-{number}", [*start, RunSteps(recipe, number), WriteShard(rows, last)], tasks))
+        if not last:
+            label, step = segment.dedup
+            builder = _exact_stages if isinstance(step, ExactDedup) else _near_stages
+            between, keep = builder(label, step, rows, working / label, tasks)
+            result += between
+            start = [ReadShard(rows), keep]
+    return result
+
+
+def _exact_stages(label: str, step: ExactDedup, rows: Path, folder: Path, tasks: int):
+    def content(document: Document) -> str:
+        return f"{step.key(document.text):032x}"
+
+    config = ExactDedupConfig(content_getter=content, hash_config=HASH)
+    signatures, duplicates = str(folder / "signatures"), str(folder / "duplicates")
+    between = [
+        Stage(f"{label}-1", [ReadShard(rows), ExactDedupSignature(signatures, config)], tasks),
+        Stage(f"{label}-2", [ExactFindDedups(signatures, duplicates, config)], 1),
+    ]
+    return between, ExactDedupFilter(duplicates, config)
+
+
+def _near_stages(label: str, step: NearDedup, rows: Path, folder: Path, tasks: int):
+    config = MinhashConfig(
+        n_grams=step.ngram,
+        num_buckets=step.bands,
+        hashes_per_bucket=step.num_perm // step.bands,
+        hash_config=HASH,
+    )
+    signatures, buckets, removed = (str(folder / name) for name in ("signatures", "buckets", "removed"))
+    between = [
+        Stage(f"{label}-1", [ReadShard(rows), CharacterSignature(signatures, config, step)], tasks),
+        Stage(f"{label}-2", [MinhashDedupBuckets(signatures, buckets, config=config)], step.bands),
+        Stage(f"{label}-3", [MinhashDedupCluster(buckets, removed, config=config)], 1),
+    ]
+    return between, MinhashDedupFilter(removed)
+
+
+def clean_with_datatrove(
+    files: Sequence[str],
+    working: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe,
+    tasks: int = 1,
+    workers: int = -1,
+) -> None:
+    """Run `stages` on this machine, `workers` tasks at a time; finished tasks are not run again."""
+    for stage in stages(files, working, output, recipe, tasks):
+        executor = LocalPipelineExecutor(
+            pipeline=stage.pipeline,
+            tasks=stage.tasks,
+            workers=workers,
+            logging_dir=str(Path(working) / "logs" / stage.name),
+        )
+        executor.run()

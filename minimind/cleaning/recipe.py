@@ -1,0 +1,125 @@
+"""Recipes: YAML files that list cleaning steps in their order.
+
+steps:
+  - fix_unicode
+  - length: {min_chars: 20}
+  - near_dedup: {threshold: 0.8}
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from minimind.cleaning import duplicates, extras, filters, normalization, personal
+from minimind.cleaning.steps import Step, build, check_positive, closest, options_of
+from minimind.common.cache import content_hash
+from minimind.common.errors import UserError
+from minimind.common.recipes import read_recipe
+from minimind.data.markers import POLICIES
+
+FORMAT_VERSION = 2  # part of every key: raise it when the same input and recipe give another output
+
+STEPS: dict[str, type[Step]] = {
+    step.name: step
+    for step in (
+        normalization.FixUnicode,
+        normalization.RemoveMarkup,
+        normalization.ControlCharacters,
+        normalization.Whitespace,
+        filters.Length,
+        filters.Language,
+        filters.Quality,
+        duplicates.ExactDedup,
+        duplicates.NearDedup,
+        duplicates.Decontaminate,
+        personal.MaskPersonalData,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe says besides its steps."""
+
+    examples: int = 5  # shown in the report for each step and each reason
+    rows_per_shard: int = 20_000  # of the input; also what an interruption costs at most
+    group_by: str | None = "source"  # field of the rows whose values are counted apart
+    boundary_markers: str = "split"  # documents at the markers spelled out in them, or "keep", or "error"
+
+    def __post_init__(self):
+        check_positive(self, "rows_per_shard")
+        if self.boundary_markers not in POLICIES:
+            raise ValueError(f"boundary_markers: found {self.boundary_markers!r}, expected {', '.join(POLICIES)}")
+        if self.examples < 0:
+            raise ValueError(f"examples: found {self.examples}, expected at least 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps of one cleaning, in order, and its settings."""
+
+    steps: list[Step]
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def labels(self) -> list[str]:
+        """One name for each step; the second step of a kind is "length#2"."""
+        names = [step.name for step in self.steps]
+        counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+        return [name if count == 1 else f"{name}#{count}" for name, count in zip(names, counts, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe with all options spelled out, as `from_dict` takes it."""
+        return {"steps": [{step.name: options_of(step)} for step in self.steps], **options_of(self.settings)}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "recipe") -> "Recipe":
+        """What a recipe's YAML holds -> the recipe; raises UserError naming `where`."""
+        if not isinstance(data, dict) or not isinstance(data.get("steps"), list) or not data["steps"]:
+            raise UserError(f"{where}: found no list of steps, expected 'steps:' with at least one of {_known()}.")
+        steps = []
+        for number, entry in enumerate(data["steps"], 1):
+            if isinstance(entry, str):
+                entry = {entry: None}
+            if not isinstance(entry, dict) or len(entry) != 1:
+                raise UserError(
+                    f"{where}: step {number}: found {entry!r}, expected a name or one 'name: {{options}}'."
+                )
+            ((name, options),) = entry.items()
+            if name not in STEPS:
+                raise UserError(
+                    f"{where}: step {number}: found the unknown step {name!r}{closest(str(name), STEPS)}, expected "
+                    f"one of {_known()}."
+                )
+            steps.append(build(STEPS[name], options, f"{where}: step {number} ({name})"))
+        settings = {name: value for name, value in data.items() if name != "steps"}
+        return cls(steps, build(Settings, settings, where))
+
+    def prepare(self) -> None:
+        """Load what the steps need; raises UserError."""
+        for step in self.steps:
+            step.prepare()
+
+    def key(self, hashes: list[str]) -> str:
+        """One hash for all that the output depends on, for inputs with these content hashes."""
+        packages = sorted({package for step in self.steps for package in step.packages})
+        facts = {
+            "version": FORMAT_VERSION,
+            "recipe": self.as_dict(),
+            "inputs": hashes,
+            "step_files": [content_hash(map(Path, step.files())) for step in self.steps if step.files()],
+            "packages": {package: extras.version(package) for package in packages},
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def _known() -> str:
+    return ", ".join(STEPS)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe file -> the recipe; raises UserError for a missing file, broken YAML, unknown steps and options."""
+    return Recipe.from_dict(read_recipe(path), str(path))

@@ -1,0 +1,66 @@
+"""A terminal: what is shown in it, and what somebody types, or a pipe delivers, message by message. Loads no torch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+from rich.segment import Segment
+
+from minimind.common.language import say
+from minimind.common.streams import printable
+
+HOW_TO_END = "Ctrl-D or /exit ends the chat."
+
+
+class Terminal(Console):
+    """rich's console, except: no text in it can control the terminal, and nothing of it is taken for a number to
+    colour or the name of a smiley."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, emoji=False, **options)
+
+    def render(self, renderable, options=None):
+        """The segments of what is printed; only rich's own control it."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def read_messages(history: Path | None = None) -> Iterator[str]:
+    """Messages from standard input until its end: the lines of a pipe or, from a terminal, what was typed and edited.
+
+    In a terminal the arrows reach earlier messages, with a `history` file those of earlier chats too; a paste of
+    several lines is one message; Ctrl-C drops the line.
+    """
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    class Remembered(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # a full disk costs the memory, not the chat
+                super().store_string(string)
+
+    if history:
+        try:
+            history.parent.mkdir(parents=True, exist_ok=True)
+            history.touch(mode=0o600)
+            history.chmod(0o600)  # for this user's eyes only, also where another program made it
+            history.open("rb").close()
+        except OSError as error:
+            say(f"notice: what you type is not remembered: {error}", file=sys.stderr)
+            history = None
+    session = PromptSession(history=Remembered(str(history)) if history else None)
+    while True:
+        try:
+            message = session.prompt("> ", prompt_continuation="  ")
+        except KeyboardInterrupt:
+            if not session.default_buffer.text:
+                say(HOW_TO_END)
+            continue
+        except EOFError:
+            return
+        yield message

@@ -1,0 +1,107 @@
+"""The texts a tokenizer is trained and judged on: their language, their domain, and how much of each domain is taken.
+
+The *domain* of a text is the row's field "source" where it has one, else the name of its file. Its *language* is that
+of the writing it holds most of: Chinese characters ("zh"), words in Latin letters ("en"), or letters of other scripts
+("other", also for a text without letters). A Chinese page about code thus stays Chinese, and Japanese is neither.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+from tqdm import tqdm
+
+from minimind.common.errors import UserError
+from minimind.common.language import translated
+from minimind.data.columns import Columns
+from minimind.data.conversations import to_text
+from minimind.data.files import expand, read_rows, total_size
+from minimind.data.markers import Boundaries
+
+logger = logging.getLogger(__name__)
+
+LANGUAGES = ("zh", "en", "other")
+HAN = r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+LATIN = r"A-Za-zªºÀ-ÖØ-öø-ɏ"
+HAN_RUN = re.compile(f"[{HAN}]+")
+WORD = re.compile(f"[{LATIN}]+(?:['’][{LATIN}]+)*")
+OTHER_LETTERS = re.compile(rf"[^\W\d_{HAN}{LATIN}]+")
+
+
+class Text(NamedTuple):
+    """A document, or what is said in a conversation."""
+
+    text: str
+    domain: str
+
+
+class Script(NamedTuple):
+    """How much of each writing a text holds."""
+
+    han: int  # characters
+    words: int  # in Latin letters; "don't" is one
+    others: int  # letters
+
+    @property
+    def language(self) -> str:
+        """One of `LANGUAGES`; of equals the first."""
+        return LANGUAGES[self.index(max(self))] if any(self) else "other"
+
+
+def script(text: str) -> Script:
+    """Count the writing in a text."""
+    han = sum(map(len, HAN_RUN.findall(text)))
+    return Script(han, len(WORD.findall(text)), sum(map(len, OTHER_LETTERS.findall(text))))
+
+
+def read_texts(
+    files: Sequence[str],
+    on_bad_rows: str | None = None,
+    title: str | None = None,
+    columns: Sequence[str] | None = None,
+    check: Callable[[str], None] | None = None,
+) -> Iterator[Text]:
+    """Files, directories and globs of documents and conversations -> their texts, with a `title` under a progress bar.
+
+    `columns`: words of `--columns`; `check` raises BadRowError for a text that cannot be used. Raises UserError as
+    `read_rows`.
+    """
+    found = expand(files)
+    hidden = None if title else True
+    with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden) as bar:
+        boundaries = Boundaries()
+
+        def convert(data: dict) -> tuple[list[str], Any]:
+            texts = boundaries.split(to_text(data))
+            for text in texts if check else ():
+                check(text)
+            return texts, data.get("source")
+
+        for row in read_rows(found, on_bad_rows, convert, progress=bar.update, columns=Columns(columns)):
+            texts, source = row.data
+            domain = source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name
+            yield from (Text(text, domain) for text in texts)
+    if boundaries.rows:
+        logger.warning("%s", translated(str(boundaries)))
+
+
+def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Text]:
+    """The texts of each domain as often as its weight says, others once.
+
+    Of a domain of weight 0.25 every fourth text is taken, chosen by its hash; of 2.25 each is taken twice, and every
+    fourth once more. Raises UserError for a weight below 0, and at the end for a domain that had no text.
+    """
+    if negative := [f"{domain}={weight}" for domain, weight in weights.items() if not 0 <= weight < float("inf")]:
+        raise UserError(f"--weights {' '.join(negative)}: expected weights of 0 or more.")
+    seen = dict.fromkeys(weights, False)
+    for text in texts:
+        times, part = divmod(weights.get(text.domain, 1), 1)
+        times += part > 0 and xxhash.xxh3_64_intdigest(text.text.encode()) < part * 2**64
+        yield from [text] * int(times)
+        seen[text.domain] = True
+    if missing := [domain for domain in weights if not seen[domain]]:
+        found = ", ".join(sorted(domain for domain in seen if seen[domain]))
+        raise UserError(f"--weights {' '.join(missing)}: no text has this source. Found {found}.")

@@ -1,0 +1,507 @@
+"""One run of a stage: where it starts, what it says, and the stage directory it writes (see checkpoints.py)."""
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    IntervalStrategy,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import align_special_tokens
+from trl import ModelConfig, get_peft_config
+
+from minimind import MiniMindConfig
+from minimind.common.errors import UserError, decoration
+from minimind.common.files import sync_files, write_json
+from minimind.common.language import say, translated
+from minimind.common.streams import keep_output_writable
+from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
+from minimind.stage_directory import (
+    check_kind,
+    check_vocabulary,
+    library_versions,
+    load_model,
+    provenance,
+    read_stage,
+    reason,
+    require_stage,
+    weights_hash,
+)
+from minimind.tokenizer import load_tokenizer, tokenizer_hash
+from minimind.training.arguments import load_model_config_file
+from minimind.training.callbacks import (
+    Baseline,
+    ChangeCallback,
+    EarlyStopping,
+    ProgressCallback,
+    RouterLoadCallback,
+)
+from minimind.training.checkpoints import ResumableTrainer, ResumeCallback, recipe_of
+from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
+from minimind.training.guards import install_guards
+from minimind.training.heartbeat import HeartbeatCallback
+from minimind.training.launch import is_main_process, leave_process_group
+from minimind.training.output_directory import unlock_directory
+from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
+from minimind.training.resume import begin
+from minimind.training.samples import SampleCallback, prepare_prompts
+from minimind.training.saving import reports_disk_errors, weights_bytes
+from minimind.training.signals import InterruptCallback
+
+# An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
+# could mend.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+
+def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None):
+    """A MiniMind with random weights, its vocabulary and special ids those of the tokenizer.
+
+    Raises:
+        UserError: the file is wrong, or its vocabulary is too small for the tokenizer.
+    """
+    check_attention(attn_implementation)
+    fields = load_model_config_file(config_file)
+    fields.setdefault("vocab_size", len(tokenizer))
+    try:
+        config = MiniMindConfig(
+            **fields,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        check_memory(config, config_file)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    except Exception as error:  # values may be of any type and size
+        raise UserError(f"{config_file}: {reason(error)}") from error
+    check_vocabulary(model, tokenizer, config_file)
+    return model
+
+
+def check_memory(config: MiniMindConfig, config_file: str) -> None:
+    """Raises UserError where the weights alone are larger than this machine's memory, unless they take none."""
+    if torch.get_default_device().type == "meta":
+        return
+    with torch.device("meta"):
+        weights = 4 * sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+    if weights > (memory := psutil.virtual_memory().total):
+        raise UserError(
+            f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}. Make it smaller; the sizes are in configs/model/."
+        )
+
+
+def starting_point(
+    given: str | None, attn_implementation: str | None = None, default: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
+    """Model, tokenizer and directory of the stage that the next one starts from.
+
+    Without a given directory it is `default`; where that does not exist either, a tiny model with random weights and
+    the default tokenizer, so that every script runs by itself.
+    """
+    if given is None and not (default and (Path(default) / "stage.json").exists()):
+        if is_main_process():
+            say(f"no stage at {default}: starting from a tiny model with RANDOM weights (--model_name_or_path)")
+        tokenizer = load_tokenizer()
+        return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
+    path = require_stage(given or default)
+    check_attention(attn_implementation)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, attn_implementation)
+    check_kind(model.config, path)
+    check_vocabulary(model, tokenizer, path)
+    return model, tokenizer, path
+
+
+def check_attention(attn_implementation: str | None) -> None:
+    """Raises UserError where a back-end cannot train here, which the libraries say in the first backward at best."""
+    if attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise UserError(
+            "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa is the default."
+        )
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that DPO compares with; TRL would otherwise load one from the path in the config, which a merged or
+    random model has not."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def check_same_data(data: dict) -> None:
+    """Raises UserError in all processes where they have read different data: a file changed while they started."""
+    if any(other != data for other in gather_object([data])):
+        raise UserError(
+            "the processes of this run have read different data: a file changed while they started, or their hosts "
+            "have other files. Run the command again when nothing writes to the files."
+        )
+
+
+def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
+    """The adapter that the options ask for, or None; raises UserError where it does not fit the model."""
+    from minimind.costs.step import empty_model  # it plans stages, and so imports this module
+
+    config = get_peft_config(args)
+    if config is not None:
+        empty_model(copy.deepcopy(model.config), config)
+    return config
+
+
+def check_length(name: str, length: int, config: MiniMindConfig) -> None:
+    """Raises UserError where rows are longer than the model has positions, or too short to predict anything."""
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--{name} {length:,} is beyond the model's max_position_embeddings ({config.max_position_embeddings:,}). "
+            f"Lower --{name}, or train a model with more positions."
+        )
+    if length < 2:
+        raise UserError(f"--{name} is {length}, expected at least 2: a row predicts each token from those before it.")
+
+
+class Stage:
+    """One run of a stage: says what it will do, keeps its record, writes its directory.
+
+    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted. `options`: the
+    other dataclasses of arguments that decide the result. After it `args.resume_from_checkpoint` is the checkpoint to
+    go on from, or None; see starting.py.
+
+    Raises:
+        UserError: the output directory is the parent or holds it, or see `starting.begin`.
+        SystemExit: the stage is complete already.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: transformers.TrainingArguments,
+        data,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        parent: Path | None = None,
+        options: Iterable = (),
+    ):
+        options = list(options)
+        adapter = any(getattr(each, "use_peft", False) for each in options)
+        self.name = name
+        self.kind = "lora" if adapter and name == "sft" else name  # what it calls itself, as recipes and plans do
+        self.args = args
+        self.facts = data.facts
+        self.output_dir = Path(args.output_dir)
+        self.parent = parent
+        self.started = time.time()
+        if parent and self.output_dir.resolve() in (parent.resolve(), *parent.resolve().parents):
+            raise UserError(
+                f"--output_dir {self.output_dir} is the stage this run starts from, or holds it. Give another one."
+            )
+        if data.eval is None:
+            if args.load_best_model_at_end or args.early_stopping_patience is not None:
+                raise UserError(
+                    "choosing the best model and stopping early need held-out rows, and there are none. Give "
+                    "--eval_files, or a larger --eval_ratio."
+                )
+            args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
+        align_special_tokens(model, tokenizer)  # a chat template may have brought another end token
+        self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
+        check_same_data(self.recipe["data"])
+        pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.run, self.changes = begin(args, self.recipe, pipeline)
+        args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
+
+    @cached_property
+    def lineage(self) -> dict:
+        """Parent directory, its weights' hash, and the id that all stages of one pipeline share."""
+        if self.parent is None:
+            return {"parent": None, "pipeline": self.run["pipeline"]}
+        record = read_stage(self.parent)
+        return {
+            "parent": provenance(self.parent),
+            "pipeline": record.get("pipeline") or self.parent.name,
+        }
+
+    @cached_property
+    def description(self) -> dict:
+        """What is known of the run before it begins."""
+        return {
+            "stage": self.kind,
+            **self.lineage,
+            "data": self.facts,
+            "options": changed_options(self.args),
+            "seed": self.args.seed,
+            "git_commit": git_commit(),
+            "command": " ".join(sys.argv),
+            "python": sys.version.split()[0],
+            "libraries": library_versions(),
+        }
+
+    def watch(self, trainer: Trainer) -> None:
+        """Progress lines, samples, the report, early stopping."""
+        args, tokenizer = self.args, trainer.processing_class
+        trainer.remove_callback(PrinterCallback)
+        self.progress = ProgressCallback(self.output_dir, trainer, bits_per_nat(self.facts["train"]))
+        trainer.callback_handler.callbacks.insert(0, self.progress)
+        self.samples = None
+        if args.sample_steps >= 0:
+            positions = trainer.model.config.max_position_embeddings
+            prompts = prepare_prompts(args, self.name != "pretrain", tokenizer, positions)
+            self.samples = SampleCallback(
+                trainer, tokenizer, prompts, self.output_dir, args.sample_steps, args.sample_tokens
+            )
+            trainer.add_callback(self.samples)
+        if args.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+        if args.metric_for_best_model:
+            trainer.add_callback(Baseline())
+        trainer.add_callback(ReportCallback(self.output_dir, self.description))
+
+    def announce(self, trainer: Trainer) -> None:
+        """Print data, parameters and steps of the run to come, and let `trainer` report its progress in our lines."""
+        if self.args.deepspeed and not trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                "--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables"
+            )
+        self.watch(trainer)
+        if getattr(trainer.model.config, "num_experts", 0):
+            trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
+        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+
+        trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
+        trainer.stage = self
+        trainer.add_callback(HeartbeatCallback())
+        trainer.add_callback(InterruptCallback(trainer))
+        if self.name != "dpo":  # TRL gathers the rewards of a micro-batch, which needs as many on every process
+            share_last_rows(trainer)
+        prepare_checkpoint(trainer)
+        trainer.add_callback(ResumeCallback(trainer))
+        decorations = (ProgressCallback, SampleCallback, ReportCallback, PlanCallback, RouterLoadCallback)
+        install_guards(trainer, self.output_dir, *decorations, HeartbeatCallback)
+        trainer.add_callback(ChangeCallback(trainer))
+        from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
+
+        examine_run(self.name, trainer, self.facts, self.parent)
+        if is_main_process():
+            with decoration("describing the run"):
+                self._describe(trainer)
+
+    def _describe(self, trainer: Trainer) -> None:
+        """Print data, parameters and steps."""
+        args, model, facts = self.args, trainer.model, self.facts
+        world = args.world_size
+        batch = Batch(world, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        epoch = math.ceil(len(trainer.train_dataset) / batch.rows)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+        parameters = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        start = args.resume_from_checkpoint or self.parent or "random weights"
+        say(f"{self.kind} -> {self.output_dir}  (from {start})")
+        for part, title in (("train", "  train  "), ("eval", "  eval   ")):
+            counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
+            listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+            files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
+            say(f"{translated(title)}{listed}  {translated(files)}")
+        active = active_parameters(model)
+        shown = f"{parameters / 1e6:.2f} M"
+        shown += translated(f" ({active / 1e6:.2f} M active)") if active < parameters else ""
+        shown += translated(f", {trainable / 1e6:.2f} M trained") if trainable < parameters else ""
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
+        say(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
+        say(
+            f"  steps  {steps:,} of {batch}, learning rate "
+            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+        )
+
+    def finish(
+        self,
+        trainer: ResumableTrainer,
+        tokenizer: PreTrainedTokenizerFast,
+        measure: Callable[[Trainer], dict],
+        report: dict | None = None,
+    ) -> None:
+        """Write the stage directory, every file at once: the model, then `stage.json` with what `measure` finds, and
+        last what only tells about the run. All processes call it."""
+        try:
+            self._write(trainer, tokenizer, measure, report)
+        finally:
+            unlock_directory()
+        leave_process_group(trainer)
+
+    def _write(self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, measure, report) -> None:
+        trainer.check_weights()
+        try:
+            with reports_disk_errors(self.output_dir, weights_bytes(trainer.model)):
+                self._write_model(trainer, tokenizer)
+        except UserError:
+            shutil.rmtree(self.output_dir / ".partial", ignore_errors=True)
+            raise
+        metrics = measure(trainer)
+        if is_main_process():
+            record = self._record(trainer, tokenizer, metrics, report)
+            with reports_disk_errors(self.output_dir):
+                write_json(self.output_dir / "stage.json", record)
+        if self.samples:
+            self.samples.sample(trainer.state)
+        if is_main_process():
+            self._decorate(trainer, record, report)
+            say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
+            keep_output_writable()
+
+    def _write_model(self, trainer: Trainer, tokenizer: PreTrainedTokenizerFast) -> None:
+        partial = self.output_dir / ".partial"
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        save_model(trainer, partial)
+        if not is_main_process():
+            return
+        tokenizer.save_pretrained(partial)
+        torch.save(self.args, partial / "training_args.bin")
+        sync_files(partial)
+        (self.output_dir / "stage.json").unlink(missing_ok=True)
+        for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
+            (self.output_dir / stale).unlink(missing_ok=True)
+        for file in partial.iterdir():
+            file.replace(self.output_dir / file.name)
+        partial.rmdir()
+
+    def _record(
+        self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None
+    ) -> dict:
+        state = trainer.state
+        return {
+            **self.description,
+            "weights": weights_hash(self.output_dir),
+            "weights_step": trainer.weights_step,
+            "tokenizer": tokenizer_hash(tokenizer),
+            "steps": state.global_step,
+            "extended": self.run["extended"],
+            "tokens_seen": int(state.num_input_tokens_seen),
+            "tokens_per_second": round(self.progress.tokens_per_second(state), 1),
+            "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
+            "metrics": metrics,
+            "best": self.best(trainer),
+            "seconds": round(time.time() - self.started, 1),
+        }
+
+    def _decorate(self, trainer: Trainer, record: dict, report: dict | None) -> None:
+        """Write what only tells about the run that is complete: whatever goes wrong is said and ends nothing."""
+        if report:
+            with decoration("keeping the mask report"):
+                write_json(self.output_dir / "mask_report.json", report)
+        with decoration("the losses of single tokens"):
+            record["token_loss"] = self.token_loss(trainer)
+            write_json(self.output_dir / "stage.json", record)
+        with decoration("loss.png"):
+            from minimind.training.plots import plot_loss  # matplotlib may be missing or broken
+
+            log = read_log(self.output_dir / "train_log.jsonl")
+            plot_loss(log, self.output_dir / "loss.png", title_of(self.kind, self.output_dir), loss_unit(self.kind))
+        if written := write_report(self.output_dir):
+            say(f"report: {written}")
+
+    def best(self, trainer: ResumableTrainer) -> dict | None:
+        """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
+        state, metric = trainer.state, self.args.metric_for_best_model
+        if state.best_metric is None or not math.isfinite(state.best_metric):
+            return None
+        logged = metric if metric.startswith("eval_") else f"eval_{metric}"
+        # The state's own best step is that of a checkpoint, and there may be none.
+        step = next((each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0)
+        best = {"metric": metric, "value": float(state.best_metric), "step": step}
+        if not step:
+            say(f"no evaluation was better than the {metric} {best['value']:.4f} before the first step")
+        elif self.args.load_best_model_at_end and trainer.weights_step == step:
+            say(f"the best model is that of step {step:,}: {metric} {best['value']:.4f}")
+        elif self.args.load_best_model_at_end:
+            say(
+                f"warning: the best evaluation is that of step {step:,}: {metric} {best['value']:.4f}, but its "
+                f"checkpoint is not there: the weights of step {trainer.weights_step:,} were saved"
+            )
+        return best
+
+    def token_loss(self, trainer: Trainer) -> dict | None:
+        """How the loss of single held-out tokens is distributed; None for pairs, and where weights are spread."""
+        known = self.name in ("pretrain", "sft") and isinstance(trainer.eval_dataset, Dataset)
+        if not known or is_deepspeed_zero3_enabled():
+            return None
+        losses = token_losses(trainer)
+        losses = losses[~losses.isnan()]
+        return token_loss_distribution(losses) if len(losses) else None
+
+
+def changed_options(args: transformers.TrainingArguments) -> dict:
+    """Options of a run that are not the library's defaults, as JSON; without tokens, which the library masks."""
+    given, changed = args.to_dict(), {}
+    defaults = {field.name: field for field in (*dataclasses.fields(args), *dataclasses.fields(TrainingArguments))}
+    for name, field in defaults.items():
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default.value if isinstance(default, Enum) else default
+        elsewhere = name.endswith("_token") or name in ("output_dir", "run_name", "local_rank")
+        if name in given and given[name] != default and not elsewhere:
+            changed[name] = given[name]
+    return json.loads(json.dumps(changed, default=str))
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that one token passes: all, but of a layer's routed experts only those it visits."""
+    config = model.config
+    if not config.num_experts:
+        return sum(p.numel() for p in model.parameters())
+    idle = 1 - config.num_experts_per_tok / config.num_experts
+    return round(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in model.named_parameters()))
+
+
+def save_model(trainer: Trainer, directory: Path) -> None:
+    """Save weights, config and model code; every process calls it, since sharded weights are gathered.
+
+    Identical to `Trainer.save_model` except: a tied `lm_head.weight` is written once also under ZeRO, where accelerate
+    clones the state dict and the library no longer sees that the two are one; `use_cache`, which training turns off,
+    is on again; an adapter names its base by an absolute path.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_main_process():
+        return
+    # TRL shadows `forward` on the instance; the saved code is the class's, so nothing of it reaches the checkpoint.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for tied in base.all_tied_weights_keys:
+        state_dict.pop(tied, None)
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
+        model.peft_config[name].base_model_name_or_path = str(Path(base.config._name_or_path).resolve())
+    use_cache, base.config.use_cache = base.config.use_cache, True
+    try:
+        model.save_pretrained(directory, state_dict=state_dict)
+    finally:
+        base.config.use_cache = use_cache  # an evaluation may follow
+    (directory / "README.md").unlink(missing_ok=True)  # peft's model card, a form with empty fields
+
+
+def git_commit() -> str | None:
+    """The commit of the project's checkout, with "+" where it has uncommitted changes; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", timeout=30)
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, or not one that works
+        return None
+    return run.stdout.strip() or None
