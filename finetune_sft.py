@@ -13,14 +13,15 @@ Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; wit
 from transformers import set_seed
 
 from minimind.common.errors import decoration, reports_user_errors
+from minimind.common.launch import is_main_process
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_conversations
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import has_roles, inspect_chats
 from minimind.inspection.display import print_inspection
 from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
-from minimind.training.launch import is_main_process
-from minimind.training.run import Stage, adapter_config, check_length, starting_point
+from minimind.training.run import Stage
+from minimind.training.starting_point import adapter_config, check_length, starting_point
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import ChatSFTTrainer
 

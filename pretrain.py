@@ -18,7 +18,8 @@ from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
 from minimind.training.optimizers import build_optimizer
-from minimind.training.run import Stage, check_length, new_model, starting_point
+from minimind.training.run import Stage
+from minimind.training.starting_point import check_length, new_model, starting_point
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import BlockTrainer
 

@@ -12,14 +12,15 @@ Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an a
 from transformers import set_seed
 
 from minimind.common.errors import decoration, reports_user_errors
+from minimind.common.launch import is_main_process
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_preferences
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
-from minimind.training.launch import is_main_process
-from minimind.training.run import Stage, adapter_config, check_length, frozen_copy, starting_point
+from minimind.training.run import Stage
+from minimind.training.starting_point import adapter_config, check_length, frozen_copy, starting_point
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import PreferenceTrainer
 

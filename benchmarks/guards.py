@@ -25,7 +25,7 @@ from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback
 from minimind.training.guards import GuardCallback, install_guards
-from minimind.training.run import new_model
+from minimind.training.starting_point import new_model
 from minimind.training.trainers import BlockTrainer
 
 WARM_UP = 10  # steps that are not counted

@@ -28,7 +28,8 @@ from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
-from minimind.training.run import Stage, new_model
+from minimind.training.run import Stage
+from minimind.training.starting_point import new_model
 
 WARM_UP = 5
 

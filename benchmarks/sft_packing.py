@@ -22,10 +22,10 @@ from side_by_side import DEVICE, device_name
 from trl import SFTConfig, SFTTrainer
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.common.launch import bf16_is_fast
 from minimind.data.chats import load_conversations
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments
-from minimind.training.launch import bf16_is_fast
 from minimind.training.trainers import ChatSFTTrainer
 
 

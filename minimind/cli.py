@@ -431,9 +431,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """`minimind evaluate`."""
     from contextlib import redirect_stdout
 
-    from minimind.chat import load_for_generation
     from minimind.data.columns import Columns
     from minimind.evaluation import evaluate
+    from minimind.generation import load_for_generation
 
     columns = Columns(args.columns, args.unread_columns)
     with redirect_stdout(sys.stderr):  # what the loaders say is not the report
@@ -528,9 +528,9 @@ def run_replay(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """`minimind export`."""
+    from minimind.common.launch import prepare_launch
     from minimind.export import export
     from minimind.export.verification import report
-    from minimind.training.launch import prepare_launch
 
     prepare_launch(uses_deepspeed=False)
     check_output(args.out, directory=True)
@@ -541,9 +541,9 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     """`minimind merge`."""
+    from minimind.common.launch import prepare_launch
     from minimind.export.merging import merge
     from minimind.export.verification import report
-    from minimind.training.launch import prepare_launch
 
     prepare_launch(uses_deepspeed=False)
     check_output(args.out, directory=True)

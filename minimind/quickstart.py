@@ -17,16 +17,16 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from minimind import MiniMindConfig
-from minimind.chat import load_for_generation
 from minimind.common.errors import reports_user_errors
 from minimind.common.files import read_json, require_fields, write_json
 from minimind.common.language import say, translated
+from minimind.common.launch import bf16_is_fast, prepare_launch
 from minimind.common.recipes import read_recipe
 from minimind.common.terminal import Terminal
 from minimind.costs.slowness import seen_reasons, usage
 from minimind.evaluation import answer, read_questions, score
+from minimind.generation import load_for_generation
 from minimind.training.arguments import PretrainConfig, load_model_config_file
-from minimind.training.launch import bf16_is_fast, prepare_launch
 from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")

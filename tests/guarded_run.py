@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common.errors import UserError
+from minimind.common.launch import prepare_launch
 from minimind.data.packing import BlockCollator
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback
 from minimind.training.guards import install_guards
-from minimind.training.launch import prepare_launch
 from minimind.training.trainers import BlockTrainer
 
 

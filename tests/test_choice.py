@@ -17,7 +17,7 @@ from minimind.stage_directory import read_stage, weights_hash
 from minimind.training import run as stages
 from minimind.training.arguments import PretrainConfig, parse
 from minimind.training.callbacks import Baseline, EarlyStopping
-from minimind.training.checkpoints import ResumableTrainer
+from minimind.training.resumable_trainer import ResumableTrainer
 from minimind.training.trainers import ScheduledTrainer
 
 STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3

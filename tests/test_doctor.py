@@ -24,7 +24,7 @@ from minimind.doctor.checks import CHECKS, Case, accumulation_error, tiny_config
 from minimind.planning.planned_runs import read_recipes
 from minimind.planning.plans import make_plan
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
-from minimind.training.checkpoints import flat
+from minimind.training.definition import flat
 from minimind.training.trainers import ScheduledTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")

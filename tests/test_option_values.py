@@ -18,7 +18,7 @@ from minimind.planning.planned_runs import STAGES
 from minimind.training import arguments
 from minimind.training.arguments import parse
 from minimind.training.parser import StageParser
-from minimind.training.run import adapter_config, new_model
+from minimind.training.starting_point import adapter_config, new_model
 from minimind.training.trainers import BlockTrainer
 
 VALUES = ("-1", "0", "nan", "inf", "1e30", str(10**30), "banana", "")

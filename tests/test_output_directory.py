@@ -15,7 +15,7 @@ from test_resume import KilledError, command, kill_at, log_of, run
 from minimind.common.errors import UserError
 from minimind.common.locks import lock, unlock
 from minimind.stage_directory import new_directory, read_stage, weights_hash
-from minimind.training.checkpoints import changed
+from minimind.training.definition import changed
 from minimind.training.output_directory import (
     CHECKPOINT_FILES,
     LOCK,

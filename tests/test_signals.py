@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainingArguments
 import minimind.training.signals as signals
 from minimind.training import checkpoints as resume
 from minimind.training import saving
-from minimind.training.checkpoints import ResumableTrainer
 from minimind.training.report import ReportCallback
+from minimind.training.resumable_trainer import ResumableTrainer
 from minimind.training.saving import SaveCallback
 from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, NOT_SAVED, InterruptCallback
 

@@ -21,7 +21,7 @@ from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.stage_directory import load_model, read_stage, require_stage, weights_hash
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
-from minimind.training.checkpoints import ResumableTrainer
+from minimind.training.resumable_trainer import ResumableTrainer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 

@@ -13,19 +13,19 @@ from pipeline import chat_rows, document_rows, failure, run_cli, run_script, sho
 from safetensors.torch import load_file, save_file
 
 from minimind import quickstart
-from minimind.chat import load_for_generation
 from minimind.cleaning.pipeline import finished_report
 from minimind.common.errors import UserError
 from minimind.common.files import hash_file, read_json, write_json
 from minimind.common.recipes import read_deepspeed
 from minimind.doctor import doctor
+from minimind.generation import load_for_generation
 from minimind.stage_directory import load_model, read_stage, weights_hash
 from minimind.training.arguments import load_model_config_file
 from minimind.training.checkpoints import last_whole_checkpoint, problem_of
 from minimind.training.output_directory import MANIFEST, RUN, read_record
 from minimind.training.replay import replay
 from minimind.training.report import write_report
-from minimind.training.run import new_model, starting_point
+from minimind.training.starting_point import new_model, starting_point
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 

@@ -22,19 +22,19 @@ from datasets import Dataset
 from rich.table import Table
 from rich.text import Text
 
-from minimind.chat import Streamer
+from minimind.common import launch
 from minimind.common.errors import UserError, reports_user_errors
 from minimind.common.language import say
+from minimind.common.launch import open_meeting_point, refuse_code_in_pickles
 from minimind.common.streams import json_text
 from minimind.common.terminal import Terminal
 from minimind.data import templates
 from minimind.data.chat_encoder import ChatEncoder, set_chat_template
 from minimind.data.conversations import Conversation
 from minimind.data.files import expand
+from minimind.generation import Streamer
 from minimind.importing import import_checkpoint
-from minimind.training import launch
 from minimind.training.checkpoints import write_manifest
-from minimind.training.launch import open_meeting_point, refuse_code_in_pickles
 from tests.pipeline import (
     assistant,
     chat_rows,

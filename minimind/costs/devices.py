@@ -146,7 +146,7 @@ def this_card() -> Device:
     """This machine's first card; its peak is measured once, where it is not in the table."""
     import torch
 
-    from minimind.training.launch import bf16_is_fast
+    from minimind.common.launch import bf16_is_fast
 
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     if known := find_card(name):
@@ -161,7 +161,7 @@ def this_cpu() -> Device:
     """This machine without its cards; its peak is the best measured so far, on as many threads as torch takes."""
     import torch
 
-    from minimind.training.launch import bf16_is_fast
+    from minimind.common.launch import bf16_is_fast
 
     native = [torch.bfloat16] if bf16_is_fast("cpu") else []
     peaks = [FASTEST.get(("cpu", dtype)) or matmul_peak("cpu", dtype) for dtype in (*native, torch.float32)]
@@ -205,7 +205,7 @@ def measure_again(precision: str) -> None:
     """Give the CPU another chance to show its peak; that of a card stays."""
     import torch
 
-    from minimind.training.launch import bf16_is_fast
+    from minimind.common.launch import bf16_is_fast
 
     if not torch.cuda.is_available():
         half = precision != "fp32" and bf16_is_fast("cpu")

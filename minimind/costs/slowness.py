@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from minimind.training.launch import bf16_is_fast
+from minimind.common.launch import bf16_is_fast
 
 BUSY = 0.3  # cores that others take: less is the system itself
 SWAPPED = 2**26  # bytes that went to the disk or came back

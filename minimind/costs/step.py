@@ -18,7 +18,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
@@ -399,3 +402,12 @@ def model_states(model: nn.Module, step: Step) -> dict[str, float]:
         host, weights, reference = host + weights, 0.0, 0.0
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "reference": reference}
     return parts | {"buckets": buckets, "host": host}
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that one token passes: all, but of a layer's routed experts only those it visits."""
+    config = model.config
+    if not config.num_experts:
+        return sum(p.numel() for p in model.parameters())
+    idle = 1 - config.num_experts_per_tok / config.num_experts
+    return round(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in model.named_parameters()))

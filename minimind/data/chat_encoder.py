@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from minimind.common.errors import UserError
 from minimind.common.language import say
+from minimind.common.launch import is_main_process
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
 from minimind.data.files import BadRowError
@@ -28,7 +29,6 @@ from minimind.data.templates import WRITTEN, WRITTEN_PER_CHARACTER, bounded
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
 from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
-from minimind.training.launch import is_main_process
 
 FEW = 16  # conversations that are not worth setting up the fast engine for
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}

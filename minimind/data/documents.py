@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from minimind.common.cache import Contents, find_or_build
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
+from minimind.common.launch import is_main_process
 from minimind.data.columns import Columns
 from minimind.data.files import expand, read_documents, total_size
 from minimind.data.markers import Boundaries
@@ -29,7 +30,6 @@ from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
-from minimind.training.launch import is_main_process
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
 EARLY = 10_000  # rows after which columns that nobody reads stop the preparation, and not only at its end

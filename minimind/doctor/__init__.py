@@ -8,11 +8,11 @@ from transformers import Trainer
 
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
+from minimind.common.launch import is_main_process
 from minimind.common.recipes import read_deepspeed
 from minimind.doctor import budget  # noqa: F401 (registers its checks)
 from minimind.doctor.cases import read_case
 from minimind.doctor.checks import CHECKS, SEVERITIES, Case, Finding
-from minimind.training.launch import is_main_process
 
 NAMED = 3  # checks that were left out for the same reason; of more the number
 

@@ -9,9 +9,10 @@ from peft import PeftModel
 
 from minimind.costs.devices import find_device
 from minimind.costs.step import CHINCHILLA
+from minimind.costs.units import duration, gib
 from minimind.doctor.checks import Case, check, sample, seconds_of_step, value_of
 from minimind.planning.planned_runs import Rows, padded_length, sequence_lengths
-from minimind.planning.plans import Plan, advice, duration, gib, make_plan
+from minimind.planning.plans import Plan, advice, make_plan
 from minimind.training.trainers import ScheduledTrainer
 
 SCHEDULE_SAMPLE = 1000  # steps whose rates are added up

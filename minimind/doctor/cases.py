@@ -22,7 +22,7 @@ from minimind.stage_directory import require_stage
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import parse
 from minimind.training.parser import StageParser, with_recipe
-from minimind.training.run import check_attention, new_model, starting_point
+from minimind.training.starting_point import check_attention, new_model, starting_point
 from minimind.training.trainers import PreferenceCollator
 
 

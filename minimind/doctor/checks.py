@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import UserError
+from minimind.common.launch import bf16_is_fast
 from minimind.data.chats import ChatArguments
 from minimind.inspection import Inspection, data_paths, inspect_chats, inspect_documents
 from minimind.inspection.tokens import Texts
 from minimind.planning.planned_runs import STAGES
 from minimind.stage_directory import read_stage
-from minimind.training.checkpoints import flat
-from minimind.training.launch import bf16_is_fast
+from minimind.training.definition import flat
 from minimind.training.saving import checkpoint_bytes
 from minimind.training.tracking import offline_reason
 

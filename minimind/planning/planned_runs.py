@@ -49,7 +49,7 @@ from minimind.training.arguments import (
     StageParser,
     parse_options,
 )
-from minimind.training.run import check_length, new_model
+from minimind.training.starting_point import check_length, new_model
 
 COUNTED = 2**25  # bytes of data that are tokenised whole; of more, a sample
 SAMPLE = 2**22

@@ -15,7 +15,7 @@ from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.streams import json_text
 from minimind.common.terminal import Terminal
-from minimind.costs.devices import GIB, Device, Price, find_device
+from minimind.costs.devices import Device, Price, find_device
 from minimind.costs.step import (
     CHINCHILLA,
     Step,
@@ -26,6 +26,7 @@ from minimind.costs.step import (
     model_states,
     parameter_counts,
 )
+from minimind.costs.units import amount, duration, gib, millions
 from minimind.planning.planned_runs import Recipe, Rows, deepspeed_of, read_recipes
 
 BATCH_LIMIT = 2**16
@@ -151,7 +152,8 @@ def run(
     Raises:
         UserError: an unknown device, or what `read_recipes` and `make_plan` refuse.
     """
-    from minimind.planning.measuring import MEASURED_STEPS, measure
+    from minimind.planning.measuring import measure
+    from minimind.training.step_meter import MEASURED_STEPS
 
     datasets.disable_progress_bars()
     plans = []
@@ -424,28 +426,3 @@ def advice(plan: Plan) -> str:
     elif not plan.largest_batch:
         said += " Take a smaller model, more processes under ZeRO, or a larger device"
     return said + "."
-
-
-def millions(count: int) -> str:
-    """A number of parameters."""
-    return f"{count / 1e6:,.2f} M"
-
-
-def amount(value: float) -> str:
-    """A large number with its unit: k, M, G (10^9) or T."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:,.3g} {unit}"
-    return f"{value:,.3g}"
-
-
-def gib(value: float) -> str:
-    """Bytes in GiB, small ones in MiB."""
-    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / 2**20:.0f} MiB"
-
-
-def duration(hours: float) -> str:
-    """Hours, minutes or seconds, whichever says it shortest."""
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{max(hours * 3600, 1):.0f} s"

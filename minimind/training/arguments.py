@@ -23,6 +23,7 @@ from minimind.common.cache import cache_directory, discard, lock, places, refusi
 from minimind.common.errors import UserError
 from minimind.common.files import read_json
 from minimind.common.language import say
+from minimind.common.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.common.options import suggestion
 from minimind.common.recipes import read_deepspeed
 from minimind.data.columns import NAMES, Columns
@@ -31,7 +32,6 @@ from minimind.data.markers import POLICIES
 from minimind.data.mixing import STOPPING
 from minimind.data.packing import STRATEGIES
 from minimind.data.world import write_world
-from minimind.training.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, check_output_directory, checkpoints
 from minimind.training.parser import StageParser, read_options

@@ -170,7 +170,7 @@ def work_of(trainer: Trainer) -> tuple[float, str]:
     """FLOPs of one device for each token that all of them train, and the precision of a run."""
     from minimind.costs.devices import this_device
     from minimind.costs.step import flops
-    from minimind.planning.measuring import step_of
+    from minimind.training.step_meter import step_of
 
     step, _ = step_of(trainer, this_device())
     work = flops(trainer.accelerator.unwrap_model(trainer.model), step)

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from minimind.common.errors import UserError, reason
 from minimind.common.language import say
-from minimind.training.launch import is_main_process
+from minimind.common.launch import is_main_process
 from minimind.training.saving import REMEDY, disk_fault, not_written, reports_disk_errors
 
 # What DeepSpeed's converter knows: weights, first and second moment.
@@ -30,7 +30,7 @@ CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # DeepSpeed's program, which loads what it converts as a resumed run does: without the code that a file asks for.
 CONVERTER = """
 from runpy import run_module
-from minimind.training.launch import refuse_code_in_pickles
+from minimind.common.launch import refuse_code_in_pickles
 refuse_code_in_pickles()
 run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
 """

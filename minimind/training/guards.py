@@ -24,8 +24,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import read_json, write_json
+from minimind.common.launch import is_main_process, notice
 from minimind.training.checkpoints import doubt
-from minimind.training.launch import is_main_process, notice
 from minimind.training.saving import SaveCallback, Writing, numel
 
 WINDOW, ENOUGH = 64, 16  # steps that a loss is compared with, at most and at least
@@ -278,7 +278,7 @@ def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm:
 
     batch.json (written last, where all else was)  rank-0.safetensors ...  model/ (a stage directory)
     """
-    from minimind.training.run import save_model
+    from minimind.training.saving import save_model
 
     args = trainer.args
     tensors = {

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
 from minimind.common.errors import UserError
-from minimind.training.launch import bf16_is_fast
+from minimind.common.launch import bf16_is_fast
 
 
 class Bf16AsFp32(TorchFunctionMode):

@@ -14,21 +14,10 @@ from accelerate.utils import broadcast_object_list
 from minimind.common.errors import UserError
 from minimind.common.files import read_json, write_json
 from minimind.common.language import say
-from minimind.training.checkpoints import (
-    DECISIVE,
-    INFORMATION,
-    LENGTH,
-    WORLD,
-    changed,
-    differences,
-    is_about,
-    last_whole_checkpoint,
-    listed,
-    problem_of,
-    read_manifest,
-)
+from minimind.common.launch import is_main_process
+from minimind.training.checkpoints import last_whole_checkpoint, problem_of, read_manifest
+from minimind.training.definition import DECISIVE, INFORMATION, LENGTH, WORLD, changed, differences, is_about, listed
 from minimind.training.elastic import check_world_size
-from minimind.training.launch import is_main_process
 from minimind.training.output_directory import (
     RECIPE,
     RUN,

@@ -1,6 +1,5 @@
 """One run of a stage: where it starts, what it says, and the stage directory it writes (see checkpoints.py)."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -14,14 +13,11 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
 from transformers import (
-    AutoModelForCausalLM,
     IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -31,27 +27,21 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import align_special_tokens
-from trl import ModelConfig, get_peft_config
 
-from minimind import MiniMindConfig
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import sync_files, write_json
 from minimind.common.language import say, translated
+from minimind.common.launch import is_main_process, leave_process_group
 from minimind.common.streams import keep_output_writable
+from minimind.costs.step import active_parameters
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.stage_directory import (
-    check_kind,
-    check_vocabulary,
     library_versions,
-    load_model,
     provenance,
     read_stage,
-    reason,
-    require_stage,
     weights_hash,
 )
-from minimind.tokenizer import load_tokenizer, tokenizer_hash
-from minimind.training.arguments import load_model_config_file
+from minimind.tokenizer import tokenizer_hash
 from minimind.training.callbacks import (
     Baseline,
     ChangeCallback,
@@ -59,94 +49,21 @@ from minimind.training.callbacks import (
     ProgressCallback,
     RouterLoadCallback,
 )
-from minimind.training.checkpoints import ResumableTrainer, ResumeCallback, recipe_of
+from minimind.training.definition import recipe_of
 from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards
 from minimind.training.heartbeat import HeartbeatCallback
-from minimind.training.launch import is_main_process, leave_process_group
 from minimind.training.output_directory import unlock_directory
 from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
+from minimind.training.resumable_trainer import ResumableTrainer, ResumeCallback
 from minimind.training.resume import begin
 from minimind.training.samples import SampleCallback, prepare_prompts
-from minimind.training.saving import reports_disk_errors, weights_bytes
+from minimind.training.saving import reports_disk_errors, save_model, weights_bytes
 from minimind.training.signals import InterruptCallback
 
 # An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
 # could mend.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-
-
-def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None):
-    """A MiniMind with random weights, its vocabulary and special ids those of the tokenizer.
-
-    Raises:
-        UserError: the file is wrong, or its vocabulary is too small for the tokenizer.
-    """
-    check_attention(attn_implementation)
-    fields = load_model_config_file(config_file)
-    fields.setdefault("vocab_size", len(tokenizer))
-    try:
-        config = MiniMindConfig(
-            **fields,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        check_memory(config, config_file)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except Exception as error:  # values may be of any type and size
-        raise UserError(f"{config_file}: {reason(error)}") from error
-    check_vocabulary(model, tokenizer, config_file)
-    return model
-
-
-def check_memory(config: MiniMindConfig, config_file: str) -> None:
-    """Raises UserError where the weights alone are larger than this machine's memory, unless they take none."""
-    if torch.get_default_device().type == "meta":
-        return
-    with torch.device("meta"):
-        weights = 4 * sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
-    if weights > (memory := psutil.virtual_memory().total):
-        raise UserError(
-            f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine has "
-            f"{memory / 2**30:,.0f}. Make it smaller; the sizes are in configs/model/."
-        )
-
-
-def starting_point(
-    given: str | None, attn_implementation: str | None = None, default: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
-    """Model, tokenizer and directory of the stage that the next one starts from.
-
-    Without a given directory it is `default`; where that does not exist either, a tiny model with random weights and
-    the default tokenizer, so that every script runs by itself.
-    """
-    if given is None and not (default and (Path(default) / "stage.json").exists()):
-        if is_main_process():
-            say(f"no stage at {default}: starting from a tiny model with RANDOM weights (--model_name_or_path)")
-        tokenizer = load_tokenizer()
-        return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
-    path = require_stage(given or default)
-    check_attention(attn_implementation)
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, attn_implementation)
-    check_kind(model.config, path)
-    check_vocabulary(model, tokenizer, path)
-    return model, tokenizer, path
-
-
-def check_attention(attn_implementation: str | None) -> None:
-    """Raises UserError where a back-end cannot train here, which the libraries say in the first backward at best."""
-    if attn_implementation == "flex_attention" and not torch.cuda.is_available():
-        raise UserError(
-            "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa is the default."
-        )
-
-
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that DPO compares with; TRL would otherwise load one from the path in the config, which a merged or
-    random model has not."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def check_same_data(data: dict) -> None:
@@ -156,27 +73,6 @@ def check_same_data(data: dict) -> None:
             "the processes of this run have read different data: a file changed while they started, or their hosts "
             "have other files. Run the command again when nothing writes to the files."
         )
-
-
-def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
-    """The adapter that the options ask for, or None; raises UserError where it does not fit the model."""
-    from minimind.costs.step import empty_model  # it plans stages, and so imports this module
-
-    config = get_peft_config(args)
-    if config is not None:
-        empty_model(copy.deepcopy(model.config), config)
-    return config
-
-
-def check_length(name: str, length: int, config: MiniMindConfig) -> None:
-    """Raises UserError where rows are longer than the model has positions, or too short to predict anything."""
-    if length > config.max_position_embeddings:
-        raise UserError(
-            f"--{name} {length:,} is beyond the model's max_position_embeddings ({config.max_position_embeddings:,}). "
-            f"Lower --{name}, or train a model with more positions."
-        )
-    if length < 2:
-        raise UserError(f"--{name} is {length}, expected at least 2: a row predicts each token from those before it.")
 
 
 class Stage:
@@ -283,7 +179,7 @@ class Stage:
         self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
-        from minimind.planning.measuring import PlanCallback  # it plans stages, and so imports this module
+        from minimind.training.step_meter import PlanCallback
 
         trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         trainer.stage = self
@@ -460,41 +356,6 @@ def changed_options(args: transformers.TrainingArguments) -> dict:
         if name in given and given[name] != default and not elsewhere:
             changed[name] = given[name]
     return json.loads(json.dumps(changed, default=str))
-
-
-def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that one token passes: all, but of a layer's routed experts only those it visits."""
-    config = model.config
-    if not config.num_experts:
-        return sum(p.numel() for p in model.parameters())
-    idle = 1 - config.num_experts_per_tok / config.num_experts
-    return round(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in model.named_parameters()))
-
-
-def save_model(trainer: Trainer, directory: Path) -> None:
-    """Save weights, config and model code; every process calls it, since sharded weights are gathered.
-
-    Identical to `Trainer.save_model` except: a tied `lm_head.weight` is written once also under ZeRO, where accelerate
-    clones the state dict and the library no longer sees that the two are one; `use_cache`, which training turns off,
-    is on again; an adapter names its base by an absolute path.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not is_main_process():
-        return
-    # TRL shadows `forward` on the instance; the saved code is the class's, so nothing of it reaches the checkpoint.
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    for tied in base.all_tied_weights_keys:
-        state_dict.pop(tied, None)
-    if isinstance(model, PeftModel):
-        name = model.active_adapter
-        model.peft_config[name].base_model_name_or_path = str(Path(base.config._name_or_path).resolve())
-    use_cache, base.config.use_cache = base.config.use_cache, True
-    try:
-        model.save_pretrained(directory, state_dict=state_dict)
-    finally:
-        base.config.use_cache = use_cache  # an evaluation may follow
-    (directory / "README.md").unlink(missing_ok=True)  # peft's model card, a form with empty fields
 
 
 def git_commit() -> str | None:

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback
+from peft import PeftModel
+from transformers import (
+    Trainer,
+    TrainerCallback,
+)
 
 from minimind.common.errors import UserError
-from minimind.training.launch import is_main_process, notice
+from minimind.common.launch import is_main_process, notice
 from minimind.training.output_directory import delete_checkpoint
 
 PROBE = 1 << 20  # bytes that are really written to learn whether a disk takes them
@@ -260,3 +264,29 @@ class SaveCallback(TrainerCallback):
             return control
 
         return wrapped
+
+
+def save_model(trainer: Trainer, directory: Path) -> None:
+    """Save weights, config and model code; every process calls it, since sharded weights are gathered.
+
+    Identical to `Trainer.save_model` except: a tied `lm_head.weight` is written once also under ZeRO, where accelerate
+    clones the state dict and the library no longer sees that the two are one; `use_cache`, which training turns off,
+    is on again; an adapter names its base by an absolute path.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_main_process():
+        return
+    # TRL shadows `forward` on the instance; the saved code is the class's, so nothing of it reaches the checkpoint.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for tied in base.all_tied_weights_keys:
+        state_dict.pop(tied, None)
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
+        model.peft_config[name].base_model_name_or_path = str(Path(base.config._name_or_path).resolve())
+    use_cache, base.config.use_cache = base.config.use_cache, True
+    try:
+        model.save_pretrained(directory, state_dict=state_dict)
+    finally:
+        base.config.use_cache = use_cache  # an evaluation may follow
+    (directory / "README.md").unlink(missing_ok=True)  # peft's model card, a form with empty fields

@@ -22,9 +22,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from minimind.common.language import say, translated
+from minimind.common.launch import is_main_process
 from minimind.common.streams import keep_output_writable
 from minimind.training.checkpoints import last_good, problem_of
-from minimind.training.launch import is_main_process
 from minimind.training.report import ReportCallback
 from minimind.training.saving import in_streak
 

@@ -20,8 +20,8 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from minimind.common.errors import UserError, decoration, first_line, install
 from minimind.common.language import say
+from minimind.common.launch import is_main_process
 from minimind.common.streams import printable
-from minimind.training.launch import is_main_process
 
 PROBE_SECONDS = 5
 PROJECT = "minimind"

@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from minimind.common.errors import UserError, decoration
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.evaluation import bits_per_byte
-from minimind.training.checkpoints import ResumableTrainer
+from minimind.training.resumable_trainer import ResumableTrainer
 from minimind.training.schedules import schedule_options
 
 
