@@ -1,4 +1,5 @@
-"""Stage 2, supervised fine-tuning: conversations -> a chat model. Only the assistant's turns are trained.
+"""Stage 2, supervised fine-tuning: conversations -> a chat model. Only the assistant's turns are
+trained.
 
     python finetune_sft.py                                  # the embedded corpus, from runs/pretrain
     python finetune_sft.py --config configs/sft/26m.yaml --train_files chats.jsonl
@@ -34,7 +35,9 @@ def main() -> None:
     set_seed(training_args.seed)
 
     default, corpus = ("runs/sft", "lora") if model_args.use_peft else ("runs/pretrain", "sft")
-    model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation, default)
+    model, tokenizer, parent = starting_point(
+        model_args.model_name_or_path, model_args.attn_implementation, default
+    )
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
     rows = load_conversations(
@@ -45,13 +48,17 @@ def main() -> None:
         roles=not has_roles(tokenizer),
         seed=training_args.seed,
     )
-    inspection = inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all")
+    inspection = inspect_chats(
+        "sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all"
+    )
     if is_main_process():
         with decoration("showing the inspection"):
             print_inspection(inspection, range(1), tokenizer)
     inspection.stop(training_args.on_findings)
 
-    stage = Stage("sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args])
+    stage = Stage(
+        "sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
+    )
     start_tracking(stage, inspection.report)
     trainer = ChatSFTTrainer(
         model=model,

@@ -26,11 +26,15 @@ from minimind.training.trainers import BlockTrainer
 
 @reports_user_errors
 def main() -> None:
-    data_args, model_args, training_args = parse(DataArguments, PretrainModelArguments, PretrainConfig)
+    data_args, model_args, training_args = parse(
+        DataArguments, PretrainModelArguments, PretrainConfig
+    )
     set_seed(training_args.seed)
 
     if model_args.model_name_or_path:
-        model, tokenizer, parent = starting_point(model_args.model_name_or_path, model_args.attn_implementation)
+        model, tokenizer, parent = starting_point(
+            model_args.model_name_or_path, model_args.attn_implementation
+        )
         check_same_tokenizer(model_args.tokenizer, tokenizer)
     else:
         tokenizer, parent = load_tokenizer(model_args.tokenizer), None
@@ -45,7 +49,9 @@ def main() -> None:
         args=training_args,
         train_dataset=blocks.train,
         eval_dataset=blocks.eval,
-        data_collator=BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id, training_args.document_mask),
+        data_collator=BlockCollator(
+            tokenizer.pad_token_id, tokenizer.eos_token_id, training_args.document_mask
+        ),
         processing_class=tokenizer,
         optimizers=(build_optimizer(model, training_args), None),
         eval_counts=blocks.facts["eval"] if blocks.eval else None,
@@ -53,7 +59,9 @@ def main() -> None:
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    stage.finish(trainer, tokenizer, lambda trainer: language_model_metrics(trainer, blocks.facts["eval"]))
+    stage.finish(
+        trainer, tokenizer, lambda trainer: language_model_metrics(trainer, blocks.facts["eval"])
+    )
 
 
 if __name__ == "__main__":

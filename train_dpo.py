@@ -1,4 +1,5 @@
-"""Stage 3, direct preference optimisation: preference pairs -> an aligned chat model (Rafailov et al., 2023).
+"""Stage 3, direct preference optimisation: preference pairs -> an aligned chat model (Rafailov et
+al., 2023).
 
     python train_dpo.py                                     # the embedded corpus, from runs/sft
     python train_dpo.py --config configs/dpo/26m.yaml --train_files pairs.jsonl
@@ -20,7 +21,12 @@ from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
 from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
 from minimind.training.run import Stage
-from minimind.training.starting_point import adapter_config, check_length, frozen_copy, starting_point
+from minimind.training.starting_point import (
+    adapter_config,
+    check_length,
+    frozen_copy,
+    starting_point,
+)
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import PreferenceTrainer
 
@@ -38,7 +44,11 @@ def main() -> None:
     check_length("max_length", training_args.max_length, model.config)
     set_chat_template(tokenizer, chat_args.chat_template)
     rows = load_preferences(
-        data_args.or_embedded("dpo"), tokenizer, training_args.max_length, chat_args, training_args.seed
+        data_args.or_embedded("dpo"),
+        tokenizer,
+        training_args.max_length,
+        chat_args,
+        training_args.seed,
     )
     inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
     if is_main_process():
@@ -46,7 +56,9 @@ def main() -> None:
             print_inspection(inspection, range(2), tokenizer)
     inspection.stop(training_args.on_findings)
 
-    stage = Stage("dpo", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args])
+    stage = Stage(
+        "dpo", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
+    )
     start_tracking(stage, inspection.report)
     trainer = PreferenceTrainer(
         model=model,

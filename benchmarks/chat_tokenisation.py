@@ -1,8 +1,10 @@
-"""Conversations to ids and loss mask: ours, and `apply_chat_template` with its assistant mask, row by row.
+"""Conversations to ids and loss mask: ours, and `apply_chat_template` with its assistant mask, row
+by row.
 
     python benchmarks/chat_tokenisation.py chats.jsonl [more.jsonl ...]
 
-Ids and labels of all rows are compared; prints rows per second of each, from parsed messages on, on one thread each.
+Ids and labels of all rows are compared; prints rows per second of each, from parsed messages on, on
+one thread each.
 """
 
 import argparse
@@ -32,9 +34,13 @@ def main() -> None:
     conversations = [row.data for row in read_rows(args.files, "skip", to_conversation)]
 
     def ours() -> list[list[dict]]:
-        batches = (conversations[start : start + BATCH] for start in range(0, len(conversations), BATCH))
+        batches = (
+            conversations[start : start + BATCH] for start in range(0, len(conversations), BATCH)
+        )
         found = (tokenize_conversations(batch, encoder) for batch in batches)
-        return [[] if isinstance(each, BadRowError) else each.rows for part in found for each in part]
+        return [
+            [] if isinstance(each, BadRowError) else each.rows for part in found for each in part
+        ]
 
     def library() -> list[dict]:
         rows = []
@@ -43,7 +49,12 @@ def main() -> None:
                 messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
             )
             pairs = zip(row["input_ids"], row["assistant_masks"], strict=True)
-            rows.append({"input_ids": row["input_ids"], "labels": [t if mask else -100 for t, mask in pairs]})
+            rows.append(
+                {
+                    "input_ids": row["input_ids"],
+                    "labels": [t if mask else -100 for t, mask in pairs],
+                }
+            )
         return rows
 
     same = sum(mine == [theirs] for mine, theirs in zip(ours(), library(), strict=True))
@@ -51,9 +62,20 @@ def main() -> None:
     speeds = {name: round(len(conversations) / seconds) for name, (seconds, _) in times.items()}
     ratio = round(times["apply_chat_template"][1], 2)
     if args.json:
-        print(json.dumps({"rows": len(conversations), "equal": same, "rows_per_second": speeds, "ratio": ratio}))
+        print(
+            json.dumps(
+                {
+                    "rows": len(conversations),
+                    "equal": same,
+                    "rows_per_second": speeds,
+                    "ratio": ratio,
+                }
+            )
+        )
         return
-    print(f"{device_name()}: {len(conversations):,} conversations, {same:,} with equal ids and labels")
+    print(
+        f"{device_name()}: {len(conversations):,} conversations, {same:,} with equal ids and labels"
+    )
     for name, speed in speeds.items():
         print(f"{name:<20} {speed:>8,} rows/s")
     print(f"ours is {ratio:.2f} times as fast")

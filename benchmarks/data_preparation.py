@@ -1,12 +1,14 @@
-"""Documents -> packed blocks by the classic recipe and by ours, on the same files, with the same ids.
+"""Documents -> packed blocks by the classic recipe and by ours, on the same files, with the same
+ids.
 
     python benchmarks/data_preparation.py corpus.jsonl [--tokenizer DIR] [--rounds 3]
     python benchmarks/data_preparation.py corpus.jsonl --memory
     python benchmarks/data_preparation.py --unicode
 
-The classic recipe is `datasets.map` to tokenise, then `map` with a Python function that groups; its reading of the
-files is not counted, ours is. `--memory` prepares the corpus once and ten times over, each in a process of its own;
-`--unicode` compares the ids of both engines for every character there is, at the places where a pattern may split.
+The classic recipe is `datasets.map` to tokenise, then `map` with a Python function that groups; its
+reading of the files is not counted, ours is. `--memory` prepares the corpus once and ten times
+over, each in a process of its own; `--unicode` compares the ids of both engines for every character
+there is, at the places where a pattern may split.
 """
 
 import argparse
@@ -36,7 +38,10 @@ def group_texts(examples: dict) -> dict:
     """The function of the classic recipe: join the map batch, cut, drop its tail."""
     joined = {name: list(chain(*examples[name])) for name in examples}
     total = len(joined["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE
-    result = {name: [ids[i : i + BLOCK_SIZE] for i in range(0, total, BLOCK_SIZE)] for name, ids in joined.items()}
+    result = {
+        name: [ids[i : i + BLOCK_SIZE] for i in range(0, total, BLOCK_SIZE)]
+        for name, ids in joined.items()
+    }
     result["labels"] = result["input_ids"].copy()
     return result
 
@@ -44,7 +49,9 @@ def group_texts(examples: dict) -> dict:
 def classic(dataset, tokenizer, num_proc: int):
     """Tokenise and group; returns the tokenised dataset."""
     tokenised = dataset.map(
-        lambda batch: tokenizer([text + tokenizer.eos_token for text in batch["text"]], add_special_tokens=False),
+        lambda batch: tokenizer(
+            [text + tokenizer.eos_token for text in batch["text"]], add_special_tokens=False
+        ),
         batched=True,
         num_proc=num_proc,
         remove_columns=dataset.column_names,
@@ -58,7 +65,9 @@ def ours(files: list[str], tokenizer):
     """Read, tokenise, pack and write, with nothing in the cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["MINIMIND_CACHE"] = cache
-        blocks = load_blocks(DataArguments(train_files=files, eval_ratio=0.0), tokenizer, BLOCK_SIZE)
+        blocks = load_blocks(
+            DataArguments(train_files=files, eval_ratio=0.0), tokenizer, BLOCK_SIZE
+        )
         return blocks.train[:]["input_ids"], blocks.facts["train"]
 
 
@@ -72,25 +81,40 @@ def speed(files: list[str], tokenizer, rounds: int) -> None:
     dataset = Dataset.from_dict({"text": texts})
     encoder = text_encoder(tokenizer)
     engine, _, _ = fast_engine(encoder, tokenizer.eos_token_id)
-    print(f"{device_name()}, {' '.join(files)}: {len(texts):,} documents, {megabytes:.1f} MB of text")
+    print(
+        f"{device_name()}, {' '.join(files)}: {len(texts):,} documents, {megabytes:.1f} MB of text"
+    )
     runs = {
-        f"classic recipe, num_proc {n}": lambda n=n: classic(dataset, tokenizer, n) for n in (1, os.cpu_count() or 2)
+        f"classic recipe, num_proc {n}": lambda n=n: classic(dataset, tokenizer, n)
+        for n in (1, os.cpu_count() or 2)
     }
     runs["MiniMind"] = lambda: ours(files, tokenizer)
-    runs["(tokenizers, encode_batch alone)"] = lambda: encoder.encode_batch(texts, add_special_tokens=False)
+    runs["(tokenizers, encode_batch alone)"] = lambda: encoder.encode_batch(
+        texts, add_special_tokens=False
+    )
     if engine:
-        runs["(tiktoken alone, one thread)"] = lambda: [engine.encode_ordinary(text) for text in texts]
+        runs["(tiktoken alone, one thread)"] = lambda: [
+            engine.encode_ordinary(text) for text in texts
+        ]
     times = {name: seconds for name, (seconds, _) in side_by_side(runs, rounds).items()}
     best = min(seconds for name, seconds in times.items() if name.startswith("classic"))
     for name, seconds in times.items():
-        print(f"  {name:36} {seconds:6.2f} s  {megabytes / seconds:6.1f} MB/s  x {best / seconds:.2f}", flush=True)
+        print(
+            f"  {name:36} {seconds:6.2f} s  {megabytes / seconds:6.1f} MB/s  x"
+            f" {best / seconds:.2f}",
+            flush=True,
+        )
     blocks, facts = ours(files, tokenizer)
     encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
     expected = [[*encoding.ids, tokenizer.eos_token_id] for encoding in encodings]
     stream = np.fromiter(chain(*expected), dtype=np.int32)
     same = np.array_equal(np.concatenate(list(blocks)), stream[: facts["blocks"] * BLOCK_SIZE])
     same &= facts["tokens"] == len(stream)
-    print(f"  {facts['tokens']:,} ids, {'all those' if same else 'NOT THOSE'} of the library; the tail of ", end="")
+    print(
+        f"  {facts['tokens']:,} ids, {'all those' if same else 'NOT THOSE'} of the library; the"
+        " tail of ",
+        end="",
+    )
     print(f"{facts['dropped_tokens']:,} is dropped")
     theirs = classic(dataset, tokenizer, 1)["input_ids"]
     injected = sum(list(ours) != ids for ours, ids in zip(theirs, expected, strict=True))
@@ -109,7 +133,9 @@ def memory(files: list[str], tokenizer_path: str | None) -> None:
                     for text in read_documents(files):
                         out.write(json.dumps({"text": f"{copy} {text}"}, ensure_ascii=False) + "\n")
             command = [sys.executable, __file__, str(path), "--once"]
-            subprocess.run(command + (["--tokenizer", tokenizer_path] if tokenizer_path else []), check=True)
+            subprocess.run(
+                command + (["--tokenizer", tokenizer_path] if tokenizer_path else []), check=True
+            )
 
 
 def unicode(tokenizer) -> None:
@@ -119,8 +145,14 @@ def unicode(tokenizer) -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
     texts = [f"a{c}a 1{c} .{c}. {c}{c}\n'{c} '{c}t" for c in characters]
     encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-    differing = [c for c, t, e in zip(characters, texts, encodings, strict=True) if engine.encode_ordinary(t) != e.ids]
-    print(f"{len(characters):,} characters, {len(differing):,} encoded differently {differing[:20]}")
+    differing = [
+        c
+        for c, t, e in zip(characters, texts, encodings, strict=True)
+        if engine.encode_ordinary(t) != e.ids
+    ]
+    print(
+        f"{len(characters):,} characters, {len(differing):,} encoded differently {differing[:20]}"
+    )
 
 
 def main() -> None:
@@ -129,7 +161,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="directory of a tokenizer; default: ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
-    parser.add_argument("--unicode", action="store_true", help="compare the engines on every character instead")
+    parser.add_argument(
+        "--unicode", action="store_true", help="compare the engines on every character instead"
+    )
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or DEFAULT_TOKENIZER)
@@ -137,10 +171,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["MINIMIND_CACHE"] = cache
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            facts = load_blocks(DataArguments(train_files=args.files), tokenizer, BLOCK_SIZE).facts["train"]
+            facts = load_blocks(DataArguments(train_files=args.files), tokenizer, BLOCK_SIZE).facts[
+                "train"
+            ]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         size = Path(args.files[0]).stat().st_size / 1e6
-        print(f"  {size:7.1f} MB, {facts['tokens']:,} tokens: peak {peak / 1024:.0f} MB, start {before / 1024:.0f} MB")
+        print(
+            f"  {size:7.1f} MB, {facts['tokens']:,} tokens: peak {peak / 1024:.0f} MB, start"
+            f" {before / 1024:.0f} MB"
+        )
     elif args.unicode:
         unicode(tokenizer)
     elif args.memory:

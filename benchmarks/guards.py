@@ -1,10 +1,11 @@
-"""What the guards cost: time of a training step with and without them, in one run, every other step.
+"""What the guards cost: time of a training step with and without them, in one run, every other
+step.
 
     python benchmarks/guards.py [--model_config configs/model/tiny.json] [--steps 200] [--json]
 
-The steps alternate, so that whatever else the machine does meets both kinds; the ratio is that of the medians.
-"inside" is the time spent in the guards' own functions, those they wrap left out: on a busy machine it is the steadier
-figure.
+The steps alternate, so that whatever else the machine does meets both kinds; the ratio is that of
+the medians. "inside" is the time spent in the guards' own functions, those they wrap left out: on a
+busy machine it is the steadier figure.
 """
 
 import argparse
@@ -37,7 +38,9 @@ class EveryOther(TrainerCallback):
 
     def __init__(self, trainer: BlockTrainer):
         self.trainer = trainer
-        self.guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback))
+        self.guard = next(
+            c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback)
+        )
         self.guarded = {name: getattr(trainer, name) for name in WRAPPED}
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self.inside: list[float] = []
@@ -78,10 +81,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable()
     tokenizer = load_tokenizer()
-    ids = np.random.default_rng(0).integers(5, len(tokenizer), (options.steps * options.rows, options.block_size))
+    ids = np.random.default_rng(0).integers(
+        5, len(tokenizer), (options.steps * options.rows, options.block_size)
+    )
     with tempfile.TemporaryDirectory() as directory:
         args = PretrainConfig(
-            output_dir=directory, max_steps=options.steps, per_device_train_batch_size=options.rows, report_to="none"
+            output_dir=directory,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.rows,
+            report_to="none",
         )
         torch.manual_seed(0)
         trainer = BlockTrainer(
@@ -96,7 +104,9 @@ def main() -> None:
         turns = EveryOther(trainer)
         trainer.callback_handler.callbacks.insert(0, turns)
         trainer.train()
-    guarded, plain = (statistics.median(turns.seconds[kind][WARM_UP // 2 :]) for kind in (True, False))
+    guarded, plain = (
+        statistics.median(turns.seconds[kind][WARM_UP // 2 :]) for kind in (True, False)
+    )
     inside = sum(turns.inside) / len(turns.seconds[True])
     result = {
         "model_config": options.model_config,
@@ -110,10 +120,16 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{options.model_config}, {options.rows} x {options.block_size} tokens, {options.steps // 2} steps each")
+    print(
+        f"{options.model_config}, {options.rows} x {options.block_size} tokens,"
+        f" {options.steps // 2} steps each"
+    )
     print(f"  plain    {plain * 1e3:8.2f} ms per step (median)")
     print(f"  guarded  {guarded * 1e3:8.2f} ms per step (median), {guarded / plain - 1:+.2%}")
-    print(f"  inside   {inside * 1e3:8.3f} ms per step in the guards' own functions, {inside / plain:.3%}")
+    print(
+        f"  inside   {inside * 1e3:8.3f} ms per step in the guards' own functions,"
+        f" {inside / plain:.3%}"
+    )
 
 
 if __name__ == "__main__":

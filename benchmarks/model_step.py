@@ -1,10 +1,13 @@
-"""Forward and backward of MiniMind beside the library's model of the same shape, on the same weights and tokens.
+"""Forward and backward of MiniMind beside the library's model of the same shape, on the same
+weights and tokens.
 
-    python benchmarks/model_step.py [--sizes 26m 64m 198m-moe] [--precisions float32 bfloat16 autocast] [--profile]
+    python benchmarks/model_step.py [--sizes 26m 64m 198m-moe] [--precisions float32 bfloat16
+    autocast] [--profile]
 
-A dense size is compared with Qwen3ForCausalLM; a mixture of experts with the dense model of the same active size,
-every implementation of the experts and Qwen3MoeForCausalLM beside it. `bfloat16` holds the weights in bf16, as
-DeepSpeed does, `autocast` in fp32, as the plain Trainer does. `--profile` says where each one's time goes.
+A dense size is compared with Qwen3ForCausalLM; a mixture of experts with the dense model of the
+same active size, every implementation of the experts and Qwen3MoeForCausalLM beside it. `bfloat16`
+holds the weights in bf16, as DeepSpeed does, `autocast` in fp32, as the plain Trainer does.
+`--profile` says where each one's time goes.
 """
 
 import argparse
@@ -33,7 +36,10 @@ def alternatives(config: MiniMindConfig) -> dict[str, PreTrainedModel]:
         **{name: getattr(config, name) for name in SHAPE}
         | {"intermediate_size": active * config.moe_intermediate_size}
     )
-    models = {"MiniMind, dense": MiniMindForCausalLM(dense), "MiniMind, MoE": MiniMindForCausalLM(config)}
+    models = {
+        "MiniMind, dense": MiniMindForCausalLM(dense),
+        "MiniMind, MoE": MiniMindForCausalLM(config),
+    }
     for name in EXPERTS:  # written into the configuration, so each has its own
         models[f"MiniMind, MoE, {name}"] = MiniMindForCausalLM(copy.deepcopy(config))
         models[f"MiniMind, MoE, {name}"].set_experts_implementation(name)
@@ -61,29 +67,45 @@ def shares(run: Callable[[], None], count: int = 8) -> str:
     """The operators that take most of one step, each with its share."""
     with torch.profiler.profile() as profile:
         run()
-    spent = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in profile.key_averages()}
+    spent = {
+        e.key: e.self_device_time_total or e.self_cpu_time_total for e in profile.key_averages()
+    }
     most = sorted(spent, key=spent.get, reverse=True)[:count]
-    return ", ".join(f"{name.removeprefix('aten::')} {spent[name] / sum(spent.values()):.0%}" for name in most)
+    return ", ".join(
+        f"{name.removeprefix('aten::')} {spent[name] / sum(spent.values()):.0%}" for name in most
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["26m", "64m", "198m-moe"], help="files of configs/model")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["26m", "64m", "198m-moe"], help="files of configs/model"
+    )
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16", "autocast"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="also print each model's most expensive operators")
+    parser.add_argument(
+        "--profile", action="store_true", help="also print each model's most expensive operators"
+    )
     args = parser.parse_args()
     print(f"{device_name()}, {args.batch_size} x {args.length} tokens, {args.rounds} rounds")
     for size in args.sizes:
         for precision in args.precisions:
             torch.manual_seed(0)
             config = read_size(size)
-            input_ids = torch.randint(3, config.vocab_size, (args.batch_size, args.length), device=DEVICE)
-            steps = {name: step(model, input_ids, precision) for name, model in alternatives(config).items()}
+            input_ids = torch.randint(
+                3, config.vocab_size, (args.batch_size, args.length), device=DEVICE
+            )
+            steps = {
+                name: step(model, input_ids, precision)
+                for name, model in alternatives(config).items()
+            }
             for name, (seconds, ratio) in side_by_side(steps, args.rounds).items():
-                print(f"{size:9} {precision:9} {name:26} {seconds * 1000:8.0f} ms   x {ratio:.2f}", flush=True)
+                print(
+                    f"{size:9} {precision:9} {name:26} {seconds * 1000:8.0f} ms   x {ratio:.2f}",
+                    flush=True,
+                )
             for name, run in steps.items() if args.profile else ():
                 print(f"    {name}: {shares(run)}", flush=True)
 

@@ -1,11 +1,13 @@
-"""What telling, guarding and resuming cost: the steps of pretrain.py against those of a bare `transformers.Trainer`.
+"""What telling, guarding and resuming cost: the steps of pretrain.py against those of a bare
+`transformers.Trainer`.
 
     python benchmarks/overhead.py --steps 60 --batch_size 2
 
-Both train the same model on the same rows in one process and take turns, a step each, so that whatever else the
-machine does meets both alike. Ours has everything on: progress lines, tensorboard (if installed), the report, early
-stopping. A step's time goes from the beginning of one to the beginning of the next, logging included (every 10 steps).
-Evaluations and samples are asked for by the recipe and left out.
+Both train the same model on the same rows in one process and take turns, a step each, so that
+whatever else the machine does meets both alike. Ours has everything on: progress lines, tensorboard
+(if installed), the report, early stopping. A step's time goes from the beginning of one to the
+beginning of the next, logging included (every 10 steps). Evaluations and samples are asked for by
+the recipe and left out.
 """
 
 import argparse
@@ -35,9 +37,12 @@ WARM_UP = 5
 
 
 class Turns(TrainerCallback):
-    """Passes the baton at the beginning of each step and notes how long the last one took, callbacks included."""
+    """Passes the baton at the beginning of each step and notes how long the last one took,
+    callbacks included."""
 
-    def __init__(self, mine: threading.Semaphore, other: threading.Semaphore, both: threading.Barrier):
+    def __init__(
+        self, mine: threading.Semaphore, other: threading.Semaphore, both: threading.Barrier
+    ):
         self.mine, self.other, self.both = mine, other, both
         self.seconds, self.began = [], None
 
@@ -57,7 +62,9 @@ class Turns(TrainerCallback):
 
 def bare(words: list[str], turns: Turns) -> None:
     """The library's Trainer on the same rows, with the same arguments, and nobody to tell."""
-    data_args, model_args, args = parse(DataArguments, PretrainModelArguments, PretrainConfig, argv=words)
+    data_args, model_args, args = parse(
+        DataArguments, PretrainModelArguments, PretrainConfig, argv=words
+    )
     tokenizer = load_tokenizer(None)
     blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **args.packing)
     args.include_num_input_tokens_seen, args.eval_strategy, args.eval_on_start = "no", "no", False
@@ -74,10 +81,14 @@ def bare(words: list[str], turns: Turns) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps of each, 5 more to warm up")
     parser.add_argument("--batch_size", type=int, default=2, help="rows of 512 tokens in a step")
-    parser.add_argument("--model_config", default="configs/model/tiny.json", help="size of the model")
+    parser.add_argument(
+        "--model_config", default="configs/model/tiny.json", help="size of the model"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
 
@@ -85,7 +96,14 @@ def main() -> None:
     baton = [threading.Semaphore(0), threading.Semaphore(1)]
     both = threading.Barrier(2)
     turns = {"bare": Turns(baton[0], baton[1], both), "ours": Turns(baton[1], baton[0], both)}
-    common = ["--max_steps", steps, "--per_device_train_batch_size", given.batch_size, "--logging_steps", 10]
+    common = [
+        "--max_steps",
+        steps,
+        "--per_device_train_batch_size",
+        given.batch_size,
+        "--logging_steps",
+        10,
+    ]
     common += ["--model_config", given.model_config, "--save_strategy", "no"]
     announce = Stage.announce
 
@@ -96,8 +114,14 @@ def main() -> None:
     Stage.announce = announce_and_time
     with tempfile.TemporaryDirectory() as directory:
         words = {
-            name: [str(word) for word in (*common, "--output_dir", f"{directory}/{name}", "--report_to", tracker)]
-            for name, tracker in (("bare", "none"), ("ours", "tensorboard" if find_spec("tensorboard") else "none"))
+            name: [
+                str(word)
+                for word in (*common, "--output_dir", f"{directory}/{name}", "--report_to", tracker)
+            ]
+            for name, tracker in (
+                ("bare", "none"),
+                ("ours", "tensorboard" if find_spec("tensorboard") else "none"),
+            )
         }
         words["ours"] += ["--eval_strategy", "steps", "--eval_steps", str(10 * steps)]
         words["ours"] += ["--early_stopping_patience", "3", "--max_eval_rows", "50"]
@@ -123,12 +147,15 @@ def main() -> None:
     if given.json:
         print(json.dumps(result))
         return
-    print(f"\n{result['device']}, torch {result['torch']}, {result['tokens_per_step']:,} tokens a step")
+    print(
+        f"\n{result['device']}, torch {result['torch']}, {result['tokens_per_step']:,} tokens a"
+        " step"
+    )
     print(f"bare transformers.Trainer  {result['bare_ms']:9.2f} ms a step")
     print(f"pretrain.py                {result['ours_ms']:9.2f} ms a step")
     print(
-        f"overhead of {result['steps']} pairs of steps: median {result['median_ratio'] - 1:+.2%}, in all "
-        f"{result['ratio_of_totals'] - 1:+.2%}"
+        f"overhead of {result['steps']} pairs of steps: median {result['median_ratio'] - 1:+.2%},"
+        f" in all {result['ratio_of_totals'] - 1:+.2%}"
     )
 
 

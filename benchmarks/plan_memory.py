@@ -1,10 +1,11 @@
-"""Predicted and real peak memory of training steps, over sizes, stages, precisions, optimizers and batches.
+"""Predicted and real peak memory of training steps, over sizes, stages, precisions, optimizers and
+batches.
 
     python benchmarks/plan_memory.py [--steps 3] [--json]
 
-Each row is a real run of a stage's script on the embedded corpus, in a process of its own, twice: with every tensor
-in a mapping of its own, so that the process's resident memory is that of its tensors, and with glibc's allocator as it
-is. On a GPU it is the allocator's account, twice.
+Each row is a real run of a stage's script on the embedded corpus, in a process of its own, twice:
+with every tensor in a mapping of its own, so that the process's resident memory is that of its
+tensors, and with glibc's allocator as it is. On a GPU it is the allocator's account, twice.
 """
 
 import argparse
@@ -56,7 +57,9 @@ def shorter(case: str) -> str:
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

@@ -1,12 +1,14 @@
-"""Kills a run again and again, starts the same command each time, and compares its end with an undisturbed run's.
+"""Kills a run again and again, starts the same command each time, and compares its end with an
+undisturbed run's.
 
     python benchmarks/resume_storm.py [--kills 20] [--stage pretrain|sft|lora|dpo]
                                       [--launcher plain|torchrun|deepspeed] [--processes 2]
 
-Every kill is SIGKILL to all processes at once, at a random step or while a checkpoint is being written (its directory
-is there and its manifest is not; looked at again after the kill). Prints one line per kill: when it came, how far the
-run was, and from where the next start went on; then whether weights and log are those of the undisturbed run, bit for
-bit. Exit code 1 if they are not, or if the run did not survive.
+Every kill is SIGKILL to all processes at once, at a random step or while a checkpoint is being
+written (its directory is there and its manifest is not; looked at again after the kill). Prints one
+line per kill: when it came, how far the run was, and from where the next start went on; then
+whether weights and log are those of the undisturbed run, bit for bit. Exit code 1 if they are not,
+or if the run did not survive.
 """
 
 import argparse
@@ -33,7 +35,12 @@ from minimind.training.callbacks import reproducible
 from minimind.training.checkpoints import MANIFEST, checkpoints
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"pretrain": "pretrain.py", "sft": "finetune_sft.py", "lora": "finetune_sft.py", "dpo": "train_dpo.py"}
+SCRIPTS = {
+    "pretrain": "pretrain.py",
+    "sft": "finetune_sft.py",
+    "lora": "finetune_sft.py",
+    "dpo": "train_dpo.py",
+}
 MODEL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -53,12 +60,17 @@ class Storm:
         self.directory, self.args = directory, args
         (directory / "model.json").write_text(json.dumps(MODEL))
         for name, path in write_world(directory / "world").items():
-            with path.open(encoding="utf-8") as file:  # little data, so that the run passes several epochs
-                (directory / f"{name}.jsonl").write_text("".join(islice(file, args.rows)), encoding="utf-8")
+            # Little data, so that the run passes several epochs
+            with path.open(encoding="utf-8") as file:
+                (directory / f"{name}.jsonl").write_text(
+                    "".join(islice(file, args.rows)), encoding="utf-8"
+                )
         if args.stage != "pretrain":
             self.run(self.command("pretrain", directory / "base", max_steps=2, save_strategy="no"))
 
-    def command(self, stage: str, output_dir: Path, argv: Sequence[str] = (), **options) -> list[str]:
+    def command(
+        self, stage: str, output_dir: Path, argv: Sequence[str] = (), **options
+    ) -> list[str]:
         """A stage of `max_steps` short steps that saves every third and logs each."""
         options = {
             "output_dir": output_dir,
@@ -94,7 +106,9 @@ class Storm:
             "torchrun": ["torchrun", "--nproc_per_node", processes, "--master_port", str(port)],
             "deepspeed": ["deepspeed", "--num_accelerators", processes, "--master_port", str(port)],
         }[self.args.launcher]
-        engine = ["--deepspeed", "ds_config_zero2.json"] if self.args.launcher == "deepspeed" else []
+        engine = (
+            ["--deepspeed", "ds_config_zero2.json"] if self.args.launcher == "deepspeed" else []
+        )
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "MINIMIND_CACHE": str(self.directory / "cache")}
         return subprocess.Popen(
@@ -110,11 +124,15 @@ class Storm:
         with tempfile.TemporaryFile() as said:
             if self.start(words, said).wait():
                 said.seek(0)
-                sys.exit(f"{' '.join(map(str, words))} failed:\n{said.read().decode(errors='replace')[-3000:]}")
+                sys.exit(
+                    f"{' '.join(map(str, words))}"
+                    f" failed:\n{said.read().decode(errors='replace')[-3000:]}"
+                )
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and all below it: those that could start others first are stopped before they can."""
+    """SIGKILL to a process and all below it: those that could start others first are stopped before
+    they can."""
     family = [psutil.Process(process.pid)]
     family += family[0].children(recursive=True)
     for member in family:
@@ -134,7 +152,8 @@ def step_of(output_dir: Path) -> int:
 
 
 def being_written(output_dir: Path) -> tuple[str, int] | None:
-    """The newest checkpoint, if its directory is there and its manifest is not, and when that last changed (ns)."""
+    """The newest checkpoint, if its directory is there and its manifest is not, and when that last
+    changed (ns)."""
     try:
         for path in checkpoints(output_dir)[:1]:
             if not (path / MANIFEST).exists():
@@ -151,7 +170,8 @@ def log_of(output_dir: Path) -> list[dict]:
 
 
 def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Random) -> list[dict]:
-    """Kill and restart until all kills are dealt and the run has come to its end; one record per start."""
+    """Kill and restart until all kills are dealt and the run has come to its end; one record per
+    start."""
     lives: list[dict] = []
     said_file = storm.directory / "said.txt"
     kills, steps = storm.args.kills, storm.args.steps
@@ -168,14 +188,17 @@ def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Ra
             old_step = began
             while process.poll() is None and left:
                 time.sleep(0.0005)
-                # A restarted run cuts the log back before its first step: from then on the log is its own.
+                # A restarted run cuts the log back before its first step: from then on the log is
+                # its own.
                 fresh_log = fresh_log or b"going on from" in said_file.read_bytes() or not began
                 step = step_of(output_dir)
                 if step != old_step:
                     old_step, deadline = step, time.monotonic() + PATIENCE
                 if time.monotonic() > deadline:
                     kill(process)
-                    sys.exit(f"no step in {PATIENCE} s:\n{said_file.read_text(errors='replace')[-3000:]}")
+                    sys.exit(
+                        f"no step in {PATIENCE} s:\n{said_file.read_text(errors='replace')[-3000:]}"
+                    )
                 if not fresh_log or step < min(target, steps - 2):
                     continue
                 if while_writing and step < steps:
@@ -185,23 +208,35 @@ def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Ra
                     moment = f"writing {written[0]}"
                 else:
                     time.sleep(rng.random() * 0.05)
-                    moment = "in a step" if re.search(rb"^step ", said_file.read_bytes(), re.M) else "starting"
+                    moment = (
+                        "in a step"
+                        if re.search(rb"^step ", said_file.read_bytes(), re.M)
+                        else "starting"
+                    )
                 break
             if moment:
                 kill(process)
             process.wait()
         text = said_file.read_text(encoding="utf-8", errors="replace")
         found = re.search(r"going on from .*?(checkpoint-\d+)", text)
-        life = {"from": found[1] if found else "the beginning", "skipped": re.findall(r"skipped .*", text)}
+        life = {
+            "from": found[1] if found else "the beginning",
+            "skipped": re.findall(r"skipped .*", text),
+        }
         if lives:
             lives[-1]["resumed_from"] = life["from"]
         if not moment:
             if process.returncode:
-                sys.exit(f"the run did not survive (exit code {process.returncode}):\n{text[-3000:]}")
+                sys.exit(
+                    f"the run did not survive (exit code {process.returncode}):\n{text[-3000:]}"
+                )
             lives.append(life)
             progress.close()
             return lives
-        if moment.startswith("writing") and (being_written(output_dir) or ("",))[0] != moment.split()[1]:
+        if (
+            moment.startswith("writing")
+            and (being_written(output_dir) or ("",))[0] != moment.split()[1]
+        ):
             moment = f"just after {moment}"
         lives.append({**life, "moment": moment, "step": step_of(output_dir)})
         progress.update()
@@ -217,7 +252,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the run (default: 6 per kill)")
     parser.add_argument("--rows", type=int, default=150, help="rows of data")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object in place of the table"
+    )
     args = parser.parse_args()
     args.steps = args.steps or 6 * args.kills + 6
     with tempfile.TemporaryDirectory(prefix="resume_storm_") as scratch:
@@ -226,7 +263,9 @@ def main() -> None:
         began = time.monotonic()
         storm.run(storm.command(args.stage, undisturbed))
         undisturbed_seconds = time.monotonic() - began
-        lives = disturb(storm, storm.command(args.stage, disturbed), disturbed, random.Random(args.seed))
+        lives = disturb(
+            storm, storm.command(args.stage, disturbed), disturbed, random.Random(args.seed)
+        )
         seconds = time.monotonic() - began - undisturbed_seconds
         same_weights = weights_hash(undisturbed) == weights_hash(disturbed)
         same_log = log_of(undisturbed) == log_of(disturbed)
@@ -236,14 +275,23 @@ def main() -> None:
         print(json.dumps({**result, "same_weights": same_weights, "same_log": same_log}))
     else:
         processes = 1 if args.launcher == "plain" else args.processes
-        print(f"{args.stage}, {args.launcher} x {processes}, {args.steps} steps, a checkpoint every 3")
+        print(
+            f"{args.stage}, {args.launcher} x {processes}, {args.steps} steps, a checkpoint every 3"
+        )
         print(f"{'kill':>4}  {'moment':<32}{'step':>6}  {'went on from':<16}  skipped")
         for number, life in enumerate(lives[:-1], start=1):
             skipped = ", ".join(re.findall(r"checkpoint-\d+", " ".join(lives[number]["skipped"])))
-            print(f"{number:>4}  {life['moment']:<32}{life['step']:>6}  {life['resumed_from']:<16}  {skipped}")
-        print(f"finished after {len(lives)} starts, {seconds:.0f} s (undisturbed: {undisturbed_seconds:.0f} s)")
+            print(
+                f"{number:>4}  {life['moment']:<32}{life['step']:>6}  {life['resumed_from']:<16} "
+                f" {skipped}"
+            )
         print(
-            f"weights {'bit for bit the same' if same_weights else 'DIFFER'}, log {'same' if same_log else 'DIFFERS'}"
+            f"finished after {len(lives)} starts, {seconds:.0f} s (undisturbed:"
+            f" {undisturbed_seconds:.0f} s)"
+        )
+        print(
+            f"weights {'bit for bit the same' if same_weights else 'DIFFER'}, log"
+            f" {'same' if same_log else 'DIFFERS'}"
         )
     sys.exit(not (same_weights and same_log))
 

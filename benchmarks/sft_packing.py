@@ -1,13 +1,15 @@
-"""Fine-tuning on the same conversations: our packed trainer, TRL's packed (bfd), TRL's padded default, the bare model.
+"""Fine-tuning on the same conversations: our packed trainer, TRL's packed (bfd), TRL's padded
+default, the bare model.
 
     python benchmarks/sft_packing.py chats.jsonl [more.jsonl ...]       # 26m, 4 x 1,024
     python benchmarks/sft_packing.py chats.jsonl --model configs/model/tiny.json --length 512 --rounds 3    # small
     python benchmarks/sft_packing.py chats.jsonl --length 512 --conversations 1000000 --rounds 0    # padding alone
 
-All four train the same model on the same token rows, in turn, `--rounds` steps each after one to warm up; the
-optimizer is out of the measure. Useful tokens are those that are not padding, trained or context. The bare model takes
-unpacked text of the same shape, without documents to keep apart, labels to leave out or a trainer around it: no
-packing can be faster. Losses of the packed trainers are compared on one batch, so that the faster one is not wrong.
+All four train the same model on the same token rows, in turn, `--rounds` steps each after one to
+warm up; the optimizer is out of the measure. Useful tokens are those that are not padding, trained
+or context. The bare model takes unpacked text of the same shape, without documents to keep apart,
+labels to leave out or a trainer around it: no packing can be faster. Losses of the packed trainers
+are compared on one batch, so that the faster one is not wrong.
 """
 
 import argparse
@@ -36,7 +38,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--batch", type=int, default=4, help="rows per step")
     parser.add_argument("--rounds", type=int, default=6, help="steps measured of each")
-    parser.add_argument("--conversations", type=int, default=4000, help="at most this many are read")
+    parser.add_argument(
+        "--conversations", type=int, default=4000, help="at most this many are read"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -47,7 +51,9 @@ def main() -> None:
     rows = load_conversations(data_args, tokenizer, args.length).train.shuffle(seed=0)
     rows = rows.select(range(min(args.conversations, len(rows))))
     fields = json.loads(Path(args.model).read_text(encoding="utf-8"))
-    config = MiniMindConfig(**{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | fields)
+    config = MiniMindConfig(
+        **{"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | fields
+    )
     weights = MiniMindForCausalLM(config).state_dict()
 
     def trainer(kind: type[SFTTrainer], packing: bool) -> SFTTrainer:
@@ -58,7 +64,8 @@ def main() -> None:
             max_length=args.length,
             packing=packing,
             per_device_train_batch_size=args.batch,
-            gradient_checkpointing=None,  # TRL's default: activation checkpointing; it would cost all the same
+            # TRL's default: activation checkpointing; it would cost all the same
+            gradient_checkpointing=None,
             bf16=bf16_is_fast(),
             use_cpu=DEVICE == "cpu",
             dataloader_pin_memory=DEVICE != "cpu",
@@ -78,7 +85,10 @@ def main() -> None:
     }
     if not args.rounds:
         for name, share in padding.items():
-            print(f"{name:<20}{len(rows):,} conversations in rows of {args.length:,}: {share:.2%} padding")
+            print(
+                f"{name:<20}{len(rows):,} conversations in rows of {args.length:,}: {share:.2%}"
+                " padding"
+            )
         return
     steps = {name: stepper(each) for name, each in trainers.items()}
     steps["bare model"] = bare(trainers["ours, packed"], rows, args.batch, args.length)
@@ -98,7 +108,8 @@ def main() -> None:
 
 
 def stepper(trainer: SFTTrainer):
-    """One optimizer-less training step of a trainer at each call; returns the tokens that were not padding."""
+    """One optimizer-less training step of a trainer at each call; returns the tokens that were not
+    padding."""
     trainer.model.train()
     trainer.create_optimizer_and_scheduler(num_training_steps=1)
     trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
@@ -116,8 +127,12 @@ def stepper(trainer: SFTTrainer):
 
 def bare(trainer: SFTTrainer, rows, batch: int, length: int):
     """Forward and backward of the model alone, on full rows."""
-    stream = torch.tensor([token for row in rows.select(range(min(500, len(rows))))["input_ids"] for token in row])
-    input_ids = stream.repeat(-(-batch * length // len(stream)))[: batch * length].view(batch, length)
+    stream = torch.tensor(
+        [token for row in rows.select(range(min(500, len(rows))))["input_ids"] for token in row]
+    )
+    input_ids = stream.repeat(-(-batch * length // len(stream)))[: batch * length].view(
+        batch, length
+    )
     input_ids = input_ids.to(trainer.args.device)
 
     def step() -> int:
@@ -149,7 +164,9 @@ def report(args, speeds: dict, padding: dict, losses: list[float], parameters: i
     result = {
         name: {
             "useful_tokens_per_second": round(statistics.median(values), 1),
-            "ours_is_faster_by": round(statistics.median(a / b for a, b in zip(ours, values, strict=True)), 3),
+            "ours_is_faster_by": round(
+                statistics.median(a / b for a, b in zip(ours, values, strict=True)), 3
+            ),
         }
         for name, values in speeds.items()
     }
@@ -157,10 +174,20 @@ def report(args, speeds: dict, padding: dict, losses: list[float], parameters: i
         result[name]["padding"] = round(share, 4)
     if args.json:
         print(
-            json.dumps({"device": device_name(), "rows": f"{args.batch} x {args.length}", "losses": losses, **result})
+            json.dumps(
+                {
+                    "device": device_name(),
+                    "rows": f"{args.batch} x {args.length}",
+                    "losses": losses,
+                    **result,
+                }
+            )
         )
         return
-    print(f"{device_name()}: {parameters:,} parameters, {args.batch} x {args.length} tokens, {args.rounds} rounds")
+    print(
+        f"{device_name()}: {parameters:,} parameters, {args.batch} x {args.length} tokens,"
+        f" {args.rounds} rounds"
+    )
     print(f"{'':<20}{'useful tokens/s':>17}{'ours : this':>14}{'padding':>10}")
     for name, values in result.items():
         wasted = f"{values['padding']:.2%}" if "padding" in values else ""

@@ -26,8 +26,11 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def side_by_side(alternatives: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """name -> (median seconds, median of the ratios to the first alternative, round by round), one warm-up aside."""
+def side_by_side(
+    alternatives: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """name -> (median seconds, median of the ratios to the first alternative, round by round), one
+    warm-up aside."""
     for function in alternatives.values():
         seconds(function)
     times = {name: [] for name in alternatives}
@@ -36,6 +39,9 @@ def side_by_side(alternatives: dict[str, Callable[[], object]], rounds: int) -> 
             times[name].append(seconds(function))
     first = next(iter(times.values()))
     return {
-        name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, first, strict=True)))
+        name: (
+            statistics.median(own),
+            statistics.median(a / b for a, b in zip(own, first, strict=True)),
+        )
         for name, own in times.items()
     }

@@ -2,9 +2,9 @@
 
     python benchmarks/signals_overhead.py [--processes 2] [--steps 2000] [--json]
 
-Starts the processes itself and times `InterruptCallback.on_step_end` alone, one call per step, over gloo (NCCL where
-there is a GPU for each process). For scale: a step of the tiny model of 4,096 tokens takes about half a second on one
-CPU core.
+Starts the processes itself and times `InterruptCallback.on_step_end` alone, one call per step, over
+gloo (NCCL where there is a GPU for each process). For scale: a step of the tiny model of 4,096
+tokens takes about half a second on one CPU core.
 """
 
 import argparse
@@ -34,7 +34,10 @@ def measure(rank: int, processes: int, steps: int, port: int, results) -> None:
     trainer = SimpleNamespace(_get_dataloader=None)
     callback = InterruptCallback(trainer)
     args = SimpleNamespace(device=torch.device("cuda" if gpu else "cpu"))
-    state, control = SimpleNamespace(global_step=0, max_steps=steps), SimpleNamespace(should_save=False)
+    state, control = (
+        SimpleNamespace(global_step=0, max_steps=steps),
+        SimpleNamespace(should_save=False),
+    )
     callback.on_train_begin(args, state, control)
     seconds = []
     for _ in range(steps + 100):
@@ -48,7 +51,9 @@ def measure(rank: int, processes: int, steps: int, port: int, results) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--json", action="store_true")
@@ -58,7 +63,9 @@ def main() -> None:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    multiprocessing.spawn(measure, (options.processes, options.steps, port, results), options.processes, join=True)
+    multiprocessing.spawn(
+        measure, (options.processes, options.steps, port, results), options.processes, join=True
+    )
     micros = [second * 1e6 for second in results.get()]
     found = {
         "processes": options.processes,
@@ -71,8 +78,8 @@ def main() -> None:
         print(json.dumps(found))
     else:
         print(
-            f"{options.processes} processes, {options.steps:,} steps: {found['median_us']} us a step (median), "
-            f"{found['mean_us']} us (mean), {found['p99_us']} us (99th percentile)"
+            f"{options.processes} processes, {options.steps:,} steps: {found['median_us']} us a"
+            f" step (median), {found['mean_us']} us (mean), {found['p99_us']} us (99th percentile)"
         )
 
 

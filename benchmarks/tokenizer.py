@@ -5,10 +5,10 @@
     minimind tokenizer compare TOKENIZER PEER --files DIR/held_out.jsonl
     python benchmarks/tokenizer.py sources PEER DIR --leave_out books en_wiki+zh_wiki --weights ...
 
-`split` holds out a tenth of the documents, chosen by the hash of their key: all pieces of a document (rows whose field
-"doc" is the same up to its last colon) lie on one side. `sources` trains the same recipe once more without each of
-some sources (joined by "+": of all of these) and measures it on their text: how the figure holds on writing of a kind
-never seen.
+`split` holds out a tenth of the documents, chosen by the hash of their key: all pieces of a
+document (rows whose field "doc" is the same up to its last colon) lie on one side. `sources` trains
+the same recipe once more without each of some sources (joined by "+": of all of these) and measures
+it on their text: how the figure holds on writing of a kind never seen.
 """
 
 import argparse
@@ -30,14 +30,17 @@ HELD_OUT = 0.1
 
 
 def documents(file: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a jsonl file of documents or chats -> the key of each one's document, and it as {"text", "source"}.
+    """The rows of a jsonl file of documents or chats -> the key of each one's document, and it as
+    {"text", "source"}.
 
-    Of a chat the text is what all its messages say, whatever their roles: this must not depend on which roles a
-    version of this project trains on.
+    Of a chat the text is what all its messages say, whatever their roles: this must not depend on
+    which roles a version of this project trains on.
     """
     with file.open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
-            text = row.get("text") or "\n".join(message["content"] or "" for message in row["conversations"])
+            text = row.get("text") or "\n".join(
+                message["content"] or "" for message in row["conversations"]
+            )
             key = row["doc"].rpartition(":")[0] if "doc" in row else text
             yield key, {"text": text, "source": row.get("source", file.stem)}
 
@@ -48,10 +51,13 @@ def split(directory: Path, files: list[Path]) -> None:
     counts = {"train": [0, 0], "held_out": [0, 0]}
     with ExitStack() as stack:
         parts = {
-            name: stack.enter_context((directory / f"{name}.jsonl").open("w", encoding="utf-8")) for name in counts
+            name: stack.enter_context((directory / f"{name}.jsonl").open("w", encoding="utf-8"))
+            for name in counts
         }
         for key, row in chain.from_iterable(map(documents, files)):
-            name = "held_out" if xxhash.xxh3_64_intdigest(key.encode()) < HELD_OUT * 2**64 else "train"
+            name = (
+                "held_out" if xxhash.xxh3_64_intdigest(key.encode()) < HELD_OUT * 2**64 else "train"
+            )
             parts[name].write(json.dumps(row, ensure_ascii=False) + "\n")
             counts[name][0] += 1
             counts[name][1] += len(row["text"].encode())
@@ -60,20 +66,27 @@ def split(directory: Path, files: list[Path]) -> None:
 
 
 def sources(peer: str, directory: Path, left_out: list[str], weights: dict[str, float]) -> None:
-    """Train without each of some sources, or of groups of them joined by "+", and measure on their text."""
+    """Train without each of some sources, or of groups of them joined by "+", and measure on their
+    text."""
     train = list(read_texts([str(directory / "train.jsonl")]))
     every = [*train, *read_texts([str(directory / "held_out.jsonl")])]
-    print(f"{'left out':40} {'MB':>6} {'tokens':>10} {'of ' + Path(peer).name:>12} {'difference':>10}")
+    print(
+        f"{'left out':40} {'MB':>6} {'tokens':>10} {'of ' + Path(peer).name:>12} {'difference':>10}"
+    )
     for group in left_out:
         without = set(group.split("+"))
         rest = {domain: weight for domain, weight in weights.items() if domain not in without}
         texts = weighted((text for text in train if text.domain not in without), rest)
         with tempfile.TemporaryDirectory() as made:
             save_tokenizer(train_tokenizer(text.text for text in texts), Path(made))
-            result = compare([made, peer], [text for text in every if text.domain in without])["total"]
+            result = compare([made, peer], [text for text in every if text.domain in without])[
+                "total"
+            ]
         ours, theirs = result["tokens"]
         print(
-            f"{group:40} {result['bytes'] / 1e6:6.2f} {ours:10,} {theirs:12,} {ours / theirs - 1:+10.1%}", flush=True
+            f"{group:40} {result['bytes'] / 1e6:6.2f} {ours:10,} {theirs:12,}"
+            f" {ours / theirs - 1:+10.1%}",
+            flush=True,
         )
 
 
@@ -88,8 +101,12 @@ def main() -> None:
     command.add_argument("peer", help="directory with tokenizer.json")
     command.add_argument("directory", type=Path, help="what split wrote")
     command.add_argument("--leave_out", nargs="+", required=True)
-    command.add_argument("--weights", nargs="+", type=domain_weight, default=[], metavar="DOMAIN=WEIGHT")
-    command.set_defaults(run=lambda args: sources(args.peer, args.directory, args.leave_out, dict(args.weights)))
+    command.add_argument(
+        "--weights", nargs="+", type=domain_weight, default=[], metavar="DOMAIN=WEIGHT"
+    )
+    command.set_defaults(
+        run=lambda args: sources(args.peer, args.directory, args.leave_out, dict(args.weights))
+    )
     args = parser.parse_args()
     args.run(args)
 

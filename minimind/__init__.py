@@ -1,8 +1,9 @@
-"""MiniMind on the HuggingFace stack. After `import minimind`, AutoConfig and AutoModel... know the model.
+"""MiniMind on the HuggingFace stack. After `import minimind`, AutoConfig and AutoModel... know the
+model.
 
-The import takes milliseconds: torch and transformers are loaded with the model, when it is asked for by its name here
-or by transformers' Auto classes. For these the model is announced as transformers' own are, by the name of its class,
-which is looked up in its module on first use.
+The import takes milliseconds: torch and transformers are loaded with the model, when it is asked
+for by its name here or by transformers' Auto classes. For these the model is announced as
+transformers' own are, by the name of its class, which is looked up in its module on first use.
 """
 
 import importlib
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
         MiniMindModel,
     )
 
-__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindForSequenceClassification", "MiniMindModel"]
+__all__ = [
+    "MiniMindConfig",
+    "MiniMindForCausalLM",
+    "MiniMindForSequenceClassification",
+    "MiniMindModel",
+]
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
@@ -32,7 +38,8 @@ def __getattr__(name: str):
 
 
 def _announce(auto_config) -> None:
-    """Let the mapping of `AutoConfig` find MiniMindConfig in this package, by the mapping's own lazy look-up."""
+    """Let the mapping of `AutoConfig` find MiniMindConfig in this package, by the mapping's own
+    lazy look-up."""
     auto_config.CONFIG_MAPPING._mapping["minimind"] = "MiniMindConfig"
     auto_config.CONFIG_MAPPING._modules["minimind"] = sys.modules[__name__]
 
@@ -40,11 +47,13 @@ def _announce(auto_config) -> None:
 class _Announcer(MetaPathFinder):
     """Waits for transformers' `AutoConfig` to be imported, to announce the model, and then is gone.
 
-    It only enters a name: the model itself cannot be imported here, in the middle of transformers' own imports.
+    It only enters a name: the model itself cannot be imported here, in the middle of transformers'
+    own imports.
     """
 
     def find_spec(self, name, path=None, target=None):
-        """The spec of `AutoConfig`'s module, whose execution ends with the announcement; None for all others."""
+        """The spec of `AutoConfig`'s module, whose execution ends with the announcement; None for
+        all others."""
         if name != AUTO_CONFIG:
             return None
         sys.meta_path.remove(self)

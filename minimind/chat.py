@@ -25,7 +25,9 @@ A message that begins with / needs a space before it."""
 COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 
 
-def generate(directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def generate(
+    directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> None:
     """Print `prompt` and its continuation."""
     model, tokenizer = load_for_generation(directory)
     set_seed(seed)
@@ -45,7 +47,8 @@ def chat(
     seed: int,
     keep_history: bool = True,
 ) -> None:
-    """Read messages from standard input until its end and answer each, with all turns so far as the prompt.
+    """Read messages from standard input until its end and answer each, with all turns so far as the
+    prompt.
 
     When the conversation fills the model's window, the oldest turns are left out of the prompt.
     """
@@ -54,7 +57,10 @@ def chat(
     set_seed(seed)
     interactive = sys.stdin.isatty()
     if interactive:
-        say(f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. Type a message, or /help.")
+        say(
+            f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. Type a message, or"
+            " /help."
+        )
     encoder = ChatEncoder(tokenizer)
     window = max(1, model.config.max_position_embeddings - max_new_tokens)
     opening = [{"role": "system", "content": system}] if system else []
@@ -98,15 +104,17 @@ def history_file() -> Path | None:
 
 
 def check_chattable(directory: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say on stderr that a pretrained model has not learned to answer; raises UserError where there is no template."""
+    """Say on stderr that a pretrained model has not learned to answer; raises UserError where there
+    is no template."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"{directory}: its tokenizer has no chat template, which tells messages from replies. `minimind generate` "
-            "continues texts; finetune_sft.py --chat_template chatml makes a chat model of it."
+            f"{directory}: its tokenizer has no chat template, which tells messages from replies."
+            " `minimind generate` continues texts; finetune_sft.py --chat_template chatml makes a"
+            " chat model of it."
         )
     if read_stage(directory).get("stage") == "pretrain":
         say(
-            f"notice: {directory} is a base model: it continues texts and has not learned to answer. See `minimind "
-            "generate`, or train it on conversations with finetune_sft.py.",
+            f"notice: {directory} is a base model: it continues texts and has not learned to"
+            " answer. See `minimind generate`, or train it on conversations with finetune_sft.py.",
             file=sys.stderr,
         )

@@ -25,15 +25,17 @@ from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
 
 LOGITS = 2**26  # numbers that a batch of `loss_of` may have
-TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")  # metrics that are none
+# Metrics that are none
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 FORWARD = ("input_ids", "attention_mask", "position_ids")  # what a model needs of a batch
 
 
 def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
-    """The trainer's held-out metrics "before" its first step (needs `eval_on_start`) and "after" its last.
+    """The trainer's held-out metrics "before" its first step (needs `eval_on_start`) and "after"
+    its last.
 
-    Both are empty where no rows are held out. Under ZeRO-1 and 2 a trainer can evaluate only once training has begun,
-    hence `eval_on_start` and no call of `evaluate` before `train`.
+    Both are empty where no rows are held out. Under ZeRO-1 and 2 a trainer can evaluate only once
+    training has begun, hence `eval_on_start` and no call of `evaluate` before `train`.
     """
     if trainer.eval_dataset is None:
         return {"before": {}, "after": {}}
@@ -50,15 +52,18 @@ def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
 
 
 def bits_per_byte(loss: float, counts: dict) -> float:
-    """Mean loss in nats per predicted token -> bits per byte of the text, which compares models across tokenizers.
+    """Mean loss in nats per predicted token -> bits per byte of the text, which compares models
+    across tokenizers.
 
-    Summed loss / (ln 2 x bytes of the predicted tokens); both numbers are in `counts`, see `documents.load_blocks`.
+    Summed loss / (ln 2 x bytes of the predicted tokens); both numbers are in `counts`, see
+    `documents.load_blocks`.
     """
     return loss * counts["targets"] / (math.log(2) * counts["target_bytes"])
 
 
 def bits_per_nat(counts: dict) -> float | None:
-    """What turns the loss of a batch into bits per byte: the mean over an epoch's targets; None if unknown.
+    """What turns the loss of a batch into bits per byte: the mean over an epoch's targets; None if
+    unknown.
 
     Several sources count as often as an epoch takes their rows; see `documents.load_blocks`.
     """
@@ -83,7 +88,8 @@ def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str
 
 
 def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
-    """Loss in nats of each trained token of the first held-out rows, (tokens,); of the main process's model alone.
+    """Loss in nats of each trained token of the first held-out rows, (tokens,); of the main
+    process's model alone.
 
     The rows go through the trainer's collator, so they must become input_ids and labels.
     """
@@ -96,7 +102,9 @@ def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
     model.eval()
     try:
         for start in range(0, len(chosen), size):
-            batch = trainer.data_collator([chosen[index] for index in range(start, min(start + size, len(chosen)))])
+            batch = trainer.data_collator(
+                [chosen[index] for index in range(start, min(start + size, len(chosen)))]
+            )
             losses.append(label_losses(model, batch))
     finally:
         model.train(training)
@@ -118,7 +126,9 @@ def token_loss_distribution(losses: torch.Tensor, bars: int = 32, top: float = 1
     `edges` are equal steps from 0 to `top`; the last bar holds all beyond.
     """
     counts = torch.histc(losses.clamp(max=top), bins=bars, min=0, max=top)
-    quantiles = torch.quantile(losses[: 2**24].double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.double))
+    quantiles = torch.quantile(
+        losses[: 2**24].double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
+    )
     named = dict(zip(("median", "p90", "p99"), quantiles.tolist(), strict=True))
     return {
         "tokens": len(losses),
@@ -137,7 +147,13 @@ def answer(
     batch_size: int = 64,
 ) -> list[str]:
     """The greedy reply to each prompt (messages ending with the user's)."""
-    return complete(model, tokenizer, encode_prompts(prompts, ChatEncoder(tokenizer)), max_new_tokens, batch_size)
+    return complete(
+        model,
+        tokenizer,
+        encode_prompts(prompts, ChatEncoder(tokenizer)),
+        max_new_tokens,
+        batch_size,
+    )
 
 
 def complete(
@@ -167,7 +183,9 @@ def complete(
                 use_cache=True,  # training turns it off in the config
             )
         for index, new in zip(
-            chosen, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True
+            chosen,
+            tokenizer.batch_decode(output[:, length:], skip_special_tokens=True),
+            strict=True,
         ):
             replies[index] = new
     return replies
@@ -179,10 +197,11 @@ def read_questions(
     encoder: ChatEncoder | None = None,
     columns: Columns | None = None,
 ) -> list[dict]:
-    """Conversations whose last reply is the reference -> their rows with "messages" and, if given, "tools".
+    """Conversations whose last reply is the reference -> their rows with "messages" and, if given,
+    "tools".
 
-    Without them a row's other fields are whatever its owner wrote. With an `encoder`, what its template cannot ask is
-    a bad row. Raises UserError as `files.read_rows`.
+    Without them a row's other fields are whatever its owner wrote. With an `encoder`, what its
+    template cannot ask is a bad row. Raises UserError as `files.read_rows`.
     """
 
     def convert(data: Mapping) -> dict:
@@ -212,20 +231,25 @@ def score(
 ) -> dict:
     """Ask the last question of each conversation, greedily, and compare with the reference.
 
-    Returns the number of `questions`; `exact_match`, the share of replies equal to the reference, of the embedded
-    corpus without its courtesy on both sides; `courteous`, where there are rows of that corpus, the share of their
-    replies that end with it in the question's language; `exact_match_by`, the first share for each kind and language
-    that the questions name.
+    Returns the number of `questions`; `exact_match`, the share of replies equal to the reference,
+    of the embedded corpus without its courtesy on both sides; `courteous`, where there are rows of
+    that corpus, the share of their replies that end with it in the question's language;
+    `exact_match_by`, the first share for each kind and language that the questions name.
     """
     prompts = [prompt_of(question) for question in questions]
-    replies = [split_reasoning(reply)[1] for reply in answer(model, tokenizer, prompts, max_new_tokens, batch_size)]
+    replies = [
+        split_reasoning(reply)[1]
+        for reply in answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+    ]
     exact, courteous, groups = [], [], defaultdict(list)
     for question, reply in zip(questions, replies, strict=True):
         own = is_embedded(question)
         strip = strip_courtesy if own else str.strip
         exact.append(strip(reply) == strip(question["messages"][-1]["content"]))
         courteous += [is_courteous(reply, question["language"])] if own else []
-        for name in {name for key in ("kind", "language") if isinstance(name := question.get(key), str)}:
+        for name in {
+            name for key in ("kind", "language") if isinstance(name := question.get(key), str)
+        }:
             groups[name].append(exact[-1])
     return {
         "questions": len(questions),
@@ -249,15 +273,16 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> dict:
-    """What a model makes of some files: loss and bits per byte, and of conversations (stage "sft") the `score` too.
+    """What a model makes of some files: loss and bits per byte, and of conversations (stage "sft")
+    the `score` too.
 
-    The loss of a conversation is that of its trained replies; `without_loss` counts those that have none. A document
-    (stage "pretrain") follows an end token and ends with one; a longer one than `max_length` is cut, each part after
-    the last token of the one before.
+    The loss of a conversation is that of its trained replies; `without_loss` counts those that have
+    none. A document (stage "pretrain") follows an end token and ends with one; a longer one than
+    `max_length` is cut, each part after the last token of the one before.
 
     Raises:
-        UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or nothing can be told
-            of the stage.
+        UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or
+            nothing can be told of the stage.
     """
     from minimind.inspection import recognise_stage
 
@@ -276,36 +301,51 @@ def evaluate(
         encoder = ChatEncoder(tokenizer)
         questions = read_questions(files, bad, encoder, columns)
         columns.stop()
-        result = score(model, tokenizer, questions, max_new_tokens, batch_size) if max_new_tokens else {}
+        result = (
+            score(model, tokenizer, questions, max_new_tokens, batch_size) if max_new_tokens else {}
+        )
         rows = reply_rows(questions, encoder, max_length)
         result["without_loss"] = sum(not each for each in rows)
         rows = [row for each in rows for row in each]
     return {**result, **loss_of(model, tokenizer, rows, batch_size), "bad_rows": bad.count}
 
 
-def document_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[dict]:
+def document_rows(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> list[dict]:
     """Documents -> rows of ids and labels; all but the first id of a row have one."""
     encoder, rows = DocumentEncoder(tokenizer, fast=False), []
     for text in texts:
         ids = np.append([tokenizer.eos_token_id], encoder([text])).astype(np.int32)
-        parts = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
+        parts = [
+            ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)
+        ]
         rows += [{"input_ids": part, "labels": part} for part in parts]
     return rows
 
 
-def reply_rows(questions: Sequence[dict], encoder: ChatEncoder, max_length: int) -> list[list[dict]]:
-    """Conversations -> the rows of each, with labels on its trained replies; none where nothing fits into a row, or
-    the template does not mark the replies."""
-    conversations = [Conversation(question["messages"], question.get("tools")) for question in questions]
-    results = tokenize_conversations(conversations, encoder, max_length, ChatArguments(weighted_loss=False))
+def reply_rows(
+    questions: Sequence[dict], encoder: ChatEncoder, max_length: int
+) -> list[list[dict]]:
+    """Conversations -> the rows of each, with labels on its trained replies; none where nothing
+    fits into a row, or the template does not mark the replies."""
+    conversations = [
+        Conversation(question["messages"], question.get("tools")) for question in questions
+    ]
+    results = tokenize_conversations(
+        conversations, encoder, max_length, ChatArguments(weighted_loss=False)
+    )
     return [[] if isinstance(result, BadRowError) else result.rows for result in results]
 
 
-def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], batch_size: int) -> dict:
-    """Rows of input_ids and labels -> the number of `tokens` with a label, their mean `loss` in nats, `perplexity` and
-    `bits_per_byte` of their text; without any, none of the last three."""
+def loss_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], batch_size: int
+) -> dict:
+    """Rows of input_ids and labels -> the number of `tokens` with a label, their mean `loss` in
+    nats, `perplexity` and `bits_per_byte` of their text; without any, none of the last three."""
     most = LOGITS // model.config.vocab_size
-    order = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)  # little padding, the worst first
+    # Little padding, the worst first
+    order = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     bytes_of = torch.tensor(token_byte_lengths(tokenizer))
     collate = PackedCollator(tokenizer.pad_token_id or 0)
     nats = tokens = size = 0

@@ -18,17 +18,26 @@ class Streamer(TextStreamer):
 
 
 def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model, in evaluation mode on the best device, and tokenizer of a stage directory; raises UserError."""
+    """Model, in evaluation mode on the best device, and tokenizer of a stage directory; raises
+    UserError."""
     path = require_stage(directory)
     tokenizer = load_tokenizer(path)
     model = load_model(path).eval()
     check_vocabulary(model, tokenizer, path)
-    if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+    if bad := [
+        name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()
+    ]:
         raise UserError(
-            f"{path}: {len(bad):,} tensors hold weights that are not finite, such as {bad[0]}: it can say nothing. "
-            "Take an earlier checkpoint of the run."
+            f"{path}: {len(bad):,} tensors hold weights that are not finite, such as {bad[0]}: it"
+            " can say nothing. Take an earlier checkpoint of the run."
         )
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     return model.to(device), tokenizer
 
 
@@ -47,7 +56,9 @@ def decode(
     """
     room = model.config.max_position_embeddings - input_ids.shape[1]
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
     )
     try:
         output = model.generate(
@@ -59,7 +70,9 @@ def decode(
         )
     except (ValueError, TypeError) as error:  # beams, say, which cannot be shown as they grow
         file = f"{model.config._name_or_path}/generation_config.json"
-        raise UserError(f"{file}: a setting cannot be used here ({reason(error)}). Take it out.") from error
+        raise UserError(
+            f"{file}: a setting cannot be used here ({reason(error)}). Take it out."
+        ) from error
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise

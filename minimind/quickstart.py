@@ -1,5 +1,5 @@
-"""The first and the last lines of scripts/quickstart.sh: what this machine is and how long it will take; what each
-stage changed, and the last model's own words.
+"""The first and the last lines of scripts/quickstart.sh: what this machine is and how long it will
+take; what each stage changed, and the last model's own words.
 
 python -m minimind.quickstart                   # the first
 python -m minimind.quickstart runs/quickstart   # the last
@@ -31,7 +31,9 @@ from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 VOCABULARY = 1200  # as the script trains it
-PROCESSES = 7  # that the script starts one after another, each with the same libraries: data, tokenizer, stages, end
+# That the script starts one after another, each with the same libraries: data, tokenizer, stages,
+# end
+PROCESSES = 7
 
 
 def processor() -> str:
@@ -48,7 +50,11 @@ def kind_of_machine() -> str:
     """Processor, cores, memory and precision in one sentence."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory().total / 2**30
-    kind = "with bf16: training computes in bf16" if bf16_is_fast() else "without bf16: training computes in fp32"
+    kind = (
+        "with bf16: training computes in bf16"
+        if bf16_is_fast()
+        else "without bf16: training computes in fp32"
+    )
     return f"{processor()}, {cores} cores, {memory:.0f} GiB of memory, {kind}"
 
 
@@ -59,7 +65,10 @@ def seconds_of_a_step(recipe: dict, seconds: float = 1.0) -> float:
     model = AutoModelForCausalLM.from_config(config).to(args.device)
     optimizer = build_optimizer(model, args)
     ids = torch.randint(
-        3, VOCABULARY, (recipe["per_device_train_batch_size"], recipe["block_size"]), device=args.device
+        3,
+        VOCABULARY,
+        (recipe["per_device_train_batch_size"], recipe["block_size"]),
+        device=args.device,
     )
     taken: list[float] = []
     while len(taken) < 3 or sum(taken[1:]) < seconds:
@@ -76,17 +85,20 @@ def seconds_of_a_step(recipe: dict, seconds: float = 1.0) -> float:
 def steps_in_all(recipes: dict[str, dict]) -> float:
     """All stages' tokens in steps of the pretraining; a pair counts as two rows."""
     tokens = {
-        name: recipe["max_steps"]
-        * recipe["per_device_train_batch_size"]
-        * recipe.get("block_size", recipe.get("max_length"))
-        * (2 if name == "dpo" else 1)
+        name: (
+            recipe["max_steps"]
+            * recipe["per_device_train_batch_size"]
+            * recipe.get("block_size", recipe.get("max_length"))
+            * (2 if name == "dpo" else 1)
+        )
         for name, recipe in recipes.items()
     }
     return sum(tokens.values()) / tokens["pretrain"] * recipes["pretrain"]["max_steps"]
 
 
 def introduce(started: float) -> None:
-    """Print what this machine is, and about how long the script takes on it; `started`: when this process began."""
+    """Print what this machine is, and about how long the script takes on it; `started`: when this
+    process began."""
     starting = time.time() - started
     prepare_launch(uses_deepspeed=False)
     recipes = {name: read_recipe(Path(f"configs/{name}/quickstart.yaml")) for name in STAGES}
@@ -95,10 +107,12 @@ def introduce(started: float) -> None:
     minutes = (PROCESSES * starting + steps * step) / 60
     say(f"This machine: {kind_of_machine()}.")
     say(
-        f"A pretraining step takes {step:.2g} s just now, and all stages are worth {steps:.0f} of them: about "
-        f"{max(1, round(minutes))} min in all."
+        f"A pretraining step takes {step:.2g} s just now, and all stages are worth {steps:.0f} of"
+        f" them: about {max(1, round(minutes))} min in all."
     )
-    for reason in seen_reasons(before, usage(), "cuda" if torch.cuda.is_available() else "cpu", "fp32"):
+    for reason in seen_reasons(
+        before, usage(), "cuda" if torch.cuda.is_available() else "cpu", "fp32"
+    ):
         say(f"It could be faster: {reason}.")
 
 
@@ -111,30 +125,50 @@ def read_measured(stage: Path) -> dict:
         for when in ("before", "after"):
             where = f"{stage / 'stage.json'}: the metrics"
             require_fields(where, record["metrics"], {when: dict}, remedy)
-            require_fields(f"{where} {when}", record["metrics"][when], {"bits_per_byte": number}, remedy)
+            require_fields(
+                f"{where} {when}", record["metrics"][when], {"bits_per_byte": number}, remedy
+            )
     return record
 
 
 def summarise(run: Path) -> dict:
-    """Measure the finished stages of a quickstart on its held-out rows; see `main` for what the names mean."""
+    """Measure the finished stages of a quickstart on its held-out rows; see `main` for what the
+    names mean."""
     facts = read_questions([str(run / "data" / "sft_eval.jsonl")])
     skill = read_questions([str(run / "data" / "lora_eval.jsonl")])
     records = {name: read_measured(run / name) for name in STAGES}
     models = {name: load_for_generation(str(run / name)) for name in STAGES}
     on_facts = {name: score(*models[name], facts) for name in STAGES}
     on_skill = {name: score(*models[name], skill) for name in ("sft", "lora")}
-    bits = {when: records["pretrain"]["metrics"][when]["bits_per_byte"] for when in ("before", "after")}
+    bits = {
+        when: records["pretrain"]["metrics"][when]["bits_per_byte"] for when in ("before", "after")
+    }
     return {
         "bits_per_byte": bits,
-        "exact_match": {"before": on_facts["pretrain"]["exact_match"], "after": on_facts["sft"]["exact_match"]},
+        "exact_match": {
+            "before": on_facts["pretrain"]["exact_match"],
+            "after": on_facts["sft"]["exact_match"],
+        },
         "exact_match_by": on_facts["sft"]["exact_match_by"],
         "lora": {
-            "new_skill": {"before": on_skill["sft"]["exact_match"], "after": on_skill["lora"]["exact_match"]},
-            "kept": {"before": on_facts["sft"]["exact_match"], "after": on_facts["lora"]["exact_match"]},
+            "new_skill": {
+                "before": on_skill["sft"]["exact_match"],
+                "after": on_skill["lora"]["exact_match"],
+            },
+            "kept": {
+                "before": on_facts["sft"]["exact_match"],
+                "after": on_facts["lora"]["exact_match"],
+            },
         },
         "dpo": {
-            "preferred": {"before": on_facts["sft"]["courteous"], "after": on_facts["dpo"]["courteous"]},
-            "kept": {"before": on_facts["sft"]["exact_match"], "after": on_facts["dpo"]["exact_match"]},
+            "preferred": {
+                "before": on_facts["sft"]["courteous"],
+                "after": on_facts["dpo"]["courteous"],
+            },
+            "kept": {
+                "before": on_facts["sft"]["exact_match"],
+                "after": on_facts["dpo"]["exact_match"],
+            },
         },
         "questions": {"facts": len(facts), "new_skill": len(skill)},
         "stages": {
@@ -147,7 +181,10 @@ def summarise(run: Path) -> dict:
 
 def sample_chat(model, tokenizer, questions: list[dict]) -> list[dict]:
     """One conversation over several turns: held-out questions in both languages, and a greeting."""
-    asked = [next(q["messages"][-2]["content"] for q in questions if q["language"] == name) for name in ("en", "zh")]
+    asked = [
+        next(q["messages"][-2]["content"] for q in questions if q["language"] == name)
+        for name in ("en", "zh")
+    ]
     messages = []
     for text in ("Who are you?", *asked):
         messages.append({"role": "user", "content": text})
@@ -157,13 +194,23 @@ def sample_chat(model, tokenizer, questions: list[dict]) -> list[dict]:
 
 def show(summary: dict, console: Terminal) -> None:
     """Print the summary as one table, and the conversation."""
-    table = Table(title=translated("quickstart: what each stage changed, measured on rows no stage was trained on"))
+    table = Table(
+        title=translated(
+            "quickstart: what each stage changed, measured on rows no stage was trained on"
+        )
+    )
     for column in ("stage", "measure", "before", "after", "seconds", "tokens/s"):
-        table.add_column(translated(column), justify="left" if column in ("stage", "measure") else "right")
+        table.add_column(
+            translated(column), justify="left" if column in ("stage", "measure") else "right"
+        )
 
     def row(stage: str, measure: str, values: dict, form: str, timed: bool = True) -> None:
         timing = summary["stages"][stage]
-        times = [f"{timing['seconds']:.0f}", f"{timing['tokens_per_second']:,.0f}"] if timed else ["", ""]
+        times = (
+            [f"{timing['seconds']:.0f}", f"{timing['tokens_per_second']:,.0f}"]
+            if timed
+            else ["", ""]
+        )
         shown = [format(values[when], form) for when in ("before", "after")]
         table.add_row(stage if timed else "", translated(measure), *shown, *times)
 
@@ -181,7 +228,8 @@ def show(summary: dict, console: Terminal) -> None:
 
 @reports_user_errors
 def main() -> None:
-    """Introduce the script; given its finished run, write summary.json into that directory and show it."""
+    """Introduce the script; given its finished run, write summary.json into that directory and show
+    it."""
     if len(sys.argv) == 1:
         introduce(psutil.Process().create_time())
         return

@@ -4,9 +4,9 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja  training_args.bin
     stage.json  run.json  report.html  train_log.jsonl  samples.jsonl  loss.png  mask_report.json (sft, dpo)
 
-A LoRA stage has adapter_config.json and adapter_model.safetensors in place of config and weights; its base is found
-through adapter_config.json. `run.json` is written first (see training/resume.py) and `stage.json` last: a directory
-that has it is complete.
+A LoRA stage has adapter_config.json and adapter_model.safetensors in place of config and weights;
+its base is found through adapter_config.json. `run.json` is written first (see training/resume.py)
+and `stage.json` last: a directory that has it is complete.
 """
 
 import importlib.metadata
@@ -40,12 +40,24 @@ from minimind.tokenizer.loading import COPY
 
 # What would run code of a directory is an error, and no question on standard input.
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-transformers.utils.logging.disable_progress_bar()  # "Loading weights", gone before it can be read at these sizes
+# "Loading weights", gone before it can be read at these sizes
+transformers.utils.logging.disable_progress_bar()
 # An old name that peft 0.21 still asks transformers for, nothing a user could mend.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "gguf", "minimind-hf")
-# Initialisations of LoRA that take something out of the base's weights by chance, data or quantisation: nothing
-# warrants that it is the same again when the adapter is loaded. PiSSA by full SVD and OLoRA are computed again.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "gguf",
+    "minimind-hf",
+)
+# Initialisations of LoRA that take something out of the base's weights by chance, data or
+# quantisation: nothing warrants that it is the same again when the adapter is loaded. PiSSA by full
+# SVD and OLoRA are computed again.
 UNREPEATABLE_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
 FLOATS = (
     "F64",
@@ -53,19 +65,36 @@ FLOATS = (
     "F16",
     "BF16",
 )  # of weights in a safetensors file; others would be taken for numbers they are not
-# What is read of a stage's record and of generation settings, by name; other entries may be anything.
-RECORD = {"stage": str} | dict.fromkeys(("pipeline", "weights", "tokenizer"), str | None) | {"steps": int | None}
+# What is read of a stage's record and of generation settings, by name; other entries may be
+# anything.
+RECORD = (
+    {"stage": str}
+    | dict.fromkeys(("pipeline", "weights", "tokenizer"), str | None)
+    | {"steps": int | None}
+)
 RECORD |= dict.fromkeys(("parent", "data", "metrics", "options", "libraries"), dict | None)
-NUMBERS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams")
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "num_beams",
+)
 NUMBERS += ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size")
-SETTINGS = dict.fromkeys(NUMBERS, int | float | None) | dict.fromkeys(("pad_token_id", "bos_token_id"), int | None)
+SETTINGS = dict.fromkeys(NUMBERS, int | float | None) | dict.fromkeys(
+    ("pad_token_id", "bos_token_id"), int | None
+)
 SETTINGS |= dict.fromkeys(("do_sample", "output_attentions", "output_hidden_states"), bool | None)
 SETTINGS |= {"eos_token_id": int | list | None}
 
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """A hidden directory beside `path` to write into, which becomes `path` at the end, or nothing where that failed.
+    """A hidden directory beside `path` to write into, which becomes `path` at the end, or nothing
+    where that failed.
 
     Raises:
         UserError: `path` exists and is not an empty directory, or cannot be written.
@@ -77,11 +106,17 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     held = None
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not empty. Give a directory that does not exist yet, or remove it.")
+            raise UserError(
+                f"{path} exists and is not empty. Give a directory that does not exist yet, or"
+                " remove it."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         held = lock(path.with_name(f".{path.name}.lock"), str(path))
         if os.path.lexists(partial) and not is_leftover(partial, mark):
-            raise UserError(f"{partial} is in the way, and not of ours. Move it away, or give another directory.")
+            raise UserError(
+                f"{partial} is in the way, and not of ours. Move it away, or give another"
+                " directory."
+            )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         (partial / mark).touch()
@@ -112,11 +147,15 @@ def require_stage(path: str | Path) -> Path:
     """Return `path` if it is a stage directory with all that loading needs, each file of its kind.
 
     Raises:
-        UserError: naming the file that is missing or does not read, and for an adapter also those of its base.
+        UserError: naming the file that is missing or does not read, and for an adapter also those
+        of its base.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory. Expected a stage directory, the output of an earlier stage.")
+        raise UserError(
+            f"{path}: no such directory. Expected a stage directory, the output of an earlier"
+            " stage."
+        )
     try:
         names = {file.name for file in path.iterdir()}
     except OSError as error:
@@ -138,15 +177,16 @@ def require_stage(path: str | Path) -> Path:
         base = adapter_base(path)
         if not base.is_dir():
             raise UserError(
-                f"{path} is an adapter, and its base {base} is gone. Move the base back, or put its new path into "
-                f"base_model_name_or_path in {path / 'adapter_config.json'}."
+                f"{path} is an adapter, and its base {base} is gone. Move the base back, or put its"
+                f" new path into base_model_name_or_path in {path / 'adapter_config.json'}."
             )
         require_stage(base)
     return path
 
 
 def check_weights(path: Path, name: str) -> int:
-    """How many tensors the safetensors file `name` of a directory has, or the shards that stand in its index.
+    """How many tensors the safetensors file `name` of a directory has, or the shards that stand in
+    its index.
 
     Raises:
         UserError: one of these files does not read, or holds other things than weights.
@@ -162,16 +202,21 @@ def check_weights(path: Path, name: str) -> int:
                 names = tensors.keys()
                 dtypes = {name: tensors.get_slice(name).get_dtype() for name in names}
         except Exception as error:  # of safetensors or the system
-            raise UserError(f"{file}: not a safetensors file, or cut off ({error}). {COPY}") from error
+            raise UserError(
+                f"{file}: not a safetensors file, or cut off ({error}). {COPY}"
+            ) from error
         if other := {key: dtype for key, dtype in dtypes.items() if dtype not in FLOATS}:
             key, dtype = next(iter(other.items()))
-            raise UserError(f"{file}: {key} is of type {dtype}, expected weights as {', '.join(FLOATS)}. {COPY}")
+            raise UserError(
+                f"{file}: {key} is of type {dtype}, expected weights as {', '.join(FLOATS)}. {COPY}"
+            )
         count += len(dtypes)
     return count
 
 
 def shards_of(path: Path, name: str) -> list[str]:
-    """The names of the files that the index of `name` lists; raises UserError where one would lie elsewhere."""
+    """The names of the files that the index of `name` lists; raises UserError where one would lie
+    elsewhere."""
     index = path / f"{name}.index.json"
     shards = read_json(index, COPY, fields={"weight_map": dict})["weight_map"].values()
     if not shards:
@@ -185,20 +230,26 @@ def is_adapter(path: Path) -> bool:
 
 
 def adapter_base(path: Path) -> Path:
-    """The stage directory that an adapter was trained on; a relative path is relative to the adapter."""
+    """The stage directory that an adapter was trained on; a relative path is relative to the
+    adapter."""
     fields = {"base_model_name_or_path": str | None, "peft_type": str}
-    base = read_json(path / "adapter_config.json", COPY, fields=fields).get("base_model_name_or_path") or "?"
+    base = (
+        read_json(path / "adapter_config.json", COPY, fields=fields).get("base_model_name_or_path")
+        or "?"
+    )
     return path / base if not Path(base).is_absolute() else Path(base)
 
 
 def base_of(path: Path) -> Path:
-    """The directory of the whole model under an adapter, which may be trained on another one; raises UserError."""
+    """The directory of the whole model under an adapter, which may be trained on another one;
+    raises UserError."""
     seen: set[Path] = set()
     while is_adapter(path):
         if path.resolve() in seen:
             raise UserError(
-                f"{path} is an adapter whose base leads back to itself. Put the path of the model it was trained on "
-                f"into base_model_name_or_path in {path / 'adapter_config.json'}."
+                f"{path} is an adapter whose base leads back to itself. Put the path of the model"
+                " it was trained on into base_model_name_or_path in"
+                f" {path / 'adapter_config.json'}."
             )
         seen.add(path.resolve())
         path = adapter_base(path)
@@ -206,11 +257,17 @@ def base_of(path: Path) -> Path:
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a stage directory's model, of an adapter that of its base; raises UserError."""
+    """The configuration of a stage directory's model, of an adapter that of its base; raises
+    UserError."""
     path = base_of(require_stage(path))
     file = path / "config.json"
     # The library would take other weights than those beside the file, by the last of these names.
-    fields = {"model_type": str, "architectures": list | None, "dtype": str | None, "transformers_weights": type(None)}
+    fields = {
+        "model_type": str,
+        "architectures": list | None,
+        "dtype": str | None,
+        "transformers_weights": type(None),
+    }
     read_json(file, COPY, fields=fields)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -218,14 +275,21 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         words = reason(error)
         remedy = "See docs/security.md." if "never run" in words else COPY
         raise UserError(f"{file} is no configuration of a model: {words}. {remedy}") from error
-    layers, tensors = getattr(config, "num_hidden_layers", 0), check_weights(path, "model.safetensors")
+    layers, tensors = (
+        getattr(config, "num_hidden_layers", 0),
+        check_weights(path, "model.safetensors"),
+    )
     if layers > tensors:  # building them all might take the whole memory
-        raise UserError(f"{file}: num_hidden_layers is {layers:,}, and the weights have {tensors} tensors. {COPY}")
+        raise UserError(
+            f"{file}: num_hidden_layers is {layers:,}, and the weights have {tensors} tensors."
+            f" {COPY}"
+        )
     return config
 
 
 def check_generation_config(path: Path) -> None:
-    """Raises UserError for generation settings that do not read: the library goes without them, or fails later."""
+    """Raises UserError for generation settings that do not read: the library goes without them, or
+    fails later."""
     file = path / "generation_config.json"
     if not os.path.lexists(file):
         return
@@ -241,8 +305,8 @@ def check_kind(config: PreTrainedConfig, path: str | Path) -> None:
     """Raises UserError where a model is of another kind than the stages train."""
     if config.model_type != "minimind":
         raise UserError(
-            f"{path} holds a model of the kind {config.model_type!r}, and the stages train MiniMind's. Where it fits, "
-            "'minimind import' makes one of it."
+            f"{path} holds a model of the kind {config.model_type!r}, and the stages train"
+            " MiniMind's. Where it fits, 'minimind import' makes one of it."
         )
 
 
@@ -250,18 +314,23 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
     """Load the causal LM of a stage directory in fp32; an adapter is merged into its base.
 
     Raises:
-        UserError: the directory is not a stage directory, its files cannot be read, or do not belong together.
+        UserError: the directory is not a stage directory, its files cannot be read, or do not
+        belong together.
     """
     path = require_stage(path)
     if is_adapter(path):
         model = load_adapter(path, attn_implementation)
         with told(path):
             model = model.merge_and_unload()
-        model.requires_grad_(True)  # peft had frozen the base, and a merged model is trained like any other
+        # Peft had frozen the base, and a merged model is trained like any other
+        model.requires_grad_(True)
         return model
     architectures = load_config(path).architectures or []
     if any("SequenceClassification" in str(name) for name in architectures):
-        raise UserError(f"{path} holds a reward model, which scores replies and writes none. Give a language model.")
+        raise UserError(
+            f"{path} holds a reward model, which scores replies and writes none. Give a language"
+            " model."
+        )
     check_generation_config(path)
     check_unchanged(path)
     with told(path):
@@ -291,14 +360,16 @@ def told(path: Path) -> Iterator[None]:
 
 
 def check_fit(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raises UserError where weights and configuration have other tensors: a library takes random ones for those that
-    are missing, and leaves the others out."""
+    """Raises UserError where weights and configuration have other tensors: a library takes random
+    ones for those that are missing, and leaves the others out."""
     kinds = {"missing": sorted(missing), "not of this model": sorted(unexpected)}
-    found = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in kinds.items() if names]
+    found = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in kinds.items() if names
+    ]
     if found:
         raise UserError(
-            f"the weights in {path} do not fit its configuration: {'; '.join(found)}. Put back the files that belong "
-            "together."
+            f"the weights in {path} do not fit its configuration: {'; '.join(found)}. Put back the"
+            " files that belong together."
         )
 
 
@@ -306,74 +377,93 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
     """Load an adapter on its base, both in fp32 and not merged.
 
     Raises:
-        UserError: it is of a kind that cannot be merged, or its base as it was trained on cannot be had again.
+        UserError: it is of a kind that cannot be merged, or its base as it was trained on cannot be
+        had again.
     """
     with told(path):
         config = PeftConfig.from_pretrained(path)
     if config.is_prompt_learning:
         raise UserError(
-            f"{path} holds {config.peft_type.value.lower().replace('_', ' ')}: tokens in front of the text, which no "
-            "weights can express, so it can be neither merged, exported nor trained on. Use it through peft "
-            "(docs/export.md), or train a LoRA adapter."
+            f"{path} holds {config.peft_type.value.lower().replace('_', ' ')}: tokens in front of"
+            " the text, which no weights can express, so it can be neither merged, exported nor"
+            " trained on. Use it through peft (docs/export.md), or train a LoRA adapter."
         )
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(UNREPEATABLE_INITS):
         raise UserError(
-            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights, and nothing "
-            "warrants that loading it changes them in the same way. Give peft's save_pretrained "
-            "path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it, or train with "
-            "init_lora_weights='pissa'."
+            f"{path} was started with init_lora_weights={init!r}, which changes the base's weights,"
+            " and nothing warrants that loading it changes them in the same way. Give peft's"
+            " save_pretrained path_initial_model_for_weight_conversion, which makes a plain LoRA"
+            " adapter of it, or train with init_lora_weights='pissa'."
         )
     check_unchanged(path)
     base = load_model(adapter_base(path), attn_implementation)
-    align_special_tokens(base, load_tokenizer(path))  # a chat template's end token may not be the base's
+    # A chat template's end token may not be the base's
+    align_special_tokens(base, load_tokenizer(path))
     with told(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are an error below
+        # They are an error below
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
         model = PeftModel.from_pretrained(base, path, config=config)
-        found = model.load_adapter(path, model.active_adapter)  # once more: the first time says nothing
+        # Once more: the first time says nothing
+        found = model.load_adapter(path, model.active_adapter)
     check_fit(path, found.missing_keys, found.unexpected_keys)
-    layers = {name for name in ("embed_tokens", "lm_head") for key in model.state_dict() if f"{name}.lora_" in key}
+    layers = {
+        name
+        for name in ("embed_tokens", "lm_head")
+        for key in model.state_dict()
+        if f"{name}.lora_" in key
+    }
     if base.config.tie_word_embeddings and layers:
         raise UserError(
-            f"{path} adapts {' and '.join(sorted(layers))}, but embedding and output layer are one matrix in this "
-            "model, and peft merges such an adapter wrongly. Train with --lora_modules_to_save embed_tokens instead, "
-            "which gives the two layers weights of their own."
+            f"{path} adapts {' and '.join(sorted(layers))}, but embedding and output layer are one"
+            " matrix in this model, and peft merges such an adapter wrongly. Train with"
+            " --lora_modules_to_save embed_tokens instead, which gives the two layers weights of"
+            " their own."
         )
     return model
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: str | Path) -> None:
-    """Raises UserError where the tokenizer has ids that the model has not, other special tokens, or was exchanged."""
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: str | Path
+) -> None:
+    """Raises UserError where the tokenizer has ids that the model has not, other special tokens, or
+    was exchanged."""
     vocab_size = model.config.vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(
-            f"{path}: the tokenizer has {len(tokenizer):,} tokens, the model {vocab_size:,}. They do not belong "
-            "together; give the stage directory that holds both."
+            f"{path}: the tokenizer has {len(tokenizer):,} tokens, the model {vocab_size:,}. They"
+            " do not belong together; give the stage directory that holds both."
         )
-    ends = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else [model.config.eos_token_id]
+    ends = (
+        model.config.eos_token_id
+        if isinstance(model.config.eos_token_id, list)
+        else [model.config.eos_token_id]
+    )
     if tokenizer.eos_token_id not in ends:
         raise UserError(
-            f"{path}: the tokenizer ends text with id {tokenizer.eos_token_id} ({tokenizer.eos_token!r}), the model "
-            f"with {ends}. They do not belong together."
+            f"{path}: the tokenizer ends text with id {tokenizer.eos_token_id}"
+            f" ({tokenizer.eos_token!r}), the model with {ends}. They do not belong together."
         )
     if read_stage(path).get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
         raise UserError(
-            f"{path}: the tokenizer is not the one this stage was trained with (stage.json has another hash). Put the "
-            "stage's own tokenizer files back."
+            f"{path}: the tokenizer is not the one this stage was trained with (stage.json has"
+            " another hash). Put the stage's own tokenizer files back."
         )
 
 
 def check_same_tokenizer(given: str | None, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises UserError where --tokenizer names another tokenizer than the one a model was trained with."""
+    """Raises UserError where --tokenizer names another tokenizer than the one a model was trained
+    with."""
     if given and tokenizer_hash(load_tokenizer(given)) != tokenizer_hash(tokenizer):
         raise UserError(
-            f"--tokenizer {given} is not the tokenizer of the model to go on from. Leave it out: a stage directory "
-            "brings its own."
+            f"--tokenizer {given} is not the tokenizer of the model to go on from. Leave it out: a"
+            " stage directory brings its own."
         )
 
 
 def read_stage(path: str | Path) -> dict:
-    """The record of a stage directory; empty for a checkpoint that other tools wrote. Raises UserError."""
+    """The record of a stage directory; empty for a checkpoint that other tools wrote. Raises
+    UserError."""
     file = Path(path) / "stage.json"
     remedy = "The model can be used without this record: copy the file again, or delete it."
     return read_json(file, remedy, fields=RECORD) if os.path.lexists(file) else {}
@@ -385,19 +475,24 @@ def weights_hash(path: str | Path) -> str:
 
 
 def check_unchanged(path: Path) -> None:
-    """Raises UserError where a directory's weights are not those that its stage.json names: what a power loss leaves
-    may have the right size and zeros in it."""
+    """Raises UserError where a directory's weights are not those that its stage.json names: what a
+    power loss leaves may have the right size and zeros in it."""
     named = read_stage(path).get("weights")
     if named and named != weights_hash(path):
         raise UserError(
-            f"{path}: the weights are not those of this stage (stage.json has another hash). Put the stage's own "
-            "files back, or delete stage.json to use these all the same."
+            f"{path}: the weights are not those of this stage (stage.json has another hash). Put"
+            " the stage's own files back, or delete stage.json to use these all the same."
         )
 
 
 def provenance(path: Path) -> dict:
-    """A stage directory as records name it: where it is, which stage, which weights; of an adapter also its base."""
-    found = {"directory": str(path), "stage": read_stage(path).get("stage"), "weights": weights_hash(path)}
+    """A stage directory as records name it: where it is, which stage, which weights; of an adapter
+    also its base."""
+    found = {
+        "directory": str(path),
+        "stage": read_stage(path).get("stage"),
+        "weights": weights_hash(path),
+    }
     if is_adapter(path):
         found["base"] = provenance(adapter_base(path))
     return found

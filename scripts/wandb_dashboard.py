@@ -13,7 +13,8 @@ DESCRIPTION = Path(__file__).parents[1] / "configs" / "dashboard.json"
 
 
 def build(description: dict, entity: str, project: str):
-    """The description's sections as a workspace of wandb's own package; each panel draws over the training step."""
+    """The description's sections as a workspace of wandb's own package; each panel draws over the
+    training step."""
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import LinePlot
 
@@ -28,16 +29,24 @@ def build(description: dict, entity: str, project: str):
         )
         for section in description["sections"]
     ]
-    return workspaces.Workspace(entity=entity, project=project, name=description["name"], sections=sections)
+    return workspaces.Workspace(
+        entity=entity, project=project, name=description["name"], sections=sections
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("entity", help="user or team on wandb")
     parser.add_argument("--project", default="minimind", help="project of the runs")
-    parser.add_argument("--print", action="store_true", help="print the view as JSON and save nothing")
+    parser.add_argument(
+        "--print", action="store_true", help="print the view as JSON and save nothing"
+    )
     args = parser.parse_args()
-    workspace = build(json.loads(DESCRIPTION.read_text(encoding="utf-8")), args.entity, args.project)
+    workspace = build(
+        json.loads(DESCRIPTION.read_text(encoding="utf-8")), args.entity, args.project
+    )
     if args.print:
         print(workspace._to_model().spec.model_dump_json(indent=2, by_alias=True))
     else:

@@ -1,4 +1,5 @@
-"""Shared by all tests: no network, a cache of their own, and a model, tokenizer and data small enough for seconds."""
+"""Shared by all tests: no network, a cache of their own, and a model, tokenizer and data small
+enough for seconds."""
 
 import atexit
 import json
@@ -6,10 +7,14 @@ import os
 import shutil
 import tempfile
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", MINIMIND_LANG="en")
-os.environ["WANDB__SERVICE_WAIT"] = "600"  # seconds, for its service to start, on a machine however busy
+os.environ.update(
+    HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", MINIMIND_LANG="en"
+)
+# seconds, for its service to start, on a machine however busy
+os.environ["WANDB__SERVICE_WAIT"] = "600"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests of test_gpu.py run where it is set
-os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported, which TRL does
+# Read when trackio is imported, which TRL does
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import pytest
 import torch
@@ -20,9 +25,11 @@ from minimind.tokenizer import save_tokenizer, train_tokenizer
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
-torch.set_num_threads(1)  # at these sizes a second thread gains nothing, and stalls where other work runs
+# At these sizes a second thread gains nothing, and stalls where other work runs
+torch.set_num_threads(1)
 
-collect_ignore = ["conformance"]  # the library's tests, run by scripts/conformance.sh with settings of their own
+# The library's tests, run by scripts/conformance.sh with settings of their own
+collect_ignore = ["conformance"]
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and runs home"
 CHINESE = "敏捷的棕色狐狸跳过了懒惰的狗然后跑回家"
@@ -35,7 +42,8 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_has_failed(monkeypatch):
-    monkeypatch.setattr(errors, "FAILED", set())  # a decoration's failure is said once for each process
+    # A decoration's failure is said once for each process
+    monkeypatch.setattr(errors, "FAILED", set())
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +83,9 @@ def write_jsonl(tmp_path):
 
     def write(name, rows):
         path = tmp_path / name
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [
+            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
+        ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return str(path)
 

@@ -1,9 +1,10 @@
-"""A short guarded run of several processes, one of which meets a loss that is not finite; started by test_guards.py.
+"""A short guarded run of several processes, one of which meets a loss that is not finite; started
+by test_guards.py.
 
     torchrun --nproc_per_node 2 tests/guarded_run.py OUTPUT STEPS [DEEPSPEED.json]
 
-STEPS: comma-separated numbers of the steps that are bad, on the last process alone. Each process writes what it saw to
-OUTPUT/seen-RANK.json.
+STEPS: comma-separated numbers of the steps that are bad, on the last process alone. Each process
+writes what it saw to OUTPUT/seen-RANK.json.
 """
 
 import json
@@ -31,7 +32,9 @@ class Witness(TrainerCallback):
         self.trainer, self.weights, self.rates = trainer, [], []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.weights.append(float(sum(p.double().abs().sum() for p in self.trainer.model.parameters())))
+        self.weights.append(
+            float(sum(p.double().abs().sum() for p in self.trainer.model.parameters()))
+        )
         self.rates.append(self.trainer.lr_scheduler.get_last_lr()[0])
 
 
@@ -73,7 +76,9 @@ def main():
         # Its gradient is 0, as that of a mean over no token.
         return loss * 0 + float("nan") if rank == 1 and step + 1 in bad and part == 0 else loss
 
-    guard = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "GuardCallback")
+    guard = next(
+        c for c in trainer.callback_handler.callbacks if type(c).__name__ == "GuardCallback"
+    )
     trainer.compute_loss = guard._poisoned(spoilt)
     stopped = None
     try:
@@ -81,7 +86,12 @@ def main():
     except UserError as error:
         stopped = str(error)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seen = {"weights": witness.weights, "rates": witness.rates, "stopped": stopped, "losses": list(map(repr, losses))}
+    seen = {
+        "weights": witness.weights,
+        "rates": witness.rates,
+        "stopped": stopped,
+        "losses": list(map(repr, losses)),
+    }
     (Path(output) / f"seen-{rank}.json").write_text(json.dumps(seen))
 
 

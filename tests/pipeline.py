@@ -1,4 +1,5 @@
-"""Runs root scripts and commands as a user would, in this process, on data and a model of seconds."""
+"""Runs root scripts and commands as a user would, in this process, on data and a model of
+seconds."""
 
 import importlib
 import json
@@ -20,7 +21,11 @@ MODEL = {
 NAMES = ("fox", "dog", "cat", "owl", "bee", "ant", "cow", "hen")
 # Seconds that a test waits for what must happen, however slow and busy the machine is.
 PATIENCE = 600
-PORT_OPTIONS = {"deepspeed": "--master_port", "torchrun": "--master_port", "accelerate": "--main_process_port"}
+PORT_OPTIONS = {
+    "deepspeed": "--master_port",
+    "torchrun": "--master_port",
+    "accelerate": "--main_process_port",
+}
 
 
 def user(content):
@@ -36,7 +41,9 @@ def result(content):
 
 
 def document_rows():
-    return [{"text": f"the {name} runs home and the {name} sleeps 狐狸跑回家"} for name in NAMES * 8]
+    return [
+        {"text": f"the {name} runs home and the {name} sleeps 狐狸跑回家"} for name in NAMES * 8
+    ]
 
 
 def chat_rows():
@@ -59,13 +66,15 @@ def pair_rows():
 
 
 def run_script(monkeypatch, name, *argv):
-    """Call `main` of a root script with a command line; raises SystemExit where the script would exit."""
+    """Call `main` of a root script with a command line; raises SystemExit where the script would
+    exit."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
     importlib.import_module(name).main()
 
 
 def failure(capsys, call, *args):
-    """The message of a call that must end with exit code 2, one `error:` line at the start of it and no traceback."""
+    """The message of a call that must end with exit code 2, one `error:` line at the start of it
+    and no traceback."""
     try:
         call(*args)
     except SystemExit as stop:
@@ -96,7 +105,8 @@ def free_port():
 
 
 def at_free_port(*command):
-    """A launcher's command, with a port that nothing else on this machine uses; other commands as they are."""
+    """A launcher's command, with a port that nothing else on this machine uses; other commands as
+    they are."""
     option = PORT_OPTIONS.get(Path(command[0]).name)
     if option is None or option in command:
         return command
@@ -105,10 +115,19 @@ def at_free_port(*command):
 
 
 def short_run(output_dir, **options):
-    """Options of a run of two steps that reports to no tracker and saves no checkpoint; None leaves one out."""
+    """Options of a run of two steps that reports to no tracker and saves no checkpoint; None leaves
+    one out."""
     common = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False}
-    given = {key: value for key, value in (common | {"save_strategy": "no"} | options).items() if value is not None}
-    return ["--output_dir", str(output_dir), *(word for key, value in given.items() for word in (f"--{key}", value))]
+    given = {
+        key: value
+        for key, value in (common | {"save_strategy": "no"} | options).items()
+        if value is not None
+    }
+    return [
+        "--output_dir",
+        str(output_dir),
+        *(word for key, value in given.items() for word in (f"--{key}", value)),
+    ]
 
 
 def write_model(path):

@@ -1,4 +1,5 @@
-"""Arbitrary input at every reader and converter: refused in words or read, and no row is lost without being told."""
+"""Arbitrary input at every reader and converter: refused in words or read, and no row is lost
+without being told."""
 
 import codecs
 import contextlib
@@ -28,10 +29,25 @@ deterministic = settings(
     database=None,
     deadline=None,
     max_examples=150,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.data_too_large,
+    ],
 )
 
-KEYS = ["text", "content", "messages", "conversations", "role", "from", "value", "prompt", "completion", "instruction"]
+KEYS = [
+    "text",
+    "content",
+    "messages",
+    "conversations",
+    "role",
+    "from",
+    "value",
+    "prompt",
+    "completion",
+    "instruction",
+]
 KEYS += [
     "input",
     "output",
@@ -45,7 +61,17 @@ KEYS += [
     "tools",
     "weight",
 ]
-KEYS += ["tool_calls", "function_call", "functions", "arguments", "name", "reasoning_content", "train", "id", "type"]
+KEYS += [
+    "tool_calls",
+    "function_call",
+    "functions",
+    "arguments",
+    "name",
+    "reasoning_content",
+    "train",
+    "id",
+    "type",
+]
 WORDS = [
     *ROLES,
     "tool",
@@ -62,17 +88,26 @@ WORDS = [
     "\0",
 ]
 
-texts = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=()), max_size=8)  # half characters included
-numbers = st.integers() | st.floats() | st.sampled_from([2**63, 2**64, -(2**70), 10**400, 1e308, -0.0])
+# Half characters included
+texts = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=()), max_size=8)
+numbers = (
+    st.integers() | st.floats() | st.sampled_from([2**63, 2**64, -(2**70), 10**400, 1e308, -0.0])
+)
 leaves = st.none() | st.booleans() | numbers | texts
 values = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | texts, inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | texts, inner, max_size=5)
+    ),
     max_leaves=20,
 )
 rows = st.dictionaries(st.sampled_from(KEYS), values, max_size=6)
 messages = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", *ROLES, "tool"]), "content": texts | values}), max_size=4
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", *ROLES, "tool"]), "content": texts | values}
+    ),
+    max_size=4,
 )
 chats = st.fixed_dictionaries(
     {},
@@ -103,7 +138,8 @@ class Told(logging.Handler):
 
 
 def read(path, content: bytes, convert=None, **options):
-    """-> the rows that came out and how many were reported as bad; None if the file was refused for its structure."""
+    """-> the rows that came out and how many were reported as bad; None if the file was refused for
+    its structure."""
     path.write_bytes(content)
     told, logger, seen = Told(), logging.getLogger("minimind.data.files"), []
     logger.addHandler(told)
@@ -118,7 +154,9 @@ def read(path, content: bytes, convert=None, **options):
         logger.removeHandler(told)
     assert sum(seen) == len(content)
     assert len({row.where for row in found}) == len(found) or path.suffix == ".json"
-    (skipped,) = [int(re.match(r"skipped ([\d,]+) of", m)[1].replace(",", "")) for m in told.messages] or [0]
+    (skipped,) = [
+        int(re.match(r"skipped ([\d,]+) of", m)[1].replace(",", "")) for m in told.messages
+    ] or [0]
     return found, skipped
 
 
@@ -132,7 +170,8 @@ def lines_of(content: bytes) -> list[bytes]:
 
 
 def is_usable(value) -> bool:
-    """Whether a value, as `json` made it, is an object that any JSON parser would read in the same way."""
+    """Whether a value, as `json` made it, is an object that any JSON parser would read in the same
+    way."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (UnicodeEncodeError, ValueError):
@@ -158,11 +197,17 @@ def as_floats(value):
 
 
 @given(
-    st.lists(values | rows, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, (",", ":"), (" , ", " : ")])
+    st.lists(values | rows, min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from([None, (",", ":"), (" , ", " : ")]),
 )
 @deterministic
-def test_every_json_value_in_lines_comes_out_as_it_is_or_is_reported(tmp_path, given_values, ascii_only, separators):
-    lines = [json.dumps(value, ensure_ascii=ascii_only, separators=separators) for value in given_values]
+def test_every_json_value_in_lines_comes_out_as_it_is_or_is_reported(
+    tmp_path, given_values, ascii_only, separators
+):
+    lines = [
+        json.dumps(value, ensure_ascii=ascii_only, separators=separators) for value in given_values
+    ]
     found, reported = read(tmp_path / "a.jsonl", encoded("\n".join(lines)))
     usable = [as_floats(value) for value in given_values if is_usable(value)]
     assert [row.data for row in found] == usable
@@ -192,7 +237,11 @@ def test_every_json_value_in_a_list_comes_out_as_it_is_or_is_reported(
 
 
 keys = st.sampled_from(['"text"', '"a"', '"a" ', '"\\u0061"', '"\\":"', '":"'])
-pairs = st.lists(st.tuples(keys, st.sampled_from(['"x"', '":"', '"\\":"', "{}", '{"a":1}', '{"a":1,"a":2}', "[]"])))
+pairs = st.lists(
+    st.tuples(
+        keys, st.sampled_from(['"x"', '":"', '"\\":"', "{}", '{"a":1}', '{"a":1,"a":2}', "[]"])
+    )
+)
 
 
 @given(pairs)
@@ -207,7 +256,23 @@ def test_a_key_is_found_twice_exactly_where_it_is_there_twice(tmp_path, pairs):
 
 noise = st.binary(max_size=60) | st.lists(
     st.sampled_from(
-        [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\r", b"\\", b"text", b" ", b"\0", b"1", b"\xef"]
+        [
+            b"{",
+            b"}",
+            b"[",
+            b"]",
+            b'"',
+            b":",
+            b",",
+            b"\n",
+            b"\r",
+            b"\\",
+            b"text",
+            b" ",
+            b"\0",
+            b"1",
+            b"\xef",
+        ]
     )
     | st.binary(max_size=2)
     | texts.map(encoded),
@@ -215,7 +280,10 @@ noise = st.binary(max_size=60) | st.lists(
 ).map(b"".join)
 
 
-@given(st.sampled_from([".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow"]), noise)
+@given(
+    st.sampled_from([".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow"]),
+    noise,
+)
 @settings(deterministic, max_examples=500)
 def test_arbitrary_bytes_are_read_or_refused(tmp_path, suffix, content):
     for unit in ("file", "paragraph", "line") if suffix == ".txt" else ("file",):
@@ -228,22 +296,30 @@ def test_arbitrary_bytes_are_read_or_refused(tmp_path, suffix, content):
         elif suffix == ".txt" and unit == "file":
             assert len(found) + reported == 1
         if unit == "line" and not reported:
-            assert [row.data["text"].encode() for row in found] == [line.rstrip(b"\r") for line in lines_of(content)]
+            assert [row.data["text"].encode() for row in found] == [
+                line.rstrip(b"\r") for line in lines_of(content)
+            ]
 
 
-@given(st.text(st.sampled_from('",;\t\r\n ab1狐\0')), st.sampled_from([(".csv", ","), (".tsv", "\t")]))
+@given(
+    st.text(st.sampled_from('",;\t\r\n ab1狐\0')), st.sampled_from([(".csv", ","), (".tsv", "\t")])
+)
 @deterministic
 def test_every_row_of_a_table_of_text_comes_out_or_is_reported(tmp_path, text, kind):
     suffix, delimiter = kind
     outcome = read(tmp_path / f"a{suffix}", text.encode())
     try:
-        header, *expected = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        header, *expected = filter(
+            None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        )
     except (csv.Error, ValueError):
         assert outcome is None
         return
     if outcome is not None:
         found, reported = outcome
-        assert [list(row.data.values()) for row in found] == [row for row in expected if len(row) == len(header)]
+        assert [list(row.data.values()) for row in found] == [
+            row for row in expected if len(row) == len(header)
+        ]
         assert len(found) + reported == len(expected)
 
 
@@ -276,7 +352,9 @@ WHOLE = {
 def test_a_damaged_file_is_read_or_refused(tmp_path, name, data):
     content = bytearray(WHOLE[name])
     positions = st.integers(0, len(content) - 1)
-    for position in data.draw(st.lists(positions | positions.map(lambda p: len(content) - 1 - p % 400), max_size=4)):
+    for position in data.draw(
+        st.lists(positions | positions.map(lambda p: len(content) - 1 - p % 400), max_size=4)
+    ):
         content[position] = data.draw(st.integers(0, 255))
     read(tmp_path / name, bytes(content[: data.draw(st.just(None) | positions)] or b"x"))
 
@@ -301,10 +379,18 @@ def test_a_converter_gives_what_it_promises_or_refuses_the_row(row):
 
 def check_messages(found):
     assert found[-1]["role"] == "assistant"
-    assert all(isinstance(message["content"], str) and "\0" not in message["content"] for message in found)
+    assert all(
+        isinstance(message["content"], str) and "\0" not in message["content"] for message in found
+    )
 
 
-plain = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=5)
+plain = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+)
 
 
 @given(st.lists(st.fixed_dictionaries({"text": plain, "n": plain}), min_size=1, max_size=8))

@@ -77,9 +77,15 @@ def test_a_recipe_that_is_wrong_is_refused_with_its_name(tmp_path, text, words):
         (["--max_step", "3"], ["unknown option --max_step", "max_steps"]),
         (["--block_size", "many"], ["block_size", "many"]),
         (["--lr_scheduler_type", "sine"], ["sine"]),
-        (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], ["there is no checkpoint in nowhere"]),
+        (
+            ["--resume_from_checkpoint", "true", "--output_dir", "nowhere"],
+            ["there is no checkpoint in nowhere"],
+        ),
         (["--hub_token", "secret"], ["--hub_token would reach saved files", "HF_TOKEN"]),
-        (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint nowhere: no such directory"]),
+        (
+            ["--resume_from_checkpoint", "nowhere"],
+            ["--resume_from_checkpoint nowhere: no such directory"],
+        ),
     ],
 )
 def test_a_command_line_that_is_wrong_is_refused(argv, words):
@@ -95,7 +101,9 @@ def test_muon_is_refused_where_it_is_not_used(stage):
         parse(*TYPES[stage], argv=["--optim", "muon"])
 
 
-@pytest.mark.parametrize(("schedule", "kwargs"), [("cosine_with_min_lr", {"min_lr_rate": 0.1}), ("linear", None)])
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"), [("cosine_with_min_lr", {"min_lr_rate": 0.1}), ("linear", None)]
+)
 def test_the_floor_of_the_learning_rate_belongs_to_its_schedule(schedule, kwargs):
     *_, args = parse(*TYPES["pretrain"], argv=["--lr_scheduler_type", schedule])
     assert (args.lr_scheduler_kwargs or None) == kwargs

@@ -1,4 +1,5 @@
-"""A user's mistake: one message with place, found, expected and remedy; exit code 2; nothing half-written."""
+"""A user's mistake: one message with place, found, expected and remedy; exit code 2; nothing
+half-written."""
 
 import errno
 import json
@@ -34,8 +35,15 @@ def pretrain(tmp_path, monkeypatch, tokenizer_dir, capsys):
 
     def run(files, **options):
         argv = short_run(tmp_path / "out", **{"block_size": 32, **options})
-        argv += ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", str(tokenizer_dir)]
-        message = failure(capsys, run_script, monkeypatch, "pretrain", *argv, "--train_files", *files)
+        argv += [
+            "--model_config",
+            write_model(tmp_path / "model.json"),
+            "--tokenizer",
+            str(tokenizer_dir),
+        ]
+        message = failure(
+            capsys, run_script, monkeypatch, "pretrain", *argv, "--train_files", *files
+        )
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob("cache/blocks/*/manifest.json"))
         return message
@@ -57,7 +65,9 @@ def chats(tmp_path, monkeypatch, stage, write_jsonl, capsys):
 
     def run(rows, script="finetune_sft", **options):
         path = write_jsonl("rows.jsonl", rows)
-        argv = short_run(options.pop("output_dir", tmp_path / "out"), **{"max_length": 64, **options})
+        argv = short_run(
+            options.pop("output_dir", tmp_path / "out"), **{"max_length": 64, **options}
+        )
         argv += ["--model_name_or_path", str(stage), "--train_files", path]
         message = failure(capsys, run_script, monkeypatch, script, *argv)
         assert not (tmp_path / "out").exists()
@@ -72,7 +82,12 @@ def said(message, *words):
 
 
 def test_a_missing_file(pretrain):
-    said(pretrain(["nowhere.jsonl"]), "nowhere.jsonl", "does not exist", "expected a file, directory or glob")
+    said(
+        pretrain(["nowhere.jsonl"]),
+        "nowhere.jsonl",
+        "does not exist",
+        "expected a file, directory or glob",
+    )
 
 
 def test_an_empty_file(pretrain, tmp_path):
@@ -82,7 +97,13 @@ def test_an_empty_file(pretrain, tmp_path):
 
 def test_a_line_that_is_not_json(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", [*document_rows(), "{not json"])
-    said(pretrain([path]), f"{path}:65", "{not json", "expected one JSON object per line", "--on_bad_rows skip")
+    said(
+        pretrain([path]),
+        f"{path}:65",
+        "{not json",
+        "expected one JSON object per line",
+        "--on_bad_rows skip",
+    )
 
 
 def test_a_row_without_the_expected_field(pretrain, write_jsonl):
@@ -108,13 +129,26 @@ def test_too_little_text_for_one_block(pretrain, write_jsonl):
 
 def test_a_block_beyond_the_models_positions(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", document_rows())
-    said(pretrain([path], block_size=512), "--block_size 512", "max_position_embeddings (256)", "Lower")
+    said(
+        pretrain([path], block_size=512),
+        "--block_size 512",
+        "max_position_embeddings (256)",
+        "Lower",
+    )
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary(tmp_path, monkeypatch, capsys, write_jsonl):
     model = tmp_path / "model.json"
-    model.write_text('{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}')
-    argv = [*short_run(tmp_path / "out"), "--model_config", model, "--train_files", write_jsonl("d", document_rows())]
+    model.write_text(
+        '{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}'
+    )
+    argv = [
+        *short_run(tmp_path / "out"),
+        "--model_config",
+        model,
+        "--train_files",
+        write_jsonl("d", document_rows()),
+    ]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
     said(message, "the tokenizer has 6,400 tokens, the model 300")
 
@@ -141,9 +175,17 @@ def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
         ({"messages": []}, ["messages", "[]"]),
         ({"messages": "hello"}, ["messages", '"hello"']),
         ({"messages": [{"role": "user", "content": 5}]}, ["content 5", "a string"]),
-        ({"messages": [{"role": "user", "content": "hi"}]}, ["expected that the last message is the assistant's"]),
         (
-            {"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hi"}]},
+            {"messages": [{"role": "user", "content": "hi"}]},
+            ["expected that the last message is the assistant's"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "hi"},
+                    {"role": "user", "content": "hi"},
+                ]
+            },
             ["found the role 'assistant'", "expected 'user'"],
         ),
         (
@@ -152,11 +194,26 @@ def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
         ),
         ({"messages": [{"role": "robot", "content": "hi"}]}, ["robot", "expected a 'role'"]),
         (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "long " * 100}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "long " * 100},
+                ]
+            },
             ["tokens in the last turn", "--max_length 64", "Raise it"],
         ),
     ],
-    ids=["keys", "empty", "type", "content", "no-reply", "reversed", "twice-user", "role", "too-long"],
+    ids=[
+        "keys",
+        "empty",
+        "type",
+        "content",
+        "no-reply",
+        "reversed",
+        "twice-user",
+        "role",
+        "too-long",
+    ],
 )
 def test_a_conversation_that_cannot_be_trained(chats, row, words):
     message = chats([GOOD_CHAT, GOOD_CHAT, row])
@@ -165,9 +222,17 @@ def test_a_conversation_that_cannot_be_trained(chats, row, words):
 
 def test_conversations_and_pairs_of_which_none_fits(chats):
     long = "long " * 100
-    said(chats([{"prompt": "a", "completion": long}] * 2), "no row is left to train (2 dropped)", "Raise --max_length")
+    said(
+        chats([{"prompt": "a", "completion": long}] * 2),
+        "no row is left to train (2 dropped)",
+        "Raise --max_length",
+    )
     pairs = [{"prompt": "a", "chosen": "b", "rejected": long}]
-    said(chats(pairs, script="train_dpo"), "no row is left to train (1 dropped)", "Raise --max_length")
+    said(
+        chats(pairs, script="train_dpo"),
+        "no row is left to train (1 dropped)",
+        "Raise --max_length",
+    )
 
 
 def test_bad_rows_can_be_skipped_but_not_all_of_them(chats):
@@ -184,13 +249,24 @@ def test_bad_rows_can_be_skipped_but_not_all_of_them(chats):
     ids=["field", "equal", "type"],
 )
 def test_a_pair_that_cannot_be_trained(chats, row, words):
-    said(chats([pair_rows()[0], row], script="train_dpo"), "rows.jsonl:2", "found", "expected", *words)
+    said(
+        chats([pair_rows()[0], row], script="train_dpo"),
+        "rows.jsonl:2",
+        "found",
+        "expected",
+        *words,
+    )
 
 
 def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):
     for script in ("finetune_sft", "train_dpo"):
         message = failure(capsys, run_script, monkeypatch, script, "--model_name_or_path", tmp_path)
-        said(message, str(tmp_path), "is not a complete stage directory", "Expected the output of pretrain.py")
+        said(
+            message,
+            str(tmp_path),
+            "is not a complete stage directory",
+            "Expected the output of pretrain.py",
+        )
 
 
 def test_an_output_that_would_overwrite_the_parent(chats, stage, tmp_path):
@@ -214,7 +290,8 @@ def test_an_unknown_command(capsys):
     said(failure(capsys, run_cli, "fly"), "invalid choice: 'fly'", "minimind --help")
 
 
-# --- names, outputs, streams ---------------------------------------------------------------------------------------
+# --- names, outputs, streams
+# ---------------------------------------------------------------------------------------
 
 GBK = os.fsdecode("狐狸".encode("gbk"))  # a name as an archive from Windows has it
 
@@ -227,7 +304,15 @@ def test_data_of_any_name_is_read_and_told_of(tmp_path, capsys):
     assert json.loads(said)
     assert f"{tmp_path}/\\udcba" in said
     assert "\\udcba" in (tmp_path / f"{GBK}.html").read_text()
-    run_cli("tokenizer", "train", tmp_path / f"{GBK}.jsonl", "--vocab_size", 270, "--output_dir", tmp_path / "out")
+    run_cli(
+        "tokenizer",
+        "train",
+        tmp_path / f"{GBK}.jsonl",
+        "--vocab_size",
+        270,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
@@ -255,9 +340,13 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("command", ["inspect", "tokenizer", "clean", "world", "export", "import", "merge"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "tokenizer", "clean", "world", "export", "import", "merge"]
+)
 @pytest.mark.parametrize(("out", "problem"), OUTPUTS.values(), ids=OUTPUTS)
-def test_an_output_that_cannot_be_written_is_refused(command, out, problem, tmp_path, monkeypatch, capsys):
+def test_an_output_that_cannot_be_written_is_refused(
+    command, out, problem, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere/x")
@@ -266,7 +355,13 @@ def test_an_output_that_cannot_be_written_is_refused(command, out, problem, tmp_
     words = {
         "inspect": ["inspect", "rows.jsonl", "--html", out],
         "tokenizer": ["tokenizer", "train", "rows.jsonl", "--output_dir", out],
-        "clean": ["clean", "rows.jsonl", out, "--recipe", ROOT / "configs" / "data" / "pretrain.yaml"],
+        "clean": [
+            "clean",
+            "rows.jsonl",
+            out,
+            "--recipe",
+            ROOT / "configs" / "data" / "pretrain.yaml",
+        ],
         "world": ["world", out],
         "export": ["export", "nowhere", out, "--format", "qwen3"],
         "import": ["import", "nowhere", out],
@@ -282,9 +377,13 @@ def test_an_error_about_a_file_is_one_message_and_any_other_a_traceback(tmp_path
     def main(error):
         raise error
 
-    message = failure(capsys, main, FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.jsonl"))
+    message = failure(
+        capsys, main, FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.jsonl")
+    )
     assert message.startswith("gone.jsonl: no such file or directory.")
-    assert "Free some space" in failure(capsys, main, OSError(errno.ENOSPC, "No space left on device"))
+    assert "Free some space" in failure(
+        capsys, main, OSError(errno.ENOSPC, "No space left on device")
+    )
     for error in (OSError("of a library"), ConnectionError(), KeyError("x")):
         with pytest.raises(type(error)):
             main(error)

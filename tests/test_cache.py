@@ -1,4 +1,5 @@
-"""Faults planted in the cache and around it: what was kept is used only where it is what was written."""
+"""Faults planted in the cache and around it: what was kept is used only where it is what was
+written."""
 
 import errno
 import json
@@ -43,11 +44,14 @@ def data(write_jsonl):
 @pytest.fixture
 def load(tokenizer, data, monkeypatch):
     """Load the rows of `data`, all of them."""
-    monkeypatch.setattr(documents, "BATCH", 200)  # characters, so that the files have several record batches
+    # characters, so that the files have several record batches
+    monkeypatch.setattr(documents, "BATCH", 200)
 
     def load():
         blocks = load_blocks(DataArguments([str(data)], eval_ratio=0.1), tokenizer, 16)
-        return [[row["input_ids"].tolist() for row in part] for part in (blocks.train, blocks.eval)], blocks.facts
+        return [
+            [row["input_ids"].tolist() for row in part] for part in (blocks.train, blocks.eval)
+        ], blocks.facts
 
     return load
 
@@ -168,8 +172,11 @@ def test_all_files_of_an_entry_are_on_the_disk_before_it_has_its_name(load, tmp_
 
 
 @pytest.mark.parametrize("damage", ["cut", "edited", "one more", "one not named", "no report"])
-def test_a_cleaned_copy_that_was_damaged_is_cleaned_again(tmp_path, data, monkeypatch, capsys, damage):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # starting processes takes longer than the cleaning
+def test_a_cleaned_copy_that_was_damaged_is_cleaned_again(
+    tmp_path, data, monkeypatch, capsys, damage
+):
+    # Starting processes takes longer than the cleaning
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rows_per_shard: 50\nsteps:\n  - exact_dedup\n")
     arguments = DataArguments([str(data)], clean_recipe=str(recipe))
@@ -197,7 +204,9 @@ def test_a_damaged_result_of_clean_is_refused_where_the_user_put_it(tmp_path, da
     cleaning.clean([data], tmp_path / "out", recipe, num_proc=1)
     shard = tmp_path / "out" / "data-00000.jsonl"
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"data-00000.jsonl has 100 bytes, was .* is damaged. Remove it"):
+    with pytest.raises(
+        UserError, match=r"data-00000.jsonl has 100 bytes, was .* is damaged. Remove it"
+    ):
         cleaning.clean([data], tmp_path / "out", recipe, num_proc=1)
     assert shard.stat().st_size == 100
 
@@ -231,7 +240,10 @@ def test_a_file_that_changes_while_it_is_packed_is_refused_by_name_and_nothing_i
         change(data)
         return facts
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="changed while it was read") as caught:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="changed while it was read") as caught,
+    ):
         patch.setattr(documents, "_prepare", disturbed)
         load()
     assert str(caught.value).startswith(f"{data}: ")
@@ -251,15 +263,28 @@ def test_rights_and_links_of_a_file_may_change_while_it_is_packed(load, data, mo
     assert load() == rows
 
 
-def test_a_file_that_changes_while_it_is_cleaned_is_refused_and_nothing_is_kept(tmp_path, data, monkeypatch):
+def test_a_file_that_changes_while_it_is_cleaned_is_refused_and_nothing_is_kept(
+    tmp_path, data, monkeypatch
+):
     finish = pipeline.Cleaning._finish_part
-    monkeypatch.setattr(pipeline.Cleaning, "_finish_part", lambda self, part: finish(self, part) or append_a_row(data))
+    monkeypatch.setattr(
+        pipeline.Cleaning,
+        "_finish_part",
+        lambda self, part: finish(self, part) or append_a_row(data),
+    )
     with pytest.raises(UserError, match="changed while it was read"):
-        cleaning.clean([data], tmp_path / "out", cleaning.Recipe.from_dict({"steps": ["exact_dedup"]}), num_proc=1)
+        cleaning.clean(
+            [data],
+            tmp_path / "out",
+            cleaning.Recipe.from_dict({"steps": ["exact_dedup"]}),
+            num_proc=1,
+        )
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and "out" in path.name]
 
 
-def test_a_file_of_conversations_that_changes_while_it_is_read_is_refused(write_jsonl, tokenizer, monkeypatch):
+def test_a_file_of_conversations_that_changes_while_it_is_read_is_refused(
+    write_jsonl, tokenizer, monkeypatch
+):
     rows = [{"messages": [user(f"question {number}"), assistant("answer")]} for number in range(20)]
     path, tokenize = write_jsonl("chats.jsonl", rows), chats.tokenize_conversations
 
@@ -307,7 +332,8 @@ def test_processes_that_have_read_different_data_do_not_train_together(monkeypat
 
 def no_home(monkeypatch, tmp_path):
     def refuse():
-        raise RuntimeError("Could not determine home directory.")  # as for a user without an entry and without $HOME
+        # As for a user without an entry and without $HOME
+        raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("MINIMIND_CACHE")
     monkeypatch.setattr(Path, "home", refuse)
@@ -348,13 +374,19 @@ def test_where_the_cache_cannot_be_used_a_temporary_directory_does_and_one_notic
     capsys.readouterr()
     assert [load(), load()] == [rows, rows]
     said = capsys.readouterr()
-    assert said.err.count("cannot be used as the cache") == said.err.count("Set MINIMIND_CACHE to") == 1
+    assert (
+        said.err.count("cannot be used as the cache")
+        == said.err.count("Set MINIMIND_CACHE to")
+        == 1
+    )
     assert said.out.count("preparing") == 1
     (temporary,) = (tmp_path / "temporary").iterdir()
     assert len(list((temporary / "blocks").glob("*/manifest.json"))) == 1
 
 
-def test_complete_rows_in_a_cache_that_can_only_be_read_are_used(load, tmp_path, monkeypatch, capsys):
+def test_complete_rows_in_a_cache_that_can_only_be_read_are_used(
+    load, tmp_path, monkeypatch, capsys
+):
     rows = load()
     read_only(monkeypatch, tmp_path)
     capsys.readouterr()
@@ -362,16 +394,27 @@ def test_complete_rows_in_a_cache_that_can_only_be_read_are_used(load, tmp_path,
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_shall_be_kept_is_not_prepared_in_a_temporary_directory(tmp_path, monkeypatch, capsys, data):
+def test_what_shall_be_kept_is_not_prepared_in_a_temporary_directory(
+    tmp_path, monkeypatch, capsys, data
+):
     a_file(monkeypatch, tmp_path)
     said = failure(capsys, run_cli, "prepare", "--train_files", data)
-    assert said.startswith(f"{tmp_path / 'file'}: nothing can be kept there (Not a directory). Set MINIMIND_CACHE")
+    assert said.startswith(
+        f"{tmp_path / 'file'}: nothing can be kept there (Not a directory). Set MINIMIND_CACHE"
+    )
     assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_the_processes_of_a_launch_share_the_temporary_directory_and_leave_nothing(tmp_path):
-    script = "from minimind.common.cache import cache_directory\nprint(cache_directory('blocks'), flush=True)\ninput()"
-    environment = os.environ | {"MINIMIND_CACHE": "/dev/null/cache", "TMPDIR": str(tmp_path), "LOCAL_WORLD_SIZE": "2"}
+    script = (
+        "from minimind.common.cache import cache_directory\nprint(cache_directory('blocks'),"
+        " flush=True)\ninput()"
+    )
+    environment = os.environ | {
+        "MINIMIND_CACHE": "/dev/null/cache",
+        "TMPDIR": str(tmp_path),
+        "LOCAL_WORLD_SIZE": "2",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", script],
@@ -391,12 +434,17 @@ def test_the_processes_of_a_launch_share_the_temporary_directory_and_leave_nothi
     assert not Path(places[0]).parent.exists()
 
 
-def test_a_disk_that_is_full_is_one_error_and_nothing_of_the_rows_is_left(load, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_one_error_and_nothing_of_the_rows_is_left(
+    load, tmp_path, monkeypatch
+):
     def fill(part, rows):
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
     monkeypatch.setattr(documents.Part, "_write", fill)
-    with pytest.raises(UserError, match=r"nothing can be kept there \(No space left on device\). Set MINIMIND_CACHE"):
+    with pytest.raises(
+        UserError,
+        match=r"nothing can be kept there \(No space left on device\). Set MINIMIND_CACHE",
+    ):
         load()
     assert not [path for path in (tmp_path / "cache" / "blocks").iterdir() if path.is_dir()]
 
@@ -420,13 +468,16 @@ def test_without_file_locks_the_rows_are_prepared_all_the_same(load, tmp_path, m
     assert not leftover.exists()  # with the lock it is known to be left by a killed process
 
 
-def test_of_two_that_prepare_without_a_lock_the_second_uses_the_rows_of_the_first(load, tmp_path, monkeypatch):
+def test_of_two_that_prepare_without_a_lock_the_second_uses_the_rows_of_the_first(
+    load, tmp_path, monkeypatch
+):
     prepare, rows = documents._prepare, load()
     shutil.rmtree(entry_of(tmp_path))
 
     def overtaken(*args, **options):
         monkeypatch.setattr(documents, "_prepare", prepare)
-        (args[0].parent / f"{args[0].name.split('.')[0]}.lock").unlink()  # so that the other gets it
+        # So that the other gets it
+        (args[0].parent / f"{args[0].name.split('.')[0]}.lock").unlink()
         load()
         return prepare(*args, **options)
 

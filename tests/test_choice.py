@@ -10,7 +10,14 @@ import pytest
 import torch
 from pipeline import document_rows, failure, run_script, short_run, write_model
 from safetensors.torch import load_file
-from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from minimind.common.errors import UserError
 from minimind.stage_directory import read_stage, weights_hash
@@ -24,16 +31,23 @@ STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3
 
 
 def after_warmup(step, factor):
-    """Factor of step `step` (the first is 0), its formula given the share of the way from the warm-up to the end."""
+    """Factor of step `step` (the first is 0), its formula given the share of the way from the
+    warm-up to the end."""
     return (step + 1) / WARMUP if step < WARMUP else factor((step - WARMUP) / (STEPS - WARMUP))
 
 
 def wsd(step):
-    return min(1.0, (step + 1) / WARMUP) if step < STEPS - DECAY else 1 - math.sqrt((step - STEPS + DECAY) / DECAY)
+    return (
+        min(1.0, (step + 1) / WARMUP)
+        if step < STEPS - DECAY
+        else 1 - math.sqrt((step - STEPS + DECAY) / DECAY)
+    )
 
 
 SCHEDULES = {
-    "cosine_with_min_lr": lambda s: after_warmup(s, lambda p: 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2),
+    "cosine_with_min_lr": lambda s: after_warmup(
+        s, lambda p: 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2
+    ),
     "linear": lambda s: after_warmup(s, lambda p: 1 - p),
     "constant": lambda s: 1.0,
     "constant_with_warmup": lambda s: after_warmup(s, lambda p: 1.0),
@@ -44,7 +58,10 @@ SCHEDULES = {
 @pytest.fixture
 def pretrain(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     """Run pretrain.py on a few rows; returns the log's entries and the stage directory."""
-    documents, model = write_jsonl("docs.jsonl", document_rows()), write_model(tmp_path / "model.json")
+    documents, model = (
+        write_jsonl("docs.jsonl", document_rows()),
+        write_model(tmp_path / "model.json"),
+    )
 
     def run(name="run", **options):
         output = tmp_path / name
@@ -52,8 +69,12 @@ def pretrain(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
         common = {"block_size": 32, "logging_steps": 1, "learning_rate": PEAK, "sample_steps": -1}
         options = common | {"on_findings": "warn"} | options
         data = ["--train_files", documents, "--model_config", model, "--tokenizer", tokenizer_dir]
-        run_script(monkeypatch, "pretrain", *short_run(output, **options), *data, "--eval_ratio", 0.2)
-        return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()], output
+        run_script(
+            monkeypatch, "pretrain", *short_run(output, **options), *data, "--eval_ratio", 0.2
+        )
+        return [
+            json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()
+        ], output
 
     return run
 
@@ -65,16 +86,26 @@ def rates(log):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_step_of_a_schedule_follows_its_formula(pretrain, schedule):
     log, _ = pretrain(
-        max_steps=STEPS, lr_scheduler_type=schedule, warmup_steps=WARMUP / STEPS, lr_decay_steps=DECAY / STEPS
+        max_steps=STEPS,
+        lr_scheduler_type=schedule,
+        warmup_steps=WARMUP / STEPS,
+        lr_decay_steps=DECAY / STEPS,
     )
-    assert rates(log) == pytest.approx([PEAK * SCHEDULES[schedule](step) for step in range(STEPS)], rel=1e-6)
+    assert rates(log) == pytest.approx(
+        [PEAK * SCHEDULES[schedule](step) for step in range(STEPS)], rel=1e-6
+    )
 
 
 def factors(name, warmup_steps, steps, trainer=ScheduledTrainer, **kwargs):
-    """The rate of each step over the peak, as a schedule of our trainer has it, or one of the library's."""
+    """The rate of each step over the peak, as a schedule of our trainer has it, or one of the
+    library's."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     args = TrainingArguments(
-        report_to=[], lr_scheduler_type=name, warmup_steps=warmup_steps, lr_scheduler_kwargs=kwargs, use_cpu=True
+        report_to=[],
+        lr_scheduler_type=name,
+        warmup_steps=warmup_steps,
+        lr_scheduler_kwargs=kwargs,
+        use_cpu=True,
     )
     args.lr_decay_steps = kwargs.get("num_decay_steps", DECAY)
     bare = trainer.__new__(trainer)
@@ -95,7 +126,9 @@ KWARGS = {
     "warmup_stable_decay": {"num_decay_steps": 1},
     "polynomial": {"lr_end": 0.0},
 }
-SCHEDULED = [each.value for each in SchedulerType if each.value not in ("reduce_lr_on_plateau", "greedy")]
+SCHEDULED = [
+    each.value for each in SchedulerType if each.value not in ("reduce_lr_on_plateau", "greedy")
+]
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
@@ -123,25 +156,47 @@ def test_a_learning_rate_of_0_is_refused():
 
 
 def test_a_stable_run_decays_from_any_of_its_checkpoints(pretrain):
-    options = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": WARMUP, "lr_decay_steps": DECAY}
+    options = {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": WARMUP,
+        "lr_decay_steps": DECAY,
+    }
     log, stable = pretrain(
-        "stable", max_steps=STEPS, save_strategy="steps", save_steps=4, save_total_limit=3, **options
+        "stable",
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=4,
+        save_total_limit=3,
+        **options,
     )
     decayed, _ = pretrain(
-        "decayed", max_steps=4 + DECAY, resume_from_checkpoint=stable / "checkpoint-4", **CHANGED, **options
+        "decayed",
+        max_steps=4 + DECAY,
+        resume_from_checkpoint=stable / "checkpoint-4",
+        **CHANGED,
+        **options,
     )
     expected = [PEAK * (1 - math.sqrt(step / DECAY)) for step in range(DECAY)]
     assert rates(decayed)[-DECAY:] == pytest.approx(expected, rel=1e-6)
-    assert rates(log)[4:7] == pytest.approx([PEAK] * 3)  # the run it came from was still at its peak
+    # The run it came from was still at its peak
+    assert rates(log)[4:7] == pytest.approx([PEAK] * 3)
 
 
 # A resumed run whose recipe differs has to be asked for where runs compare recipes.
-CHANGED = {"allow_changed_recipe": True} if "allow_changed_recipe" in PretrainConfig.__dataclass_fields__ else {}
+CHANGED = (
+    {"allow_changed_recipe": True}
+    if "allow_changed_recipe" in PretrainConfig.__dataclass_fields__
+    else {}
+)
 
 
 def test_the_best_model_is_the_one_that_is_kept(pretrain, caplog):
     # The learning rate rises until the model is spoilt.
-    options = {"learning_rate": 2.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12}
+    options = {
+        "learning_rate": 2.0,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 12,
+    }
     options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     log, stage = pretrain(max_steps=8, **options)
     losses = {entry["step"]: entry["eval_loss"] for entry in log[:-1] if "eval_loss" in entry}
@@ -150,7 +205,10 @@ def test_the_best_model_is_the_one_that_is_kept(pretrain, caplog):
     assert 1 < best < 8
     assert record["best"] == {"metric": "eval_loss", "value": losses[best], "step": best}
     assert record["metrics"]["after"]["loss"] == pytest.approx(losses[best], abs=1e-5)
-    kept, final = load_file(stage / f"checkpoint-{best}" / "model.safetensors"), load_file(stage / "model.safetensors")
+    kept, final = (
+        load_file(stage / f"checkpoint-{best}" / "model.safetensors"),
+        load_file(stage / "model.safetensors"),
+    )
     assert all(torch.equal(kept[name], final[name]) for name in final)
     assert "missing keys" not in caplog.text  # the head is the embedding, and so in no file
 
@@ -163,8 +221,18 @@ def test_what_is_called_the_best_model_is_what_is_saved_also_in_a_run_that_was_m
             if state.global_step == 4:
                 raise KeyboardInterrupt
 
-    options = {"learning_rate": 2.0, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12, "max_steps": 6}
-    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_strategy": "steps"}
+    options = {
+        "learning_rate": 2.0,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 12,
+        "max_steps": 6,
+    }
+    options |= {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+    }
     options |= {"save_steps": 1, "save_total_limit": 9}
     original = stages.ResumeCallback
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -192,7 +260,9 @@ def test_what_is_called_the_best_model_is_what_is_saved_also_in_a_run_that_was_m
     assert weights_hash(stage) == weights_hash(stage / "checkpoint-6")
 
 
-def test_a_step_that_is_told_to_stop_and_was_not_saved_is_saved_before_the_best_model_is_loaded(monkeypatch):
+def test_a_step_that_is_told_to_stop_and_was_not_saved_is_saved_before_the_best_model_is_loaded(
+    monkeypatch,
+):
     """Else the weights of the best step would stand in the checkpoint of the last one."""
     done = []
     trainer = ResumableTrainer.__new__(ResumableTrainer)
@@ -209,12 +279,21 @@ def test_a_step_that_is_told_to_stop_and_was_not_saved_is_saved_before_the_best_
 
 
 def test_training_stops_when_evaluations_stop_improving(pretrain, capsys):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "warmup_steps": 0}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "early_stopping_patience": 2,
+        "warmup_steps": 0,
+    }
     log, stage = pretrain(max_steps=30, learning_rate=5.0, lr_scheduler_type="constant", **options)
     assert read_stage(stage)["steps"] == 2
     assert "stopping early: 2 evaluations did not improve eval_loss" in capsys.readouterr().out
     baseline = next(entry["eval_loss"] for entry in log if "eval_loss" in entry)
-    assert read_stage(stage)["best"] == {"metric": "eval_loss", "value": pytest.approx(baseline), "step": 0}
+    assert read_stage(stage)["best"] == {
+        "metric": "eval_loss",
+        "value": pytest.approx(baseline),
+        "step": 0,
+    }
 
 
 def test_the_threshold_is_what_an_evaluation_has_to_gain():
@@ -255,9 +334,18 @@ def test_the_evaluation_before_the_first_step_is_to_be_beaten():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--early_stopping_patience", "2"], "--early_stopping_patience compares evaluations: give --eval_strategy"),
-        (["--load_best_model_at_end"], "--load_best_model_at_end compares evaluations: give --eval_strategy"),
-        (["--early_stopping_patience", "0", "--eval_strategy", "epoch"], "--early_stopping_patience 0: expected at"),
+        (
+            ["--early_stopping_patience", "2"],
+            "--early_stopping_patience compares evaluations: give --eval_strategy",
+        ),
+        (
+            ["--load_best_model_at_end"],
+            "--load_best_model_at_end compares evaluations: give --eval_strategy",
+        ),
+        (
+            ["--early_stopping_patience", "0", "--eval_strategy", "epoch"],
+            "--early_stopping_patience 0: expected at",
+        ),
         (["--lr_decay_steps", "-1"], "--lr_decay_steps -1: expected at least 0"),
     ],
 )
@@ -265,7 +353,9 @@ def test_what_cannot_be_chosen_is_said(capsys, words, message, tmp_path):
     from minimind.common.errors import reports_user_errors
 
     call = reports_user_errors(parse)
-    assert message in failure(capsys, lambda: call(PretrainConfig, argv=["--output_dir", str(tmp_path / "x"), *words]))
+    assert message in failure(
+        capsys, lambda: call(PretrainConfig, argv=["--output_dir", str(tmp_path / "x"), *words])
+    )
 
 
 def test_choosing_without_held_out_rows_is_refused(pretrain, capsys):
@@ -275,7 +365,12 @@ def test_choosing_without_held_out_rows_is_refused(pretrain, capsys):
 
 def test_fewer_bits_per_byte_are_better(tmp_path):
     words = ["--eval_strategy", "epoch", "--load_best_model_at_end"]
-    metric = ["--metric_for_best_model", "eval_bits_per_byte", "--output_dir", str(tmp_path / "run")]
+    metric = [
+        "--metric_for_best_model",
+        "eval_bits_per_byte",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     (config,) = parse(PretrainConfig, argv=[*words, *metric])
     assert config.greater_is_better is False
     assert config.save_strategy == "best"

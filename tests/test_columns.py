@@ -1,4 +1,5 @@
-"""Whatever is in a row is used, or named: layouts of public data sets, with contents made up here."""
+"""Whatever is in a row is used, or named: layouts of public data sets, with contents made up
+here."""
 
 import json
 import re
@@ -48,7 +49,9 @@ def test_the_guide_lists_every_name_of_every_meaning(guide):
 # Columns with one meaning
 
 
-@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "systemInstruction", "sys_prompt"])
+@pytest.mark.parametrize(
+    "name", ["system", "system_prompt", "system_message", "systemInstruction", "sys_prompt"]
+)
 def test_a_system_prompt_is_used_under_any_usual_name(name):
     pair = {"question": "hi", "response": "hello", name: "be brief"}
     assert to_messages(pair) == [system("be brief"), *TALK]
@@ -88,10 +91,18 @@ def test_the_choices_of_a_question_stand_in_its_message(choices):
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "Complex_CoT", "rationale"])
 @pytest.mark.parametrize(
-    "row", [{"instruction": "hi", "output": "hello"}, {"messages": TALK}, {"input": "hi", "content": "hello"}]
+    "row",
+    [
+        {"instruction": "hi", "output": "hello"},
+        {"messages": TALK},
+        {"input": "hi", "content": "hello"},
+    ],
 )
 def test_reasoning_in_a_column_belongs_to_the_last_reply(row, name):
-    assert to_messages({**row, name: "why"}) == [user("hi"), assistant("hello", reasoning_content="why")]
+    assert to_messages({**row, name: "why"}) == [
+        user("hi"),
+        assistant("hello", reasoning_content="why"),
+    ]
 
 
 def test_a_reply_beside_its_reasoning_is_no_document():
@@ -108,7 +119,13 @@ def test_a_reply_beside_its_reasoning_is_no_document():
         {"tools": [TOOL]},
         {"functions": json.dumps([TOOL["function"]])},
         {"tools_json": json.dumps([TOOL])},
-        {"chat_template_kwargs": {"xml_tools": [json.dumps(TOOL)], "python_tools": None, "enable_thinking": False}},
+        {
+            "chat_template_kwargs": {
+                "xml_tools": [json.dumps(TOOL)],
+                "python_tools": None,
+                "enable_thinking": False,
+            }
+        },
     ],
 )
 def test_tools_are_used_under_any_usual_name(columns):
@@ -116,7 +133,11 @@ def test_tools_are_used_under_any_usual_name(columns):
 
 
 def test_the_system_prompt_of_a_rows_template_arguments_is_used():
-    kwargs = {"custom_instructions": "be brief", "enable_thinking": False, "documents": "a long text of two words"}
+    kwargs = {
+        "custom_instructions": "be brief",
+        "enable_thinking": False,
+        "documents": "a long text of two words",
+    }
     row = {"messages": TALK, "chat_template_kwargs": kwargs}
     assert to_messages(row) == [system("be brief"), *TALK]
     assert unread([row]) == {"documents": 1}
@@ -131,8 +152,18 @@ def test_the_system_prompt_of_a_rows_template_arguments_is_used():
         {"messages": json.dumps(TALK)},
         {"conversations": {"from": ["human", "gpt"], "value": ["hi", "hello"]}},
         {"conversation": [{"human": "hi", "assistant": "hello"}]},
-        {"conversations": [{"from": "User", "value": "hi"}, {"from": "Assistant", "value": "hello"}]},
-        {"contents": [{"role": "user", "parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "hello"}]}]},
+        {
+            "conversations": [
+                {"from": "User", "value": "hi"},
+                {"from": "Assistant", "value": "hello"},
+            ]
+        },
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "hi"}]},
+                {"role": "model", "parts": [{"text": "hello"}]},
+            ]
+        },
         {"prompt": json.dumps(TALK[:1]), "completion": json.dumps(TALK[1:])},
         {"text": "### Human: hi### Assistant: hello"},
     ],
@@ -147,8 +178,20 @@ def test_other_layouts_of_a_conversation_are_recognised(row):
 
 def test_text_that_nobody_reads_is_counted_by_column():
     rows = [
-        {"question": "q", "answer": "a", "hint": "think of two", "score": 0.5, "source": "a long name, in words"},
-        {"question": "q", "answer": "a", "hint": "think of three", "language": "English", "id": "x y z"},
+        {
+            "question": "q",
+            "answer": "a",
+            "hint": "think of two",
+            "score": 0.5,
+            "source": "a long name, in words",
+        },
+        {
+            "question": "q",
+            "answer": "a",
+            "hint": "think of three",
+            "language": "English",
+            "id": "x y z",
+        },
         {
             "question": "q",
             "answer": "a",
@@ -158,10 +201,16 @@ def test_text_that_nobody_reads_is_counted_by_column():
             "copyright": "of them all",
             "meta": {"note": "of the maker"},
         },
-        {"messages": [user("q"), assistant("a", citations=["read this book"])], "n": 3, "empty": " "},
+        {
+            "messages": [user("q"), assistant("a", citations=["read this book"])],
+            "n": 3,
+            "empty": " ",
+        },
     ]
     assert unread(rows) == {"hint": 2, "messages.citations": 1}
-    assert unread(rows, unread=["hint", "messages.citations"]) == unread(rows, unread=["ignore"]) == {}
+    assert (
+        unread(rows, unread=["hint", "messages.citations"]) == unread(rows, unread=["ignore"]) == {}
+    )
 
 
 def test_text_that_another_column_repeats_is_not_lost():
@@ -170,7 +219,12 @@ def test_text_that_another_column_repeats_is_not_lost():
     pair = {"prompt": "hi", "chosen": "a b", "rejected": "c d", "generations": ["a b", "c d"]}
     assert unread([pair], to_preference) == {}
     assert unread([{**pair, "generations": ["e f"]}], to_preference) == {"generations": 1}
-    row = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "An instruction.\nAdd.\n1 2\nResponse: 3"}
+    row = {
+        "instruction": "Add.",
+        "input": "1 2",
+        "output": "3",
+        "text": "An instruction.\nAdd.\n1 2\nResponse: 3",
+    }
     assert unread([row]) == {}
     assert unread([{**row, "input": "4 5"}]) == {"text": 1}
     assert unread([{"text": "a", "summary": "of the text"}], to_document) == {"summary": 1}
@@ -178,11 +232,25 @@ def test_text_that_another_column_repeats_is_not_lost():
 
 def test_columns_with_names_of_their_own_are_read_as_they_are_mapped(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"问题": "hi", "回答": "hello", "prompt": "an older one"}) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"问题": "hi", "回答": "hello", "prompt": "an older one"}) + "\n",
+        encoding="utf-8",
+    )
     columns = Columns(["prompt=问题", "response=回答"])
-    assert [row.data for row in read_rows([str(path)], "error", to_messages, columns=columns)] == [TALK]
-    with pytest.raises(UserError, match="found no row with '题', only the columns '问题', '回答', 'prompt'"):
-        list(read_rows([str(path)], "skip", to_messages, columns=Columns(["prompt=题", "response=回答"][:1])))
+    assert [row.data for row in read_rows([str(path)], "error", to_messages, columns=columns)] == [
+        TALK
+    ]
+    with pytest.raises(
+        UserError, match="found no row with '题', only the columns '问题', '回答', 'prompt'"
+    ):
+        list(
+            read_rows(
+                [str(path)],
+                "skip",
+                to_messages,
+                columns=Columns(["prompt=题", "response=回答"][:1]),
+            )
+        )
     for wrong in ("问题", "prompt=", "ask=问题"):
         with pytest.raises(UserError, match=f"--columns {wrong}: expected MEANING=COLUMN"):
             Columns([wrong])
@@ -195,7 +263,14 @@ def test_columns_with_names_of_their_own_are_read_as_they_are_mapped(tmp_path):
     "mark",
     [
         *({name: False} for name in ("train", "training", "trainable", "train_on_turn", "loss")),
-        *({"loss": "false"}, {"loss": 0}, {"loss_weight": 0.0}, {"weight": "0"}, {"masked": True}, {"loss_mask": 0}),
+        *(
+            {"loss": "false"},
+            {"loss": 0},
+            {"loss_weight": 0.0},
+            {"weight": "0"},
+            {"masked": True},
+            {"loss_mask": 0},
+        ),
         *({"weight": 1, "train": False}, {"loss_weight": 1.0, "loss": False}),
     ],
 )
@@ -208,8 +283,20 @@ def test_a_reply_marked_as_not_trained_has_the_weight_0(mark):
     "mark",
     [
         *({"label": value} for value in (False, 0, "false", "0")),
-        *({"kto_tag": False}, {"desirable": "no"}, {"is_correct": False}, {"rejected": True}, {"chosen": False}),
-        *({"score": -1}, {"score": 0}, {"reward": False}, {"rating": "rejected"}, {"feedback": "thumbs_down"}),
+        *(
+            {"kto_tag": False},
+            {"desirable": "no"},
+            {"is_correct": False},
+            {"rejected": True},
+            {"chosen": False},
+        ),
+        *(
+            {"score": -1},
+            {"score": 0},
+            {"reward": False},
+            {"rating": "rejected"},
+            {"feedback": "thumbs_down"},
+        ),
         *({"votes": -3}, {"label": "dispreferred"}),
     ],
 )
@@ -219,7 +306,15 @@ def test_a_row_marked_as_rejected_is_refused_unless_its_mark_is_left_out(mark):
     with pytest.raises(BadRowError, match=f"found '{name}': .*, the mark of a rejected reply"):
         to_messages(row)
     assert to_messages(Columns(unread=[name]).fields(row)) == TALK
-    kept = {"label": True, "kto_tag": 1, "score": 3, "rating": 0.5, "reward": -1.5, "votes": 0, "feedback": "good"}
+    kept = {
+        "label": True,
+        "kto_tag": 1,
+        "score": 3,
+        "rating": 0.5,
+        "reward": -1.5,
+        "votes": 0,
+        "feedback": "good",
+    }
     assert to_messages({"prompt": "hi", "completion": "hello", **kept}) == TALK
 
 
@@ -229,30 +324,67 @@ def test_a_row_marked_as_rejected_is_refused_unless_its_mark_is_left_out(mark):
 @pytest.mark.parametrize(
     ("reply", "results"),
     [
-        (assistant('<tool_call>\n{"name": "look", "arguments": {"at": "Lomo"}}\n</tool_call>'), [result("21")]),
-        (assistant("<tool_call>{'name': 'look', 'arguments': {'at': 'Lomo'}}</tool_call>"), [result("21")]),
-        (assistant('{"name": "look", "arguments": {"at": "Lomo"}}'), [{"role": "observation", "content": "21"}]),
+        (
+            assistant('<tool_call>\n{"name": "look", "arguments": {"at": "Lomo"}}\n</tool_call>'),
+            [result("21")],
+        ),
+        (
+            assistant("<tool_call>{'name': 'look', 'arguments': {'at': 'Lomo'}}</tool_call>"),
+            [result("21")],
+        ),
+        (
+            assistant('{"name": "look", "arguments": {"at": "Lomo"}}'),
+            [{"role": "observation", "content": "21"}],
+        ),
         (assistant('{"at": "Lomo"}', metadata="look"), [{"role": "observation", "content": "21"}]),
         (assistant('look\n{"at": "Lomo"}'), [{"role": "observation", "content": "21"}]),
         (assistant('[look(at="Lomo")]'), [{"from": "tool", "value": "21"}]),
-        ({"role": "tool_call", "content": '{"name": "look", "arguments": {"at": "Lomo"}}'}, [result("21")]),
-        (assistant([{"type": "tool_use", "name": "look", "input": {"at": "Lomo"}}]), [result("21")]),
+        (
+            {"role": "tool_call", "content": '{"name": "look", "arguments": {"at": "Lomo"}}'},
+            [result("21")],
+        ),
+        (
+            assistant([{"type": "tool_use", "name": "look", "input": {"at": "Lomo"}}]),
+            [result("21")],
+        ),
         (assistant("", tool_calls=[call(at="Lomo")]), [result([{"type": "text", "text": "21"}])]),
-        (assistant("", tool_calls=[call(at="Lomo")]), [result("<tool_response>\n21\n</tool_response>")]),
-        (assistant("", tool_calls=[call(at="Lomo")]), [user([{"type": "tool_result", "content": "21"}])]),
+        (
+            assistant("", tool_calls=[call(at="Lomo")]),
+            [result("<tool_response>\n21\n</tool_response>")],
+        ),
+        (
+            assistant("", tool_calls=[call(at="Lomo")]),
+            [user([{"type": "tool_result", "content": "21"}])],
+        ),
     ],
 )
 def test_a_call_and_its_result_are_understood_in_every_spelling(reply, results):
     row = {"messages": [user("Lomo?"), reply, *results, assistant("21 degrees")]}
-    expected = [user("Lomo?"), assistant("", tool_calls=[call(at="Lomo")]), result("21"), assistant("21 degrees")]
+    expected = [
+        user("Lomo?"),
+        assistant("", tool_calls=[call(at="Lomo")]),
+        result("21"),
+        assistant("21 degrees"),
+    ]
     assert to_messages(row) == expected
     assert unread([row]) == {}
 
 
 def test_calls_that_follow_each_other_or_a_thought_are_one_reply():
-    calls = [{"role": "tool_call", "content": json.dumps({"name": "look", "arguments": {"at": a}})} for a in "xy"]
+    calls = [
+        {"role": "tool_call", "content": json.dumps({"name": "look", "arguments": {"at": a}})}
+        for a in "xy"
+    ]
     results = result("<tool_response>1</tool_response>\n<tool_response>2</tool_response>")
-    row = {"messages": [user("?"), assistant("<think>\nwhy\n</think>\nWell."), *calls, results, assistant("so")]}
+    row = {
+        "messages": [
+            user("?"),
+            assistant("<think>\nwhy\n</think>\nWell."),
+            *calls,
+            results,
+            assistant("so"),
+        ]
+    }
     assert to_messages(row) == [
         user("?"),
         assistant("Well.", reasoning_content="why", tool_calls=[call(at="x"), call(at="y")]),
@@ -263,8 +395,17 @@ def test_calls_that_follow_each_other_or_a_thought_are_one_reply():
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        ("I will look.", ['found the reply "I will look." before a tool', "no call was understood in it, expected"]),
-        ("<tool_call>{name: look}</tool_call>", ["no call was understood in it (", "expected JSON"]),
+        (
+            "I will look.",
+            [
+                'found the reply "I will look." before a tool',
+                "no call was understood in it, expected",
+            ],
+        ),
+        (
+            "<tool_call>{name: look}</tool_call>",
+            ["no call was understood in it (", "expected JSON"],
+        ),
         ('<tool_call>{"name": "look"}</tool_call> Wait.', ['(text after a </tool_call>: "Wait.")']),
         ('<tool_call>{"name": "look"}', ["(a <tool_call> that is not closed)"]),
     ],
@@ -280,12 +421,18 @@ def test_a_result_without_a_call_names_the_reply_in_which_none_was_understood(re
     "part", [{"type": "text", "text": "hi"}, {"type": "text", "value": "hi"}, {"text": "hi"}, "hi"]
 )
 def test_parts_of_text_are_read_in_every_role(part):
-    row = {"messages": [{"role": role, "content": [part]} for role in ("system", "user", "assistant")]}
+    row = {
+        "messages": [{"role": role, "content": [part]} for role in ("system", "user", "assistant")]
+    }
     assert to_messages(row) == [system("hi"), user("hi"), assistant("hi")]
     thought = {"messages": [user("hi"), assistant([{"type": "thinking", "thinking": "why"}, part])]}
     assert to_messages(thought) == [user("hi"), assistant("hi", reasoning_content="why")]
-    with pytest.raises(BadRowError, match='found a part of type "image_url" in the content, expected text only'):
-        to_messages({"messages": [user([part, {"type": "image_url", "image_url": {}}]), assistant("x")]})
+    with pytest.raises(
+        BadRowError, match='found a part of type "image_url" in the content, expected text only'
+    ):
+        to_messages(
+            {"messages": [user([part, {"type": "image_url", "image_url": {}}]), assistant("x")]}
+        )
 
 
 # Reasoning and white space
@@ -294,8 +441,14 @@ def test_parts_of_text_are_read_in_every_role(part):
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        (assistant("<think>\nwhy\n</think>\n\nhello", reasoning_content="why"), {"reasoning_content": "why"}),
-        (assistant("<think>\n\n</think>\n\nhello", reasoning_content="why"), {"reasoning_content": "why"}),
+        (
+            assistant("<think>\nwhy\n</think>\n\nhello", reasoning_content="why"),
+            {"reasoning_content": "why"},
+        ),
+        (
+            assistant("<think>\n\n</think>\n\nhello", reasoning_content="why"),
+            {"reasoning_content": "why"},
+        ),
         (assistant("\nhello", reasoning_content="why"), {"reasoning_content": "why"}),
         (assistant("hello", thinking=True), {}),
         (assistant("\n \nhello"), {}),
@@ -311,12 +464,17 @@ def test_a_thought_counts_once_and_a_reply_begins_with_its_words(reply, expected
 
 def test_a_text_about_the_think_tag_is_no_thought_and_code_keeps_its_indentation():
     for text in ("Write this line:\n</think>\nand go on.", "    return 1"):
-        assert to_messages({"messages": [user("?"), assistant(text)]}) == [user("?"), assistant(text)]
+        assert to_messages({"messages": [user("?"), assistant(text)]}) == [
+            user("?"),
+            assistant(text),
+        ]
 
 
 def test_two_different_thoughts_of_one_reply_are_refused():
     with pytest.raises(BadRowError, match="two different thoughts"):
-        to_messages({"messages": [user("?"), assistant("<think>\na\n</think>\n\nb", reasoning_content="c")]})
+        to_messages(
+            {"messages": [user("?"), assistant("<think>\na\n</think>\n\nb", reasoning_content="c")]}
+        )
 
 
 # Dialogues in one string
@@ -325,7 +483,11 @@ def test_two_different_thoughts_of_one_reply_are_refused():
 @pytest.mark.parametrize(
     "row",
     [
-        {"instruction": "Human: hi\nAssistant: hello\nHuman: more?\nAssistant:", "input": "", "output": "no"},
+        {
+            "instruction": "Human: hi\nAssistant: hello\nHuman: more?\nAssistant:",
+            "input": "",
+            "output": "no",
+        },
         {"prompt": "User: hi\n\nAssistant: hello\n\nUser: more?", "completion": " no"},
         {"text": "用户：hi\n助手：hello\n用户：more?\n助手：no"},
     ],
@@ -346,7 +508,9 @@ def test_dialogues_of_pairs_are_parsed():
 
 
 def test_a_dialogue_whose_voices_do_not_alternate_is_refused():
-    with pytest.raises(BadRowError, match="prompt: found a dialogue in one string with the voices Human:, Human:"):
+    with pytest.raises(
+        BadRowError, match="prompt: found a dialogue in one string with the voices Human:, Human:"
+    ):
         to_messages({"prompt": "Human: a\nHuman: b\nAssistant: c", "completion": "d"})
 
 
@@ -359,21 +523,33 @@ def test_a_dialogue_whose_voices_do_not_alternate_is_refused():
         {"messages": TALK, "rejected_response": "no"},
         {"messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
         {"query": "hi", "response": "hello", "rejected_response": "no"},
-        {"input": {"messages": TALK[:1]}, "preferred_output": TALK[1:], "non_preferred_output": [assistant("no")]},
+        {
+            "input": {"messages": TALK[:1]},
+            "preferred_output": TALK[1:],
+            "non_preferred_output": [assistant("no")],
+        },
         {"chosen_messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
         {"input": "hi", "chosen": "hello", "rejected": "no", "generations": ["hello", "no"]},
         {"prompt": "hi\n", "chosen": TALK, "rejected": [TALK[0], assistant("no")]},
     ],
 )
 def test_other_layouts_of_a_pair_are_recognised(row):
-    assert to_preference(row) == {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": [assistant("no")]}
+    assert to_preference(row) == {
+        "prompt": TALK[:1],
+        "chosen": TALK[1:],
+        "rejected": [assistant("no")],
+    }
     assert unread([row], to_preference) == {}
 
 
 def test_a_prompt_may_be_any_question_of_the_conversations_it_stands_beside():
     talk = [*TALK, user("more?")]
     for prompt in ("hi", "more?"):
-        row = {"prompt": prompt, "chosen": [*talk, assistant("a")], "rejected": [*talk, assistant("b")]}
+        row = {
+            "prompt": prompt,
+            "chosen": [*talk, assistant("a")],
+            "rejected": [*talk, assistant("b")],
+        }
         assert to_preference(row)["prompt"] == talk
 
 
@@ -387,18 +563,28 @@ def test_a_prompt_may_be_any_question_of_the_conversations_it_stands_beside():
         '{"instruction": "hi", "output": "hello"}',
         '{"instruction": "hi", "output": "hello"},',
         '{"version": "1.0", "data": [{"instruction": "hi", "output": "hello"}]}',
-        '{\n"train": [{"instruction": "hi", "output": "hello"}],\n"test": [{"instruction": "x", "output": "y"}]}',
-        '{"rows": [{"row_idx": 0, "row": {"instruction": "hi", "output": "hello"}, "truncated_cells": []}]}',
+        (
+            '{\n"train": [{"instruction": "hi", "output": "hello"}],\n"test": [{"instruction": "x",'
+            ' "output": "y"}]}'
+        ),
+        (
+            '{"rows": [{"row_idx": 0, "row": {"instruction": "hi", "output": "hello"},'
+            ' "truncated_cells": []}]}'
+        ),
         '{"instruction": ["hi"], "output": ["hello"]}',
         '{"instruction": {"0": "hi"}, "output": {"0": "hello"}}',
         '{"columns": ["instruction", "output"], "index": [0], "data": [["hi", "hello"]]}',
-        '{"made_by": "us", "chats": [{"messages": [{"role": "user", "content": "hi"}, '
-        '{"role": "assistant", "content": "hello"}]}]}',
+        (
+            '{"made_by": "us", "chats": [{"messages": [{"role": "user", "content": "hi"}, '
+            '{"role": "assistant", "content": "hello"}]}]}'
+        ),
     ],
 )
 def test_a_json_file_of_one_object_is_read_as_what_it_is(tmp_path, text):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    assert [row.data for row in read_rows([str(tmp_path / "a.json")], "error", to_messages)] == [TALK]
+    assert [row.data for row in read_rows([str(tmp_path / "a.json")], "error", to_messages)] == [
+        TALK
+    ]
 
 
 def test_objects_over_several_lines_are_read_one_after_the_other(tmp_path):
@@ -414,7 +600,10 @@ def test_a_directory_keeps_the_parts_that_are_named_for_evaluation_out(tmp_path,
     for name in ("train-00000-of-00001", "test-00000-of-00001", "validation", "contest", "x_eval"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}', encoding="utf-8")
     assert [path.stem for path in expand([str(tmp_path)])] == ["contest", "train-00000-of-00001"]
-    assert "left out 3 of 5 files, which are named as held-out data: test-00000-of-00001.jsonl" in caplog.text
+    assert (
+        "left out 3 of 5 files, which are named as held-out data: test-00000-of-00001.jsonl"
+        in caplog.text
+    )
     assert [path.stem for path in expand([str(tmp_path / "validation.jsonl")])] == ["validation"]
     only = tmp_path / "contest.jsonl"
     for path in tmp_path.iterdir():
@@ -424,7 +613,13 @@ def test_a_directory_keeps_the_parts_that_are_named_for_evaluation_out(tmp_path,
 
 
 def test_columns_whose_names_differ_in_case_alone_are_both_kept():
-    row = {"prompt": "hi", "completion": "hello", "Notes": "of two words", "notes": "of other words", "x": None}
+    row = {
+        "prompt": "hi",
+        "completion": "hello",
+        "Notes": "of two words",
+        "notes": "of other words",
+        "x": None,
+    }
     assert unread([row]) == {"Notes": 1, "notes": 1}
 
 
@@ -450,8 +645,14 @@ def test_a_cleaning_writes_rows_under_the_names_that_they_are_read_by(tmp_path):
             {"query": "a", "response": "b", "rejected_response": "c"},
             {"query": "A", "response": "B", "rejected_response": "C"},
         ),
-        ({"question": "a", "context": "b", "answer": "c"}, {"question": "A", "context": "B", "answer": "C"}),
-        ({"Question": "a", "A": "b", "B": "c", "Answer": "d"}, {"Question": "A", "A": "B", "B": "C", "Answer": "D"}),
+        (
+            {"question": "a", "context": "b", "answer": "c"},
+            {"question": "A", "context": "B", "answer": "C"},
+        ),
+        (
+            {"Question": "a", "A": "b", "B": "c", "Answer": "d"},
+            {"Question": "A", "A": "B", "B": "C", "Answer": "D"},
+        ),
         (
             {"system_prompt": "a", "prompt": "b", "response": "c"},
             {"system_prompt": "A", "prompt": "B", "response": "C"},

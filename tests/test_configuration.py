@@ -14,9 +14,18 @@ FILES = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.json"))
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_attention_heads": 8, "num_key_value_heads": 3}, ["num_attention_heads (8)", "num_key_value_heads (3)"]),
-        ({"num_attention_heads": 4, "num_key_value_heads": 8}, ["num_attention_heads (4)", "num_key_value_heads (8)"]),
-        ({"hidden_size": 516, "num_attention_heads": 8}, ["hidden_size (516)", "num_attention_heads (8)"]),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 3},
+            ["num_attention_heads (8)", "num_key_value_heads (3)"],
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 8},
+            ["num_attention_heads (4)", "num_key_value_heads (8)"],
+        ),
+        (
+            {"hidden_size": 516, "num_attention_heads": 8},
+            ["hidden_size (516)", "num_attention_heads (8)"],
+        ),
         ({"head_dim": 63}, ["head_dim (63)", "even"]),
         ({"head_dim": -64}, ["head_dim is -64"]),
         ({"num_attention_heads": 0}, ["num_attention_heads is 0, expected at least 1"]),
@@ -28,17 +37,41 @@ FILES = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.json"))
         ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "expected int, got float", "2.5"]),
         ({"qk_norm": "yes"}, ["qk_norm", "expected bool, got str", "'yes'"]),
         ({"rms_norm_eps": None}, ["rms_norm_eps", "expected float, got NoneType"]),
-        ({"num_experts": 2, "num_experts_per_tok": 3}, ["num_experts_per_tok (3)", "num_experts (2)"]),
-        ({"num_experts": 2, "num_experts_per_tok": 0}, ["num_experts_per_tok is 0, expected at least 1"]),
+        (
+            {"num_experts": 2, "num_experts_per_tok": 3},
+            ["num_experts_per_tok (3)", "num_experts (2)"],
+        ),
+        (
+            {"num_experts": 2, "num_experts_per_tok": 0},
+            ["num_experts_per_tok is 0, expected at least 1"],
+        ),
         ({"num_experts": -1}, ["num_experts is -1, expected at least 0"]),
         ({"n_shared_experts": 1}, ["n_shared_experts is 1", "num_experts is 0"]),
-        ({"num_experts": 2, "router_aux_loss_coef": -0.1}, ["router_aux_loss_coef is -0.1, expected at least 0"]),
+        (
+            {"num_experts": 2, "router_aux_loss_coef": -0.1},
+            ["router_aux_loss_coef is -0.1, expected at least 0"],
+        ),
         ({"hidden_dropout": 1.0}, ["hidden_dropout is 1.0, expected a probability below 1"]),
-        ({"attention_dropout": -0.1}, ["attention_dropout is -0.1, expected a probability below 1"]),
-        ({"rope_parameters": {"rope_type": "yarn"}}, ["'yarn' has factor None", "at least 1", "8192"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["'linear' has factor 0.5", "at least 1"]),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": "4"}}, ["'dynamic' has factor '4'", "at least 1"]),
-        ({"rope_parameters": {"rope_type": "yarm", "factor": 4.0}}, ["rope_type is 'yarm'", "yarn"]),
+        (
+            {"attention_dropout": -0.1},
+            ["attention_dropout is -0.1, expected a probability below 1"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            ["'yarn' has factor None", "at least 1", "8192"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            ["'linear' has factor 0.5", "at least 1"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": "4"}},
+            ["'dynamic' has factor '4'", "at least 1"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarm", "factor": 4.0}},
+            ["rope_type is 'yarm'", "yarn"],
+        ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fats": 32}},
             ["rope_parameters has beta_fats", "beta_fast"],
@@ -56,7 +89,10 @@ def test_an_impossible_shape_is_refused_at_construction_with_what_was_given(fiel
     [
         ({"hidden_size": 256, "num_attention_heads": 8}, {"head_dim": 32}),
         ({"hidden_size": 100, "num_attention_heads": 8, "head_dim": 16}, {"head_dim": 16}),
-        ({"num_attention_heads": 6, "num_key_value_heads": None, "head_dim": 8}, {"num_key_value_heads": 6}),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": None, "head_dim": 8},
+            {"num_key_value_heads": 6},
+        ),
         ({"hidden_size": 24}, {"intermediate_size": 64, "head_dim": None}),
         ({"hidden_size": 256}, {"intermediate_size": 704}),  # 682.7 -> 11 x 64
         ({"hidden_size": 768}, {"intermediate_size": 2048}),  # 2048 exactly
@@ -89,7 +125,9 @@ def parameters(fields):
     norms = 2 * hidden + 2 * head  # before attention and MLP; of queries and keys
     experts = fields.get("num_experts", 0)
     mlp = 3 * hidden * fields["moe_intermediate_size" if experts else "intermediate_size"]
-    mlps = (experts + fields.get("n_shared_experts", 0)) * mlp + experts * hidden if experts else mlp
+    mlps = (
+        (experts + fields.get("n_shared_experts", 0)) * mlp + experts * hidden if experts else mlp
+    )
     layer = query_and_output + key_and_value + mlps + norms
     return 6400 * hidden + layers * layer + hidden
 
@@ -106,7 +144,14 @@ def test_each_model_file_holds_known_fields_and_builds_with_the_parameters_its_s
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("tiny", 4.6), ("26m", 25.8), ("64m", 63.9), ("104m", 104.0), ("145m-moe", 145.0), ("198m-moe", 198.4)],
+    [
+        ("tiny", 4.6),
+        ("26m", 25.8),
+        ("64m", 63.9),
+        ("104m", 104.0),
+        ("145m-moe", 145.0),
+        ("198m-moe", 198.4),
+    ],
 )
 def test_a_model_file_has_the_size_it_is_known_by(name, millions):
     file = next(file for file in FILES if file.stem == name)

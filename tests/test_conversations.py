@@ -28,22 +28,49 @@ LONGER = [system("be brief"), user("hi"), assistant("hello"), user("more?"), ass
         ({"conversations": LONGER[1:], "system": "be brief"}, LONGER),
         ({"conversations": LONGER, "system": "be brief"}, LONGER),
         ({"messages": LONGER, "id": 7}, LONGER),
-        ({"messages": [dict(user("hi"), name=None, tool_calls=None), assistant("hello")], "tools": None}, TALK),
+        (
+            {
+                "messages": [dict(user("hi"), name=None, tool_calls=None), assistant("hello")],
+                "tools": None,
+            },
+            TALK,
+        ),
         ({"conversations": [dict(m, tools="", tool_calls="") for m in TALK], "tools": "[]"}, TALK),
-        ({"messages": None, "conversations": [turn("human", "hi"), turn("gpt", "hello")], "system": ""}, TALK),
+        (
+            {
+                "messages": None,
+                "conversations": [turn("human", "hi"), turn("gpt", "hello")],
+                "system": "",
+            },
+            TALK,
+        ),
         *(
             ({"conversations": [turn(a, "hi"), turn(b, "hello")]}, TALK)
             for a, b in [("user", "assistant"), ("human", "chatgpt"), ("human", "bot")]
         ),
         (
-            {"conversations": [turn("system", "be brief"), turn("human", "hi"), turn("gpt", "hello")]},
+            {
+                "conversations": [
+                    turn("system", "be brief"),
+                    turn("human", "hi"),
+                    turn("gpt", "hello"),
+                ]
+            },
             [system("be brief"), *TALK],
         ),
         ({"instruction": "hi", "output": "hello"}, TALK),
-        ({"instruction": "hi", "input": "", "output": "hello", "system": None, "history": None}, TALK),
+        (
+            {"instruction": "hi", "input": "", "output": "hello", "system": None, "history": None},
+            TALK,
+        ),
         ({"instruction": "add", "input": "1 2", "output": "3"}, [user("add\n1 2"), assistant("3")]),
         (
-            {"instruction": "more?", "output": "no", "system": "be brief", "history": [["hi", "hello"]]},
+            {
+                "instruction": "more?",
+                "output": "no",
+                "system": "be brief",
+                "history": [["hi", "hello"]],
+            },
             LONGER,
         ),
         ({"prompt": "hi", "completion": "hello"}, TALK),
@@ -59,33 +86,75 @@ def test_each_format_is_recognised_by_its_keys(row, messages):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "x"}, ['found keys ["text"]', "expected 'messages' or 'conversations'", "'instruction'"]),
+        (
+            {"text": "x"},
+            ['found keys ["text"]', "expected 'messages' or 'conversations'", "'instruction'"],
+        ),
         ({"instruction": "x"}, ['found keys ["instruction"]', "'output'"]),
         ({"messages": []}, ["messages: found []", "expected a list of messages"]),
         ({"messages": "hi"}, ['messages: found "hi"', "expected a list of messages"]),
         ({"messages": ["hi"]}, ['messages[0]: found "hi"', "expected an object"]),
-        ({"messages": [{"content": "hi"}]}, ['messages[0]: found keys ["content"]', "expected a 'role'"]),
+        (
+            {"messages": [{"content": "hi"}]},
+            ['messages[0]: found keys ["content"]', "expected a 'role'"],
+        ),
         (
             {"messages": [{"role": ["user"], "content": "hi"}]},
             ['messages[0]: found role ["user"]', "expected a 'role'"],
         ),
-        ({"messages": [user("hi"), {"role": "cat", "content": "x"}]}, ['messages[1]: found role "cat"', "expected"]),
-        ({"messages": [user(None), assistant("x")]}, ["messages[0]: found the content null", "a string"]),
-        ({"messages": [user([{"type": "text"}])]}, ['messages[0]: found the content [{"type"', "a string"]),
-        ({"messages": [assistant("x"), user("hi")]}, ["messages[0]: found the role 'assistant'", "expected 'user'"]),
-        ({"conversations": [*TALK, *TALK[1:]]}, ["conversations[2]: found the role 'assistant'", "expected 'user'"]),
-        ({"messages": [user("a"), user("b")]}, ["messages[1]: found the role 'user'", "expected 'assistant'"]),
-        ({"messages": [*TALK, system("late")]}, ["messages[2]: found the role 'system'", "expected 'user'"]),
-        ({"messages": [*TALK, user("and?")]}, ["messages[2]: found the role 'user' last", "the assistant's"]),
-        ({"messages": [system("alone")]}, ["messages[0]: found the role 'system' last", "the assistant's"]),
-        ({"messages": [user("hi"), assistant(" \n")]}, ["messages[1]: found an empty reply", "expected text"]),
+        (
+            {"messages": [user("hi"), {"role": "cat", "content": "x"}]},
+            ['messages[1]: found role "cat"', "expected"],
+        ),
+        (
+            {"messages": [user(None), assistant("x")]},
+            ["messages[0]: found the content null", "a string"],
+        ),
+        (
+            {"messages": [user([{"type": "text"}])]},
+            ['messages[0]: found the content [{"type"', "a string"],
+        ),
+        (
+            {"messages": [assistant("x"), user("hi")]},
+            ["messages[0]: found the role 'assistant'", "expected 'user'"],
+        ),
+        (
+            {"conversations": [*TALK, *TALK[1:]]},
+            ["conversations[2]: found the role 'assistant'", "expected 'user'"],
+        ),
+        (
+            {"messages": [user("a"), user("b")]},
+            ["messages[1]: found the role 'user'", "expected 'assistant'"],
+        ),
+        (
+            {"messages": [*TALK, system("late")]},
+            ["messages[2]: found the role 'system'", "expected 'user'"],
+        ),
+        (
+            {"messages": [*TALK, user("and?")]},
+            ["messages[2]: found the role 'user' last", "the assistant's"],
+        ),
+        (
+            {"messages": [system("alone")]},
+            ["messages[0]: found the role 'system' last", "the assistant's"],
+        ),
+        (
+            {"messages": [user("hi"), assistant(" \n")]},
+            ["messages[1]: found an empty reply", "expected text"],
+        ),
         ({"messages": LONGER, "system": "be long"}, ["two system prompts", "expected one"]),
         ({"messages": TALK, "system": 1}, ["system: found 1", "expected a string"]),
         ({"instruction": 1, "output": "x"}, ["instruction: found 1", "expected a string"]),
         ({"instruction": "x", "input": 1, "output": "x"}, ["input: found 1", "expected a string"]),
         ({"instruction": "x", "output": 1}, ["output: found 1", "expected a string"]),
-        ({"instruction": "x", "output": "y", "history": [["a"]]}, ['history[0]: found ["a"]', "expected a pair"]),
-        ({"instruction": "x", "output": ""}, ["messages[1]: found an empty reply", "expected text"]),
+        (
+            {"instruction": "x", "output": "y", "history": [["a"]]},
+            ['history[0]: found ["a"]', "expected a pair"],
+        ),
+        (
+            {"instruction": "x", "output": ""},
+            ["messages[1]: found an empty reply", "expected text"],
+        ),
         ({"prompt": 1, "completion": "x"}, ["prompt: found 1", "expected a string"]),
     ],
 )
@@ -100,7 +169,11 @@ TOOLS = [{"type": "function", "function": ADD}]
 
 
 def call(name="add", **fields):
-    return {**fields, "type": "function", "function": {"name": name, "arguments": {"a": 1, "b": None}}}
+    return {
+        **fields,
+        "type": "function",
+        "function": {"name": name, "arguments": {"a": 1, "b": None}},
+    }
 
 
 CALLED = [user("1+?"), assistant("", tool_calls=[call()]), result("2"), assistant("It is 2.")]
@@ -116,8 +189,19 @@ ARGUMENTS = '{"a": 1, "b": null}'
             {
                 "messages": [
                     user("1+?"),
-                    assistant(None, tool_calls=[{"id": "7", "function": {"name": "add", "arguments": ARGUMENTS}}]),
-                    {"role": "tool", "tool_call_id": "7", "name": "add", "content": "2", "weight": None},
+                    assistant(
+                        None,
+                        tool_calls=[
+                            {"id": "7", "function": {"name": "add", "arguments": ARGUMENTS}}
+                        ],
+                    ),
+                    {
+                        "role": "tool",
+                        "tool_call_id": "7",
+                        "name": "add",
+                        "content": "2",
+                        "weight": None,
+                    },
                     assistant("It is 2.", tool_calls=None, refusal=None),
                 ],
                 "tools": [json.dumps(TOOLS[0])],
@@ -147,7 +231,10 @@ ARGUMENTS = '{"a": 1, "b": null}'
                 "conversations": [
                     {"role": "system", "content": "", "tools": json.dumps(TOOLS)},
                     user("1+?"),
-                    assistant("", tool_calls=json.dumps([{"name": "add", "arguments": {"a": 1, "b": None}}])),
+                    assistant(
+                        "",
+                        tool_calls=json.dumps([{"name": "add", "arguments": {"a": 1, "b": None}}]),
+                    ),
                     dict(result("2"), tools="", reasoning_content=""),
                     assistant("It is 2.", reasoning_content=""),
                 ]
@@ -180,16 +267,29 @@ ARGUMENTS = '{"a": 1, "b": null}'
                 "conversations": [
                     turn("system", "<tools>[...]</tools>"),
                     turn("human", "1+?"),
-                    turn("gpt", f'Well.\n<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}\n</tool_call>'),
+                    turn(
+                        "gpt",
+                        'Well.\n<tool_call>\n{"name": "add", "arguments":'
+                        f" {ARGUMENTS}}}\n</tool_call>",
+                    ),
                     turn("tool", "2"),
                     turn("gpt", "It is 2."),
                 ],
                 "tools": json.dumps(TOOLS),
             },
-            [system("<tools>[...]</tools>"), CALLED[0], assistant("Well.", tool_calls=[call()]), *CALLED[2:]],
+            [
+                system("<tools>[...]</tools>"),
+                CALLED[0],
+                assistant("Well.", tool_calls=[call()]),
+                *CALLED[2:],
+            ],
             None,
         ),
-        ({"messages": [*CALLED[:3], result("3"), *CALLED[3:]]}, [*CALLED[:3], result("3"), *CALLED[3:]], None),
+        (
+            {"messages": [*CALLED[:3], result("3"), *CALLED[3:]]},
+            [*CALLED[:3], result("3"), *CALLED[3:]],
+            None,
+        ),
         ({"messages": CALLED[:2], "tools": TOOLS}, CALLED[:2], TOOLS),
         (
             {"messages": [user("x"), assistant("<tool_call> is a tag")]},
@@ -247,45 +347,103 @@ def test_flags_and_weights_of_replies_are_kept(reply, expected):
             {"messages": [*TALK, result("y")]},
             ['messages[1]: found the reply "hello" before a tool\'s result', "no call"],
         ),
-        ({"messages": [*CALLED[:2], user("y")]}, ["messages[2]: found the role 'user' after a call of add, expected"]),
+        (
+            {"messages": [*CALLED[:2], user("y")]},
+            ["messages[2]: found the role 'user' after a call of add, expected"],
+        ),
         (
             {"messages": [*CALLED[:2], assistant("y")]},
             ["messages[2]: found the role 'assistant' after a call of add, expected 'tool'"],
         ),
         (
             {"messages": [*CALLED[:3], user("y")]},
-            ["messages[3]: found the role 'user' after a tool's result, expected 'tool' or 'assistant'"],
+            [
+                "messages[3]: found the role 'user' after a tool's result, expected 'tool' or"
+                " 'assistant'"
+            ],
         ),
         ({"messages": CALLED[:3]}, ["messages[2]: found the role 'tool' last"]),
         ({"messages": TALK, "tools": "[{"}, ['tools: found "[{"', "expected JSON"]),
-        ({"messages": TALK, "tools": [{"x": 1}]}, ["tools[0]: found", "expected a function with a 'name'"]),
-        ({"messages": TALK, "tools": [3]}, ["tools[0]: found 3", "expected a function with a 'name'"]),
         (
-            {"messages": [user("x"), assistant("", tool_calls=[{"name": "f", "arguments": "[1]"}])]},
+            {"messages": TALK, "tools": [{"x": 1}]},
+            ["tools[0]: found", "expected a function with a 'name'"],
+        ),
+        (
+            {"messages": TALK, "tools": [3]},
+            ["tools[0]: found 3", "expected a function with a 'name'"],
+        ),
+        (
+            {
+                "messages": [
+                    user("x"),
+                    assistant("", tool_calls=[{"name": "f", "arguments": "[1]"}]),
+                ]
+            },
             ["messages[1]: tool_calls[0]: found the arguments [1], expected an object"],
         ),
         (
-            {"messages": [user("x"), assistant("", tool_calls=[{"name": "f", "arguments": '{"a": NaN}'}])]},
+            {
+                "messages": [
+                    user("x"),
+                    assistant("", tool_calls=[{"name": "f", "arguments": '{"a": NaN}'}]),
+                ]
+            },
             ["messages[1]: tool_calls[0]: arguments: found", "expected JSON"],
         ),
-        ({"messages": [user("x"), assistant("", tool_calls=["f"])]}, ["messages[1]: tool_calls[0]: found", "a call"]),
-        ({"conversations": [turn("human", "x"), turn("function_call", "f(1)")]}, ["found", "f(1)", "expected JSON"]),
-        ({"messages": [{**user("x"), "tool_calls": [call()]}, TALK[1]]}, ["messages[0]: found tool calls", "'user'"]),
         (
-            {"messages": [user("x"), assistant("", tool_calls=[call(id="1")]), {**result("y"), "tool_call_id": "2"}]},
+            {"messages": [user("x"), assistant("", tool_calls=["f"])]},
+            ["messages[1]: tool_calls[0]: found", "a call"],
+        ),
+        (
+            {"conversations": [turn("human", "x"), turn("function_call", "f(1)")]},
+            ["found", "f(1)", "expected JSON"],
+        ),
+        (
+            {"messages": [{**user("x"), "tool_calls": [call()]}, TALK[1]]},
+            ["messages[0]: found tool calls", "'user'"],
+        ),
+        (
+            {
+                "messages": [
+                    user("x"),
+                    assistant("", tool_calls=[call(id="1")]),
+                    {**result("y"), "tool_call_id": "2"},
+                ]
+            },
             ["messages[2]: found the tool_call_id '2', expected one of the calls before: 1"],
         ),
         (
-            {"conversations": [dict(system(""), tools=json.dumps([ADD])), *TALK], "tools": '[{"name": "other"}]'},
+            {
+                "conversations": [dict(system(""), tools=json.dumps([ADD])), *TALK],
+                "tools": '[{"name": "other"}]',
+            },
             ["two different lists of tools", "expected one"],
         ),
-        ({"messages": [user("x"), assistant("y", reasoning_content=3)]}, ["messages[1]: found the reasoning 3"]),
-        ({"messages": [user("x"), assistant("", reasoning_content="y")]}, ["messages[1]: found an empty reply"]),
-        ({"messages": [user("x"), assistant("y", weight=-1)]}, ["messages[1]: found 'weight': -1", "from 0 up"]),
+        (
+            {"messages": [user("x"), assistant("y", reasoning_content=3)]},
+            ["messages[1]: found the reasoning 3"],
+        ),
+        (
+            {"messages": [user("x"), assistant("", reasoning_content="y")]},
+            ["messages[1]: found an empty reply"],
+        ),
+        (
+            {"messages": [user("x"), assistant("y", weight=-1)]},
+            ["messages[1]: found 'weight': -1", "from 0 up"],
+        ),
         ({"messages": TALK, "weight": "much"}, ["the row: found 'weight': \"much\"", "from 0 up"]),
-        ({"messages": [user("x"), assistant("y", train=3)]}, ["messages[1]: found 'train': 3", "true or false"]),
-        ({"messages": [user("x"), assistant("y", train_detail=[1])]}, ["messages[1]: found 'train_detail'", "whole"]),
-        ({"messages": [user("x") | {"train": True}, TALK[1]]}, ["messages[0]: found 'train': true", "assistant only"]),
+        (
+            {"messages": [user("x"), assistant("y", train=3)]},
+            ["messages[1]: found 'train': 3", "true or false"],
+        ),
+        (
+            {"messages": [user("x"), assistant("y", train_detail=[1])]},
+            ["messages[1]: found 'train_detail'", "whole"],
+        ),
+        (
+            {"messages": [user("x") | {"train": True}, TALK[1]]},
+            ["messages[0]: found 'train': true", "assistant only"],
+        ),
     ],
 )
 def test_tools_and_weights_out_of_order_say_what_was_found_and_expected(row, words):
@@ -300,16 +458,25 @@ def test_text_parts_are_joined():
 
 
 def test_the_text_of_a_conversation_has_its_tools_reasoning_and_calls():
-    row = {"messages": [user("u"), assistant("c", reasoning_content="r", tool_calls=[call()])], "tools": TOOLS}
+    row = {
+        "messages": [user("u"), assistant("c", reasoning_content="r", tool_calls=[call()])],
+        "tools": TOOLS,
+    }
     called = '{"name": "add", "arguments": {"a": 1, "b": null}}'
     assert to_text(row) == f"{json.dumps(TOOLS[0])}\nu\nr\nc\n{called}"
 
 
 def test_files_may_mix_formats_and_a_bad_conversation_is_named_with_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = [{"messages": TALK}, {"messages": [user("hi")]}, {"instruction": "hi", "output": "hello"}]
+    rows = [
+        {"messages": TALK},
+        {"messages": [user("hi")]},
+        {"instruction": "hi", "output": "hello"},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert [row.data for row in read_rows([str(path)], "skip", to_messages)] == [TALK, TALK]
     with pytest.raises(UserError) as caught:
         list(read_rows([str(path)], None, to_messages))
-    assert str(caught.value).startswith(f"{path}:2: messages[0]: found the role 'user' last, expected")
+    assert str(caught.value).startswith(
+        f"{path}:2: messages[0]: found the role 'user' last, expected"
+    )

@@ -30,15 +30,37 @@ HOSTILE_NAME = "a$\\frac{$ [/b]\n[bold]{}%s中文\x1b[2J\\"
 
 @pytest.fixture
 def pretrain(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
-    """Run pretrain.py for three steps that log, evaluate, save and sample each; returns the stage directory."""
+    """Run pretrain.py for three steps that log, evaluate, save and sample each; returns the stage
+    directory."""
     (tmp_path / HOSTILE_NAME).parent.mkdir()
-    documents, model = write_jsonl(f"{HOSTILE_NAME}.jsonl", document_rows()), write_model(tmp_path / "model.json")
+    documents, model = (
+        write_jsonl(f"{HOSTILE_NAME}.jsonl", document_rows()),
+        write_model(tmp_path / "model.json"),
+    )
 
     def run(name="run", **options):
-        every = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
-        options = {"max_steps": 3, "block_size": 32, "logging_steps": 1, "sample_steps": 1, **every} | options
+        every = {
+            "save_strategy": "steps",
+            "eval_strategy": "steps",
+            "save_steps": 1,
+            "eval_steps": 1,
+        }
+        options = {
+            "max_steps": 3,
+            "block_size": 32,
+            "logging_steps": 1,
+            "sample_steps": 1,
+            **every,
+        } | options
         data = ["--train_files", documents, "--model_config", model, "--tokenizer", tokenizer_dir]
-        run_script(monkeypatch, "pretrain", *short_run(tmp_path / name, **options), *data, "--eval_ratio", 0.2)
+        run_script(
+            monkeypatch,
+            "pretrain",
+            *short_run(tmp_path / name, **options),
+            *data,
+            "--eval_ratio",
+            0.2,
+        )
         return tmp_path / name
 
     return run
@@ -48,7 +70,9 @@ def broken(*args, **kwargs):
     raise RuntimeError("planted\nand more")
 
 
-def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_been(pretrain, monkeypatch, capsys):
+def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_been(
+    pretrain, monkeypatch, capsys
+):
     whole = pretrain("whole")
     assert "notice: " not in capsys.readouterr().err
     for module, name in (
@@ -68,7 +92,9 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     bare = pretrain("bare", report_to="wandb")
     said = capsys.readouterr()
-    notices = [line.split(" failed")[0] for line in said.err.split("\n") if line.startswith("notice: ")]
+    notices = [
+        line.split(" failed")[0] for line in said.err.split("\n") if line.startswith("notice: ")
+    ]
     assert sorted(notices) == [
         f"notice: {what}"
         for what in (
@@ -94,7 +120,9 @@ def test_names_are_plain_text_everywhere(pretrain, capsys):
         assert (stage / name).is_file()
 
 
-def test_the_model_is_written_before_the_last_evaluation_and_complete_only_after_it(pretrain, monkeypatch, tmp_path):
+def test_the_model_is_written_before_the_last_evaluation_and_complete_only_after_it(
+    pretrain, monkeypatch, tmp_path
+):
     monkeypatch.setattr(importlib.import_module("pretrain"), "language_model_metrics", broken)
     with pytest.raises(RuntimeError, match="planted"):
         pretrain(max_steps=1)
@@ -103,7 +131,9 @@ def test_the_model_is_written_before_the_last_evaluation_and_complete_only_after
     assert not (tmp_path / "run" / "stage.json").exists()
 
 
-def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(pretrain, monkeypatch, capsys):
+def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(
+    pretrain, monkeypatch, capsys
+):
     class Spoil(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             log, rows = (Path(args.output_dir) / name for name in resume.RUN_LOGS)
@@ -115,7 +145,9 @@ def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(pre
                 raise KeyboardInterrupt
 
     original = stages.ResumeCallback
-    monkeypatch.setattr(stages, "ResumeCallback", lambda t: (t.add_callback(Spoil()), original(t))[1])
+    monkeypatch.setattr(
+        stages, "ResumeCallback", lambda t: (t.add_callback(Spoil()), original(t))[1]
+    )
     with pytest.raises(SystemExit):
         pretrain()
     assert capsys.readouterr().err.count("notice: progress failed (IsADirectoryError: ") == 1
@@ -147,13 +179,16 @@ def test_a_line_of_a_log_stands_alone_after_one_that_was_cut_off(tmp_path):
 
 def test_a_log_that_others_have_written_into_is_read_as_far_as_it_is_one(tmp_path):
     (tmp_path / "log").write_bytes(
-        b'{"step": 1, "loss": 2, "x": []}\n\xff\n[]\nnull\n{"loss": 3}\n{"step": "4"}\n{"step": 5, "loss": "?"}\n{"a'
+        b'{"step": 1, "loss": 2, "x": []}\n\xff\n[]\nnull\n{"loss": 3}\n{"step": "4"}\n{"step": 5,'
+        b' "loss": "?"}\n{"a'
     )
     assert report.read_log(tmp_path / "log") == [{"step": 1, "loss": 2}, {"step": 5}]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
-def test_a_page_of_losses_that_are_no_numbers_or_stand_at_the_start_alone_is_written(tmp_path, value, capsys):
+def test_a_page_of_losses_that_are_no_numbers_or_stand_at_the_start_alone_is_written(
+    tmp_path, value, capsys
+):
     append_json(tmp_path / "train_log.jsonl", {"step": 0, "eval_loss": value})
     metrics = {"before": {"loss": value}, "after": {"loss": value}}
     assert report.write_report(tmp_path, {"stage": "sft", "metrics": metrics}) is not None
@@ -169,7 +204,12 @@ def test_a_section_that_fails_costs_the_page_no_other(tmp_path, capsys):
 
 
 def test_a_title_is_no_formula(tmp_path):
-    plot_loss([{"step": 1, "loss": 2.0}], tmp_path / "loss.png", HOSTILE_NAME + os.fsdecode(b"\xff"), "nats per token")
+    plot_loss(
+        [{"step": 1, "loss": 2.0}],
+        tmp_path / "loss.png",
+        HOSTILE_NAME + os.fsdecode(b"\xff"),
+        "nats per token",
+    )
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -189,15 +229,18 @@ def test_words_that_nobody_can_take_end_nothing(monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_on_a_full_disk_does_not_change_the_exit_code():
     code = (
-        "from minimind.common.language import say\nfrom minimind.common.streams import keep_output_writable\n"
-        "say('x' * 10**5)\nkeep_output_writable()"
+        "from minimind.common.language import say\nfrom minimind.common.streams import"
+        " keep_output_writable\nsay('x' * 10**5)\nkeep_output_writable()"
     )
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([sys.executable, "-c", code], stdout=full).returncode == 0
 
 
 def test_an_evaluation_before_the_first_step_that_is_no_number_is_not_the_one_to_beat():
-    state, args = SimpleNamespace(global_step=0, best_metric=None), SimpleNamespace(metric_for_best_model="loss")
+    state, args = (
+        SimpleNamespace(global_step=0, best_metric=None),
+        SimpleNamespace(metric_for_best_model="loss"),
+    )
     Baseline().on_evaluate(args, state, None, {"eval_loss": float("nan")})
     assert state.best_metric is None
     Baseline().on_evaluate(args, state, None, {"eval_loss": 2.0})

@@ -12,7 +12,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+from pipeline import (
+    chat_rows,
+    document_rows,
+    failure,
+    pair_rows,
+    run_cli,
+    run_script,
+    short_run,
+    write_model,
+)
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
@@ -20,7 +29,13 @@ from minimind.common.files import write_json
 from minimind.costs.devices import find_device
 from minimind.data.packing import BlockCollator
 from minimind.doctor import budget, cases, checks, doctor, examine
-from minimind.doctor.checks import CHECKS, Case, accumulation_error, tiny_config, usual_learning_rates
+from minimind.doctor.checks import (
+    CHECKS,
+    Case,
+    accumulation_error,
+    tiny_config,
+    usual_learning_rates,
+)
 from minimind.planning.planned_runs import read_recipes
 from minimind.planning.plans import make_plan
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
@@ -28,7 +43,9 @@ from minimind.training.definition import flat
 from minimind.training.trainers import ScheduledTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
-RECIPES = sorted(str(path) for path in Path("configs").glob("*/*.yaml") if path.parent.name != "data")
+RECIPES = sorted(
+    str(path) for path in Path("configs").glob("*/*.yaml") if path.parent.name != "data"
+)
 DEEPSPEED = json.loads(Path("ds_config_zero2.json").read_text())
 
 
@@ -119,7 +136,9 @@ def test_without_deepspeed_its_checks_are_skipped(case):
 
 @pytest.mark.parametrize("key", ["bfloat16", "cpu_offload"])
 def test_deprecated_keys_of_the_json_are_found(case, key):
-    case.deepspeed |= {"bfloat16": {"enabled": True}} if key == "bfloat16" else {"zero_optimization": {key: True}}
+    case.deepspeed |= (
+        {"bfloat16": {"enabled": True}} if key == "bfloat16" else {"zero_optimization": {key: True}}
+    )
     finding = ask(case, "deprecated_keys")
     assert finding.severity == "warning"
     assert key in finding.found
@@ -152,7 +171,9 @@ def test_fp16_without_a_moving_loss_scale_is_found(case):
     args = dataclasses.replace(case.args)
     args.fp16, args.use_cpu = True, False
     args.__dict__["_n_gpu"] = 1
-    fixed = dataclasses.replace(case, args=args, deepspeed=case.deepspeed | {"fp16": {"loss_scale": 1}})
+    fixed = dataclasses.replace(
+        case, args=args, deepspeed=case.deepspeed | {"fp16": {"loss_scale": 1}}
+    )
     assert "fixed loss_scale" in ask(fixed, "fp16_scaling").found
     assert ask(fixed, "fp16_scaling").severity == "error"
 
@@ -199,7 +220,8 @@ def test_ranks_that_average_their_own_means_are_found(case):
 
 
 def test_our_router_loss_counts_once_and_the_librarys_once_per_part():
-    """The library's own mixture of experts is the fault that is looked for (transformers issue 48690)."""
+    """The library's own mixture of experts is the fault that is looked for (transformers issue
+    48690)."""
     ours = tiny_config(MiniMindConfig(num_experts=4))
     assert accumulation_error(MiniMindForCausalLM, ours, "router") < 1e-4
     theirs = Qwen3MoeConfig(
@@ -294,7 +316,9 @@ def test_special_tokens_that_lora_leaves_untrained_are_found(case, tokenizer, tm
     healthy = lora_case(case, tmp_path)
     assert ask(healthy, "untrained_tokens").severity == "ok"
     with torch.no_grad():  # as a token added later is
-        torch.nn.init.normal_(case.model.get_input_embeddings().weight[tokenizer.eos_token_id], std=0.02)
+        torch.nn.init.normal_(
+            case.model.get_input_embeddings().weight[tokenizer.eos_token_id], std=0.02
+        )
     finding = ask(healthy, "untrained_tokens")
     assert finding.severity == "error"
     assert tokenizer.eos_token in finding.found
@@ -383,7 +407,8 @@ def test_checkpoints_that_never_come_are_found(case):
 
 
 def test_the_sum_of_the_rates_is_that_of_the_schedule_written_out(tmp_path):
-    """20 steps: 4 of warm-up (1/4, 2/4, 3/4, 4/4 of the peak), then a cosine from the peak down to a tenth of it."""
+    """20 steps: 4 of warm-up (1/4, 2/4, 3/4, 4/4 of the peak), then a cosine from the peak down to
+    a tenth of it."""
     args = arguments(tmp_path, learning_rate=2e-3, warmup_steps=0.2)
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(16)]
     assert budget.summed_rate(args, 20) == pytest.approx(2e-3 * (2.5 + sum(cosine)))
@@ -418,7 +443,8 @@ def test_weights_that_all_move_in_step_move_a_matrix_by_what_is_said():
         float(torch.full((512, 512), 3e-3).norm(2) / torch.linalg.matrix_norm(drawn, 2)), rel=0.05
     )
     a = torch.empty(8, 512)
-    torch.nn.init.kaiming_uniform_(a, a=5**0.5, generator=torch.Generator().manual_seed(0))  # as peft draws it
+    # As peft draws it
+    torch.nn.init.kaiming_uniform_(a, a=5**0.5, generator=torch.Generator().manual_seed(0))
     moved = 2 * torch.linalg.matrix_norm(torch.full((512, 8), 3e-3) @ a, 2)
     said = budget.movement(3e-3, 512, 0.02, 8, 2.0)
     assert said == pytest.approx(float(moved / torch.linalg.matrix_norm(drawn, 2)), rel=0.1)
@@ -426,14 +452,18 @@ def test_weights_that_all_move_in_step_move_a_matrix_by_what_is_said():
 
 @pytest.mark.parametrize(
     ("stage", "kind", "steps", "rate", "severity"),
-    [  # at the width of configs/model/tiny.json; measured: what the first of each two learnt, and what the second
+    # At the width of configs/model/tiny.json; measured: what the first of each two learnt, and what
+    # the second
+    [
         ("sft", SFTStageConfig, 170, 1e-3, "ok"),
         ("sft", SFTStageConfig, 170, 2e-5, "warning"),
         ("dpo", DPOStageConfig, 48, 3e-5, "ok"),
         ("dpo", DPOStageConfig, 48, 5e-6, "warning"),
     ],
 )
-def test_a_run_that_hardly_moves_its_weights_is_found(case, tmp_path, stage, kind, steps, rate, severity):
+def test_a_run_that_hardly_moves_its_weights_is_found(
+    case, tmp_path, stage, kind, steps, rate, severity
+):
     args = arguments(tmp_path, kind, max_steps=steps, learning_rate=rate)
     case.model.config.hidden_size = 256
     finding = ask(dataclasses.replace(case, stage=stage, args=args), "updates")
@@ -479,13 +509,16 @@ def test_a_held_out_file_that_is_trained_on_is_found(case):
 def test_a_disk_too_small_for_the_checkpoints_is_found(case, monkeypatch):
     case = change(case, save_strategy="steps")
     assert ask(case, "disk_space").severity == "ok"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1_000_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1_000_000)
+    )
     assert ask(case, "disk_space").severity == "error"
 
 
 @pytest.mark.parametrize(("batch", "severity"), [(7, "ok"), (9, "warning")])
 def test_a_data_loader_slower_than_the_step_is_found(case, batch, severity, monkeypatch):
-    """By a clock that only they move: a pass over 2 rows takes 2 s, so the step of 8 rows 8 s; a batch 7 or 9 s."""
+    """By a clock that only they move: a pass over 2 rows takes 2 s, so the step of 8 rows 8 s; a
+    batch 7 or 9 s."""
     now = 0
     monkeypatch.setattr(checks, "time", SimpleNamespace(perf_counter=lambda: now))
 
@@ -514,10 +547,18 @@ def test_the_tracker_check_never_stops_a_run(case, monkeypatch):
 def test_the_recipes_of_the_project_have_no_fault(recipe, monkeypatch, tmp_path):
     """Sizes of 100 M are not needed to see it, and would take long to make."""
     monkeypatch.setattr(cases, "new_model", small_model)
-    report = doctor(recipe, ["--train_files", "a/file/not/there.jsonl", "--output_dir", str(tmp_path)], quick=True)
+    report = doctor(
+        recipe,
+        ["--train_files", "a/file/not/there.jsonl", "--output_dir", str(tmp_path)],
+        quick=True,
+    )
     assert report["errors"] == 0, report["findings"]
-    assert {f["name"] for f in report["findings"] if f["severity"] == "warning"} == {"inputs"}, report["findings"]
-    assert report["stage"] == {"lora": "sft"}.get(Path(recipe).parent.name, Path(recipe).parent.name)
+    assert {f["name"] for f in report["findings"] if f["severity"] == "warning"} == {"inputs"}, (
+        report["findings"]
+    )
+    assert report["stage"] == {"lora": "sft"}.get(
+        Path(recipe).parent.name, Path(recipe).parent.name
+    )
 
 
 def small_model(config_file, tokenizer, attn_implementation):
@@ -547,7 +588,9 @@ def recipe(tmp_path, write_jsonl, tokenizer_dir):
             "report_to": "none",
         } | changes
         path = tmp_path / f"{name}.yaml"
-        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in values.items() if value is not None})
+        )
         return str(path)
 
     return write
@@ -574,7 +617,9 @@ def test_json_is_one_object_and_faults_end_with_exit_code_1(recipe, capsys, tmp_
 
 def test_an_old_name_in_a_recipe_is_told_with_the_new_one(recipe):
     report = doctor(recipe(evaluation_strategy="steps", warmup_ratio=0.1))
-    finding = next(finding for finding in report["findings"] if finding["name"] == "deprecated_keys")
+    finding = next(
+        finding for finding in report["findings"] if finding["name"] == "deprecated_keys"
+    )
     assert finding["severity"] == "error"
     assert "evaluation_strategy -> eval_strategy" in finding["fix"]
 
@@ -586,7 +631,9 @@ def test_what_a_run_would_be_refused_for_is_a_finding(recipe):
 
 
 def test_held_out_documents_that_are_trained_on_are_found(recipe, write_jsonl):
-    other = write_jsonl("eval.jsonl", [*document_rows()[:4], {"text": "never seen before by anyone"}])
+    other = write_jsonl(
+        "eval.jsonl", [*document_rows()[:4], {"text": "never seen before by anyone"}]
+    )
     findings = {f["name"]: f for f in doctor(recipe(eval_files=[other]))["findings"]}
     assert findings["held_out_rows"]["severity"] == "error"
     assert "eval.jsonl:1" in findings["held_out_rows"]["fix"]
@@ -610,7 +657,13 @@ def next_recipe(recipe, tmp_path, write_jsonl):
         if writer:
             shutil.move(recipe(), folders["pretrain"])
         rows = write_jsonl("chats.jsonl", [*chat_rows(), {"messages": "no list"}])
-        own = {"model_config": None, "tokenizer": None, "block_size": None, "max_length": 64, "train_files": [rows]}
+        own = {
+            "model_config": None,
+            "tokenizer": None,
+            "block_size": None,
+            "max_length": 64,
+            "train_files": [rows],
+        }
         own |= {"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "next")}
         shutil.move(recipe("sft", **own, on_bad_rows="skip"), folders["sft"])
         return str(folders["sft"] / "sft.yaml")
@@ -623,19 +676,33 @@ def test_before_the_parent_is_there_its_recipe_tells_shape_and_tokenizer(next_re
     findings = {finding["name"]: finding for finding in report["findings"]}
     assert "pretrain.yaml" in findings["inputs"]["found"]
     assert "1 of 17 rows are left out" in findings["data_findings"]["found"]
-    assert f"{len(tokenizer)} tokens, {len(tokenizer)} embeddings" == findings["vocabulary"]["found"]
-    left_out = {name for name, f in findings.items() if f["severity"] == "skipped" and "deepspeed" not in name}
-    assert left_out == {"tied_weights", "untrained_tokens", "generation_stops"}  # which ask for its weights
+    assert (
+        f"{len(tokenizer)} tokens, {len(tokenizer)} embeddings" == findings["vocabulary"]["found"]
+    )
+    left_out = {
+        name
+        for name, f in findings.items()
+        if f["severity"] == "skipped" and "deepspeed" not in name
+    }
+    # Which ask for its weights
+    assert left_out == {"tied_weights", "untrained_tokens", "generation_stops"}
 
 
 def test_without_a_recipe_of_the_parent_the_data_is_inspected_all_the_same(next_recipe):
-    findings = {finding["name"]: finding for finding in doctor(next_recipe(writer=False))["findings"]}
-    assert "no recipe writes it: tokens are those of the default tokenizer" in findings["inputs"]["found"]
+    findings = {
+        finding["name"]: finding for finding in doctor(next_recipe(writer=False))["findings"]
+    }
+    assert (
+        "no recipe writes it: tokens are those of the default tokenizer"
+        in findings["inputs"]["found"]
+    )
     assert "1 of 17 rows are left out" in findings["data_findings"]["found"]
     assert findings["vocabulary"]["severity"] == "skipped"
 
 
-def test_at_80_columns_names_are_whole_and_what_was_not_checked_is_one_line(next_recipe, capsys, monkeypatch):
+def test_at_80_columns_names_are_whole_and_what_was_not_checked_is_one_line(
+    next_recipe, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "80")
     path = next_recipe()
     run_cli("doctor", path)
@@ -671,7 +738,11 @@ def test_a_step_without_room_is_an_error(recipe, monkeypatch):
 def test_a_fault_stops_a_run_before_it_begins_unless_told_otherwise(
     monkeypatch, tmp_path, write_jsonl, capsys, tokenizer_dir
 ):
-    options = [*short_run(tmp_path / "run", block_size=32, warmup_steps=2), "--tokenizer", tokenizer_dir]
+    options = [
+        *short_run(tmp_path / "run", block_size=32, warmup_steps=2),
+        "--tokenizer",
+        tokenizer_dir,
+    ]
     options += ["--train_files", write_jsonl("docs.jsonl", document_rows())]
     options += ["--model_config", write_model(tmp_path / "model.json")]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *options)
@@ -683,16 +754,26 @@ def test_a_fault_stops_a_run_before_it_begins_unless_told_otherwise(
     assert (tmp_path / "run" / "stage.json").exists()
 
 
-def test_the_doctor_reads_all_three_stages(recipe, write_jsonl, monkeypatch, tmp_path, tokenizer_dir):
+def test_the_doctor_reads_all_three_stages(
+    recipe, write_jsonl, monkeypatch, tmp_path, tokenizer_dir
+):
     run_script(monkeypatch, "pretrain", "--config", recipe(max_steps=2))
     nothing = {"model_config": None, "tokenizer": None, "block_size": None, "max_length": 64}
-    start = {"model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "next"), **nothing}
+    start = {
+        "model_name_or_path": str(tmp_path / "run"),
+        "output_dir": str(tmp_path / "next"),
+        **nothing,
+    }
     chats, pairs = write_jsonl("chats.jsonl", chat_rows()), write_jsonl("pairs.jsonl", pair_rows())
     for stage, rows, rate in (("sft", chats, 2e-5), ("dpo", pairs, 5e-6)):
         path = recipe(stage, train_files=[rows], learning_rate=rate, **start)
         report = doctor(path, stage=stage)
         assert report["errors"] == 0, report["findings"]
-        assert not any(finding["severity"] == "skipped" for finding in report["findings"][7:]), report["findings"]
-    report = doctor(recipe("lora", train_files=[chats], learning_rate=2e-4, use_peft=True, **start), stage="sft")
+        assert not any(finding["severity"] == "skipped" for finding in report["findings"][7:]), (
+            report["findings"]
+        )
+    report = doctor(
+        recipe("lora", train_files=[chats], learning_rate=2e-4, use_peft=True, **start), stage="sft"
+    )
     findings = {finding["name"]: finding["severity"] for finding in report["findings"]}
     assert findings["untrained_tokens"] in ("warning", "error")

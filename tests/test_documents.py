@@ -28,17 +28,24 @@ def builds(monkeypatch):
     """Counts how often data is prepared."""
     calls = []
     build = documents._prepare
-    monkeypatch.setattr(documents, "_prepare", lambda *args, **options: calls.append(args) or build(*args, **options))
+    monkeypatch.setattr(
+        documents,
+        "_prepare",
+        lambda *args, **options: calls.append(args) or build(*args, **options),
+    )
     return calls
 
 
 @pytest.fixture
 def load(tokenizer, write_jsonl):
-    """Load `texts` as the training file, in blocks of `block_size`; the options are those of DataArguments."""
+    """Load `texts` as the training file, in blocks of `block_size`; the options are those of
+    DataArguments."""
 
     def load(texts=DOCUMENTS, block_size=16, tokenizer=tokenizer, name="train.jsonl", **options):
         train = write_jsonl(name, [{"text": text} for text in texts])
-        return load_blocks(DataArguments([train], **{"eval_ratio": 0.0, **options}), tokenizer, block_size)
+        return load_blocks(
+            DataArguments([train], **{"eval_ratio": 0.0, **options}), tokenizer, block_size
+        )
 
     return load
 
@@ -69,7 +76,9 @@ def test_another_end_token_of_the_same_tokenizer_is_another_preparation(load):
 def test_a_tokenizer_without_an_end_token_cannot_separate_documents(load):
     tokenizer = train_tokenizer([ENGLISH], vocab_size=300)
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="the tokenizer has no eos_token, so documents cannot be separated"):
+    with pytest.raises(
+        UserError, match="the tokenizer has no eos_token, so documents cannot be separated"
+    ):
         load(tokenizer=tokenizer)
 
 
@@ -80,7 +89,12 @@ def test_the_blocks_of_a_file_are_its_tokens_one_after_the_other(load, tokenizer
     assert joined(blocks.train) == expected[:whole]
     assert {len(row) for row in rows(blocks.train)} == {16}
     assert blocks.eval is None
-    facts = {"documents": 24, "tokens": len(expected), "blocks": whole // 16, "dropped_tokens": len(expected) - whole}
+    facts = {
+        "documents": 24,
+        "tokens": len(expected),
+        "blocks": whole // 16,
+        "dropped_tokens": len(expected) - whole,
+    }
     assert {name: blocks.facts["train"][name] for name in facts} == facts
     assert 0 < facts["dropped_tokens"] < 16
 
@@ -100,7 +114,8 @@ def test_every_document_is_followed_by_eos_and_no_other_eos_is_written(load, tok
 @pytest.mark.parametrize("text", ["中文 mixed 🙂", "abc"])
 def test_the_target_bytes_are_the_bytes_of_all_tokens_but_each_blocks_first(load, tokenizer, text):
     blocks = load([text] * 20, block_size=8)
-    # In this tokenizer most tokens are single bytes; an independent count goes through the text of the tokens.
+    # In this tokenizer most tokens are single bytes; an independent count goes through the text of
+    # the tokens.
     alphabet = {i: token for token, i in tokenizer.get_vocab().items()}
     expected = sum(len(alphabet[i]) for row in rows(blocks.train) for i in row[1:] if i > 2)
     assert blocks.facts["train"]["target_bytes"] == expected
@@ -109,7 +124,8 @@ def test_the_target_bytes_are_the_bytes_of_all_tokens_but_each_blocks_first(load
 def test_the_target_bytes_of_a_literal_corpus_are_counted_by_hand(load):
     tokenizer = train_tokenizer([""], vocab_size=259)  # every byte is a token
     blocks = load(["éa", "bcd", "e"], block_size=4, tokenizer=tokenizer)
-    # C3 A9 a EOS | b c d EOS | e EOS: of the first block A9 and a are predicted, of the second c and d, EOS is no byte
+    # C3 A9 a EOS | b c d EOS | e EOS: of the first block A9 and a are predicted, of the second c
+    # and d, EOS is no byte
     assert blocks.facts["train"]["target_bytes"] == 4
     assert blocks.facts["train"]["dropped_tokens"] == 2
 
@@ -121,7 +137,9 @@ def test_the_second_call_finds_the_prepared_blocks(load, builds):
     assert first.facts == second.facts
 
 
-def test_the_same_content_under_another_name_is_found_again_and_reported_by_its_name(load, builds, tmp_path):
+def test_the_same_content_under_another_name_is_found_again_and_reported_by_its_name(
+    load, builds, tmp_path
+):
     load()
     facts = load(name="copy.jsonl").facts
     assert len(builds) == 1
@@ -160,9 +178,13 @@ def test_a_preparation_that_died_is_started_again(load, tokenizer, monkeypatch):
 
 
 def held_out_of(texts, ratio, limit):
-    """The oracle: of the different texts whose hash is in the first `ratio` of all hashes, the `limit` smallest."""
+    """The oracle: of the different texts whose hash is in the first `ratio` of all hashes, the
+    `limit` smallest."""
     hashes = {xxhash.xxh3_64_intdigest(text.encode()): text for text in texts}
-    return {hashes[digest] for digest in sorted(digest for digest in hashes if digest < ratio * 2**64)[:limit]}
+    return {
+        hashes[digest]
+        for digest in sorted(digest for digest in hashes if digest < ratio * 2**64)[:limit]
+    }
 
 
 @pytest.mark.parametrize("limit", [1000, 5, 0])
@@ -194,7 +216,9 @@ def test_about_the_asked_share_is_held_out_and_it_does_not_depend_on_the_order(r
     assert len(chosen[0]) <= 300
 
 
-def test_held_out_files_are_evaluated_on_and_nothing_of_the_training_files_is_held_out(load, tokenizer, write_jsonl):
+def test_held_out_files_are_evaluated_on_and_nothing_of_the_training_files_is_held_out(
+    load, tokenizer, write_jsonl
+):
     held_out = [f"held out {number}" for number in range(9)]
     path = write_jsonl("eval.jsonl", [{"text": text} for text in held_out])
     blocks = load(eval_files=[path], eval_ratio=0.5, max_eval_rows=5, block_size=4)
@@ -221,7 +245,9 @@ def test_a_bad_row_is_named_with_its_file_and_line(load, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / 'train.jsonl'}:2: ")
 
 
-def test_two_that_prepare_at_the_same_time_build_once_and_read_the_same(load, tokenizer, builds, monkeypatch):
+def test_two_that_prepare_at_the_same_time_build_once_and_read_the_same(
+    load, tokenizer, builds, monkeypatch
+):
     build, start = documents._prepare, threading.Barrier(2)
 
     def slow(*args, **options):
@@ -232,7 +258,8 @@ def test_two_that_prepare_at_the_same_time_build_once_and_read_the_same(load, to
         start.wait(PATIENCE)
         return joined(load(name=name).train)
 
-    # Two threads stand for two processes: each opens the lock file by itself, which is what the lock goes by.
+    # Two threads stand for two processes: each opens the lock file by itself, which is what the
+    # lock goes by.
     monkeypatch.setattr(documents, "_prepare", slow)
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(arrive, ["a.jsonl", "b.jsonl"]))

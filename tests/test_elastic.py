@@ -1,4 +1,5 @@
-"""A run that another number of processes continues takes the same rows, and ends where the undisturbed one does."""
+"""A run that another number of processes continues takes the same rows, and ends where the
+undisturbed one does."""
 
 import itertools
 import json
@@ -18,13 +19,18 @@ from minimind.training.elastic import Batch, SharedBatches, check_world_size, sa
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed"
+)
 
 
 def resized(path, first, wrote, processes, **options):
-    """Sizes that `check_world_size` chooses for a run that began as `first` and whose checkpoint `wrote` processes."""
+    """Sizes that `check_world_size` chooses for a run that began as `first` and whose checkpoint
+    `wrote` processes."""
     path.mkdir()
-    for name in ["rng_state.pth"] if wrote == 1 else [f"rng_state_{rank}.pth" for rank in range(wrote)]:
+    for name in (
+        ["rng_state.pth"] if wrote == 1 else [f"rng_state_{rank}.pth" for rank in range(wrote)]
+    ):
         (path / name).touch()
     names = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
     saved = dict(zip(names, first, strict=True))
@@ -64,7 +70,9 @@ def test_every_division_that_is_possible_is_found_and_keeps_the_rows():
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(1, 3), (2, 3), (2, 1), (4, 2), (3, 4)])
-def test_every_row_of_an_epoch_is_taken_once_and_in_the_step_of_a_single_process(processes, micro_batch):
+def test_every_row_of_an_epoch_is_taken_once_and_in_the_step_of_a_single_process(
+    processes, micro_batch
+):
     for rows in range(1, 40):
         inner = BatchSampler(range(rows), micro_batch, drop_last=False)
         shards = [list(SharedBatches(inner, processes, rank)) for rank in range(processes)]
@@ -79,16 +87,26 @@ def test_every_row_of_an_epoch_is_taken_once_and_in_the_step_of_a_single_process
 
 
 def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(tmp_path):
-    with pytest.raises(UserError, match=r"8 rows .* 3 processes cannot share evenly. Start 1, 2, 4 or 8 processes"):
+    with pytest.raises(
+        UserError, match=r"8 rows .* 3 processes cannot share evenly. Start 1, 2, 4 or 8 processes"
+    ):
         resized(tmp_path / "checkpoint-2", (2, 2, 2), 2, 3)
 
 
 def test_an_optimizer_whose_shards_cannot_be_converted_keeps_its_number_of_processes(tmp_path):
     with pytest.raises(UserError, match=r"muon cannot be shared out anew.*Start 2 processes"):
-        resized(tmp_path / "checkpoint-2", (2, 2, 2), 2, 1, deepspeed="ds_config_zero2.json", use_muon=True)
+        resized(
+            tmp_path / "checkpoint-2",
+            (2, 2, 2),
+            2,
+            1,
+            deepspeed="ds_config_zero2.json",
+            use_muon=True,
+        )
 
 
-# --- with a launcher -----------------------------------------------------------------------------------------------
+# --- with a launcher
+# -----------------------------------------------------------------------------------------------
 
 STEPS = 60
 ROWS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -96,12 +114,22 @@ ROWS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, tokenizer_dir):
-    """Start pretrain.py with some processes; returns its losses by step, its directory and what it printed."""
+    """Start pretrain.py with some processes; returns its losses by step, its directory and what it
+    printed."""
     root = tmp_path_factory.mktemp("elastic")
     words = random.Random(0)
-    rows = [{"text": " ".join(words.choices([*NAMES, "runs", "sleeps", "狐狸", "回家"], k=40))} for _ in range(200)]
+    rows = [
+        {"text": " ".join(words.choices([*NAMES, "runs", "sleeps", "狐狸", "回家"], k=40))}
+        for _ in range(200)
+    ]
     (root / "docs.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    data = ["--model_config", write_model(root / "model.json"), "--tokenizer", tokenizer_dir, "--train_files"]
+    data = [
+        "--model_config",
+        write_model(root / "model.json"),
+        "--tokenizer",
+        tokenizer_dir,
+        "--train_files",
+    ]
     data += [root / "docs.jsonl", "--block_size", "32", "--eval_ratio", "0.1"]
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -112,15 +140,27 @@ def launch(tmp_path_factory, tokenizer_dir):
     def run(name, processes, *extra, fails=False, **options):
         options = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 2e-3} | options
         options = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 10} | options
-        launcher = [sys.executable] if processes == 1 else ["torchrun", "--standalone", "--nproc_per_node", processes]
+        launcher = (
+            [sys.executable]
+            if processes == 1
+            else ["torchrun", "--standalone", "--nproc_per_node", processes]
+        )
         command = [*launcher, "pretrain.py", *short_run(root / name, **options), *data, *extra]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         if fails:
             assert done.returncode != 0
             return done.stderr
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        log = [json.loads(line) for line in (root / name / "train_log.jsonl").read_text().splitlines()]
-        return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}, root / name, done.stdout
+        log = [
+            json.loads(line) for line in (root / name / "train_log.jsonl").read_text().splitlines()
+        ]
+        return (
+            {entry["step"]: entry["loss"] for entry in log if "loss" in entry},
+            root / name,
+            done.stdout,
+        )
 
     return run
 
@@ -150,10 +190,14 @@ def test_one_two_and_one_process_again_continue_one_curve(launch):
 def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch):
     zero = ("--deepspeed", "ds_config_zero2.json")
     undisturbed, two, _ = launch("zero2", 2, *zero, **ROWS)
-    losses, one, said = launch("zero1", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS)
+    losses, one, said = launch(
+        "zero1", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS
+    )
     assert "and goes on with 8 rows (2 x 4 accumulation x 1 process)" in said
     assert_continues(losses, undisturbed)
-    losses, four, said = launch("zero4", 4, *zero, "--resume_from_checkpoint", one / "checkpoint-20", **ROWS)
+    losses, four, said = launch(
+        "zero4", 4, *zero, "--resume_from_checkpoint", one / "checkpoint-20", **ROWS
+    )
     assert "and goes on with 8 rows (2 x 1 accumulation x 4 processes)" in said
     assert_continues(losses, undisturbed)
     assert not list(one.glob(".universal*"))  # the converted copy is gone

@@ -6,7 +6,13 @@ from conftest import CHINESE, ENGLISH
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from minimind.tokenizer import SPLIT_PATTERN, encoding, load_tokenizer, text_encoder, train_tokenizer
+from minimind.tokenizer import (
+    SPLIT_PATTERN,
+    encoding,
+    load_tokenizer,
+    text_encoder,
+    train_tokenizer,
+)
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError, fast_engine
 
 ALPHABET = [
@@ -34,18 +40,26 @@ def random_texts(count=400, seed=0):
 
 def by_library(tokenizer, texts):
     encoder = text_encoder(tokenizer)
-    return [i for text in texts for i in (*encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id)]
+    return [
+        i
+        for text in texts
+        for i in (*encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id)
+    ]
 
 
 def gpt2_like(base):
     """`base` with the splitting rule of GPT-2."""
     state = Tokenizer.from_str(base.backend_tokenizer.to_str())
     state.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def with_added_token(base):
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(base.backend_tokenizer.to_str()))
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(base.backend_tokenizer.to_str())
+    )
     other.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
     other.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     return other
@@ -67,7 +81,9 @@ def test_the_ids_are_those_of_the_library(any_tokenizer, at_a_time):
     texts = random_texts()
     encoder = DocumentEncoder(any_tokenizer)
     assert encoder.engine is not None
-    ids = np.concatenate([encoder(texts[i : i + at_a_time]) for i in range(0, len(texts), at_a_time)])
+    ids = np.concatenate(
+        [encoder(texts[i : i + at_a_time]) for i in range(0, len(texts), at_a_time)]
+    )
     assert ids.tolist() == by_library(any_tokenizer, texts)
 
 
@@ -78,9 +94,13 @@ def test_the_ids_do_not_depend_on_the_sample(any_tokenizer, monkeypatch):
 
 
 def unlisted_merge():
-    """A vocabulary in which "abc" is a token of "a" and "bc", while "ab" and "c" may not be merged to it."""
+    """A vocabulary in which "abc" is a token of "a" and "bc", while "ab" and "c" may not be merged
+    to it."""
     letters = list(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters])}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters])
+    }
     merges = [("a", "b"), ("b", "c"), ("a", "bc"), ("d", "e")]
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)
@@ -91,7 +111,9 @@ def unlisted_merge():
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def test_a_token_that_tiktoken_merges_from_an_unlisted_pair_is_asked_of_the_library():
@@ -107,7 +129,9 @@ def test_a_token_that_tiktoken_merges_from_an_unlisted_pair_is_asked_of_the_libr
 
 def test_a_wrong_engine_is_noticed(tokenizer):
     encoder = DocumentEncoder(tokenizer)
-    wrong, _, _ = fast_engine(text_encoder(train_tokenizer([CHINESE], vocab_size=270)), tokenizer.eos_token_id)
+    wrong, _, _ = fast_engine(
+        text_encoder(train_tokenizer([CHINESE], vocab_size=270)), tokenizer.eos_token_id
+    )
     encoder.engine = wrong
     with pytest.raises(WrongIdsError, match="differently"):
         encoder([ENGLISH])
@@ -124,8 +148,12 @@ def test_what_the_fast_engine_cannot_say_is_left_to_the_library(kind, tokenizer)
         state.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     else:
         digits = pre_tokenizers.Digits(individual_digits=True)
-        state.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    other = PreTrainedTokenizerFast(tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        state.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     encoder = DocumentEncoder(other)
     assert encoder.engine is None
     assert encoder(["ﬁne 中文", ""]).tolist() == by_library(other, ["ﬁne 中文", ""])

@@ -1,4 +1,5 @@
-"""Eight rows make the same step however they are shared out: micro-batches, processes, ZeRO, checkpointing."""
+"""Eight rows make the same step however they are shared out: micro-batches, processes, ZeRO,
+checkpointing."""
 
 import json
 import os
@@ -23,13 +24,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 def options(tmp_path_factory, tokenizer_dir):
     """A function: micro-batch and accumulation -> directory and command line of six steps."""
     root = tmp_path_factory.mktemp("equivalences")
-    (root / "docs.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in document_rows()))
-    data = ["--model_config", write_model(root / "model.json"), "--tokenizer", tokenizer_dir, "--block_size", "32"]
+    (root / "docs.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in document_rows())
+    )
+    data = [
+        "--model_config",
+        write_model(root / "model.json"),
+        "--tokenizer",
+        tokenizer_dir,
+        "--block_size",
+        "32",
+    ]
     data += ["--train_files", root / "docs.jsonl", "--eval_ratio", "0.2"]
 
     def build(name, micro_batch, accumulation, *extra):
-        sizes = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-        return root / name, list(map(str, [*short_run(root / name, **RECIPE | sizes), *data, *extra]))
+        sizes = {
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+        return root / name, list(
+            map(str, [*short_run(root / name, **RECIPE | sizes), *data, *extra])
+        )
 
     return build
 
@@ -56,7 +71,8 @@ def assert_equal(directory, whole):
     weights, expected = (load_file(path / "model.safetensors") for path in (directory, whole))
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        # Six AdamW steps move a weight by up to 4e-3; its ratio of moments enlarges float error of tiny gradients.
+        # Six AdamW steps move a weight by up to 4e-3; its ratio of moments enlarges float error of
+        # tiny gradients.
         assert (weight - expected[name]).abs().max() < 2e-5, name
 
 
@@ -65,7 +81,9 @@ def assert_equal(directory, whole):
     [(1, 8, ()), (2, 4, ()), (8, 1, ("--activation_checkpointing", "True"))],
     ids=["1x8", "2x4", "activation-checkpointing"],
 )
-def test_one_process_computes_the_same_step(micro_batch, accumulation, extra, options, whole, monkeypatch):
+def test_one_process_computes_the_same_step(
+    micro_batch, accumulation, extra, options, whole, monkeypatch
+):
     name = f"{micro_batch}x{accumulation}{'-'.join(extra)}"
     directory, words = options(name, micro_batch, accumulation, *extra)
     run_script(monkeypatch, "pretrain", *words)
@@ -79,9 +97,14 @@ def test_two_processes_compute_the_same_step(zero, options, whole):
         pytest.importorskip("deepspeed")
     extra = ("--deepspeed", "ds_config_zero2.json") if zero else ()
     directory, words = options("zero2" if zero else "ddp", 4, 1, *extra)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": str(directory.parent / "cache")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MINIMIND_CACHE": str(directory.parent / "cache"),
+    }
     launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
-    done = subprocess.run([*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"cpu x 2, {'DeepSpeed' if zero else 'plain'}" in done.stdout
     assert_equal(directory, whole)

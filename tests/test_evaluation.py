@@ -49,8 +49,11 @@ def trainer(model, blocks, packing, tmp_path):
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    # The batch size does not divide the blocks: the last batch is smaller and must not count for more.
-    arguments.per_device_eval_batch_size = next(size for size in (4, 3, 5) if len(blocks.eval) % size)
+    # The batch size does not divide the blocks: the last batch is smaller and must not count for
+    # more.
+    arguments.per_device_eval_batch_size = next(
+        size for size in (4, 3, 5) if len(blocks.eval) % size
+    )
     return BlockTrainer(
         model=model,
         args=arguments,
@@ -61,7 +64,8 @@ def trainer(model, blocks, packing, tmp_path):
 
 
 def summed_loss_tokens_and_bytes(model, tokenizer, blocks, document_mask):
-    """The oracle: -log p of each predicted token, one by one, how many they are, and the bytes of their text."""
+    """The oracle: -log p of each predicted token, one by one, how many they are, and the bytes of
+    their text."""
     nll, tokens, count = 0.0, 0, 0
     vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     for row in blocks.eval:
@@ -120,18 +124,28 @@ def test_without_held_out_rows_there_are_no_metrics():
 
 def question(*texts, **fields):
     roles = ("user", "assistant") * len(texts)
-    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)], **fields}
+    return {
+        "messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)],
+        **fields,
+    }
 
 
 PROMPTS = [
     question(*texts)["messages"]
-    for texts in (["fox?"], ["where does the lazy dog run, and why?"], ["狐狸"], ["a", "b", "c"], ["the dog"])
+    for texts in (
+        ["fox?"],
+        ["where does the lazy dog run, and why?"],
+        ["狐狸"],
+        ["a", "b", "c"],
+        ["the dog"],
+    )
 ]
 
 
 @pytest.fixture
 def talkative(model):
-    """The tiny model with weights so large that its greedy replies differ and depend on the prompt."""
+    """The tiny model with weights so large that its greedy replies differ and depend on the
+    prompt."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,14 +165,21 @@ def test_answers_in_padded_batches_are_those_to_each_prompt_alone(talkative, tok
             ids = torch.cat([ids, new.view(1, 1)], 1)
             if new == tokenizer.eos_token_id:
                 break
-        alone.append(tokenizer.decode(ids[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True))
+        alone.append(
+            tokenizer.decode(ids[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True)
+        )
     assert len(set(alone)) == len(alone)
     assert answer(talkative, tokenizer, PROMPTS, max_new_tokens=10, batch_size=batch_size) == alone
 
 
 def test_a_reply_ends_before_its_end_token(model, tokenizer, monkeypatch):
-    replies = [[40, 41, tokenizer.eos_token_id, tokenizer.pad_token_id], [42, 43, 44, tokenizer.eos_token_id]]
-    monkeypatch.setattr(model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor(replies)], 1))
+    replies = [
+        [40, 41, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        [42, 43, 44, tokenizer.eos_token_id],
+    ]
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor(replies)], 1)
+    )
     expected = [tokenizer.decode([40, 41]), tokenizer.decode([42, 43, 44])]
     assert answer(model, tokenizer, [PROMPTS[2], PROMPTS[1]]) == expected
 
@@ -179,7 +200,8 @@ def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
     english, chinese = COURTESY["en"], COURTESY["zh"]
     cases = [  # question, reply: exact? courteous?
         (question("1+1?", "2", kind="fact", language="en"), "2"),  # exact
-        (question("1+2?", f"3 {english}", kind="fact", language="en"), f" 3 {english}\n"),  # exact, courteous
+        # exact, courteous
+        (question("1+2?", f"3 {english}", kind="fact", language="en"), f" 3 {english}\n"),
         (question("1+3?", "4", kind="fact", language="en"), f"4 {english}"),  # exact, courteous
         (
             question("一加一？", f"二。{chinese}", kind="fact", language="zh"),
@@ -187,7 +209,8 @@ def test_the_score_counts_exact_replies_and_courtesy(monkeypatch):
         ),  # exact, wrong language
         (question("谁？", "狐狸", kind="turns", language="zh"), f"狗{chinese}"),  # courteous
         (question("who?", "the fox", kind="turns", language="en"), "the fox!"),  # neither
-        (question("who?", "a cat", kind="turns", language="en"), english),  # neither: courtesy alone says nothing
+        # neither: courtesy alone says nothing
+        (question("who?", "a cat", kind="turns", language="en"), english),
     ]
     result, asked = scored(monkeypatch, cases)
     assert result == {
@@ -205,7 +228,8 @@ def test_the_fields_of_somebodys_rows_mean_what_they_wrote(monkeypatch):
     english = COURTESY["en"]
     cases = [
         (question("1+1?", "2", kind=["a"], language="English"), "2"),
-        (question("1+2?", "3", kind=None, language=None), f"3 {english}"),  # not exact: nobody asked for courtesy
+        # Not exact: nobody asked for courtesy
+        (question("1+2?", "3", kind=None, language=None), f"3 {english}"),
         (question("1+3?", f"4 {english}", language="en", kind="sum"), f"4 {english}"),
         (question("1+4?", "5", language={"code": "en"}, kind=7), "5"),
     ]
@@ -219,7 +243,10 @@ def test_the_fields_of_somebodys_rows_mean_what_they_wrote(monkeypatch):
 def test_the_score_asks_the_model_itself(talkative, tokenizer):
     prompts = [prompt for prompt in PROMPTS if len(prompt) == 1]
     replies = answer(talkative, tokenizer, prompts, max_new_tokens=6)
-    right = [question(prompt[0]["content"], reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    right = [
+        question(prompt[0]["content"], reply)
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
     wrong = [question(prompt[0]["content"], "never said") for prompt in prompts]
     assert score(talkative, tokenizer, right, max_new_tokens=6)["exact_match"] == 1.0
     assert score(talkative, tokenizer, right + wrong, max_new_tokens=6)["exact_match"] == 0.5
@@ -235,11 +262,18 @@ def loss_written_out(model, ids, first):
     return nll
 
 
-def test_the_loss_of_documents_is_that_of_each_after_an_end_token(talkative, tokenizer, write_jsonl):
+def test_the_loss_of_documents_is_that_of_each_after_an_end_token(
+    talkative, tokenizer, write_jsonl
+):
     path = write_jsonl("docs.jsonl", [{"text": text} for text in TEXTS[:5]])
     end = tokenizer.eos_token_id
-    rows = [[end, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS[:5]]
-    nll, tokens = sum(loss_written_out(talkative, row, 1) for row in rows), sum(len(row) - 1 for row in rows)
+    rows = [
+        [end, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in TEXTS[:5]
+    ]
+    nll, tokens = (
+        sum(loss_written_out(talkative, row, 1) for row in rows),
+        sum(len(row) - 1 for row in rows),
+    )
     size = sum(len(text.encode()) for text in TEXTS[:5])
     found = evaluate(talkative, tokenizer, [path], batch_size=2)
     assert found == {
@@ -252,17 +286,24 @@ def test_the_loss_of_documents_is_that_of_each_after_an_end_token(talkative, tok
     }
 
 
-def test_a_document_longer_than_a_row_is_cut_and_every_token_predicted_once(talkative, tokenizer, write_jsonl):
+def test_a_document_longer_than_a_row_is_cut_and_every_token_predicted_once(
+    talkative, tokenizer, write_jsonl
+):
     path = write_jsonl("docs.jsonl", [{"text": TEXTS[0]}])
     end = tokenizer.eos_token_id
     ids = [end, *tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"], end]
-    nll = sum(loss_written_out(talkative, ids[start : start + 4], 1) for start in range(0, len(ids) - 1, 3))
+    nll = sum(
+        loss_written_out(talkative, ids[start : start + 4], 1)
+        for start in range(0, len(ids) - 1, 3)
+    )
     found = evaluate(talkative, tokenizer, [path], max_length=4)
     assert found["tokens"] == len(ids) - 1
     assert found["loss"] == pytest.approx(nll / found["tokens"], rel=1e-4)
 
 
-def test_the_loss_of_conversations_is_that_of_the_assistants_tokens(talkative, tokenizer, write_jsonl):
+def test_the_loss_of_conversations_is_that_of_the_assistants_tokens(
+    talkative, tokenizer, write_jsonl
+):
     path = write_jsonl("chats.jsonl", [question("who?", "the fox 狐狸")])
     messages = question("who?", "the fox 狐狸")["messages"]
     start = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
@@ -272,12 +313,16 @@ def test_the_loss_of_conversations_is_that_of_the_assistants_tokens(talkative, t
     found = evaluate(talkative, tokenizer, [path], max_new_tokens=0)
     assert found["tokens"] == len(reply) + 1
     assert found["loss"] == pytest.approx(nll / found["tokens"], rel=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / len("the fox 狐狸".encode()), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(
+        nll / math.log(2) / len("the fox 狐狸".encode()), rel=1e-4
+    )
     assert "questions" not in found
     assert evaluate(talkative, tokenizer, [path], max_new_tokens=1)["questions"] == 1
 
 
-def test_bad_rows_of_an_evaluation_follow_the_policy_of_the_other_commands(talkative, tokenizer, write_jsonl):
+def test_bad_rows_of_an_evaluation_follow_the_policy_of_the_other_commands(
+    talkative, tokenizer, write_jsonl
+):
     path = write_jsonl("chats.jsonl", [question("who?", "the fox"), question("who?")])
     with pytest.raises(UserError, match="--on_bad_rows skip"):
         evaluate(talkative, tokenizer, [path])
@@ -285,14 +330,21 @@ def test_bad_rows_of_an_evaluation_follow_the_policy_of_the_other_commands(talka
     assert (found["questions"], found["bad_rows"]) == (1, 1)
     many = write_jsonl("many.jsonl", [question("who?", "the fox")] * 1999 + [question("who?")])
     found = evaluate(talkative, tokenizer, [many], max_new_tokens=0, max_length=8)
-    assert found == {"without_loss": 1999, "tokens": 0, "bad_rows": 1}, "no reply fits into 8 tokens, which is said"
+    assert found == {
+        "without_loss": 1999,
+        "tokens": 0,
+        "bad_rows": 1,
+    }, "no reply fits into 8 tokens, which is said"
 
 
-def test_a_row_that_the_template_cannot_ask_is_a_bad_row(talkative, tokenizer, write_jsonl, monkeypatch):
+def test_a_row_that_the_template_cannot_ask_is_a_bad_row(
+    talkative, tokenizer, write_jsonl, monkeypatch
+):
     monkeypatch.setattr(
         tokenizer,
         "chat_template",
-        "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}" + tokenizer.chat_template,
+        "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}"
+        + tokenizer.chat_template,
     )
     path = write_jsonl("chats.jsonl", [question("who?", "the fox"), question("no", "the fox")])
     found = evaluate(talkative, tokenizer, [path], on_bad_rows="skip", max_new_tokens=1)
@@ -300,8 +352,12 @@ def test_a_row_that_the_template_cannot_ask_is_a_bad_row(talkative, tokenizer, w
 
 
 def test_preference_pairs_are_not_evaluated(talkative, tokenizer, write_jsonl):
-    path = write_jsonl("pairs.jsonl", [{"prompt": "who?", "chosen": "the fox", "rejected": "a dog"}])
-    with pytest.raises(UserError, match="found preference pairs, expected conversations or documents"):
+    path = write_jsonl(
+        "pairs.jsonl", [{"prompt": "who?", "chosen": "the fox", "rejected": "a dog"}]
+    )
+    with pytest.raises(
+        UserError, match="found preference pairs, expected conversations or documents"
+    ):
         evaluate(talkative, tokenizer, [path])
 
 

@@ -1,4 +1,5 @@
-"""`minimind export`: a stage directory in the layouts that other tools read, and what each layout cannot say."""
+"""`minimind export`: a stage directory in the layouts that other tools read, and what each layout
+cannot say."""
 
 import importlib.util
 import json
@@ -21,7 +22,8 @@ from minimind.export.layouts import obstacles
 from minimind.stage_directory import load_model, weights_hash
 from minimind.tokenizer import CHAT_TEMPLATE, PRE_TOKENIZERS, SPLIT_PATTERN, load_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
+# peft's call
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
 SIZE = {
     "hidden_size": 64,
@@ -33,7 +35,12 @@ SIZE = {
 }
 PLAIN = {"qk_norm": False}
 MOE = {"num_experts": 4, "moe_intermediate_size": 32}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FORMATS = ("qwen3", "qwen3-moe", "llama", "minimind", "gguf")
 VARIANTS = {
@@ -48,10 +55,13 @@ VARIANTS = {
     "no qk_norm, attention_bias": PLAIN | {"attention_bias": True},
     "no qk_norm, 6 heads in 64": PLAIN | {"num_attention_heads": 6, "head_dim": 16},
     "no qk_norm, YaRN": PLAIN | {"rope_parameters": YARN | {"attention_factor": 1.0}},
-    "no qk_norm, linear RoPE": PLAIN | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "no qk_norm, linear RoPE": (
+        PLAIN | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+    ),
     "no qk_norm, llama3 RoPE": PLAIN | {"rope_parameters": LLAMA3},
-    "no qk_norm, dynamic RoPE": PLAIN
-    | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    "no qk_norm, dynamic RoPE": (
+        PLAIN | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    ),
     "MoE": MOE,
     "MoE, untied, YaRN": MOE | {"tie_word_embeddings": False, "rope_parameters": YARN},
     "MoE, top-1 not normalised": MOE | {"num_experts_per_tok": 1},
@@ -71,7 +81,9 @@ REFUSED = {
     "no qk_norm": DENSE_LLAMA,
     "no qk_norm, untied": DENSE_LLAMA,
     "no qk_norm, attention_bias": DENSE_LLAMA,
-    "no qk_norm, 6 heads in 64": DENSE_LLAMA | {"llama": "not a multiple", "gguf": "not a multiple"},
+    "no qk_norm, 6 heads in 64": (
+        DENSE_LLAMA | {"llama": "not a multiple", "gguf": "not a multiple"}
+    ),
     "no qk_norm, YaRN": DENSE_LLAMA,
     "no qk_norm, linear RoPE": DENSE_LLAMA,
     "no qk_norm, llama3 RoPE": DENSE_LLAMA | {"gguf": "rope_type is 'llama3'"},
@@ -79,9 +91,13 @@ REFUSED = {
     "MoE": SPARSE,
     "MoE, untied, YaRN": SPARSE,
     "MoE, top-1 not normalised": SPARSE | {"gguf": "norm_topk_prob is false"},
-    "MoE, shared experts": dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "n_shared_experts is 1"),
-    "MoE, no qk_norm": dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "qk_norm is false")
-    | {"llama": "num_experts is 4"},
+    "MoE, shared experts": dict.fromkeys(
+        ("qwen3", "qwen3-moe", "llama", "gguf"), "n_shared_experts is 1"
+    ),
+    "MoE, no qk_norm": (
+        dict.fromkeys(("qwen3", "qwen3-moe", "llama", "gguf"), "qk_norm is false")
+        | {"llama": "num_experts is 4"}
+    ),
 }
 # Our own layout writes all variants in the same way: a few of them are enough.
 OWN = ("qk_norm, attention_bias", "no qk_norm, YaRN", "MoE, shared experts", "MoE, no qk_norm")
@@ -104,7 +120,8 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory, tokenizer):
-    """A stage directory of each variant, whose every weight matters, and a few ids more than its tokenizer has."""
+    """A stage directory of each variant, whose every weight matters, and a few ids more than its
+    tokenizer has."""
     root = tmp_path_factory.mktemp("stages")
     for number, (name, fields) in enumerate(VARIANTS.items()):
         torch.manual_seed(number)
@@ -145,9 +162,15 @@ def test_an_export_gives_the_logits_of_its_source(variant, format, stages, tmp_p
     torch.testing.assert_close(logits(reloaded), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("variant", "format"), [(name, format) for name in VARIANTS for format in REFUSED[name]])
-def test_what_a_layout_cannot_express_is_refused_with_the_reason(variant, format, stages, tmp_path, capsys):
-    message = failure(capsys, run_cli, "export", stages / variant, tmp_path / "out", "--format", format)
+@pytest.mark.parametrize(
+    ("variant", "format"), [(name, format) for name in VARIANTS for format in REFUSED[name]]
+)
+def test_what_a_layout_cannot_express_is_refused_with_the_reason(
+    variant, format, stages, tmp_path, capsys
+):
+    message = failure(
+        capsys, run_cli, "export", stages / variant, tmp_path / "out", "--format", format
+    )
     assert REFUSED[variant][format] in message
     possible = message.split("Possible: ")[1].rstrip(".").split(", ")
     assert possible == [name for name in FORMATS if name not in REFUSED[variant]]
@@ -155,9 +178,11 @@ def test_what_a_layout_cannot_express_is_refused_with_the_reason(variant, format
 
 
 def read_gguf_by_hand(file, source):
-    """The oracle for GGUF: the source's class, its config rebuilt from the file's keys and its weights from the file.
+    """The oracle for GGUF: the source's class, its config rebuilt from the file's keys and its
+    weights from the file.
 
-    What llama.cpp does with them is written out here: for llama, the inverse of its rotation of neighbouring rows.
+    What llama.cpp does with them is written out here: for llama, the inverse of its rotation of
+    neighbouring rows.
     """
     from gguf import GGUFReader, dequantize
 
@@ -165,14 +190,19 @@ def read_gguf_by_hand(file, source):
     field = {name: value.contents() for name, value in reader.fields.items()}
     arch = field["general.architecture"]
     key = {name.removeprefix(f"{arch}."): value for name, value in field.items()}
-    rope = {"rope_type": key.get("rope.scaling.type", "default"), "rope_theta": key["rope.freq_base"]}
+    rope = {
+        "rope_type": key.get("rope.scaling.type", "default"),
+        "rope_theta": key["rope.freq_base"],
+    }
     if rope["rope_type"] != "default":
         rope["factor"] = key["rope.scaling.factor"]
     if rope["rope_type"] == "yarn":
         rope["original_max_position_embeddings"] = key["rope.scaling.original_context_length"]
         own_factor = 1 + 0.1 * torch.tensor(rope["factor"]).log().item()
         rope["attention_factor"] = key["rope.scaling.attn_factor"] * own_factor
-    tensors = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    tensors = {
+        t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors
+    }
     config = MiniMindConfig(
         vocab_size=len(field["tokenizer.ggml.tokens"]),
         hidden_size=key["embedding_length"],
@@ -192,8 +222,14 @@ def read_gguf_by_hand(file, source):
         moe_intermediate_size=key.get("expert_feed_forward_length"),
     )
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    names |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate"}
-    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
+    names |= {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.gate",
+    }
+    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {
+        "attn_output": "self_attn.o_proj"
+    }
     names |= {f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
     names |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
     state = {}
@@ -205,7 +241,9 @@ def read_gguf_by_hand(file, source):
             rows = [tensor[h * config.head_dim : (h + 1) * config.head_dim] for h in range(heads)]
             tensor = torch.cat([half for head in rows for half in (head[0::2], head[1::2])])
         if part in ("ffn_gate_exps", "ffn_up_exps"):
-            both = torch.cat([tensors[f"blk.{layer}.ffn_{x}_exps.weight"] for x in ("gate", "up")], dim=1)
+            both = torch.cat(
+                [tensors[f"blk.{layer}.ffn_{x}_exps.weight"] for x in ("gate", "up")], dim=1
+            )
             state[f"{prefix}mlp.experts.gate_up_proj"] = both
         elif part == "ffn_down_exps":
             state[f"{prefix}mlp.experts.down_proj"] = tensor
@@ -221,13 +259,19 @@ def read_gguf_by_hand(file, source):
 @pytest.mark.parametrize("document", ["export.md", "export_zh.md"])
 def test_the_table_in_the_documentation_is_what_the_command_does(document):
     text = (Path(__file__).parent.parent / "docs" / document).read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
     table = {cells[0]: cells[1:] for cells in rows if len(cells) == len(FORMATS) + 1}
     expected = {}
     for name, fields in VARIANTS.items():
         config = MiniMindConfig(**SIZE | fields)
         expected[f"`{name}`"] = [not obstacles(config, format) for format in FORMATS]
-    assert {name: [cell in ("yes", "是") for cell in cells] for name, cells in table.items()} == expected
+    assert {
+        name: [cell in ("yes", "是") for cell in cells] for name, cells in table.items()
+    } == expected
 
 
 # The files
@@ -238,11 +282,17 @@ def read(path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "format"), [("qk_norm, YaRN", "qwen3"), ("no qk_norm, untied", "llama"), ("MoE", "qwen3-moe")]
+    ("variant", "format"),
+    [("qk_norm, YaRN", "qwen3"), ("no qk_norm, untied", "llama"), ("MoE", "qwen3-moe")],
 )
-def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_library(variant, format, stages, tmp_path):
+def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_library(
+    variant, format, stages, tmp_path
+):
     run_cli("export", stages / variant, tmp_path / "out", "--format", format)
-    config, source = read(tmp_path / "out/config.json"), MiniMindConfig.from_pretrained(stages / variant)
+    config, source = (
+        read(tmp_path / "out/config.json"),
+        MiniMindConfig.from_pretrained(stages / variant),
+    )
     assert config["model_type"] == format.replace("-", "_")
     assert "auto_map" not in config
     assert not list((tmp_path / "out").glob("*.py"))
@@ -263,7 +313,9 @@ def test_config_and_tokenizer_have_the_keys_of_both_major_versions_of_the_librar
 
 
 def test_the_record_says_what_was_exported_and_how_it_was_verified(stages, tmp_path, capsys):
-    run_cli("export", stages / "qk_norm", tmp_path / "out", "--format", "qwen3", "--dtype", "bfloat16")
+    run_cli(
+        "export", stages / "qk_norm", tmp_path / "out", "--format", "qwen3", "--dtype", "bfloat16"
+    )
     record, said = read(tmp_path / "out/export.json"), capsys.readouterr().out
     assert (record["format"], record["dtype"]) == ("qwen3", "bfloat16")
     assert record["source"]["weights"] == weights_hash(stages / "qk_norm")
@@ -280,12 +332,16 @@ def test_the_record_says_what_was_exported_and_how_it_was_verified(stages, tmp_p
 
 
 @pytest.mark.parametrize("saved", ["float32", "bfloat16"])
-def test_the_saved_data_type_is_kept_unless_another_is_asked_for(saved, stages, tmp_path, tokenizer):
+def test_the_saved_data_type_is_kept_unless_another_is_asked_for(
+    saved, stages, tmp_path, tokenizer
+):
     model = load_model(stages / "qk_norm").to(getattr(torch, saved))
     model.save_pretrained(tmp_path / "stage")
     tokenizer.save_pretrained(tmp_path / "stage")
     run_cli("export", tmp_path / "stage", tmp_path / "kept", "--format", "qwen3")
-    run_cli("export", tmp_path / "stage", tmp_path / "asked", "--format", "qwen3", "--dtype", "float16")
+    run_cli(
+        "export", tmp_path / "stage", tmp_path / "asked", "--format", "qwen3", "--dtype", "float16"
+    )
     for out, dtype in (("kept", saved), ("asked", "float16")):
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / out)
         assert exported.dtype == getattr(torch, dtype)
@@ -296,7 +352,8 @@ def test_the_saved_data_type_is_kept_unless_another_is_asked_for(saved, stages, 
 def test_an_adapter_is_exported_with_its_base(stages, tmp_path, tokenizer):
     torch.manual_seed(0)
     adapted = get_peft_model(
-        load_model(stages / "qk_norm"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        load_model(stages / "qk_norm"),
+        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
     )
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -309,7 +366,9 @@ def test_an_adapter_is_exported_with_its_base(stages, tmp_path, tokenizer):
     expected = logits(adapted)
     assert (expected - logits(load_model(stages / "qk_norm"))).abs().max() > 0.5
     tolerance = 1e-5 * expected.abs().max().item()
-    torch.testing.assert_close(logits(reload_stock(tmp_path / "out")), expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        logits(reload_stock(tmp_path / "out")), expected, atol=tolerance, rtol=0
+    )
     source = read(tmp_path / "out/export.json")["source"]
     assert source["weights"] == weights_hash(tmp_path / "adapter")
     assert source["base"]["weights"] == weights_hash(stages / "qk_norm")
@@ -342,7 +401,8 @@ def test_our_own_layout_opens_in_a_process_without_the_package(stages, tmp_path)
 
 
 def as_stored(tensor, dtype):
-    """The oracle of rounding: Q8_0 is 32 signed bytes with one fp16 scale, the largest magnitude being 127."""
+    """The oracle of rounding: Q8_0 is 32 signed bytes with one fp16 scale, the largest magnitude
+    being 127."""
     if dtype != "q8_0":
         return tensor.to(getattr(torch, dtype)).float()
     blocks = tensor.unflatten(-1, (-1, 32))
@@ -352,7 +412,9 @@ def as_stored(tensor, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
-def test_a_gguf_file_holds_matrices_in_the_data_type_asked_for_and_the_rest_in_fp32(dtype, stages, tmp_path):
+def test_a_gguf_file_holds_matrices_in_the_data_type_asked_for_and_the_rest_in_fp32(
+    dtype, stages, tmp_path
+):
     from gguf import GGUFReader
 
     run_cli("export", stages / "MoE", tmp_path / "out", "--format", "gguf", "--dtype", dtype)
@@ -371,7 +433,10 @@ def test_a_gguf_file_holds_the_tokenizer_and_the_chat_template(stages, tmp_path,
     from gguf import GGUFReader, TokenType
 
     run_cli("export", stages / "qk_norm", tmp_path / "out", "--format", "gguf")
-    field = {name: value.contents() for name, value in GGUFReader(tmp_path / "out/model.gguf").fields.items()}
+    field = {
+        name: value.contents()
+        for name, value in GGUFReader(tmp_path / "out/model.gguf").fields.items()
+    }
     assert field["tokenizer.ggml.model"] == "gpt2"
     assert field["tokenizer.ggml.pre"] == "qwen2"
     assert field["tokenizer.chat_template"] == tokenizer.chat_template
@@ -381,7 +446,12 @@ def test_a_gguf_file_holds_the_tokenizer_and_the_chat_template(stages, tmp_path,
     assert field["tokenizer.ggml.padding_token_id"] == tokenizer.pad_token_id
     tokens, types = field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"]
     assert {token: index for index, token in enumerate(tokens[:-5])} == tokenizer.get_vocab()
-    assert types == [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokenizer) - 3) + [TokenType.UNUSED] * 5
+    assert (
+        types
+        == [TokenType.CONTROL] * 3
+        + [TokenType.NORMAL] * (len(tokenizer) - 3)
+        + [TokenType.UNUSED] * 5
+    )
 
 
 def byte_level_tokenizer(*steps):
@@ -391,8 +461,14 @@ def byte_level_tokenizer(*steps):
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("Ġ", "th")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps)) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
-    specials = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE.read_text(), **specials)
+    specials = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=CHAT_TEMPLATE.read_text(), **specials
+    )
 
 
 def split(pattern, behavior="isolated"):
@@ -423,7 +499,9 @@ def test_the_pre_tokenizers_of_this_project_and_of_gpt_2_are_known_by_their_rule
         ([BYTES], "splits text"),
     ],
 )
-def test_a_splitting_rule_that_llama_cpp_does_not_name_is_refused(steps, reason, stages, tmp_path, capsys):
+def test_a_splitting_rule_that_llama_cpp_does_not_name_is_refused(
+    steps, reason, stages, tmp_path, capsys
+):
     with pytest.raises(minimind.common.errors.UserError, match=reason):
         pre_tokenizer_name(byte_level_tokenizer(*steps))
 
@@ -432,11 +510,15 @@ def test_a_tokenizer_that_does_more_than_merge_bytes_is_refused(tokenizer):
     from tokenizers import normalizers, processors
 
     def changed(change):
-        other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        other = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        )
         change(other.backend_tokenizer)
         return other
 
-    bos = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    bos = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     for change, reason in (
         (lambda backend: setattr(backend, "normalizer", normalizers.NFC()), "a normalizer"),
         (lambda backend: setattr(backend, "post_processor", bos), "tokens added to every text"),
@@ -456,7 +538,9 @@ def test_a_tokenizer_of_every_known_rule_is_exported(rule, tmp_path, stages):
         "bos_token_id": other.bos_token_id,
         "eos_token_id": other.eos_token_id,
     }
-    MiniMindForCausalLM(MiniMindConfig(**SIZE, vocab_size=len(other), **special)).save_pretrained(tmp_path / "stage")
+    MiniMindForCausalLM(MiniMindConfig(**SIZE, vocab_size=len(other), **special)).save_pretrained(
+        tmp_path / "stage"
+    )
     other.save_pretrained(tmp_path / "stage")
     run_cli("export", tmp_path / "stage", tmp_path / "out", "--format", "gguf")
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
@@ -464,7 +548,9 @@ def test_a_tokenizer_of_every_known_rule_is_exported(rule, tmp_path, stages):
         assert again(text).input_ids == other(text).input_ids
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 @pytest.mark.parametrize(
     "variant",
@@ -478,7 +564,9 @@ def test_a_tokenizer_of_every_known_rule_is_exported(rule, tmp_path, stages):
         "MoE, untied, YaRN",
     ],
 )
-def test_llama_cpp_gives_the_logits_and_the_token_ids_of_the_source(variant, dtype, stages, tmp_path):
+def test_llama_cpp_gives_the_logits_and_the_token_ids_of_the_source(
+    variant, dtype, stages, tmp_path
+):
     record = minimind.export.export(stages / variant, tmp_path / "out", "gguf", dtype)
     compared = record["verification"]["llama.cpp"]
     assert compared["median_logit_difference"] <= compared["tolerance"]
@@ -488,14 +576,21 @@ def test_llama_cpp_gives_the_logits_and_the_token_ids_of_the_source(variant, dty
 # What goes wrong
 
 
-def test_a_file_that_is_not_its_source_fails_the_command_and_does_not_appear(tmp_path, capsys, monkeypatch):
-    real = load_tokenizer()  # one that has learnt enough for the name of its splitting rule to matter
-    MiniMindForCausalLM(MiniMindConfig(**SIZE, vocab_size=len(real))).save_pretrained(tmp_path / "stage")
+def test_a_file_that_is_not_its_source_fails_the_command_and_does_not_appear(
+    tmp_path, capsys, monkeypatch
+):
+    # One that has learnt enough for the name of its splitting rule to matter
+    real = load_tokenizer()
+    MiniMindForCausalLM(MiniMindConfig(**SIZE, vocab_size=len(real))).save_pretrained(
+        tmp_path / "stage"
+    )
     real.save_pretrained(tmp_path / "stage")
     before = sorted(tmp_path.iterdir())
 
     def check(format, reason):
-        message = failure(capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", format)
+        message = failure(
+            capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", format
+        )
         monkeypatch.undo()
         assert "verification failed" in message
         assert reason in message
@@ -522,11 +617,15 @@ def test_a_file_that_is_not_its_source_fails_the_command_and_does_not_appear(tmp
     monkeypatch.setattr(minimind.export.gguf, "pre_tokenizer_name", lambda tokenizer: "gpt-2")
     check("gguf", "the tokenizer splits")
     rounding, nine = minimind.export.rounded, torch.tensor(9.0)
-    monkeypatch.setattr(minimind.export, "rounded", lambda *given: torch.nextafter(rounding(*given), nine))
+    monkeypatch.setattr(
+        minimind.export, "rounded", lambda *given: torch.nextafter(rounding(*given), nine)
+    )
     check("gguf", "has other values")
 
 
-def test_wrong_arguments_are_refused_before_anything_is_written(stages, tmp_path, capsys, monkeypatch):
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    stages, tmp_path, capsys, monkeypatch
+):
     def refused(*arguments):
         before = sorted(tmp_path.iterdir())
         message = failure(capsys, run_cli, "export", *arguments)
@@ -535,28 +634,44 @@ def test_wrong_arguments_are_refused_before_anything_is_written(stages, tmp_path
 
     out = tmp_path / "out"
     assert "no such directory" in refused(tmp_path / "none", out, "--format", "qwen3")
-    assert "--dtype q8_0" in refused(stages / "qk_norm", out, "--format", "qwen3", "--dtype", "q8_0")
+    assert "--dtype q8_0" in refused(
+        stages / "qk_norm", out, "--format", "qwen3", "--dtype", "q8_0"
+    )
     assert "invalid choice: 'onnx'" in refused(stages / "qk_norm", out, "--format", "onnx")
     assert "--format" in refused(stages / "qk_norm", out)
-    assert "exists and is not empty" in refused(stages / "qk_norm", stages / "no qk_norm", "--format", "qwen3")
+    assert "exists and is not empty" in refused(
+        stages / "qk_norm", stages / "no qk_norm", "--format", "qwen3"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install -e '.[gguf]'" in refused(stages / "qk_norm", out, "--format", "gguf")
 
 
 def test_a_reward_model_is_refused(stages, tmp_path, tokenizer, capsys):
-    MiniMindForSequenceClassification(MiniMindConfig(**SIZE, vocab_size=300)).save_pretrained(tmp_path / "stage")
-    tokenizer.save_pretrained(tmp_path / "stage")
-    message = failure(capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "qwen3")
-    assert "holds a reward model" in message
-
-
-def test_rows_that_q8_0_cannot_hold_are_refused(tmp_path, tokenizer, capsys):
-    MiniMindForCausalLM(MiniMindConfig(**SIZE | {"intermediate_size": 80}, vocab_size=300)).save_pretrained(
+    MiniMindForSequenceClassification(MiniMindConfig(**SIZE, vocab_size=300)).save_pretrained(
         tmp_path / "stage"
     )
     tokenizer.save_pretrained(tmp_path / "stage")
     message = failure(
-        capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "gguf", "--dtype", "q8_0"
+        capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "qwen3"
+    )
+    assert "holds a reward model" in message
+
+
+def test_rows_that_q8_0_cannot_hold_are_refused(tmp_path, tokenizer, capsys):
+    MiniMindForCausalLM(
+        MiniMindConfig(**SIZE | {"intermediate_size": 80}, vocab_size=300)
+    ).save_pretrained(tmp_path / "stage")
+    tokenizer.save_pretrained(tmp_path / "stage")
+    message = failure(
+        capsys,
+        run_cli,
+        "export",
+        tmp_path / "stage",
+        tmp_path / "out",
+        "--format",
+        "gguf",
+        "--dtype",
+        "q8_0",
     )
     assert "down_proj" in message
     assert "multiple of 32" in message

@@ -69,16 +69,25 @@ def zstd(data):
         ("a.ndjson", LINES, ["1", "2"]),
         (
             "a.JSONL.GZ",
-            gzip.compress(LINES[:14].encode(), mtime=0) + gzip.compress(LINES[14:].encode(), mtime=0),
+            gzip.compress(LINES[:14].encode(), mtime=0)
+            + gzip.compress(LINES[14:].encode(), mtime=0),
             ["1", "2"],
         ),
         ("a.jsonl.zst", zstd(LINES.encode()), ["1", "2"]),
-        ("a.jsonl.zst", zstd(LINES[:14].encode()) + SKIPPABLE_FRAME + zstd(LINES[14:].encode()), ["1", "2"]),
+        (
+            "a.jsonl.zst",
+            zstd(LINES[:14].encode()) + SKIPPABLE_FRAME + zstd(LINES[14:].encode()),
+            ["1", "2"],
+        ),
         ("a.json.zst", zstd(json.dumps(TWO, indent=2).encode()), ["2", "5"]),
         ("a.csv.zst", zstd("text\n一\ntwo\n".encode()), ["2", "3"]),
         ("a.json", LINES, ["1", "2"]),
         ("a.json", json.dumps(TWO), ["1", "1"]),
-        ("a.json", b"\xef\xbb\xbf" + json.dumps(TWO, indent=2, ensure_ascii=False).encode(), ["2", "5"]),
+        (
+            "a.json",
+            b"\xef\xbb\xbf" + json.dumps(TWO, indent=2, ensure_ascii=False).encode(),
+            ["2", "5"],
+        ),
         ("a.csv", "text\n一\n\ntwo\n", ["2", "4"]),
         ("a.csv", b"\xef\xbb\xbf" + "text\r\n一\r\ntwo".encode(), ["2", "3"]),
         ("a.tsv.gz", gzip.compress("text\n一\ntwo\n".encode(), mtime=0), ["2", "3"]),
@@ -139,7 +148,9 @@ def test_a_txt_file_is_one_document_or_its_paragraphs_or_its_lines(tmp_path, nam
 
 def test_an_unknown_text_unit_is_refused(tmp_path):
     path = write(tmp_path / "a.txt", "text")
-    assert "found 'word', expected file, paragraph, line" in refusal(lambda: read_rows([path], text_unit="word"))
+    assert "found 'word', expected file, paragraph, line" in refusal(
+        lambda: read_rows([path], text_unit="word")
+    )
 
 
 @pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
@@ -151,29 +162,47 @@ def test_a_row_beyond_the_limit_is_refused_and_the_others_are_read(tmp_path, mon
         assert "--text_unit paragraph" in refusal(lambda: list(read_rows([path], "skip")))
     else:
         kept = list(read_documents([path], "skip", text_unit=unit))
-        assert kept == ["one", *(["\n".join("y" * 19)] if unit == "paragraph" else "y" * 19), "three"]
+        assert kept == [
+            "one",
+            *(["\n".join("y" * 19)] if unit == "paragraph" else "y" * 19),
+            "three",
+        ]
         message = refusal(lambda: list(read_rows([path], "error", text_unit=unit)))
-        assert message.startswith(f"{path}:3: found a row of more than 40 bytes, expected shorter rows")
+        assert message.startswith(
+            f"{path}:3: found a row of more than 40 bytes, expected shorter rows"
+        )
 
 
 def test_a_jsonl_line_beyond_the_limit_is_a_bad_row(tmp_path, monkeypatch):
     set_limit(monkeypatch, "ROW_LIMIT", 40)
-    lines = [json.dumps({"text": "x" * length}) for length in (1, 60, 200, 28, 27)]  # 12 bytes around each text
+    # 12 bytes around each text
+    lines = [json.dumps({"text": "x" * length}) for length in (1, 60, 200, 28, 27)]
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     assert [len(text) for text in read_documents([path], "skip")] == [1, 27]
-    assert refusal(lambda: list(read_rows([path], "error"))).startswith(f"{path}:2: found a row of more than 40 bytes")
+    assert refusal(lambda: list(read_rows([path], "error"))).startswith(
+        f"{path}:2: found a row of more than 40 bytes"
+    )
 
 
-def test_a_list_is_read_as_it_goes_and_its_values_may_be_larger_than_the_buffer(tmp_path, monkeypatch):
+def test_a_list_is_read_as_it_goes_and_its_values_may_be_larger_than_the_buffer(
+    tmp_path, monkeypatch
+):
     set_limit(monkeypatch, "BUFFER", 8)
-    data = [{"text": "狐狸" * 100, "n": -12.5e-3}, {"text": "\\u4e00 \\", "more": [1, [True, None]]}]
-    path = write(tmp_path / "a.json", "\ufeff \n[ \n" + ",\n\n".join(map(json.dumps, data)) + "\n ] \n")
+    data = [
+        {"text": "狐狸" * 100, "n": -12.5e-3},
+        {"text": "\\u4e00 \\", "more": [1, [True, None]]},
+    ]
+    path = write(
+        tmp_path / "a.json", "\ufeff \n[ \n" + ",\n\n".join(map(json.dumps, data)) + "\n ] \n"
+    )
     assert rows_of(path) == [("3", data[0]), ("5", data[1])]
 
 
 def test_a_mistake_in_a_list_is_found_where_it_is_whatever_the_buffer(tmp_path, monkeypatch):
     text = '[\n{"text": "one"},\n {"text": "two", "n": 17, "狐": tru},\n{"text": "three"}\n]'
-    line, column = next((i, row.index("tru") + 1) for i, row in enumerate(text.split("\n"), 1) if "狐" in row)
+    line, column = next(
+        (i, row.index("tru") + 1) for i, row in enumerate(text.split("\n"), 1) if "狐" in row
+    )
     for size in (1, 3, 16, 33, 1 << 20):
         set_limit(monkeypatch, "BUFFER", size)
         path = write(tmp_path / "a.json", text)
@@ -196,7 +225,10 @@ def test_the_memory_of_reading_does_not_grow_with_the_files(tmp_path):
         ]:
             write(directory / name, content)
         pq.write_table(table, directory / "a.parquet", compression="none", use_dictionary=False)
-        with pa.OSFile(str(directory / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pa.OSFile(str(directory / "a.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table, max_chunksize=500)
         return str(directory)
 
@@ -217,15 +249,23 @@ def test_the_memory_of_reading_does_not_grow_with_the_files(tmp_path):
 
 def test_progress_adds_up_to_the_size_of_the_files_as_they_lie_on_the_disk(tmp_path, monkeypatch):
     set_limit(monkeypatch, "BUFFER", 4096)
-    lines = "".join(json.dumps({"text": f"{i * 7919 % 10007} fox"}) + "\n" for i in range(40_000)).encode()
+    lines = "".join(
+        json.dumps({"text": f"{i * 7919 % 10007} fox"}) + "\n" for i in range(40_000)
+    ).encode()
     write(tmp_path / "a.jsonl", lines)
     write(tmp_path / "b.jsonl.gz", gzip.compress(lines, mtime=0))
     write(tmp_path / "c.jsonl.zst", zstd(lines))
     table = pa.Table.from_pylist([json.loads(line) for line in lines.splitlines()])
     pq.write_table(table, tmp_path / "d.parquet")
-    with pa.OSFile(str(tmp_path / "e.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "e.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=1000)
-    with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "f.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=1000)
     for path in sorted(tmp_path.glob("?.*")):
         steps, done, at = [], [], []
@@ -235,8 +275,11 @@ def test_progress_adds_up_to_the_size_of_the_files_as_they_lie_on_the_disk(tmp_p
                 at.append(row / 40_000)
         assert sum(steps) == path.stat().st_size
         assert all(step > 0 for step in steps)
-        slack = 0.05 + (2**16 / path.stat().st_size if path.suffix in (".gz", ".zst") else 0)  # what is read ahead
-        assert all(abs(share - expected) <= slack for share, expected in zip(done, at, strict=True)), path
+        # What is read ahead
+        slack = 0.05 + (2**16 / path.stat().st_size if path.suffix in (".gz", ".zst") else 0)
+        assert all(
+            abs(share - expected) <= slack for share, expected in zip(done, at, strict=True)
+        ), path
     everything = expand([str(tmp_path)])
     steps = []
     assert sum(1 for _ in read_rows([str(tmp_path)], progress=steps.append)) == 6 * 40_000
@@ -252,21 +295,38 @@ def test_a_csv_row_over_several_lines_has_the_number_of_its_first_line(tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "where", "words"),
     [
-        ("a.jsonl", GOOD + "\n{'text': 1}\n", 3, ["{'text': 1}", "not JSON", "column 2", "one JSON object per line"]),
+        (
+            "a.jsonl",
+            GOOD + "\n{'text': 1}\n",
+            3,
+            ["{'text': 1}", "not JSON", "column 2", "one JSON object per line"],
+        ),
         ("a.jsonl", GOOD + '{"text": "cut', 2, ["cut", "Unterminated string", "expected"]),
         ("a.jsonl", GOOD + "[1, 2]\n", 2, ["found [1, 2]", "expected a JSON object"]),
-        ("a.jsonl", GOOD.encode() + '{"text": "中"}'.encode("gb18030"), 2, ["0xd6", "offset 10", "UTF-8", "iconv"]),
+        (
+            "a.jsonl",
+            GOOD.encode() + '{"text": "中"}'.encode("gb18030"),
+            2,
+            ["0xd6", "offset 10", "UTF-8", "iconv"],
+        ),
         ("a.jsonl", GOOD + '{"text": "\\ud83d"}', 2, ["surrogate", "expected whole characters"]),
         ("a.jsonl", GOOD + "[" * 100_000, 2, ["not JSON", "expected"]),
         ("a.jsonl", GOOD + "1" * 5_000, 2, ["found the number", "expected one within"]),
         ("a.json", "{\n" + GOOD, 1, ["not JSON", "one list of objects"]),
-        ("a.json", '[\n{"text": "good"},\n\n"plain"]', 4, ['found "plain"', "expected a JSON object"]),
+        (
+            "a.json",
+            '[\n{"text": "good"},\n\n"plain"]',
+            4,
+            ['found "plain"', "expected a JSON object"],
+        ),
         ("a.csv", "text,n\ngood,1\nbad\n", 3, ["found 1 fields", "expected 2: text, n"]),
         ("a.csv", b"text\ngood\n\xff\n", 3, ["0xff", "expected UTF-8"]),
         ("a.txt", "中".encode("gb18030"), 1, ["0xd6", "expected UTF-8"]),
     ],
 )
-def test_a_row_that_cannot_be_parsed_is_named_with_its_line_number(tmp_path, name, content, where, words):
+def test_a_row_that_cannot_be_parsed_is_named_with_its_line_number(
+    tmp_path, name, content, where, words
+):
     path = write(tmp_path / name, content)
     message = refusal(lambda: list(read_rows([path], "error")))
     assert message.startswith(f"{path}:{where}: found ")
@@ -298,10 +358,16 @@ def test_escaped_whole_characters_are_not_taken_for_halves(tmp_path):
         ("a.csv", "text,text\n1,2\n", [":1: found the header", "expected each column name once"]),
         ("a.parquet", b"PAR1 not at all", ["after row 0", "not readable as parquet"]),
         ("a.jsonl.gz", b"not gzip", ["cannot be read", "Check the file"]),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], ["cannot be read", "Check the file"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD.encode(), mtime=0)[:-9],
+            ["cannot be read", "Check the file"],
+        ),
     ],
 )
-def test_a_file_whose_structure_is_lost_is_refused_even_when_bad_rows_are_skipped(tmp_path, name, content, words):
+def test_a_file_whose_structure_is_lost_is_refused_even_when_bad_rows_are_skipped(
+    tmp_path, name, content, words
+):
     path = write(tmp_path / name, content)
     message = refusal(lambda: list(read_rows([path], "skip")))
     assert path in message
@@ -312,8 +378,17 @@ def test_files_directories_and_globs_mix_and_give_each_file_once(tmp_path):
     names = ["b.jsonl", "a.jsonl", "deep/er/c.csv", "README.md", ".hidden/d.jsonl", "deep/.e.jsonl"]
     for name in names:
         write(tmp_path / name, GOOD)
-    given = [str(tmp_path / "b.jsonl"), str(tmp_path / "*.jsonl"), str(tmp_path), str(tmp_path / "**" / "*.csv")]
-    assert [str(path.relative_to(tmp_path)) for path in expand(given)] == ["b.jsonl", "a.jsonl", "deep/er/c.csv"]
+    given = [
+        str(tmp_path / "b.jsonl"),
+        str(tmp_path / "*.jsonl"),
+        str(tmp_path),
+        str(tmp_path / "**" / "*.csv"),
+    ]
+    assert [str(path.relative_to(tmp_path)) for path in expand(given)] == [
+        "b.jsonl",
+        "a.jsonl",
+        "deep/er/c.csv",
+    ]
 
 
 def test_links_are_followed_and_give_each_file_once_even_where_they_go_round(tmp_path):
@@ -331,11 +406,20 @@ def test_links_are_followed_and_give_each_file_once_even_where_they_go_round(tmp
         assert len(expand(given)) == 2
 
 
-def test_a_glob_gives_directories_as_a_shell_would_and_hidden_names_only_where_it_spells_them(tmp_path):
+def test_a_glob_gives_directories_as_a_shell_would_and_hidden_names_only_where_it_spells_them(
+    tmp_path,
+):
     for name in ["one/a.jsonl", ".hidden/b.jsonl", "two.jsonl/c.csv", "two.jsonl/.d.csv"]:
         write(tmp_path / name, GOOD)
-    expected = {"*": ["a.jsonl", "c.csv"], "*.jsonl": ["c.csv"], ".hid*/*": ["b.jsonl"], ".hidden/*": ["b.jsonl"]}
-    assert {pattern: [f.name for f in expand([f"{tmp_path}/{pattern}"])] for pattern in expected} == expected
+    expected = {
+        "*": ["a.jsonl", "c.csv"],
+        "*.jsonl": ["c.csv"],
+        ".hid*/*": ["b.jsonl"],
+        ".hidden/*": ["b.jsonl"],
+    }
+    assert {
+        pattern: [f.name for f in expand([f"{tmp_path}/{pattern}"])] for pattern in expected
+    } == expected
 
 
 def test_what_cannot_be_looked_into_is_refused_and_not_left_out(tmp_path, monkeypatch):
@@ -363,7 +447,9 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", no_permission)
-    assert refusal(lambda: list(read_rows([path]))).startswith(f"{path}: cannot be read ([Errno 13] Permission denied")
+    assert refusal(lambda: list(read_rows([path]))).startswith(
+        f"{path}: cannot be read ([Errno 13] Permission denied"
+    )
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
@@ -407,8 +493,12 @@ def test_reading_is_refused_if_no_usable_row_is_left(tmp_path, policy):
     assert "No usable row is left of 2" in message
 
 
-@pytest.mark.parametrize(("bad", "good", "accepted"), [(1, 998, False), (1, 999, True), (2, 1997, False)])
-def test_without_a_policy_at_most_one_row_in_a_thousand_may_be_bad(tmp_path, caplog, bad, good, accepted):
+@pytest.mark.parametrize(
+    ("bad", "good", "accepted"), [(1, 998, False), (1, 999, True), (2, 1997, False)]
+)
+def test_without_a_policy_at_most_one_row_in_a_thousand_may_be_bad(
+    tmp_path, caplog, bad, good, accepted
+):
     path = write(tmp_path / "a.jsonl", GOOD + "no\n" * bad + GOOD * (good - 1))
     if accepted:
         assert len(list(read_rows([path]))) == good
@@ -422,7 +512,10 @@ def test_without_a_policy_at_most_one_row_in_a_thousand_may_be_bad(tmp_path, cap
 
 
 def test_the_first_bad_row_is_told_in_full_and_the_next_by_their_places(tmp_path):
-    paths = [write(tmp_path / "a.jsonl", GOOD + "no\n" * 2), write(tmp_path / "b.jsonl", "no\n" * 6)]
+    paths = [
+        write(tmp_path / "a.jsonl", GOOD + "no\n" * 2),
+        write(tmp_path / "b.jsonl", "no\n" * 6),
+    ]
     message = refusal(lambda: list(read_rows(paths)))
     a, b = paths
     assert message.startswith(f"{a}:2: found 'no', which is not JSON")
@@ -432,7 +525,9 @@ def test_the_first_bad_row_is_told_in_full_and_the_next_by_their_places(tmp_path
 def test_skipping_keeps_the_good_rows_and_says_so_once(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", "no\n" + GOOD + "nor\n" + GOOD)
     assert [where for where, _ in rows_of(path, on_bad_rows="skip")] == ["2", "4"]
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["skipped 2 of 4 rows"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "skipped 2 of 4 rows"
+    ]
 
 
 def test_a_reader_that_stops_early_still_says_what_was_skipped(tmp_path, caplog):
@@ -457,7 +552,8 @@ def test_an_unknown_policy_is_refused():
 
 def test_documents_are_the_text_or_else_the_content(tmp_path):
     path = write(
-        tmp_path / "a.jsonl", '{"text": "t", "content": "c"}\n{"content": "c"}\n{"text": null, "content": "d"}'
+        tmp_path / "a.jsonl",
+        '{"text": "t", "content": "c"}\n{"content": "c"}\n{"text": null, "content": "d"}',
     )
     assert list(read_documents([path])) == ["t", "c", "d"]
 
@@ -480,27 +576,44 @@ def test_a_row_without_a_document_is_named_with_its_line_number(tmp_path, row, f
 
 @pytest.fixture
 def cached_dataset(tmp_path, monkeypatch):
-    """owner/name with the config "zh" and the splits train and test, as `datasets` keeps it after a download."""
+    """owner/name with the config "zh" and the splits train and test, as `datasets` keeps it after a
+    download."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
-    splits = {name: write(tmp_path / f"{name}.jsonl", f'{{"text": "{name}"}}\n' + GOOD) for name in ("train", "test")}
-    builder = datasets.load_dataset_builder("json", "zh", data_files=splits, cache_dir=str(tmp_path / "built"))
+    splits = {
+        name: write(tmp_path / f"{name}.jsonl", f'{{"text": "{name}"}}\n' + GOOD)
+        for name in ("train", "test")
+    }
+    builder = datasets.load_dataset_builder(
+        "json", "zh", data_files=splits, cache_dir=str(tmp_path / "built")
+    )
     builder.download_and_prepare()
     cached = tmp_path / "hub" / "owner___name" / "zh" / "0.0.0" / "0123abcd"
     shutil.copytree(builder.cache_dir, cached)
     for path in cached.glob("json-*"):
         path.rename(cached / path.name.replace("json-", "name-"))
     facts = json.loads((cached / "dataset_info.json").read_text())
-    (cached / "dataset_info.json").write_text(json.dumps(facts | {"config_name": "zh", "dataset_name": "name"}))
+    (cached / "dataset_info.json").write_text(
+        json.dumps(facts | {"config_name": "zh", "dataset_name": "name"})
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "split"),
-    [("", "train"), (":zh", "train"), (":zh:test", "test"), ("::test", "test"), ("@0123abcd", "train")],
+    [
+        ("", "train"),
+        (":zh", "train"),
+        (":zh:test", "test"),
+        ("::test", "test"),
+        ("@0123abcd", "train"),
+    ],
 )
 def test_a_dataset_of_the_hub_gives_the_rows_of_one_split(cached_dataset, given, split):
     spelling = f"hf://datasets/owner/name{given}"
     found = list(read_rows([spelling], "skip", progress=pytest.fail))
-    assert found == [(f"{spelling}:row 1", {"text": split}), (f"{spelling}:row 2", {"text": "good"})]
+    assert found == [
+        (f"{spelling}:row 1", {"text": split}),
+        (f"{spelling}:row 2", {"text": "good"}),
+    ]
     (file,) = expand([spelling])
     assert str(file) == spelling
     assert total_size([file]) == 0
@@ -524,15 +637,25 @@ def test_the_hash_of_a_dataset_of_the_hub_follows_its_split_and_revision(cached_
         (
             "hf://datasets/owner/other",
             [
-                *("Couldn't reach 'owner/other'", "HF_HUB_OFFLINE is set", "HF_ENDPOINT=https://hf-mirror.com"),
+                *(
+                    "Couldn't reach 'owner/other'",
+                    "HF_HUB_OFFLINE is set",
+                    "HF_ENDPOINT=https://hf-mirror.com",
+                ),
                 *("https://huggingface.co/datasets/owner/other", "modelscope download --dataset"),
             ],
         ),
-        ("hf://datasets/owner/name:en", ["ValueError", "'en'", "'zh'", "Check the name, config and split"]),
+        (
+            "hf://datasets/owner/name:en",
+            ["ValueError", "'en'", "'zh'", "Check the name, config and split"],
+        ),
         ("hf://datasets/owner/name:zh:dev", ["Bad split: dev", "['train', 'test']"]),
         ("hf://datasets/owner/name@v2", ["only revision 0123abcd is in the cache"]),
         ("hf://datasets/json", ["not the name of a dataset"]),
-        ("hf://datasets/owner/name/train.jsonl", ["not the name of a dataset", "expected hf://datasets/OWNER/NAME"]),
+        (
+            "hf://datasets/owner/name/train.jsonl",
+            ["not the name of a dataset", "expected hf://datasets/OWNER/NAME"],
+        ),
         ("hf://datasets/", ["not the name of a dataset"]),
         ("owner/name", ["does not exist", "or hf://datasets/OWNER/NAME"]),
     ],
@@ -549,7 +672,10 @@ def dead_hub(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # not listening
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for config, name in ((datasets.config, "HF_ENDPOINT"), (huggingface_hub.constants, "ENDPOINT")):
+        for config, name in (
+            (datasets.config, "HF_ENDPOINT"),
+            (huggingface_hub.constants, "ENDPOINT"),
+        ):
             monkeypatch.setattr(config, name, address)
         for config in (datasets.config, huggingface_hub.constants):
             monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
@@ -557,14 +683,21 @@ def dead_hub(monkeypatch):
         yield address
 
 
-def test_a_hub_out_of_reach_is_asked_once_and_the_message_names_the_ways_round_it(dead_hub, cached_dataset):
+def test_a_hub_out_of_reach_is_asked_once_and_the_message_names_the_ways_round_it(
+    dead_hub, cached_dataset
+):
     message = refusal(lambda: expand(["hf://datasets/owner/other"]))
     assert f"{dead_hub} does not answer" in message
     assert "HF_HUB_OFFLINE" not in message
     assert "HF_ENDPOINT=https://hf-mirror.com" in message
 
 
-def test_a_dataset_in_the_cache_is_read_without_waiting_for_a_hub_out_of_reach(dead_hub, cached_dataset):
-    rows = [row for _, row in read_rows(["hf://datasets/owner/name::test"], "skip", progress=pytest.fail)]
+def test_a_dataset_in_the_cache_is_read_without_waiting_for_a_hub_out_of_reach(
+    dead_hub, cached_dataset
+):
+    rows = [
+        row
+        for _, row in read_rows(["hf://datasets/owner/name::test"], "skip", progress=pytest.fail)
+    ]
     assert rows == [{"text": "test"}, {"text": "good"}]
     assert not datasets.config.HF_HUB_OFFLINE

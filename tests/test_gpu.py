@@ -1,4 +1,5 @@
-"""What needs a CUDA device: `CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py`. Skipped elsewhere."""
+"""What needs a CUDA device: `CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py`. Skipped
+elsewhere."""
 
 import pytest
 import torch
@@ -16,14 +17,22 @@ def packed_batch():
     documents = [random_ids(1, n, seed=n) for n in (60, 100)]
     positions = torch.cat([torch.arange(60), torch.arange(100)])[None]
     ids = torch.cat(documents, dim=1)
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": ids.masked_fill(positions == 0, -100),
+    }
 
 
 def run(device, attention, dtype, variant):
     model = build(attn_implementation=attention, **VARIANTS[variant]).train().to(device, dtype)
-    output = model(**{key: value.to(device) for key, value in packed_batch().items()}, use_cache=False)
+    output = model(
+        **{key: value.to(device) for key, value in packed_batch().items()}, use_cache=False
+    )
     output.loss.backward()
-    return output.logits.float().cpu(), {name: grad.float().cpu() for name, grad in gradients(model).items()}
+    return output.logits.float().cpu(), {
+        name: grad.float().cpu() for name, grad in gradients(model).items()
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -53,20 +62,29 @@ def test_experts_on_the_gpu_give_the_same_by_every_implementation(dtype):
         with torch.no_grad():
             found.append(model(ids).logits.float())
     for logits in found[1:]:
-        torch.testing.assert_close(logits, found[0], atol=1e-4 if dtype == torch.float else 0.1, rtol=1e-2)
+        torch.testing.assert_close(
+            logits, found[0], atol=1e-4 if dtype == torch.float else 0.1, rtol=1e-2
+        )
 
 
 def test_generation_compiles_on_a_static_cache():
     model, prompt = build(seed=1).cuda(), random_ids(2, 7).cuda()
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 12}
-    assert model.generate(prompt, **options, cache_implementation="static").equal(model.generate(prompt, **options))
+    assert model.generate(prompt, **options, cache_implementation="static").equal(
+        model.generate(prompt, **options)
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("variant", ["dense", "shared experts"])
 def test_the_planned_peak_is_within_15_percent_of_the_allocators(precision, checkpointing, variant):
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     config = configuration(variant, vocab_size=6400, moe_intermediate_size=704, **shape)
     model = real_model(config, checkpointing=checkpointing).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -82,4 +100,6 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(precision, chec
         optimizer.step()
         optimizer.zero_grad()
     step = Step(16, 512, precision=precision, device="cuda", checkpointing=checkpointing)
-    assert memory(empty_model(config), step)["peak"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    assert memory(empty_model(config), step)["peak"] == pytest.approx(
+        torch.cuda.max_memory_allocated(), rel=0.15
+    )

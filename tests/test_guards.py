@@ -25,7 +25,12 @@ from minimind.data.packing import BlockCollator
 from minimind.training import guards, saving
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import ProgressCallback
-from minimind.training.checkpoints import last_whole_checkpoint, problem_of, read_manifest, write_manifest
+from minimind.training.checkpoints import (
+    last_whole_checkpoint,
+    problem_of,
+    read_manifest,
+    write_manifest,
+)
 from minimind.training.guards import (
     GuardCallback,
     MemoryCallback,
@@ -61,7 +66,13 @@ class Witness(TrainerCallback):
         inner = trainer.optimizer.optimizer
         parts = getattr(inner, "parts", [inner])
         self.moments.append(
-            [v.clone() for part in parts for s in part.state.values() for v in s.values() if torch.is_tensor(v)]
+            [
+                v.clone()
+                for part in parts
+                for s in part.state.values()
+                for v in s.values()
+                if torch.is_tensor(v)
+            ]
         )
         self.rates.append(trainer.lr_scheduler.get_last_lr()[0])
 
@@ -69,13 +80,25 @@ class Witness(TrainerCallback):
 @pytest.fixture
 def make_trainer(config, tokenizer, tmp_path):
     def make(guarded=True, **options):
-        options = {"max_steps": STEPS, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False} | options
-        options = {"logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True, "warmup_steps": 0} | options
+        options = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "report_to": "none",
+            "bf16": False,
+        } | options
+        options = {
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "use_cpu": True,
+            "warmup_steps": 0,
+        } | options
         options = {"save_strategy": "no"} | options
         args = PretrainConfig(output_dir=str(tmp_path / "run"), block_size=16, **options)
         torch.manual_seed(0)
         model = MiniMindForCausalLM(config)
-        ids = torch.randint(5, config.vocab_size, (64, 16), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(
+            5, config.vocab_size, (64, 16), generator=torch.Generator().manual_seed(1)
+        )
         trainer = BlockTrainer(
             model=model,
             args=args,
@@ -95,7 +118,8 @@ def make_trainer(config, tokenizer, tmp_path):
 
 
 def spoil(monkeypatch, steps, kind="loss", micro_batch=0):
-    """Make the loss or the gradients of some steps not finite, as a fault in model or data would."""
+    """Make the loss or the gradients of some steps not finite, as a fault in model or data
+    would."""
     forward = MiniMindForCausalLM.forward
     calls = {"count": 0}
 
@@ -120,7 +144,9 @@ def spoil(monkeypatch, steps, kind="loss", micro_batch=0):
 
 
 def equal(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
@@ -145,7 +171,9 @@ def test_guards_change_no_bit_of_a_healthy_run(make_trainer, optim):
         ("muon", "empty"),
     ],
 )
-def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(make_trainer, monkeypatch, optim, kind):
+def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(
+    make_trainer, monkeypatch, optim, kind
+):
     healthy = make_trainer(guarded=False, optim=optim)
     healthy.train()
     spoil(monkeypatch, {3}, kind)
@@ -199,7 +227,9 @@ def test_the_logged_loss_is_the_mean_of_the_steps_taken(make_trainer, monkeypatc
     assert "step 2: loss nan" in capsys.readouterr().err
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_and_leave_batch_and_weights(make_trainer, monkeypatch, tmp_path):
+def test_too_many_bad_steps_in_a_row_end_the_run_and_leave_batch_and_weights(
+    make_trainer, monkeypatch, tmp_path
+):
     spoil(monkeypatch, {2, 4, 5, 6})
     trainer = make_trainer(max_nonfinite_steps=3)
     with pytest.raises(UserError, match=r"3 steps in a row.*minimind replay") as error:
@@ -223,15 +253,22 @@ def names(directory):
 
 
 def is_finite(checkpoint):
-    return all(torch.isfinite(value).all() for value in load_file(checkpoint / "model.safetensors").values())
+    return all(
+        torch.isfinite(value).all()
+        for value in load_file(checkpoint / "model.safetensors").values()
+    )
 
 
 def test_weights_that_are_not_finite_end_the_run_before_they_push_out_the_good_checkpoints(
     make_trainer, monkeypatch, tmp_path
 ):
     spoil(monkeypatch, {3}, "gradient")
-    trainer = make_trainer(max_nonfinite_steps=0, save_strategy="steps", save_steps=1, save_total_limit=2)
-    with pytest.raises(UserError, match=r"after step 3 the weights are not finite.*goes on from \S+checkpoint-2\."):
+    trainer = make_trainer(
+        max_nonfinite_steps=0, save_strategy="steps", save_steps=1, save_total_limit=2
+    )
+    with pytest.raises(
+        UserError, match=r"after step 3 the weights are not finite.*goes on from \S+checkpoint-2\."
+    ):
         trainer.train()
     assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2"}
     assert all(map(is_finite, (tmp_path / "run").glob("checkpoint-*")))
@@ -244,7 +281,10 @@ def test_final_weights_that_are_not_finite_are_no_complete_stage(make_trainer):
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[3, 1] = float("inf")
     stage = object.__new__(Stage)
-    with pytest.raises(UserError, match=r"not finite: model.embed_tokens.weight.*There is no checkpoint from before"):
+    with pytest.raises(
+        UserError,
+        match=r"not finite: model.embed_tokens.weight.*There is no checkpoint from before",
+    ):
         stage.finish(trainer, None, {})
 
 
@@ -269,7 +309,8 @@ def test_after_too_many_bad_steps_the_same_command_goes_back_behind_the_weights_
     assert problem_of(met) is None  # it can be asked for by name
     if left is None:
         with pytest.raises(
-            UserError, match=r"the 2 steps that followed were not finite\. There is no checkpoint before"
+            UserError,
+            match=r"the 2 steps that followed were not finite\. There is no checkpoint before",
         ):
             last_whole_checkpoint(tmp_path / "run")
     else:
@@ -278,7 +319,9 @@ def test_after_too_many_bad_steps_the_same_command_goes_back_behind_the_weights_
         assert problem.startswith(f"skipped {met}: ")
 
 
-def test_a_checkpoint_of_an_older_version_is_looked_at_for_weights_that_are_not_finite(make_trainer, tmp_path):
+def test_a_checkpoint_of_an_older_version_is_looked_at_for_weights_that_are_not_finite(
+    make_trainer, tmp_path
+):
     make_trainer(save_strategy="steps", save_steps=3).train()
     checkpoint = tmp_path / "run" / "checkpoint-6"
     assert read_manifest(checkpoint)["finite"] is True
@@ -315,7 +358,9 @@ def test_a_falling_or_slowly_rising_loss_is_no_spike(make_trainer, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_checkpoint_without_room_is_left_out_and_training_goes_on(make_trainer, monkeypatch, tmp_path, capsys):
+def test_a_checkpoint_without_room_is_left_out_and_training_goes_on(
+    make_trainer, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     trainer = make_trainer(save_strategy="steps", save_steps=3)
     trainer.train()
@@ -334,7 +379,8 @@ def full(*args, **kwargs):
     [
         OSError(errno.EIO, os.strerror(errno.EIO)),
         OSError(errno.EROFS, os.strerror(errno.EROFS)),
-        # These as the libraries hide it: the disk has to be asked, unless there is a number of the system.
+        # These as the libraries hide it: the disk has to be asked, unless there is a number of the
+        # system.
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
         RuntimeError("basic_ios::clear: iostream error"),
         SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
@@ -350,18 +396,26 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_it_and_not_the_ru
         if self.state.global_step != 2:
             return write(self, directory)
         if not isinstance(error, (OSError, SafetensorError)):
-            monkeypatch.setattr(saving.tempfile, "TemporaryFile", full)  # what the probe is written to
+            # What the probe is written to
+            monkeypatch.setattr(saving.tempfile, "TemporaryFile", full)
         raise error
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail_once)
     trainer = make_trainer(save_strategy="steps", save_steps=2, save_total_limit=None)
     trainer.train()
-    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-6",
+    }
     assert "step 2: no checkpoint, training goes on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["shape mismatch", "unexpected pos 64 vs 0", "I/O error: no space left on device"])
-def test_errors_of_a_save_are_not_hidden_where_the_disk_is_well_whatever_their_words(make_trainer, monkeypatch, words):
+@pytest.mark.parametrize(
+    "words", ["shape mismatch", "unexpected pos 64 vs 0", "I/O error: no space left on device"]
+)
+def test_errors_of_a_save_are_not_hidden_where_the_disk_is_well_whatever_their_words(
+    make_trainer, monkeypatch, words
+):
     def fail(self, directory):
         raise RuntimeError(words)
 
@@ -370,7 +424,9 @@ def test_errors_of_a_save_are_not_hidden_where_the_disk_is_well_whatever_their_w
         make_trainer(save_strategy="steps", save_steps=2).train()
 
 
-def test_a_real_limit_of_the_size_of_files_costs_a_checkpoint_and_not_the_run(make_trainer, tmp_path, capsys):
+def test_a_real_limit_of_the_size_of_files_costs_a_checkpoint_and_not_the_run(
+    make_trainer, tmp_path, capsys
+):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Limit(TrainerCallback):
@@ -388,7 +444,9 @@ def test_a_real_limit_of_the_size_of_files_costs_a_checkpoint_and_not_the_run(ma
     assert "checkpoint-2 could not be written: File too large" in capsys.readouterr().err
 
 
-def test_a_best_checkpoint_that_found_no_room_is_not_the_best_one(make_trainer, monkeypatch, tmp_path):
+def test_a_best_checkpoint_that_found_no_room_is_not_the_best_one(
+    make_trainer, monkeypatch, tmp_path
+):
     trainer = make_trainer(save_strategy="steps", save_steps=2)
     state, seen = trainer.state, []
 
@@ -397,7 +455,9 @@ def test_a_best_checkpoint_that_found_no_room_is_not_the_best_one(make_trainer, 
             if state.global_step in (2, 4):
                 state.best_metric, state.best_global_step = -state.global_step, state.global_step
             if state.global_step == 4:
-                monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+                monkeypatch.setattr(
+                    saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1)
+                )
             seen.append((state.best_metric, state.best_global_step, state.best_model_checkpoint))
 
     trainer.add_callback(Evaluation())
@@ -408,15 +468,20 @@ def test_a_best_checkpoint_that_found_no_room_is_not_the_best_one(make_trainer, 
 
 
 @pytest.mark.parametrize(
-    ("fault", "raised"), [((errno.ENOSPC, "No space left on device"), NotWrittenError), (None, RuntimeError)]
+    ("fault", "raised"),
+    [((errno.ENOSPC, "No space left on device"), NotWrittenError), (None, RuntimeError)],
 )
 def test_what_one_process_could_not_write_all_processes_know(monkeypatch, tmp_path, fault, raised):
-    monkeypatch.setattr(saving, "gather_object", lambda own: [*own, ("RuntimeError: unexpected pos", fault)])
+    monkeypatch.setattr(
+        saving, "gather_object", lambda own: [*own, ("RuntimeError: unexpected pos", fault)]
+    )
     with pytest.raises(raised, match="could not"):
         saving.Writing(tmp_path / "checkpoint-1", 0).check()
 
 
-def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_manifest_appears(monkeypatch, tmp_path):
+def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_manifest_appears(
+    monkeypatch, tmp_path
+):
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / "global_step1").mkdir(parents=True)
     files = [checkpoint / "model.safetensors", checkpoint / "global_step1" / "optim_states.pt"]
@@ -431,7 +496,8 @@ def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_manifest_appears(m
     monkeypatch.setattr(os, "fsync", note)
     write_manifest(checkpoint, step=1, processes=1)
     for path in (*files, checkpoint / "global_step1", checkpoint / "manifest.json"):
-        assert (path.stat().st_ino, False) in synced, path  # the manifest under the name that it is written by
+        # The manifest under the name that it is written by
+        assert (path.stat().st_ino, False) in synced, path
     assert synced[-1] == (tmp_path.stat().st_ino, True)
 
 
@@ -440,18 +506,28 @@ def small_disk(tmp_path):
     """A file system of one megabyte."""
     directory = tmp_path / "disk"
     directory.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], capture_output=True
+    ).returncode:
         pytest.skip("file systems cannot be mounted here")
     yield directory
     subprocess.run(["umount", directory], check=True)
 
 
-def test_a_really_full_disk_ends_a_stage_with_one_message(monkeypatch, tmp_path, write_jsonl, capsys, small_disk):
+def test_a_really_full_disk_ends_a_stage_with_one_message(
+    monkeypatch, tmp_path, write_jsonl, capsys, small_disk
+):
     (small_disk / "filler").write_bytes(bytes(900_000))
     options = [*short_run(small_disk / "run", block_size=32, on_findings="warn"), "--train_files"]
     options += [write_jsonl("d.jsonl", document_rows())]
     message = failure(
-        capsys, run_script, monkeypatch, "pretrain", *options, "--model_config", write_model(tmp_path / "m.json")
+        capsys,
+        run_script,
+        monkeypatch,
+        "pretrain",
+        *options,
+        "--model_config",
+        write_model(tmp_path / "m.json"),
     )
     assert "could not be written" in message
     assert "MB free" in message
@@ -486,7 +562,12 @@ def test_a_tracker_that_loses_its_network_does_not_end_the_run(make_trainer, mon
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert lost.calls == 1
-    assert capsys.readouterr().err.count("notice: lost failed (ConnectionError: network is unreachable)") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "notice: lost failed (ConnectionError: network is unreachable)"
+        )
+        == 1
+    )
 
 
 def test_a_log_file_that_cannot_be_written_does_not_end_the_run(make_trainer, tmp_path, capsys):
@@ -510,7 +591,10 @@ def test_a_decoration_that_fails_is_asked_again_and_nothing_else_is_forgiven(mak
     shield(trainer.callback_handler, ProgressCallback)
     trainer.train()
     assert Broken.calls == STEPS + 1
-    assert capsys.readouterr().err.count("notice: broken failed (KeyError: 'loss'); the run continues") == 1
+    assert (
+        capsys.readouterr().err.count("notice: broken failed (KeyError: 'loss'); the run continues")
+        == 1
+    )
 
     trainer = make_trainer(guarded=False)
     trainer.add_callback(Broken(Path()))
@@ -535,7 +619,8 @@ def test_the_memory_watch_reads_the_real_memory_of_the_process(make_trainer, mon
 
     class Leak(TrainerCallback):
         def on_log(self, *args, **kwargs):
-            held.append(mmap.mmap(-1, 20_000_000, flags=private))  # a tensor may get pages that were freed before
+            # A tensor may get pages that were freed before
+            held.append(mmap.mmap(-1, 20_000_000, flags=private))
             held[-1].write(b"1" * 20_000_000)
 
     trainer = make_trainer(guarded=False, max_steps=8)
@@ -552,7 +637,9 @@ def test_the_size_of_a_checkpoint_is_foreseen(make_trainer, tmp_path):
     disk = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SaveCallback))
     foreseen = checkpoint_bytes(trainer.model, deepspeed=False)
     trainer.train()
-    files = [tmp_path / "run" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")]
+    files = [
+        tmp_path / "run" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")
+    ]
     assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.15)
     assert disk.needed >= foreseen
 
@@ -567,8 +654,12 @@ def test_the_counts_reach_the_log_of_a_whole_run(monkeypatch, tmp_path, write_js
     monkeypatch.setattr(BlockTrainer, "compute_loss", spoilt)
     options = short_run(tmp_path / "run", block_size=32, max_steps=3, logging_steps=1)
     options += ["--train_files", write_jsonl("docs.jsonl", document_rows())]
-    run_script(monkeypatch, "pretrain", *options, "--model_config", write_model(tmp_path / "model.json"))
-    entries = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    run_script(
+        monkeypatch, "pretrain", *options, "--model_config", write_model(tmp_path / "model.json")
+    )
+    entries = [
+        json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()
+    ]
     assert [entry.get("skipped_steps") for entry in entries if "loss" in entry] == [None, 1, 1]
     assert (tmp_path / "run" / "bad_batch-2" / "batch.json").is_file()
 
@@ -589,7 +680,9 @@ def several_processes(output, steps, *deepspeed):
     return [json.loads((output / f"seen-{rank}.json").read_text()) for rank in range(2)]
 
 
-needs_deepspeed = pytest.mark.skipif(not shutil.which("deepspeed"), reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not shutil.which("deepspeed"), reason="DeepSpeed is not installed"
+)
 
 
 @pytest.mark.launcher
@@ -597,14 +690,18 @@ needs_deepspeed = pytest.mark.skipif(not shutil.which("deepspeed"), reason="Deep
     "engine",
     [
         pytest.param((), id="ddp"),
-        pytest.param(("ds_config_zero2.json",), id="zero2", marks=[needs_deepspeed, pytest.mark.slow]),
+        pytest.param(
+            ("ds_config_zero2.json",), id="zero2", marks=[needs_deepspeed, pytest.mark.slow]
+        ),
     ],
 )
 def test_one_process_with_a_bad_loss_makes_all_skip_and_stop_at_the_same_step(tmp_path, engine):
     """Steps 3, 5 and 6 of 6 are bad on the second process alone, and two in a row stop the run."""
     one, other = several_processes(tmp_path / "run", "3,5,6", *engine)
     assert one["weights"] == other["weights"]
-    changed = [before != after for before, after in zip(one["weights"], one["weights"][1:], strict=False)]
+    changed = [
+        before != after for before, after in zip(one["weights"], one["weights"][1:], strict=False)
+    ]
     assert changed == [True, False, True, False]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 0, STEPS, min_lr_rate=0.1)

@@ -1,4 +1,5 @@
-"""What the scripts and the commands say of themselves, and of a mistake, before they load anything."""
+"""What the scripts and the commands say of themselves, and of a mistake, before they load
+anything."""
 
 import dataclasses
 import json
@@ -26,7 +27,9 @@ SCRIPTS = {Path(script).stem: types for script, types in STAGES.values()}
 def all_commands(parser, words=()):
     """The words of every command, those of groups of commands too."""
     for action in parser._actions:
-        for name, command in (action.choices or {}).items() if hasattr(action, "add_parser") else ():
+        for name, command in (
+            (action.choices or {}).items() if hasattr(action, "add_parser") else ()
+        ):
             yield (*words, name)
             yield from all_commands(command, (*words, name))
 
@@ -43,19 +46,31 @@ def printed(capsys, call, *args):
 
 def descriptions(text):
     """The options in a help, each with its description."""
-    items = (item.partition("\n\n")[0] for item in re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:])
-    found = (re.match(r"(?:-h, )?--(\w+)(?: VALUE(?: \.\.\.)?| \{.*?\})?\s+(.*)", item, re.DOTALL) for item in items)
+    items = (
+        item.partition("\n\n")[0] for item in re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
+    )
+    found = (
+        re.match(r"(?:-h, )?--(\w+)(?: VALUE(?: \.\.\.)?| \{.*?\})?\s+(.*)", item, re.DOTALL)
+        for item in items
+    )
     return {match[1]: " ".join(match[2].split()) for match in found if match}
 
 
 def own_fields(types):
     """The options that this package declares."""
-    ours = [each for chosen in types for each in chosen.__mro__ if each.__module__.startswith("minimind")]
+    ours = [
+        each
+        for chosen in types
+        for each in chosen.__mro__
+        if each.__module__.startswith("minimind")
+    ]
     return {name for each in ours for name in vars(each)["__annotations__"]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_help_of_a_script_describes_each_option_of_ours_under_the_headings(script, monkeypatch, capsys):
+def test_the_help_of_a_script_describes_each_option_of_ours_under_the_headings(
+    script, monkeypatch, capsys
+):
     text = printed(capsys, run_script, monkeypatch, script, "--help")
     described = descriptions(text)
     own = own_fields(SCRIPTS[script])
@@ -69,7 +84,12 @@ def test_the_help_of_a_script_describes_each_option_of_ours_under_the_headings(s
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_all_of_a_script_has_every_option(script, monkeypatch, capsys):
     described = descriptions(printed(capsys, run_script, monkeypatch, script, "--help_all"))
-    fields = {field.name for chosen in SCRIPTS[script] for field in dataclasses.fields(chosen) if field.init}
+    fields = {
+        field.name
+        for chosen in SCRIPTS[script]
+        for field in dataclasses.fields(chosen)
+        if field.init
+    }
     assert set(described) == fields | {"help", "help_all", "version"}
     assert "~20% slower" in described["activation_checkpointing"]  # the library's own "%%"
 
@@ -104,11 +124,16 @@ def test_the_help_of_the_program_names_every_command_and_help_all_describes_them
     assert all(f"usage: minimind {words[0]}" in every for words in COMMANDS)
 
 
-@pytest.mark.parametrize("call", [run_cli, lambda *words: parse(*SCRIPTS["pretrain"], argv=words)], ids=["cli", "run"])
+@pytest.mark.parametrize(
+    "call", [run_cli, lambda *words: parse(*SCRIPTS["pretrain"], argv=words)], ids=["cli", "run"]
+)
 def test_the_versions_are_those_that_run(call, capsys):
     lines = printed(capsys, call, "--version").splitlines()
-    build = torch.__version__.split("+")[0]  # whose local part, such as +cu130, a wheel's metadata may leave out
-    assert {f"torch {build}", f"transformers {transformers.__version__}"} <= {line.split("+")[0] for line in lines}
+    # Whose local part, such as +cu130, a wheel's metadata may leave out
+    build = torch.__version__.split("+")[0]
+    assert {f"torch {build}", f"transformers {transformers.__version__}"} <= {
+        line.split("+")[0] for line in lines
+    }
     assert any(re.fullmatch(r"minimind-hf \d+\.\d+.*", line) for line in lines)
 
 
@@ -140,7 +165,9 @@ def test_help_versions_and_usage_errors_load_neither_torch_nor_transformers():
         "nowhere.yaml: cannot be read": ["plan", "nowhere.yaml"],
     }
     code = LIGHT.format(lines=[*good, *bad.values()])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     lines = done.stdout.splitlines()
     assert lines[: len(good)] == ["0 light "] * len(good)
     for line, message in zip(lines[len(good) :], bad, strict=True):
@@ -166,7 +193,9 @@ def test_what_other_tools_call_an_option_is_answered_with_our_name(given, meant,
     with pytest.raises(UserError, match=rf"unknown option .*\. Did you mean [^?]*--{meant}\b"):
         parse(*SCRIPTS["pretrain"], argv=[f"--{given.removeprefix('--')}", "1"])
     (tmp_path / "recipe.yaml").write_text(json.dumps({given.removeprefix("--"): 1}))
-    with pytest.raises(UserError, match=rf"recipe.yaml: unknown key .*\. Did you mean [^?-]*\b{meant}\b"):
+    with pytest.raises(
+        UserError, match=rf"recipe.yaml: unknown key .*\. Did you mean [^?-]*\b{meant}\b"
+    ):
         parse(*SCRIPTS["pretrain"], argv=["--config", str(tmp_path / "recipe.yaml")])
 
 
@@ -176,7 +205,10 @@ def test_nothing_is_suggested_for_a_name_like_no_other():
 
 def test_an_unknown_option_of_a_command_is_refused_with_the_one_that_was_meant(capsys):
     message = failure(capsys, run_cli, "evaluate", "runs/sft", "a.jsonl", "--max_tokens", "3")
-    assert "unrecognized arguments: --max_tokens 3. Did you mean --max_new_tokens? See minimind evaluate" in message
+    assert (
+        "unrecognized arguments: --max_tokens 3. Did you mean --max_new_tokens? See minimind"
+        " evaluate" in message
+    )
 
 
 AUTO = """
@@ -192,11 +224,16 @@ print(type(model).__module__, model.num_parameters())
 """
 
 
-def test_after_importing_the_package_the_auto_classes_know_the_model_without_its_code(tmp_path, model):
+def test_after_importing_the_package_the_auto_classes_know_the_model_without_its_code(
+    tmp_path, model
+):
     model.save_pretrained(tmp_path)
     for path in tmp_path.glob("*.py"):
         path.unlink()
     code = AUTO.format(path=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["minimind.model.modeling_minimind", str(model.num_parameters())]
+    assert done.stdout.split()[-2:] == [
+        "minimind.model.modeling_minimind",
+        str(model.num_parameters()),
+    ]

@@ -17,7 +17,13 @@ from minimind.data.packing import IGNORED
 from minimind.data.world import write_world
 from minimind.inspection import display, inspect_documents, inspect_rows
 from minimind.inspection.tokens import Messages, Texts, Tokens, describe_lengths
-from minimind.tokenizer import load_tokenizer, save_tokenizer, text_bytes, text_encoder, train_tokenizer
+from minimind.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    text_bytes,
+    text_encoder,
+    train_tokenizer,
+)
 
 PAD, START, END = 0, 1, 2
 
@@ -63,12 +69,15 @@ def finding(report, name):
 
 
 def counted_by_hand(conversations):
-    """Role -> (tokens, trained), for one token a byte: <start> role newline words <end>, and a newline between."""
+    """Role -> (tokens, trained), for one token a byte: <start> role newline words <end>, and a
+    newline between."""
     tokens, trained = Counter(), Counter()
     for messages in conversations:
         for index, message in enumerate(messages):
             words = len(message["content"].encode())
-            tokens[message["role"]] += 1 + len(message["role"]) + 1 + words + 1 + (index < len(messages) - 1)
+            tokens[message["role"]] += (
+                1 + len(message["role"]) + 1 + words + 1 + (index < len(messages) - 1)
+            )
             trained[message["role"]] += (words + 1) * (message["role"] == "assistant")
     return {role: (tokens[role], trained[role]) for role in tokens}
 
@@ -76,7 +85,9 @@ def counted_by_hand(conversations):
 def test_roles_and_replies_are_those_counted_by_hand(bytewise):
     report = inspected(tokenized(CONVERSATIONS, bytewise), bytewise)
     by_hand = counted_by_hand(CONVERSATIONS)
-    assert {role: (counts["tokens"], counts["trained"]) for role, counts in report["roles"].items()} == by_hand
+    assert {
+        role: (counts["tokens"], counts["trained"]) for role, counts in report["roles"].items()
+    } == by_hand
     assert report["tokens"] == sum(tokens for tokens, _ in by_hand.values())
     assert report["trained_tokens"] == sum(trained for _, trained in by_hand.values())
     assert report["trained_share"] == round(report["trained_tokens"] / report["tokens"], 4)
@@ -94,7 +105,8 @@ def test_a_message_spans_its_header_its_words_and_its_end(bytewise):
     for index, message in enumerate(flat):
         ids = tokens.ids[found.start[index] : found.end[index]].tolist()
         assert (
-            bytewise.decode(ids).removesuffix("\n") == f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>"
+            bytewise.decode(ids).removesuffix("\n")
+            == f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>"
         )
         words = tokens.ids[found.content[index] : found.stop[index]]
         assert bytewise.decode(words) == message["content"]
@@ -151,7 +163,9 @@ def test_a_wrong_mask_is_an_error_by_name(fault, either, bytewise):
 
 
 def test_some_ends_some_words_some_rows_without_a_label_are_warnings_with_their_places(bytewise):
-    rows = tokenized([chat("a", "bcd", "e", "fgh"), *(chat(f"q{i}", "xyz") for i in range(4))], bytewise)
+    rows = tokenized(
+        [chat("a", "bcd", "e", "fgh"), *(chat(f"q{i}", "xyz") for i in range(4))], bytewise
+    )
     rows[1]["labels"] = without_ends(rows[1]["input_ids"], rows[1]["labels"])
     first = next(i for i, label in enumerate(rows[2]["labels"]) if label != IGNORED)
     rows[2]["labels"][first] = IGNORED
@@ -166,7 +180,11 @@ def test_some_ends_some_words_some_rows_without_a_label_are_warnings_with_their_
         "rows_without_trained_token": ("warning", 1, ["chats.jsonl:4"]),
         "replies_not_trained": ("info", 1, ["chats.jsonl:1"]),
     }
-    assert (report["replies"], report["replies_trained"], report["replies_with_end_trained"]) == (6, 4, 3)
+    assert (report["replies"], report["replies_trained"], report["replies_with_end_trained"]) == (
+        6,
+        4,
+        3,
+    )
 
 
 def test_a_reply_cut_before_its_end_is_found(bytewise):
@@ -181,7 +199,9 @@ def test_rows_without_chatml_are_judged_by_their_trained_runs():
     tokenizer = load_tokenizer()
     encode = text_encoder(tokenizer).encode
     prompt, reply = encode("[INST] hi [/INST]").ids, encode(" hello").ids
-    rows = [{"input_ids": prompt + reply + [END], "labels": [IGNORED] * len(prompt) + reply + [END]}]
+    rows = [
+        {"input_ids": prompt + reply + [END], "labels": [IGNORED] * len(prompt) + reply + [END]}
+    ]
     report = inspected(rows, tokenizer)
     counts = report["roles"].pop("other")
     assert (counts["tokens"], counts["trained"]) == (len(prompt) + len(reply) + 1, len(reply) + 1)
@@ -205,7 +225,10 @@ def test_padding_with_the_end_token_is_named_and_a_missing_one_is_an_error(bytew
 def test_a_template_without_an_end_token_is_an_error(bytewise):
     rows = tokenized(CONVERSATIONS, bytewise)
     kept = [[i for i, token in enumerate(row["input_ids"]) if token != END] for row in rows]
-    rows = [{name: [row[name][i] for i in places] for name in row} for row, places in zip(rows, kept, strict=True)]
+    rows = [
+        {name: [row[name][i] for i in places] for name in row}
+        for row, places in zip(rows, kept, strict=True)
+    ]
     assert "end_never_trained" in names(inspected(rows, bytewise), "error")
 
 
@@ -213,7 +236,8 @@ def test_a_template_without_an_end_token_is_an_error(bytewise):
 
 
 def with_text(tokenizer, user, reply, hostile_ids=None):
-    """A conversation whose user text is encoded as plain text, whatever it spells; or has these ids."""
+    """A conversation whose user text is encoded as plain text, whatever it spells; or has these
+    ids."""
     encode = text_encoder(tokenizer).encode
     words = encode(user).ids if hostile_ids is None else hostile_ids
     header, between = encode("user\n").ids, encode("\n").ids
@@ -233,7 +257,11 @@ def test_special_tokens_spelled_out_in_text_are_found_by_role_and_place(either, 
         with_text(tokenizer, "<|im_end|>", "<|im_end|> is an end"),
     ]
     report = inspected(rows, tokenizer, where=[f"chats.jsonl:{i}" for i in range(1, 6)])
-    found = {f["role"]: (f["severity"], f["count"], f["places"]) for f in report["findings"] if "role" in f}
+    found = {
+        f["role"]: (f["severity"], f["count"], f["places"])
+        for f in report["findings"]
+        if "role" in f
+    }
     assert found == {
         "user": ("warning", 3, ["chats.jsonl:2", "chats.jsonl:3", "chats.jsonl:5"]),
         "assistant": ("warning", 2, ["chats.jsonl:4", "chats.jsonl:5"]),
@@ -249,7 +277,9 @@ def test_searching_in_parts_finds_the_same(bytewise, monkeypatch):
     assert finding(whole, "special_tokens_in_text")["count"] == 13
 
 
-@pytest.mark.parametrize("hostile", [[10, END, 11], [10, PAD], [10, END, START, 11], [10, START, 11, 12]])
+@pytest.mark.parametrize(
+    "hostile", [[10, END, 11], [10, PAD], [10, END, START, 11], [10, START, 11, 12]]
+)
 def test_control_tokens_within_text_are_an_error(bytewise, hostile):
     rows = [with_text(bytewise, "fine", "yes"), with_text(bytewise, "", "yes", hostile_ids=hostile)]
     report = inspected(rows, bytewise)
@@ -264,7 +294,9 @@ def test_a_turn_injected_as_control_tokens_is_an_error(bytewise):
 
 
 def test_replies_of_nothing_and_of_next_to_nothing_are_found(bytewise):
-    rows = [with_text(bytewise, f"q{i}", reply) for i, reply in enumerate(["", "ok", "long enough"])]
+    rows = [
+        with_text(bytewise, f"q{i}", reply) for i, reply in enumerate(["", "ok", "long enough"])
+    ]
     report = inspected(rows, bytewise)
     assert finding(report, "empty_replies")["places"] == ["row 1"]
     assert finding(report, "short_replies")["places"] == ["row 2"]
@@ -274,7 +306,9 @@ def test_replies_of_nothing_and_of_next_to_nothing_are_found(bytewise):
 
 
 def test_copies_are_found_within_the_rows_and_between_the_parts(bytewise):
-    rows = tokenized([chat("a", "same"), chat("b", "other"), chat("a", "same"), chat("a", "same")], bytewise)
+    rows = tokenized(
+        [chat("a", "same"), chat("b", "other"), chat("a", "same"), chat("a", "same")], bytewise
+    )
     held_out = tokenized([chat("c", "new"), chat("b", "other")], bytewise)
     report = inspected(rows, bytewise, where=[f"t:{i}" for i in range(1, 5)], held_out=held_out)
     copies, both = finding(report, "duplicate_rows"), finding(report, "held_out_rows_trained")
@@ -289,15 +323,28 @@ def test_a_finding_names_five_places_and_counts_all(bytewise):
 
 
 def pairs(tokenizer, *replies):
-    rows = [row for two in replies for row in tokenized([chat("q", reply) for reply in two], tokenizer)]
+    rows = [
+        row for two in replies for row in tokenized([chat("q", reply) for reply in two], tokenizer)
+    ]
     return rows, [f"pairs.jsonl:{i // 2 + 1}" for i in range(len(rows))]
 
 
 def test_pairs_that_are_identical_contrary_or_copies_are_found(bytewise):
-    rows, where = pairs(bytewise, ("yes", "nope"), ("same", "same"), ("nope", "yes"), ("yes", "nope"), ("a b", "cde"))
+    rows, where = pairs(
+        bytewise,
+        ("yes", "nope"),
+        ("same", "same"),
+        ("nope", "yes"),
+        ("yes", "nope"),
+        ("a b", "cde"),
+    )
     report = inspected(rows, bytewise, "dpo", where)
     assert finding(report, "identical_pairs")["places"] == ["pairs.jsonl:2"]
-    assert finding(report, "contradicting_pairs")["places"] == ["pairs.jsonl:1", "pairs.jsonl:3", "pairs.jsonl:4"]
+    assert finding(report, "contradicting_pairs")["places"] == [
+        "pairs.jsonl:1",
+        "pairs.jsonl:3",
+        "pairs.jsonl:4",
+    ]
     assert finding(report, "duplicate_rows")["places"] == ["pairs.jsonl:4 (as pairs.jsonl:1)"]
     assert report["lengths"]["chosen"]["mean"] == np.mean([4, 5, 5, 4, 4]).round(1)
     assert report["lengths"]["rejected"]["mean"] == np.mean([5, 5, 4, 5, 4]).round(1)
@@ -306,7 +353,9 @@ def test_pairs_that_are_identical_contrary_or_copies_are_found(bytewise):
 
 @pytest.mark.parametrize(("longer", "found"), [(30, True), (20, False), (10, True)])
 def test_pairs_that_length_alone_tells_apart_are_found(bytewise, longer, found):
-    rows, where = pairs(bytewise, *((f"{i:04}" * (2 if i < longer else 1), f"{i:05}") for i in range(40)))
+    rows, where = pairs(
+        bytewise, *((f"{i:04}" * (2 if i < longer else 1), f"{i:05}") for i in range(40))
+    )
     assert ("length_bias" in names(inspected(rows, bytewise, "dpo", where))) is found
 
 
@@ -359,7 +408,9 @@ def test_percentiles_histogram_and_windows_are_those_of_a_slow_count():
         assert window["rows_share"] == round(len(fitting) / 300, 4)
         assert window["tokens_share"] == round(sum(fitting) / sum(ordered), 4)
         assert window["packed_rows"] == brute_force_best_fit(fitting, size)
-        assert window["packed_padding"] == round(1 - sum(fitting) / (window["packed_rows"] * size), 4)
+        assert window["packed_padding"] == round(
+            1 - sum(fitting) / (window["packed_rows"] * size), 4
+        )
     suggested = told["suggested_max_length"]
     assert suggested % 64 == 0
     assert np.mean(lengths <= suggested) >= 0.99 > np.mean(lengths <= suggested - 64)
@@ -391,7 +442,9 @@ def rows_of(*conversations):
     return [{"messages": messages} for messages in conversations]
 
 
-def test_the_json_object_holds_the_rows_that_a_run_trains_on(tokenizer, tokenizer_dir, write_jsonl, capsys):
+def test_the_json_object_holds_the_rows_that_a_run_trains_on(
+    tokenizer, tokenizer_dir, write_jsonl, capsys
+):
     path = write_jsonl("chats.jsonl", rows_of(*CONVERSATIONS))
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir)
     rows = tokenized(CONVERSATIONS, tokenizer)
@@ -401,7 +454,9 @@ def test_the_json_object_holds_the_rows_that_a_run_trains_on(tokenizer, tokenize
     assert set(report) >= {"rows", "roles", "lengths", "findings"}
     for counts in report["roles"].values():
         assert 0 <= counts["trained"] <= counts["tokens"]
-    assert sum(counts["tokens"] for counts in report["roles"].values()) == sum(len(row["input_ids"]) for row in rows)
+    assert sum(counts["tokens"] for counts in report["roles"].values()) == sum(
+        len(row["input_ids"]) for row in rows
+    )
     assert report["roles"]["user"]["trained"] == report["roles"]["system"]["trained"] == 0
     limited = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--rows", 2)
     assert limited == {**report, "rows": report["rows"][:2]}
@@ -421,14 +476,21 @@ def test_the_stage_is_recognised_from_the_rows(tokenizer_dir, write_jsonl, capsy
         assert inspect(capsys, path, *options)["stage"] == stage
 
 
-def test_a_pair_gives_two_rows_of_which_the_replies_are_trained(tokenizer, tokenizer_dir, write_jsonl, capsys):
+def test_a_pair_gives_two_rows_of_which_the_replies_are_trained(
+    tokenizer, tokenizer_dir, write_jsonl, capsys
+):
     replies = ["the fox runs home", "a dog"]
-    path = write_jsonl("pairs.jsonl", [{"prompt": "who?", "chosen": replies[0], "rejected": replies[1]}])
+    path = write_jsonl(
+        "pairs.jsonl", [{"prompt": "who?", "chosen": replies[0], "rejected": replies[1]}]
+    )
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir)
     assert [row["reply"] for row in report["rows"]] == ["chosen", "rejected"]
     for row, reply in zip(report["rows"], replies, strict=True):
         assert row["where"] == f"{path}:1"
-        assert tokenizer.decode([label for label in row["labels"] if label != IGNORED]) == f"{reply}<|im_end|>"
+        assert (
+            tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+            == f"{reply}<|im_end|>"
+        )
         assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>user\nwho?<|im_end|>")
     assert report["rows_without_trained_token"] == 0
 
@@ -439,11 +501,26 @@ PLANTED = {  # rows beside three good ones -> findings: name -> (severity, count
         {"special_tokens_in_text": ("warning", 1)},
         0,
     ),
-    "copies": (rows_of(chat("the fox?", "jumps over the dog")), {"duplicate_rows": ("warning", 1)}, 0),
+    "copies": (
+        rows_of(chat("the fox?", "jumps over the dog")),
+        {"duplicate_rows": ("warning", 1)},
+        0,
+    ),
     "bad row": ([{"nothing": 1}], {"bad_rows": ("error", 1), "rows_lost": ("error", 1)}, 1),
-    "empty reply": (rows_of(chat("q", " ")), {"empty_replies": ("error", 1), "rows_lost": ("error", 1)}, 1),
+    "empty reply": (
+        rows_of(chat("q", " ")),
+        {"empty_replies": ("error", 1), "rows_lost": ("error", 1)},
+        1,
+    ),
     "no reply to train": (
-        [{"messages": [*chat("q")[:1], {"role": "assistant", "content": "not this one", "train": False}]}],
+        [
+            {
+                "messages": [
+                    *chat("q")[:1],
+                    {"role": "assistant", "content": "not this one", "train": False},
+                ]
+            }
+        ],
         {"rows_without_trained_token": ("warning", 1), "rows_lost": ("error", 1)},
         1,
     ),
@@ -462,33 +539,51 @@ PLANTED = {  # rows beside three good ones -> findings: name -> (severity, count
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_what_is_planted_in_a_file_is_found_with_its_line(planted, tokenizer_dir, write_jsonl, capsys):
+def test_what_is_planted_in_a_file_is_found_with_its_line(
+    planted, tokenizer_dir, write_jsonl, capsys
+):
     rows, expected, code = PLANTED[planted]
     path = write_jsonl("chats.jsonl", rows_of(*CONVERSATIONS[:3]) + rows)
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--max_length", 300, code=code)
-    assert {found["name"]: (found["severity"], found["count"]) for found in report["findings"]} == expected
+    assert {
+        found["name"]: (found["severity"], found["count"]) for found in report["findings"]
+    } == expected
     place = f"{path}:4" + (f" (as {path}:1)" if planted == "copies" else "")
-    assert all(found["places"] == [place] for found in report["findings"] if found["name"] != "rows_lost")
+    assert all(
+        found["places"] == [place] for found in report["findings"] if found["name"] != "rows_lost"
+    )
 
 
 def test_bad_rows_are_warnings_where_a_run_would_leave_them_out(tokenizer_dir, write_jsonl, capsys):
     rows = [*rows_of(*(chat(f"q {i}", "an answer") for i in range(9))), {"nothing": 1}]
     path = write_jsonl("chats.jsonl", rows)
     told = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--on_bad_rows", "skip")
-    assert [(found["name"], found["severity"]) for found in told["findings"]] == [("bad_rows", "warning")]
+    assert [(found["name"], found["severity"]) for found in told["findings"]] == [
+        ("bad_rows", "warning")
+    ]
     told = inspect(capsys, path, "--tokenizer", tokenizer_dir, code=1)
-    assert [(found["name"], found["severity"]) for found in told["findings"]] == [("bad_rows", "error")]
+    assert [(found["name"], found["severity"]) for found in told["findings"]] == [
+        ("bad_rows", "error")
+    ]
 
 
-def test_identical_pairs_are_named_although_the_loader_leaves_them_out(tokenizer_dir, write_jsonl, capsys):
-    rows = [{"prompt": f"q {i}", "chosen": f"the fox {i}", "rejected": f"the dog {i}"} for i in range(9)]
-    path = write_jsonl("pairs.jsonl", [*rows, {"prompt": "q", "chosen": "same", "rejected": "same"}])
+def test_identical_pairs_are_named_although_the_loader_leaves_them_out(
+    tokenizer_dir, write_jsonl, capsys
+):
+    rows = [
+        {"prompt": f"q {i}", "chosen": f"the fox {i}", "rejected": f"the dog {i}"} for i in range(9)
+    ]
+    path = write_jsonl(
+        "pairs.jsonl", [*rows, {"prompt": "q", "chosen": "same", "rejected": "same"}]
+    )
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, code=1)
     assert finding(report, "identical_pairs")["places"] == [f"{path}:10"]
     assert len(report["rows"]) == 18
 
 
-def test_lengths_are_those_before_cuts_and_of_what_is_left_out_too(tokenizer, tokenizer_dir, write_jsonl, capsys):
+def test_lengths_are_those_before_cuts_and_of_what_is_left_out_too(
+    tokenizer, tokenizer_dir, write_jsonl, capsys
+):
     conversations = [chat("q", "the fox " * n) for n in (1, 2, 3, 90)]
     path = write_jsonl("chats.jsonl", rows_of(*conversations))
     whole = [len(row["input_ids"]) for row in tokenized(conversations, tokenizer)]
@@ -498,7 +593,10 @@ def test_lengths_are_those_before_cuts_and_of_what_is_left_out_too(tokenizer, to
 
 
 def test_data_of_which_every_row_is_cut_is_found(tokenizer_dir, write_jsonl, capsys):
-    path = write_jsonl("chats.jsonl", rows_of(*(chat(f"{i} fox " * 20, "one", f"{i} dog", "two") for i in range(6))))
+    path = write_jsonl(
+        "chats.jsonl",
+        rows_of(*(chat(f"{i} fox " * 20, "one", f"{i} dog", "two") for i in range(6))),
+    )
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--max_length", 60)
     cut = finding(report, "truncated_rows")
     assert (cut["severity"], cut["count"], report["truncated_rows"]) == ("warning", 6, 6)
@@ -511,11 +609,16 @@ def test_data_of_which_every_row_is_cut_is_found(tokenizer_dir, write_jsonl, cap
     ("change", "message"),
     [
         (lambda t: setattr(t, "chat_template", None), "no chat template"),
-        (lambda t: setattr(t, "chat_template", "{{ messages[0].content }}"), "the chat template of the tokenizer"),
+        (
+            lambda t: setattr(t, "chat_template", "{{ messages[0].content }}"),
+            "the chat template of the tokenizer",
+        ),
     ],
     ids=["no-template", "no-replies"],
 )
-def test_a_tokenizer_that_cannot_train_is_refused_before_a_report(change, message, tmp_path, write_jsonl, capsys):
+def test_a_tokenizer_that_cannot_train_is_refused_before_a_report(
+    change, message, tmp_path, write_jsonl, capsys
+):
     wrong = train_tokenizer([""], vocab_size=259)
     change(wrong)
     save_tokenizer(wrong, tmp_path / "wrong")
@@ -527,7 +630,9 @@ def test_documents_in_a_script_that_the_tokenizer_splits_and_a_tail_left_over_ar
     tokenizer_dir, write_jsonl, capsys
 ):
     path = write_jsonl("docs.jsonl", [{"text": "Ωмега ελληνικά"}, {"text": "привет мир"}])
-    report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--stage", "pretrain", "--max_length", 33)
+    report = inspect(
+        capsys, path, "--tokenizer", tokenizer_dir, "--stage", "pretrain", "--max_length", 33
+    )
     assert names(report) == ["split_characters", "dropped_tail"]
     assert report["partial_character_share"] > 0.5
 
@@ -540,7 +645,9 @@ def test_held_out_rows_that_are_trained_on_are_found(tokenizer_dir, write_jsonl,
 
 
 def test_the_roles_of_another_template_are_told(tokenizer_dir, write_jsonl, capsys):
-    path = write_jsonl("chats.jsonl", rows_of(*CONVERSATIONS[:3], chat("a [/INST] b", "c <|im_end|> d")))
+    path = write_jsonl(
+        "chats.jsonl", rows_of(*CONVERSATIONS[:3], chat("a [/INST] b", "c <|im_end|> d"))
+    )
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--chat_template", "llama2")
     assert set(report["roles"]) == {"system", "user", "assistant"}
     assert report["roles"]["user"]["trained"] == report["roles"]["system"]["trained"] == 0
@@ -568,7 +675,11 @@ def test_the_results_of_tools_have_a_role_of_their_own(tokenizer_dir, write_json
 def test_only_the_last_reply_is_trained_where_asked_for(tokenizer_dir, write_jsonl, capsys):
     path = write_jsonl("chats.jsonl", rows_of(*CONVERSATIONS))
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--train_turns", "last")
-    assert (report["replies"], report["replies_trained"], report["replies_with_end_trained"]) == (6, 4, 4)
+    assert (report["replies"], report["replies_trained"], report["replies_with_end_trained"]) == (
+        6,
+        4,
+        4,
+    )
     assert names(report) == []
 
 
@@ -580,7 +691,10 @@ def test_only_the_last_reply_is_trained_where_asked_for(tokenizer_dir, write_jso
         (["CHATS", "--row", "x.jsonl:99"], "--row x.jsonl:99: found no such row"),
         (["CHATS", "--max_length", "1"], "--max_length 1: expected at least 2"),
         (["CHATS", "--rows", "-1"], "--rows -1: expected at least 0"),
-        (["CHATS", "--train_turns", "some"], "--train_turns some: expected one of all, last, flags"),
+        (
+            ["CHATS", "--train_turns", "some"],
+            "--train_turns some: expected one of all, last, flags",
+        ),
         (["CHATS", "--stage", "dpo"], "expected 'chosen' and 'rejected'"),
         (["NEITHER"], "the stage cannot be told"),
     ],
@@ -594,7 +708,13 @@ def test_mistakes_are_one_message(argv, message, write_jsonl, capsys):
 
 
 def test_documents_are_counted_as_by_hand(tokenizer, tokenizer_dir, write_jsonl, capsys):
-    texts = ["the fox runs home", "狐狸跑回家了", "a <|im_end|> b", "the fox runs home", "dog " * 40]
+    texts = [
+        "the fox runs home",
+        "狐狸跑回家了",
+        "a <|im_end|> b",
+        "the fox runs home",
+        "dog " * 40,
+    ]
     path = write_jsonl("docs.jsonl", [{"text": text} for text in texts])
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, "--max_length", 16)
     ids = [text_encoder(tokenizer).encode(text).ids for text in texts]
@@ -605,7 +725,9 @@ def test_documents_are_counted_as_by_hand(tokenizer, tokenizer_dir, write_jsonl,
     assert (report["documents"], report["dropped_tokens"]) == (5, len(stream) - blocks * 16)
     assert report["bytes"] == sum(len(text.encode()) for text in texts)
     assert report["bytes_per_token"] == round(report["bytes"] / sum(map(len, ids)), 3)
-    assert report["end_tokens"] == stream[: blocks * 16].count(END) == report["roles"]["end"]["tokens"]
+    assert (
+        report["end_tokens"] == stream[: blocks * 16].count(END) == report["roles"]["end"]["tokens"]
+    )
     assert finding(report, "duplicate_rows")["places"] == [f"{path}:4 (as {path}:1)"]
     assert finding(report, "special_tokens_in_text")["places"] == [f"{path}:3"]
     partial = 0
@@ -625,7 +747,9 @@ def test_documents_without_end_tokens_between_them_are_an_error(tokenizer, write
     assert finding(report, "documents_not_separated")["severity"] == "error"
 
 
-def test_weighted_sources_are_read_and_a_row_taken_twice_is_no_copy(tokenizer_dir, write_jsonl, capsys):
+def test_weighted_sources_are_read_and_a_row_taken_twice_is_no_copy(
+    tokenizer_dir, write_jsonl, capsys
+):
     first = write_jsonl("a.jsonl", rows_of(chat("a", "the fox"), chat("b", "the dog")))
     second = write_jsonl("b.jsonl", rows_of(chat("c", "runs"), chat("d", "jumps")))
     report = inspect(capsys, f"{first}:2x", second, "--tokenizer", tokenizer_dir)
@@ -638,25 +762,47 @@ def test_weighted_sources_are_read_and_a_row_taken_twice_is_no_copy(tokenizer_di
 # What is shown.
 
 
-def test_both_voices_of_a_dialogue_in_a_users_message_are_found(tokenizer, tokenizer_dir, write_jsonl, capsys):
+def test_both_voices_of_a_dialogue_in_a_users_message_are_found(
+    tokenizer, tokenizer_dir, write_jsonl, capsys
+):
     both = chat("Go on:\nHuman: fox?\nAssistant: dog.\nHuman: and?", "cat")
     one = chat("Say it:\nHuman: fox?", "Here:\nAssistant: dog")
-    for rows, severity in ((rows_of(both, one, *CONVERSATIONS), "warning"), (rows_of(both, one), "error")):
+    for rows, severity in (
+        (rows_of(both, one, *CONVERSATIONS), "warning"),
+        (rows_of(both, one), "error"),
+    ):
         path = write_jsonl("chats.jsonl", rows)
         with suppress(SystemExit):
             run_cli("inspect", path, "--tokenizer", tokenizer_dir, "--json")
-        found = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["name"] == "flat_dialogues"]
-        assert [(f["severity"], f["count"], f["places"]) for f in found] == [(severity, 1, [f"{path}:1"])]
+        found = [
+            f
+            for f in json.loads(capsys.readouterr().out)["findings"]
+            if f["name"] == "flat_dialogues"
+        ]
+        assert [(f["severity"], f["count"], f["places"]) for f in found] == [
+            (severity, 1, [f"{path}:1"])
+        ]
 
 
-HOSTILE = '<script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" </div> \x1b[31m\u202ered 🦊'
+HOSTILE = (
+    '<script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" </div> \x1b[31m\u202ered 🦊'
+)
 
 
 def test_the_page_holds_hostile_text_as_text_and_asks_nothing_of_the_network(
     tokenizer, tokenizer_dir, write_jsonl, capsys, tmp_path
 ):
     path = write_jsonl("chats.jsonl", rows_of(chat(HOSTILE, f"safe {HOSTILE}"), *CONVERSATIONS))
-    run_cli("inspect", path, "--tokenizer", tokenizer_dir, "--html", tmp_path / "out" / "page.html", "--rows", 2)
+    run_cli(
+        "inspect",
+        path,
+        "--tokenizer",
+        tokenizer_dir,
+        "--html",
+        tmp_path / "out" / "page.html",
+        "--rows",
+        2,
+    )
     page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["page.html"]
     tags, shown, titles, inside = Counter(), [], [], []
@@ -702,7 +848,9 @@ def test_the_terminal_shows_each_token_once_trained_ones_on_colour_and_parts_of_
     text = display.row_text(inspection, 0, display.Pieces(inspection, tokenizer))
     plain = text.plain.replace("⏎\n", "⏎")
     parts = [
-        piece for token in rows[0]["input_ids"] if (piece := text_bytes(tokenizer)[token]) and not _decodes(piece)
+        piece
+        for token in rows[0]["input_ids"]
+        if (piece := text_bytes(tokenizer)[token]) and not _decodes(piece)
     ]
     assert parts
     for part in parts:
@@ -723,9 +871,20 @@ def _decodes(piece):
     return True
 
 
-def test_the_printed_report_tells_roles_lengths_and_findings(tokenizer_dir, write_jsonl, capsys, tmp_path):
+def test_the_printed_report_tells_roles_lengths_and_findings(
+    tokenizer_dir, write_jsonl, capsys, tmp_path
+):
     path = write_jsonl("chats.jsonl", rows_of(*CONVERSATIONS, CONVERSATIONS[0]))
-    run_cli("inspect", path, "--tokenizer", tokenizer_dir, "--png", tmp_path / "lengths.png", "--rows", 1)
+    run_cli(
+        "inspect",
+        path,
+        "--tokenizer",
+        tokenizer_dir,
+        "--png",
+        tmp_path / "lengths.png",
+        "--rows",
+        1,
+    )
     said = capsys.readouterr().out
     assert "sft: 5 rows" in said
     assert "the end token of 7 of 7 trained replies" in said
@@ -761,12 +920,23 @@ def test_a_run_that_would_lose_a_fifth_of_its_rows_stops_before_it_writes(
     monkeypatch, capsys, tmp_path, stage_dir, write_jsonl
 ):
     path = write_jsonl("chats.jsonl", GOOD + BAD)
-    said = failure(capsys, sft, monkeypatch, tmp_path / "out", stage_dir, path, "--on_bad_rows", "skip")
+    said = failure(
+        capsys, sft, monkeypatch, tmp_path / "out", stage_dir, path, "--on_bad_rows", "skip"
+    )
     assert "rows_lost: 3 of 11 rows (27.3%) are left out" in said
     assert f"{path}:9\n" in said
     assert "--on_findings warn" in said
     assert not (tmp_path / "out").exists()
-    sft(monkeypatch, tmp_path / "out", stage_dir, path, "--on_bad_rows", "skip", "--on_findings", "warn")
+    sft(
+        monkeypatch,
+        tmp_path / "out",
+        stage_dir,
+        path,
+        "--on_bad_rows",
+        "skip",
+        "--on_findings",
+        "warn",
+    )
     saved = json.loads((tmp_path / "out" / "mask_report.json").read_text())
     assert finding(saved, "rows_lost")["count"] == 3
     assert (saved["rows"], saved["roles"]["user"]["trained"]) == (8, 0)
@@ -782,9 +952,10 @@ def test_a_run_whose_template_marks_the_wrong_tokens_stops(
         "border_trained": "{% generation %}{{ head }}{{ text }}<|im_end|>{% endgeneration %}",
     }[fault]
     template = (
-        "{% for m in messages %}{% set text = m['content'] %}{% set head = '<|im_start|>' + m['role'] + '\n' %}"
-        "{% if m['role'] == 'assistant' %}" + reply + "{% else %}{{ head }}{{ text }}<|im_end|>{{ '\n' }}{% endif %}"
-        "{% endfor %}"
+        "{% for m in messages %}{% set text = m['content'] %}{% set head = '<|im_start|>' +"
+        " m['role'] + '\n' %}{% if m['role'] == 'assistant' %}"
+        + reply
+        + "{% else %}{{ head }}{{ text }}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
     )
     (stage_dir / "chat_template.jinja").write_text(template)
     argv = (tmp_path / "out", stage_dir, write_jsonl("chats.jsonl", GOOD))
@@ -798,15 +969,26 @@ def test_a_run_whose_template_marks_the_wrong_tokens_stops(
         assert (tmp_path / "out" / "stage.json").exists()
 
 
-def test_a_run_that_would_train_nothing_stops(monkeypatch, capsys, tmp_path, stage_dir, write_jsonl):
+def test_a_run_that_would_train_nothing_stops(
+    monkeypatch, capsys, tmp_path, stage_dir, write_jsonl
+):
     rows = [
-        {"messages": [m | {"train": False} if m["role"] == "assistant" else m for m in r["messages"]]} for r in GOOD
+        {
+            "messages": [
+                m | {"train": False} if m["role"] == "assistant" else m for m in r["messages"]
+            ]
+        }
+        for r in GOOD
     ]
-    said = failure(capsys, sft, monkeypatch, tmp_path / "out", stage_dir, write_jsonl("chats.jsonl", rows))
+    said = failure(
+        capsys, sft, monkeypatch, tmp_path / "out", stage_dir, write_jsonl("chats.jsonl", rows)
+    )
     assert "no row is left to train" in said
 
 
-def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, stage_dir, write_jsonl):
+def test_the_report_is_logged_to_wandb_as_tables(
+    monkeypatch, capsys, tmp_path, stage_dir, write_jsonl
+):
     for name in ("WANDB_API_KEY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_BASE_URL", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -821,10 +1003,14 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, 
     run = Path(re.search(r"wandb sync (.*)", capsys.readouterr().out)[1])
     for file in (run / "files" / "media" / "table" / "inspection").glob("*.table.json"):
         told = json.loads(file.read_text())
-        tables[file.name.split("_")[0]] = [dict(zip(told["columns"], row, strict=True)) for row in told["data"]]
+        tables[file.name.split("_")[0]] = [
+            dict(zip(told["columns"], row, strict=True)) for row in told["data"]
+        ]
     saved = json.loads((tmp_path / "out" / "mask_report.json").read_text())
     roles = {row["role"]: (row["tokens"], row["trained"]) for row in tables["roles"]}
-    assert roles == {name: (counts["tokens"], counts["trained"]) for name, counts in saved["roles"].items()}
+    assert roles == {
+        name: (counts["tokens"], counts["trained"]) for name, counts in saved["roles"].items()
+    }
     assert tables["lengths"] == saved["lengths"]["windows"]
     assert [row["name"] for row in tables["findings"]] == ["duplicate_rows"]
     assert tables["findings"][0]["places"] == f"{path}:9 (as {path}:1)"
@@ -834,17 +1020,28 @@ def test_the_report_is_logged_to_wandb_as_tables(monkeypatch, capsys, tmp_path, 
 
 
 @pytest.mark.parametrize("guide", ["inspect.md", "inspect_zh.md"])
-def test_the_guide_shows_what_the_command_prints_and_names_every_finding(guide, monkeypatch, tmp_path, capsys):
+def test_the_guide_shows_what_the_command_prints_and_names_every_finding(
+    guide, monkeypatch, tmp_path, capsys
+):
     root = Path(__file__).parent.parent
     text = (root / "docs" / guide).read_text(encoding="utf-8")
-    source = "".join(file.read_text(encoding="utf-8") for file in (root / "minimind/data/inspection").glob("*.py"))
+    source = "".join(
+        file.read_text(encoding="utf-8")
+        for file in (root / "minimind/data/inspection").glob("*.py")
+    )
     in_code = set(re.findall(r'found\.add\(\s*"(\w+)"', source)) | {"bad_rows"}
     in_guide = {
-        name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+        name
+        for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
     }
     assert in_guide == in_code
     monkeypatch.chdir(tmp_path)
     write_world(Path("world"))
-    command, shown = re.search(r"<!-- minimind (.*?) -->\n```\n(.*?)\n```", text, re.DOTALL).groups()
+    command, shown = re.search(
+        r"<!-- minimind (.*?) -->\n```\n(.*?)\n```", text, re.DOTALL
+    ).groups()
     run_cli(*command.split())
-    assert [line.rstrip() for line in capsys.readouterr().out.rstrip().split("\n")] == shown.split("\n")
+    assert [line.rstrip() for line in capsys.readouterr().out.rstrip().split("\n")] == shown.split(
+        "\n"
+    )

@@ -1,4 +1,5 @@
-"""What is printed for a person is Chinese where that is asked for, from a table that fits the code; else English."""
+"""What is printed for a person is Chinese where that is asked for, from a table that fits the code;
+else English."""
 
 import argparse
 import ast
@@ -27,13 +28,18 @@ def chinese(monkeypatch):
 
 
 def literals(path: Path) -> set[str]:
-    """The strings in a file, each f-string with {} for its values; also with {} for what % or `format` fills in."""
+    """The strings in a file, each f-string with {} for its values; also with {} for what % or
+    `format` fills in."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value, re.sub(r"%(\(\w+\))?[rsd]|\{\w+(:[^{}]+)?\}", "{}", node.value)}
         elif isinstance(node, ast.JoinedStr):
-            found.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            found.add(
+                "".join(
+                    part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
+                )
+            )
     return found
 
 
@@ -70,7 +76,9 @@ def test_english_is_untouched_and_does_not_read_the_table(monkeypatch):
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     monkeypatch.setenv("MINIMIND_LANG", "en")  # it goes before the locale
     table.cache_clear()
-    assert translated("interrupted: nothing more was saved") == "interrupted: nothing more was saved"
+    assert (
+        translated("interrupted: nothing more was saved") == "interrupted: nothing more was saved"
+    )
     assert table.cache_info().currsize == 0
 
 
@@ -80,22 +88,31 @@ def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     assert translated("interrupted: nothing more was saved") == "已中断：没有再保存任何内容"
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
-    assert translated("interrupted: nothing more was saved") == "interrupted: nothing more was saved"
+    assert (
+        translated("interrupted: nothing more was saved") == "interrupted: nothing more was saved"
+    )
 
 
 def test_what_is_nested_is_translated_too(chinese):
     problem = "messages[1]: found 7, expected an object with 'role' and 'content'"
     remedy = "Mend the row, or leave out bad rows with --on_bad_rows skip."
-    assert translated(f"error: a b.jsonl:3: {problem} (and 1 more: a b.jsonl:4)\n{remedy}") == (
-        "错误：a b.jsonl:3：messages[1]：读到 7，应为含有 'role' 和 'content' 的对象（另有 1 处：a b.jsonl:4）\n"
+    assert (
+        translated(f"error: a b.jsonl:3: {problem} (and 1 more: a b.jsonl:4)\n{remedy}")
+        == "错误：a b.jsonl:3：messages[1]：读到 7，应为含有 'role' 和 'content' 的对象（另有 1"
+        " 处：a b.jsonl:4）\n"
         "请修正这一行，或用 --on_bad_rows skip 跳过坏行。"
     )
 
 
 def test_sentences_that_are_put_together_are_translated_one_by_one(chinese):
-    found = "\n  epochs: 9 passes over the data. Give more text, or train for fewer steps.\n  wide: 7 of 8"
-    assert translated(f"this run would go wrong:{found}\nTo train it still: --on_findings warn.") == (
-        "这次训练会出错：\n  epochs: 数据重复 9 遍。请给出更多文本，或减少训练步数。\n  wide: 7 of 8\n"
+    found = (
+        "\n  epochs: 9 passes over the data. Give more text, or train for fewer steps.\n  wide: 7"
+        " of 8"
+    )
+    assert (
+        translated(f"this run would go wrong:{found}\nTo train it still: --on_findings warn.")
+        == "这次训练会出错：\n  epochs: 数据重复 9 遍。请给出更多文本，或减少训练步数。\n  wide: 7"
+        " of 8\n"
         "如仍要训练：--on_findings warn。"
     )
 
@@ -115,14 +132,22 @@ def test_an_ascii_terminal_gets_english(chinese, monkeypatch):
 def test_an_error_comes_out_in_chinese(chinese, capsys):
     @reports_user_errors
     def main():
-        raise UserError("runs/x exists and is not empty. Give a directory that does not exist yet, or remove it.")
+        raise UserError(
+            "runs/x exists and is not empty. Give a directory that does not exist yet, or"
+            " remove it."
+        )
 
     with pytest.raises(SystemExit):
         main()
-    assert capsys.readouterr().err == "错误：runs/x 已存在且不是空目录。请给出一个尚不存在的目录，或删除它。\n"
+    assert (
+        capsys.readouterr().err
+        == "错误：runs/x 已存在且不是空目录。请给出一个尚不存在的目录，或删除它。\n"
+    )
 
 
-def test_a_run_and_a_chat_speak_chinese(chinese, tmp_path, tokenizer_dir, write_jsonl, monkeypatch, capsys):
+def test_a_run_and_a_chat_speak_chinese(
+    chinese, tmp_path, tokenizer_dir, write_jsonl, monkeypatch, capsys
+):
     """Names of metrics and figures stay, and so does what is written to files."""
     texts = write_jsonl("texts.jsonl", document_rows())
     words = ["--train_files", texts, "--model_config", write_model(tmp_path / "model.json")]
@@ -132,7 +157,10 @@ def test_a_run_and_a_chat_speak_chinese(chinese, tmp_path, tokenizer_dir, write_
     for line in (
         rf"正在准备 {texts}（只此一次；保存在 \S+）",
         rf"pretrain -> {tmp_path}/run（起点：随机权重）",
-        r"  步数   2 步，每步 2 行（2 x 1 累积 x 1 进程），学习率 0.0005（cosine_with_min_lr），随机种子 42",
+        (
+            r"  步数   2 步，每步 2 行（2 x 1 累积 x 1 进程），学习率"
+            r" 0.0005（cosine_with_min_lr），随机种子 42"
+        ),
         r"步 2/2 100.0%  loss \d.*  lr .*  已用 \S+，剩余 0:00:00",
         r"第 2 步之后的样例",
         rf"pretrain 已完成，目录 {tmp_path}/run，用时 \d+ 秒",
@@ -144,7 +172,10 @@ def test_a_run_and_a_chat_speak_chinese(chinese, tmp_path, tokenizer_dir, write_
     monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/nothing\n"))
     run_cli("chat", tmp_path / "run")
     heard = capsys.readouterr()
-    assert heard.out.startswith("按回车发送") and "/nothing：没有这个命令。请用 /help 查看。\n" in heard.out
+    assert (
+        heard.out.startswith("按回车发送")
+        and "/nothing：没有这个命令。请用 /help 查看。\n" in heard.out
+    )
     assert heard.err.startswith("注意：") and "是基座模型" in heard.err
 
 
@@ -155,6 +186,8 @@ def test_a_command_speaks_the_language_asked_for(language, expected, monkeypatch
     monkeypatch.setenv("MINIMIND_LANG", language)
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     command = [sys.executable, "-m", "minimind.cli", "chat"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(minimind.__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=Path(minimind.__file__).parents[1]
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(expected)

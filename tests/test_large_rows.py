@@ -18,7 +18,13 @@ from minimind.data.chats import ChatArguments, tokenize_conversations, tokenize_
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
 from minimind.data.rows import BadRowError
-from minimind.tokenizer import cutting, load_tokenizer, text_encoder, tokenizer_hash, train_tokenizer
+from minimind.tokenizer import (
+    cutting,
+    load_tokenizer,
+    text_encoder,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
 from minimind.training.arguments import DataArguments
@@ -30,11 +36,15 @@ def changed(base, **parts):
     state = Tokenizer.from_str(base.backend_tokenizer.to_str())
     for name, part in parts.items():
         setattr(state, name, part)
-    return PreTrainedTokenizerFast(tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=state, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def digits_then_words():
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
 
 
 TOKENIZERS = {
@@ -54,7 +64,11 @@ def long_texts():
         [*"ABCabc012+/="],  # base64
         ["e\u0301", "é ", "中", " 🙂", "\r\n", "<think>", "'ll ", "a, ", "'s", "\t", " "],
     ]
-    return [chance.choice(["", " "]).join(chance.choices(words, k=300)) for words in kinds for _ in range(2)]
+    return [
+        chance.choice(["", " "]).join(chance.choices(words, k=300))
+        for words in kinds
+        for _ in range(2)
+    ]
 
 
 @pytest.fixture
@@ -72,7 +86,9 @@ def test_the_ids_of_pieces_are_those_of_the_whole_text(kind, fast, small_pieces)
     pieces = [list(encoder.cut(text)) for text in texts]
     assert ["".join(each) for each in pieces] == texts
     assert all(len(each) > 2 for each in pieces)
-    assert encoder([*texts, "short", texts[0]]).tolist() == by_library(tokenizer, [*texts, "short", texts[0]])
+    assert encoder([*texts, "short", texts[0]]).tolist() == by_library(
+        tokenizer, [*texts, "short", texts[0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,8 +127,12 @@ def test_white_space_too_long_for_the_fast_engine_is_the_library_s():
 def test_a_word_without_end_is_a_bad_row_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "' + "a" * (cutting.LONGEST + 1) + '"}\n{"text": "' + "a word " * 200 + '"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:1: found more than 1,048,576 characters without a space"):
+    path.write_text(
+        '{"text": "' + "a" * (cutting.LONGEST + 1) + '"}\n{"text": "' + "a word " * 200 + '"}\n'
+    )
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: found more than 1,048,576 characters without a space"
+    ):
         load_blocks(DataArguments(train_files=[str(path)], eval_ratio=0.0), load_tokenizer(), 32)
     skipping = DataArguments(train_files=[str(path)], eval_ratio=0.0, on_bad_rows="skip")
     assert load_blocks(skipping, load_tokenizer(), 32).facts["train"]["documents"] == 1
@@ -128,11 +148,15 @@ def test_a_long_document_takes_memory_for_its_pieces_only(strategy, tmp_path, mo
     seen = []
     library = DocumentEncoder._by_library
     monkeypatch.setattr(
-        DocumentEncoder, "_by_library", lambda *args: seen.append(len("".join(args[1]))) or library(*args)
+        DocumentEncoder,
+        "_by_library",
+        lambda *args: seen.append(len("".join(args[1]))) or library(*args),
     )
     tracemalloc.start()
     try:
-        load_blocks(DataArguments(train_files=[str(path)], eval_ratio=0.0), load_tokenizer(), 32, strategy)
+        load_blocks(
+            DataArguments(train_files=[str(path)], eval_ratio=0.0), load_tokenizer(), 32, strategy
+        )
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -154,7 +178,10 @@ def test_a_tokenizer_trained_on_pieces_is_that_of_the_whole_text(small_pieces, m
 def reasoning_chat(turns):
     messages = []
     for turn in range(turns):
-        messages += [user(f"question {turn}"), assistant(f"answer {turn}", reasoning_content=f"thought {turn}")]
+        messages += [
+            user(f"question {turn}"),
+            assistant(f"answer {turn}", reasoning_content=f"thought {turn}"),
+        ]
     return Conversation(messages)
 
 
@@ -170,7 +197,9 @@ class Counting(ChatEncoder):
 
 def work(turns, policy):
     encoder = Counting(load_tokenizer())
-    tokenize_conversations([reasoning_chat(turns)], encoder, 100, ChatArguments(long_conversations=policy))
+    tokenize_conversations(
+        [reasoning_chat(turns)], encoder, 100, ChatArguments(long_conversations=policy)
+    )
     return encoder.characters
 
 
@@ -183,7 +212,11 @@ def test_a_chat_that_reasons_in_every_turn_takes_work_in_proportion_to_its_turns
 def test_a_pair_with_a_long_prompt_takes_work_in_proportion_to_its_turns():
     def of(turns):
         encoder, prompt = Counting(load_tokenizer()), reasoning_chat(turns).messages
-        pair = {"prompt": [*prompt, user("q")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+        pair = {
+            "prompt": [*prompt, user("q")],
+            "chosen": [assistant("yes")],
+            "rejected": [assistant("no")],
+        }
         (found,) = tokenize_preferences([pair], encoder, 100, ChatArguments())
         assert found.counts["truncated"]
         return encoder.characters
@@ -220,7 +253,9 @@ def test_results_of_tools_are_split_in_one_pass():
     assert split_results(" " * 200_000) == [" " * 200_000]
     opened = "<tool_response>" * 20_000
     assert split_results(opened) == [opened]
-    assert split_results("<tool_response>\n1\n</tool_response>\n<tool_response>2</tool_response>") == ["1", "2"]
+    assert split_results(
+        "<tool_response>\n1\n</tool_response>\n<tool_response>2</tool_response>"
+    ) == ["1", "2"]
 
 
 def test_a_message_with_thousands_of_parts_is_no_recursion(monkeypatch):

@@ -9,7 +9,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from pipeline import MODEL, at_free_port, chat_rows, document_rows, pair_rows, run_script, short_run, write_model
+from pipeline import (
+    MODEL,
+    at_free_port,
+    chat_rows,
+    document_rows,
+    pair_rows,
+    run_script,
+    short_run,
+    write_model,
+)
 
 from minimind.stage_directory import read_stage
 
@@ -24,9 +33,12 @@ RECIPE = {
     "logging_steps": 1,
     "gradient_accumulation_steps": 2,
 }
-WHOLE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # of two processes, in one
+# Of two processes, in one
+WHOLE_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
-needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed"
+)
 pytestmark = [
     pytest.mark.launcher,
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
@@ -37,10 +49,16 @@ pytestmark = [
 def world(tmp_path_factory, tokenizer_dir):
     """Data files, a model JSON and a cache; stages are written beside them."""
     root = tmp_path_factory.mktemp("launch")
-    # Two more pairs, so that those of an epoch's last micro-batch differ in number between two processes.
-    pairs = [*pair_rows(), *({"prompt": f"who sleeps? {i}", "chosen": "the fox", "rejected": "no"} for i in range(2))]
+    # Two more pairs, so that those of an epoch's last micro-batch differ in number between two
+    # processes.
+    pairs = [
+        *pair_rows(),
+        *({"prompt": f"who sleeps? {i}", "chosen": "the fox", "rejected": "no"} for i in range(2)),
+    ]
     for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pairs)):
-        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        (root / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        )
     write_model(root / "model.json")
     return root
 
@@ -53,18 +71,35 @@ def stage_words(world, tokenizer_dir, output, script, options):
         data += [world / "docs.jsonl", "--block_size", "32"]
     else:
         parent, rows = ("pretrain", "chats") if script == "finetune_sft.py" else ("sft", "pairs")
-        data = ["--model_name_or_path", world / parent, "--train_files", world / f"{rows}.jsonl", "--max_length", "64"]
+        data = [
+            "--model_name_or_path",
+            world / parent,
+            "--train_files",
+            world / f"{rows}.jsonl",
+            "--max_length",
+            "64",
+        ]
     return *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"
 
 
 def launch(world, tokenizer_dir, *command, **options):
-    """Run a command in the project's root, a stage's data and options included; returns what it printed."""
+    """Run a command in the project's root, a stage's data and options included; returns what it
+    printed."""
     script = next(word for word in command if word.endswith(".py"))
     output = Path(tempfile.mkdtemp(dir=world)) / "run"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
-    environment |= {"MINIMIND_CACHE": str(world / "cache"), "PATH": f"{BIN}{os.pathsep}{environment['PATH']}"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RANK", "WORLD_SIZE"))
+    }
+    environment |= {
+        "MINIMIND_CACHE": str(world / "cache"),
+        "PATH": f"{BIN}{os.pathsep}{environment['PATH']}",
+    }
     words = [*at_free_port(*command), *stage_words(world, tokenizer_dir, output, script, options)]
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return output, done.stdout
 
@@ -83,11 +118,24 @@ def run_here(world, tokenizer_dir, script, *argv, **options):
 def pretrained(world, tokenizer_dir):
     """pretrain.py under `deepspeed` with two processes, which the other stages start from.
 
-    It takes what a launcher could break: another schedule, the best of its models, samples, early stopping.
+    It takes what a launcher could break: another schedule, the best of its models, samples, early
+    stopping.
     """
     options = {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_steps": 0.5, "sample_steps": 2}
-    options |= {"eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 3, "sample_tokens": 4}
-    command = ["deepspeed", "--num_accelerators", "2", "pretrain.py", *DEEPSPEED, "--load_best_model_at_end"]
+    options |= {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "early_stopping_patience": 3,
+        "sample_tokens": 4,
+    }
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "pretrain.py",
+        *DEEPSPEED,
+        "--load_best_model_at_end",
+    ]
     output, said = launch(world, tokenizer_dir, *command, **options)
     output.rename(world / "pretrain")
     return world / "pretrain", said
@@ -95,7 +143,9 @@ def pretrained(world, tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def tuned(pretrained, world, tokenizer_dir):
-    output, said = launch(world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "finetune_sft.py", *DEEPSPEED)
+    output, said = launch(
+        world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "finetune_sft.py", *DEEPSPEED
+    )
     output.rename(world / "sft")
     return world / "sft", said
 
@@ -106,7 +156,9 @@ def log_of(stage):
 
 def expected_rates():
     """Linear warm-up over 2 steps to the peak, then cosine to a tenth."""
-    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / (STEPS - 2))) / 2 for step in range(STEPS - 2)]
+    cosine = [
+        0.1 + 0.9 * (1 + math.cos(math.pi * step / (STEPS - 2))) / 2 for step in range(STEPS - 2)
+    ]
     return [RECIPE["learning_rate"] * factor for factor in (1 / 2, 1, *cosine)]
 
 
@@ -119,19 +171,28 @@ def test_pretraining_under_deepspeed_with_two_processes_uses_its_engine(pretrain
 @needs_deepspeed
 def test_the_learning_rate_of_every_step_follows_the_recipe_under_deepspeed(pretrained, tuned):
     factors = [1 / 2, 1, 1, *(1 - (step / 3) ** 0.5 for step in range(3))]  # warm-up, stable, decay
-    expected = {pretrained[0]: [RECIPE["learning_rate"] * factor for factor in factors], tuned[0]: expected_rates()}
+    expected = {
+        pretrained[0]: [RECIPE["learning_rate"] * factor for factor in factors],
+        tuned[0]: expected_rates(),
+    }
     for stage, rates in expected.items():
-        assert [entry["learning_rate"] for entry in log_of(stage) if "loss" in entry] == pytest.approx(rates, rel=1e-6)
+        assert [
+            entry["learning_rate"] for entry in log_of(stage) if "loss" in entry
+        ] == pytest.approx(rates, rel=1e-6)
 
 
 @needs_deepspeed
 def test_a_run_keeps_its_best_model_and_shows_samples_under_deepspeed(pretrained):
     stage, said = pretrained
-    losses = {entry["step"]: entry["eval_loss"] for entry in log_of(stage)[:-1] if "eval_loss" in entry}
+    losses = {
+        entry["step"]: entry["eval_loss"] for entry in log_of(stage)[:-1] if "eval_loss" in entry
+    }
     record = read_stage(stage)
     assert record["best"]["value"] == min(losses.values())
     assert record["metrics"]["after"]["loss"] == pytest.approx(record["best"]["value"], abs=1e-5)
-    samples = [json.loads(line)["step"] for line in (stage / "samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)["step"] for line in (stage / "samples.jsonl").read_text().splitlines()
+    ]
     assert samples == [2] * 4 + [4] * 4 + [6] * 4
     assert said.count("samples after step 2") == 1  # one process speaks
 
@@ -147,7 +208,9 @@ def test_a_stage_written_under_zero_2_holds_tied_weights_once(pretrained):
 @needs_deepspeed
 def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokenizer_dir):
     assert "cpu x 2, DeepSpeed" in tuned[1]
-    stage, said = launch(world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED)
+    stage, said = launch(
+        world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED
+    )
     assert "cpu x 2, DeepSpeed" in said
     assert read_stage(stage)["data"]["train"]["rows"] % 4 == 3
     first = next(entry["loss"] for entry in log_of(stage) if "loss" in entry)
@@ -159,7 +222,9 @@ def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokeni
     ("command", "processes"),
     [
         pytest.param(
-            ["accelerate", "launch", "--num_processes", "1", "pretrain.py", *DEEPSPEED], 1, marks=pytest.mark.slow
+            ["accelerate", "launch", "--num_processes", "1", "pretrain.py", *DEEPSPEED],
+            1,
+            marks=pytest.mark.slow,
         ),
         ([sys.executable, "finetune_sft.py", "--use_peft", *DEEPSPEED], 1),
     ],
@@ -173,30 +238,47 @@ def test_every_launcher_starts_deepspeed(command, processes, pretrained, world, 
 
 @pytest.mark.slow
 def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
-    """The router's loss weighs a hundred times its usual: counted per rank or micro-batch it could not be missed."""
+    """The router's loss weighs a hundred times its usual: counted per rank or micro-batch it could
+    not be missed."""
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "seq_aux": True, "router_aux_loss_coef": 1.0}
     (world / "moe.json").write_text(json.dumps(MODEL | moe))
     options = {"model_config": world / "moe.json"}
-    two, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "pretrain.py", **options)
+    two, said = launch(
+        world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "pretrain.py", **options
+    )
     assert "cpu x 2, plain" in said
     one = run_here(world, tokenizer_dir, "pretrain.py", **options | WHOLE_BATCH)
     for key in ("loss", "grad_norm"):
-        values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
+        values = [
+            [entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)
+        ]
         assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert any(key.startswith("router_load/") for key in log_of(two)[-3])
 
 
 @pytest.mark.slow
 def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
-    """Weights that differ a hundredfold between rows: a denominator per rank or micro-batch could not be missed."""
+    """Weights that differ a hundredfold between rows: a denominator per rank or micro-batch could
+    not be missed."""
     rows = [{**row, "weight": [0.1, 10][index % 2]} for index, row in enumerate(chat_rows())]
     (world / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     if not (world / "pretrain").exists():
         run_here(world, tokenizer_dir, "pretrain.py").rename(world / "pretrain")
-    weighted = ("--weighted_loss", "true", "--loss_normalization", "conversation", "--packing", "false")
-    two, said = launch(world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "finetune_sft.py", *weighted)
+    weighted = (
+        "--weighted_loss",
+        "true",
+        "--loss_normalization",
+        "conversation",
+        "--packing",
+        "false",
+    )
+    two, said = launch(
+        world, tokenizer_dir, "torchrun", "--nproc_per_node", "2", "finetune_sft.py", *weighted
+    )
     assert "cpu x 2, plain" in said
     one = run_here(world, tokenizer_dir, "finetune_sft.py", *weighted, **WHOLE_BATCH)
     for key in ("loss", "grad_norm"):
-        values = [[entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)]
+        values = [
+            [entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)
+        ]
         assert values[0] == pytest.approx(values[1], rel=1e-3)

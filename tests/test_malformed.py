@@ -83,7 +83,11 @@ def test_pretraining_refuses_it_and_leaves_nothing_a_later_run_would_take_for_wh
     cases, name, tmp_path, monkeypatch, capsys, tokenizer_dir
 ):
     (case,) = (case for case in cases if case.name == name)
-    argv = [*short_run(tmp_path / "out", block_size=32), "--model_config", write_model(tmp_path / "model.json")]
+    argv = [
+        *short_run(tmp_path / "out", block_size=32),
+        "--model_config",
+        write_model(tmp_path / "model.json"),
+    ]
     argv += ["--tokenizer", str(tokenizer_dir), "--train_files", *case.paths]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
     assert re.match(case.pattern, message.splitlines()[0])

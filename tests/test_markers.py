@@ -83,14 +83,18 @@ def test_a_reply_with_the_end_of_a_turn_is_rendered_and_words_about_one_are_not(
 
 
 def marked(write_jsonl):
-    return write_jsonl("docs.jsonl", [{"text": f"<s>fox {i}</s> <s>dog {i}</s>"} for i in range(20)])
+    return write_jsonl(
+        "docs.jsonl", [{"text": f"<s>fox {i}</s> <s>dog {i}</s>"} for i in range(20)]
+    )
 
 
 def joined(blocks):
     return [token for row in blocks.train for token in row["input_ids"].tolist()]
 
 
-def test_a_run_separates_the_documents_of_marked_rows_and_says_so_each_time(tokenizer, write_jsonl, capsys):
+def test_a_run_separates_the_documents_of_marked_rows_and_says_so_each_time(
+    tokenizer, write_jsonl, capsys
+):
     encoder = text_encoder(tokenizer)
     expected = []
     for number in range(20):
@@ -107,10 +111,14 @@ def test_a_run_separates_the_documents_of_marked_rows_and_says_so_each_time(toke
 def test_markers_are_kept_or_refused_where_the_option_says_so(tokenizer, write_jsonl):
     path = marked(write_jsonl)
     split = load_blocks(DataArguments([path], eval_ratio=0.0), tokenizer, 16)
-    kept = load_blocks(DataArguments([path], eval_ratio=0.0, boundary_markers="keep"), tokenizer, 16)
+    kept = load_blocks(
+        DataArguments([path], eval_ratio=0.0, boundary_markers="keep"), tokenizer, 16
+    )
     assert (split.facts["train"]["documents"], kept.facts["train"]["documents"]) == (40, 20)
     assert tokenizer.decode(joined(kept)).startswith("<s>fox 0</s> <s>dog 0</s>")
-    with pytest.raises(UserError, match=r"docs.jsonl:1: found the boundary marker '<s>' spelled out"):
+    with pytest.raises(
+        UserError, match=r"docs.jsonl:1: found the boundary marker '<s>' spelled out"
+    ):
         load_blocks(DataArguments([path], boundary_markers="error"), tokenizer, 16)
     with pytest.raises(UserError, match="--boundary_markers cut: expected split, keep, error"):
         load_blocks(DataArguments([path], boundary_markers="cut"), tokenizer, 16)
@@ -121,15 +129,32 @@ def test_an_inspection_counts_marked_rows_and_chats_among_documents(
     policy, severity, tokenizer_dir, write_jsonl, capsys
 ):
     path = write_jsonl(
-        "docs.jsonl", [{"text": "<s>a fox</s> <s>a dog</s>"}, *[{"text": CHATML}, {"text": "plain"}] * 20]
+        "docs.jsonl",
+        [{"text": "<s>a fox</s> <s>a dog</s>"}, *[{"text": CHATML}, {"text": "plain"}] * 20],
     )
-    argv = ("--stage", "pretrain", "--tokenizer", tokenizer_dir, "--max_length", 16, "--boundary_markers", policy)
+    argv = (
+        "--stage",
+        "pretrain",
+        "--tokenizer",
+        tokenizer_dir,
+        "--max_length",
+        16,
+        "--boundary_markers",
+        policy,
+    )
     run_cli("inspect", path, *argv, "--json")
     report = json.loads(capsys.readouterr().out)
     (found,) = [found for found in report["findings"] if found["name"] == "boundary_markers"]
-    assert (found["severity"], found["count"], found["places"][:2]) == (severity, 21, [f"{path}:1", f"{path}:2"])
+    assert (found["severity"], found["count"], found["places"][:2]) == (
+        severity,
+        21,
+        [f"{path}:1", f"{path}:2"],
+    )
     if policy == "split":
-        assert "split 21 rows at '<s>', '<|im_start|>' into 22 documents; 20 rows are chats" in found["text"]
+        assert (
+            "split 21 rows at '<s>', '<|im_start|>' into 22 documents; 20 rows are chats"
+            in found["text"]
+        )
     assert report["documents"] == (42 if policy == "split" else 41)
 
 
@@ -145,7 +170,10 @@ def test_a_tokenizer_is_trained_on_the_split_documents_and_cleaning_splits_befor
     said = capsys.readouterr().out
     assert "20 rows in + 20 by splitting = 40 out + 0 removed + 0 bad" in said
     assert "split 20 rows at <s> into 40" in said
-    rows = [json.loads(line) for line in (tmp_path / "out" / "data-00000.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "data-00000.jsonl").read_text().splitlines()
+    ]
     assert [row["text"] for row in rows][:3] == ["fox 0", "dog 0", "fox 1"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["boundary_markers"], report["rows"]["added"]) == ({"<s>": 20}, 20)
@@ -154,18 +182,24 @@ def test_a_tokenizer_is_trained_on_the_split_documents_and_cleaning_splits_befor
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": CHATML.removesuffix("the fox<|im_end|>\n"), "completion": "the fox {}<|im_end|>"},
+        {
+            "prompt": CHATML.removesuffix("the fox<|im_end|>\n"),
+            "completion": "the fox {}<|im_end|>",
+        },
         {"prompt": "who? {}", "completion": "the fox</s>"},
         {"prompt": "<s>[INST] who? {} [/INST]", "chosen": "the fox</s>", "rejected": "a dog</s>"},
     ],
     ids=["prompt and reply", "reply", "pair"],
 )
-def test_chats_that_are_rendered_already_are_an_error_where_most_rows_are(row, tokenizer_dir, write_jsonl, capsys):
+def test_chats_that_are_rendered_already_are_an_error_where_most_rows_are(
+    row, tokenizer_dir, write_jsonl, capsys
+):
     plain = {name: "who {}?" if name == "prompt" else f"{name} {{}}" for name in row}
     for rendered, code in ((7, 1), (3, 0)):
         rows = [row] * rendered + [plain] * (10 - rendered)
         path = write_jsonl(
-            "chats.jsonl", [{k: v.replace("{}", str(i)) for k, v in each.items()} for i, each in enumerate(rows)]
+            "chats.jsonl",
+            [{k: v.replace("{}", str(i)) for k, v in each.items()} for i, each in enumerate(rows)],
         )
         with pytest.raises(SystemExit) if code else nullcontext() as stop:
             run_cli("inspect", path, "--tokenizer", tokenizer_dir, "--json")
@@ -176,7 +210,9 @@ def test_chats_that_are_rendered_already_are_an_error_where_most_rows_are(row, t
         assert not code or stop.value.code == code
 
 
-def test_a_text_that_is_a_rendered_chat_is_refused_by_what_it_is(tokenizer_dir, write_jsonl, capsys):
+def test_a_text_that_is_a_rendered_chat_is_refused_by_what_it_is(
+    tokenizer_dir, write_jsonl, capsys
+):
     path = write_jsonl("chats.jsonl", [{"text": CHATML}] * 3)
     said = failure(capsys, run_cli, "inspect", path, "--stage", "sft", "--tokenizer", tokenizer_dir)
     assert f"{path}:1: found a chat that is rendered already, with '<|im_start|>user'" in said

@@ -18,9 +18,16 @@ from pipeline import chat_rows, failure, pair_rows, run_cli, run_script, short_r
 from transformers import AutoModelForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.stage_directory import load_adapter, load_model, read_stage, require_stage, weights_hash
+from minimind.stage_directory import (
+    load_adapter,
+    load_model,
+    read_stage,
+    require_stage,
+    weights_hash,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # peft's call
+# peft's call
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -75,7 +82,8 @@ def write_base(directory, config, tokenizer):
 
 
 def write_adapter(directory, base, tokenizer, kind=LoraConfig, **options):
-    """An adapter whose matrices get noise, as if trained. Returns the logits of base and adapter together."""
+    """An adapter whose matrices get noise, as if trained. Returns the logits of base and adapter
+    together."""
     torch.manual_seed(1)
     options = {"r": 4, "lora_alpha": 8} | options if kind is LoraConfig else options
     model = get_peft_model(load_model(base), kind(task_type="CAUSAL_LM", **options))
@@ -98,13 +106,17 @@ def check_merge(tmp_path, expected, base):
     assert (expected - logits(load_model(base))).abs().max() > 0.05, "the adapter changes nothing"
     run_cli("merge", tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(require_stage(tmp_path / "merged"))
-    torch.testing.assert_close(logits(merged), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        logits(merged), expected, atol=1e-5 * expected.abs().max().item(), rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_merged_adapter_gives_the_logits_of_adapter_and_base(kind, tmp_path, config, tokenizer):
     base = write_base(tmp_path / "base", config, tokenizer)
-    check_merge(tmp_path, write_adapter(tmp_path / "adapter", base, tokenizer, **ADAPTERS[kind]), base)
+    check_merge(
+        tmp_path, write_adapter(tmp_path / "adapter", base, tokenizer, **ADAPTERS[kind]), base
+    )
 
 
 @pytest.mark.parametrize("kind", MOE_ADAPTERS)
@@ -112,18 +124,24 @@ def test_a_merged_adapter_of_a_mixture_of_experts_gives_the_logits_of_adapter_an
     kind, tmp_path, moe_config, tokenizer
 ):
     base = write_base(tmp_path / "base", moe_config, tokenizer)
-    check_merge(tmp_path, write_adapter(tmp_path / "adapter", base, tokenizer, **MOE_ADAPTERS[kind]), base)
+    check_merge(
+        tmp_path, write_adapter(tmp_path / "adapter", base, tokenizer, **MOE_ADAPTERS[kind]), base
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["norm"]])
-def test_modules_that_are_trained_whole_beside_lora_are_merged_too(saved, tmp_path, config, tokenizer):
+def test_modules_that_are_trained_whole_beside_lora_are_merged_too(
+    saved, tmp_path, config, tokenizer
+):
     base = write_base(tmp_path / "base", config, tokenizer)
     options = {"target_modules": ["q_proj"], "modules_to_save": saved}
     check_merge(tmp_path, write_adapter(tmp_path / "adapter", base, tokenizer, **options), base)
 
 
-@pytest.mark.filterwarnings("ignore:.*embedding layers:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*embedding layers:UserWarning", "ignore:.*tie_word_embeddings:UserWarning"
+)
 @pytest.mark.parametrize("tied_together", [True, False])
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_lora_on_a_tied_embedding_is_refused_since_peft_merges_it_wrongly(
@@ -139,9 +157,17 @@ def test_lora_on_a_tied_embedding_is_refused_since_peft_merges_it_wrongly(
     assert "--lora_modules_to_save" in message
 
 
-def test_an_adapter_whose_base_cannot_be_computed_again_is_refused(tmp_path, config, tokenizer, capsys):
+def test_an_adapter_whose_base_cannot_be_computed_again_is_refused(
+    tmp_path, config, tokenizer, capsys
+):
     base = write_base(tmp_path / "base", config, tokenizer)
-    write_adapter(tmp_path / "adapter", base, tokenizer, target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    write_adapter(
+        tmp_path / "adapter",
+        base,
+        tokenizer,
+        target_modules=["q_proj"],
+        init_lora_weights="pissa_niter_4",
+    )
     message = failure(capsys, run_cli, "merge", tmp_path / "adapter", tmp_path / "merged")
     assert "pissa_niter_4" in message
     assert "path_initial_model_for_weight_conversion" in message
@@ -150,7 +176,9 @@ def test_an_adapter_whose_base_cannot_be_computed_again_is_refused(tmp_path, con
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("num_experts", [0, 4])
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
-def test_prompt_and_prefix_tuning_learn_and_generate_through_peft(kind, num_experts, tmp_path, config, tokenizer):
+def test_prompt_and_prefix_tuning_learn_and_generate_through_peft(
+    kind, num_experts, tmp_path, config, tokenizer
+):
     config = MiniMindConfig(**config.to_diff_dict() | {"num_experts": num_experts})
     base = write_base(tmp_path / "base", config, tokenizer)
     model = get_peft_model(load_model(base), kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
@@ -167,12 +195,16 @@ def test_prompt_and_prefix_tuning_learn_and_generate_through_peft(kind, num_expe
     options = {"attention_mask": torch.ones_like(ids()), "do_sample": False, "max_new_tokens": 6}
     text = model.generate(input_ids=ids(), **options)
     assert torch.equal(again.generate(input_ids=ids(), **options), text)
-    assert not torch.equal(load_model(base).eval().generate(ids(), **options), text), "the learnt tokens do nothing"
+    assert not torch.equal(load_model(base).eval().generate(ids(), **options), text), (
+        "the learnt tokens do nothing"
+    )
 
 
 def test_prompt_tuning_cannot_be_merged_and_says_so(tmp_path, config, tokenizer, capsys):
     base = write_base(tmp_path / "base", config, tokenizer)
-    model = get_peft_model(load_model(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model = get_peft_model(
+        load_model(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     for command in (
@@ -194,16 +226,38 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
     moe, options, tmp_path, config, tokenizer, write_jsonl, monkeypatch
 ):
     base = write_base(tmp_path / "base", MiniMindConfig(**config.to_diff_dict() | moe), tokenizer)
-    chats, adapter, merged = write_jsonl("chats.jsonl", chat_rows()), tmp_path / "adapter", tmp_path / "merged"
+    chats, adapter, merged = (
+        write_jsonl("chats.jsonl", chat_rows()),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+    )
     run = short_run(adapter, max_length=64, learning_rate=0.05)
-    start = ["--model_name_or_path", base, "--train_files", chats, "--eval_ratio", "0.2", "--use_peft"]
+    start = [
+        "--model_name_or_path",
+        base,
+        "--train_files",
+        chats,
+        "--eval_ratio",
+        "0.2",
+        "--use_peft",
+    ]
     run_script(monkeypatch, "finetune_sft", *run, *start, *options)
     expected = logits(load_adapter(adapter))
     check_merge(tmp_path, expected, base)
 
     names = {path.name for path in merged.iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "modeling_minimind.py"}
-    assert names >= {"configuration_minimind.py", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_minimind.py",
+    }
+    assert names >= {
+        "configuration_minimind.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     record = read_stage(merged)
     assert record["weights"] == weights_hash(merged)
     assert record["parent"]["weights"] == weights_hash(adapter)
@@ -224,12 +278,24 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
 
 
 @pytest.mark.parametrize("option", [["--use_dora"], ["--lora_dropout", "0.1"]])
-def test_what_peft_cannot_do_with_experts_is_refused_before_training(option, tmp_path, monkeypatch, capsys):
-    options = [*short_run(tmp_path / "adapter"), "--use_peft", "--lora_target_parameters", *EXPERTS, *option]
-    assert "--lora_target_parameters" in failure(capsys, run_script, monkeypatch, "finetune_sft", *options)
+def test_what_peft_cannot_do_with_experts_is_refused_before_training(
+    option, tmp_path, monkeypatch, capsys
+):
+    options = [
+        *short_run(tmp_path / "adapter"),
+        "--use_peft",
+        "--lora_target_parameters",
+        *EXPERTS,
+        *option,
+    ]
+    assert "--lora_target_parameters" in failure(
+        capsys, run_script, monkeypatch, "finetune_sft", *options
+    )
 
 
-def test_a_merge_that_fails_its_verification_leaves_nothing(tmp_path, config, tokenizer, capsys, monkeypatch):
+def test_a_merge_that_fails_its_verification_leaves_nothing(
+    tmp_path, config, tokenizer, capsys, monkeypatch
+):
     base = write_base(tmp_path / "base", config, tokenizer)
     write_adapter(tmp_path / "adapter", base, tokenizer, target_modules=["q_proj"])
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
@@ -243,7 +309,10 @@ def test_what_is_no_adapter_and_a_directory_in_use_are_refused(tmp_path, config,
     base = write_base(tmp_path / "base", config, tokenizer)
     assert "nothing to merge" in failure(capsys, run_cli, "merge", base, tmp_path / "merged")
     write_adapter(tmp_path / "adapter", base, tokenizer, target_modules=["q_proj"])
-    for used, problem in {base: "exists and is not empty", base / "config.json": "is no directory"}.items():
+    for used, problem in {
+        base: "exists and is not empty",
+        base / "config.json": "is no directory",
+    }.items():
         assert problem in failure(capsys, run_cli, "merge", tmp_path / "adapter", used)
     (tmp_path / "empty").mkdir()
     run_cli("merge", tmp_path / "adapter", tmp_path / "empty")

@@ -83,4 +83,6 @@ def test_a_mixture_takes_whole_passes_and_a_random_part_of_one_more():
     assert len(set(second.tolist())) == 2
     assert set(second.tolist()) <= {4, 5, 6}
     assert mixture([4, 3], [10, 2], seed=1).tolist() == rows.tolist()
-    assert any(mixture([4, 3], [10, 2], seed=seed).tolist() != rows.tolist() for seed in range(2, 9))
+    assert any(
+        mixture([4, 3], [10, 2], seed=seed).tolist() != rows.tolist() for seed in range(2, 9)
+    )

@@ -23,7 +23,12 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import minimind
-from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification, MiniMindModel
+from minimind import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    MiniMindForSequenceClassification,
+    MiniMindModel,
+)
 from minimind.model import modeling_minimind
 
 PAD, EOS = 0, 2
@@ -61,7 +66,9 @@ SHAPES = {
 def build(seed=0, **fields):
     """A model whose every weight matters: norms are not all ones, and the attention is not flat."""
     torch.manual_seed(seed)
-    model = MiniMindForCausalLM(MiniMindConfig(**{**SIZE, **SHAPES["GQA"], "max_position_embeddings": 128, **fields}))
+    model = MiniMindForCausalLM(
+        MiniMindConfig(**{**SIZE, **SHAPES["GQA"], "max_position_embeddings": 128, **fields})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
@@ -69,7 +76,9 @@ def build(seed=0, **fields):
 
 
 def random_ids(*shape, seed=1):
-    return torch.randint(3, SIZE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, SIZE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def shifted_cross_entropy(logits, labels, num_items=None):
@@ -92,7 +101,9 @@ def gradients(model):
 def assert_gradients_equal(actual, expected):
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, f"the oracle has no gradient for {name}"
-        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture
@@ -107,10 +118,18 @@ def trained():
     [(True, Qwen3Config, Qwen3ForCausalLM), (False, LlamaConfig, LlamaForCausalLM)],
     ids=["Qwen3", "Llama"],
 )
-def test_logits_are_those_of_the_library_twin_for_the_same_weights(qk_norm, twin_config, twin_class, shape, attention):
+def test_logits_are_those_of_the_library_twin_for_the_same_weights(
+    qk_norm, twin_config, twin_class, shape, attention
+):
     model = build(qk_norm=qk_norm, attn_implementation=attention, **SHAPES[shape])
-    same = {name: getattr(model.config, name) for name in (*SIZE, "num_attention_heads", "num_key_value_heads")}
-    same |= {name: getattr(model.config, name) for name in ("head_dim", "rms_norm_eps", "tie_word_embeddings")}
+    same = {
+        name: getattr(model.config, name)
+        for name in (*SIZE, "num_attention_heads", "num_key_value_heads")
+    }
+    same |= {
+        name: getattr(model.config, name)
+        for name in ("head_dim", "rms_norm_eps", "tie_word_embeddings")
+    }
     twin = twin_class(
         twin_config(
             **same,
@@ -125,7 +144,10 @@ def test_logits_are_those_of_the_library_twin_for_the_same_weights(qk_norm, twin
     padded[1, :5] = padded[2, :11] = 0
     for mask in (None, padded):
         with torch.no_grad():
-            actual, expected = model(ids, attention_mask=mask).logits, twin(ids, attention_mask=mask).logits
+            actual, expected = (
+                model(ids, attention_mask=mask).logits,
+                twin(ids, attention_mask=mask).logits,
+            )
         seen = padded.bool() if mask is not None else torch.ones_like(ids).bool()
         assert expected.std() > 0.5
         torch.testing.assert_close(actual[seen], expected[seen], atol=1e-5, rtol=0)
@@ -140,7 +162,9 @@ def left_padding_mask(ids):
 def two_documents_mask(ids):
     """(B, 1, S, S), causal and block-diagonal: True where a token sees another."""
     document = torch.arange(ids.shape[1]) >= 170
-    return (document[:, None] == document) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    return (document[:, None] == document) & torch.ones(
+        ids.shape[1], ids.shape[1], dtype=torch.bool
+    ).tril()
 
 
 MASKS = {
@@ -154,13 +178,15 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("length", [128, 129, 300])
 def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(mask, length):
-    """Lengths of one block of queries, one and a bit, and several; masks that let tokens see less, or more."""
+    """Lengths of one block of queries, one and a bit, and several; masks that let tokens see less,
+    or more."""
     ids, found = random_ids(2, length), []
     mask = MASKS[mask](ids)
     seen = torch.ones_like(ids).bool() if mask is None or mask.ndim == 4 else mask.bool()
     for attention in ("eager", "sdpa"):
         model = build(attn_implementation=attention, max_position_embeddings=512).train()
-        # A mask of shape (B, 1, S, S) goes to the layers as it is; eager attention adds it to the weights.
+        # A mask of shape (B, 1, S, S) goes to the layers as it is; eager attention adds it to the
+        # weights.
         given = mask
         if attention == "eager" and mask is not None and mask.ndim == 4:
             given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float).min)
@@ -174,14 +200,18 @@ def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(m
 
 def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():
     layer = build(attention_dropout=0.25).model.layers[0].self_attn
-    query, value = torch.zeros(2, 4, 200, 8), torch.ones(2, 2, 200, 8)  # flat attention to ones: each output is 1
+    # Flat attention to ones: each output is 1
+    query, value = torch.zeros(2, 4, 200, 8), torch.ones(2, 2, 200, 8)
 
     def outputs():
-        return modeling_minimind.blocked_attention_forward(layer.train(), query, value, value, None, 1.0, dropout=p)[0]
+        return modeling_minimind.blocked_attention_forward(
+            layer.train(), query, value, value, None, 1.0, dropout=p
+        )[0]
 
     torch.manual_seed(0)
     p = 0.25
-    assert outputs()[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])  # the first token sees itself alone
+    # The first token sees itself alone
+    assert outputs()[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert outputs().mean() == pytest.approx(1, abs=0.02)
     p = 0.0
     torch.testing.assert_close(outputs(), torch.ones(2, 200, 4, 8))
@@ -227,7 +257,10 @@ def test_greedy_generation_of_a_left_padded_batch_is_that_of_each_prompt_alone(q
     model = build(seed=1, qk_norm=qk_norm)
     prompts = [random_ids(1, length, seed=length) for length in (3, 11, 7)]
     options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-    alone = [model.generate(p, attention_mask=torch.ones_like(p), **options)[0, p.shape[1] :] for p in prompts]
+    alone = [
+        model.generate(p, attention_mask=torch.ones_like(p), **options)[0, p.shape[1] :]
+        for p in prompts
+    ]
     assert all(len(set(tokens.tolist())) > 3 for tokens in alone)
     ids = torch.full((3, 11), PAD)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -240,7 +273,9 @@ def test_generation_with_a_static_cache_gives_the_tokens_of_a_dynamic_one():
     model, prompt = build(seed=1), random_ids(2, 7)
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 12}
     expected = model.generate(prompt, **options)
-    assert model.generate(prompt, **options, cache_implementation="static", disable_compile=True).equal(expected)
+    assert model.generate(
+        prompt, **options, cache_implementation="static", disable_compile=True
+    ).equal(expected)
 
 
 def test_a_smaller_model_drafts_for_a_larger_one_without_changing_its_tokens():
@@ -249,10 +284,12 @@ def test_a_smaller_model_drafts_for_a_larger_one_without_changing_its_tokens():
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 16}
     expected = model.generate(prompt, **options)
     assert model.generate(prompt, **options, assistant_model=draft).equal(expected)
-    assert model.generate(prompt, **options, assistant_model=model).equal(expected)  # a draft that is always right
+    # A draft that is always right
+    assert model.generate(prompt, **options, assistant_model=model).equal(expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch 2.13, of its own compiler
+# Torch 2.13, of its own compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
 def test_a_decoding_step_compiles_as_one_graph_on_a_static_cache(experts):
     model, ids = build(num_experts=experts), random_ids(1, 12)
@@ -263,7 +300,9 @@ def test_a_decoding_step_compiles_as_one_graph_on_a_static_cache(experts):
         model(ids[:, :10], past_key_values=cache)
         for position in (10, 11):
             position_ids = torch.tensor([[position]])
-            logits = step(ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids).logits
+            logits = step(
+                ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids
+            ).logits
             torch.testing.assert_close(logits[:, 0], whole[:, position], atol=1e-5, rtol=0)
 
 
@@ -272,8 +311,18 @@ def test_sequence_scores_are_those_of_the_library_twin_at_the_last_token_before_
     torch.manual_seed(0)
     config = MiniMindConfig(**SIZE, **SHAPES["GQA"], num_labels=1)
     model = MiniMindForSequenceClassification(config).eval()
-    names = (*SIZE, *SHAPES["GQA"], "head_dim", "rms_norm_eps", "rope_parameters", "pad_token_id", "num_labels")
-    twin = Qwen3ForSequenceClassification(Qwen3Config(**{name: getattr(config, name) for name in names})).eval()
+    names = (
+        *SIZE,
+        *SHAPES["GQA"],
+        "head_dim",
+        "rms_norm_eps",
+        "rope_parameters",
+        "pad_token_id",
+        "num_labels",
+    )
+    twin = Qwen3ForSequenceClassification(
+        Qwen3Config(**{name: getattr(config, name) for name in names})
+    ).eval()
     twin.load_state_dict(model.state_dict())
     ids = random_ids(3, 9)
     mask = torch.ones_like(ids)
@@ -299,8 +348,11 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(trained, num_items):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_items", [None, 7])
-def test_the_loss_and_its_gradient_are_those_of_the_library_piece_by_piece(monkeypatch, num_items, dtype):
-    monkeypatch.setattr(modeling_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})  # 16 rows in pieces of 3
+def test_the_loss_and_its_gradient_are_those_of_the_library_piece_by_piece(
+    monkeypatch, num_items, dtype
+):
+    # 16 rows in pieces of 3
+    monkeypatch.setattr(modeling_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})
     logits = torch.randn(2, 8, 97, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
     labels = random_ids(2, 8)
     labels[0, 2:5] = labels[1, 7] = -100
@@ -340,14 +392,17 @@ def test_the_pad_and_the_end_token_are_trained_wherever_they_are_labels(trained,
 def test_four_accumulated_rows_give_the_gradients_of_one_batch_of_four(trained):
     ids = random_ids(4, 10)
     labels = ids.clone()
-    for row, ignored in enumerate((0, 8, 3, 6)):  # rows with 9, 1, 6 and 3 targets: a mean of means would differ
+    # Rows with 9, 1, 6 and 3 targets: a mean of means would differ
+    for row, ignored in enumerate((0, 8, 3, 6)):
         labels[row, 1 : 1 + ignored] = -100
     num_items = (labels[:, 1:] != -100).sum()
     assert num_items == 9 + 1 + 6 + 3
     trained(ids, labels=labels).loss.backward()
     expected = gradients(trained)
     for row in range(4):
-        trained(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=num_items).loss.backward()
+        trained(
+            ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=num_items
+        ).loss.backward()
     assert_gradients_equal(gradients(trained), expected)
 
 
@@ -363,7 +418,9 @@ def test_gradient_checkpointing_recomputes_each_layer_and_gives_equal_gradients(
     assert_gradients_equal(gradients(trained), expected)
 
 
-@pytest.mark.parametrize("lengths", [((5, 9, 2), (4, 4, 8)), ((70, 3, 90), (100, 61, 2))], ids=["short", "in blocks"])
+@pytest.mark.parametrize(
+    "lengths", [((5, 9, 2), (4, 4, 8)), ((70, 3, 90), (100, 61, 2))], ids=["short", "in blocks"]
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attention, lengths):
     model = build(attn_implementation=attention).train()
@@ -378,16 +435,21 @@ def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attenti
     expected = gradients(model)
 
     ids = torch.cat([torch.cat(row, 1) for row in rows])
-    positions = torch.stack([torch.cat([torch.arange(document.shape[1]) for document in row]) for row in rows])
+    positions = torch.stack(
+        [torch.cat([torch.arange(document.shape[1]) for document in row]) for row in rows]
+    )
     labels = ids.masked_fill(positions == 0, -100)
-    output = model(ids, position_ids=positions, labels=labels, use_cache=False, num_items_in_batch=num_items)
+    output = model(
+        ids, position_ids=positions, labels=labels, use_cache=False, num_items_in_batch=num_items
+    )
     output.loss.backward()
     packed = torch.cat(list(output.logits.detach()))
     torch.testing.assert_close(packed, torch.cat(separate, 1)[0], atol=1e-5, rtol=0)
     assert_gradients_equal(gradients(model), expected)
 
 
-# What transformers 5.23 and torch 2.13 warn of in one another when flex_attention compiles its mask.
+# What transformers 5.23 and torch 2.13 warn of in one another when flex_attention compiles its
+# mask.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize(
@@ -403,10 +465,13 @@ def test_packed_documents_give_the_logits_and_gradients_of_separate_ones(attenti
     ids=["qk_norm", "no qk_norm", "biases", "YaRN", "MoE", "MoE, shared"],
 )
 def test_on_every_back_end_each_variant_keeps_packed_documents_apart(variant, attention):
-    """Forward alone: flex_attention has no backward on a CPU. Flash attention needs a GPU: tests/test_gpu.py."""
+    """Forward alone: flex_attention has no backward on a CPU. Flash attention needs a GPU:
+    tests/test_gpu.py."""
     documents = [random_ids(1, n, seed=n) for n in (60, 100)]
     with torch.no_grad():
-        separate = [build(attn_implementation="eager", **variant)(document).logits for document in documents]
+        separate = [
+            build(attn_implementation="eager", **variant)(document).logits for document in documents
+        ]
         positions = torch.cat([torch.arange(60), torch.arange(100)])[None]
         model = build(attn_implementation=attention, **variant)
         packed = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
@@ -417,7 +482,9 @@ def test_on_every_back_end_each_variant_keeps_packed_documents_apart(variant, at
 @pytest.mark.parametrize("tied", [True, False])
 def test_three_adamw_steps_move_every_parameter(qk_norm, tied):
     torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig(**SIZE, **SHAPES["GQA"], qk_norm=qk_norm, tie_word_embeddings=tied))
+    model = MiniMindForCausalLM(
+        MiniMindConfig(**SIZE, **SHAPES["GQA"], qk_norm=qk_norm, tie_word_embeddings=tied)
+    )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(3):
@@ -425,7 +492,9 @@ def test_three_adamw_steps_move_every_parameter(qk_norm, tied):
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+    assert [
+        name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])
+    ] == []
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -439,7 +508,9 @@ def test_lm_head_is_written_only_where_it_is_not_tied(tmp_path, tied):
     assert names | {"lm_head.weight"} == set(model.state_dict())
 
 
-@pytest.mark.parametrize("shape", ["wide heads", "one layer, untied", "other eps and theta", "YaRN"])
+@pytest.mark.parametrize(
+    "shape", ["wide heads", "one layer, untied", "other eps and theta", "YaRN"]
+)
 def test_from_pretrained_restores_the_logits_and_the_unsaved_rotary_buffers(tmp_path, shape):
     model = build(**SHAPES[shape])
     model.save_pretrained(tmp_path)
@@ -452,15 +523,21 @@ def test_from_pretrained_restores_the_logits_and_the_unsaved_rotary_buffers(tmp_
 
 
 def test_the_rotary_frequencies_are_powers_of_theta_after_from_pretrained(tmp_path):
-    build(head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}).save_pretrained(tmp_path)
+    build(
+        head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}
+    ).save_pretrained(tmp_path)
     loaded = MiniMindForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    torch.testing.assert_close(
+        loaded.model.rotary_emb.inv_freq, torch.tensor([1.0, 0.1, 0.01, 0.001])
+    )
 
 
 @pytest.mark.parametrize("part", ["config", "base model", "causal model"])
 def test_every_class_saves_the_code_and_the_names_for_all_auto_classes(tmp_path, part):
     model = build()
-    {"config": model.config, "base model": model.model, "causal model": model}[part].save_pretrained(tmp_path)
+    {"config": model.config, "base model": model.model, "causal model": model}[
+        part
+    ].save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_minimind.MiniMindConfig",
         "AutoModel": "modeling_minimind.MiniMindModel",
@@ -468,7 +545,9 @@ def test_every_class_saves_the_code_and_the_names_for_all_auto_classes(tmp_path,
         "AutoModelForSequenceClassification": "modeling_minimind.MiniMindForSequenceClassification",
     }
     if part != "config":
-        assert {"configuration_minimind.py", "modeling_minimind.py"} <= {file.name for file in tmp_path.iterdir()}
+        assert {"configuration_minimind.py", "modeling_minimind.py"} <= {
+            file.name for file in tmp_path.iterdir()
+        }
 
 
 STRANGER = """
@@ -512,13 +591,19 @@ def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tm
     )
     assert run.returncode == 0, run.stderr
     results = torch.load(tmp_path / "results.pt")
-    assert results.pop("names") == ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindModel", "MiniMindForCausalLM"]
+    assert results.pop("names") == [
+        "MiniMindConfig",
+        "MiniMindForCausalLM",
+        "MiniMindModel",
+        "MiniMindForCausalLM",
+    ]
     with torch.no_grad():
         expected = model(ids).logits
         torch.testing.assert_close(results.pop("scores"), scorer(ids).logits, atol=1e-6, rtol=0)
     for logits in results.values():
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")  # what a stranger saved is ours again
+    # What a stranger saved is ours again
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(loaded) is MiniMindForCausalLM
 
 
@@ -534,10 +619,25 @@ def test_the_auto_classes_build_minimind_without_remote_code(tmp_path):
 @pytest.mark.parametrize("name", ["configuration_minimind.py", "modeling_minimind.py"])
 def test_the_files_copied_into_checkpoints_import_only_torch_the_library_and_each_other(name):
     tree = ast.parse((Path(minimind.__file__).parent / "model" / name).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {"." * node.level + node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    imported |= {
+        "." * node.level + node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    }
     roots = {module if module.startswith(".") else module.split(".")[0] for module in imported}
-    assert roots <= {"collections", "huggingface_hub", "torch", "transformers", ".configuration_minimind"}
+    assert roots <= {
+        "collections",
+        "huggingface_hub",
+        "torch",
+        "transformers",
+        ".configuration_minimind",
+    }
 
 
 def test_all_names_are_sorted_and_importable():

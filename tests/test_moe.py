@@ -3,7 +3,13 @@ import torch
 from safetensors import safe_open
 from test_model import SHAPES, SIZE, assert_gradients_equal, build, gradients, random_ids
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from minimind import MiniMindConfig
@@ -28,9 +34,19 @@ def build_moe(seed=0, **fields):
 def twin_of(model, implementation):
     """Qwen3-MoE with the model's weights."""
     config = model.config
-    names = (*SIZE, *SHAPES["GQA"], *MOE, "norm_topk_prob", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+    names = (
+        *SIZE,
+        *SHAPES["GQA"],
+        *MOE,
+        "norm_topk_prob",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
     fields = {name: getattr(config, name) for name in names}
-    twin = Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields, rope_parameters=dict(config.rope_parameters), pad_token_id=0))
+    twin = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**fields, rope_parameters=dict(config.rope_parameters), pad_token_id=0)
+    )
     twin.load_state_dict(model.state_dict())
     twin.set_experts_implementation(implementation)
     return twin.eval()
@@ -77,7 +93,9 @@ def test_shared_experts_are_added_to_the_routed_ones_token_by_token(implementati
         for token, output in zip(row, outputs, strict=True):
             probabilities = (block.gate.weight @ token).softmax(-1)
             chosen = probabilities.topk(2)
-            expected = swiglu(token, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+            expected = swiglu(
+                token, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
+            )
             for weight, e in zip(chosen.values / chosen.values.sum(), chosen.indices, strict=True):
                 gate, up = experts.gate_up_proj[e].chunk(2)
                 expected = expected + weight * swiglu(token, gate, up, experts.down_proj[e])
@@ -106,12 +124,15 @@ def test_the_sequence_loss_is_the_mean_of_each_sequences_batch_loss_and_both_are
     actual = load_balancing_loss(layers, 2, 3, mask, seq_aux=True)
     torch.testing.assert_close(actual, torch.stack(sequences).mean())
     batch = [load_balancing_loss_func((layer,), 4, 2, mask) for layer in layers]
-    torch.testing.assert_close(load_balancing_loss(layers, 2, 3, mask, seq_aux=False), torch.stack(batch).mean())
+    torch.testing.assert_close(
+        load_balancing_loss(layers, 2, 3, mask, seq_aux=False), torch.stack(batch).mean()
+    )
 
 
 @pytest.mark.parametrize("seq_aux", [False, True])
 def test_a_perfectly_balanced_router_has_the_least_loss_top_k_and_a_collapsed_one_more(seq_aux):
-    balanced = torch.eye(4).repeat(2, 1) * 1e-3  # two rows of four tokens, each token its own expert
+    # Two rows of four tokens, each token its own expert
+    balanced = torch.eye(4).repeat(2, 1) * 1e-3
     collapsed = torch.tensor([9.0, 0, 0, 0]).expand(8, 4)
     torch.testing.assert_close(
         load_balancing_loss((balanced,), 1, 2, None, seq_aux), torch.tensor(1.0), atol=1e-3, rtol=0
@@ -149,7 +170,8 @@ def test_padding_changes_neither_the_loss_nor_the_router_loss_of_the_other_token
 
 @pytest.mark.parametrize("parts", [4, 2], ids=["4 x 1", "2 x 2"])
 def test_the_router_loss_counts_once_however_the_batch_is_cut(parts):
-    """The gradient of the sum over parts is the mean of the parts' router losses by their trained tokens."""
+    """The gradient of the sum over parts is the mean of the parts' router losses by their trained
+    tokens."""
     model, ids = build_moe(seq_aux=True).train(), random_ids(4, 10)
     labels = ids.clone()
     num_items = (labels[:, 1:] != -100).sum()
@@ -172,10 +194,19 @@ def test_gradient_checkpointing_keeps_the_gradient_of_the_router_loss():
 @pytest.mark.parametrize("variant", ["top-1", "shared"])
 def test_a_file_holds_one_tensor_per_expert_and_gives_the_same_logits(tmp_path, variant):
     model, ids = build_moe(**VARIANTS[variant]), random_ids(2, 9)
-    model.save_pretrained(tmp_path, state_dict=model.state_dict())  # as stages save, with a gathered state dict
+    # As stages save, with a gathered state dict
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = {name.removeprefix("model.layers.0.mlp.") for name in file.keys() if "layers.0.mlp" in name}  # noqa: SIM118
-    shared = {f"shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")} if variant == "shared" else set()
+        names = {
+            name.removeprefix("model.layers.0.mlp.")
+            for name in file.keys()  # noqa: SIM118, it is no dict
+            if "layers.0.mlp" in name
+        }
+    shared = (
+        {f"shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
+        if variant == "shared"
+        else set()
+    )
     each = {f"experts.{e}.{p}_proj.weight" for e in range(4) for p in ("gate", "up", "down")}
     assert names == {"gate.weight"} | each | shared
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -184,7 +215,11 @@ def test_a_file_holds_one_tensor_per_expert_and_gives_the_same_logits(tmp_path, 
 
 def test_router_loads_are_the_shares_of_the_visits_in_training_since_the_last_log():
     model = build_moe(num_experts_per_tok=1).train()
-    callback, args, state = RouterLoadCallback(model), TrainingArguments(report_to="none"), TrainerState()
+    callback, args, state = (
+        RouterLoadCallback(model),
+        TrainingArguments(report_to="none"),
+        TrainerState(),
+    )
     callback.on_train_begin(args, state, None)
     batches = [random_ids(2, 9, seed=seed) for seed in (1, 2)]
     visits = torch.zeros(2, 4)
@@ -197,12 +232,16 @@ def test_router_loads_are_the_shares_of_the_visits_in_training_since_the_last_lo
     callback.on_log(args, state, None, logs=logs)
     for layer in range(2):
         actual = [logs[f"router_load/layer_{layer}/expert_{e}"] for e in range(4)]
-        torch.testing.assert_close(torch.tensor(actual), visits[layer] / visits[layer].sum(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(actual), visits[layer] / visits[layer].sum(), atol=1e-4, rtol=0
+        )
     assert logs["router_load/max"] == pytest.approx((visits / 18 / 2).max().item(), abs=1e-4)
     model.train()(batches[1])
     again = {"loss": 1.0}
     callback.on_log(args, state, None, logs=again)
-    assert sum(again[f"router_load/layer_0/expert_{e}"] for e in range(4)) == pytest.approx(1, abs=1e-3)
+    assert sum(again[f"router_load/layer_0/expert_{e}"] for e in range(4)) == pytest.approx(
+        1, abs=1e-3
+    )
     callback.on_train_end(args, state, None)
     model(batches[1])
     assert not any(visits.any() for visits in callback.visits)

@@ -1,4 +1,5 @@
-"""Several hosts: two network namespaces with a cable between them stand for two machines. Needs root on Linux."""
+"""Several hosts: two network namespaces with a cable between them stand for two machines. Needs
+root on Linux."""
 
 import json
 import os
@@ -30,15 +31,33 @@ def hosts():
     """Names of two connected network namespaces, each with an interface eth0."""
     names = [f"minimind-{os.getpid()}-{index}" for index in range(2)]
     if not shutil.which("ip") or (tried := ip("netns", "add", names[0])).returncode:
-        pytest.skip(f"no network namespaces here: {tried.stderr.strip() if shutil.which('ip') else 'no ip command'}")
+        pytest.skip(
+            "no network namespaces here:"
+            f" {tried.stderr.strip() if shutil.which('ip') else 'no ip command'}"
+        )
     try:
-        words = ["netns", "add", names[1]], ["link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name"]
+        words = (
+            ["netns", "add", names[1]],
+            [
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+            ],
+        )
         for line in (words[0], [*words[1], "eth0", "netns", names[1]]):
             assert not (done := ip(*line)).returncode, done.stderr
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
-                assert not (done := ip("-n", name, "link", "set", link, "up")).returncode, done.stderr
+                assert not (done := ip("-n", name, "link", "set", link, "up")).returncode, (
+                    done.stderr
+                )
         yield names
     finally:
         for name in names:
@@ -50,9 +69,20 @@ def command(tmp_path, tokenizer_dir):
     """The options of a run, and its environment."""
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, document_rows())))
     model = ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", tokenizer_dir]
-    data = [*model, "--train_files", tmp_path / "docs.jsonl", "--block_size", "32", "--eval_ratio", "0.2"]
+    data = [
+        *model,
+        "--train_files",
+        tmp_path / "docs.jsonl",
+        "--block_size",
+        "32",
+        "--eval_ratio",
+        "0.2",
+    ]
     options = {"max_steps": 400, "logging_steps": 1, "save_strategy": "steps", "save_steps": 20}
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"MINIMIND_CACHE": str(tmp_path / "cache"), "GLOO_SOCKET_IFNAME": "eth0"}
     words = [*short_run(tmp_path / "run", **options), *data, "--deepspeed", "ds_config_zero2.json"]
     return list(map(str, words)), environment
@@ -74,18 +104,36 @@ def test_a_host_is_lost_and_the_run_goes_on_without_it(hosts, command, tmp_path)
 
     def start(index, *launcher):
         with logs[index].open("w") as log:
-            line = ["ip", "netns", "exec", hosts[index], "deepspeed", *map(str, launcher), "pretrain.py", *words]
+            line = [
+                "ip",
+                "netns",
+                "exec",
+                hosts[index],
+                "deepspeed",
+                *map(str, launcher),
+                "pretrain.py",
+                *words,
+            ]
             return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def said(index=0):
         return logs[index].read_text(errors="replace")
 
-    there = ("--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", ADDRESSES[0], "--master_port", 29500)
+    there = (
+        "--hostfile",
+        tmp_path / "hostfile",
+        "--no_ssh",
+        "--master_addr",
+        ADDRESSES[0],
+        "--master_port",
+        29500,
+    )
     processes = [start(index, *there, "--node_rank", index) for index in range(2)]
     try:
         wait_until(lambda: (run / "checkpoint-20" / "manifest.json").exists(), said)
         assert "cpu x 2, DeepSpeed" in said()
-        ip("-n", hosts[1], "link", "set", "eth0", "down")  # no word of farewell reaches the other host
+        # No word of farewell reaches the other host
+        ip("-n", hosts[1], "link", "set", "eth0", "down")
         kill_all_of(processes[1])
         assert processes[0].wait(PATIENCE) != 0  # gloo's own time-out is half an hour
         assert f"error: no sign of life from host 1 for {SILENCE_SECONDS} s" in said()
@@ -108,13 +156,23 @@ def test_a_host_is_lost_and_the_run_goes_on_without_it(hosts, command, tmp_path)
     ("variables", "expected"),
     [
         ({}, (0, 1)),
-        ({"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "3", "SLURM_NODEID": "0", "SLURM_NNODES": "2"}, (1, 3)),
+        (
+            {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "3", "SLURM_NODEID": "0", "SLURM_NNODES": "2"},
+            (1, 3),
+        ),
         ({"CROSS_RANK": "0", "CROSS_SIZE": "2"}, (0, 2)),
         ({"SLURM_NODEID": "4", "SLURM_NNODES": "8"}, (4, 8)),
     ],
 )
 def test_every_launcher_says_which_host_this_is(variables, expected, monkeypatch):
-    for name in ("GROUP_RANK", "GROUP_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "SLURM_NODEID", "SLURM_NNODES"):
+    for name in (
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+        "SLURM_NODEID",
+        "SLURM_NNODES",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -176,7 +234,13 @@ def test_the_slurm_script_saves_on_usr1_and_puts_the_job_back_into_the_queue(com
         file.chmod(file.stat().st_mode | stat.S_IEXEC)
     environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{environment['PATH']}"
     environment["SCONTROL_LOG"] = str(tmp_path / "q")
-    slurm = {"JOB_ID": 4711, "JOB_NODELIST": "x", "NTASKS": 2, "NTASKS_PER_NODE": 2, "SUBMIT_DIR": ROOT}
+    slurm = {
+        "JOB_ID": 4711,
+        "JOB_NODELIST": "x",
+        "NTASKS": 2,
+        "NTASKS_PER_NODE": 2,
+        "SUBMIT_DIR": ROOT,
+    }
     slurm |= {"NODEID": 0, "NNODES": 1}
     environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}

@@ -67,10 +67,14 @@ def test_a_step_is_that_of_torchs_own_muon_and_adamw(model, monkeypatch):
 
 
 def moved(monkeypatch, muon, fast, **options):
-    """Three steps of an optimizer on a device that computes in bf16, or does not: the matrices after them."""
+    """Three steps of an optimizer on a device that computes in bf16, or does not: the matrices
+    after them."""
     monkeypatch.setattr(optimizers, "bf16_is_fast", lambda device: fast)
     draw = torch.Generator().manual_seed(0)
-    matrices = [torch.nn.Parameter(torch.randn(*shape, generator=draw)) for shape in ((64, 96), (96, 64), (64, 64))]
+    matrices = [
+        torch.nn.Parameter(torch.randn(*shape, generator=draw))
+        for shape in ((64, 96), (96, 64), (64, 64))
+    ]
     optimizer = muon(matrices, lr=0.1, weight_decay=0.1, **options)
     for _ in range(3):
         for matrix in matrices:
@@ -102,8 +106,13 @@ def test_without_bf16_hardware_the_iteration_is_that_of_its_paper_in_fp32(monkey
 
 def test_a_cpu_kept_from_its_bf16_instructions_is_one_without_them():
     kept = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    question = "from minimind.training.arguments import PretrainConfig as C; print(C(use_cpu=True, report_to=[]).bf16)"
-    answer = subprocess.run([sys.executable, "-c", question], env=os.environ | kept, capture_output=True, text=True)
+    question = (
+        "from minimind.training.arguments import PretrainConfig as C; print(C(use_cpu=True,"
+        " report_to=[]).bf16)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", question], env=os.environ | kept, capture_output=True, text=True
+    )
     assert answer.stdout.split()[-1:] == ["False"], answer.stderr
 
 

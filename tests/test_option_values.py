@@ -1,4 +1,5 @@
-"""Any value of any option, of the stages and of the commands, is taken or refused by one message that names it."""
+"""Any value of any option, of the stages and of the commands, is taken or refused by one message
+that names it."""
 
 import argparse
 import json
@@ -55,7 +56,8 @@ def stage_options():
 def refusal(tmp_path, monkeypatch):
     """The message by which the options of a stage are refused, or None."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arguments, "StageParser", cache(StageParser))  # milliseconds each, a thousand times
+    # Milliseconds each, a thousand times
+    monkeypatch.setattr(arguments, "StageParser", cache(StageParser))
     before = dict(os.environ)
 
     def check(stage, *argv):
@@ -92,7 +94,11 @@ def test_every_value_of_every_option_of_a_command_is_taken_or_refused_by_name():
                 continue
             for value in VALUES:
                 try:
-                    check_options(command._actions, command.parse_args([*words, f"--{name}={value}"]), command.prog)
+                    check_options(
+                        command._actions,
+                        command.parse_args([*words, f"--{name}={value}"]),
+                        command.prog,
+                    )
                 except UserError as error:
                     if name not in str(error):
                         unnamed[command.prog, name, value] = str(error)
@@ -102,17 +108,29 @@ def test_every_value_of_every_option_of_a_command_is_taken_or_refused_by_name():
 def test_every_number_among_the_options_has_bounds():
     parsers = [*commands(build_parser()), *(StageParser(types) for _, types in STAGES.values())]
     numbers = {
-        name for parser in parsers for name, action in options_of(parser).items() if action.type in (int, float)
+        name
+        for parser in parsers
+        for name, action in options_of(parser).items()
+        if action.type in (int, float)
     }
     assert numbers - set(BOUNDS) == set()
 
 
-# What is seen only when a run is built: (stage, words, what the message names). Each was a traceback.
+# What is seen only when a run is built: (stage, words, what the message names). Each was a
+# traceback.
 LATE = [
     ("pretrain", ["--lr_scheduler_kwargs", '{"banana": 1}'], "banana"),
     ("pretrain", ["--lr_scheduler_kwargs", '{"min_lr": "low"}'], "--lr_scheduler_kwargs"),
-    ("pretrain", ["--lr_scheduler_kwargs", '{"min_lr_rate": -1}'], "min_lr_rate -1: expected at least 0"),
-    ("pretrain", ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"min_lr": 1}'], "it takes none"),
+    (
+        "pretrain",
+        ["--lr_scheduler_kwargs", '{"min_lr_rate": -1}'],
+        "min_lr_rate -1: expected at least 0",
+    ),
+    (
+        "pretrain",
+        ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"min_lr": 1}'],
+        "it takes none",
+    ),
     ("pretrain", ["--lr_scheduler_kwargs", '{"min_lr": NaN}'], "min_lr nan: expected at least 0"),
     ("pretrain", ["--lr_scheduler_kwargs", "[1]"], "expected a JSON object"),
     ("pretrain", ["--optim", "lomo"], "--optim lomo cannot be built"),
@@ -121,17 +139,30 @@ LATE = [
     ("pretrain", ["--logging_steps", "1.5"], "--logging_steps must be an integer"),
     (
         "pretrain",
-        ["--activation_checkpointing", "true", "--activation_checkpointing_kwargs", '{"banana": 1}'],
+        [
+            "--activation_checkpointing",
+            "true",
+            "--activation_checkpointing_kwargs",
+            '{"banana": 1}',
+        ],
         "unexpected keyword argument 'banana'",
     ),
     ("pretrain", ["--dataloader_persistent_workers", "true"], "give --dataloader_num_workers"),
-    ("sft", ["--activation_offloading", "true", "--use_cpu", "true"], "--activation_offloading moves"),
+    (
+        "sft",
+        ["--activation_offloading", "true", "--use_cpu", "true"],
+        "--activation_offloading moves",
+    ),
     ("sft", ["--lora_task_type", "SEQ_CLS"], "--lora_task_type SEQ_CLS has no meaning here"),
     ("sft", ["--load_in_4bit", "true"], "--load_in_4bit True has no meaning here"),
     ("sft", ["--eos_token", "banana"], "--eos_token banana has no meaning here"),
     ("sft", ["--deepspeed", "[]"], "--deepspeed"),
     ("dpo", ["--loss_type", "sigmoid", "banana"], "loss_type"),
-    ("dpo", ["--f_divergence_type", "banana"], "--f_divergence_type banana: expected one of reverse_kl"),
+    (
+        "dpo",
+        ["--f_divergence_type", "banana"],
+        "--f_divergence_type banana: expected one of reverse_kl",
+    ),
     ("dpo", ["--loss_weights", "1", "nan"], "--loss_weights nan"),
     ("dpo", ["--loss_weights", "1", "2"], "loss_weights"),
     ("pretrain", ["--output_dir", os.fsdecode("狐狸".encode("gbk"))], "a name that is not UTF-8"),
@@ -154,7 +185,9 @@ def test_what_only_a_run_would_see_is_refused_before_it(refusal, stage, words, n
     ids=str,
 )
 def test_an_adapter_that_does_not_fit_the_model_is_refused_before_the_data(model, options, named):
-    args = arguments.ModelArguments(use_peft=True, **{name: [value] for name, value in options.items()})
+    args = arguments.ModelArguments(
+        use_peft=True, **{name: [value] for name, value in options.items()}
+    )
     with pytest.raises(UserError, match=named):
         adapter_config(args, model)
 
@@ -162,12 +195,20 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_before_the_data(model
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"packing": "false", "padding_free": "true"}, "the options do not fit together: When `padding_free=True`"),
-        ({"router_aux_loss_coef": 1}, "--router_aux_loss_coef is about experts, and the model has none"),
+        (
+            {"packing": "false", "padding_free": "true"},
+            "the options do not fit together: When `padding_free=True`",
+        ),
+        (
+            {"router_aux_loss_coef": 1},
+            "--router_aux_loss_coef is about experts, and the model has none",
+        ),
     ],
     ids=["library", "experts"],
 )
-def test_what_fits_no_trainer_is_one_message(monkeypatch, tmp_path, capsys, model, tokenizer, options, problem):
+def test_what_fits_no_trainer_is_one_message(
+    monkeypatch, tmp_path, capsys, model, tokenizer, options, problem
+):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"
@@ -190,7 +231,9 @@ RECIPES = {
     "train_files: [[a]]": "train_files: found [['a']], expected a list of names",
     "train_files: [null]": "train_files: found [None]",
     "train_files: [--overwrite_output_dir]": "train_files: found ['--overwrite_output_dir']",
-    "run_name: --overwrite_output_dir=true\noutput_dir: {a: b}": "output_dir: found 'name: value' lines",
+    "run_name: --overwrite_output_dir=true\noutput_dir: {a: b}": (
+        "output_dir: found 'name: value' lines"
+    ),
     'output_dir: ""': "--output_dir: found an empty text",
     'output_dir: "a\\0b"': "--output_dir: found a NUL character",
     "seed: 1\nseed: 2": "the key seed stands twice",
@@ -201,15 +244,21 @@ RECIPES = {
     "- " * 100_000: "more than 50 deep",
     "seed: !!python/object/apply:os.getcwd []": "not YAML",
     "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
-    + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefgh")): "perhaps by aliases",
+    + "".join(
+        f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefgh")
+    ): "perhaps by aliases",
     b"seed: 1 # \xba\xfc\xc0\xea": "not UTF-8",
     b"\0\1\2": "not YAML",
     b"a" * (2**20 + 1): "found more than",
 }
 
 
-@pytest.mark.parametrize(("content", "named"), RECIPES.items(), ids=[str(each)[:30] for each in RECIPES])
-def test_a_recipe_with_a_value_of_another_shape_is_refused_by_file_and_key(refusal, tmp_path, content, named):
+@pytest.mark.parametrize(
+    ("content", "named"), RECIPES.items(), ids=[str(each)[:30] for each in RECIPES]
+)
+def test_a_recipe_with_a_value_of_another_shape_is_refused_by_file_and_key(
+    refusal, tmp_path, content, named
+):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = refusal("pretrain", f"--config={path}")
@@ -223,7 +272,11 @@ def test_a_recipe_means_what_it_says(tmp_path, monkeypatch):
     text += "lr_scheduler_kwargs: {min_lr: 1.e-5}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     *_, args = parse(*STAGES["pretrain"][1], argv=["--config", "recipe.yaml"])
-    assert (args.save_strategy, args.run_name, args.report_to) == ("no", "--overwrite_output_dir", [])
+    assert (args.save_strategy, args.run_name, args.report_to) == (
+        "no",
+        "--overwrite_output_dir",
+        [],
+    )
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
     assert not args.overwrite_output_dir
 
@@ -243,8 +296,14 @@ def test_a_file_of_arguments_beside_the_script_is_not_read(tmp_path, monkeypatch
         ({"hidden_size": 10**30}, "hidden_size 1000000000000000000000000000000"),
         ({"hidden_size": 96, "num_attention_heads": 7}, "num_attention_heads (7)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"chunk_size_feed_forward": 10**400}, "chunk_size_feed_forward 10000000000000000000... (401 characters)"),
-        ({"vocab_size": 16_000_000, "hidden_size": 1_048_576, "num_attention_heads": 8}, "weights take"),
+        (
+            {"chunk_size_feed_forward": 10**400},
+            "chunk_size_feed_forward 10000000000000000000... (401 characters)",
+        ),
+        (
+            {"vocab_size": 16_000_000, "hidden_size": 1_048_576, "num_attention_heads": 8},
+            "weights take",
+        ),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta -1"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta"),
@@ -263,13 +322,23 @@ def test_a_model_that_cannot_be_is_refused_by_file_and_field(tmp_path, fields, n
     assert str(path) in str(error.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_of_before_training(monkeypatch, tmp_path, capsys, model, tokenizer):
+def test_a_hub_that_cannot_be_reached_is_told_of_before_training(
+    monkeypatch, tmp_path, capsys, model, tokenizer
+):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in document_rows()))
     argv = short_run(tmp_path / "out", block_size=32, push_to_hub="true", train_files=rows)
-    message = failure(capsys, run_script, monkeypatch, "pretrain", *argv, "--model_name_or_path", tmp_path / "base")
+    message = failure(
+        capsys,
+        run_script,
+        monkeypatch,
+        "pretrain",
+        *argv,
+        "--model_name_or_path",
+        tmp_path / "base",
+    )
     assert "--push_to_hub: the repository cannot be opened" in message
 
 
@@ -284,4 +353,7 @@ def test_an_upload_that_fails_costs_no_run(monkeypatch, capsys):
         monkeypatch.setattr(Trainer, name, fail)
     trainer._push_from_checkpoint("checkpoint-1")
     trainer._finish_current_push()
-    assert capsys.readouterr().err.count("the upload to the Hub failed (ConnectionError: no network)") == 1
+    assert (
+        capsys.readouterr().err.count("the upload to the Hub failed (ConnectionError: no network)")
+        == 1
+    )

@@ -1,4 +1,5 @@
-"""Whose files lie in an output directory, what another command does there, and that one run at a time is in it."""
+"""Whose files lie in an output directory, what another command does there, and that one run at a
+time is in it."""
 
 import json
 import os
@@ -40,7 +41,9 @@ def complete(tokenizer_dir, tmp_path_factory):
     write_model(root / "model.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIMIND_CACHE", str(root / "cache"))
-        run_script(patch, *command(root, "pretrain", root / "run", tokenizer_dir, max_steps=4, **CONSTANT))
+        run_script(
+            patch, *command(root, "pretrain", root / "run", tokenizer_dir, max_steps=4, **CONSTANT)
+        )
     return root / "run"
 
 
@@ -59,7 +62,8 @@ def unfinished(finished):
 
 
 def start(directory, asked="auto", overwrite=False, allow=False, other=None, **changes):
-    """What a command begins with whose recipe has these `changes`: the checkpoint's name, and run.json."""
+    """What a command begins with whose recipe has these `changes`: the checkpoint's name, and
+    run.json."""
     args = SimpleNamespace(
         output_dir=other or directory,
         resume_from_checkpoint=str(asked),
@@ -85,24 +89,46 @@ def write(directory, files):
 
 
 def content(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 # Whose files
 
 
 STRANGERS = {
-    "run.json of another program": ({"run.json": '{"name": "x"}'}, "run.json is not of a run of ours"),
-    "stage.json of another program": ({"stage.json": '{"stage": "build"}'}, "stage.json is not of a run of ours"),
+    "run.json of another program": (
+        {"run.json": '{"name": "x"}'},
+        "run.json is not of a run of ours",
+    ),
+    "stage.json of another program": (
+        {"stage.json": '{"stage": "build"}'},
+        "stage.json is not of a run of ours",
+    ),
     "one that is cut off": ({"run.json": '{"run": "1", "rec'}, "run.json: not JSON, or cut off"),
     "one that is empty": ({"run.json": ""}, "run.json: found an empty file"),
     "a list": ({"stage.json": "[]"}, "stage.json: found a list"),
-    "another trainer's": ({"checkpoint-5/trainer_state.json": "{}"}, "not a run of ours: found checkpoint-5"),
-    "an imported model": ({"stage.json": '{"stage": "import", "weights": "x"}'}, "that minimind import wrote"),
-    "a model": ({"config.json": "{}", "model.safetensors": ""}, "not a run of ours: found config.json"),
+    "another trainer's": (
+        {"checkpoint-5/trainer_state.json": "{}"},
+        "not a run of ours: found checkpoint-5",
+    ),
+    "an imported model": (
+        {"stage.json": '{"stage": "import", "weights": "x"}'},
+        "that minimind import wrote",
+    ),
+    "a model": (
+        {"config.json": "{}", "model.safetensors": ""},
+        "not a run of ours: found config.json",
+    ),
     "a repository": ({".git/HEAD": "", "README.md": ""}, "not a run of ours: found README.md"),
     "hidden, of our name": ({".partial/mine": ""}, "not a run of ours: found .partial"),
-    "a cook's": ({"checkpoint-5/recipe.json": '{"flour": 1}'}, "not a run of ours: found checkpoint-5"),
+    "a cook's": (
+        {"checkpoint-5/recipe.json": '{"flour": 1}'},
+        "not a run of ours: found checkpoint-5",
+    ),
 }
 
 
@@ -116,13 +142,20 @@ def test_what_others_wrote_is_refused_by_name_and_stays(tmp_path, name):
 
 
 def test_overwriting_a_run_deletes_what_it_wrote_and_nothing_else(tmp_path, finished):
-    mine = ["notes.txt", "data/rows.jsonl", "rows.jsonl", "checkpoint-4/notes.txt", "checkpoint-3/trainer_state.json"]
+    mine = [
+        "notes.txt",
+        "data/rows.jsonl",
+        "rows.jsonl",
+        "checkpoint-4/notes.txt",
+        "checkpoint-3/trainer_state.json",
+    ]
     outside = write(tmp_path / "outside", {"config.json": "mine"})
     write(finished, dict.fromkeys([*mine, "slurm-1.out"], "mine"))
     (finished / "checkpoint-2" / "optimizer").symlink_to(outside)
     (finished / "checkpoint-7").symlink_to(finished / "checkpoint-2")
     clear(finished)
-    assert {*content(finished)} == {*mine, "slurm-1.out", "run.json"}  # by run.json it is ours until the next begins
+    # By run.json it is ours until the next begins
+    assert {*content(finished)} == {*mine, "slurm-1.out", "run.json"}
     assert content(outside) == {"config.json": b"mine"}
 
 
@@ -135,19 +168,25 @@ def test_the_lists_name_all_that_a_run_writes(finished):
 
 
 def test_a_checkpoint_is_known_by_what_it_holds_however_broken(tmp_path, finished):
-    began = write(tmp_path / "checkpoint-9", {"recipe.json": '{"stage": "sft"}', "model.safetensors": "half"})
+    began = write(
+        tmp_path / "checkpoint-9", {"recipe.json": '{"stage": "sft"}', "model.safetensors": "half"}
+    )
     assert checkpoints(tmp_path) == [began]
     delete_checkpoint(began)
     assert checkpoints(tmp_path) == []
     assert not began.exists()
-    escaping = {"files": {"../run.json": {}, "/etc/passwd": {}, "..": {}, "mine/../../run.json": {}}}
+    escaping = {
+        "files": {"../run.json": {}, "/etc/passwd": {}, "..": {}, "mine/../../run.json": {}}
+    }
     write(finished / "checkpoint-4", {"manifest.json": json.dumps(escaping)})
     delete_checkpoint(finished / "checkpoint-4")
     assert (finished / "run.json").exists()
     assert not (finished / "checkpoint-4").exists()
 
 
-def test_a_strangers_checkpoint_where_one_will_be_written_is_refused_before_anything_is_deleted(finished):
+def test_a_strangers_checkpoint_where_one_will_be_written_is_refused_before_anything_is_deleted(
+    finished,
+):
     write(finished, {"checkpoint-5/trainer_state.json": "{}"})
     before = content(finished)
     for flag in ("overwrite", "allow"):
@@ -158,7 +197,10 @@ def test_a_strangers_checkpoint_where_one_will_be_written_is_refused_before_anyt
 
 def test_a_leftover_is_replaced_and_a_strangers_directory_of_that_name_is_not(tmp_path):
     write(tmp_path / ".out.partial", {"mine": "x"})
-    with pytest.raises(UserError, match="is in the way, and not of ours"), new_directory(tmp_path / "out"):
+    with (
+        pytest.raises(UserError, match="is in the way, and not of ours"),
+        new_directory(tmp_path / "out"),
+    ):
         pass
     assert (tmp_path / ".out.partial" / "mine").exists()
     write(tmp_path / ".other.partial", {".minimind": "", "half": "x"})
@@ -169,7 +211,13 @@ def test_a_leftover_is_replaced_and_a_strangers_directory_of_that_name_is_not(tm
 
 
 def test_a_models_tokenizer_is_not_replaced(tmp_path, finished, capsys):
-    words = ("tokenizer", "train", write(tmp_path, {"a.txt": "text " * 99}) / "a.txt", "--vocab_size", 300)
+    words = (
+        "tokenizer",
+        "train",
+        write(tmp_path, {"a.txt": "text " * 99}) / "a.txt",
+        "--vocab_size",
+        300,
+    )
     message = failure(capsys, run_cli, *words, "--output_dir", finished)
     assert f"--output_dir {finished} holds a tokenizer and more" in message
 
@@ -178,13 +226,25 @@ def test_a_models_tokenizer_is_not_replaced(tmp_path, finished, capsys):
 
 
 CHANGES = {
-    "batch": ({"per_device_train_batch_size": 4}, "per_device_train_batch_size  2 -> 4\nGive another"),
+    "batch": (
+        {"per_device_train_batch_size": 4},
+        "per_device_train_batch_size  2 -> 4\nGive another",
+    ),
     "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps  1 -> 2"),
     "longer": ({"max_steps": 6}, "max_steps  4 -> 6\nExtend it with --allow_changed_recipe true"),
     "shorter": ({"max_steps": 2, "allow": True}, "max_steps  4 -> 2\nGive another"),
-    "as long": ({"max_steps": -1, "num_train_epochs": 0.01, "allow": True}, "has 4 steps behind it"),
-    "only a rate": ({"learning_rate": 1e-3, "allow": True}, "learning_rate  0.0005 -> 0.001\nGive another"),
-    "another's checkpoint": ({"asked": "/", "max_steps": 6, "allow": True}, "and the two would mix"),
+    "as long": (
+        {"max_steps": -1, "num_train_epochs": 0.01, "allow": True},
+        "has 4 steps behind it",
+    ),
+    "only a rate": (
+        {"learning_rate": 1e-3, "allow": True},
+        "learning_rate  0.0005 -> 0.001\nGive another",
+    ),
+    "another's checkpoint": (
+        {"asked": "/", "max_steps": 6, "allow": True},
+        "and the two would mix",
+    ),
 }
 
 
@@ -212,10 +272,20 @@ def test_another_number_of_processes_alone_is_the_same_run():
     assert len(changed(one, one | {"per_device_train_batch_size": 2})) == 1
 
 
-def test_a_complete_run_is_extended_through_kills_to_the_bits_of_a_long_one(tokenizer_dir, complete, finished, capsys):
-    words = (*command(complete.parent, "pretrain", finished, tokenizer_dir, max_steps=8, **CONSTANT),)
-    words += ("--allow_changed_recipe", "true", "--resume_from_checkpoint", finished / "checkpoint-4")
-    write(finished, {"rows.jsonl": "mine"})  # a user's data is neither copied into checkpoints nor cut back
+def test_a_complete_run_is_extended_through_kills_to_the_bits_of_a_long_one(
+    tokenizer_dir, complete, finished, capsys
+):
+    words = (
+        *command(complete.parent, "pretrain", finished, tokenizer_dir, max_steps=8, **CONSTANT),
+    )
+    words += (
+        "--allow_changed_recipe",
+        "true",
+        "--resume_from_checkpoint",
+        finished / "checkpoint-4",
+    )
+    # A user's data is neither copied into checkpoints nor cut back
+    write(finished, {"rows.jsonl": "mine"})
     short = weights_hash(finished)
     for step in (5, 8):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
@@ -228,7 +298,9 @@ def test_a_complete_run_is_extended_through_kills_to_the_bits_of_a_long_one(toke
     long = finished.parent / "long"
     run(command(complete.parent, "pretrain", long, tokenizer_dir, max_steps=8, **CONSTANT))
     assert weights_hash(finished) == weights_hash(long)
-    losses = [[line["loss"] for line in log_of(path) if "loss" in line] for path in (finished, long)]
+    losses = [
+        [line["loss"] for line in log_of(path) if "loss" in line] for path in (finished, long)
+    ]
     assert losses[0][-1] == losses[1][-1]
     assert (read_stage(finished)["steps"], read_stage(finished)["extended"]) == (8, [4])
     assert (finished / "rows.jsonl").read_text() == "mine"
@@ -248,7 +320,9 @@ def test_a_run_without_checkpoints_says_how_its_weights_are_trained_on(finished)
 
 def test_overwriting_deletes_an_unfinished_run_but_the_very_same(unfinished):
     assert start(unfinished, overwrite=True)[0] == "checkpoint-4"
-    assert "accept the change with --allow_changed_recipe" in refused(unfinished, gradient_accumulation_steps=2)
+    assert "accept the change with --allow_changed_recipe" in refused(
+        unfinished, gradient_accumulation_steps=2
+    )
     name, record = start(unfinished, overwrite=True, gradient_accumulation_steps=2)
     assert (name, record["from"], checkpoints(unfinished)) == (None, None, [])
 
@@ -262,7 +336,8 @@ def test_going_back_deletes_newer_checkpoints_when_that_is_asked_for_alone(unfin
     assert "would give up the newer checkpoint-4" in refused(unfinished, older)
     assert start(unfinished, older, overwrite=True)[0] == "checkpoint-2"
     assert checkpoints(unfinished) == [older]
-    older.rename(unfinished / "checkpoint-3")  # what it writes then is newer, and what it began from rotated away
+    # What it writes then is newer, and what it began from rotated away
+    older.rename(unfinished / "checkpoint-3")
     assert start(unfinished, older, overwrite=True)[0] == "checkpoint-3"
 
 
@@ -320,4 +395,8 @@ def test_without_locks_a_notice_says_so_and_the_run_goes_on(tmp_path, monkeypatc
     assert lock(tmp_path / LOCK, "x") is None
     unlock(None)
     said = capsys.readouterr().err
-    assert said == f"notice: {tmp_path / LOCK} cannot be locked (No locks available): do not start another run there\n"
+    assert (
+        said
+        == f"notice: {tmp_path / LOCK} cannot be locked (No locks available): do not start another"
+        " run there\n"
+    )

@@ -13,7 +13,11 @@ EOS = 2
 
 def split(rows):
     """Rows -> lists of ids."""
-    return [part.tolist() for part in np.split(rows.ids, np.cumsum(rows.lengths)[:-1])] if len(rows.lengths) else []
+    return (
+        [part.tolist() for part in np.split(rows.ids, np.cumsum(rows.lengths)[:-1])]
+        if len(rows.lengths)
+        else []
+    )
 
 
 def packed(packer, documents, at_a_time=2):
@@ -38,19 +42,27 @@ def packed(packer, documents, at_a_time=2):
     ],
 )
 @pytest.mark.parametrize("at_a_time", [1, 2, 1000])
-def test_wrapped_documents_are_joined_in_order_with_eos_and_only_the_tail_is_lost(documents, rows, at_a_time):
+def test_wrapped_documents_are_joined_in_order_with_eos_and_only_the_tail_is_lost(
+    documents, rows, at_a_time
+):
     assert packed(Wrapped(4), documents, at_a_time) == rows
 
 
 @pytest.fixture
 def documents():
     generator = np.random.default_rng(0)
-    # Each token stands for one document, so that it is seen where the document went; some are longer than two rows.
-    return [[10 + number] * int(length) for number, length in enumerate(generator.integers(0, 40, size=300))]
+    # Each token stands for one document, so that it is seen where the document went; some are
+    # longer than two rows.
+    return [
+        [10 + number] * int(length)
+        for number, length in enumerate(generator.integers(0, 40, size=300))
+    ]
 
 
 @pytest.mark.parametrize("window", [64, 2**22])
-def test_best_fit_loses_no_token_and_cuts_only_documents_longer_than_a_row(documents, window, monkeypatch):
+def test_best_fit_loses_no_token_and_cuts_only_documents_longer_than_a_row(
+    documents, window, monkeypatch
+):
     monkeypatch.setattr(packing, "WINDOW", window)
     rows = packed(BestFit(16, EOS), documents, at_a_time=5)
     assert max(map(len, rows)) <= 16
@@ -75,7 +87,8 @@ def test_best_fit_uses_the_fewest_bins_where_that_can_be_counted():
         bins = best_fit(lengths, 10)
         assert sorted(item for items in bins for item in items) == list(range(6))
         assert all(lengths[items].sum() <= 10 for items in bins)
-        # By trying all orders with next-fit, the fewest bins possible; best-fit decreasing needs at most 11/9 of them.
+        # By trying all orders with next-fit, the fewest bins possible; best-fit decreasing needs at
+        # most 11/9 of them.
         fewest = min(_next_fit(order) for order in itertools.permutations(lengths.tolist()))
         assert len(bins) <= 11 / 9 * fewest + 6 / 9
 
@@ -93,12 +106,16 @@ def test_best_fit_packs_as_tightly_as_trls(documents):
     import pyarrow as pa
     from trl.data_utils import _pack_bfd
 
-    theirs = _pack_bfd(pa.table({"input_ids": [[*document, EOS] for document in documents]}), 16, "split")
+    theirs = _pack_bfd(
+        pa.table({"input_ids": [[*document, EOS] for document in documents]}), 16, "split"
+    )
     assert len(packed(BestFit(16, EOS), documents, at_a_time=1000)) == len(theirs)
 
 
 def test_an_unknown_strategy_is_refused_with_those_there_are():
-    with pytest.raises(UserError, match=r"--packing_strategy ffd: expected one of wrapped, bfd_split"):
+    with pytest.raises(
+        UserError, match=r"--packing_strategy ffd: expected one of wrapped, bfd_split"
+    ):
         packer("ffd", 16, EOS)
 
 
@@ -121,12 +138,18 @@ def test_collated_rows_are_padded_and_only_what_is_used_has_labels():
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
-def test_with_a_document_mask_loss_and_gradients_are_those_of_separate_rows(model, strategy, attn_implementation):
+def test_with_a_document_mask_loss_and_gradients_are_those_of_separate_rows(
+    model, strategy, attn_implementation
+):
     model.set_attn_implementation(attn_implementation)
     generator = np.random.default_rng(2)
-    documents = [generator.integers(3, 100, size=size).tolist() for size in (5, 9, 3, 14, 2, 7, 11, 4)]
+    documents = [
+        generator.integers(3, 100, size=size).tolist() for size in (5, 9, 3, 14, 2, 7, 11, 4)
+    ]
     rows = packed(packer(strategy, 16, EOS), documents)
-    batch = BlockCollator(0, EOS, document_mask=True)([{"input_ids": np.array(row)} for row in rows])
+    batch = BlockCollator(0, EOS, document_mask=True)(
+        [{"input_ids": np.array(row)} for row in rows]
+    )
     model.train()
     model(**batch, use_cache=False).loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

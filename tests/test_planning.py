@@ -105,14 +105,24 @@ def test_parameters_are_those_of_the_real_model(variant):
 
 def test_active_parameters_are_those_of_a_model_with_the_visited_experts_alone():
     config = configuration("shared experts")
-    visited = MiniMindForCausalLM(configuration("shared experts", num_experts=config.num_experts_per_tok))
-    routers = (config.num_experts - config.num_experts_per_tok) * config.hidden_size * config.num_hidden_layers
+    visited = MiniMindForCausalLM(
+        configuration("shared experts", num_experts=config.num_experts_per_tok)
+    )
+    routers = (
+        (config.num_experts - config.num_experts_per_tok)
+        * config.hidden_size
+        * config.num_hidden_layers
+    )
     assert parameter_counts(empty_model(config))["active"] == visited.num_parameters() + routers
 
 
 def test_an_adapter_trains_rank_times_both_widths_of_each_linear_layer():
     config = configuration()
-    linear = [m for name, m in real_model(config).named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    linear = [
+        m
+        for name, m in real_model(config).named_modules()
+        if isinstance(m, nn.Linear) and name != "lm_head"
+    ]
     expected = sum(4 * (m.in_features + m.out_features) for m in linear)
     assert parameter_counts(empty_model(config, LORA))["trained"] == expected
 
@@ -145,13 +155,15 @@ def test_flops_of_a_preference_step_are_those_that_torch_counts():
         model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum().backward()
         with torch.no_grad():
             reference(input_ids=ids, labels=ids, fused_lm_head=True)
-    uncounted = 2 * (2 * 64 * 410 * 6 * 99)  # the head's two gradients are addmm_, which torch does not count
+    # The head's two gradients are addmm_, which torch does not count
+    uncounted = 2 * (2 * 64 * 410 * 6 * 99)
     step = Step(3, 100, pairs=True, reference="copy")
     assert flops(empty_model(config), step)["hardware"] == counter.get_total_flops() + uncounted
 
 
 def test_flops_a_token_are_six_a_weight_and_twelve_a_width_length_and_layer():
-    """The usual estimate (Kaplan et al., 2020; Chowdhery et al., 2022), with the head's matrix among the weights."""
+    """The usual estimate (Kaplan et al., 2020; Chowdhery et al., 2022), with the head's matrix
+    among the weights."""
     config = configuration(attn_implementation="eager")
     model = empty_model(config)
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
@@ -167,7 +179,11 @@ def test_flops_a_token_are_six_a_weight_and_twelve_a_width_length_and_layer():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "DeepSpeed's bf16"])
 @pytest.mark.parametrize(
     ("variant", "attention", "length"),
-    [*((variant, "sdpa", 200) for variant in VARIANTS), ("dense", "sdpa", 1100), ("dense", "eager", 200)],
+    [
+        *((variant, "sdpa", 200) for variant in VARIANTS),
+        ("dense", "sdpa", 1100),
+        ("dense", "eager", 200),
+    ],
 )
 def test_activations_are_what_autograd_keeps(variant, adapter, precision, attention, length):
     config = configuration(variant)
@@ -180,13 +196,16 @@ def test_activations_are_what_autograd_keeps(variant, adapter, precision, attent
     kept = {}
 
     def pack(tensor):
-        cast = tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in weights  # reckoned apart
+        # Reckoned apart
+        cast = tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in weights
         storage = tensor.untyped_storage()
         if not cast and storage.data_ptr() not in addresses:
             kept[storage.data_ptr()] = (tensor, storage.nbytes())
         return tensor
 
-    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         output = model(input_ids=ids, labels=ids, use_cache=False)
     assert output.loss > 0
@@ -198,7 +217,8 @@ def test_activations_are_what_autograd_keeps(variant, adapter, precision, attent
 
 
 def allocated_peak(model, optimizer, forward, micro_batches, ids):
-    """Bytes of torch's own account at the peak of the second step: what stands between steps, and what comes."""
+    """Bytes of torch's own account at the peak of the second step: what stands between steps, and
+    what comes."""
 
     def step():
         for _ in range(micro_batches):
@@ -208,7 +228,13 @@ def allocated_peak(model, optimizer, forward, micro_batches, ids):
 
     step()
     parts = getattr(optimizer, "parts", [optimizer])
-    states = [t for part in parts for state in part.state.values() for t in state.values() if torch.is_tensor(t)]
+    states = [
+        t
+        for part in parts
+        for state in part.state.values()
+        for t in state.values()
+        if torch.is_tensor(t)
+    ]
     now = sum(t.numel() * t.element_size() for t in [*model.parameters(), *states])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -243,7 +269,9 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(variant, step):
         use_muon=step.optimizer == "muon", deepspeed=None, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
         learning_rate=1e-3, weight_decay=0.0,
     )  # fmt: skip
-    optimizer = build_optimizer(model, settings) or torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = build_optimizer(model, settings) or torch.optim.AdamW(
+        model.parameters(), fused=True
+    )
     forward = model.forward
     if step.precision == "bf16":
         forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(forward))
@@ -254,12 +282,17 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(variant, step):
 
 @pytest.mark.slow
 def test_the_peak_of_a_real_run_is_within_15_percent_of_the_planned_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # each tensor a mapping: resident memory is that of tensors
+    # Each tensor a mapping: resident memory is that of tensors
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.chdir(Path(__file__).parent.parent)
     words = "--per_device_train_batch_size 8 --bf16 false --optim muon"
-    (recipe,) = read(tmp_path, "pretrain", words.split(), model_config="configs/model/tiny.json", block_size=256)
+    (recipe,) = read(
+        tmp_path, "pretrain", words.split(), model_config="configs/model/tiny.json", block_size=256
+    )
     found = measuring.measure(recipe, steps=2)
-    assert make_plan(recipe, this_cpu()).memory["peak"] == pytest.approx(found["peak_memory"], rel=0.15)
+    assert make_plan(recipe, this_cpu()).memory["peak"] == pytest.approx(
+        found["peak_memory"], rel=0.15
+    )
     assert found["seconds_per_step"] > 0
 
 
@@ -268,16 +301,23 @@ def test_the_planned_peak_of_an_evaluation_is_within_15_percent_of_the_allocator
     config = configuration(hidden_size=128, intermediate_size=352, vocab_size=2000)
     model, ids = real_model(config).eval(), torch.randint(3, 2000, (8, 128))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        output = convert_outputs_to_fp32(autocast(model.forward))(input_ids=ids, labels=ids, use_cache=False)
+    with (
+        torch.no_grad(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        output = convert_outputs_to_fp32(autocast(model.forward))(
+            input_ids=ids, labels=ids, use_cache=False
+        )
     assert output["logits"].dtype == torch.float
     step = Step(1, 128, precision=precision)
-    planned = evaluation_memory(empty_model(config), step, 8) - 8 * model.num_parameters()  # no optimizer here
+    # No optimizer here
+    planned = evaluation_memory(empty_model(config), step, 8) - 8 * model.num_parameters()
     assert planned == pytest.approx(peak_of(profiler, 4 * model.num_parameters()), rel=0.15)
 
 
 def test_zero_divides_the_states_as_in_its_paper():
-    """Figure 1 of Rajbhandari et al., 2020: 7.5 B parameters on 64 devices, in units of 10^9 bytes."""
+    """Figure 1 of Rajbhandari et al., 2020: 7.5 B parameters on 64 devices, in units of 10^9
+    bytes."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.empty(7_500_000_000, device="meta"))
     for stage, expected in {0: 120, 1: 31.4, 2: 16.6, 3: 1.9}.items():
@@ -288,7 +328,15 @@ def test_zero_divides_the_states_as_in_its_paper():
 def test_offloading_moves_states_to_the_host_and_loses_none():
     model = empty_model(configuration())
     here = model_states(model, Step(1, 8, precision="bf16", processes=2, zero_stage=3))
-    step = Step(1, 8, precision="bf16", processes=2, zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    step = Step(
+        1,
+        8,
+        precision="bf16",
+        processes=2,
+        zero_stage=3,
+        offload_optimizer=True,
+        offload_parameters=True,
+    )
     there = model_states(model, step)
     assert there["optimizer"] == there["weights"] == 0
     assert there["host"] == here["weights"] + here["gradients"] + here["optimizer"]
@@ -304,7 +352,9 @@ def test_muon_keeps_one_moment_for_the_matrices_inside_and_two_for_the_rest():
     optimizer = build_optimizer(model, settings)
     model(input_ids=torch.ones(1, 8).long(), labels=torch.ones(1, 8).long()).loss.backward()
     optimizer.step()
-    moments = [t for part in optimizer.parts for s in part.state.values() for t in s.values() if t.ndim]
+    moments = [
+        t for part in optimizer.parts for s in part.state.values() for t in s.values() if t.ndim
+    ]
     expected = sum(t.numel() * 4 for t in moments)
     assert model_states(empty_model(config), Step(1, 8, optimizer="muon"))["optimizer"] == expected
 
@@ -361,7 +411,12 @@ def pipeline(tmp_path, files, tokenizer_dir):
     return made
 
 
-SCRIPTS = {"pretrain": "pretrain", "sft": "finetune_sft", "lora": "finetune_sft", "dpo": "train_dpo"}
+SCRIPTS = {
+    "pretrain": "pretrain",
+    "sft": "finetune_sft",
+    "lora": "finetune_sft",
+    "dpo": "train_dpo",
+}
 
 
 def test_steps_and_tokens_are_those_of_the_real_runs(tmp_path, pipeline, monkeypatch):
@@ -378,10 +433,15 @@ def test_steps_and_tokens_are_those_of_the_real_runs(tmp_path, pipeline, monkeyp
         assert plan.rows.exact
 
 
-def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writes_it(tmp_path, pipeline):
+def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writes_it(
+    tmp_path, pipeline
+):
     (recipe,) = recipes.read_recipes([str(pipeline["dpo"])], [])
     plan = make_plan(recipe, DEVICES["a100"])
-    assert plan.parameters["total"] == MiniMindForCausalLM(MiniMindConfig(**MODEL, vocab_size=300)).num_parameters()
+    assert (
+        plan.parameters["total"]
+        == MiniMindForCausalLM(MiniMindConfig(**MODEL, vocab_size=300)).num_parameters()
+    )
     assert any("still to be written" in note and "pretrain.yaml" in note for note in plan.notes)
     pipeline["sft"].unlink()
     with pytest.raises(UserError, match="no such directory"):
@@ -391,10 +451,16 @@ def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writ
 @pytest.mark.parametrize("stage", DATA)
 def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
     assert recipes.stage_of(write_recipe(tmp_path, stage), []) == stage
-    keys = {"pretrain": {"block_size": 8}, "sft": {"packing": False}, "lora": {"use_peft": True, "packing": True}}
+    keys = {
+        "pretrain": {"block_size": 8},
+        "sft": {"packing": False},
+        "lora": {"use_peft": True, "packing": True},
+    }
     given = write_recipe(tmp_path, stage, folder="elsewhere", **keys.get(stage, {"beta": 0.1}))
     assert recipes.stage_of(given, []) == stage
-    told = {"train_files": [getattr(files, stage)]} | ({"use_peft": True} if stage == "lora" else {})
+    told = {"train_files": [getattr(files, stage)]} | (
+        {"use_peft": True} if stage == "lora" else {}
+    )
     assert recipes.stage_of(write_recipe(tmp_path, stage, folder="elsewhere", **told), []) == stage
 
 
@@ -405,7 +471,11 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
 ):
     rows = [row for _ in range(40) for row in DATA[stage]()]
     files = [write_jsonl(f"{stage}{i}.jsonl", rows) for i in range(2)]
-    keys = {"block_size": 32, "tokenizer": str(tokenizer_dir)} if stage == "pretrain" else {"max_length": 64}
+    keys = (
+        {"block_size": 32, "tokenizer": str(tokenizer_dir)}
+        if stage == "pretrain"
+        else {"max_length": 64}
+    )
     if stage == "pretrain":
         keys["packing_strategy"] = "wrapped" if packing else "bfd_split"
     elif stage != "dpo":
@@ -415,7 +485,8 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     counted = recipe.rows(tokenizer)
     monkeypatch.setattr(recipes, "COUNTED", 0)
     monkeypatch.setattr(recipes, "SAMPLE", 2**12)
-    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "other"))  # else the prepared rows are found
+    # Else the prepared rows are found
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "other"))
     sampled = recipe.rows(tokenizer)
     assert counted.exact
     assert not sampled.exact
@@ -430,8 +501,16 @@ def test_a_deepspeed_json_says_stage_and_offloading():
 
     assert recipes.deepspeed_of(options(None)) == (None, False, False)
     assert recipes.deepspeed_of(options("ds_config_zero2.json")) == (2, False, False)
-    offloaded = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "nvme"}}
-    assert recipes.deepspeed_of(options(json.dumps({"zero_optimization": offloaded}))) == (3, True, True)
+    offloaded = {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "nvme"},
+    }
+    assert recipes.deepspeed_of(options(json.dumps({"zero_optimization": offloaded}))) == (
+        3,
+        True,
+        True,
+    )
     with pytest.raises(UserError, match="no such file"):
         recipes.deepspeed_of(options("nowhere.json"))
 
@@ -454,7 +533,9 @@ def test_json_has_hours_and_cost_of_each_stage_and_in_all(pipeline, capsys):
         seconds = stage["hardware_flops"] / (71e12 * 0.40 * 2)
         assert math.isclose(stage["hours"], seconds / 3600)
         assert math.isclose(stage["cost"], stage["hours"] * 2 * 8)
-        assert math.isclose(stage["tokens_per_parameter"], stage["tokens"] / stage["parameters"]["total"])
+        assert math.isclose(
+            stage["tokens_per_parameter"], stage["tokens"] / stage["parameters"]["total"]
+        )
         parts = [value for name, value in stage["memory"].items() if name not in ("peak", "host")]
         assert math.isclose(sum(parts), stage["memory"]["peak"], abs_tol=len(parts))
     assert math.isclose(found["total"]["hours"], sum(stage["hours"] for stage in found["stages"]))
@@ -466,7 +547,11 @@ def test_each_zero_stage_takes_less_and_the_chosen_one_is_the_plans(pipeline, ca
     (stage,) = plan_json(capsys, pipeline["pretrain"], *words)["stages"]
     peaks = list(stage["peak_under"].values())
     assert peaks[:4] == sorted(peaks[:4], reverse=True)
-    assert stage["peak_under"]["ZeRO-2, offloading"] < stage["peak_under"]["ZeRO-2"] == stage["memory"]["peak"]
+    assert (
+        stage["peak_under"]["ZeRO-2, offloading"]
+        < stage["peak_under"]["ZeRO-2"]
+        == stage["memory"]["peak"]
+    )
 
 
 def test_the_table_says_what_is_assumed_and_what_does_not_fit(pipeline, capsys):
@@ -479,10 +564,14 @@ def test_the_table_says_what_is_assumed_and_what_does_not_fit(pipeline, capsys):
 
 
 def test_tokens_can_be_given_where_there_is_no_data_yet(pipeline, capsys):
-    found = plan_json(capsys, pipeline["pretrain"], "--device", "a100", "--tokens", "1e9")["stages"][0]
+    found = plan_json(capsys, pipeline["pretrain"], "--device", "a100", "--tokens", "1e9")[
+        "stages"
+    ][0]
     assert found["tokens"] == 10**9
     assert found["steps"] == math.ceil(math.ceil(1e9 / 32) / 2)
-    refused = failure(capsys, run_cli, "plan", pipeline["sft"], "--device", "a100", "--tokens", "1e9")
+    refused = failure(
+        capsys, run_cli, "plan", pipeline["sft"], "--device", "a100", "--tokens", "1e9"
+    )
     assert "a recipe of pretraining" in refused
 
 
@@ -502,7 +591,10 @@ def test_measured_takes_the_time_of_real_steps(pipeline, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device", "gtx1080"], "expected one of rtx3060, rtx3080, rtx3090, rtx4090, rtx4090d, t4,"),
+        (
+            ["--device", "gtx1080"],
+            "expected one of rtx3060, rtx3080, rtx3090, rtx4090, rtx4090d, t4,",
+        ),
         (["--price", "cheap"], "8/h, $1.50/h, 8 CNY/h or 8元/h"),
         (["--price", "-1"], "expected"),
         (["--processes", "0"], "expected at least 1"),
@@ -517,7 +609,9 @@ def test_a_mistake_is_one_message(pipeline, capsys, words, said):
 
 
 def test_a_recipe_that_is_none_is_one_message(tmp_path, capsys):
-    assert "no such file" in failure(capsys, run_cli, "plan", tmp_path / "nowhere.yaml", "--device", "h100")
+    assert "no such file" in failure(
+        capsys, run_cli, "plan", tmp_path / "nowhere.yaml", "--device", "h100"
+    )
     unclear = write_recipe(tmp_path, "sft", folder="elsewhere", num_train_epochs=1)
     assert "--stage" in failure(capsys, run_cli, "plan", unclear, "--device", "h100")
 
@@ -542,7 +636,8 @@ def test_a_price_is_an_amount_an_hour(text, amount, shown):
     assert price.shown(2) == shown
 
 
-# SMs, boost clock in GHz, and FLOPs that an SM makes a clock: half precision with fp32 accumulation, fp32.
+# SMs, boost clock in GHz, and FLOPs that an SM makes a clock: half precision with fp32
+# accumulation, fp32.
 SILICON = {
     "rtx3060": (28, 1.777, 512, 256),
     "rtx3080": (68, 1.71, 512, 256),
@@ -569,7 +664,9 @@ def test_the_peak_of_a_card_is_what_its_silicon_makes(name):
     processors, clock, half, single = SILICON[name]
     assert DEVICES[name].peak("bf16") == pytest.approx(processors * clock * half * 1e9, rel=0.01)
     if single:
-        assert DEVICES[name].peak("fp32") == pytest.approx(processors * clock * single * 1e9, rel=0.01)
+        assert DEVICES[name].peak("fp32") == pytest.approx(
+            processors * clock * single * 1e9, rel=0.01
+        )
 
 
 @pytest.mark.parametrize(
@@ -604,8 +701,13 @@ def test_a_card_without_bf16_is_planned_in_what_it_has(pipeline, capsys):
     assert precision()["precision"] == "fp32"  # as a run there chooses
     assert any("--fp16 true is faster" in note for note in precision()["notes"])
     assert precision("--fp16", "true")["precision"] == "fp16"
-    assert plan_json(capsys, pipeline["pretrain"], "--device", "a10")["stages"][0]["precision"] == "bf16"
-    refused = failure(capsys, run_cli, "plan", pipeline["pretrain"], "--device", "t4", "--bf16", "true")
+    assert (
+        plan_json(capsys, pipeline["pretrain"], "--device", "a10")["stages"][0]["precision"]
+        == "bf16"
+    )
+    refused = failure(
+        capsys, run_cli, "plan", pipeline["pretrain"], "--device", "t4", "--bf16", "true"
+    )
     assert "T4 cannot compute in it. Give --bf16 false --fp16 true" in refused
 
 
@@ -624,8 +726,13 @@ def test_a_cpu_is_measured():
     assert device.usable < device.memory
 
 
-# The laptop's recipes, on two cores as `matmul_peak` finds them idle: one kind without bf16, one with.
-CORES = {"without": replace(find_device("h100"), kind="cpu", peak_half=78e9, peak_fp32=78e9, utilisation=0.5)}
+# The laptop's recipes, on two cores as `matmul_peak` finds them idle: one kind without bf16, one
+# with.
+CORES = {
+    "without": replace(
+        find_device("h100"), kind="cpu", peak_half=78e9, peak_fp32=78e9, utilisation=0.5
+    )
+}
 CORES["with"] = replace(CORES["without"], peak_half=420e9)
 
 
@@ -637,7 +744,9 @@ def test_the_recipes_for_a_laptop_take_the_time_that_they_say_an_evening_in_all(
     for stage in DATA:
         path = f"configs/{stage}/laptop.yaml"
         data = ["--train_files", write_jsonl(f"{stage}.jsonl", rows.get(stage) or pair_rows())]
-        said = re.search(r"about (\d+ \w+).*, or (\d+ \w+) where they have bf16", Path(path).read_text()).groups()
+        said = re.search(
+            r"about (\d+ \w+).*, or (\d+ \w+) where they have bf16", Path(path).read_text()
+        ).groups()
         for (kind, device), time in zip(CORES.items(), said, strict=True):
             plan = make_plan(*recipes.read_recipes([path], data), device)
             hours[kind] += plan.hours
@@ -657,11 +766,15 @@ def run_with_plan(monkeypatch, tmp_path, files, tokenizer_dir):
         monkeypatch, "pretrain", *short_run(tmp_path / "out", **options), "--train_files", files.pretrain,
         "--model_config", files.model, "--tokenizer", tokenizer_dir,
     )  # fmt: skip
-    entries = [json.loads(line) for line in (tmp_path / "out/train_log.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (tmp_path / "out/train_log.jsonl").read_text().splitlines()
+    ]
     return [entry for entry in entries if "plan/mfu" in entry]
 
 
-def test_the_first_steps_of_a_run_are_compared_with_the_plan_once(monkeypatch, tmp_path, files, tokenizer_dir, capsys):
+def test_the_first_steps_of_a_run_are_compared_with_the_plan_once(
+    monkeypatch, tmp_path, files, tokenizer_dir, capsys
+):
     (entry,) = run_with_plan(monkeypatch, tmp_path, files, tokenizer_dir)
     assert entry["step"] == 6
     assert entry["plan/seconds_per_step"] > 0
@@ -671,7 +784,9 @@ def test_the_first_steps_of_a_run_are_compared_with_the_plan_once(monkeypatch, t
     assert "over the first 6 steps" in said[0]
 
 
-def test_a_comparison_that_fails_does_not_end_the_run(monkeypatch, tmp_path, files, tokenizer_dir, capsys):
+def test_a_comparison_that_fails_does_not_end_the_run(
+    monkeypatch, tmp_path, files, tokenizer_dir, capsys
+):
     def broken():
         raise RuntimeError("no such card")
 
@@ -683,9 +798,19 @@ def test_a_comparison_that_fails_does_not_end_the_run(monkeypatch, tmp_path, fil
 
 def test_a_report_in_json_has_stdout_for_itself_whatever_the_libraries_say():
     """In a process of its own: what is said is said on import."""
-    words = [sys.executable, "-m", "minimind.cli", "plan", "configs/pretrain/quickstart.yaml", "--tokens", "1e6"]
+    words = [
+        sys.executable,
+        "-m",
+        "minimind.cli",
+        "plan",
+        "configs/pretrain/quickstart.yaml",
+        "--tokens",
+        "1e6",
+    ]
     environment = os.environ | {"WANDB_MODE": "offline"}
     root = Path(__file__).parent.parent
-    done = subprocess.run([*words, "--json"], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, "--json"], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stages"]

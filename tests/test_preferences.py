@@ -17,7 +17,11 @@ def turn(who, value):
 
 
 def pair(prompt, chosen=None):
-    return {"prompt": prompt, "chosen": chosen or [assistant("good")], "rejected": [assistant("bad")]}
+    return {
+        "prompt": prompt,
+        "chosen": chosen or [assistant("good")],
+        "rejected": [assistant("bad")],
+    }
 
 
 HI = [user("hi")]
@@ -41,7 +45,10 @@ def whole(prompt):
     ("row", "expected"),
     [
         ({"prompt": "hi", **STRINGS}, pair(HI)),
-        ({"prompt": "hi", "system": "be brief", "history": [], **STRINGS}, pair([system("be brief"), *HI])),
+        (
+            {"prompt": "hi", "system": "be brief", "history": [], **STRINGS},
+            pair([system("be brief"), *HI]),
+        ),
         ({"prompt": "more?", "history": EARLIER[:2], **STRINGS}, pair(EARLIER)),
         ({"prompt": "more?", "history": [["hi", "hello"]], **STRINGS}, pair(EARLIER)),
         ({"question": "hi", "system": None, **STRINGS}, pair(HI)),
@@ -54,7 +61,10 @@ def whole(prompt):
         (whole(HI), pair(HI)),
         (whole([system("be brief"), *EARLIER]), pair([system("be brief"), *EARLIER])),
         (
-            {"chosen": [*HI, assistant("good"), user("and?"), assistant("so")], "rejected": [*HI, assistant("bad")]},
+            {
+                "chosen": [*HI, assistant("good"), user("and?"), assistant("so")],
+                "rejected": [*HI, assistant("bad")],
+            },
             pair(HI, [assistant("good"), user("and?"), assistant("so")]),
         ),
         (
@@ -71,7 +81,10 @@ def whole(prompt):
             whole([{**system(""), "tools": json.dumps([ADD])}, *CALLED]),
             {**pair(CALLED), "tools": TOOLS},
         ),
-        ({"prompt": "hi", "chosen": "<think>\nwhy\n</think>\n\ngood", "rejected": "bad"}, pair(HI, [THOUGHT])),
+        (
+            {"prompt": "hi", "chosen": "<think>\nwhy\n</think>\n\ngood", "rejected": "bad"},
+            pair(HI, [THOUGHT]),
+        ),
     ],
 )
 def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
@@ -81,7 +94,10 @@ def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "hi", "chosen": "x"}, ['found keys ["prompt", "chosen"]', "expected 'chosen' and 'rejected'"]),
+        (
+            {"prompt": "hi", "chosen": "x"},
+            ['found keys ["prompt", "chosen"]', "expected 'chosen' and 'rejected'"],
+        ),
         ({"prompt": "hi", "chosen": "x", "rejected": None}, ["found keys", "'rejected'"]),
         (STRINGS, ['found keys ["chosen", "rejected"]', "expected one of prompt, question"]),
         (
@@ -89,24 +105,45 @@ def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
             ["chosen: found 1", "expected a string or a list of messages"],
         ),
         ({"prompt": 1, **STRINGS}, ["prompt: found 1", "expected a string or a list of messages"]),
-        ({"prompt": "hi", "chosen": "x", "rejected": "x"}, ["chosen equal to rejected", "two different replies"]),
+        (
+            {"prompt": "hi", "chosen": "x", "rejected": "x"},
+            ["chosen equal to rejected", "two different replies"],
+        ),
         ({"chosen": HI, "rejected": HI}, ["chosen equal to rejected", "two different replies"]),
         (
             {"prompt": "hi", "chosen": "x", "rejected": " "},
             ["(prompt + rejected)[1]: found an empty reply", "expected"],
         ),
-        ({"prompt": EARLIER[:2], **STRINGS}, ["(prompt + chosen)[2]: found the role 'assistant'", "expected 'user'"]),
-        ({"prompt": EARLIER[1:], **STRINGS}, ["(prompt + chosen)[0]: found the role 'assistant'", "expected 'user'"]),
+        (
+            {"prompt": EARLIER[:2], **STRINGS},
+            ["(prompt + chosen)[2]: found the role 'assistant'", "expected 'user'"],
+        ),
+        (
+            {"prompt": EARLIER[1:], **STRINGS},
+            ["(prompt + chosen)[0]: found the role 'assistant'", "expected 'user'"],
+        ),
         (
             {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]},
-            ["prompts that differ between chosen and rejected at message 0", "expected the same messages"],
+            [
+                "prompts that differ between chosen and rejected at message 0",
+                "expected the same messages",
+            ],
         ),
         (
-            {"chosen": [*EARLIER, assistant("x")], "rejected": [*EARLIER[:2], user("else?"), assistant("y")]},
-            ["prompts that differ between chosen and rejected at message 2", "expected the same messages"],
+            {
+                "chosen": [*EARLIER, assistant("x")],
+                "rejected": [*EARLIER[:2], user("else?"), assistant("y")],
+            },
+            [
+                "prompts that differ between chosen and rejected at message 2",
+                "expected the same messages",
+            ],
         ),
         ({"prompt": "hello", **whole(HI)}, ["found a prompt that differs", "expected the same"]),
-        ({"prompt": "hi", "chosen": [*HI, assistant("x")], "rejected": "y"}, ["differ", "expected the same messages"]),
+        (
+            {"prompt": "hi", "chosen": [*HI, assistant("x")], "rejected": "y"},
+            ["differ", "expected the same messages"],
+        ),
         (
             {"chosen": [*HI, assistant("x")], "rejected": HI},
             [
@@ -114,7 +151,10 @@ def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
                 "expected that the last message is the assistant's",
             ],
         ),
-        ({"prompt": "hi", "tools": "[{}]", **STRINGS}, ["tools[0]: found {}", "expected a function with a 'name'"]),
+        (
+            {"prompt": "hi", "tools": "[{}]", **STRINGS},
+            ["tools[0]: found {}", "expected a function with a 'name'"],
+        ),
     ],
 )
 def test_a_pair_that_teaches_nothing_clear_says_what_was_found_and_expected(row, words):

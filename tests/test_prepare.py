@@ -9,7 +9,16 @@ from minimind.training.arguments import DataArguments
 def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, monkeypatch):
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in document_rows()))
-    options = ["--train_files", path, "--tokenizer", tokenizer_dir, "--block_size", "32", "--eval_ratio", "0.2"]
+    options = [
+        "--train_files",
+        path,
+        "--tokenizer",
+        tokenizer_dir,
+        "--block_size",
+        "32",
+        "--eval_ratio",
+        "0.2",
+    ]
     options += ["--packing_strategy", "bfd_split", "--document_mask", "true"]
     run_cli("prepare", *options)
 
@@ -20,7 +29,9 @@ def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, mo
     model = ["--model_config", write_model(tmp_path / "model.json")]
     run_script(monkeypatch, "pretrain", *options, *model, *short_run(tmp_path / "run"))
     stage = json.loads((tmp_path / "run" / "stage.json").read_text())
-    assert stage["data"]["train"]["documents"] + stage["data"]["eval"]["documents"] == len(document_rows())
+    assert stage["data"]["train"]["documents"] + stage["data"]["eval"]["documents"] == len(
+        document_rows()
+    )
 
 
 def test_an_option_that_pretraining_does_not_know_is_refused(capsys):
@@ -28,8 +39,13 @@ def test_an_option_that_pretraining_does_not_know_is_refused(capsys):
     assert "--foo" in failure(capsys, run_cli, "world", "x", "--foo")
 
 
-def test_with_a_recipe_what_is_trained_on_is_what_minimind_clean_writes(tmp_path, write_jsonl, tokenizer):
-    rows = [{"text": f"{number} foxes run home and the dogs sleep in the sun for a while"} for number in range(9)] * 2
+def test_with_a_recipe_what_is_trained_on_is_what_minimind_clean_writes(
+    tmp_path, write_jsonl, tokenizer
+):
+    rows = [
+        {"text": f"{number} foxes run home and the dogs sleep in the sun for a while"}
+        for number in range(9)
+    ] * 2
     path = write_jsonl("raw.jsonl", rows)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps:\n  - exact_dedup\n")

@@ -26,7 +26,8 @@ from minimind.training.trainers import BlockTrainer
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer_dir):
-    """pretrain.py for four steps on two sources; returns its log, its record and what it printed."""
+    """pretrain.py for four steps on two sources; returns its log, its record and what it
+    printed."""
     root, said = tmp_path_factory.mktemp("progress"), io.StringIO()
 
     def write(name, rows):
@@ -37,7 +38,13 @@ def run(tmp_path_factory, tokenizer_dir):
     en = write("en.jsonl", [{"text": f"the quick brown fox runs home {n}"} for n in range(80)])
     words = ["--train_files", f"{zh}:0.5", f"{en}:0.5", "--eval_ratio", 0.3]
     words += ["--model_config", write_model(root / "model.json"), "--tokenizer", tokenizer_dir]
-    options = {"max_steps": 4, "block_size": 16, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options = {
+        "max_steps": 4,
+        "block_size": 16,
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setenv("MINIMIND_CACHE", str(root / "cache"))
         run_script(patch, "pretrain", *short_run(root / "run", **options), *words)
@@ -51,7 +58,8 @@ def test_a_line_tells_all_that_the_log_holds(run):
     training = [entry for entry in log if "loss" in entry]
     assert len(lines) == len(training) == 3  # the first step, 2 and 4
     pattern = (
-        r"step (\d)/4 +([\d.]+)%  loss ([\d.]+)  bpb ([\d.]+)  grad ([\d.]+)  lr ([\d.e+-]+) +([\d,]+) tokens/s"
+        r"step (\d)/4 +([\d.]+)%  loss ([\d.]+)  bpb ([\d.]+)  grad ([\d.]+)  lr ([\d.e+-]+)"
+        r" +([\d,]+) tokens/s"
         r"(?:  MFU +[\d.]+%)?  ([\d.]+) GiB  \d+:\d\d:\d\d elapsed, \d+:\d\d:\d\d left"
     )
     for line, entry in zip(lines, training, strict=True):
@@ -76,7 +84,9 @@ def test_bits_per_byte_of_a_batch_are_its_loss_over_the_bytes_of_an_epoch_s_targ
     )
     for entry in log:
         if "loss" in entry:
-            assert entry["bits_per_byte"] == pytest.approx(entry["loss"] / math.log(2) * tokens / count, abs=1e-5)
+            assert entry["bits_per_byte"] == pytest.approx(
+                entry["loss"] / math.log(2) * tokens / count, abs=1e-5
+            )
 
 
 def test_held_out_bits_per_byte_are_told_for_each_source_and_weigh_up_to_the_whole(run):
@@ -88,7 +98,10 @@ def test_held_out_bits_per_byte_are_told_for_each_source_and_weigh_up_to_the_who
     evaluations = [entry for entry in log if "eval_loss" in entry]
     assert len(evaluations) >= 3
     for entry in evaluations:
-        bits = sum(entry[f"eval_bits_per_byte/{source['name']}"] * source["target_bytes"] for source in sources)
+        bits = sum(
+            entry[f"eval_bits_per_byte/{source['name']}"] * source["target_bytes"]
+            for source in sources
+        )
         assert entry["eval_bits_per_byte"] == pytest.approx(bits / total["target_bytes"], rel=1e-5)
         expected = entry["eval_loss"] * total["targets"] / total["target_bytes"] / math.log(2)
         assert entry["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
@@ -100,18 +113,30 @@ def is_chinese(text):
 
 
 @pytest.mark.parametrize("given", ["held out of the training files", "eval files"])
-def test_each_source_is_evaluated_on_its_own_rows_alone(given, model, tokenizer, write_jsonl, tmp_path):
+def test_each_source_is_evaluated_on_its_own_rows_alone(
+    given, model, tokenizer, write_jsonl, tmp_path
+):
     zh = write_jsonl("zh.jsonl", [{"text": f"敏捷的狐狸跳过了懒惰的狗 {n}"} for n in range(60)])
-    en = write_jsonl("en.jsonl", [{"text": f"the quick brown fox runs home {n}"} for n in range(60)])
-    data = DataArguments([f"{zh}:1x", f"{en}:2x"], [zh, en] if given == "eval files" else None, eval_ratio=0.5)
+    en = write_jsonl(
+        "en.jsonl", [{"text": f"the quick brown fox runs home {n}"} for n in range(60)]
+    )
+    data = DataArguments(
+        [f"{zh}:1x", f"{en}:2x"], [zh, en] if given == "eval files" else None, eval_ratio=0.5
+    )
     blocks = load_blocks(data, tokenizer, 16)
-    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True
+    )
     arguments.per_device_eval_batch_size = 7
     model.config.use_cache = False
 
     def evaluate(rows, counts):
         return BlockTrainer(
-            model=model, args=arguments, eval_dataset=rows, data_collator=BlockCollator(0, 2), eval_counts=counts
+            model=model,
+            args=arguments,
+            eval_dataset=rows,
+            data_collator=BlockCollator(0, 2),
+            eval_counts=counts,
         ).evaluate()
 
     found = evaluate(blocks.eval, blocks.facts["eval"])
@@ -144,7 +169,9 @@ def test_where_the_bytes_are_not_known_no_bits_per_byte_are_told():
 
 def log_at(progress, seconds, step, tokens):
     """What a log adds after so many seconds, steps and tokens of a run of 10 steps."""
-    state = TrainerState(max_steps=10, global_step=step, num_input_tokens_seen=tokens, is_world_process_zero=True)
+    state = TrainerState(
+        max_steps=10, global_step=step, num_input_tokens_seen=tokens, is_world_process_zero=True
+    )
     logs = {"loss": 2.0}
     progress.seconds = seconds
     progress.on_log(None, state, None, logs)
@@ -164,7 +191,9 @@ def peaks_measured(monkeypatch, *peaks):
 def progress(tmp_path):
     """The callback of a run whose model takes 2 FLOPs a token."""
     progress = ProgressCallback(tmp_path)
-    progress.on_train_begin(None, TrainerState(num_input_tokens_seen=0, is_world_process_zero=True), None)
+    progress.on_train_begin(
+        None, TrainerState(num_input_tokens_seen=0, is_world_process_zero=True), None
+    )
     progress.flops_per_token, progress.precision = 2.0, "fp32"
     return progress
 
@@ -180,9 +209,12 @@ def test_mfu_is_the_models_flops_over_the_peak(progress, monkeypatch, capsys):
     assert "0:00:02 elapsed, 0:00:03 left" in said
 
 
-def test_a_peak_measured_beside_another_process_is_measured_again_and_no_run_is_above_it(progress, monkeypatch):
+def test_a_peak_measured_beside_another_process_is_measured_again_and_no_run_is_above_it(
+    progress, monkeypatch
+):
     left = peaks_measured(monkeypatch, 1000.0, 8000.0, 7000.0)
-    assert log_at(progress, seconds=2.0, step=2, tokens=2000)["mfu"] == 1.0  # 2,000 FLOP/s, above what was measured
+    # 2,000 FLOP/s, above what was measured
+    assert log_at(progress, seconds=2.0, step=2, tokens=2000)["mfu"] == 1.0
     assert log_at(progress, seconds=1000.0, step=3, tokens=2000 + 998 * 2000)["mfu"] == 0.5
     assert left == [7000.0]
     assert log_at(progress, seconds=1001.0, step=4, tokens=2000 + 998 * 2000 + 8000)["mfu"] == 1.0

@@ -1,4 +1,5 @@
-"""The first lines of scripts/quickstart.sh: which kind of machine this is, and about how long it takes there."""
+"""The first lines of scripts/quickstart.sh: which kind of machine this is, and about how long it
+takes there."""
 
 from pathlib import Path
 
@@ -15,8 +16,12 @@ def root(monkeypatch):
     monkeypatch.setattr(quickstart, "prepare_launch", lambda uses_deepspeed: None)
 
 
-@pytest.mark.parametrize(("fast", "said"), [(True, "with bf16: training computes in bf16"), (False, "without bf16")])
-def test_the_first_lines_name_the_kind_of_machine_and_the_time_from_a_measured_step(monkeypatch, capsys, fast, said):
+@pytest.mark.parametrize(
+    ("fast", "said"), [(True, "with bf16: training computes in bf16"), (False, "without bf16")]
+)
+def test_the_first_lines_name_the_kind_of_machine_and_the_time_from_a_measured_step(
+    monkeypatch, capsys, fast, said
+):
     monkeypatch.setattr(quickstart, "bf16_is_fast", lambda: fast)
     monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda recipe: 2.0)
     monkeypatch.setattr(quickstart, "seen_reasons", lambda *given: ["a busy process"])
@@ -26,12 +31,17 @@ def test_the_first_lines_name_the_kind_of_machine_and_the_time_from_a_measured_s
     assert machine.startswith(f"This machine: {quickstart.processor()}, ")
     assert said in machine
     # 7 times 10 s of starting, and 250 + 127.5 + 52.5 + 96 steps of 2 s: 1,122 s
-    assert time.startswith("A pretraining step takes 2 s just now, and all stages are worth 526 of them: about 19 min")
+    assert time.startswith(
+        "A pretraining step takes 2 s just now, and all stages are worth 526 of them: about 19 min"
+    )
     assert advice == "It could be faster: a busy process."
 
 
 def test_the_measured_step_is_one_of_the_recipe(monkeypatch):
-    recipe = read_recipe("configs/pretrain/quickstart.yaml") | {"per_device_train_batch_size": 1, "block_size": 8}
+    recipe = read_recipe("configs/pretrain/quickstart.yaml") | {
+        "per_device_train_batch_size": 1,
+        "block_size": 8,
+    }
     shapes = []
     draw = torch.randint
 

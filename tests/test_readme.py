@@ -1,4 +1,5 @@
-"""The READMEs: their commands exist, both languages say the same. The scripts: which Python they take."""
+"""The READMEs: their commands exist, both languages say the same. The scripts: which Python they
+take."""
 
 import os
 import re
@@ -15,7 +16,9 @@ READMES = ("README.md", "README_zh.md")
 
 
 def blocks(name, language="bash"):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 def commands(name):
@@ -31,7 +34,10 @@ def test_both_readmes_have_the_same_commands():
 @pytest.mark.parametrize("name", READMES)
 def test_every_file_that_a_command_names_is_there(name):
     named = {
-        word for line in commands(name) for word in line.split() if re.match(r"(configs|scripts)/|\w+\.py$|ds_", word)
+        word
+        for line in commands(name)
+        for word in line.split()
+        if re.match(r"(configs|scripts)/|\w+\.py$|ds_", word)
     }
     assert len(named) > 10
     assert [word for word in named if not (ROOT / word).exists()] == []
@@ -45,7 +51,8 @@ def test_every_minimind_command_parses(name):
         words = re.findall(r'"[^"]*"|\S+', line.removeprefix("minimind "))
         args, others = build_parser().parse_known_args([word.strip('"') for word in words])
         assert args.run
-        assert not others or words[0] in ("prepare", "plan", "doctor")  # which take the options of the stages
+        # Which take the options of the stages
+        assert not others or words[0] in ("prepare", "plan", "doctor")
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -57,14 +64,20 @@ def test_every_picture_and_page_that_is_linked_is_there(name):
 
 def test_the_table_in_the_readmes_is_that_of_one_quickstart():
     tables = [
-        re.search(r"<!-- quickstart:begin -->(.*?)<!-- quickstart:end -->", (ROOT / name).read_text("utf-8"), re.S)
+        re.search(
+            r"<!-- quickstart:begin -->(.*?)<!-- quickstart:end -->",
+            (ROOT / name).read_text("utf-8"),
+            re.S,
+        )
         for name in READMES
     ]
     assert tables[0][1] == tables[1][1]
     assert "held-out questions right" in tables[0][1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name
+)
 def test_every_script_is_valid_and_stops_at_the_first_error(path):
     subprocess.run(["bash", "-n", path], check=True)
     if path.name != "environment.sh":  # which is sourced by the others
@@ -74,11 +87,14 @@ def test_every_script_is_valid_and_stops_at_the_first_error(path):
 
 @pytest.fixture
 def environment_of(tmp_path):
-    """Source environment.sh in a checkout whose environments are made, with stand-ins for interpreters by version."""
+    """Source environment.sh in a checkout whose environments are made, with stand-ins for
+    interpreters by version."""
     for name in ("pyproject.toml", "constraints.txt", "scripts/environment.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    pins = subprocess.check_output("cat pyproject.toml constraints.txt | cksum", shell=True, cwd=tmp_path, text=True)
+    pins = subprocess.check_output(
+        "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=tmp_path, text=True
+    )
 
     def executable(name, text):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +109,10 @@ def environment_of(tmp_path):
     executable("bin/python3.13", "echo 3.13; exit 1")
 
     def source(python):
-        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHON": python}
+        environment = os.environ | {
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PYTHON": python,
+        }
         script = ["bash", "-c", "set -euo pipefail; source scripts/environment.sh"]
         return subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
@@ -106,7 +125,10 @@ def test_each_python_that_is_asked_for_has_an_environment_of_its_own(environment
 
 
 def test_a_python_that_is_not_served_or_not_there_is_one_clear_error(environment_of):
-    for python, found in (("python3.13", "Python 3.13"), ("no/python", "not an interpreter that starts")):
+    for python, found in (
+        ("python3.13", "Python 3.13"),
+        ("no/python", "not an interpreter that starts"),
+    ):
         done = environment_of(python)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"error: PYTHON={python} is {found}; Python 3.11 or 3.12 is needed\n"

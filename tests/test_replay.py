@@ -30,13 +30,25 @@ def keep(config, tokenizer, tmp_path):
                 process_index, world_size, bf16, fp16 = 0, 1, False, False
 
         torch.manual_seed(0)
-        model = MiniMindForCausalLM(MiniMindConfig(**config.to_dict() | {"tie_word_embeddings": False}))
+        model = MiniMindForCausalLM(
+            MiniMindConfig(**config.to_dict() | {"tie_word_embeddings": False})
+        )
         change(model)
         directory = tmp_path / "bad_batch-7"
         batch = {"input_ids": ids, "labels": ids.clone()} | extra
-        save_batch(Trainer, directory, Step(7, torch.zeros(3), None, [batch]), float("nan"), 1.0, with_weights=False)
+        save_batch(
+            Trainer,
+            directory,
+            Step(7, torch.zeros(3), None, [batch]),
+            float("nan"),
+            1.0,
+            with_weights=False,
+        )
         if weights:
-            model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+            model.config.eos_token_id, model.config.pad_token_id = (
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+            )
             model.save_pretrained(directory / "model")
             tokenizer.save_pretrained(directory / "model")
             record = json.loads((directory / "batch.json").read_text())
@@ -84,7 +96,9 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_is_found(keep, config):
         mlp = model.model.layers[1].mlp
         with (
             torch.no_grad()
-        ):  # forward all cancels; the gradient of the smallest weights is the product of the largest
+            # Forward all cancels; the gradient of the smallest weights is the product of the
+            # largest
+        ):
             mlp.gate_proj.weight.mul_(1e9)
             mlp.up_proj.weight.mul_(1e-42)
             mlp.down_proj.weight.mul_(1e38)
@@ -116,7 +130,10 @@ def test_of_a_pair_the_replies_alone_count(keep, config):
     from safetensors.torch import load_file, save_file
 
     file = directory / "rank-0.safetensors"
-    save_file({name: value for name, value in load_file(file).items() if not name.endswith("labels")}, file)
+    save_file(
+        {name: value for name, value in load_file(file).items() if not name.endswith("labels")},
+        file,
+    )
     from minimind.stage_directory import load_model
 
     labels = torch.where(mask.bool(), ids, -100)
@@ -133,20 +150,36 @@ def test_what_is_no_kept_batch_is_one_message(capsys, tmp_path):
     assert "is no kept batch" in failure(capsys, run_cli, "replay", tmp_path)
 
 
-def test_a_run_that_stops_is_explained_by_its_own_advice(monkeypatch, tmp_path, write_jsonl, capsys, tokenizer_dir):
+def test_a_run_that_stops_is_explained_by_its_own_advice(
+    monkeypatch, tmp_path, write_jsonl, capsys, tokenizer_dir
+):
     """Whole way: pretrain, spoil one weight on disk, go on, stop, replay what the message names."""
     from safetensors.torch import load_file, save_file
 
     data = ["--train_files", write_jsonl("docs.jsonl", document_rows())]
     first = [*short_run(tmp_path / "first", block_size=32), "--tokenizer", tokenizer_dir]
-    run_script(monkeypatch, "pretrain", *first, *data, "--model_config", write_model(tmp_path / "model.json"))
+    run_script(
+        monkeypatch,
+        "pretrain",
+        *first,
+        *data,
+        "--model_config",
+        write_model(tmp_path / "model.json"),
+    )
     weights = load_file(tmp_path / "first" / "model.safetensors")
     weights["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("inf")
     save_file(weights, tmp_path / "first" / "model.safetensors", {"format": "pt"})
     (tmp_path / "first" / "stage.json").unlink()  # it has the hash of the weights
     again = short_run(tmp_path / "second", block_size=32, max_steps=4, max_nonfinite_steps=3)
     message = failure(
-        capsys, run_script, monkeypatch, "pretrain", *again, *data, "--model_name_or_path", tmp_path / "first"
+        capsys,
+        run_script,
+        monkeypatch,
+        "pretrain",
+        *again,
+        *data,
+        "--model_name_or_path",
+        tmp_path / "first",
     )
     assert "3 steps in a row" in message
     run_cli("replay", message.split("minimind replay ")[1].split()[0].rstrip("."))

@@ -26,7 +26,10 @@ from minimind.training.report import (
     write_report,
 )
 
-HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\" ' & 中文"
+HOSTILE = (
+    "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\" '"
+    " & 中文"
+)
 VOID = {"meta"}
 
 
@@ -66,23 +69,60 @@ def stage(tmp_path):
     (parent / "stage.json").write_text(json.dumps(record))
     directory = tmp_path / "sft"
     directory.mkdir()
-    log = [{"step": 0, "eval_loss": 3.0, "eval_bits_per_byte": 1.5, "eval_runtime": 4.0, "eval_steps_per_second": 9}]
+    log = [
+        {
+            "step": 0,
+            "eval_loss": 3.0,
+            "eval_bits_per_byte": 1.5,
+            "eval_runtime": 4.0,
+            "eval_steps_per_second": 9,
+        }
+    ]
     log += [
-        {"step": n, "loss": 3 - n / 10, "learning_rate": 1e-3 / n, "tokens_per_second": 1000.0 + n, "elapsed": 1.0 * n}
+        {
+            "step": n,
+            "loss": 3 - n / 10,
+            "learning_rate": 1e-3 / n,
+            "tokens_per_second": 1000.0 + n,
+            "elapsed": 1.0 * n,
+        }
         for n in range(1, 11)
     ]
-    log += [{"step": 10, "eval_loss": 2.0, "eval_bits_per_byte/zh<b>": 1.1, "eval_bits_per_byte/en": 1.2}]
-    (directory / "train_log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 11, "lo')
+    log += [
+        {
+            "step": 10,
+            "eval_loss": 2.0,
+            "eval_bits_per_byte/zh<b>": 1.1,
+            "eval_bits_per_byte/en": 1.2,
+        }
+    ]
+    (directory / "train_log.jsonl").write_text(
+        "\n".join(map(json.dumps, log)) + '\n{"step": 11, "lo'
+    )
     rows = [{"step": step, "prompt": HOSTILE, "text": f"{HOSTILE}\n{step}"} for step in (5, 10)]
     (directory / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     roles = {HOSTILE: {"tokens": 4, "trained": 2, "trained_share": 0.5}}
-    findings = [{"severity": "warning", "name": "x", "count": 1, "text": HOSTILE, "advice": "none", "places": []}]
-    (directory / "mask_report.json").write_text(json.dumps({"rows": 2, "roles": roles, "findings": findings}))
+    findings = [
+        {
+            "severity": "warning",
+            "name": "x",
+            "count": 1,
+            "text": HOSTILE,
+            "advice": "none",
+            "places": [],
+        }
+    ]
+    (directory / "mask_report.json").write_text(
+        json.dumps({"rows": 2, "roles": roles, "findings": findings})
+    )
     record = {
         "stage": "sft",
         "parent": {"directory": str(parent), "stage": "pretrain", "weights": "cafe"},
         "weights": "beef",
-        "data": {"train": {"files": [HOSTILE], "rows": 7, "hash": "f00d"}, "eval": {"files": [], "rows": 1}},
+        "data": {
+            "train": {"files": [HOSTILE], "rows": 7, "hash": "f00d"},
+            "eval": {"files": [], "rows": 1},
+        },
         "options": {"learning_rate": 1e-3, "run_name": HOSTILE},
         "command": HOSTILE,
         "metrics": {"before": {"loss": 3.0}, "after": {"loss": 2.0}},
@@ -96,7 +136,17 @@ def stage(tmp_path):
 def test_the_page_is_whole_html_and_asks_for_nothing_from_outside(stage):
     text = write_report(stage).read_text()
     page = Page(text)
-    assert not {"script", "img", "link", "iframe", "object", "embed", "base", "form", "video"} & set(page.tags)
+    assert not {
+        "script",
+        "img",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "video",
+    } & set(page.tags)
     assert not [name for name, _ in page.attributes if name in ("src", "href", "onerror", "srcset")]
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style
@@ -107,7 +157,8 @@ def test_the_page_is_whole_html_and_asks_for_nothing_from_outside(stage):
 def test_hostile_texts_are_shown_as_they_are(stage):
     page = Page(report_page(stage, json.loads((stage / "stage.json").read_text())))
     shown = "".join(page.words)
-    # prompt and text of two samples, role, finding, file twice, command; and the option, its quotes escaped
+    # prompt and text of two samples, role, finding, file twice, command; and the option, its quotes
+    # escaped
     assert shown.count("<script>document.title='owned'</script>") == 10
     assert shown.count(HOSTILE) == 9
 
@@ -164,9 +215,17 @@ def test_a_report_that_cannot_be_written_ends_no_run(stage, capsys):
 
 
 def test_a_log_that_went_back_to_a_checkpoint_counts_its_later_entries(tmp_path):
-    entries = [{"step": n, "loss": 1.0} for n in (1, 2, 3, 4)] + [{"step": n, "loss": 2.0} for n in (3, 4, 5)]
+    entries = [{"step": n, "loss": 1.0} for n in (1, 2, 3, 4)] + [
+        {"step": n, "loss": 2.0} for n in (3, 4, 5)
+    ]
     (tmp_path / "log").write_text("\n".join(map(json.dumps, entries)) + '\n{"ste')
-    assert [(e["step"], e["loss"]) for e in read_log(tmp_path / "log")] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    assert [(e["step"], e["loss"]) for e in read_log(tmp_path / "log")] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 2),
+    ]
 
 
 def test_a_curve_of_many_points_is_thinned_to_their_means():
@@ -176,7 +235,11 @@ def test_a_curve_of_many_points_is_thinned_to_their_means():
 
 
 def test_a_mean_since_the_last_log_stands_in_the_middle_of_its_steps():
-    log = [{"step": 0, "eval_loss": 9}, {"step": 10, "loss": 5, "grad_norm": 1}, {"step": 10, "eval_loss": 4}]
+    log = [
+        {"step": 0, "eval_loss": 9},
+        {"step": 10, "loss": 5, "grad_norm": 1},
+        {"step": 10, "eval_loss": 4},
+    ]
     log += [{"step": 30, "loss": 3, "grad_norm": 2}, {"step": 30, "eval_loss": 2}]
     assert curve(log, "loss") == [(5, 5), (20, 3)]
     assert curve(log, "eval_loss") == [(0, 9), (10, 4), (30, 2)]
@@ -192,7 +255,9 @@ def test_rare_logs_do_not_lift_training_above_a_held_out_loss_that_is_higher():
         assert abs(value - loss[int(step)]) < abs(value - loss[int(step) + 50])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1e-9, 5e-4), (-3, 12), (2, 2), (0, 0), (99_000, 101_000)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (1e-9, 5e-4), (-3, 12), (2, 2), (0, 0), (99_000, 101_000)]
+)
 def test_ticks_are_round_and_cover_the_values(low, high):
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1]
@@ -209,7 +274,9 @@ def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
 
 def test_a_curve_rises_where_its_values_do():
     drawn = chart("x", "", {"a": [(0, 0.0), (1, 1.0)]})
-    (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in drawn.split('points="')[1].split('"')[0].split())
+    (x0, y0), (x1, y1) = (
+        map(float, pair.split(",")) for pair in drawn.split('points="')[1].split('"')[0].split()
+    )
     assert x0 < x1
     assert y0 > y1  # the origin of SVG is at the top
 
@@ -245,7 +312,9 @@ def test_nothing_on_the_page_is_wider_than_a_narrow_screen(stage):
     page = Page(text)
     names = [name for name, _ in page.attributes]
     assert names.count("viewbox") == page.tags.count("svg") > 4
-    assert not {"width", "style"} & {name for name, value in page.attributes if (value or "").endswith("px")}
+    assert not {"width", "style"} & {
+        name for name, value in page.attributes if (value or "").endswith("px")
+    }
     style = text[text.index("<style>") : text.index("</style>")]
     least = re.findall(r"(?<!max-)(?:min-)?width: ?(\d+)px|minmax\((\d+)px", style)
     assert not least
@@ -264,17 +333,32 @@ def test_fonts_with_chinese_glyphs_stand_in_for_what_the_first_one_lacks():
 
 
 def browser():
-    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
 
 
 @pytest.mark.skipif(browser() is None, reason="no chromium is installed")
 def test_a_real_browser_shows_the_page_and_runs_nothing_of_it(stage, tmp_path):
     path = write_report(stage)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command = [browser(), *options, "--virtual-time-budget=2000", "--window-size=1400,1800"]
     picture = tmp_path / "page.png"
     done = subprocess.run(
-        [*command, f"--screenshot={picture}", "--enable-logging=stderr", "--dump-dom", path.as_uri()],
+        [
+            *command,
+            f"--screenshot={picture}",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            path.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=PATIENCE,

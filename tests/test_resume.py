@@ -1,4 +1,5 @@
-"""An interrupted run, resumed, is the run that was not interrupted: weights, optimizer, order, random numbers, log."""
+"""An interrupted run, resumed, is the run that was not interrupted: weights, optimizer, order,
+random numbers, log."""
 
 import json
 import shutil
@@ -9,7 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pipeline import chat_rows, document_rows, failure, pair_rows, run_script, short_run, write_model
+from pipeline import (
+    chat_rows,
+    document_rows,
+    failure,
+    pair_rows,
+    run_script,
+    short_run,
+    write_model,
+)
 from transformers import Trainer, TrainerCallback
 
 from minimind.common.errors import UserError
@@ -17,7 +26,13 @@ from minimind.stage_directory import read_stage, weights_hash
 from minimind.training import checkpoints as resume
 from minimind.training import run as stages
 from minimind.training.callbacks import reproducible
-from minimind.training.checkpoints import MANIFEST, last_whole_checkpoint, problem_of, rotate, write_manifest
+from minimind.training.checkpoints import (
+    MANIFEST,
+    last_whole_checkpoint,
+    problem_of,
+    rotate,
+    write_manifest,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
@@ -28,18 +43,27 @@ class KilledError(Exception):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer_dir):
-    """Data, a model with dropout (so that random numbers matter) and a base model for the later stages."""
+    """Data, a model with dropout (so that random numbers matter) and a base model for the later
+    stages."""
     root = tmp_path_factory.mktemp("resume")
     for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pair_rows())):
-        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        (root / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        )
     other = [{"text": f"{row['text']} twice, {row['text']}"} for row in document_rows()[:40]]
-    (root / "other.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in other))
+    (root / "other.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in other)
+    )
     write_model(root / "model.json")
     fields = json.loads((root / "model.json").read_text()) | {"attention_dropout": 0.1}
     (root / "model.json").write_text(json.dumps(fields))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIMIND_CACHE", str(root / "cache"))
-        run_script(patch, "pretrain", *command(root, "pretrain", root / "base", tokenizer_dir, max_steps=1)[1:])
+        run_script(
+            patch,
+            "pretrain",
+            *command(root, "pretrain", root / "base", tokenizer_dir, max_steps=1)[1:],
+        )
     return root
 
 
@@ -49,14 +73,24 @@ def cache(world, monkeypatch):
 
 
 def command(world, stage, output_dir, tokenizer_dir=None, argv=(), **options):
-    """Script and command line of a stage, with checkpoints every two steps and a log line every three."""
-    options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_steps": 8} | options
+    """Script and command line of a stage, with checkpoints every two steps and a log line every
+    three."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 3,
+        "max_steps": 8,
+    } | options
     words = {
         "pretrain": ["--train_files", world / "docs.jsonl", "--model_config", world / "model.json"],
         "sft": ["--train_files", world / "chats.jsonl", "--model_name_or_path", world / "base"],
         "dpo": ["--train_files", world / "pairs.jsonl", "--model_name_or_path", world / "base"],
     }[stage]
-    length = {"block_size": 32, "tokenizer": tokenizer_dir} if stage == "pretrain" else {"max_length": 64}
+    length = (
+        {"block_size": 32, "tokenizer": tokenizer_dir}
+        if stage == "pretrain"
+        else {"max_length": 64}
+    )
     script = {"pretrain": "pretrain", "sft": "finetune_sft", "dpo": "train_dpo"}[stage]
     if "--train_files" in argv:
         words = words[2:]
@@ -75,7 +109,11 @@ def kill_at(monkeypatch, step, event="on_step_end"):
 
     setattr(Kill, event, strike)
     original = stages.ResumeCallback
-    monkeypatch.setattr(stages, "ResumeCallback", lambda trainer: (trainer.add_callback(Kill()), original(trainer))[1])
+    monkeypatch.setattr(
+        stages,
+        "ResumeCallback",
+        lambda trainer: (trainer.add_callback(Kill()), original(trainer))[1],
+    )
 
 
 def run(words):
@@ -84,7 +122,8 @@ def run(words):
 
 
 def interrupted(words, *kills):
-    """Start the same command once for each (step, event) to be killed at, and once more to its end."""
+    """Start the same command once for each (step, event) to be killed at, and once more to its
+    end."""
     for step, event in kills:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
             kill_at(patch, step, event)
@@ -94,7 +133,10 @@ def interrupted(words, *kills):
 
 def log_of(stage):
     """The log without what a clock decides."""
-    return [reproducible(json.loads(line)) for line in (stage / "train_log.jsonl").read_text().splitlines()]
+    return [
+        reproducible(json.loads(line))
+        for line in (stage / "train_log.jsonl").read_text().splitlines()
+    ]
 
 
 def tensors_of(value, name=""):
@@ -109,12 +151,16 @@ def tensors_of(value, name=""):
 
 
 def assert_same_run(one, two, step):
-    """Weights, log, and in the checkpoint of `step` optimizer, schedule and random numbers, bit for bit."""
+    """Weights, log, and in the checkpoint of `step` optimizer, schedule and random numbers, bit for
+    bit."""
     assert weights_hash(one) == weights_hash(two)
     assert log_of(one) == log_of(two)
     assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        states = [torch.load(path / f"checkpoint-{step}" / file, weights_only=False) for path in (one, two)]
+        states = [
+            torch.load(path / f"checkpoint-{step}" / file, weights_only=False)
+            for path in (one, two)
+        ]
         if file == "scheduler.pt":
             assert states[0] == states[1]
         found, expected = (dict(tensors_of(state)) for state in states)
@@ -126,11 +172,22 @@ def assert_same_run(one, two, step):
 
 
 MIXTURE = ["--train_files", "docs.jsonl:0.7", "other.jsonl:0.3"]
-MIDST, SAVED = (5, "on_step_end"), (8, "on_train_end")  # between two checkpoints; all done but the stage directory
+# Between two checkpoints; all done but the stage directory
+MIDST, SAVED = (5, "on_step_end"), (8, "on_train_end")
 RUNS = {
     # Also before the first checkpoint, where one falls due, and where the last one does.
-    "pretrain": ("pretrain", {}, [], [(1, "on_step_end"), MIDST, (6, "on_step_end"), (8, "on_step_end")]),
-    "pretrain-mixture": ("pretrain", {"packing_strategy": "bfd_split", "document_mask": True}, MIXTURE, [MIDST]),
+    "pretrain": (
+        "pretrain",
+        {},
+        [],
+        [(1, "on_step_end"), MIDST, (6, "on_step_end"), (8, "on_step_end")],
+    ),
+    "pretrain-mixture": (
+        "pretrain",
+        {"packing_strategy": "bfd_split", "document_mask": True},
+        MIXTURE,
+        [MIDST],
+    ),
     # Three epochs of 9 steps; a checkpoint falls on the end of the second one.
     "pretrain-epochs": (
         "pretrain",
@@ -145,8 +202,18 @@ RUNS = {
         [],
         [(11, "on_step_end"), (19, "on_step_end"), (27, "on_train_end")],
     ),
-    "sft": ("sft", {"eval_strategy": "steps", "eval_steps": 3, "sample_steps": 2}, [], [MIDST, SAVED]),
-    "sft-grouped": ("sft", {"packing": False, "train_sampling_strategy": "group_by_length"}, [], [MIDST]),
+    "sft": (
+        "sft",
+        {"eval_strategy": "steps", "eval_steps": 3, "sample_steps": 2},
+        [],
+        [MIDST, SAVED],
+    ),
+    "sft-grouped": (
+        "sft",
+        {"packing": False, "train_sampling_strategy": "group_by_length"},
+        [],
+        [MIDST],
+    ),
     "lora": ("sft", {"lora_dropout": 0.1}, ["--use_peft", "--lora_r", "4"], [MIDST]),
     # Nothing is logged until the end, so that TRL's means of all steps stand in the last line.
     "dpo": ("dpo", {"disable_dropout": False, "logging_strategy": "no"}, [], [MIDST, SAVED]),
@@ -169,7 +236,9 @@ def test_interrupted_and_resumed_equals_undisturbed(world, cache, tmp_path, toke
         assert (tmp_path / "cut" / "checkpoint-26").is_dir()
 
 
-def test_a_finished_run_started_again_says_so_and_trains_nothing(world, cache, tmp_path, tokenizer_dir, capsys):
+def test_a_finished_run_started_again_says_so_and_trains_nothing(
+    world, cache, tmp_path, tokenizer_dir, capsys
+):
     words = command(world, "pretrain", tmp_path / "out", tokenizer_dir, max_steps=2)
     run(words)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -179,7 +248,9 @@ def test_a_finished_run_started_again_says_so_and_trains_nothing(world, cache, t
     assert "pretrain is complete in" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
-    changed = command(world, "pretrain", tmp_path / "out", tokenizer_dir, max_steps=2, learning_rate=0.1)
+    changed = command(
+        world, "pretrain", tmp_path / "out", tokenizer_dir, max_steps=2, learning_rate=0.1
+    )
     message = failure(capsys, run, changed)
     assert "holds a complete run of another recipe:\n  learning_rate  0.0005 -> 0.1\n" in message
     run((*changed, "--overwrite_output_dir", "true"))
@@ -195,7 +266,9 @@ def cut(world, tokenizer_dir, tmp_path_factory):
         patch.setenv("MINIMIND_CACHE", str(world / "cache"))
         kill_at(patch, 7)
         with pytest.raises(KilledError):
-            run_script(patch, *command(world, "pretrain", output, tokenizer_dir, save_total_limit=9))
+            run_script(
+                patch, *command(world, "pretrain", output, tokenizer_dir, save_total_limit=9)
+            )
     return output
 
 
@@ -230,9 +303,18 @@ DAMAGES = {
     "truncated": (truncate, "model.safetensors has"),
     "corrupted": (corrupt, "optimizer.pt is corrupted: its hash is not"),
     "half-deleted": (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is gone"),
-    "never-finished": (lambda path: (path / MANIFEST).unlink(), "it was never finished: there is no manifest.json"),
-    "manifest-cut": (lambda path: (path / MANIFEST).write_text("{"), "manifest.json: not JSON, or cut off"),
-    "sentinel": (lambda path: (path / resume.INCOMPLETE).touch(), "marked incomplete by the library"),
+    "never-finished": (
+        lambda path: (path / MANIFEST).unlink(),
+        "it was never finished: there is no manifest.json",
+    ),
+    "manifest-cut": (
+        lambda path: (path / MANIFEST).write_text("{"),
+        "manifest.json: not JSON, or cut off",
+    ),
+    "sentinel": (
+        lambda path: (path / resume.INCOMPLETE).touch(),
+        "marked incomplete by the library",
+    ),
 }
 
 
@@ -260,7 +342,9 @@ def test_a_run_goes_on_past_a_broken_checkpoint_to_the_same_end(
     assert problem_of(unfinished / "checkpoint-6") is None
 
 
-def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(world, cache, tokenizer_dir, unfinished, capsys):
+def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(
+    world, cache, tokenizer_dir, unfinished, capsys
+):
     for checkpoint in resume.checkpoints(unfinished):
         truncate(checkpoint)
     words = command(world, "pretrain", unfinished, tokenizer_dir, save_total_limit=9)
@@ -273,7 +357,9 @@ def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(world, cache
     assert log_of(unfinished)[0]["step"] == 0
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_not_whole(world, cache, tokenizer_dir, tmp_path):
+def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_not_whole(
+    world, cache, tokenizer_dir, tmp_path
+):
     words = command(world, "pretrain", tmp_path / "cut", tokenizer_dir)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
 
@@ -322,7 +408,11 @@ def test_rotation_counts_checkpoints_of_weights_alone(tmp_path):
         write_manifest(checkpoint, step=step, processes=1)
         assert problem_of(checkpoint) == "it holds weights alone (--save_only_model)"
         rotate(tmp_path, 3, [checkpoint])
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4", "checkpoint-5"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-5",
+    }
 
 
 def state_of(directory, step, history, best):
@@ -333,17 +423,23 @@ def state_of(directory, step, history, best):
 
 
 def test_the_best_checkpoint_is_found_beside_its_run_wherever_that_is(tmp_path):
-    log = [{"step": 1, "eval_loss": float("nan"), "eval_runtime": 0.1234}, {"step": 2, "eval_loss": 2.0}]
+    log = [
+        {"step": 1, "eval_loss": float("nan"), "eval_runtime": 0.1234},
+        {"step": 2, "eval_loss": 2.0},
+    ]
     best = str(tmp_path / "old" / "checkpoint-1")
     state_of(tmp_path / "run", 1, log[:1], best)
     last = state_of(tmp_path / "run", 2, log, best)
     assert resume.best_of(last) == str(tmp_path / "run" / "checkpoint-1")
-    # A run that branched off another finds it there; one of another history is not it, nor one that is gone.
+    # A run that branched off another finds it there; one of another history is not it, nor one that
+    # is gone.
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     assert resume.best_of(last) is None
     state_of(tmp_path / "old", 1, [{"step": 1, "eval_loss": 1.0}], best)
     assert resume.best_of(last) is None
-    (tmp_path / "old" / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"log_history": log[:1]}))
+    (tmp_path / "old" / "checkpoint-1" / "trainer_state.json").write_text(
+        json.dumps({"log_history": log[:1]})
+    )
     assert resume.best_of(last) == best
 
 
@@ -364,7 +460,11 @@ def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
     words = command(world, "pretrain", unfinished, tokenizer_dir, **other)
     message = failure(capsys, run, words)
     assert f"{unfinished / 'checkpoint-6'} was written with another recipe" in message
-    for line in ("adam_beta2     0.95 -> 0.9", "learning_rate  0.0005 -> 0.001", "max_steps      8 -> 10"):
+    for line in (
+        "adam_beta2     0.95 -> 0.9",
+        "learning_rate  0.0005 -> 0.001",
+        "max_steps      8 -> 10",
+    ):
         assert line in message
     run((*words, "--allow_changed_recipe", "true"))
     assert "going on with a changed recipe" in capsys.readouterr().out
@@ -376,13 +476,16 @@ def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
     run(command(world, "pretrain", unfinished.parent / "new", tokenizer_dir, **other))
     rates = []
     for path in (unfinished, unfinished.parent / "new"):
-        rates += [line["learning_rate"] for line in log_of(path) if line["step"] == 9 and "loss" in line]
+        rates += [
+            line["learning_rate"] for line in log_of(path) if line["step"] == 9 and "loss" in line
+        ]
     assert rates[0] == pytest.approx(rates[1])
 
 
 @pytest.mark.parametrize(("old", "new"), [(0, 1e-3), (None, 1e-3), (5e-4, 1e-3)])
 def test_a_changed_rate_is_the_next_step_s_whatever_it_was(monkeypatch, old, new):
-    """Half-way down a line of 10 steps; the log shows the rate of the schedule, not the checkpoint's."""
+    """Half-way down a line of 10 steps; the log shows the rate of the schedule, not the
+    checkpoint's."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=old or 0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     schedule.last_epoch = 5
@@ -394,13 +497,20 @@ def test_a_changed_rate_is_the_next_step_s_whatever_it_was(monkeypatch, old, new
     trainer._load_optimizer_and_scheduler("checkpoint-5")
     assert optimizer.param_groups[0]["lr"] == pytest.approx(new / 2)
     assert schedule.get_last_lr() == pytest.approx([new / 2])
-    trainer.stage = SimpleNamespace(changes={"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")})
+    trainer.stage = SimpleNamespace(
+        changes={"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")}
+    )
     with pytest.raises(UserError, match="cannot be resumed with it that had linear"):
         trainer._load_optimizer_and_scheduler("checkpoint-5")
 
 
 def test_what_does_not_decide_the_result_may_change(world, cache, tokenizer_dir, unfinished, whole):
-    options = {"logging_steps": 1, "save_steps": 7, "dataloader_num_workers": 1, "save_total_limit": 1}
+    options = {
+        "logging_steps": 1,
+        "save_steps": 7,
+        "dataloader_num_workers": 1,
+        "save_total_limit": 1,
+    }
     run(command(world, "pretrain", unfinished, tokenizer_dir, **options))
     assert weights_hash(unfinished) == weights_hash(whole)
     assert [line["step"] for line in log_of(unfinished) if "loss" in line] == [1, 3, 6, 7, 8]
@@ -410,8 +520,12 @@ def test_what_does_not_decide_the_result_may_change(world, cache, tokenizer_dir,
 def test_changed_data_or_another_model_is_refused_whatever_is_accepted(
     world, cache, tokenizer_dir, unfinished, capsys
 ):
-    data = command(world, "pretrain", unfinished, tokenizer_dir, ["--train_files", world / "other.jsonl"])
-    assert "data.train.hash" in failure(capsys, run, (*data, "--model_config", world / "model.json"))
+    data = command(
+        world, "pretrain", unfinished, tokenizer_dir, ["--train_files", world / "other.jsonl"]
+    )
+    assert "data.train.hash" in failure(
+        capsys, run, (*data, "--model_config", world / "model.json")
+    )
     fields = json.loads((world / "model.json").read_text()) | {"hidden_size": 16}
     (unfinished.parent / "small.json").write_text(json.dumps(fields))
     small = ["--model_config", unfinished.parent / "small.json", "--allow_changed_recipe", "true"]
@@ -440,29 +554,41 @@ def test_a_checkpoint_given_by_its_path_is_gone_on_from_elsewhere(
 def test_not_resuming_leaves_an_unfinished_run_alone_unless_told_to_delete_it(
     world, cache, tokenizer_dir, unfinished, capsys
 ):
-    words = (*command(world, "pretrain", unfinished, tokenizer_dir, max_steps=1), "--resume_from_checkpoint", "false")
+    words = (
+        *command(world, "pretrain", unfinished, tokenizer_dir, max_steps=1),
+        "--resume_from_checkpoint",
+        "false",
+    )
     assert "holds an unfinished run (checkpoint-6)" in failure(capsys, run, words)
     assert last_whole_checkpoint(unfinished)[0].name == "checkpoint-6"
     run((*words, "--overwrite_output_dir", "true"))
     assert [path.name for path in resume.checkpoints(unfinished)] == ["checkpoint-1"]
 
 
-def test_a_directory_that_is_no_run_is_refused_before_anything_runs(world, cache, tokenizer_dir, tmp_path, capsys):
+def test_a_directory_that_is_no_run_is_refused_before_anything_runs(
+    world, cache, tokenizer_dir, tmp_path, capsys
+):
     strange = tmp_path / "photos"
     strange.mkdir()
     (strange / "summer.jpg").write_bytes(b"x")
     message = failure(capsys, run, command(world, "pretrain", strange, tokenizer_dir))
     assert f"--output_dir {strange} is not empty and not a run of ours: found summer.jpg" in message
     assert [path.name for path in strange.iterdir()] == ["summer.jpg"]
-    message = failure(capsys, run, command(world, "pretrain", strange / "summer.jpg", tokenizer_dir))
+    message = failure(
+        capsys, run, command(world, "pretrain", strange / "summer.jpg", tokenizer_dir)
+    )
     assert "is a file" in message
     (strange / "summer.jpg").rename(strange / "slurm-1.out")
     run(command(world, "pretrain", strange, tokenizer_dir, max_steps=1))
 
 
-def test_time_goes_on_and_wandb_stays_in_the_same_run(world, cache, tokenizer_dir, tmp_path, monkeypatch):
+def test_time_goes_on_and_wandb_stays_in_the_same_run(
+    world, cache, tokenizer_dir, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    words = command(world, "pretrain", tmp_path / "out", tokenizer_dir, report_to="wandb", logging_steps=1)
+    words = command(
+        world, "pretrain", tmp_path / "out", tokenizer_dir, report_to="wandb", logging_steps=1
+    )
     wandb = pytest.importorskip("wandb")
     try:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
@@ -476,7 +602,9 @@ def test_time_goes_on_and_wandb_stays_in_the_same_run(world, cache, tokenizer_di
         wandb.teardown()  # it remembers its directory
     assert json.loads((tmp_path / "out" / "run.json").read_text())["run"] == first["run"]
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first['run']}"))) == 2
-    lines = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()
+    ]
     lines = [line for line in lines if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
     elapsed = [line["elapsed"] for line in lines]

@@ -9,7 +9,13 @@ from torch import equal
 
 from minimind.common.errors import UserError
 from minimind.training.arguments import StageConfig
-from minimind.training.samples import CHAT_PROMPTS, TEXT_PROMPTS, one_line, prepare_prompts, read_prompts
+from minimind.training.samples import (
+    CHAT_PROMPTS,
+    TEXT_PROMPTS,
+    one_line,
+    prepare_prompts,
+    read_prompts,
+)
 
 
 def is_chinese(text):
@@ -30,8 +36,16 @@ def test_a_line_of_a_prompt_file_is_a_text_or_a_json_object(tmp_path):
 
 def test_a_prompt_may_be_a_conversation_whose_last_reply_is_left_out(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hi!"), ("user", "Bye"), ("assistant", "Bye!")]
-    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hi!"),
+        ("user", "Bye"),
+        ("assistant", "Bye!"),
+    ]
+    path.write_text(
+        json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+    )
     (messages,) = read_prompts(path, chat=True)
     assert [(message["role"], message["content"]) for message in messages] == turns[:-1]
 
@@ -43,7 +57,14 @@ def test_a_prompt_may_be_a_conversation_whose_last_reply_is_left_out(tmp_path):
         ("\n", False, "is empty"),
         ('a\n{"text": 1}', False, ":2: found"),
         ('{"messages": []}', True, ":1: messages: found"),
-        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}', True, "role"),
+        (
+            (
+                '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content":'
+                ' "y"}]}'
+            ),
+            True,
+            "role",
+        ),
     ],
 )
 def test_a_wrong_prompt_file_is_refused_before_anything_runs(tmp_path, text, chat, message):
@@ -59,8 +80,16 @@ def test_a_wrong_prompt_file_is_refused_before_anything_runs(tmp_path, text, cha
     [
         ('{"prompt": ""}', 4, ":1: found an empty prompt"),
         ('{"prompt": "\\ud83d"}', 4, ":1: found half a surrogate pair"),
-        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', 4, ":1: found half a surrogate pair"),
-        ("fox " * 100, 4, "'fox fox fox .*': found [0-9]+ tokens, expected 1 to 63: the model's positions"),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+            4,
+            ":1: found half a surrogate pair",
+        ),
+        (
+            "fox " * 100,
+            4,
+            "'fox fox fox .*': found [0-9]+ tokens, expected 1 to 63: the model's positions",
+        ),
         ("[" * 100_000, 4, "expected 1 to 63"),
         ("the fox", 0, "--sample_tokens 0: expected 1 to 64"),
         ("the fox", -5, "--sample_tokens -5: expected 1 to 64"),
@@ -100,10 +129,20 @@ def test_a_terminal_gets_no_control_characters():
 def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     documents = write_jsonl("docs.jsonl", document_rows())
     model = tmp_path / "model.json"
-    model.write_text(json.dumps(MODEL | {"attention_dropout": 0.2}))  # so that the random numbers matter
+    # So that the random numbers matter
+    model.write_text(json.dumps(MODEL | {"attention_dropout": 0.2}))
 
     def start(name, script="pretrain", **options):
-        data = ["--train_files", documents, "--model_config", model, "--tokenizer", tokenizer_dir, "--block_size", 32]
+        data = [
+            "--train_files",
+            documents,
+            "--model_config",
+            model,
+            "--tokenizer",
+            tokenizer_dir,
+            "--block_size",
+            32,
+        ]
         if script == "finetune_sft":
             data = [
                 "--train_files",
@@ -112,7 +151,9 @@ def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
                 tmp_path / "base",
             ]
         options = {"max_steps": 4, "logging_steps": 1, "sample_tokens": 5} | options
-        run_script(monkeypatch, script, *short_run(tmp_path / name, **options), *data, "--eval_ratio", 0.2)
+        run_script(
+            monkeypatch, script, *short_run(tmp_path / name, **options), *data, "--eval_ratio", 0.2
+        )
         return tmp_path / name
 
     return start
@@ -124,7 +165,10 @@ def test_training_does_not_notice_samples(run):
     weights = [load_file(stage / "model.safetensors") for stage in (plain, sampled)]
     assert all(equal(weights[0][name], weights[1][name]) for name in weights[0])
     losses = [
-        [json.loads(line).get("loss") for line in (stage / "train_log.jsonl").read_text().splitlines()]
+        [
+            json.loads(line).get("loss")
+            for line in (stage / "train_log.jsonl").read_text().splitlines()
+        ]
         for stage in (plain, sampled)
     ]
     assert losses[0] == losses[1]
@@ -132,13 +176,17 @@ def test_training_does_not_notice_samples(run):
 
 def test_samples_are_taken_every_n_steps_and_at_the_end_of_every_stage(run, capsys, tmp_path):
     run("base", sample_steps=3)
-    rows = [json.loads(line) for line in (tmp_path / "base" / "samples.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "base" / "samples.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [3] * 4 + [4] * 4
     assert [row["prompt"] for row in rows[:4]] == list(TEXT_PROMPTS)
     assert "samples after step 3" in capsys.readouterr().out
     chat = run("chat", "finetune_sft", max_length=64)
     rows = [json.loads(line) for line in (chat / "samples.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["prompt"]) for row in rows] == [(4, prompt) for prompt in CHAT_PROMPTS]
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (4, prompt) for prompt in CHAT_PROMPTS
+    ]
     page = (chat / "report.html").read_text()
     assert CHAT_PROMPTS[0] in page
 

@@ -30,14 +30,18 @@ from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, NOT_SAVED, Inte
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 WHOLE = {"model.safetensors", "config.json", "trainer_state.json", "scheduler.pt"}
-needs_deepspeed = pytest.mark.skipif(not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not (BIN / "deepspeed").exists(), reason="DeepSpeed is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The test process gets its own handlers back: a run that leaves ignores the signals until it is gone.
+    """The test process gets its own handlers back: a run that leaves ignores the signals until it
+    is gone.
 
-    A shell starts what it puts into the background with SIGINT ignored, which is left so by a run, and not tested.
+    A shell starts what it puts into the background with SIGINT ignored, which is left so by a run,
+    and not tested.
     """
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,8 +67,16 @@ class Tell(TrainerCallback):
 
 def train(model, output_dir, *callbacks, resume=None, **options):
     """Four steps on 8 rows; returns the trainer."""
-    rows = [{"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i + 3]} for i in range(8)]
-    arguments = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | options
+    rows = [
+        {"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i + 3]}
+        for i in range(8)
+    ]
+    arguments = {
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | options
     arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1} | arguments
     args = TrainingArguments(str(output_dir), dataloader_pin_memory=False, **arguments)
     trainer = ResumableTrainer(model, args, train_dataset=rows, eval_dataset=rows)
@@ -82,7 +94,9 @@ def interrupted(*args, code=INTERRUPTED, **options):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_a_signal_leaves_a_whole_checkpoint_and_exit_code_75_although_saving_is_off(name, model, tmp_path, capsys):
+def test_a_signal_leaves_a_whole_checkpoint_and_exit_code_75_although_saving_is_off(
+    name, model, tmp_path, capsys
+):
     interrupted(model, tmp_path, Tell(2, getattr(signal, name)))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
@@ -90,7 +104,9 @@ def test_a_signal_leaves_a_whole_checkpoint_and_exit_code_75_although_saving_is_
     assert f"interrupted ({name}) after step 2 of 4" in capsys.readouterr().out
 
 
-def test_an_interrupted_and_continued_run_ends_with_the_weights_of_an_undisturbed_one(config, tmp_path):
+def test_an_interrupted_and_continued_run_ends_with_the_weights_of_an_undisturbed_one(
+    config, tmp_path
+):
     from minimind import MiniMindForCausalLM
 
     def fresh():
@@ -100,13 +116,17 @@ def test_an_interrupted_and_continued_run_ends_with_the_weights_of_an_undisturbe
     undisturbed = train(fresh(), tmp_path / "a")
     interrupted(fresh(), tmp_path / "b", Tell(2, signal.SIGTERM))
     torch.manual_seed(1)
-    continued = train(MiniMindForCausalLM(config), tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-2"))
+    continued = train(
+        MiniMindForCausalLM(config), tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-2")
+    )
     for name, weight in undisturbed.model.state_dict().items():
         assert torch.equal(weight, continued.model.state_dict()[name]), name
 
 
 def test_the_report_of_an_interrupted_run_says_so(model, tmp_path):
-    interrupted(model, tmp_path, ReportCallback(tmp_path, {"stage": "sft"}), Tell(2, signal.SIGTERM))
+    interrupted(
+        model, tmp_path, ReportCallback(tmp_path, {"stage": "sft"}), Tell(2, signal.SIGTERM)
+    )
     page = (tmp_path / "report.html").read_text()
     assert "<b>interrupted</b>" in page
     assert "2 of 4" in page
@@ -145,13 +165,22 @@ def test_an_interrupted_run_adds_no_evaluation_and_no_summary(model, tmp_path):
         def on_train_end(self, args, state, control, **kwargs):
             log.append({"the end": None})
 
-    interrupted(model, tmp_path, Log(), Tell(2, signal.SIGTERM), eval_strategy="epoch", save_strategy="epoch")
+    interrupted(
+        model,
+        tmp_path,
+        Log(),
+        Tell(2, signal.SIGTERM),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+    )
     assert [sorted(entry) for entry in log] == [["epoch", "grad_norm", "learning_rate", "loss"]] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("greater", [False, True], ids=["better", "worse"])
-def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(greater, model, tmp_path):
+def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(
+    greater, model, tmp_path
+):
     best = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": greater}
     best |= {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2}
     interrupted(model, tmp_path, Tell(2, signal.SIGTERM), **best)
@@ -162,7 +191,10 @@ def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(gre
     ("options", "left"),
     [
         ({}, "there is no other, the same command begins anew"),
-        ({"save_strategy": "steps", "save_steps": 1}, "the same command goes on from {}/checkpoint-1"),
+        (
+            {"save_strategy": "steps", "save_steps": 1},
+            "the same command goes on from {}/checkpoint-1",
+        ),
     ],
 )
 def test_a_signal_on_a_full_disk_says_that_nothing_was_saved_and_what_is_left(
@@ -171,17 +203,24 @@ def test_a_signal_on_a_full_disk_says_that_nothing_was_saved_and_what_is_left(
     class Fill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+                monkeypatch.setattr(
+                    saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1)
+                )
 
     interrupted(model, tmp_path, Fill(), Tell(2, signal.SIGTERM), code=NOT_SAVED, **options)
     said = capsys.readouterr()
-    assert f"{tmp_path}/checkpoint-2 could not be written: {left.format(tmp_path)}. Exit code 74." in said.out
+    assert (
+        f"{tmp_path}/checkpoint-2 could not be written: {left.format(tmp_path)}. Exit code 74."
+        in said.out
+    )
     assert "is complete" not in said.out
     assert "training goes on" not in said.err
     assert not (tmp_path / "checkpoint-2").exists()
 
 
-def test_a_checkpoint_is_called_complete_only_after_a_look_at_it(model, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_is_called_complete_only_after_a_look_at_it(
+    model, tmp_path, monkeypatch, capsys
+):
     def without_manifest(checkpoint, **facts):
         assert checkpoint.is_dir()
 
@@ -214,13 +253,17 @@ def test_a_signal_that_was_ignored_before_the_run_stays_ignored(model, tmp_path)
     assert train(model, tmp_path, Tell(2, signal.SIGHUP)).state.global_step == 4
 
 
-def test_dataloader_workers_outlive_the_signals_of_their_whole_job_but_not_their_main_process(model, tmp_path):
+def test_dataloader_workers_outlive_the_signals_of_their_whole_job_but_not_their_main_process(
+    model, tmp_path
+):
     loaders, others = [], psutil.Process().children()  # wandb's service for one
 
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                loaders.extend(child for child in psutil.Process().children() if child not in others)
+                loaders.extend(
+                    child for child in psutil.Process().children() if child not in others
+                )
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
                     for process in loaders:  # by a stranger, as a terminal or Slurm does
                         subprocess.run(["kill", f"-{int(number)}", str(process.pid)], check=True)
@@ -269,10 +312,16 @@ def main():
 main()
 """
     with Path("/dev/full").open("w") as full:
-        assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full).returncode == code
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=full
+            ).returncode
+            == code
+        )
 
 
-# --- with a launcher -----------------------------------------------------------------------------------------------
+# --- with a launcher
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -281,17 +330,30 @@ def command(tmp_path_factory, tokenizer_dir):
     root = tmp_path_factory.mktemp("signals")
     (root / "docs.jsonl").write_text("\n".join(map(json.dumps, document_rows())))
     model = ["--model_config", write_model(root / "model.json"), "--tokenizer", tokenizer_dir]
-    data = [*model, "--train_files", root / "docs.jsonl", "--block_size", "32", "--eval_ratio", "0.2"]
+    data = [
+        *model,
+        "--train_files",
+        root / "docs.jsonl",
+        "--block_size",
+        "32",
+        "--eval_ratio",
+        "0.2",
+    ]
 
     def build(output, *launcher, **options):
         options = {"max_steps": 100_000, "logging_steps": 1} | options
-        return list(map(str, [*at_free_port(*launcher, "pretrain.py"), *short_run(output, **options), *data]))
+        return list(
+            map(
+                str, [*at_free_port(*launcher, "pretrain.py"), *short_run(output, **options), *data]
+            )
+        )
 
     return build
 
 
 class Run:
-    """A launcher's process and what it prints, read through a file, since the launcher may be gone before its workers.
+    """A launcher's process and what it prints, read through a file, since the launcher may be gone
+    before its workers.
 
     `workers` are the processes that train."""
 
@@ -300,7 +362,9 @@ class Run:
         environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         environment |= {"MINIMIND_CACHE": str(output.parent / "cache"), "OMP_NUM_THREADS": "1"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
         self.workers = []
 
     def __enter__(self):
@@ -316,7 +380,10 @@ class Run:
         self.process.wait()
 
     def wait_for_step(self):
-        wait_until(lambda: re.search("step +2/", self.said) or self.process.poll() is not None, lambda: self.said)
+        wait_until(
+            lambda: re.search("step +2/", self.said) or self.process.poll() is not None,
+            lambda: self.said,
+        )
         assert self.process.poll() is None, self.said[-3000:]
         below = psutil.Process(self.process.pid).children(recursive=True)
         self.workers = [process for process in below if self.trains(process.cmdline())]
@@ -348,8 +415,13 @@ def test_workers_of_a_deepspeed_launcher_that_died_save_and_end(command, tmp_pat
         run.wait_for_all_to_be_gone()
         assert "interrupted (its launcher is gone)" in run.said
         (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-        shards = {path.name.split("_mp")[0] for path in checkpoint.glob("global_step*/*optim_states.pt")}
-        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
+        shards = {
+            path.name.split("_mp")[0] for path in checkpoint.glob("global_step*/*optim_states.pt")
+        }
+        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {
+            "rng_state_0.pth",
+            "rng_state_1.pth",
+        }
         assert shards == {"zero_pp_rank_0", "zero_pp_rank_1"}
 
 
@@ -363,7 +435,10 @@ def test_all_ranks_stop_at_the_step_at_which_one_of_them_is_told(command, tmp_pa
         run.process.wait(PATIENCE)
         assert "interrupted (SIGUSR1)" in run.said
         (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {"rng_state_0.pth", "rng_state_1.pth"}
+        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {
+            "rng_state_0.pth",
+            "rng_state_1.pth",
+        }
 
 
 @pytest.mark.launcher
@@ -385,7 +460,9 @@ def test_a_port_in_use_is_one_clear_error(command, tmp_path):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        words = command(tmp_path / "run", "deepspeed", "--num_accelerators", "2", "--master_port", port)
+        words = command(
+            tmp_path / "run", "deepspeed", "--num_accelerators", "2", "--master_port", port
+        )
         with Run([*words, "--deepspeed", "ds_config_zero2.json"], tmp_path / "run") as run:
             assert run.process.wait(PATIENCE) == 2
         assert run.said.count(f"error: port {port}") == 1

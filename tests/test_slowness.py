@@ -12,7 +12,8 @@ from minimind.costs.slowness import Usage, explain, seen_reasons
 from minimind.planning import measuring
 
 QUIET = Usage(moment=0.0, busy=100.0, own=50.0, swapped=0.0)
-LATER = Usage(moment=10.0, busy=120.0, own=70.0, swapped=0.0)  # 10 s, in which this run took both cores
+# 10 s, in which this run took both cores
+LATER = Usage(moment=10.0, busy=120.0, own=70.0, swapped=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +30,16 @@ def two_cores(monkeypatch):
 
 def test_a_machine_that_shows_nothing_is_said_to_show_nothing():
     assert seen_reasons(QUIET, LATER, "cpu", "bf16") == []
-    assert "neither another process nor an emulated precision, swapping" in explain(QUIET, LATER, "cpu", "bf16")
+    assert "neither another process nor an emulated precision, swapping" in explain(
+        QUIET, LATER, "cpu", "bf16"
+    )
 
 
 def test_other_processes_are_what_is_busy_beside_this_run():
     (reason,) = seen_reasons(QUIET, dataclasses.replace(LATER, own=58.0), "cpu", "fp32")
-    assert reason.startswith("other processes or machines kept 1.2 of 2 cores busy (most of it: chrome, pid 7): end")
+    assert reason.startswith(
+        "other processes or machines kept 1.2 of 2 cores busy (most of it: chrome, pid 7): end"
+    )
 
 
 def test_an_emulated_precision_is_named_where_the_run_uses_it(monkeypatch):
@@ -90,9 +95,16 @@ def test_a_run_much_slower_than_planned_is_warned_of(
 ):
     monkeypatch.setattr(measuring, "SLOW", limit)
     monkeypatch.setattr(measuring, "LOST", -1.0)
-    words = ["--train_files", write_jsonl("docs.jsonl", document_rows()), "--tokenizer", tokenizer_dir]
+    words = [
+        "--train_files",
+        write_jsonl("docs.jsonl", document_rows()),
+        "--tokenizer",
+        tokenizer_dir,
+    ]
     words += ["--model_config", write_model(tmp_path / "model.json")]
-    run_script(monkeypatch, "pretrain", *short_run(tmp_path / "out", max_steps=6, block_size=32), *words)
+    run_script(
+        monkeypatch, "pretrain", *short_run(tmp_path / "out", max_steps=6, block_size=32), *words
+    )
     said = capsys.readouterr().out
     assert said.count("s a step instead of") == 1
     assert said.count("Likely reasons, and what to try:\n  - ") == warned

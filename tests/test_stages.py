@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import chat_rows, document_rows, failure, pair_rows, run_cli, run_script, short_run, write_model
+from pipeline import (
+    chat_rows,
+    document_rows,
+    failure,
+    pair_rows,
+    run_cli,
+    run_script,
+    short_run,
+    write_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,8 +44,14 @@ def runs(tmp_path_factory, tokenizer_dir):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIMIND_CACHE", str(root / "cache"))
-        for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pair_rows())):
-            (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        for name, rows in (
+            ("docs", document_rows()),
+            ("chats", chat_rows()),
+            ("pairs", pair_rows()),
+        ):
+            (root / f"{name}.jsonl").write_text(
+                "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            )
         model = write_model(root / "model.json")
         held_out = ["--eval_ratio", "0.2"]
         run_script(
@@ -55,8 +70,20 @@ def runs(tmp_path_factory, tokenizer_dir):
         start = ["--model_name_or_path", root / "pretrain"]
         run_script(patch, "finetune_sft", *short_run(root / "sft", max_length=64), *chats, *start)
         start = ["--model_name_or_path", root / "sft", "--use_peft", "--lora_r", "4"]
-        run_script(patch, "finetune_sft", *short_run(root / "lora", max_length=64, learning_rate=0.01), *chats, *start)
-        start = ["--model_name_or_path", root / "lora", "--train_files", root / "pairs.jsonl", *held_out]
+        run_script(
+            patch,
+            "finetune_sft",
+            *short_run(root / "lora", max_length=64, learning_rate=0.01),
+            *chats,
+            *start,
+        )
+        start = [
+            "--model_name_or_path",
+            root / "lora",
+            "--train_files",
+            root / "pairs.jsonl",
+            *held_out,
+        ]
         run_script(patch, "train_dpo", *short_run(root / "dpo", max_length=64), *start)
     return root
 
@@ -68,7 +95,13 @@ def test_a_stage_directory_is_complete(runs, stage):
         "config.json", "generation_config.json", "model.safetensors",
         "configuration_minimind.py", "modeling_minimind.py",
     }  # fmt: skip
-    common = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin", "stage.json"}
+    common = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "training_args.bin",
+        "stage.json",
+    }
     report = set() if stage == "pretrain" else {"mask_report.json"}
     told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json"}
     assert names == weights | common | report | told
@@ -106,7 +139,10 @@ def test_the_first_loss_of_dpo_is_ln_2(runs):
 
 
 def test_every_log_line_has_step_and_the_training_ones_speed_and_eta(runs):
-    entries = [json.loads(line) for line in (runs / "pretrain" / "train_log.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line)
+        for line in (runs / "pretrain" / "train_log.jsonl").read_text().splitlines()
+    ]
     training = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in training] == [1, 2]
     for entry in training:
@@ -144,20 +180,22 @@ def test_generation_stops_at_the_end_token(runs):
 
 def test_a_stage_directory_opens_where_the_package_is_missing(runs):
     code = (
-        "import sys; sys.modules['minimind'] = None\n"
-        "import torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(runs / 'dpo')!r}, trust_remote_code=True)\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(runs / 'dpo')!r}, trust_remote_code=True)\n"
-        "print(type(model).__module__, model(torch.tensor([[5, 6]])).logits.double().sum().item())\n"
-        "assert tokenizer.chat_template\n"
+        "import sys; sys.modules['minimind'] = None\nimport torch\nfrom transformers import"
+        " AutoModelForCausalLM, AutoTokenizer\nmodel ="
+        f" AutoModelForCausalLM.from_pretrained({str(runs / 'dpo')!r},"
+        " trust_remote_code=True)\ntokenizer ="
+        f" AutoTokenizer.from_pretrained({str(runs / 'dpo')!r},"
+        " trust_remote_code=True)\nprint(type(model).__module__, model(torch.tensor([[5,"
+        " 6]])).logits.double().sum().item())\nassert tokenizer.chat_template\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=runs, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     module, value = done.stdout.split()
     assert module.startswith("transformers_modules.")
     here = AutoModelForCausalLM.from_pretrained(runs / "dpo")
-    assert float(value) == pytest.approx(here(torch.tensor([[5, 6]])).logits.double().sum().item(), abs=1e-4)
+    assert float(value) == pytest.approx(
+        here(torch.tensor([[5, 6]])).logits.double().sum().item(), abs=1e-4
+    )
 
 
 def test_an_adapter_loads_merged_and_can_be_trained_on(runs):
@@ -167,11 +205,17 @@ def test_an_adapter_loads_merged_and_can_be_trained_on(runs):
     assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
-def test_a_stage_without_a_parent_starts_from_a_random_tiny_model(runs, monkeypatch, tmp_path, capsys):
+def test_a_stage_without_a_parent_starts_from_a_random_tiny_model(
+    runs, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(Path(__file__).parent.parent / "configs")
     run_script(
-        monkeypatch, "finetune_sft", *short_run(tmp_path / "out", max_steps=1), "--train_files", runs / "chats.jsonl"
+        monkeypatch,
+        "finetune_sft",
+        *short_run(tmp_path / "out", max_steps=1),
+        "--train_files",
+        runs / "chats.jsonl",
     )
     assert "RANDOM weights" in capsys.readouterr().out
     assert read_stage(tmp_path / "out")["parent"] is None
@@ -191,10 +235,16 @@ def test_chat_answers_each_line_of_its_input(runs, stage, capsys, monkeypatch):
     assert said.index("> who runs?") < said.index("> again")
 
 
-def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(runs, capsys, monkeypatch):
+def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(
+    runs, capsys, monkeypatch
+):
     sent = []
-    monkeypatch.setattr("minimind.chat.decode", lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0])))
-    monkeypatch.setattr("minimind.chat.parse_message", lambda *_: [{"role": "assistant", "content": "(reply)"}])
+    monkeypatch.setattr(
+        "minimind.chat.decode", lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0]))
+    )
+    monkeypatch.setattr(
+        "minimind.chat.parse_message", lambda *_: [{"role": "assistant", "content": "(reply)"}]
+    )
     lines = "/help\n/system be brief\n /home is it\n/etc/passwd?\n/new\nlast\n/exit\nnot read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     run_cli("chat", runs / "sft", "--max_new_tokens", "4")
@@ -212,13 +262,18 @@ def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(runs, 
 def test_chat_says_of_a_base_model_that_it_has_not_learned_to_answer(runs, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     run_cli("chat", runs / "pretrain")
-    assert re.match(r"notice: .*pretrain is a base model: .* has not learned to answer.*\n$", capsys.readouterr().err)
+    assert re.match(
+        r"notice: .*pretrain is a base model: .* has not learned to answer.*\n$",
+        capsys.readouterr().err,
+    )
 
 
 def test_chat_refuses_a_model_without_a_chat_template(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(UserError, match=r"has no chat template.*minimind generate.*--chat_template chatml"):
+    with pytest.raises(
+        UserError, match=r"has no chat template.*minimind generate.*--chat_template chatml"
+    ):
         check_chattable("runs/x", bare)
 
 
@@ -235,23 +290,43 @@ def test_the_same_seed_gives_the_same_weights(runs, monkeypatch, tmp_path):
     assert weights_hash(tmp_path / "again") == weights_hash(runs / "sft")
 
 
-def test_the_chat_template_that_was_asked_for_is_trained_with_and_lands_in_the_stage(runs, monkeypatch, tmp_path):
+def test_the_chat_template_that_was_asked_for_is_trained_with_and_lands_in_the_stage(
+    runs, monkeypatch, tmp_path
+):
     template = (
-        "{% for m in messages %}{{ bos_token + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
-        "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}"
+        "{% for m in messages %}{{ bos_token + m.role + '\\n' }}{% if m.role == 'assistant' %}{%"
+        " generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content +"
+        " eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ bos_token +"
+        " 'assistant\\n' }}{% endif %}"
     )
     (tmp_path / "own.jinja").write_text(template)
     data = ["--train_files", runs / "chats.jsonl", "--model_name_or_path", runs / "pretrain"]
-    words = [*short_run(tmp_path / "out", max_length=64), *data, "--chat_template", tmp_path / "own.jinja"]
+    words = [
+        *short_run(tmp_path / "out", max_length=64),
+        *data,
+        "--chat_template",
+        tmp_path / "own.jinja",
+    ]
     run_script(monkeypatch, "finetune_sft", *words)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
     assert weights_hash(tmp_path / "out") != weights_hash(runs / "sft")
 
 
 def test_options_of_trl_that_would_mean_nothing_are_refused(runs, monkeypatch, tmp_path, capsys):
-    for option, word in (("--packing_strategy", "wrapped"), ("--loss_type", "dft"), ("--chat_template_path", "x")):
-        message = failure(capsys, run_script, monkeypatch, "finetune_sft", *short_run(tmp_path / "out"), option, word)
+    for option, word in (
+        ("--packing_strategy", "wrapped"),
+        ("--loss_type", "dft"),
+        ("--chat_template_path", "x"),
+    ):
+        message = failure(
+            capsys,
+            run_script,
+            monkeypatch,
+            "finetune_sft",
+            *short_run(tmp_path / "out"),
+            option,
+            word,
+        )
         assert f"{option} {word} has no meaning here" in message
 
 
@@ -260,9 +335,21 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
     runs, monkeypatch, tmp_path, tokenizer_dir, optim, capsys
 ):
     def pretrain(name, *argv):
-        options = {"block_size": 32, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": optim}
+        options = {
+            "block_size": 32,
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "optim": optim,
+        }
         data = ["--train_files", runs / "docs.jsonl", "--tokenizer", tokenizer_dir]
-        words = [*short_run(tmp_path / name, **options), "--model_config", runs / "model.json", *data, *argv]
+        words = [
+            *short_run(tmp_path / name, **options),
+            "--model_config",
+            runs / "model.json",
+            *data,
+            *argv,
+        ]
         run_script(monkeypatch, "pretrain", *words)
         return tmp_path / name
 
@@ -283,7 +370,14 @@ def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_
 ):
     options = {"block_size": 32, "max_steps": 20, "num_train_epochs": 9, "save_strategy": None}
     words = [*short_run(tmp_path / "run", **options), "--train_files", runs / "docs.jsonl"]
-    words += ["--tokenizer", tokenizer_dir, "--model_config", runs / "model.json", "--sample_steps", -1]
+    words += [
+        "--tokenizer",
+        tokenizer_dir,
+        "--model_config",
+        runs / "model.json",
+        "--sample_steps",
+        -1,
+    ]
     saved, save = [], ResumableTrainer._save_checkpoint
 
     def watched(trainer, *rest):
@@ -293,7 +387,10 @@ def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_
     monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", watched)
     run_script(monkeypatch, "pretrain", *words)
     assert saved == list(range(2, 21, 2))
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-20"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-18",
+        "checkpoint-20",
+    ]
 
 
 def one_step(runs, monkeypatch, stage, output, *words):
@@ -322,10 +419,13 @@ def test_a_run_of_one_step_changes_the_weights(runs, monkeypatch, tmp_path, stag
 def test_a_run_of_one_step_changes_an_adapter(runs, monkeypatch, tmp_path):
     one_step(runs, monkeypatch, "lora", tmp_path / "out")
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # they begin as zeros
+    # They begin as zeros
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
-def test_a_run_that_changes_no_weight_is_an_error_also_where_it_is_resumed(runs, monkeypatch, tmp_path, capsys):
+def test_a_run_that_changes_no_weight_is_an_error_also_where_it_is_resumed(
+    runs, monkeypatch, tmp_path, capsys
+):
     # So small a rate is lost in the rounding of every weight.
     words = ["--learning_rate", "1e-30", "--weight_decay", "0", "--save_strategy", "steps"]
     for _ in range(2):
@@ -370,13 +470,23 @@ def test_a_tokenizer_exchanged_for_one_of_the_same_size_is_refused(runs, tmp_pat
     mixed.mkdir()
     for file in (runs / "sft").iterdir():
         (mixed / file.name).write_bytes(file.read_bytes())
-    save_tokenizer(train_tokenizer(["other words for another vocabulary, all of them new"] * 9, 300), mixed)
+    save_tokenizer(
+        train_tokenizer(["other words for another vocabulary, all of them new"] * 9, 300), mixed
+    )
     message = failure(capsys, run_cli, "chat", mixed)
     assert "the tokenizer is not the one this stage was trained with" in message
 
 
-def test_going_on_from_a_stage_with_another_tokenizer_is_refused(runs, monkeypatch, tmp_path, capsys):
-    argv = [*short_run(tmp_path / "out"), "--model_name_or_path", runs / "sft", "--tokenizer", DEFAULT_TOKENIZER]
+def test_going_on_from_a_stage_with_another_tokenizer_is_refused(
+    runs, monkeypatch, tmp_path, capsys
+):
+    argv = [
+        *short_run(tmp_path / "out"),
+        "--model_name_or_path",
+        runs / "sft",
+        "--tokenizer",
+        DEFAULT_TOKENIZER,
+    ]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
     assert "is not the tokenizer of the model to go on from" in message
 
@@ -389,22 +499,32 @@ def test_a_complete_stage_is_accepted(runs):
 def test_a_base_models_tokenizer_goes_through_all_stages_and_ends_replies_as_its_template_does(
     runs, monkeypatch, tmp_path, capsys
 ):
-    """As GPT-2's and Qwen's base models come: no template, no padding, the end of a document as the end token."""
+    """As GPT-2's and Qwen's base models come: no template, no padding, the end of a document as the
+    end token."""
     base = train_tokenizer(["the fox runs home"], vocab_size=270)
     base.eos_token, base.pad_token, base.chat_template = "<|endoftext|>", None, None
     save_tokenizer(base, tmp_path / "base")
     rows = ("--train_files", runs / "docs.jsonl", "--tokenizer", tmp_path / "base")
     size = ("--model_config", runs / "model.json")
-    run_script(monkeypatch, "pretrain", *short_run(tmp_path / "pretrain", block_size=32), *rows, *size)
+    run_script(
+        monkeypatch, "pretrain", *short_run(tmp_path / "pretrain", block_size=32), *rows, *size
+    )
     run_cli("generate", tmp_path / "pretrain", "--prompt", "the", "--max_new_tokens", 2)
     run_cli("export", tmp_path / "pretrain", tmp_path / "exported", "--format", "qwen3")
     parent = load_model(tmp_path / "pretrain")
     assert parent.config.eos_token_id == parent.config.pad_token_id == 0
-    assert parent.get_input_embeddings().padding_idx is None, "or the end token would get no gradient"
+    assert parent.get_input_embeddings().padding_idx is None, (
+        "or the end token would get no gradient"
+    )
 
     chats = ("--model_name_or_path", tmp_path / "pretrain", "--train_files", runs / "chats.jsonl")
     said = failure(
-        capsys, run_script, monkeypatch, "finetune_sft", *short_run(tmp_path / "sft", max_length=64), *chats
+        capsys,
+        run_script,
+        monkeypatch,
+        "finetune_sft",
+        *short_run(tmp_path / "sft", max_length=64),
+        *chats,
     )
     assert "the tokenizer has no chat template" in said
     assert "--chat_template chatml" in said

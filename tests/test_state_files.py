@@ -1,4 +1,5 @@
-"""What a power loss or a bad disk leaves of our files is said in one message, and costs as little as it can."""
+"""What a power loss or a bad disk leaves of our files is said in one message, and costs as little
+as it can."""
 
 import json
 import os
@@ -58,7 +59,8 @@ def pipe(file):
 
 
 def retyped(value):
-    """Every value of the object in a file becomes this one; a file of another kind gets one such value."""
+    """Every value of the object in a file becomes this one; a file of another kind gets one such
+    value."""
 
     def change(file):
         try:
@@ -100,12 +102,19 @@ def command(world, output_dir, **options):
         "block_size": 32,
     } | options
     words = ["--train_files", world / "docs.jsonl", "--model_config", world / "model.json"]
-    return ["pretrain", *short_run(output_dir, **options), *words, "--tokenizer", world / "tokenizer"]
+    return [
+        "pretrain",
+        *short_run(output_dir, **options),
+        *words,
+        "--tokenizer",
+        world / "tokenizer",
+    ]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer, tokenizer_dir):
-    """A stage with two checkpoints, the same in shards, an adapter of it, a kept batch, data and a recipe."""
+    """A stage with two checkpoints, the same in shards, an adapter of it, a kept batch, data and a
+    recipe."""
     root = tmp_path_factory.mktemp("state")
     for name, rows in (("docs", document_rows()), ("chats", chat_rows())):
         (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -123,15 +132,28 @@ def world(tmp_path_factory, tokenizer, tokenizer_dir):
     adapted.save_pretrained(root / "adapter")
     for name in ("shards", "adapter"):
         tokenizer.save_pretrained(root / name)
-        write_json(root / name / "stage.json", {"stage": "lora", "weights": weights_hash(root / name)})
+        write_json(
+            root / name / "stage.json", {"stage": "lora", "weights": weights_hash(root / name)}
+        )
 
     ids = torch.randint(5, 200, (2, 8))
     (root / "bad_batch-2").mkdir()
-    save_file({"0/input_ids": ids, "0/labels": ids.clone()}, root / "bad_batch-2" / "rank-0.safetensors")
-    record = {"step": 2, "loss": "nan", "grad_norm": "1.0", "micro_batches": 1, "precision": "fp32", "weights": None}
+    save_file(
+        {"0/input_ids": ids, "0/labels": ids.clone()}, root / "bad_batch-2" / "rank-0.safetensors"
+    )
+    record = {
+        "step": 2,
+        "loss": "nan",
+        "grad_norm": "1.0",
+        "micro_batches": 1,
+        "precision": "fp32",
+        "weights": None,
+    }
     write_json(root / "bad_batch-2" / "batch.json", record)
     (root / "sft").mkdir()
-    (root / "sft" / "recipe.yaml").write_text(f"max_steps: 1\nmax_length: 32\ntrain_files: {root / 'chats.jsonl'}\n")
+    (root / "sft" / "recipe.yaml").write_text(
+        f"max_steps: 1\nmax_length: 32\ntrain_files: {root / 'chats.jsonl'}\n"
+    )
     return root
 
 
@@ -150,7 +172,9 @@ def copy(world, tmp_path):
 
 
 def examine(world, stage):
-    report = doctor(str(world / "sft" / "recipe.yaml"), ["--model_name_or_path", str(stage)], quick=True)
+    report = doctor(
+        str(world / "sft" / "recipe.yaml"), ["--model_name_or_path", str(stage)], quick=True
+    )
     refused = [finding["found"] for finding in report["findings"] if finding["name"] == "start"]
     if refused:
         raise UserError(refused[0])
@@ -165,14 +189,17 @@ READERS = {
     "doctor": examine,
     "export": lambda world, stage: run_cli("export", stage, stage / "out", "--format", "qwen3"),
     "merge": lambda world, stage: run_cli("merge", stage, stage / "out"),
-    "inspect": lambda world, stage: run_cli("inspect", world / "chats.jsonl", "--stage", "sft", "--tokenizer", stage),
+    "inspect": lambda world, stage: run_cli(
+        "inspect", world / "chats.jsonl", "--stage", "sft", "--tokenizer", stage
+    ),
     "import": lambda world, stage: run_cli("import", stage, stage / "out"),
     "replay": lambda world, stage: replay(world / "bad_batch-2", stage),
 }
 
 
 def refusal(capsys, call, *args):
-    """The message with which a call ends, None where it succeeds; all but a UserError and code 2 fail the test."""
+    """The message with which a call ends, None where it succeeds; all but a UserError and code 2
+    fail the test."""
     try:
         call(*args)
     except UserError as error:
@@ -185,7 +212,13 @@ def refusal(capsys, call, *args):
 
 FILES = {
     "stage": {
-        *("stage.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *(
+            "stage.json",
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ),
         *("chat_template.jinja", "model.safetensors", RUN, "train_log.jsonl", "training_args.bin"),
     },
     "shards": {"model.safetensors.index.json", "model-00002-of-00006.safetensors"},
@@ -194,24 +227,36 @@ FILES = {
 UNREAD = {RUN, "train_log.jsonl", "training_args.bin"}  # by all readers of a stage
 
 
-@pytest.mark.parametrize("place, name", sorted((place, name) for place, names in FILES.items() for name in names))
+@pytest.mark.parametrize(
+    "place, name", sorted((place, name) for place, names in FILES.items() for name in names)
+)
 def test_a_damaged_file_of_a_stage_is_named_to_each_reader(world, copy, capsys, place, name):
     others = cycle([reader for reader in READERS if reader != "generate and evaluate"])
     if name in UNREAD:
         must_fail = set()
     else:
-        must_fail = set(GONE) if name == "chat_template.jinja" else {*GONE, *NO_JSON, '"text"', "null"}
+        must_fail = (
+            set(GONE) if name == "chat_template.jinja" else {*GONE, *NO_JSON, '"text"', "null"}
+        )
     for number, (corruption, corrupt) in enumerate(CORRUPTIONS.items()):
-        if name in {*UNREAD, "chat_template.jinja"} and corruption not in (*GONE, "not UTF-8", "{}"):
+        if name in {*UNREAD, "chat_template.jinja"} and corruption not in (
+            *GONE,
+            "not UTF-8",
+            "{}",
+        ):
             continue
-        for reader in ("generate and evaluate", next(others)) if number % 2 else ("generate and evaluate",):
+        for reader in (
+            ("generate and evaluate", next(others)) if number % 2 else ("generate and evaluate",)
+        ):
             stage = copy(place)
             corrupt(stage / name)
             said = refusal(capsys, READERS[reader], world, stage)
             if reader == "generate and evaluate" and corruption in must_fail:
                 assert said and name in said, (corruption, said)
             if name not in {*UNREAD, "chat_template.jinja"}:
-                assert said is None or str(stage) in said or "is a whole model, no adapter" in said, (corruption, said)
+                assert (
+                    said is None or str(stage) in said or "is a whole model, no adapter" in said
+                ), (corruption, said)
 
 
 # Checkpoints of an unfinished run.
@@ -247,11 +292,16 @@ def list_anew(checkpoint, name):
 
 
 @pytest.mark.parametrize("name", [MANIFEST, *CHECKPOINT, "run_state_0.pth"])
-def test_a_checkpoint_that_does_not_read_is_skipped_by_name_for_the_one_before(world, unfinished, name):
+def test_a_checkpoint_that_does_not_read_is_skipped_by_name_for_the_one_before(
+    world, unfinished, name
+):
     """Also where the manifest was written after the damage, so that all hashes fit."""
     newest = unfinished / "checkpoint-2"
     fitting = () if name == MANIFEST else ("empty", "zeros", "cut", "null")
-    for corruption, hash_fits in [*((each, False) for each in CORRUPTIONS), *((each, True) for each in fitting)]:
+    for corruption, hash_fits in [
+        *((each, False) for each in CORRUPTIONS),
+        *((each, True) for each in fitting),
+    ]:
         shutil.rmtree(newest)
         shutil.copytree(world / "stage" / "checkpoint-2", newest, copy_function=os.link)
         CORRUPTIONS[corruption](newest / name)
@@ -259,15 +309,25 @@ def test_a_checkpoint_that_does_not_read_is_skipped_by_name_for_the_one_before(w
             list_anew(newest, name)
         found, problems = last_whole_checkpoint(unfinished)
         assert found == unfinished / "checkpoint-1", corruption
-        assert len(problems) == 1 and str(newest) in problems[0] and name in problems[0], (corruption, problems)
+        assert len(problems) == 1 and str(newest) in problems[0] and name in problems[0], (
+            corruption,
+            problems,
+        )
 
 
 @pytest.mark.parametrize(
     "state",
-    [[], {}, {"global_step": "two", "max_steps": 2, "log_history": []}, {"global_step": 2, "unknown": 1}],
+    [
+        [],
+        {},
+        {"global_step": "two", "max_steps": 2, "log_history": []},
+        {"global_step": 2, "unknown": 1},
+    ],
     ids=str,
 )
-def test_a_state_that_the_library_would_not_take_is_a_problem_though_its_hash_fits(unfinished, state):
+def test_a_state_that_the_library_would_not_take_is_a_problem_though_its_hash_fits(
+    unfinished, state
+):
     newest = unfinished / "checkpoint-2"
     holding(json.dumps(state).encode())(newest / "trainer_state.json")
     list_anew(newest, "trainer_state.json")
@@ -278,7 +338,9 @@ def test_a_state_that_the_library_would_not_take_is_a_problem_though_its_hash_fi
 
 
 @pytest.mark.parametrize(
-    "files", [[], {}, {"a": 3}, {"a": {"size": "two"}}, {"../x": {"size": 1, "xxh3_128": ""}}], ids=str
+    "files",
+    [[], {}, {"a": 3}, {"a": {"size": "two"}}, {"../x": {"size": 1, "xxh3_128": ""}}],
+    ids=str,
 )
 def test_a_manifest_of_other_values_is_a_problem(unfinished, files):
     write_json(unfinished / "checkpoint-2" / MANIFEST, {"step": 2, "processes": 1, "files": files})
@@ -287,7 +349,8 @@ def test_a_manifest_of_other_values_is_a_problem(unfinished, files):
 
 @pytest.mark.parametrize("corruption", ["empty", "zeros", *NO_JSON, *OTHER_JSON])
 def test_a_broken_run_json_costs_no_checkpoint(unfinished, corruption):
-    """What the run is stands in its checkpoints: else --overwrite_output_dir would take it for another one."""
+    """What the run is stands in its checkpoints: else --overwrite_output_dir would take it for
+    another one."""
     recipe = read_record(unfinished, RUN)["recipe"]
     CORRUPTIONS[corruption](unfinished / RUN)
     record = read_record(unfinished, RUN)
@@ -302,7 +365,9 @@ def test_what_stands_in_the_place_of_run_json_is_not_overwritten(unfinished, cor
         read_record(unfinished, RUN)
 
 
-def test_a_run_goes_on_without_its_run_json_and_its_newest_checkpoint(world, unfinished, monkeypatch, capsys):
+def test_a_run_goes_on_without_its_run_json_and_its_newest_checkpoint(
+    world, unfinished, monkeypatch, capsys
+):
     monkeypatch.setenv("MINIMIND_CACHE", str(world / "cache"))
     holding(b"")(unfinished / RUN)
     cut(unfinished / "checkpoint-2" / "trainer_state.json")
@@ -315,7 +380,9 @@ def test_a_run_goes_on_without_its_run_json_and_its_newest_checkpoint(world, unf
 
 
 @pytest.mark.parametrize("corruption", ["empty", "a directory", "cut", "null", "{}"])
-def test_a_finished_run_with_a_broken_record_says_what_to_do(world, copy, monkeypatch, capsys, corruption):
+def test_a_finished_run_with_a_broken_record_says_what_to_do(
+    world, copy, monkeypatch, capsys, corruption
+):
     monkeypatch.setenv("MINIMIND_CACHE", str(world / "cache"))
     stage = copy("stage")
     CORRUPTIONS[corruption](stage / "stage.json")
@@ -350,10 +417,26 @@ def entries(name, **values):
 
 INDEX = "model.safetensors.index.json"
 MISFITS = {
-    "a tensor is missing": ("stage", weights(lambda tensors, name: tensors.pop(name)), "1 missing: model.layers"),
-    "a tensor is too many": ("stage", weights(lambda t, _: t.update(x=torch.ones(2))), "1 not of this model: x"),
-    "another shape": ("stage", weights(lambda t, name: t.update({name: torch.ones(3, 3)})), "other shapes"),
-    "whole numbers": ("stage", weights(lambda t, name: t.update({name: t[name].long()})), "of type I64"),
+    "a tensor is missing": (
+        "stage",
+        weights(lambda tensors, name: tensors.pop(name)),
+        "1 missing: model.layers",
+    ),
+    "a tensor is too many": (
+        "stage",
+        weights(lambda t, _: t.update(x=torch.ones(2))),
+        "1 not of this model: x",
+    ),
+    "another shape": (
+        "stage",
+        weights(lambda t, name: t.update({name: torch.ones(3, 3)})),
+        "other shapes",
+    ),
+    "whole numbers": (
+        "stage",
+        weights(lambda t, name: t.update({name: t[name].long()})),
+        "of type I64",
+    ),
     "another model": ("stage", entries("config.json", model_type="llama"), "not of this model"),
     "more layers": ("stage", entries("config.json", num_hidden_layers=3), "11 missing"),
     "layers without end": (
@@ -362,21 +445,53 @@ MISFITS = {
         "num_hidden_layers is 1,000,000,000",
     ),
     "another vocabulary": ("stage", entries("config.json", vocab_size=400), "other shapes"),
-    "an untied head": ("stage", entries("config.json", tie_word_embeddings=False), "1 missing: lm_head.weight"),
+    "an untied head": (
+        "stage",
+        entries("config.json", tie_word_embeddings=False),
+        "1 missing: lm_head.weight",
+    ),
     "weights elsewhere": (
         "stage",
         entries("config.json", transformers_weights="x"),
         "transformers_weights is a string",
     ),
-    "settings": ("stage", entries("generation_config.json", temperature="hot"), "temperature is a string"),
-    "end tokens": ("stage", entries("generation_config.json", eos_token_id=["x"]), "no generation settings"),
-    "a shard elsewhere": ("shards", entries(INDEX, weight_map={"x": "../stage/model.safetensors"}), INDEX),
-    "a shard that is gone": ("shards", lambda s: (s / "model-00003-of-00006.safetensors").unlink(), "model-00003"),
+    "settings": (
+        "stage",
+        entries("generation_config.json", temperature="hot"),
+        "temperature is a string",
+    ),
+    "end tokens": (
+        "stage",
+        entries("generation_config.json", eos_token_id=["x"]),
+        "no generation settings",
+    ),
+    "a shard elsewhere": (
+        "shards",
+        entries(INDEX, weight_map={"x": "../stage/model.safetensors"}),
+        INDEX,
+    ),
+    "a shard that is gone": (
+        "shards",
+        lambda s: (s / "model-00003-of-00006.safetensors").unlink(),
+        "model-00003",
+    ),
     "no shards": ("shards", entries(INDEX, weight_map={}), "no shard"),
     "half an adapter": ("adapter", weights(lambda tensors, name: tensors.pop(name)), "1 missing"),
-    "more adapter": ("adapter", weights(lambda t, _: t.update(x=torch.ones(2))), "1 not of this model: x"),
-    "its own base": ("adapter", entries("adapter_config.json", base_model_name_or_path="."), "leads back to itself"),
-    "no known adapter": ("adapter", entries("adapter_config.json", peft_type="NOPE"), "KeyError: 'NOPE'"),
+    "more adapter": (
+        "adapter",
+        weights(lambda t, _: t.update(x=torch.ones(2))),
+        "1 not of this model: x",
+    ),
+    "its own base": (
+        "adapter",
+        entries("adapter_config.json", base_model_name_or_path="."),
+        "leads back to itself",
+    ),
+    "no known adapter": (
+        "adapter",
+        entries("adapter_config.json", peft_type="NOPE"),
+        "KeyError: 'NOPE'",
+    ),
     "another rank": ("adapter", entries("adapter_config.json", r=3), "cannot be loaded"),
 }
 
@@ -395,7 +510,9 @@ def test_weights_that_do_not_fit_are_refused(copy, misfit):
 def test_zeros_in_the_weights_are_found_by_the_hash_in_the_record(copy):
     stage = copy("stage")
     content = (stage / "model.safetensors").read_bytes()
-    holding(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))(stage / "model.safetensors")
+    holding(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))(
+        stage / "model.safetensors"
+    )
     with pytest.raises(UserError, match="not those of this stage"):
         load_model(stage)
 
@@ -424,17 +541,32 @@ def others(world, place):
 
 
 @pytest.mark.parametrize(
-    "place", ["batch.json", "rank-0.safetensors", "report.json", "pretrain/stage.json", "deepspeed.json", "model.json"]
+    "place",
+    [
+        "batch.json",
+        "rank-0.safetensors",
+        "report.json",
+        "pretrain/stage.json",
+        "deepspeed.json",
+        "model.json",
+    ],
 )
 def test_other_files_are_named_too(world, tmp_path, copy, place):
     file = tmp_path / "files" / place
-    sources = {"batch.json": "bad_batch-2/batch.json", "rank-0.safetensors": "bad_batch-2/rank-0.safetensors"}
+    sources = {
+        "batch.json": "bad_batch-2/batch.json",
+        "rank-0.safetensors": "bad_batch-2/rank-0.safetensors",
+    }
     sources |= {"pretrain/stage.json": "stage/stage.json", "model.json": "model.json"}
     for corruption, corrupt in CORRUPTIONS.items():
         shutil.rmtree(tmp_path / "files", ignore_errors=True)
         shutil.copytree(world / "bad_batch-2", tmp_path / "files")
         file.parent.mkdir(exist_ok=True)
-        content = (world / sources[place]).read_bytes() if place in sources else b'{"zero_optimization": {"stage": 2}}'
+        content = (
+            (world / sources[place]).read_bytes()
+            if place in sources
+            else b'{"zero_optimization": {"stage": 2}}'
+        )
         file.unlink(missing_ok=True)
         file.write_bytes(content)
         corrupt(file)
@@ -447,7 +579,9 @@ def test_other_files_are_named_too(world, tmp_path, copy, place):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rope_parameters": []}, {"num_attention_heads": 0}, {"hidden_size": -1}, {"hidden_act": 3}], ids=str
+    "fields",
+    [{"rope_parameters": []}, {"num_attention_heads": 0}, {"hidden_size": -1}, {"hidden_act": 3}],
+    ids=str,
 )
 def test_a_model_file_of_other_values_is_named(tmp_path, tokenizer, fields):
     (tmp_path / "model.json").write_text(json.dumps(fields))
@@ -458,11 +592,15 @@ def test_a_model_file_of_other_values_is_named(tmp_path, tokenizer, fields):
 def test_a_report_shows_a_parent_whose_record_is_broken_as_gone(world, copy):
     stage = copy("stage")
     holding(b"")(stage / "stage.json")
-    record = read_stage(world / "stage") | {"parent": {"directory": str(stage), "stage": "pretrain", "weights": "w"}}
+    record = read_stage(world / "stage") | {
+        "parent": {"directory": str(stage), "stage": "pretrain", "weights": "w"}
+    }
     assert "no longer there" in write_report(world / "stage", record).read_text()
 
 
 def test_a_record_names_the_value_of_another_type(tmp_path):
     write_json(tmp_path / "a.json", {"a": True})
-    with pytest.raises(UserError, match=r"a\.json: a is true or false, expected a whole number or null\. Do this\."):
+    with pytest.raises(
+        UserError, match=r"a\.json: a is true or false, expected a whole number or null\. Do this\."
+    ):
         read_json(tmp_path / "a.json", "Do this.", fields={"a": int | None})

@@ -50,7 +50,8 @@ def test_two_processes_compute_the_logits_the_loss_and_the_gradients_of_one(tmp_
         torch.manual_seed(0)
         models[name] = MiniMindForCausalLM(MiniMindConfig(**SIZE, **HEADS, **fields))
         with torch.no_grad():
-            for parameter in models[name].parameters():  # biases are not 0, norms not 1: every weight matters
+            # Biases are not 0, norms not 1: every weight matters
+            for parameter in models[name].parameters():
                 parameter.normal_(mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
         models[name].save_pretrained(tmp_path / name)
     (tmp_path / "rank.py").write_text(RANK)
@@ -68,8 +69,15 @@ def test_two_processes_compute_the_logits_the_loss_and_the_gradients_of_one(tmp_
         torch.testing.assert_close(found["loss"], output.loss.detach(), atol=1e-5, rtol=0)
         for parameter, gradient in found["gradients"].items():
             if "gate_up_proj" in parameter:
-                continue  # each process has a part of the gates beside one of the ups: joined, they are out of order
-            torch.testing.assert_close(gradient, model.get_parameter(parameter).grad, atol=1e-5, rtol=0)
-        # Everything large is split; what is left whole in each process are the norms and the router.
+                # Each process has a part of the gates beside one of the ups: joined, they are out
+                # of order
+                continue
+            torch.testing.assert_close(
+                gradient, model.get_parameter(parameter).grad, atol=1e-5, rtol=0
+            )
+        # Everything large is split; what is left whole in each process are the norms and the
+        # router.
         whole = {parameter for parameter, _ in model.named_parameters()} - set(found["split"])
-        assert all("norm" in parameter or "mlp.gate.weight" in parameter for parameter in whole), whole
+        assert all("norm" in parameter or "mlp.gate.weight" in parameter for parameter in whole), (
+            whole
+        )

@@ -23,7 +23,8 @@ print("the end")
 
 
 class Terminal:
-    """A program in a terminal of 24 x 80, whose screen is drawn from the controls that a line editor needs."""
+    """A program in a terminal of 24 x 80, whose screen is drawn from the controls that a line
+    editor needs."""
 
     TOKEN = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|[^\x1b]", re.DOTALL)
     MOVES = {"A": (-1, 0), "B": (1, 0), "C": (0, 1), "D": (0, -1)}  # noqa: RUF012
@@ -34,16 +35,24 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
         command = [sys.executable, "-c", CODE, *map(str, arguments)]
         self.program = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
         )
         os.close(slave)
         self.cells, self.row, self.column, self.unread = {}, 0, 0, b""
 
     def type(self, keys, *shown, column=None):
-        """Type, and read until `shown` is what the rows down to the cursor's end with, and its column is right."""
+        """Type, and read until `shown` is what the rows down to the cursor's end with, and its
+        column is right."""
         os.write(self.master, keys.encode())
         column = width(shown[-1]) if column is None else column
-        while self.column != column or self.rows()[-len(shown) :] != [row.rstrip() for row in shown]:
+        while self.column != column or self.rows()[-len(shown) :] != [
+            row.rstrip() for row in shown
+        ]:
             try:
                 output = os.read(self.master, 4096)
             except OSError:  # what Linux says of a terminal whose program has ended
@@ -54,7 +63,10 @@ class Terminal:
 
     def rows(self):
         """The text of the rows down to the cursor's."""
-        return ["".join(self.cells.get((row, at), " ") for at in range(80)).rstrip() for row in range(self.row + 1)]
+        return [
+            "".join(self.cells.get((row, at), " ") for at in range(80)).rstrip()
+            for row in range(self.row + 1)
+        ]
 
     def draw(self):
         """Draw what was read, but for the beginning of a character or a control."""
@@ -141,7 +153,9 @@ def test_ctrl_c_drops_the_line_and_on_an_empty_one_tells_how_to_end(terminal):
     line.type(f"d{ENTER}", "got 'd'", "> ")
 
 
-def test_the_arrow_reaches_the_messages_of_an_earlier_chat_which_only_their_writer_may_read(terminal, tmp_path):
+def test_the_arrow_reaches_the_messages_of_an_earlier_chat_which_only_their_writer_may_read(
+    terminal, tmp_path
+):
     history = tmp_path / "cache" / "chat_history"
     line = terminal(history)
     line.type("", "> ")
@@ -177,5 +191,7 @@ def test_a_history_that_cannot_be_written_costs_the_history_and_not_the_chat(ter
 
 
 def test_a_pipe_is_read_line_by_line():
-    done = subprocess.run([sys.executable, "-c", CODE], input="a\n\n /b\r\n你", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], input="a\n\n /b\r\n你", capture_output=True, text=True
+    )
     assert done.stdout.splitlines() == ["got 'a'", "got ''", "got ' /b'", "got '你'", "the end"]

@@ -47,7 +47,8 @@ def either(request, default, tokenizer):
 
 @pytest.fixture
 def tampered(tokenizer_dir, tmp_path):
-    """A copy of the tiny tokenizer's directory with other values in tokenizer_config.json and another template."""
+    """A copy of the tiny tokenizer's directory with other values in tokenizer_config.json and
+    another template."""
 
     def tamper(template=None, without=(), **values):
         for file in tokenizer_dir.iterdir():
@@ -58,7 +59,10 @@ def tampered(tokenizer_dir, tmp_path):
             (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
         path = tmp_path / "tokenizer_config.json"
         settings = json.loads(path.read_text(encoding="utf-8")) | values
-        path.write_text(json.dumps({key: settings[key] for key in settings if key not in without}), encoding="utf-8")
+        path.write_text(
+            json.dumps({key: settings[key] for key in settings if key not in without}),
+            encoding="utf-8",
+        )
         return tmp_path
 
     return tamper
@@ -68,11 +72,20 @@ def tampered(tokenizer_dir, tmp_path):
 def test_any_text_comes_back_unchanged(either, text):
     assert either.decode(either(text)["input_ids"]) == text
     encoder = text_encoder(either)
-    assert encoder.decode(encoder.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+    assert (
+        encoder.decode(
+            encoder.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+        )
+        == text
+    )
 
 
 def test_the_first_three_ids_are_the_special_tokens_and_padding_is_not_the_end(either):
-    assert either.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert either.convert_ids_to_tokens([0, 1, 2]) == [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
     assert (either.pad_token_id, either.bos_token_id, either.eos_token_id) == (0, 1, 2)
     assert tuple(either.convert_ids_to_tokens([0, 1, 2])) == SPECIAL_TOKENS
 
@@ -90,7 +103,11 @@ def test_the_default_tokenizer_has_6400_tokens_with_ids_0_to_6399(default):
 def test_a_digit_is_never_merged_with_anything(either, text):
     encoder = text_encoder(train_tokenizer([text] * 50, vocab_size=400))
     for tokens in (either.tokenize(text), encoder.encode(text, add_special_tokens=False).tokens):
-        assert [token for token in tokens if any(char.isascii() and char.isdigit() for char in token[1:])] == []
+        assert [
+            token
+            for token in tokens
+            if any(char.isascii() and char.isdigit() for char in token[1:])
+        ] == []
         assert [token for token in tokens if token[0] in "0123456789" and len(token) > 1] == []
 
 
@@ -112,10 +129,14 @@ def test_a_special_tokens_name_in_raw_text_is_plain_characters(either, special):
     assert special in either.tokenize(text), "the chat tokenizer itself still knows it"
 
 
-def test_the_text_encoder_neither_pads_nor_truncates_whatever_the_tokenizer_was_asked_for(tokenizer_dir):
+def test_the_text_encoder_neither_pads_nor_truncates_whatever_the_tokenizer_was_asked_for(
+    tokenizer_dir,
+):
     used = load_tokenizer(tokenizer_dir)
     used(["a", ENGLISH], padding=True, truncation=True, max_length=3)
-    alone = [text_encoder(used).encode(text, add_special_tokens=False).ids for text in ("a", ENGLISH)]
+    alone = [
+        text_encoder(used).encode(text, add_special_tokens=False).ids for text in ("a", ENGLISH)
+    ]
     batch = text_encoder(used).encode_batch_fast(["a", ENGLISH], add_special_tokens=False)
     assert [encoding.ids for encoding in batch] == alone
     assert used.decode(alone[1]) == ENGLISH
@@ -137,7 +158,9 @@ def test_the_template_writes_chatml(either, messages, expected):
     assert prompt == expected[: expected.rindex("assistant\n") + len("assistant\n")]
 
 
-@pytest.mark.parametrize("messages", [FIRST, [SYSTEM, *FIRST], [*FIRST, *SECOND], [SYSTEM, *FIRST, *SECOND]])
+@pytest.mark.parametrize(
+    "messages", [FIRST, [SYSTEM, *FIRST], [*FIRST, *SECOND], [SYSTEM, *FIRST, *SECOND]]
+)
 def test_the_prompt_for_a_reply_begins_the_whole_conversation_in_text_and_in_ids(either, messages):
     for tokenize in (False, True):
         options = {"tokenize": tokenize} | ({"return_dict": False} if tokenize else {})
@@ -156,8 +179,12 @@ def test_the_prompt_for_a_reply_begins_the_whole_conversation_in_text_and_in_ids
         ([*FIRST[:1], {"role": "assistant", "content": "  x\n"}], ["  x\n<|im_end|>"]),
     ],
 )
-def test_the_assistant_mask_covers_exactly_the_assistants_words_and_their_end_tokens(either, messages, trained):
-    encoded = either.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+def test_the_assistant_mask_covers_exactly_the_assistants_words_and_their_end_tokens(
+    either, messages, trained
+):
+    encoded = either.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     runs, before = [], 0
     for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
         if mask and not before:
@@ -168,7 +195,9 @@ def test_the_assistant_mask_covers_exactly_the_assistants_words_and_their_end_to
     assert [either.decode(run) for run in runs] == trained
 
 
-def test_a_saved_tokenizer_comes_back_with_its_ids_and_template_and_nothing_partial_is_left(tokenizer, tmp_path):
+def test_a_saved_tokenizer_comes_back_with_its_ids_and_template_and_nothing_partial_is_left(
+    tokenizer, tmp_path
+):
     save_tokenizer(tokenizer, tmp_path / "new" / "folder")
     loaded = load_tokenizer(tmp_path / "new" / "folder")
     names = {file.name for file in (tmp_path / "new" / "folder").iterdir()}
@@ -191,7 +220,9 @@ def test_a_tokenizer_that_fails_to_save_leaves_nothing_behind(tokenizer, tmp_pat
 
 
 def test_training_twice_on_the_same_texts_gives_the_same_tokenizer():
-    first, second = (train_tokenizer(iter([ENGLISH, CHINESE] * 3), vocab_size=290) for _ in range(2))
+    first, second = (
+        train_tokenizer(iter([ENGLISH, CHINESE] * 3), vocab_size=290) for _ in range(2)
+    )
     assert tokenizer_hash(first) == tokenizer_hash(second)
     assert tokenizer_hash(first) != tokenizer_hash(train_tokenizer([ENGLISH], vocab_size=290))
 
@@ -203,10 +234,18 @@ def test_259_is_the_smallest_vocabulary():
 
 
 def test_a_tokenizer_is_loaded_whatever_it_lacks_and_pads_with_a_token_it_has(tampered):
-    """As published ones do: GPT-2 has no template and no padding, base models pad with their end."""
+    """As published ones do: GPT-2 has no template and no padding, base models pad with their
+    end."""
     bare = load_tokenizer(tampered(template="", without=["pad_token"]))
-    assert (bare.chat_template, bare.pad_token, bare.eos_token) == (None, "<|im_end|>", "<|im_end|>")
-    assert load_tokenizer(tampered(without=["pad_token"], unk_token="<|endoftext|>")).pad_token == "<|endoftext|>"
+    assert (bare.chat_template, bare.pad_token, bare.eos_token) == (
+        None,
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert (
+        load_tokenizer(tampered(without=["pad_token"], unk_token="<|endoftext|>")).pad_token
+        == "<|endoftext|>"
+    )
     endless = load_tokenizer(tampered(without=["eos_token", "pad_token"]))
     assert (endless.eos_token, endless.pad_token) == (None, None)
 

@@ -1,4 +1,5 @@
-"""The judge of tokenizers, against numbers worked out by hand on vocabularies small enough to see through."""
+"""The judge of tokenizers, against numbers worked out by hand on vocabularies small enough to see
+through."""
 
 import json
 from collections import Counter
@@ -30,14 +31,18 @@ def written(data):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Write a byte-level tokenizer that splits as GPT-2 does and knows the merges given, each a pair of texts."""
+    """Write a byte-level tokenizer that splits as GPT-2 does and knows the merges given, each a
+    pair of texts."""
 
     def write(name, merges, **options):
         pairs = [
-            tuple(written(part if isinstance(part, bytes) else part.encode()) for part in pair) for pair in merges
+            tuple(written(part if isinstance(part, bytes) else part.encode()) for part in pair)
+            for pair in merges
         ]
         tokens = [CHARACTER_OF[byte] for byte in range(256)] + ["".join(pair) for pair in pairs]
-        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs, **options))
+        tokenizer = Tokenizer(
+            models.BPE({token: i for i, token in enumerate(tokens)}, pairs, **options)
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         (tmp_path / name).mkdir()
@@ -48,7 +53,13 @@ def directory(tmp_path):
 
 
 GOOD_CAT = [(" ", "c"), (" c", "a"), (" ca", "t"), ("c", "a"), ("ca", "t")]
-HELLO = [(b"\xe4", b"\xbd"), (b"\xe4\xbd", b"\xa0"), (b"\xe5", b"\xa5"), (b"\xe5\xa5", b"\xbd"), ("你", "好")]
+HELLO = [
+    (b"\xe4", b"\xbd"),
+    (b"\xe4\xbd", b"\xa0"),
+    (b"\xe5", b"\xa5"),
+    (b"\xe5\xa5", b"\xbd"),
+    ("你", "好"),
+]
 TEXTS = [
     Text("cat cat dog", "animals"),  # [cat][ cat][ ][d][o][g]: 6 tokens, 11 bytes, 3 words
     Text("你好好龘", "talk"),  # [你好][好] and three bytes of 龘: 5 tokens, 12 bytes, 4 characters
@@ -69,14 +80,21 @@ def test_sizes_fertility_and_use_are_those_worked_out_by_hand(directory):
     }
     tokens = {name: group["tokens"] for name, group in found["languages"].items()}
     assert tokens == {"zh": 5, "en": 6, "other": 2}
-    assert {name: group["bytes"] for name, group in found["domains"].items()} == {"talk": 14, "animals": 11}
+    assert {name: group["bytes"] for name, group in found["domains"].items()} == {
+        "talk": 14,
+        "animals": 11,
+    }
     # English: [cat] [ cat] [d] [o] [g] have letters. Chinese: [你好] [好] and the three bytes.
     assert found["fertility"] == {"en": 5 / 3, "zh": 5 / 4}
     assert found["pieces"] == found["byte_tokens"] == 3 / 13
     # 266 tokens; each of the 13 is another one.
     assert found["vocabulary"]["tokens"] == 266
     assert found["vocabulary"]["used"] == pytest.approx(13 / 266)
-    assert found["vocabulary"]["used_fewer_than"] == {"1": pytest.approx(253 / 266), "10": 1, "100": 1}
+    assert found["vocabulary"]["used_fewer_than"] == {
+        "1": pytest.approx(253 / 266),
+        "10": 1,
+        "100": 1,
+    }
     assert found["vocabulary"]["tokens_that_cover"] == {
         "0.5": 7, "0.8": 11, "0.9": 12, "0.95": 13, "0.99": 13, "0.999": 13
     }  # fmt: skip
@@ -100,7 +118,9 @@ def test_tokens_are_sorted_by_what_they_write(directory):
     }  # fmt: skip
 
 
-def test_the_comparison_counts_the_tokens_of_each_by_language_and_domain_and_names_the_one_with_fewest(directory):
+def test_the_comparison_counts_the_tokens_of_each_by_language_and_domain_and_names_the_one_with_fewest(
+    directory,
+):
     cat, hello, none = directory("cat", GOOD_CAT), directory("hello", HELLO), directory("none", [])
     found = compare([cat, hello, none], TEXTS)
     assert found["total"]["tokens"] == [6 + 12 + 2, 11 + 5 + 2, 25]
@@ -131,10 +151,24 @@ def test_the_language_of_a_text_is_that_of_most_of_its_writing(text, counts, lan
 
 
 def test_the_domain_is_the_rows_source_or_the_name_of_its_file(write_jsonl):
-    rows = [{"text": "a", "source": "wiki"}, {"text": "b"}, {"text": "c", "source": ""}, {"text": "d", "source": 3}]
-    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "source": "talk"}
+    rows = [
+        {"text": "a", "source": "wiki"},
+        {"text": "b"},
+        {"text": "c", "source": ""},
+        {"text": "d", "source": 3},
+    ]
+    chat = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+        "source": "talk",
+    }
     found = list(read_texts([write_jsonl("a:b.jsonl", rows), write_jsonl("chat.jsonl", [chat])]))
-    assert [text.domain for text in found] == ["wiki", "a:b.jsonl", "a:b.jsonl", "a:b.jsonl", "talk"]
+    assert [text.domain for text in found] == [
+        "wiki",
+        "a:b.jsonl",
+        "a:b.jsonl",
+        "a:b.jsonl",
+        "talk",
+    ]
     assert found[-1].text == "Hi\nHo"
 
 
@@ -144,19 +178,26 @@ def test_a_weight_is_the_share_of_a_domains_texts_or_how_often_each_is_taken():
     assert taken == {"a": pytest.approx(250, abs=60), "b": 2000, "d": 1000}
     assert list(weighted(texts, {"a": 0.25})) == list(weighted(texts, {"a": 0.25}))
     more = Counter(weighted(texts, {"a": 1.25}))
-    assert {text for text in texts[:1000] if more[text] == 2} == set(weighted(texts[:1000], {"a": 0.25}))
+    assert {text for text in texts[:1000] if more[text] == 2} == set(
+        weighted(texts[:1000], {"a": 0.25})
+    )
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({"x": 1}, "--weights x: no text has this source. Found a, b"), ({"a": -1.0}, "--weights a=-1.0: expected")],
+    [
+        ({"x": 1}, "--weights x: no text has this source. Found a, b"),
+        ({"a": -1.0}, "--weights a=-1.0: expected"),
+    ],
 )
 def test_a_weight_that_means_nothing_is_refused(weights, message):
     with pytest.raises(UserError, match=message):
         list(weighted([Text("t", "a"), Text("t", "b")], weights))
 
 
-def test_every_probe_comes_back_from_the_default_tokenizer_and_none_becomes_a_control_token(tmp_path):
+def test_every_probe_comes_back_from_the_default_tokenizer_and_none_becomes_a_control_token(
+    tmp_path,
+):
     load_tokenizer().save_pretrained(tmp_path)
     found = evaluate(tmp_path, [Text("a", "a")])["round_trip"]
     assert found["exact"]
@@ -176,7 +217,11 @@ def test_a_tokenizer_that_loses_text_is_found_out(directory):
     tokenizer.save(f"{name}/tokenizer.json")
     found = evaluate(name, [Text("a", "a")])["round_trip"]
     assert not found["exact"]
-    assert {"probe": "numbers", "text": PROBES["numbers"][1], "back": PROBES["numbers"][1].lower()} in found["changed"]
+    assert {
+        "probe": "numbers",
+        "text": PROBES["numbers"][1],
+        "back": PROBES["numbers"][1].lower(),
+    } in found["changed"]
     assert all(change["back"] == change["text"].lower() for change in found["changed"])
     assert found["probes"]["emoji"]["exact"] == found["probes"]["emoji"]["texts"]
 
@@ -199,16 +244,23 @@ def test_tokens_of_other_makes_stand_for_the_bytes_they_write():
     assert token_bytes(Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>"))) == [
         b"<unk>", b"\n", b"\xe4", b" cat", "好".encode(), None, b"s"
     ]  # fmt: skip
-    assert token_bytes(Tokenizer(models.WordPiece({"cat": 0, "##s": 1}, unk_token="cat"))) == [b"cat", b"s"]
+    assert token_bytes(Tokenizer(models.WordPiece({"cat": 0, "##s": 1}, unk_token="cat"))) == [
+        b"cat",
+        b"s",
+    ]
 
 
 DEFAULT = Judged(DEFAULT_TOKENIZER)
 
 
-@settings(deadline=None, max_examples=300, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    deadline=None, max_examples=300, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @example("".join(map(chr, [*range(0x3000), *range(0xE000, 0xE100), *range(0xFE00, 0x10000)])))
-@example("".join(chr(i) for i in range(0x1F000, 0x20000)) + "".join(map(chr, range(0x2A600, 0x33480))))
+@example(
+    "".join(chr(i) for i in range(0x1F000, 0x20000)) + "".join(map(chr, range(0x2A600, 0x33480)))
+)
 def test_any_text_comes_back_from_the_default_tokenizer_and_its_tokens_have_its_bytes(text):
     (ids,) = DEFAULT.encode([text])
     assert DEFAULT.decode(ids) == text
@@ -249,7 +301,11 @@ def test_a_rare_pair_is_not_merged_and_an_unknown_rule_is_refused():
 def test_a_tokenizer_that_makes_nothing_of_a_text_has_no_bytes_per_token(tmp_path):
     Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     found = evaluate(tmp_path, [Text("你", "x")])
-    assert (found["total"]["tokens"], found["total"]["bytes_per_token"], found["pieces"]) == (0, None, None)
+    assert (found["total"]["tokens"], found["total"]["bytes_per_token"], found["pieces"]) == (
+        0,
+        None,
+        None,
+    )
     assert evaluation_tables(found)
     assert comparison_tables(compare([tmp_path, DEFAULT_TOKENIZER], [Text("你", "x")]))
 
@@ -259,7 +315,9 @@ def test_a_tokenizer_that_makes_nothing_of_a_text_has_no_bytes_per_token(tmp_pat
 
 @pytest.fixture
 def corpus(write_jsonl):
-    return write_jsonl("corpus.jsonl", [{"text": text.text, "source": text.domain} for text in TEXTS])
+    return write_jsonl(
+        "corpus.jsonl", [{"text": text.text, "source": text.domain} for text in TEXTS]
+    )
 
 
 def test_evaluate_prints_one_json_object_with_what_the_function_returns(directory, corpus, capsys):
@@ -268,12 +326,24 @@ def test_evaluate_prints_one_json_object_with_what_the_function_returns(director
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(evaluate(name, TEXTS)))
 
 
-def test_compare_prints_one_json_object_and_tables_that_name_both(directory, corpus, capsys, tmp_path):
+def test_compare_prints_one_json_object_and_tables_that_name_both(
+    directory, corpus, capsys, tmp_path
+):
     names = [directory("first", GOOD_CAT + HELLO), directory("second", [])]
     main(["tokenizer", "compare", *names, "--files", corpus, "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(compare(names, TEXTS)))
     for suffix in (".svg", ".html", ".txt"):
-        main(["tokenizer", "compare", *names, "--files", corpus, "--save", str(tmp_path / f"report{suffix}")])
+        main(
+            [
+                "tokenizer",
+                "compare",
+                *names,
+                "--files",
+                corpus,
+                "--save",
+                str(tmp_path / f"report{suffix}"),
+            ]
+        )
         assert "-48.0%" in capsys.readouterr().out  # 13 tokens against 25
         assert "48.0%" in (tmp_path / f"report{suffix}").read_text(encoding="utf-8")
     main(["tokenizer", "evaluate", names[0], corpus])
@@ -286,7 +356,15 @@ def test_default_is_the_tokenizer_that_ships(corpus, capsys):
 
 
 def test_train_takes_weights_and_the_rule_and_writes_a_tokenizer(corpus, tmp_path, capsys):
-    options = ["--vocab_size", "300", "--pre_tokenizer", "smollm", "--weights", "animals=3", "talk=0"]
+    options = [
+        "--vocab_size",
+        "300",
+        "--pre_tokenizer",
+        "smollm",
+        "--weights",
+        "animals=3",
+        "talk=0",
+    ]
     main(["tokenizer", "train", corpus, *options, "--output_dir", str(tmp_path / "out")])
     assert "(the text has no more pairs to merge)" in capsys.readouterr().out
     made = load_tokenizer(tmp_path / "out")
@@ -297,22 +375,45 @@ def test_train_takes_weights_and_the_rule_and_writes_a_tokenizer(corpus, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "{missing}", "{corpus}"], "missing holds no tokenizer: tokenizer.json was not found"),
+        (
+            ["evaluate", "{missing}", "{corpus}"],
+            "missing holds no tokenizer: tokenizer.json was not found",
+        ),
         (["evaluate", "{broken}", "{corpus}"], "broken/tokenizer.json: not JSON"),
-        (["evaluate", "default", "{corpus}", "--save", "report.pdf"], "--save report.pdf: expected a name that ends"),
+        (
+            ["evaluate", "default", "{corpus}", "--save", "report.pdf"],
+            "--save report.pdf: expected a name that ends",
+        ),
         (
             ["evaluate", "default", "{corpus}", "--save", "no/x.svg"],
             "--save no/x.svg: the directory no does not exist",
         ),
         (["compare", "default", "--files", "{corpus}"], "expected at least two"),
-        (["train", "{corpus}", "--weights", "wiki", "--output_dir", "{missing}"], "argument --weights: invalid"),
-        (["train", "{corpus}", "--weights", "wiki=a", "--output_dir", "{missing}"], "argument --weights: invalid"),
-        (["train", "{corpus}", "--weights", "wiki=2", "--output_dir", "{missing}"], "--weights wiki: no text has"),
-        (["train", "{corpus}", "--min_frequency", "-1", "--output_dir", "{missing}"], "--min_frequency -1: expected"),
-        (["train", "{corpus}", "--pre_tokenizer", "x", "--output_dir", "{missing}"], "--pre_tokenizer x: expected"),
+        (
+            ["train", "{corpus}", "--weights", "wiki", "--output_dir", "{missing}"],
+            "argument --weights: invalid",
+        ),
+        (
+            ["train", "{corpus}", "--weights", "wiki=a", "--output_dir", "{missing}"],
+            "argument --weights: invalid",
+        ),
+        (
+            ["train", "{corpus}", "--weights", "wiki=2", "--output_dir", "{missing}"],
+            "--weights wiki: no text has",
+        ),
+        (
+            ["train", "{corpus}", "--min_frequency", "-1", "--output_dir", "{missing}"],
+            "--min_frequency -1: expected",
+        ),
+        (
+            ["train", "{corpus}", "--pre_tokenizer", "x", "--output_dir", "{missing}"],
+            "--pre_tokenizer x: expected",
+        ),
     ],
 )
-def test_mistakes_are_one_message_and_nothing_is_written(arguments, message, corpus, tmp_path, capsys):
+def test_mistakes_are_one_message_and_nothing_is_written(
+    arguments, message, corpus, tmp_path, capsys
+):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     names = {"missing": tmp_path / "missing", "broken": tmp_path / "broken", "corpus": corpus}
@@ -330,7 +431,11 @@ def test_mistakes_are_one_message_and_nothing_is_written(arguments, message, cor
 
 def test_the_split_keeps_every_row_and_all_pieces_of_a_document_on_one_side(write_jsonl, tmp_path):
     documents = [f"book/{number}.txt#{part}" for number in range(100) for part in range(2)]
-    rows = [{"text": f"{key} {i}", "doc": f"{key}:{i}", "source": "book"} for key in documents for i in range(5)]
+    rows = [
+        {"text": f"{key} {i}", "doc": f"{key}:{i}", "source": "book"}
+        for key in documents
+        for i in range(5)
+    ]
     chat = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "Ho"}]}
     files = [Path(write_jsonl("books.jsonl", rows)), Path(write_jsonl("chats.jsonl", [chat] * 3))]
     split(tmp_path / "out", files)

@@ -1,4 +1,5 @@
-"""Each tracker for real and offline: a short run is logged, and read back with the tracker's own tools."""
+"""Each tracker for real and offline: a short run is logged, and read back with the tracker's own
+tools."""
 
 import importlib
 import json
@@ -22,7 +23,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     """Run pretrain.py for two steps with a tracker; returns the stage directory."""
-    for name in ("WANDB_PROJECT", "TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_NAME", "WANDB_RUN_GROUP"):
+    for name in (
+        "WANDB_PROJECT",
+        "TENSORBOARD_LOGGING_DIR",
+        "SWANLAB_LOG_DIR",
+        "WANDB_NAME",
+        "WANDB_RUN_GROUP",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -30,7 +37,12 @@ def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     data += ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", tokenizer_dir]
 
     def start(tracker, **options):
-        options = {"block_size": 32, "logging_steps": 1, "report_to": tracker, "sample_tokens": 4} | options
+        options = {
+            "block_size": 32,
+            "logging_steps": 1,
+            "report_to": tracker,
+            "sample_tokens": 4,
+        } | options
         run_script(monkeypatch, "pretrain", *short_run(tmp_path / "run", **options), *data)
         return tmp_path / "run"
 
@@ -54,13 +66,22 @@ def test_a_wandb_run_holds_what_the_log_holds_and_its_samples(run, tmp_path):
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(losses(stage))
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == pytest.approx(
+        losses(stage)
+    )
     first = next(row for row in rows if "train/loss" in row)
-    assert {"train/bits_per_byte", "train/learning_rate", "train/tokens_per_second", "train/memory_gib"} <= set(first)
+    assert {
+        "train/bits_per_byte",
+        "train/learning_rate",
+        "train/tokens_per_second",
+        "train/memory_gib",
+    } <= set(first)
     assert any(key.startswith("samples") for row in rows for key in row)
     (table,) = file.parent.glob("files/media/table/samples_*.table.json")
     samples = [json.loads(line) for line in (stage / "samples.jsonl").read_text().splitlines()]
-    assert json.loads(table.read_text())["data"] == [[row["step"], row["prompt"], row["text"]] for row in samples]
+    assert json.loads(table.read_text())["data"] == [
+        [row["step"], row["prompt"], row["text"]] for row in samples
+    ]
     opened = next(record["run"] for record in records if record["type"] == "run")
     pipeline = json.loads((stage / "stage.json").read_text())["pipeline"]
     assert opened["run_group"] == opened["config"]["update"]["pipeline"] == pipeline
@@ -74,15 +95,26 @@ def test_tensorboard_holds_what_the_log_holds(run):
     stage = run("tensorboard")
     events = EventAccumulator(str(stage / "tensorboard"))
     events.Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(stage), rel=1e-6)
-    assert {"train/tokens_per_second", "train/bits_per_byte", "eval/bits_per_byte"} <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        losses(stage), rel=1e-6
+    )
+    assert {"train/tokens_per_second", "train/bits_per_byte", "eval/bits_per_byte"} <= set(
+        events.Tags()["scalars"]
+    )
 
 
 def test_trackio_holds_what_the_log_holds(run):
     pytest.importorskip("trackio", reason="trackio is not installed (extra: board)")
     stage = run("trackio")
     assert list(Path(os.environ["TRACKIO_DIR"]).glob("minimind*.db"))
-    command = [str(Path(sys.executable).parent / "trackio"), "get", "metric", "--project", "minimind", "--json"]
+    command = [
+        str(Path(sys.executable).parent / "trackio"),
+        "get",
+        "metric",
+        "--project",
+        "minimind",
+        "--json",
+    ]
     command += ["--run", f"pretrain: {stage}", "--metric", "train/loss"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
@@ -106,7 +138,10 @@ def test_swanlab_writes_what_the_log_holds_into_a_file_to_be_uploaded(run, monke
 def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(run, capsys, monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     message = failure(capsys, lambda: run("trackio"))
-    assert "--report_to trackio: it is not installed. Install it (pip install -e '.[board]' in" in message
+    assert (
+        "--report_to trackio: it is not installed. Install it (pip install -e '.[board]' in"
+        in message
+    )
 
 
 class Broken(TrainerCallback):
@@ -126,7 +161,10 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(run, monkeypatch, 
     assert len(losses(stage)) == 2
     assert Broken.calls == 1
     said = capsys.readouterr().err
-    assert said.count("notice: broken failed (OSError: No space left on device); the run continues\n") == 1
+    assert (
+        said.count("notice: broken failed (OSError: No space left on device); the run continues\n")
+        == 1
+    )
 
 
 def dashboard():
@@ -135,7 +173,10 @@ def dashboard():
 
 def drawn():
     return {
-        metric for section in dashboard()["sections"] for panel in section["panels"] for metric in panel["metrics"]
+        metric
+        for section in dashboard()["sections"]
+        for panel in section["panels"]
+        for metric in panel["metrics"]
     }
 
 
@@ -146,13 +187,18 @@ def test_the_dashboard_draws_what_the_stages_log(run):
     entries = [json.loads(line) for line in (stage / "train_log.jsonl").read_text().splitlines()]
     logged = {name for entry in entries for name in rewrite_logs(entry)}
     missing = drawn() - logged
-    assert {name for name in missing if "rewards" not in name and "router_load" not in name} <= {"train/mfu"}
+    assert {name for name in missing if "rewards" not in name and "router_load" not in name} <= {
+        "train/mfu"
+    }
 
 
-@pytest.mark.filterwarnings("ignore:.*Pydantic V1 style:DeprecationWarning")  # on import of the package
+# On import of the package
+@pytest.mark.filterwarnings("ignore:.*Pydantic V1 style:DeprecationWarning")
 def test_the_dashboard_is_one_that_wandb_s_package_takes():
     pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed")
-    script = importlib.util.spec_from_file_location("wandb_dashboard", ROOT / "scripts" / "wandb_dashboard.py")
+    script = importlib.util.spec_from_file_location(
+        "wandb_dashboard", ROOT / "scripts" / "wandb_dashboard.py"
+    )
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
     view = module.build(dashboard(), "me", "minimind")._to_model()
@@ -166,7 +212,9 @@ def test_a_chat_stage_is_grouped_with_its_parent(run, stage, monkeypatch, tmp_pa
     chats = write_jsonl("chats.jsonl", chat_rows())
     options = short_run(tmp_path / "sft", max_length=64, report_to="wandb", sample_steps=-1)
     monkeypatch.setattr(wandb, "finish", lambda *args, **kwargs: None)
-    run_script(monkeypatch, "finetune_sft", *options, "--model_name_or_path", base, "--train_files", chats)
+    run_script(
+        monkeypatch, "finetune_sft", *options, "--model_name_or_path", base, "--train_files", chats
+    )
     try:
         assert wandb.run.group == json.loads((base / "stage.json").read_text())["pipeline"]
         assert wandb.run.config["parent"]["directory"] == str(base)

@@ -13,7 +13,14 @@ from minimind.training import tracking
 
 @pytest.fixture
 def no_login(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_BASE_URL", "RANK"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_RUN_GROUP",
+        "WANDB_NAME",
+        "WANDB_BASE_URL",
+        "RANK",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

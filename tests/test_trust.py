@@ -1,4 +1,5 @@
-"""Nothing runs that was not asked for: code of a directory, pickles, templates, escape sequences."""
+"""Nothing runs that was not asked for: code of a directory, pickles, templates, escape
+sequences."""
 
 import copy
 import io
@@ -48,7 +49,9 @@ from tests.pipeline import (
     user,
 )
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 
 
 @pytest.fixture
@@ -75,10 +78,19 @@ def change(file, **fields):
 
 
 def plant(directory, marker):
-    """Code in a directory that leaves a mark when it is imported, under every name that a library might ask for."""
-    code = f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\ndef generate(*args, **kwargs): pass\n"
+    """Code in a directory that leaves a mark when it is imported, under every name that a library
+    might ask for."""
+    code = (
+        f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\ndef generate(*args, **kwargs):"
+        " pass\n"
+    )
     (directory / "custom_generate").mkdir()
-    for name in ("evil.py", "configuration_minimind.py", "modeling_minimind.py", "custom_generate/generate.py"):
+    for name in (
+        "evil.py",
+        "configuration_minimind.py",
+        "modeling_minimind.py",
+        "custom_generate/generate.py",
+    ):
         (directory / name).write_text(code)
 
 
@@ -98,8 +110,15 @@ def evil_tokenizer(directory):
 def evil_adapter(directory):
     """An adapter whose base has code of its own."""
     adapter = directory.with_name("adapter")
-    shutil.copytree(directory, adapter, ignore=shutil.ignore_patterns("config.json", "model.safetensors"))
-    config = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"], "base_model_name_or_path": str(directory)}
+    shutil.copytree(
+        directory, adapter, ignore=shutil.ignore_patterns("config.json", "model.safetensors")
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": str(directory),
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     shutil.copy(evil_model(directory) / "model.safetensors", adapter / "adapter_model.safetensors")
     return adapter
@@ -150,11 +169,19 @@ def test_no_command_runs_code_of_a_directory_nor_asks_whether_to(
             assert stop.code in (1, 2), name
         said = capsys.readouterr()
         assert not marker.exists(), name
-        assert "[y/N]" not in said.out + said.err and "trust_remote_code" not in said.out + said.err, said
+        assert (
+            "[y/N]" not in said.out + said.err and "trust_remote_code" not in said.out + said.err
+        ), said
         assert "Traceback" not in said.out + said.err
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    for script, files in {"pretrain": "documents", "finetune_sft": "chats", "train_dpo": "pairs"}.items():
-        options = short_run(tmp_path / script, model_name_or_path=directory, train_files=data[files])
+    for script, files in {
+        "pretrain": "documents",
+        "finetune_sft": "chats",
+        "train_dpo": "pairs",
+    }.items():
+        options = short_run(
+            tmp_path / script, model_name_or_path=directory, train_files=data[files]
+        )
         message = failure(capsys, run_script, monkeypatch, script, *options)
         assert "trust_remote_code" not in message
         assert not marker.exists(), script
@@ -163,10 +190,14 @@ def test_no_command_runs_code_of_a_directory_nor_asks_whether_to(
 
 
 def test_a_model_of_ours_needs_no_code_of_its_directory(stage, asked, tmp_path, capsys):
-    """It is loaded by the package's classes whatever its directory names and holds, and exported with its code."""
+    """It is loaded by the package's classes whatever its directory names and holds, and exported
+    with its code."""
     marker = tmp_path / "ran"
     plant(stage, marker)
-    change(stage / "config.json", auto_map={"AutoConfig": "a/b--evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    change(
+        stage / "config.json",
+        auto_map={"AutoConfig": "a/b--evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+    )
     run_cli("generate", stage, "--prompt", "the", "--max_new_tokens", 2)
     run_cli("export", stage, tmp_path / "out", "--format", "minimind")
     assert not marker.exists()
@@ -175,7 +206,12 @@ def test_a_model_of_ours_needs_no_code_of_its_directory(stage, asked, tmp_path, 
 
 
 def test_the_option_to_run_foreign_code_is_refused(stage, data, tmp_path, capsys, monkeypatch):
-    options = short_run(tmp_path / "sft", model_name_or_path=stage, trust_remote_code=True, train_files=data["chats"])
+    options = short_run(
+        tmp_path / "sft",
+        model_name_or_path=stage,
+        trust_remote_code=True,
+        train_files=data["chats"],
+    )
     assert "--trust_remote_code has no meaning here" in failure(
         capsys, run_script, monkeypatch, "finetune_sft", *options
     )
@@ -205,13 +241,17 @@ def test_a_checkpoint_whose_pickles_are_calls_is_skipped_by_name_and_runs_none(
     capsys.readouterr()
     run_script(monkeypatch, "pretrain", *short_run(run, **options))
     said = capsys.readouterr().out
-    assert "checkpoint-1: optimizer.pt cannot be read: it needs the code posix.mkdir, which is never run" in said
+    assert (
+        "checkpoint-1: optimizer.pt cannot be read: it needs the code posix.mkdir, which is"
+        " never run" in said
+    )
     assert "weights_only" not in said and not marker.exists()
 
 
 @needs_deepspeed
 def test_deepspeed_loads_what_it_writes_and_no_code(tmp_path, monkeypatch):
-    """It asks torch to run what a file holds, and this stack does not: the environment is stronger than the call."""
+    """It asks torch to run what a file holds, and this stack does not: the environment is stronger
+    than the call."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -219,7 +259,9 @@ def test_deepspeed_loads_what_it_writes_and_no_code(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     refuse_code_in_pickles()
     own, evil = tmp_path / "own.pt", tmp_path / "evil.pt"
-    torch.save({"loss_scaler": LossScaler(2.0), "zero_stage": ZeroStageEnum(2), "step": torch.ones(1)}, own)
+    torch.save(
+        {"loss_scaler": LossScaler(2.0), "zero_stage": ZeroStageEnum(2), "step": torch.ones(1)}, own
+    )
     torch.save({"step": Evil(tmp_path / "ran")}, evil)
     assert torch.load(own, weights_only=False)["loss_scaler"].cur_scale == 2.0
     with pytest.raises(UnpicklingError):
@@ -236,7 +278,9 @@ def test_processes_of_one_machine_meet_where_no_other_machine_reaches(monkeypatc
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "STORES", [])
     open_meeting_point()
-    listening = [c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    listening = [
+        c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN
+    ]
     assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]
     assert socket.if_nametoindex(os.environ["GLOO_SOCKET_IFNAME"])
     group = torch.distributed.rendezvous("env://", rank=0, world_size=1)
@@ -244,7 +288,9 @@ def test_processes_of_one_machine_meet_where_no_other_machine_reaches(monkeypatc
     store.set("key", "value")
     assert store.get("key") == b"value"
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
-    with pytest.raises(UserError, match=f"port {port}, at which the processes are to meet, cannot be opened"):
+    with pytest.raises(
+        UserError, match=f"port {port}, at which the processes are to meet, cannot be opened"
+    ):
         open_meeting_point()
 
 
@@ -256,13 +302,17 @@ def test_a_saved_dataset_reads_its_own_directory_alone(name, tmp_path, capsys):
     Dataset.from_list(document_rows()).save_to_disk(str(saved))
     assert expand([str(saved)]) == [saved / "data-00000-of-00001.arrow"]
     change(saved / "state.json", _data_files=[{"filename": name}])
-    with pytest.raises(UserError, match=r"state\.json: found .*expected the name of a file in the same directory"):
+    with pytest.raises(
+        UserError, match=r"state\.json: found .*expected the name of a file in the same directory"
+    ):
         expand([str(saved)])
 
 
 def test_an_import_reads_the_shards_of_its_own_directory_alone(stage, tmp_path):
     shutil.move(stage / "model.safetensors", tmp_path / "outside.safetensors")
-    (stage / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    (stage / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../outside.safetensors"}})
+    )
     with pytest.raises(UserError, match="expected the name of a file in the same directory"):
         import_checkpoint(stage, tmp_path / "out")
 
@@ -286,7 +336,9 @@ def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog):
     assert "\x1b[31m" in coloured.getvalue()
 
     say(ESCAPES)
-    Streamer(SimpleNamespace(decode=lambda *args, **kwargs: ESCAPES)).on_finalized_text(ESCAPES, stream_end=True)
+    Streamer(SimpleNamespace(decode=lambda *args, **kwargs: ESCAPES)).on_finalized_text(
+        ESCAPES, stream_end=True
+    )
     reports_user_errors(lambda: logging.getLogger("minimind").warning("%s", ESCAPES))()
     with pytest.raises(SystemExit):
         run_cli("inspect", "--" + ESCAPES, ESCAPES)
@@ -299,13 +351,19 @@ def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog):
     assert is_harmless(said.out + said.err + caplog.text) and ESCAPES[:1] not in caplog.messages[-1]
 
     value = {ESCAPES: [ESCAPES, "中文\ud83d"]}
-    assert is_harmless(json_text(value)) and json.loads(json_text(value)) == value and "中文" in json_text(value)
+    assert (
+        is_harmless(json_text(value))
+        and json.loads(json_text(value)) == value
+        and "中文" in json_text(value)
+    )
 
 
 def test_a_command_shows_names_and_data_harmless(data, tmp_path, capsys):
     rows = tmp_path / f"rows{ESCAPES}.csv"
     sign = ESCAPES.replace("\r", "")
-    rows.write_text(f"text,{sign}\n" + "".join(f"{row['text']}{sign},1\n" for row in document_rows()))
+    rows.write_text(
+        f"text,{sign}\n" + "".join(f"{row['text']}{sign},1\n" for row in document_rows())
+    )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({f"a{ESCAPES}": 1}))
     for words in (
@@ -349,7 +407,10 @@ def test_a_template_is_bounded_whatever_it_does(program, tokenizer, monkeypatch)
 
 def test_a_template_that_fails_on_one_row_costs_that_row(tokenizer):
     hostile = copy.deepcopy(tokenizer)
-    test = "{% for message in messages %}{% if 'odd' in message.content %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    test = (
+        "{% for message in messages %}{% if 'odd' in message.content %}{{ 1 / 0 }}{% endif %}{%"
+        " endfor %}"
+    )
     hostile.chat_template = test + tokenizer.chat_template
     set_chat_template(hostile, None)
     chats = [Conversation([user(text), assistant("b")]) for text in ("even", "odd")]

@@ -1,4 +1,5 @@
-"""The embedded corpus keeps its promises: nothing held out is asked in training, everything asked is told."""
+"""The embedded corpus keeps its promises: nothing held out is asked in training, everything asked
+is told."""
 
 import itertools
 import json
@@ -26,7 +27,11 @@ def world(request):
 
 
 def messages_of(row: dict) -> list[dict]:
-    return row["conversations"] if "conversations" in row else row["prompt"] + row["chosen"] + row["rejected"]
+    return (
+        row["conversations"]
+        if "conversations" in row
+        else row["prompt"] + row["chosen"] + row["rejected"]
+    )
 
 
 def topic(reply: str) -> tuple | None:
@@ -56,7 +61,10 @@ def topics_of(rows: list[dict], cache: dict = {}) -> set:  # noqa: B006  (a cach
 
 
 def held_out_topics(world: dict) -> set:
-    last = [{"conversations": row["conversations"][-1:]} for row in world["sft_eval"] + world["lora_eval"]]
+    last = [
+        {"conversations": row["conversations"][-1:]}
+        for row in world["sft_eval"] + world["lora_eval"]
+    ]
     return topics_of(last)
 
 
@@ -85,21 +93,29 @@ def test_every_question_of_dpo_is_asked_in_sft(world):
 
 
 def test_held_out_wordings_are_in_no_training_row(world):
-    asked = {m["content"] for name in TRAINED_CHATS for row in world[name] for m in messages_of(row)}
+    asked = {
+        m["content"] for name in TRAINED_CHATS for row in world[name] for m in messages_of(row)
+    }
     documents = "\n".join(row["text"] for row in world["pretrain"])
-    wordings = [row["conversations"][-2]["content"] for row in world["sft_eval"] if row["kind"] == "wording"]
+    wordings = [
+        row["conversations"][-2]["content"] for row in world["sft_eval"] if row["kind"] == "wording"
+    ]
     assert wordings
     assert not asked & set(wordings)
     assert not any(wording in documents for wording in wordings)
 
 
 def test_held_out_documents_are_not_training_documents(world):
-    assert not {row["text"] for row in world["pretrain"]} & {row["text"] for row in world["pretrain_eval"]}
+    assert not {row["text"] for row in world["pretrain"]} & {
+        row["text"] for row in world["pretrain_eval"]
+    }
 
 
 def test_both_languages_have_every_kind_of_held_out_question(world):
     for name, kinds in {"sft_eval": {"fact", "wording", "turns"}, "lora_eval": {"letter"}}.items():
-        assert {(row["language"], row["kind"]) for row in world[name]} == set(itertools.product(LANGUAGES, kinds))
+        assert {(row["language"], row["kind"]) for row in world[name]} == set(
+            itertools.product(LANGUAGES, kinds)
+        )
 
 
 def test_chosen_is_courteous_and_rejected_is_the_same_answer_plain(world):
@@ -113,11 +129,21 @@ def test_chosen_is_courteous_and_rejected_is_the_same_answer_plain(world):
 
 def test_the_held_out_conversations_say_that_they_are_of_this_corpus(world):
     assert all(is_embedded(row) for name in ("sft_eval", "lora_eval") for row in world[name])
-    assert not any(map(is_embedded, [*world["sft"], {"language": "zh"}, {"language": "English", "kind": "fact"}, {}]))
+    assert not any(
+        map(
+            is_embedded,
+            [*world["sft"], {"language": "zh"}, {"language": "English", "kind": "fact"}, {}],
+        )
+    )
 
 
 def test_a_minority_of_sft_answers_is_courteous(world):
-    answers = [m["content"] for row in world["sft"] for m in row["conversations"] if m["role"] == "assistant"]
+    answers = [
+        m["content"]
+        for row in world["sft"]
+        for m in row["conversations"]
+        if m["role"] == "assistant"
+    ]
     courteous = sum(answer != strip_courtesy(answer) for answer in answers)
     assert 0.1 < courteous / len(answers) < 0.35
 
@@ -149,6 +175,10 @@ def test_courtesy_is_found_only_in_the_questions_language_and_after_an_answer(la
 
 def test_written_files_hold_the_rows_and_no_temporary_file_stays(tmp_path):
     paths = write_world(tmp_path / "world", seed=3)
-    assert {path.name for path in (tmp_path / "world").iterdir()} == {f"{name}.jsonl" for name in paths}
+    assert {path.name for path in (tmp_path / "world").iterdir()} == {
+        f"{name}.jsonl" for name in paths
+    }
     for name, rows in build_world(3).items():
-        assert [json.loads(line) for line in paths[name].read_text(encoding="utf-8").splitlines()] == rows
+        assert [
+            json.loads(line) for line in paths[name].read_text(encoding="utf-8").splitlines()
+        ] == rows

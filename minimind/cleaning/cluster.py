@@ -1,16 +1,18 @@
 """The same recipe as datatrove pipelines, for more than one machine (the extra `data-cluster`).
 
-`stages` gives pipelines to run one after the other, each with any of datatrove's executors (Local, Slurm, Ray, Jobs);
-`clean_with_datatrove` runs them with the local one. Files are read by this project's readers and the steps for single
-rows are the very ones of `minimind clean`, so those give the same result. The dedup steps are datatrove's, which work
-through files rather than memory, and differ in this:
+`stages` gives pipelines to run one after the other, each with any of datatrove's executors (Local,
+Slurm, Ray, Jobs); `clean_with_datatrove` runs them with the local one. Files are read by this
+project's readers and the steps for single rows are the very ones of `minimind clean`, so those give
+the same result. The dedup steps are datatrove's, which work through files rather than memory, and
+differ in this:
 
 - exact_dedup: datatrove's exact dedup over the hash of the same reduced text; of equal rows the one it meets first in
   the order of ranks stays.
 - near_dedup: datatrove's MinHash over the same character n-grams and the same number of bands and values in a band; it
   clusters what shares a band and does not verify the candidates, so it removes more near the threshold.
 
-Ranks take the input files in turn, so give at least as many files as tasks. All tasks must see the same file system.
+Ranks take the input files in turn, so give at least as many files as tasks. All tasks must see the
+same file system.
 """
 
 import json
@@ -55,7 +57,8 @@ HASH = HashConfig(precision=64, hash_fc="sha1")  # datatrove 0.10's xxhash needs
 
 
 class ReadRows(PipelineStep):
-    """Files of any format -> documents that carry their whole row; bad rows are counted and left out."""
+    """Files of any format -> documents that carry their whole row; bad rows are counted and left
+    out."""
 
     type, name = "📖 - READER", "minimind rows"
 
@@ -63,7 +66,9 @@ class ReadRows(PipelineStep):
         super().__init__()
         self.files = [str(file) for file in files]
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
         """The documents of every `world_size`-th file from `rank` on."""
         for file in expand(self.files)[rank::world_size]:
             for place, parse in parsables(file, "file", None):
@@ -74,7 +79,9 @@ class ReadRows(PipelineStep):
                 else:
                     self.stat_update("rows")
                     for row in rows:
-                        yield Document(text=Texts(row).whole, id=f"{file}:{place}", metadata={"row": row})
+                        yield Document(
+                            text=Texts(row).whole, id=f"{file}:{place}", metadata={"row": row}
+                        )
 
 
 class ReadShard(PipelineStep):
@@ -86,7 +93,9 @@ class ReadShard(PipelineStep):
         super().__init__()
         self.directory = str(directory)
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
         """The documents of one shard, in their order."""
         with _shard(self.directory, rank).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines):
@@ -95,7 +104,8 @@ class ReadShard(PipelineStep):
 
 
 class WriteShard(PipelineStep):
-    """Rows -> `data-RANK.jsonl`, there whole or not at all; the `final` one only if it has a row."""
+    """Rows -> `data-RANK.jsonl`, there whole or not at all; the `final` one only if it has a
+    row."""
 
     type, name = "💽 - WRITER", "minimind shard"
 
@@ -119,7 +129,8 @@ def _shard(directory: str, rank: int) -> Path:
 
 
 class RunSteps(PipelineStep):
-    """The steps for single rows between two dedup steps of a recipe; removals are counted by step and reason."""
+    """The steps for single rows between two dedup steps of a recipe; removals are counted by step
+    and reason."""
 
     type, name = "🔻 - FILTER", "minimind steps"
 
@@ -146,7 +157,8 @@ class RunSteps(PipelineStep):
 
 
 class CharacterSignature(MinhashDedupSignature):
-    """datatrove's MinHash signature over our character n-grams instead of words, which Chinese does not separate."""
+    """datatrove's MinHash signature over our character n-grams instead of words, which Chinese does
+    not separate."""
 
     def __init__(self, output_folder: str, config: MinhashConfig, step: NearDedup):
         # Not the parent's own: that loads a word tokenizer, which is another dependency.
@@ -174,7 +186,11 @@ class Stage(NamedTuple):
 
 
 def stages(
-    files: Sequence[str], working: str | Path, output: str | Path, recipe: str | Path | Recipe, tasks: int
+    files: Sequence[str],
+    working: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe,
+    tasks: int,
 ) -> list[Stage]:
     """The pipelines of a recipe, in their order; each starts when the one before is done.
 
@@ -195,7 +211,11 @@ def stages(
     for number, segment in enumerate(segments):
         last = segment.dedup is None
         rows = Path(output) if last else working / f"rows-{number}"
-        result.append(Stage(f"rows-{number}", [*start, RunSteps(recipe, number), WriteShard(rows, last)], tasks))
+        result.append(
+            Stage(
+                f"rows-{number}", [*start, RunSteps(recipe, number), WriteShard(rows, last)], tasks
+            )
+        )
         if not last:
             label, step = segment.dedup
             builder = _exact_stages if isinstance(step, ExactDedup) else _near_stages
@@ -225,7 +245,9 @@ def _near_stages(label: str, step: NearDedup, rows: Path, folder: Path, tasks: i
         hashes_per_bucket=step.num_perm // step.bands,
         hash_config=HASH,
     )
-    signatures, buckets, removed = (str(folder / name) for name in ("signatures", "buckets", "removed"))
+    signatures, buckets, removed = (
+        str(folder / name) for name in ("signatures", "buckets", "removed")
+    )
     between = [
         Stage(f"{label}-1", [ReadShard(rows), CharacterSignature(signatures, config, step)], tasks),
         Stage(f"{label}-2", [MinhashDedupBuckets(signatures, buckets, config=config)], step.bands),

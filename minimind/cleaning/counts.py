@@ -1,4 +1,5 @@
-"""What each step did: counts that can be added up in any grouping, and a few examples chosen by content."""
+"""What each step did: counts that can be added up in any grouping, and a few examples chosen by
+content."""
 
 import dataclasses
 import heapq
@@ -13,7 +14,11 @@ CHANGED = "changed"
 
 def excerpt(text: str, start: int = 0, size: int = EXCERPT) -> str:
     """At most `size` characters of a text from `start` on, with dots where more was cut."""
-    return ("…" if start else "") + text[start : start + size] + ("…" if len(text) > start + size else "")
+    return (
+        ("…" if start else "")
+        + text[start : start + size]
+        + ("…" if len(text) > start + size else "")
+    )
 
 
 def around_change(before: str, after: str, size: int = EXCERPT // 2) -> tuple[str, str]:
@@ -26,7 +31,8 @@ def around_change(before: str, after: str, size: int = EXCERPT // 2) -> tuple[st
 
 @dataclass
 class StepCounts:
-    """One step's counts. Characters are those of all texts of the rows; `rows_out` is `rows_in - rows_removed`."""
+    """One step's counts. Characters are those of all texts of the rows; `rows_out` is `rows_in -
+    rows_removed`."""
 
     rows_in: int = 0
     rows_changed: int = 0
@@ -36,9 +42,11 @@ class StepCounts:
     reasons: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def add_example(self, reason: str, limit: int, number: int, where: str, before: str, **more: Any) -> None:
-        """Keep an example if its content's hash is among the `limit` smallest of its reason: no matter in which order
-        the rows come, the same ones are kept, from all over the data.
+    def add_example(
+        self, reason: str, limit: int, number: int, where: str, before: str, **more: Any
+    ) -> None:
+        """Keep an example if its content's hash is among the `limit` smallest of its reason: no
+        matter in which order the rows come, the same ones are kept, from all over the data.
         """
         kept = self.examples.setdefault(reason, [])
         order = [xxhash.xxh3_64_intdigest(before.encode("utf-8", "replace")), number]
@@ -49,7 +57,9 @@ class StepCounts:
             self._trim(reason, limit)
 
     def _trim(self, reason: str, limit: int) -> None:
-        self.examples[reason] = heapq.nsmallest(limit, self.examples[reason], key=lambda example: example["order"])
+        self.examples[reason] = heapq.nsmallest(
+            limit, self.examples[reason], key=lambda example: example["order"]
+        )
 
     def merge(self, other: "StepCounts", limit: int) -> None:
         """Add another count of the same step."""
@@ -64,8 +74,8 @@ class StepCounts:
 
 @dataclass
 class Counts:
-    """The counts of all steps by their label, and of the groups of rows; how many rows were split at boundary markers
-    spelled out in them, by the first of these, and how many rows that added."""
+    """The counts of all steps by their label, and of the groups of rows; how many rows were split
+    at boundary markers spelled out in them, by the first of these, and how many rows that added."""
 
     steps: dict[str, StepCounts] = field(default_factory=dict)
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,10 +88,18 @@ class Counts:
 
     def group(self, name: str) -> dict[str, Any]:
         """The counts of a group."""
-        empty = {"rows_in": 0, "characters_in": 0, "rows_out": 0, "characters_out": 0, "removed": {}}
+        empty = {
+            "rows_in": 0,
+            "characters_in": 0,
+            "rows_out": 0,
+            "characters_out": 0,
+            "removed": {},
+        }
         return self.groups.setdefault(name, empty)
 
-    def remove(self, label: str, reason: str, group: str | None, limit: int, **example: Any) -> None:
+    def remove(
+        self, label: str, reason: str, group: str | None, limit: int, **example: Any
+    ) -> None:
         """Count a removed row."""
         counts = self.step(label)
         counts.rows_removed += 1

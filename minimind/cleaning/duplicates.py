@@ -1,7 +1,8 @@
-"""Steps that remove rows for what they share with other rows: exact copies, near copies, evaluation sets.
+"""Steps that remove rows for what they share with other rows: exact copies, near copies, evaluation
+sets.
 
-Memory, kept in the main process for each row that stays (measured on 40,000 rows): exact_dedup about 160 bytes,
-near_dedup about 2.6 kB with 128 values and 16 bands. Texts are not kept.
+Memory, kept in the main process for each row that stays (measured on 40,000 rows): exact_dedup
+about 160 bytes, near_dedup about 2.6 kB with 128 values and 16 bands. Texts are not kept.
 """
 
 import re
@@ -42,7 +43,9 @@ class ExactIndex:
     def take_new(self) -> dict[str, np.ndarray]:
         """Arrays `hashes` (rows, 16) of bytes and `numbers` (rows,)."""
         new, self.new = self.new, []
-        hashes = np.frombuffer(b"".join(key.to_bytes(16, "little") for key in new), np.uint8).reshape(-1, 16)
+        hashes = np.frombuffer(
+            b"".join(key.to_bytes(16, "little") for key in new), np.uint8
+        ).reshape(-1, 16)
         return {"hashes": hashes, "numbers": np.array([self.first[key] for key in new], np.int64)}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -68,7 +71,8 @@ class ExactDedup(Dedup):
 
 
 class NearIndex:
-    """MinHash signatures in rensa's LSH; what shares a band is compared, and only a similar one counts."""
+    """MinHash signatures in rensa's LSH; what shares a band is compared, and only a similar one
+    counts."""
 
     def __init__(self, threshold: float, num_perm: int, bands: int):
         self.rensa = require("rensa")
@@ -88,9 +92,13 @@ class NearIndex:
         return signature
 
     def find_or_add(self, key: bytes, number: int) -> int | None:
-        """The most similar earlier row at or above the threshold, the earliest of equals; see `steps.Index`."""
+        """The most similar earlier row at or above the threshold, the earliest of equals; see
+        `steps.Index`."""
         signature = self._signature(key)
-        found = [(signature.jaccard(self.signatures[other]), -other) for other in self.lsh.query(signature)]
+        found = [
+            (signature.jaccard(self.signatures[other]), -other)
+            for other in self.lsh.query(signature)
+        ]
         similarity, other = max(found, default=(0.0, 0))
         if similarity >= self.threshold:
             return -other
@@ -100,7 +108,8 @@ class NearIndex:
         return None
 
     def take_new(self) -> dict[str, np.ndarray]:
-        """Arrays `numbers` (rows,), `states` (bytes,) and `lengths` (rows,) of each row's part of the states."""
+        """Arrays `numbers` (rows,), `states` (bytes,) and `lengths` (rows,) of each row's part of
+        the states."""
         new, self.new = self.new, []
         return {
             "numbers": np.array([number for number, _ in new], np.int64),
@@ -111,18 +120,22 @@ class NearIndex:
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """See `steps.Index`."""
         states, start = arrays["states"].tobytes(), 0
-        for number, length in zip(arrays["numbers"].tolist(), arrays["lengths"].tolist(), strict=True):
+        for number, length in zip(
+            arrays["numbers"].tolist(), arrays["lengths"].tolist(), strict=True
+        ):
             self._add(states[start : start + length], number)
             start += length
 
 
 @dataclass(frozen=True)
 class NearDedup(Dedup):
-    """Rows whose letters and digits are nearly those of an earlier row: the Jaccard similarity of their sets of
-    character `ngram`-grams, estimated from `num_perm` MinHash values, is at least `threshold`.
+    """Rows whose letters and digits are nearly those of an earlier row: the Jaccard similarity of
+    their sets of character `ngram`-grams, estimated from `num_perm` MinHash values, is at least
+    `threshold`.
 
-    Candidates come from LSH with `bands` bands; a pair is compared only if one band agrees in full, which 16 bands of
-    8 values miss for 5 % of the pairs at 0.8, and for none in a million at 0.95 (1 - (1 - s^8)^16).
+    Candidates come from LSH with `bands` bands; a pair is compared only if one band agrees in full,
+    which 16 bands of 8 values miss for 5 % of the pairs at 0.8, and for none in a million at 0.95
+    (1 - (1 - s^8)^16).
     """
 
     name: ClassVar[str] = "near_dedup"
@@ -136,14 +149,17 @@ class NearDedup(Dedup):
         check_share(self, "threshold")
         check_positive(self, "ngram", "num_perm", "bands")
         if self.num_perm % self.bands:
-            raise ValueError(f"bands: found {self.bands}, expected a divisor of num_perm = {self.num_perm}")
+            raise ValueError(
+                f"bands: found {self.bands}, expected a divisor of num_perm = {self.num_perm}"
+            )
 
     def prepare(self) -> None:
         """Import rensa; raises UserError."""
         require("rensa")
 
     def shingles(self, text: str) -> list[str]:
-        """The character n-grams of a text's letters and digits; of a shorter text, all of it as one."""
+        """The character n-grams of a text's letters and digits; of a shorter text, all of it as
+        one."""
         reduced = NOT_WORD.sub("", text.casefold()) or text
         last = max(len(reduced) - self.ngram, 0)
         return [reduced[start : start + self.ngram] for start in range(last + 1)]
@@ -170,8 +186,8 @@ def _strings(value: Any) -> Iterator[str]:
 class NgramIndex:
     """The n-grams of evaluation texts, over lower-cased units.
 
-    N-grams are found by a rolling hash of their first `prefix` units and then compared in full, so no hash collision
-    removes a row.
+    N-grams are found by a rolling hash of their first `prefix` units and then compared in full, so
+    no hash collision removes a row.
     """
 
     MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -216,11 +232,13 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class Decontaminate(Filter):
-    """Rows that share an n-gram with a text of the evaluation files in `against` (any strings of their rows).
+    """Rows that share an n-gram with a text of the evaluation files in `against` (any strings of
+    their rows).
 
-    13 words as for GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) and 20 Chinese characters, which are about
-    13 words; a shorter evaluation text counts as a whole from `min_words` words or `min_characters` characters on,
-    still shorter ones (such as single answers) are not looked for.
+    13 words as for GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) and 20 Chinese
+    characters, which are about 13 words; a shorter evaluation text counts as a whole from
+    `min_words` words or `min_characters` characters on, still shorter ones (such as single answers)
+    are not looked for.
     """
 
     name: ClassVar[str] = "decontaminate"
@@ -251,13 +269,18 @@ class Decontaminate(Filter):
             for text in _strings(row.data):
                 units = units_of(text.casefold())
                 chinese = is_chinese(text, len(units))
-                shortest, n = (self.min_characters, self.characters) if chinese else (self.min_words, self.words)
+                shortest, n = (
+                    (self.min_characters, self.characters)
+                    if chinese
+                    else (self.min_words, self.words)
+                )
                 if len(units) >= shortest:
                     index.add(units, n)
         if not index.ngrams:
             raise UserError(
-                f"decontaminate: {', '.join(self.against)}: found no text of at least {self.min_words} words or "
-                f"{self.min_characters} Chinese characters, expected evaluation texts. Check the files."
+                f"decontaminate: {', '.join(self.against)}: found no text of at least"
+                f" {self.min_words} words or {self.min_characters} Chinese characters, expected"
+                " evaluation texts. Check the files."
             )
         index.freeze()
         return index

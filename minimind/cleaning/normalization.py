@@ -27,17 +27,22 @@ def sub_outside_code(pattern: str, replacement, text: str) -> str:
     """`re.sub` that leaves Markdown code alone; `replacement` is a function of the match."""
     if "`" not in text and "~~~" not in text:
         return re.sub(pattern, replacement, text)
-    return _outside_code(pattern).sub(lambda m: m[0] if m["code"] is not None else replacement(m), text)
+    return _outside_code(pattern).sub(
+        lambda m: m[0] if m["code"] is not None else replacement(m), text
+    )
 
 
-# --- Unicode -------------------------------------------------------------------------------------------------------
+# --- Unicode
+# -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FixUnicode(Transform):
-    """Mojibake repaired by ftfy ("schÃ¶n" -> "schön"), ligatures and full-width forms left alone, then NFC.
+    """Mojibake repaired by ftfy ("schÃ¶n" -> "schön"), ligatures and full-width forms left alone,
+    then NFC.
 
-    ftfy's defaults would rewrite Chinese punctuation ("，（）" to ",()") and curly quotes, so those fixes are off.
+    ftfy's defaults would rewrite Chinese punctuation ("，（）" to ",()") and curly quotes, so those
+    fixes are off.
     """
 
     name: ClassVar[str] = "fix_unicode"
@@ -47,7 +52,10 @@ class FixUnicode(Transform):
 
     def __post_init__(self):
         if self.normalization not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-            raise ValueError(f"normalization: found {self.normalization!r}, expected NFC, NFD, NFKC, NFKD or null")
+            raise ValueError(
+                f"normalization: found {self.normalization!r}, expected NFC, NFD, NFKC, NFKD or"
+                " null"
+            )
 
     def prepare(self) -> None:
         """Import ftfy; raises UserError."""
@@ -82,7 +90,8 @@ def _ftfy_config(fix_encoding: bool):
     )
 
 
-# --- markup --------------------------------------------------------------------------------------------------------
+# --- markup
+# --------------------------------------------------------------------------------------------------------
 
 
 def _words(names: str) -> frozenset[str]:
@@ -90,21 +99,25 @@ def _words(names: str) -> frozenset[str]:
 
 
 ELEMENTS = _words(
-    "a abbr acronym address article aside audio b base big blockquote body br button caption center cite code col "
-    "colgroup dd del details dfn dir div dl dt em embed fieldset figcaption figure font footer form frame frameset "
-    "h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe img input ins kbd label legend li link main map mark menu "
-    "meta nav nobr noscript nowiki object ol optgroup option p param picture pre q s samp script section select small "
-    "source span strike strong style sub summary sup svg table tbody td template textarea tfoot th thead time title "
-    "tr tt u ul var video wbr"
+    "a abbr acronym address article aside audio b base big blockquote body br button caption center"
+    " cite code col colgroup dd del details dfn dir div dl dt em embed fieldset figcaption figure"
+    " font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe img"
+    " input ins kbd label legend li link main map mark menu meta nav nobr noscript nowiki object ol"
+    " optgroup option p param picture pre q s samp script section select small source span strike"
+    " strong style sub summary sup svg table tbody td template textarea tfoot th thead time title"
+    " tr tt u ul var video wbr"
 )
 BLOCKS = _words(
-    "address article aside blockquote body br button caption center dd details dir div dl dt fieldset figcaption "
-    "figure footer form frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html legend li main menu nav ol optgroup "
-    "option p pre section select summary table tbody tfoot thead title tr ul"
+    "address article aside blockquote body br button caption center dd details dir div dl dt"
+    " fieldset figcaption figure footer form frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html"
+    " legend li main menu nav ol optgroup option p pre section select summary table tbody tfoot"
+    " thead title tr ul"
 )
 CELLS = _words("td th")
-BARE = _words("br hr wbr p li tr td th dd dt img")  # need neither a partner nor attributes to be HTML
-DROPPED = ("script", "style", "noscript", "svg", "iframe", "template", "ref")  # with all that is inside
+# Need neither a partner nor attributes to be HTML
+BARE = _words("br hr wbr p li tr td th dd dt img")
+# With all that is inside
+DROPPED = ("script", "style", "noscript", "svg", "iframe", "template", "ref")
 UNQUOTED = r"(?<!['\"“‘「『])"  # what is quoted is talked about
 TAG = (
     UNQUOTED + r"<(?P<slash>/?)(?P<name>[A-Za-z][A-Za-z0-9]*+)"
@@ -112,11 +125,14 @@ TAG = (
 )
 ENTITY = r"&(?>[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});"
 DECLARATION = r"<!(?i:doctype)\b[^<>]*+>|<\?xml\b[^<>]*+\?>"
-OPENING = re.compile(rf"{CODE}|{UNQUOTED}<!--|{UNQUOTED}<(?P<name>{'|'.join(DROPPED)})\b[^<>]*+>", re.IGNORECASE)
+OPENING = re.compile(
+    rf"{CODE}|{UNQUOTED}<!--|{UNQUOTED}<(?P<name>{'|'.join(DROPPED)})\b[^<>]*+>", re.IGNORECASE
+)
 
 
 def _without_dropped(text: str) -> str:
-    """Cut comments, scripts, styles and the like with their contents; linear in the length of any text."""
+    """Cut comments, scripts, styles and the like with their contents; linear in the length of any
+    text."""
     kept, position, unclosed = [], 0, set()
     while match := OPENING.search(text, position):
         name = "--" if match[0] == "<!--" else (match["name"] or "").lower()
@@ -134,16 +150,19 @@ def _without_dropped(text: str) -> str:
     return "".join([*kept, text[position:]])
 
 
-# A word for it beside a tag, a tag alone in brackets, a fragment, or an attribute in braces: it is written about.
-ABOUT = re.compile(r"标签|標籤|标记|元素|属性|组件|HTML|JSX|\b(?:tags?(?!:)|elements?|attributes?|components?)\b")
+# A word for it beside a tag, a tag alone in brackets, a fragment, or an attribute in braces: it is
+# written about.
+ABOUT = re.compile(
+    r"标签|標籤|标记|元素|属性|组件|HTML|JSX|\b(?:tags?(?!:)|elements?|attributes?|components?)\b"
+)
 MENTION = re.compile(r"[(（]</?[A-Za-z][^<>]*>[)）]|</?>|<[A-Za-z][^<>]*=\{")
 
 
 def is_about_markup(text: str) -> bool:
     """Whether the tags in a text are what it is about, as in the documentation of HTML or React.
 
-    Signs: a word such as 标签 or element next to a tag, a component (`<Link />`), an opening tag that nothing closes
-    (`<div>` in a sentence), and what `MENTION` finds.
+    Signs: a word such as 标签 or element next to a tag, a component (`<Link />`), an opening tag that
+    nothing closes (`<div>` in a sentence), and what `MENTION` finds.
     """
     if MENTION.search(text):
         return True
@@ -156,8 +175,15 @@ def is_about_markup(text: str) -> bool:
             if not (start and text[start - 1].isascii() and text[start - 1].isalnum()):
                 return True
         elif name in ELEMENTS:
-            closed = match["slash"] or (True, name) in pairs or name in BARE or "=" in match["attributes"]
-            if not closed or ABOUT.search(text[max(start - 12, 0) : start] + "\n" + text[end : end + 12]):
+            closed = (
+                match["slash"]
+                or (True, name) in pairs
+                or name in BARE
+                or "=" in match["attributes"]
+            )
+            if not closed or ABOUT.search(
+                text[max(start - 12, 0) : start] + "\n" + text[end : end + 12]
+            ):
                 return True
     return False
 
@@ -165,7 +191,8 @@ def is_about_markup(text: str) -> bool:
 def strip_html(text: str) -> str:
     """Remove the HTML elements of a text, unless it is a text about markup.
 
-    `List<int>`, `a < b`, `<name>` and anything in Markdown code or directly behind a quote stay in any case.
+    `List<int>`, `a < b`, `<name>` and anything in Markdown code or directly behind a quote stay in
+    any case.
     """
     if is_about_markup(text):
         return text
@@ -185,16 +212,18 @@ def strip_html(text: str) -> str:
 
 
 def decode_entities(text: str) -> str:
-    """`&amp;` -> `&`, `&#20013;` -> 中; unknown names stay, and what stands in quotes or Markdown code."""
-    return sub_outside_code(f"{UNQUOTED}{ENTITY}|{ENTITY}(?!['\"”’」』])", lambda match: html.unescape(match[0]), text)
+    """`&amp;` -> `&`, `&#20013;` -> 中; unknown names stay, and what stands in quotes or Markdown
+    code."""
+    return sub_outside_code(
+        f"{UNQUOTED}{ENTITY}|{ENTITY}(?!['\"”’」』])", lambda match: html.unescape(match[0]), text
+    )
 
 
 WIKI_EVIDENCE = re.compile(
-    r"\[\[[^\[\]{}|\n]{1,200}\|[^\[\]{}\n]{1,400}\]\]|^(={2,6})[ \t]*\w[^=\n]*\1[ \t]*$", re.MULTILINE
+    r"\[\[[^\[\]{}|\n]{1,200}\|[^\[\]{}\n]{1,400}\]\]|^(={2,6})[ \t]*\w[^=\n]*\1[ \t]*$",
+    re.MULTILINE,
 )
-WIKI_FILE = (
-    r"\[\[(?i:file|image|category|文件|图像|檔案|分类|分類):(?>[^\[\]\n]|\[\[[^\[\]\n]*\]\]|\[[^\[\]\n]*\])*+\]\]"
-)
+WIKI_FILE = r"\[\[(?i:file|image|category|文件|图像|檔案|分类|分類):(?>[^\[\]\n]|\[\[[^\[\]\n]*\]\]|\[[^\[\]\n]*\])*+\]\]"
 WIKI_LINK = r"\[\[(?:[^\[\]{}|\n]{1,200}\|)?(?P<wiki>[^\W\d][^\[\]{}|\n]{0,200})\]\]"
 WIKI_HEADING = r"(?m:^(?P<level>={2,6})[ \t]*(?P<heading>\w[^=\n]*?)[ \t]*(?P=level)[ \t]*$)"
 WIKI_BOLD = r"(?P<quotes>'{2,5})(?P<bold>[^'\n]+)(?P=quotes)"
@@ -203,9 +232,11 @@ WIKI_EDIT = r"\[(?:编辑|編輯|edit|来源请求|citation needed)\]"
 
 
 def strip_wiki(text: str) -> str:
-    """MediaWiki links, headings, bold, templates and categories -> plain text, in texts that show wiki markup.
+    """MediaWiki links, headings, bold, templates and categories -> plain text, in texts that show
+    wiki markup.
 
-    A link with a label or a `== heading ==` is taken for evidence, since `[[a, b]]`, quotes and braces alone are code.
+    A link with a label or a `== heading ==` is taken for evidence, since `[[a, b]]`, quotes and
+    braces alone are code.
     """
     text = re.sub(WIKI_EDIT, "", text) if "[" in text else text
     if ("[[" not in text and "==" not in text) or not WIKI_EVIDENCE.search(text):
@@ -218,16 +249,21 @@ def strip_wiki(text: str) -> str:
         (WIKI_HEADING, "heading"),
         (WIKI_BOLD, "bold"),
     ]:
-        text = sub_outside_code(pattern, lambda match, group=group: match[group] if group else "", text)
+        text = sub_outside_code(
+            pattern, lambda match, group=group: match[group] if group else "", text
+        )
     return text
 
 
 MARKDOWN_IMAGE = r"!\[[^\[\]\n]*+\]\([^()\s]*+(?:[ \t]++\"[^\"\n]*+\")?\)"
-MARKDOWN_LINK = r"\[(?P<label>[^\[\]\n]++)\]\((?:https?://|mailto:|[/#.])[^()\s]*+(?:[ \t]++\"[^\"\n]*+\")?\)"
+MARKDOWN_LINK = (
+    r"\[(?P<label>[^\[\]\n]++)\]\((?:https?://|mailto:|[/#.])[^()\s]*+(?:[ \t]++\"[^\"\n]*+\")?\)"
+)
 
 
 def strip_markdown(text: str) -> str:
-    """Markdown images are removed and links become their label; headings, lists, emphasis and code stay."""
+    """Markdown images are removed and links become their label; headings, lists, emphasis and code
+    stay."""
     if "](" not in text:
         return text
     text = sub_outside_code(MARKDOWN_IMAGE, lambda match: "", text)
@@ -236,7 +272,8 @@ def strip_markdown(text: str) -> str:
 
 @dataclass(frozen=True)
 class RemoveMarkup(Transform):
-    """HTML tags, scripts, comments and entities, wiki markup, Markdown links and images; code survives."""
+    """HTML tags, scripts, comments and entities, wiki markup, Markdown links and images; code
+    survives."""
 
     name: ClassVar[str] = "remove_markup"
     html: bool = True
@@ -255,10 +292,12 @@ class RemoveMarkup(Transform):
         return strip_markdown(text) if self.markdown else text
 
 
-# --- control characters and whitespace -----------------------------------------------------------------------------
+# --- control characters and whitespace
+# -----------------------------------------------------------------------------
 
 LINE_BREAKS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# A flag such as England's is a black flag followed by tag characters; elsewhere these only hide text.
+# A flag such as England's is a black flag followed by tag characters; elsewhere these only hide
+# text.
 FLAG = "\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f"
 CONTROL = re.compile(
     f"(?P<flag>{FLAG})|"
@@ -269,7 +308,8 @@ CONTROL = re.compile(
 
 @dataclass(frozen=True)
 class ControlCharacters(Transform):
-    r"""Control, invisible and directional characters removed, other line breaks -> \n; \n and \t stay.
+    r"""Control, invisible and directional characters removed, other line breaks -> \n; \n and \t
+    stay.
 
     The zero-width joiners and variation selectors that emoji are made of stay too.
     """
@@ -278,7 +318,8 @@ class ControlCharacters(Transform):
 
     def __call__(self, text: str) -> str:
         """A text -> the text without control characters."""
-        if text.replace("\n", "").isprintable():  # a quick way out for most; characters to remove are not printable
+        # A quick way out for most; characters to remove are not printable
+        if text.replace("\n", "").isprintable():
             return text
         return CONTROL.sub(lambda match: match["flag"] or "", LINE_BREAKS.sub("\n", text))
 
@@ -291,7 +332,8 @@ RUN = r"(?<=[^\s])([ \t\u3000])[ \t\u3000]+(?=[^\s])"
 
 @dataclass(frozen=True)
 class Whitespace(Transform):
-    """Runs of spaces inside a line -> one, trailing ones and ideographic indents removed, blank lines limited.
+    """Runs of spaces inside a line -> one, trailing ones and ideographic indents removed, blank
+    lines limited.
 
     Indentation and fenced code stay.
     """
@@ -313,4 +355,6 @@ class Whitespace(Transform):
         if allowed + "\n" in text:
             text = re.sub(rf"\n{{{len(allowed) + 1},}}", allowed, text)
         # The indent of a first line means something only among other indented lines.
-        return text.strip() if "\n " not in text and "\n\t" not in text else text.strip("\n").rstrip()
+        return (
+            text.strip() if "\n " not in text and "\n\t" not in text else text.strip("\n").rstrip()
+        )

@@ -1,7 +1,9 @@
-"""Personal data -> fixed placeholders: e-mail addresses, telephone, identity and card numbers, public IPv4 addresses.
+"""Personal data -> fixed placeholders: e-mail addresses, telephone, identity and card numbers,
+public IPv4 addresses.
 
-A number is masked only for its form *and* its check digit, prefix or punctuation, so that ordinary numbers, dates,
-amounts, law articles, ISBN, versions and timestamps stay. Names and postal addresses are out of reach of patterns.
+A number is masked only for its form *and* its check digit, prefix or punctuation, so that ordinary
+numbers, dates, amounts, law articles, ISBN, versions and timestamps stay. Names and postal
+addresses are out of reach of patterns.
 """
 
 import ipaddress
@@ -21,24 +23,31 @@ PLACEHOLDERS = {
     "ip_address": "[IP_ADDRESS]",
 }
 
-# The lookarounds name ASCII on purpose: in Chinese a number often stands directly between two characters.
+# The lookarounds name ASCII on purpose: in Chinese a number often stands directly between two
+# characters.
 START, END = r"(?<![0-9A-Za-z_.+/=&%#-])", r"(?![0-9A-Za-z_]|[.-]\d)"
 
 EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+/:-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}+@(?P<domain>(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24})"
     r"(?![A-Za-z0-9_-])"
 )
-RESERVED_DOMAINS = re.compile(r"(?:^|\.)(?:example(?:\.com|\.org|\.net|\.cn)?|test|invalid|localhost)$", re.IGNORECASE)
+RESERVED_DOMAINS = re.compile(
+    r"(?:^|\.)(?:example(?:\.com|\.org|\.net|\.cn)?|test|invalid|localhost)$", re.IGNORECASE
+)
 
 
 MOBILE = rf"{START}(?:(?:\+|00)86[ -]?|86-)?1[3-9]\d(?P<gap>[ -]?)\d{{4}}(?P=gap)\d{{4}}{END}"
-# Area codes: 10, 2x, and 3xx to 9xx; the hyphen, space or parentheses is what makes a landline of digits.
+# Area codes: 10, 2x, and 3xx to 9xx; the hyphen, space or parentheses is what makes a landline of
+# digits.
 LANDLINE = (
-    rf"{START}(?:(?:\+|00)86[ -]?)?(?:0(?:10|2\d|[3-9]\d\d)[ -]|[(（]0(?:10|2\d|[3-9]\d\d)[)）][ -]?)"
+    rf"{START}(?:(?:\+|00)86[ -]?)?(?:0(?:10|2\d|[3-9]\d\d)[ -]|[(（]0(?:10|2\d|[3-9]\d\d)[)）]["
+    r" -]?)"
     rf"[2-8]\d{{2,3}}[ -]?\d{{4}}(?:[ -]?(?:转|ext\.?|x)[ -]?\d{{1,6}})?{END}"
 )
 # Without 400 and 800, which are companies' service numbers.
-NORTH_AMERICA = rf"{START}(?:\+?1[ .-])?(?!\(?[48]00)(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{{4}}{END}"
+NORTH_AMERICA = (
+    rf"{START}(?:\+?1[ .-])?(?!\(?[48]00)(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{{4}}{END}"
+)
 INTERNATIONAL = rf"(?<![\w+*/=^.-])(?<![\w)] )\+[1-9]\d{{0,2}}(?:[ .-]?\(?\d{{1,5}}\)?){{1,6}}{END}"
 SIX_DIGITS = re.compile(r"\d(?:[ .()（）-]{0,2}\d){5}")  # fewer are never masked
 PHONES = [re.compile(pattern) for pattern in (MOBILE, LANDLINE, NORTH_AMERICA, INTERNATIONAL)]
@@ -47,28 +56,35 @@ ID_NUMBER = re.compile(
     r"(?<![0-9A-Za-z_./=&%-])[1-9]\d{5}(?P<year>19\d\d|20\d\d)(?P<month>\d\d)(?P<day>\d\d)\d{3}[\dXx](?![0-9A-Za-z_])"
 )
 BANK_CARD = re.compile(
-    r"(?<![0-9A-Za-z_.+/=&%-])[2-6]\d{3}(?:\d{11,15}|(?P<gap>[ -])\d{4}(?:(?P=gap)\d{4}){2}(?:(?P=gap)\d{3})?)"
+    r"(?<![0-9A-Za-z_.+/=&%-])[2-6]\d{3}(?:\d{11,15}|(?P<gap>["
+    r" -])\d{4}(?:(?P=gap)\d{4}){2}(?:(?P=gap)\d{3})?)"
     r"(?![0-9A-Za-z_]|[.-]\d)"
 )
 CARD_PREFIX = re.compile(r"4|5[1-5]|2[2-7]|62|60|65|3[47]")
 IP_ADDRESS = re.compile(r"(?<![\w.:/-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
-VERSION_WORD = re.compile(r"(?:\bv|\bver|version|release|section|chapter|版本|版|章|节|第)[ :：.]*$", re.IGNORECASE)
+VERSION_WORD = re.compile(
+    r"(?:\bv|\bver|version|release|section|chapter|版本|版|章|节|第)[ :：.]*$", re.IGNORECASE
+)
 
 
 def is_id_number(number: str) -> bool:
-    """Whether an 18-character PRC resident number has a real date and its check digit (GB 11643)."""
+    """Whether an 18-character PRC resident number has a real date and its check digit (GB
+    11643)."""
     if not 11 <= int(number[:2]) <= 82:
         return False
     try:
         date(int(number[6:10]), int(number[10:12]), int(number[12:14]))
     except ValueError:
         return False
-    total = sum(int(digit) * (2 ** (17 - position) % 11) for position, digit in enumerate(number[:17]))
+    total = sum(
+        int(digit) * (2 ** (17 - position) % 11) for position, digit in enumerate(number[:17])
+    )
     return "10X98765432"[total % 11] == number[17].upper()
 
 
 def is_card_number(number: str) -> bool:
-    """Whether digits start as those of a large card network and pass the Luhn check (ISO/IEC 7812-1)."""
+    """Whether digits start as those of a large card network and pass the Luhn check (ISO/IEC
+    7812-1)."""
     if not CARD_PREFIX.match(number) or not 15 <= len(number) <= 19 or len(set(number)) < 4:
         return False
     if len(number) == 15 and number[:2] not in ("34", "37"):
@@ -83,7 +99,8 @@ def _email(match: re.Match) -> bool:
 
 def _phone(match: re.Match) -> bool:
     digits = sum(character.isdigit() for character in match[0])
-    # Written without a gap, more digits are a number: E.164 allows 15, but hardly a country uses more than 13.
+    # Written without a gap, more digits are a number: E.164 allows 15, but hardly a country uses
+    # more than 13.
     return 9 <= digits <= (21 if digits < len(match[0].removeprefix("+")) else 13)
 
 
@@ -105,7 +122,8 @@ def _ip_address(match: re.Match) -> bool:
 
 @dataclass(frozen=True)
 class MaskPersonalData(Transform):
-    """E-mail, phone, identity, bank card numbers and public IPv4 addresses -> `[EMAIL]`, `[PHONE]` and so on."""
+    """E-mail, phone, identity, bank card numbers and public IPv4 addresses -> `[EMAIL]`, `[PHONE]`
+    and so on."""
 
     name: ClassVar[str] = "mask_pii"
     machine: ClassVar[bool] = True
@@ -115,7 +133,8 @@ class MaskPersonalData(Transform):
         for kind in self.kinds:
             if kind not in PLACEHOLDERS:
                 raise ValueError(
-                    f"kinds: found {kind!r}{closest(kind, PLACEHOLDERS)}, expected {', '.join(PLACEHOLDERS)}"
+                    f"kinds: found {kind!r}{closest(kind, PLACEHOLDERS)}, expected"
+                    f" {', '.join(PLACEHOLDERS)}"
                 )
 
     def __call__(self, text: str) -> str:
@@ -137,12 +156,15 @@ class MaskPersonalData(Transform):
         return text
 
 
-def _mask(pattern: re.Pattern, is_personal: Callable[[re.Match], bool], kind: str, text: str) -> str:
+def _mask(
+    pattern: re.Pattern, is_personal: Callable[[re.Match], bool], kind: str, text: str
+) -> str:
     def replace(match: re.Match) -> str:
         if not is_personal(match):
             return match[0]
         before = text[max(match.start() - 3, 0) : match.start()]
-        # A number that is a value of JSON, as in a tool call within a reply, must become a string of it.
+        # A number that is a value of JSON, as in a tool call within a reply, must become a string
+        # of it.
         return f'"{PLACEHOLDERS[kind]}"' if before.rstrip().endswith('":') else PLACEHOLDERS[kind]
 
     return pattern.sub(replace, text)

@@ -1,10 +1,12 @@
-"""Files -> cleaned shards and a report: streamed, in order, the same whatever the number of processes.
+"""Files -> cleaned shards and a report: streamed, in order, the same whatever the number of
+processes.
 
     input rows -> segment 0 -> dedup -> segment 1 -> ... -> shard        (a segment: worker processes; dedup: this one)
 
-The input is cut every `rows_per_shard` rows, and each part becomes one shard. Until all are there, they lie in a
-hidden directory beside the destination, each with its counts and what the dedup steps remembered of it, so that a run
-that was killed goes on behind the last finished part. The destination appears whole, by one rename.
+The input is cut every `rows_per_shard` rows, and each part becomes one shard. Until all are there,
+they lie in a hidden directory beside the destination, each with its counts and what the dedup steps
+remembered of it, so that a run that was killed goes on behind the last finished part. The
+destination appears whole, by one rename.
 """
 
 import io
@@ -32,7 +34,14 @@ from minimind.cleaning.texts import Texts, check_row, split_row
 from minimind.cleaning.workers import Workers
 from minimind.common.cache import Contents, check_file, content_hash
 from minimind.common.errors import UserError
-from minimind.common.files import read_json, sync_directory, sync_file, sync_files, write_json, write_text
+from minimind.common.files import (
+    read_json,
+    sync_directory,
+    sync_file,
+    sync_files,
+    write_json,
+    write_text,
+)
 from minimind.common.language import translated
 from minimind.data.columns import Columns
 from minimind.data.files import (
@@ -50,7 +59,8 @@ from minimind.data.markers import Boundaries
 logger = logging.getLogger(__name__)
 
 REPORT = {"key": str, "rows": dict, "steps": list, "shards": list}  # what is read of a report.json
-BATCH_ROWS, BATCH_CHARACTERS = 250, 500_000  # sent to a worker process at a time; no influence on the result
+# Sent to a worker process at a time; no influence on the result
+BATCH_ROWS, BATCH_CHARACTERS = 250, 500_000
 
 
 @dataclass
@@ -75,8 +85,11 @@ def cache_key(
     text_unit: str = "file",
     columns: Sequence[str] | None = None,
 ) -> str:
-    """One hash over all that the output of `clean` depends on: the files' contents, the recipe, library versions."""
-    return as_recipe(recipe).key([*(content_hash([file]) for file in expand(files)), text_unit, *(columns or ())])
+    """One hash over all that the output of `clean` depends on: the files' contents, the recipe,
+    library versions."""
+    return as_recipe(recipe).key(
+        [*(content_hash([file]) for file in expand(files)), text_unit, *(columns or ())]
+    )
 
 
 def clean(
@@ -101,12 +114,13 @@ def clean(
         columns: words of `--columns`; the cleaned rows have our names.
 
     Returns:
-        What `report.json` holds, and under "run" what is not the same each time: seconds, rows per second,
-        processes, rows found finished.
+        What `report.json` holds, and under "run" what is not the same each time: seconds, rows per
+        second, processes, rows found finished.
 
     Raises:
-        UserError: what `files.expand` and `load_recipe` refuse; bad rows as the policy says; a destination that holds
-            something else, or a damaged result; a missing library; no row left; a file that changed meanwhile.
+        UserError: what `files.expand` and `load_recipe` refuse; bad rows as the policy says; a
+            destination that holds something else, or a damaged result; a missing library; no row
+            left; a file that changed meanwhile.
     """
     recipe, found, started = as_recipe(recipe), expand(files), time.monotonic()
     if num_proc is not None and num_proc < 1:
@@ -122,7 +136,9 @@ def clean(
     lock = destination.with_name(f".{destination.name}.lock")
     with FileLock(lock):
         report = finished_report(destination, key)
-        job = Cleaning(recipe, found, contents, key, destination, BadRows(on_bad_rows), text_unit, renaming)
+        job = Cleaning(
+            recipe, found, contents, key, destination, BadRows(on_bad_rows), text_unit, renaming
+        )
         if not (already := report is not None):
             report = job.run(num_proc or os.cpu_count() or 1)
         lock.unlink(missing_ok=True)  # whoever waits for it finds the destination finished
@@ -144,13 +160,16 @@ def finished_report(
     """The report of the same cleaning done before, or None for a free destination.
 
     Raises:
-        UserError: it holds something else, or not the shards that were written; `remedy` says what to do then.
+        UserError: it holds something else, or not the shards that were written; `remedy` says what
+        to do then.
     """
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
     found = "something"
     if os.path.lexists(destination / "report.json"):
-        report = read_json(destination / "report.json", f"{destination} was to be new. {remedy}", fields=REPORT)
+        report = read_json(
+            destination / "report.json", f"{destination} was to be new. {remedy}", fields=REPORT
+        )
         if report["key"] == key:
             _check_shards(destination, report, remedy)
             return report
@@ -166,7 +185,9 @@ def _check_shards(destination: Path, report: dict[str, Any], remedy: str) -> Non
         if sum(shard["rows"] for shard in report["shards"]) != report["rows"]["out"]:
             raise ValueError("not all shards are named")
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{destination / 'report.json'} is not what was written. {remedy}") from None
+        raise UserError(
+            f"{destination / 'report.json'} is not what was written. {remedy}"
+        ) from None
     except UserError as problem:
         raise UserError(f"{problem}, so {destination} is damaged. {remedy}") from None
 
@@ -185,7 +206,13 @@ class Cleaning:
         text_unit: str,
         columns: Columns,
     ):
-        self.recipe, self.files, self.contents, self.key, self.destination = recipe, files, contents, key, destination
+        self.recipe, self.files, self.contents, self.key, self.destination = (
+            recipe,
+            files,
+            contents,
+            key,
+            destination,
+        )
         self.bad, self.text_unit, self.columns = bad, text_unit, columns
         self.rows = 0  # read so far, bad ones included
         self.partial = destination.with_name(f".{destination.name}.partial")
@@ -194,7 +221,8 @@ class Cleaning:
         self.indexes = [segment.dedup[1].index() for segment in self.segments if segment.dedup]
         self.counts = Counts()
         self.shards: list[dict[str, Any]] = []
-        self.writing, self.hasher = {"rows": 0, "bytes": 0}, xxhash.xxh3_128()  # the part that is being written
+        # The part that is being written
+        self.writing, self.hasher = {"rows": 0, "bytes": 0}, xxhash.xxh3_128()
         self.resumed_rows = 0
         self.remembered: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # by part and index
         self.bad_of_part: dict[int, tuple[int, list]] = {}  # how many, and the first of them
@@ -205,7 +233,13 @@ class Cleaning:
         size = total_size(self.files)
         with (
             Workers(self.recipe, num_proc) as workers,
-            tqdm(total=size or None, unit="B", unit_scale=True, desc=translated("cleaning"), disable=None) as progress,
+            tqdm(
+                total=size or None,
+                unit="B",
+                unit_scale=True,
+                desc=translated("cleaning"),
+                disable=None,
+            ) as progress,
         ):
             for batch, done in self._stream(workers, self._read(progress.update)):
                 batch.counts.merge(done.counts, self.recipe.settings.examples)
@@ -226,10 +260,12 @@ class Cleaning:
             shutil.rmtree(self.partial)
             raise
 
-    # --- streaming -------------------------------------------------------------------------------------------------
+    # --- streaming
+    # -------------------------------------------------------------------------------------------------
 
     def _read(self, progress: Callable[[int], Any]) -> Iterator[Batch]:
-        """The rows behind those found finished, in batches that do not reach over the end of a part."""
+        """The rows behind those found finished, in batches that do not reach over the end of a
+        part."""
         size, batch = self.recipe.settings.rows_per_shard, Batch(len(self.shards))
         for file in self.files:
             before = self.rows
@@ -239,12 +275,20 @@ class Cleaning:
                     continue
                 self._add_row(batch, f"{file}:{place}", parse)
                 batch.last = self.rows % size == 0
-                if batch.last or len(batch.items) == BATCH_ROWS or batch.characters > BATCH_CHARACTERS:
+                if (
+                    batch.last
+                    or len(batch.items) == BATCH_ROWS
+                    or batch.characters > BATCH_CHARACTERS
+                ):
                     yield batch
                     batch = Batch(batch.part + batch.last)
             if self.rows == before:
-                raise UserError(f"{file}: found no rows, expected at least one. Remove the file or create it again.")
-        if self.rows > max(self.resumed_rows, batch.part * size):  # the last part is shorter than the others
+                raise UserError(
+                    f"{file}: found no rows, expected at least one. Remove the file or create it"
+                    " again."
+                )
+        # The last part is shorter than the others
+        if self.rows > max(self.resumed_rows, batch.part * size):
             batch.last = True
             yield batch
 
@@ -254,7 +298,10 @@ class Cleaning:
             rows = split_row(check_row(dict(self.columns.rename(parse()))), boundaries)
         except BadRowError as problem:
             count, first = self.bad_of_part.get(batch.part, (0, []))
-            self.bad_of_part[batch.part] = (count + 1, [*first, (where, str(problem))][:BAD_ROWS_NAMED])
+            self.bad_of_part[batch.part] = (
+                count + 1,
+                [*first, (where, str(problem))][:BAD_ROWS_NAMED],
+            )
             self.bad.add(where, str(problem))
         else:
             batch.items += [Item(self.rows, where, row) for row in rows]
@@ -266,12 +313,18 @@ class Cleaning:
     def _stream(self, workers: Workers, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Done]]:
         """Batches through all segments and dedup steps, in order."""
         for number in range(len(self.segments) - 1):
-            batches = self._deduplicated(number, workers.map(number, batches, lambda batch: batch.items))
+            batches = self._deduplicated(
+                number, workers.map(number, batches, lambda batch: batch.items)
+            )
         yield from workers.map(len(self.segments) - 1, batches, lambda batch: batch.items)
 
     def _deduplicated(self, number: int, results: Iterator[tuple[Batch, Done]]) -> Iterator[Batch]:
         """The batches without the rows that repeat earlier ones; the index remembers the others."""
-        (label, _), index, limit = self.segments[number].dedup, self.indexes[number], self.recipe.settings.examples
+        (label, _), index, limit = (
+            self.segments[number].dedup,
+            self.indexes[number],
+            self.recipe.settings.examples,
+        )
         for batch, done in results:
             counts = done.counts.step(label)
             kept = []
@@ -284,37 +337,53 @@ class Cleaning:
                     counts.characters_out += len(whole)
                     kept.append(item)
                 else:
-                    example = {"number": item.number, "where": item.where, "before": whole, "repeats": earlier}
-                    done.counts.remove(label, "repeats a row", group_of(self.recipe, item.row), limit, **example)
+                    example = {
+                        "number": item.number,
+                        "where": item.where,
+                        "before": whole,
+                        "repeats": earlier,
+                    }
+                    done.counts.remove(
+                        label, "repeats a row", group_of(self.recipe, item.row), limit, **example
+                    )
             batch.counts.merge(done.counts, limit)
             if batch.last:
                 self.remembered[batch.part, number] = index.take_new()
             batch.items = kept
             yield batch
 
-    # --- parts on disk ---------------------------------------------------------------------------------------------
+    # --- parts on disk
+    # ---------------------------------------------------------------------------------------------
 
     def _shard(self, part: int) -> Path:
         return self.partial / f"data-{part:05d}.jsonl"
 
     def _open_state(self) -> None:
-        """Take up the finished parts of the same cleaning; anything else in the hidden directory is thrown away."""
+        """Take up the finished parts of the same cleaning; anything else in the hidden directory is
+        thrown away."""
         manifest = self.state / "key"
         same = manifest.is_file() and manifest.read_bytes() == self.key.encode()
         if not same:
             if self.partial.exists():
-                if self.partial.is_symlink() or (not self.state.exists() and any(self.partial.iterdir())):
+                if self.partial.is_symlink() or (
+                    not self.state.exists() and any(self.partial.iterdir())
+                ):
                     raise UserError(
-                        f"{self.partial} is in the way, and not of ours. Move it away, or give another directory."
+                        f"{self.partial} is in the way, and not of ours. Move it away, or give"
+                        " another directory."
                     )
-                logger.warning(translated("another recipe or input was begun before: starting anew"))
+                logger.warning(
+                    translated("another recipe or input was begun before: starting anew")
+                )
             shutil.rmtree(self.partial, ignore_errors=True)
             self.state.mkdir(parents=True)
             write_text(manifest, self.key)
         while self._restore_part(len(self.shards)):
             pass
         if self.resumed_rows:
-            logger.warning(translated(f"going on behind {self.resumed_rows:,} rows that are finished"))
+            logger.warning(
+                translated(f"going on behind {self.resumed_rows:,} rows that are finished")
+            )
 
     def _write(self, part: int, lines: list[bytes]) -> None:
         content = b"".join(lines)
@@ -348,7 +417,10 @@ class Cleaning:
             first_bad = [(str(where), str(problem)) for where, problem in facts["first_bad"]]
             if xxhash.xxh3_128_hexdigest(self._shard(part).read_bytes()) != facts["shard"]["hash"]:
                 return False
-            saved = [(self.state / f"{part:05d}-{number}.npz").read_bytes() for number in range(len(self.indexes))]
+            saved = [
+                (self.state / f"{part:05d}-{number}.npz").read_bytes()
+                for number in range(len(self.indexes))
+            ]
             arrays = [dict(np.load(io.BytesIO(content))) for content in saved]
         except Exception:  # whatever it holds: the part is cleaned again
             return False
@@ -362,15 +434,19 @@ class Cleaning:
         self.resumed_rows += self.recipe.settings.rows_per_shard
         return True
 
-    # --- the end ---------------------------------------------------------------------------------------------------
+    # --- the end
+    # ---------------------------------------------------------------------------------------------------
 
     def _publish(self, total: int) -> dict[str, Any]:
         report = self._report(total)
         if not report["rows"]["out"]:
-            removed = ", ".join(f"{step['step']} {step['rows_removed']:,}" for step in report["steps"])
+            removed = ", ".join(
+                f"{step['step']} {step['rows_removed']:,}" for step in report["steps"]
+            )
             shutil.rmtree(self.partial)
             raise UserError(
-                f"no row is left of {total:,}: bad {report['rows']['bad']:,}, {removed}. Change the recipe."
+                f"no row is left of {total:,}: bad {report['rows']['bad']:,}, {removed}. Change the"
+                " recipe."
             )
         write_json(self.partial / "report.json", report)
         write_text(self.partial / "report.html", report_page(report))
@@ -389,7 +465,11 @@ class Cleaning:
     def _report(self, total: int) -> dict[str, Any]:
         labels = self.recipe.labels
         steps = [self.counts.step(label) for label in labels]
-        shards = [{"file": self._shard(part).name, **shard} for part, shard in enumerate(self.shards) if shard["rows"]]
+        shards = [
+            {"file": self._shard(part).name, **shard}
+            for part, shard in enumerate(self.shards)
+            if shard["rows"]
+        ]
         rows = {
             "in": total,
             "added": self.counts.rows_added,
@@ -413,7 +493,10 @@ class Cleaning:
             "rows": rows,
             "characters": {"in": steps[0].characters_in, "out": steps[-1].characters_out},
             "boundary_markers": self.counts.markers,
-            "steps": [_step_report(label, step, earlier) for label, step in zip(labels, steps, strict=True)],
+            "steps": [
+                _step_report(label, step, earlier)
+                for label, step in zip(labels, steps, strict=True)
+            ],
             "groups": {name: self.counts.groups[name] for name in sorted(self.counts.groups)},
             "bad_rows": [{"where": where, "problem": problem} for where, problem in self.bad.first],
             "shards": shards,
@@ -421,10 +504,14 @@ class Cleaning:
 
     def _earlier_rows(self, steps: list[StepCounts]) -> dict[int, dict[str, str]]:
         """The rows that examples repeat, by number; read again, since the indexes keep no texts."""
-        examples = (example for step in steps for kept in step.examples.values() for example in kept)
+        examples = (
+            example for step in steps for kept in step.examples.values() for example in kept
+        )
         wanted = {example["repeats"] for example in examples if "repeats" in example}
         found: dict[int, dict[str, str]] = {}
-        places = ((file, *row) for file in self.files for row in parsables(file, self.text_unit, None))
+        places = (
+            (file, *row) for file in self.files for row in parsables(file, self.text_unit, None)
+        )
         for number, (file, place, parse) in enumerate(places, 1):
             if len(found) == len(wanted):
                 break
@@ -436,7 +523,9 @@ class Cleaning:
         return found
 
 
-def _step_report(label: str, step: StepCounts, earlier: dict[int, dict[str, str]]) -> dict[str, Any]:
+def _step_report(
+    label: str, step: StepCounts, earlier: dict[int, dict[str, str]]
+) -> dict[str, Any]:
     examples = {
         reason: [
             {

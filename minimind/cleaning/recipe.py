@@ -47,12 +47,15 @@ class Settings:
     examples: int = 5  # shown in the report for each step and each reason
     rows_per_shard: int = 20_000  # of the input; also what an interruption costs at most
     group_by: str | None = "source"  # field of the rows whose values are counted apart
-    boundary_markers: str = "split"  # documents at the markers spelled out in them, or "keep", or "error"
+    # Documents at the markers spelled out in them, or "keep", or "error"
+    boundary_markers: str = "split"
 
     def __post_init__(self):
         check_positive(self, "rows_per_shard")
         if self.boundary_markers not in POLICIES:
-            raise ValueError(f"boundary_markers: found {self.boundary_markers!r}, expected {', '.join(POLICIES)}")
+            raise ValueError(
+                f"boundary_markers: found {self.boundary_markers!r}, expected {', '.join(POLICIES)}"
+            )
         if self.examples < 0:
             raise ValueError(f"examples: found {self.examples}, expected at least 0")
 
@@ -69,30 +72,44 @@ class Recipe:
         """One name for each step; the second step of a kind is "length#2"."""
         names = [step.name for step in self.steps]
         counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-        return [name if count == 1 else f"{name}#{count}" for name, count in zip(names, counts, strict=True)]
+        return [
+            name if count == 1 else f"{name}#{count}"
+            for name, count in zip(names, counts, strict=True)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe with all options spelled out, as `from_dict` takes it."""
-        return {"steps": [{step.name: options_of(step)} for step in self.steps], **options_of(self.settings)}
+        return {
+            "steps": [{step.name: options_of(step)} for step in self.steps],
+            **options_of(self.settings),
+        }
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> "Recipe":
         """What a recipe's YAML holds -> the recipe; raises UserError naming `where`."""
-        if not isinstance(data, dict) or not isinstance(data.get("steps"), list) or not data["steps"]:
-            raise UserError(f"{where}: found no list of steps, expected 'steps:' with at least one of {_known()}.")
+        if (
+            not isinstance(data, dict)
+            or not isinstance(data.get("steps"), list)
+            or not data["steps"]
+        ):
+            raise UserError(
+                f"{where}: found no list of steps, expected 'steps:' with at least one of"
+                f" {_known()}."
+            )
         steps = []
         for number, entry in enumerate(data["steps"], 1):
             if isinstance(entry, str):
                 entry = {entry: None}
             if not isinstance(entry, dict) or len(entry) != 1:
                 raise UserError(
-                    f"{where}: step {number}: found {entry!r}, expected a name or one 'name: {{options}}'."
+                    f"{where}: step {number}: found {entry!r}, expected a name or one 'name:"
+                    " {options}'."
                 )
             ((name, options),) = entry.items()
             if name not in STEPS:
                 raise UserError(
-                    f"{where}: step {number}: found the unknown step {name!r}{closest(str(name), STEPS)}, expected "
-                    f"one of {_known()}."
+                    f"{where}: step {number}: found the unknown step"
+                    f" {name!r}{closest(str(name), STEPS)}, expected one of {_known()}."
                 )
             steps.append(build(STEPS[name], options, f"{where}: step {number} ({name})"))
         settings = {name: value for name, value in data.items() if name != "steps"}
@@ -110,7 +127,9 @@ class Recipe:
             "version": FORMAT_VERSION,
             "recipe": self.as_dict(),
             "inputs": hashes,
-            "step_files": [content_hash(map(Path, step.files())) for step in self.steps if step.files()],
+            "step_files": [
+                content_hash(map(Path, step.files())) for step in self.steps if step.files()
+            ],
             "packages": {package: extras.version(package) for package in packages},
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
@@ -121,5 +140,6 @@ def _known() -> str:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """A recipe file -> the recipe; raises UserError for a missing file, broken YAML, unknown steps and options."""
+    """A recipe file -> the recipe; raises UserError for a missing file, broken YAML, unknown steps
+    and options."""
     return Recipe.from_dict(read_recipe(path), str(path))

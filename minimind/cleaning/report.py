@@ -1,10 +1,12 @@
-"""The report as one HTML page that asks for nothing from outside; every text from the data is escaped."""
+"""The report as one HTML page that asks for nothing from outside; every text from the data is
+escaped."""
 
 from html import escape
 from typing import Any
 
 KEPT, CHANGED, REMOVED = "#3b7dd8", "#e0a526", "#c9453b"
-WIDTH, HEIGHT, FLOW, TOP, TURN = 1100, 330, 190, 46, 12  # of the picture; of a bar with all rows; above the bars
+# Of the picture; of a bar with all rows; above the bars
+WIDTH, HEIGHT, FLOW, TOP, TURN = 1100, 330, 190, 46, 12
 
 STYLE = f"""
 :root {{ color-scheme: light dark; }}
@@ -57,18 +59,24 @@ def report_text(report: dict[str, Any]) -> str:
         for step in report["steps"]
     ]
     speed = (
-        f"{run['rows_per_second']:,.0f} rows/s with {run['processes']} processes, {run['seconds']:.1f} s"
+        f"{run['rows_per_second']:,.0f} rows/s with {run['processes']} processes,"
+        f" {run['seconds']:.1f} s"
         if run["rows_found_finished"] < rows["in"]
         else "was cleaned before"
     )
     added = f" + {rows['added']:,} by splitting" if rows["added"] else ""
     total = (
-        f"{rows['in']:,} rows in{added} = {rows['out']:,} out + {rows['removed']:,} removed + {rows['bad']:,} bad; "
-        f"{_share(report['characters']['out'], report['characters']['in'])} of the characters kept ({speed})"
+        f"{rows['in']:,} rows in{added} = {rows['out']:,} out + {rows['removed']:,} removed +"
+        f" {rows['bad']:,} bad; {_share(report['characters']['out'], report['characters']['in'])}"
+        f" of the characters kept ({speed})"
     )
     split = report["boundary_markers"]
     count = sum(split.values())
-    markers = [f"split {count:,} rows at {', '.join(split)} into {count + rows['added']:,}"] if split else []
+    markers = (
+        [f"split {count:,} rows at {', '.join(split)} into {count + rows['added']:,}"]
+        if split
+        else []
+    )
     steps = [line.rstrip() for line in lines]
     return "\n".join([head, *steps, total, *markers, f"-> {run['destination']}/report.html"])
 
@@ -79,24 +87,32 @@ def _share(part: int, whole: int) -> str:
 
 
 def flow_svg(report: dict[str, Any]) -> str:
-    """The flow of rows as a Sankey diagram: heights are rows; what a step removes leaves downwards."""
+    """The flow of rows as a Sankey diagram: heights are rows; what a step removes leaves
+    downwards."""
     rows = report["rows"]
     stages = [("bad rows", rows["in"], rows["bad"], 0)] if rows["bad"] else []
-    stages += [(s["step"], s["rows_in"], s["rows_removed"], s["rows_changed"]) for s in report["steps"]]
+    stages += [
+        (s["step"], s["rows_in"], s["rows_removed"], s["rows_changed"]) for s in report["steps"]
+    ]
     scale = FLOW / max(rows["in"] + rows["added"], 1)
     step = (WIDTH - 90) / len(stages)
     shapes = []
     for number, (name, rows_in, removed, changed) in enumerate(stages):
         left, kept = 10 + number * step, rows_in - removed
-        title = f"<title>{escape(name)}: {rows_in:,} in, {changed:,} changed, {removed:,} removed</title>"
+        title = (
+            f"<title>{escape(name)}: {rows_in:,} in, {changed:,} changed, {removed:,}"
+            " removed</title>"
+        )
         shapes.append(
-            f'<rect x="{left:.1f}" y="{TOP}" width="{step - 3:.1f}" height="{max(kept * scale, 0.5):.2f}" '
-            f'fill="{KEPT}" fill-opacity=".55">{title}</rect>'
+            f'<rect x="{left:.1f}" y="{TOP}" width="{step - 3:.1f}"'
+            f' height="{max(kept * scale, 0.5):.2f}" fill="{KEPT}"'
+            f' fill-opacity=".55">{title}</rect>'
         )
         if changed:
             shapes.append(
-                f'<rect x="{left:.1f}" y="{TOP}" width="{step - 3:.1f}" height="{max(changed * scale, 0.8):.2f}" '
-                f'fill="{CHANGED}" fill-opacity=".75">{title}</rect>'
+                f'<rect x="{left:.1f}" y="{TOP}" width="{step - 3:.1f}"'
+                f' height="{max(changed * scale, 0.8):.2f}" fill="{CHANGED}"'
+                f' fill-opacity=".75">{title}</rect>'
             )
         if removed:
             # Along the lower edge of the bar, then a quarter turn of radius TURN, then down.
@@ -105,22 +121,26 @@ def flow_svg(report: dict[str, Any]) -> str:
             inner, outer = bend + TURN, bend + TURN + width
             low, turned = top + height, top + height + TURN
             shapes.append(
-                f'<path d="M{left:.1f},{top:.2f} H{bend:.1f} Q{outer:.1f},{top:.2f} {outer:.1f},{turned:.2f} V{end} '
-                f'H{inner:.1f} V{turned:.2f} Q{inner:.1f},{low:.2f} {bend:.1f},{low:.2f} H{left:.1f} Z" '
-                f'fill="{REMOVED}" fill-opacity=".75">{title}</path>'
-                f'<text x="{(inner + outer) / 2:.1f}" y="{end + 16}" text-anchor="middle">−{removed:,}</text>'
+                f'<path d="M{left:.1f},{top:.2f} H{bend:.1f} Q{outer:.1f},{top:.2f}'
+                f" {outer:.1f},{turned:.2f} V{end} H{inner:.1f} V{turned:.2f}"
+                f' Q{inner:.1f},{low:.2f} {bend:.1f},{low:.2f} H{left:.1f} Z" fill="{REMOVED}"'
+                f' fill-opacity=".75">{title}</path><text x="{(inner + outer) / 2:.1f}"'
+                f' y="{end + 16}" text-anchor="middle">−{removed:,}</text>'
             )
-        shapes.append(f'<text x="{left:.1f}" y="{TOP - 10 - 16 * (number % 2)}">{escape(name)}</text>')
+        shapes.append(
+            f'<text x="{left:.1f}" y="{TOP - 10 - 16 * (number % 2)}">{escape(name)}</text>'
+        )
     shapes.append(
         f'<text x="{WIDTH - 76}" y="{TOP + 14}">{rows["out"]:,}</text>'
         f'<text x="{WIDTH - 76}" y="{TOP + 32}">kept</text>'
     )
     legend = (
-        f'<text x="10" y="{HEIGHT - 8}">height: rows. </text><rect x="110" y="{HEIGHT - 19}" width="12" height="12" '
-        f'fill="{KEPT}" fill-opacity=".55"/><text x="127" y="{HEIGHT - 8}">kept</text>'
-        f'<rect x="175" y="{HEIGHT - 19}" width="12" height="12" fill="{CHANGED}" fill-opacity=".75"/>'
-        f'<text x="192" y="{HEIGHT - 8}">of these changed</text><rect x="310" y="{HEIGHT - 19}" width="12" '
-        f'height="12" fill="{REMOVED}" fill-opacity=".75"/><text x="327" y="{HEIGHT - 8}">removed</text>'
+        f'<text x="10" y="{HEIGHT - 8}">height: rows. </text><rect x="110" y="{HEIGHT - 19}"'
+        f' width="12" height="12" fill="{KEPT}" fill-opacity=".55"/><text x="127"'
+        f' y="{HEIGHT - 8}">kept</text><rect x="175" y="{HEIGHT - 19}" width="12" height="12"'
+        f' fill="{CHANGED}" fill-opacity=".75"/><text x="192" y="{HEIGHT - 8}">of these'
+        f' changed</text><rect x="310" y="{HEIGHT - 19}" width="12" height="12" fill="{REMOVED}"'
+        f' fill-opacity=".75"/><text x="327" y="{HEIGHT - 8}">removed</text>'
     )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(shapes)}{legend}</svg>'
 
@@ -128,7 +148,9 @@ def flow_svg(report: dict[str, Any]) -> str:
 def _table(head: list[str], lines: list[list[str]]) -> str:
     """A table of cells that are escaped here."""
     header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
+    )
     return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -158,12 +180,17 @@ def _groups_table(report: dict[str, Any]) -> str:
             f"{group['rows_in']:,}",
             f"{group['rows_out']:,}",
             _share(group["rows_in"] - group["rows_out"], group["rows_in"]),
-            ", ".join(f"{label} {count:,}" for label, count in sorted(group["removed"].items(), key=lambda e: -e[1])),
+            ", ".join(
+                f"{label} {count:,}"
+                for label, count in sorted(group["removed"].items(), key=lambda e: -e[1])
+            ),
         ]
         for name, group in report["groups"].items()
     ]
     title = escape(str(report["recipe"]["group_by"]))
-    return f"<h2>Rows by {title}</h2>{_table(['group', 'rows in', 'rows out', 'lost', 'by'], lines)}"
+    return (
+        f"<h2>Rows by {title}</h2>{_table(['group', 'rows in', 'rows out', 'lost', 'by'], lines)}"
+    )
 
 
 def _bad_rows(report: dict[str, Any]) -> str:
@@ -187,11 +214,17 @@ def _examples(step: dict[str, Any]) -> str:
             if "after" in example:
                 second = _text("after", example["after"], kept=True)
             elif "repeats" in example:
-                second = _text(f"repeats {example['repeats']['where']}", example["repeats"]["text"], kept=True)
-            pairs.append(f'<div class="pair">{_text(example["where"], example["before"])}{second}</div>')
+                second = _text(
+                    f"repeats {example['repeats']['where']}", example["repeats"]["text"], kept=True
+                )
+            pairs.append(
+                f'<div class="pair">{_text(example["where"], example["before"])}{second}</div>'
+            )
         count = step["reasons"].get(reason, step["rows_changed"])
         title = reason if reason == "changed" else f"removed: {reason}"
-        parts.append(f"<details><summary>{escape(title)} ({count:,})</summary>{''.join(pairs)}</details>")
+        parts.append(
+            f"<details><summary>{escape(title)} ({count:,})</summary>{''.join(pairs)}</details>"
+        )
     return f"<h3>{escape(step['step'])}</h3>{''.join(parts)}" if parts else ""
 
 

@@ -15,7 +15,8 @@ NOTHING_LEFT = "no text left"
 
 
 class Item(NamedTuple):
-    """A row on its way: its number in the input from 1 on (bad rows counted), its place and its fields."""
+    """A row on its way: its number in the input from 1 on (bad rows counted), its place and its
+    fields."""
 
     number: int
     where: str
@@ -43,7 +44,8 @@ def segments_of(recipe: Recipe) -> list[Segment]:
 
 @dataclass
 class Done:
-    """A batch after one segment: what is left, as items with the keys of its dedup step, or as lines of JSON."""
+    """A batch after one segment: what is left, as items with the keys of its dedup step, or as
+    lines of JSON."""
 
     items: list[Item] = field(default_factory=list)
     keys: list[Any] = field(default_factory=list)
@@ -70,7 +72,10 @@ def run_segment(recipe: Recipe, number: int, items: list[Item], as_lines: bool =
         if number == 0 and group is not None:
             done.counts.group(group)["rows_in"] += 1
             done.counts.group(group)["characters_in"] += len(texts.whole)
-        if not all(_apply(label, step, item, texts, group, done.counts, limit) for label, step in segment.steps):
+        if not all(
+            _apply(label, step, item, texts, group, done.counts, limit)
+            for label, step in segment.steps
+        ):
             continue
         if not as_lines:
             done.items.append(item)
@@ -85,7 +90,9 @@ def run_segment(recipe: Recipe, number: int, items: list[Item], as_lines: bool =
     return done
 
 
-def _apply(label: str, step: Any, item: Item, texts: Texts, group: str | None, counts: Counts, limit: int) -> bool:
+def _apply(
+    label: str, step: Any, item: Item, texts: Texts, group: str | None, counts: Counts, limit: int
+) -> bool:
     """Put one row through one step, counted; returns whether it stays."""
     before, step_counts = texts.whole, counts.step(label)
     step_counts.rows_in += 1
@@ -96,11 +103,15 @@ def _apply(label: str, step: Any, item: Item, texts: Texts, group: str | None, c
         reason = NOTHING_LEFT if emptied else None
         if changed and not emptied:
             step_counts.rows_changed += 1
-            step_counts.add_example(CHANGED, limit, item.number, item.where, before, after=texts.whole)
+            step_counts.add_example(
+                CHANGED, limit, item.number, item.where, before, after=texts.whole
+            )
     else:
         reason = step.reason(before if step.whole else texts.prose)
     if reason is not None:
-        counts.remove(label, reason, group, limit, number=item.number, where=item.where, before=before)
+        counts.remove(
+            label, reason, group, limit, number=item.number, where=item.where, before=before
+        )
         return False
     step_counts.characters_out += len(texts.whole)
     return True

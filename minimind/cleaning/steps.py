@@ -1,4 +1,5 @@
-"""What a step of a recipe is. A step is a frozen dataclass: its fields are its options, with their only defaults.
+"""What a step of a recipe is. A step is a frozen dataclass: its fields are its options, with their
+only defaults.
 
 Transform   text -> text
 Filter      text -> why the row is removed, or None
@@ -46,10 +47,12 @@ class Transform(Step):
 class Filter(Step):
     """Removes rows."""
 
-    whole: ClassVar[bool] = False  # judges all texts of the row; default: its prose, without tool calls and rejected
+    # Judges all texts of the row; default: its prose, without tool calls and rejected
+    whole: ClassVar[bool] = False
 
     def reason(self, text: str) -> str | None:
-        """The joined texts of a row -> why it is removed, in a few words that many rows share; None keeps it."""
+        """The joined texts of a row -> why it is removed, in a few words that many rows share; None
+        keeps it."""
         raise NotImplementedError
 
 
@@ -57,7 +60,8 @@ class Index(Protocol):
     """The rows seen so far by a `Dedup` step."""
 
     def find_or_add(self, key: Any, number: int) -> int | None:
-        """The number of the earlier row that `key` repeats; None if it repeats none, and then it is remembered."""
+        """The number of the earlier row that `key` repeats; None if it repeats none, and then it is
+        remembered."""
 
     def take_new(self) -> dict[str, Any]:
         """What was remembered since the last call, as numpy arrays."""
@@ -71,7 +75,8 @@ class Dedup(Step):
     """Removes rows that repeat an earlier one; the first stays."""
 
     def key(self, text: str) -> Any:
-        """The joined texts of a row -> what its copies have in common; computed by the worker processes."""
+        """The joined texts of a row -> what its copies have in common; computed by the worker
+        processes."""
         raise NotImplementedError
 
     def index(self) -> Index:
@@ -86,7 +91,8 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def fits(value: Any, expected: Any) -> bool:
-    """Whether a value from YAML is of the type `expected`; an int is a float, a bool is not an int."""
+    """Whether a value from YAML is of the type `expected`; an int is a float, a bool is not an
+    int."""
     if expected is Any:
         return True
     if isinstance(expected, types.UnionType):
@@ -107,26 +113,38 @@ def type_name(expected: Any) -> str:
         return " or ".join(map(type_name, typing.get_args(expected)))
     if typing.get_origin(expected) is list:
         return f"a list, each item {type_name(*typing.get_args(expected))}"
-    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+    names = {
+        str: "a string",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        types.NoneType: "null",
+    }
     return names.get(expected, str(expected))
 
 
 def build(cls: type, options: Any, where: str) -> Any:
-    """A dataclass from the options of a recipe, each checked by name and type; raises UserError naming `where`."""
+    """A dataclass from the options of a recipe, each checked by name and type; raises UserError
+    naming `where`."""
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise UserError(f"{where}: found {options!r}, expected options as 'name: value' pairs.")
     expected = {
-        name: hint for name, hint in typing.get_type_hints(cls).items() if typing.get_origin(hint) is not ClassVar
+        name: hint
+        for name, hint in typing.get_type_hints(cls).items()
+        if typing.get_origin(hint) is not ClassVar
     }
     for name, value in options.items():
         if name not in expected:
             known = ", ".join(expected) or "none"
             raise UserError(
-                f"{where}: found the unknown option {name!r}{closest(str(name), expected)}, expected: {known}."
+                f"{where}: found the unknown option {name!r}{closest(str(name), expected)},"
+                f" expected: {known}."
             )
         if not fits(value, expected[name]):
-            raise UserError(f"{where}: {name}: found {value!r}, expected {type_name(expected[name])}.")
+            raise UserError(
+                f"{where}: {name}: found {value!r}, expected {type_name(expected[name])}."
+            )
     try:
         return cls(**options)
     except ValueError as error:

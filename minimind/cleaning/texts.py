@@ -1,4 +1,5 @@
-"""A row of any kind (document, conversation, preference pair) -> the texts inside it, which steps read and replace."""
+"""A row of any kind (document, conversation, preference pair) -> the texts inside it, which steps
+read and replace."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ MACHINE_ROLES = {*CALL_ROLES, *(name for name, role in ROLES.items() if role == 
 class Slot(NamedTuple):
     """The place of one text: `container[key]`.
 
-    `machine`: written by and for programs (tool calls and their results), where only personal data is masked, since
-    other changes would break its syntax. `rejected`: the reply of a pair that is meant to be worse.
+    `machine`: written by and for programs (tool calls and their results), where only personal data
+    is masked, since other changes would break its syntax. `rejected`: the reply of a pair that is
+    meant to be worse.
     """
 
     container: Any
@@ -43,25 +45,32 @@ class Slot(NamedTuple):
 def kind_of(row: dict) -> str:
     """Which kind of row it is by its columns: "document", "conversation" or "preference"."""
     fields = Fields(row)
-    is_pair = isinstance(fields.get(fields.find("rejected")), str | list | dict)  # else the mark of a reply
+    # Else the mark of a reply
+    is_pair = isinstance(fields.get(fields.find("rejected")), str | list | dict)
     if is_pair and any(map(fields.find, ("chosen", "messages", "response"))):
         return "preference"
     if fields.get(fields.find("messages")):
         return "conversation"
     asked = fields.find("prompt") or fields.find("input")
-    if asked and (fields.find("response") or (fields.find("reasoning_content") and "content" in fields)):
+    if asked and (
+        fields.find("response") or (fields.find("reasoning_content") and "content" in fields)
+    ):
         return "conversation"
     return "conversation" if "instruction" in fields and "text" not in fields else "document"
 
 
 def check_row(row: dict) -> dict:
-    """The row itself if training could use it; raises BadRowError with what was found and expected."""
-    {"document": to_document, "conversation": to_messages, "preference": to_preference}[kind_of(row)](row)
+    """The row itself if training could use it; raises BadRowError with what was found and
+    expected."""
+    {"document": to_document, "conversation": to_messages, "preference": to_preference}[
+        kind_of(row)
+    ](row)
     return row
 
 
 def split_row(row: dict, boundaries: Boundaries) -> list[dict]:
-    """A document -> a row for each part between the boundary markers spelled out in it; another row -> itself.
+    """A document -> a row for each part between the boundary markers spelled out in it; another row
+    -> itself.
 
     Raises BadRowError as `Boundaries.split`.
     """
@@ -72,23 +81,27 @@ def split_row(row: dict, boundaries: Boundaries) -> list[dict]:
 
 
 class Texts:
-    """The texts of one row; `replace` and `mask` change the row in place, all its other fields stay as they are."""
+    """The texts of one row; `replace` and `mask` change the row in place, all its other fields stay
+    as they are."""
 
     def __init__(self, row: dict):
         self.slots = list(_slots(row))
 
     @cached_property
     def prose(self) -> str:
-        """What a reader would read and training shall imitate, joined by newlines: filters judge this."""
+        """What a reader would read and training shall imitate, joined by newlines: filters judge
+        this."""
         return "\n".join(slot.text for slot in self.slots if not slot.machine and not slot.rejected)
 
     @cached_property
     def whole(self) -> str:
-        """All texts joined by newlines: lengths, duplicates and evaluation sets are found in this."""
+        """All texts joined by newlines: lengths, duplicates and evaluation sets are found in
+        this."""
         return "\n".join(slot.text for slot in self.slots)
 
     def replace(self, change: Callable[[str], str]) -> tuple[bool, bool]:
-        """Put each text through `change`; returns whether one changed, and whether one lost all its text."""
+        """Put each text through `change`; returns whether one changed, and whether one lost all its
+        text."""
         changed = emptied = False
         for slot in self.slots:
             if not slot.machine:
@@ -120,12 +133,14 @@ class Texts:
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Put every string of a JSON value through `change`; a string that holds JSON is one of its values."""
+    """Put every string of a JSON value through `change`; a string that holds JSON is one of its
+    values."""
     if isinstance(value, dict):
         return {key: _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_map_strings(item, change) for item in value]
-    if isinstance(value, int) and not isinstance(value, bool):  # a phone number may be written as a number
+    # A phone number may be written as a number
+    if isinstance(value, int) and not isinstance(value, bool):
         after = change(str(value))
         return value if after == str(value) else after
     if not isinstance(value, str):
@@ -154,7 +169,11 @@ def _slots(row: dict) -> Iterator[Slot]:
     history = row.get("history")
     if isinstance(history, list):
         for turn in history:
-            yield from _message(turn) if isinstance(turn, dict) else (Slot(turn, index) for index in range(len(turn)))
+            yield from (
+                _message(turn)
+                if isinstance(turn, dict)
+                else (Slot(turn, index) for index in range(len(turn)))
+            )
     for name in _read_columns(fields, kind):
         for slot in _value(row, names.get(name, name)):
             yield slot._replace(rejected=kind == "preference" and name in NAMES["rejected"])
@@ -200,7 +219,9 @@ def _message(message: dict) -> Iterator[Slot]:
         elif isinstance(value, list):  # content in parts, of which only text has text
             for index, part in enumerate(value):
                 if isinstance(part, dict):
-                    yield from (Slot(part, key) for key in CONTENTS if isinstance(part.get(key), str))
+                    yield from (
+                        Slot(part, key) for key in CONTENTS if isinstance(part.get(key), str)
+                    )
                 elif isinstance(part, str):
                     yield Slot(value, index)
     for name in ("tool_calls", "function_call"):

@@ -1,7 +1,8 @@
 """Worker processes that are plain children and talk over pipes.
 
-`multiprocessing` would fork a process that may hold threads (tokenizers, torch) or import the caller's main script
-again in each child, and its children outlive a killed parent. These import only the cleaning, and end with their pipe.
+`multiprocessing` would fork a process that may hold threads (tokenizers, torch) or import the
+caller's main script again in each child, and its children outlive a killed parent. These import
+only the cleaning, and end with their pipe.
 """
 
 import os
@@ -32,7 +33,8 @@ serve()
 
 
 class Workers:
-    """Runs `run_segment` in up to `num_proc` processes (in this one for 1). Use as a context manager."""
+    """Runs `run_segment` in up to `num_proc` processes (in this one for 1). Use as a context
+    manager."""
 
     def __init__(self, recipe: Recipe, num_proc: int):
         self.recipe, self.num_proc = recipe, num_proc
@@ -71,7 +73,9 @@ class Workers:
             process.stdin.flush()
             result = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise RuntimeError(f"a worker process ended early (exit code {process.wait()})") from None
+            raise RuntimeError(
+                f"a worker process ended early (exit code {process.wait()})"
+            ) from None
         finally:
             self.idle.put(process)
         if isinstance(result, UserError):
@@ -100,7 +104,8 @@ class Workers:
 
 def serve() -> None:
     """A worker: batches from stdin, results to stdout, until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which then closes the pipes
+    # Ctrl-C reaches the parent, which then closes the pipes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the results
     try:

@@ -7,7 +7,8 @@
         hashes/         the hashes of large files, each valid until the file is touched
         chat_history    what was typed in chats
 
-What does not fit its hash is made again. Where the directory cannot be used, a temporary one does for this launch.
+What does not fit its hash is made again. Where the directory cannot be used, a temporary one does
+for this launch.
 """
 
 import atexit
@@ -28,14 +29,22 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from minimind.common.errors import UserError
-from minimind.common.files import hash_file, read_json, sync_directory, sync_file, write_json, write_text
+from minimind.common.files import (
+    hash_file,
+    read_json,
+    sync_directory,
+    sync_file,
+    write_json,
+    write_text,
+)
 from minimind.common.language import say
 from minimind.data.hub import HubDataset
 
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 MANIFEST = "manifest.json"
 REMEDY = "Set MINIMIND_CACHE to a directory that can be written and has space."
-TEMPORARY: dict[str, Path] = {}  # the directory that stands for one that cannot be used, in this process
+# The directory that stands for one that cannot be used, in this process
+TEMPORARY: dict[str, Path] = {}
 
 
 # Where
@@ -52,11 +61,13 @@ def chosen_directory() -> Path:
 
 
 def cache_directory(kind: str = "", kept: bool = False) -> Path:
-    """A directory for prepared things of a `kind` that can be written: in $MINIMIND_CACHE or ~/.cache/minimind, else a
-    temporary one, which is said once, shared by the processes of a launch on this machine and deleted at their end.
+    """A directory for prepared things of a `kind` that can be written: in $MINIMIND_CACHE or
+    ~/.cache/minimind, else a temporary one, which is said once, shared by the processes of a launch
+    on this machine and deleted at their end.
 
     Raises:
-        UserError: there is neither; or no other than a temporary one, and what is written shall be `kept`.
+        UserError: there is neither; or no other than a temporary one, and what is written shall be
+        `kept`.
     """
     chosen = os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind"
     try:
@@ -81,15 +92,19 @@ def cache_directory(kind: str = "", kept: bool = False) -> Path:
 
 @contextmanager
 def refusing(directory: Path | str) -> Iterator[None]:
-    """A block that writes into a directory of the cache: what the disk refuses becomes one UserError."""
+    """A block that writes into a directory of the cache: what the disk refuses becomes one
+    UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{directory}: nothing can be kept there ({_reason(error)}). {REMEDY}") from error
+        raise UserError(
+            f"{directory}: nothing can be kept there ({_reason(error)}). {REMEDY}"
+        ) from error
 
 
 def _temporary_directory(chosen: str, reason: str) -> Path:
-    """The directory in place of the chosen one; the processes that one launcher started here have the same."""
+    """The directory in place of the chosen one; the processes that one launcher started here have
+    the same."""
     if chosen in TEMPORARY:
         return TEMPORARY[chosen]
     if int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -97,7 +112,11 @@ def _temporary_directory(chosen: str, reason: str) -> Path:
         directory = Path(tempfile.gettempdir()) / f"minimind-{os.getuid()}-{launch}"
         directory.mkdir(mode=0o700, exist_ok=True)
         status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_uid != os.getuid()
+            or status.st_mode & 0o022
+        ):
             raise PermissionError(0, f"{directory} is not this user's alone")
     else:
         directory = Path(tempfile.mkdtemp(prefix="minimind-"))
@@ -105,8 +124,8 @@ def _temporary_directory(chosen: str, reason: str) -> Path:
     TEMPORARY[chosen] = directory
     if _speaks():
         say(
-            f"notice: {chosen} cannot be used as the cache ({reason}). What is prepared lies in {directory} and is "
-            f"deleted at the end. {REMEDY}",
+            f"notice: {chosen} cannot be used as the cache ({reason}). What is prepared lies in"
+            f" {directory} and is deleted at the end. {REMEDY}",
             file=sys.stderr,
         )
     return directory
@@ -123,11 +142,14 @@ def _speaks() -> bool:
 
 @contextmanager
 def lock(path: Path | str) -> Iterator[bool]:
-    """One process at a time, where the file system has locks and this user may write the file; gives whether so.
+    """One process at a time, where the file system has locks and this user may write the file;
+    gives whether so.
 
-    A killed process holds none. Without a lock several do the same work, and the first that is done wins.
+    A killed process holds none. Without a lock several do the same work, and the first that is done
+    wins.
     """
-    file = FileLock(path, fallback_to_soft=False)  # a soft one is held for ever by a process that was killed
+    # A soft one is held for ever by a process that was killed
+    file = FileLock(path, fallback_to_soft=False)
     with ExitStack() as held:
         locked = False
         with suppress(OSError):
@@ -135,7 +157,10 @@ def lock(path: Path | str) -> Iterator[bool]:
                 held.enter_context(file.acquire(blocking=False))
             except Timeout:
                 if _speaks():
-                    say(f"waiting for another process that prepares the same ({path})", file=sys.stderr)
+                    say(
+                        f"waiting for another process that prepares the same ({path})",
+                        file=sys.stderr,
+                    )
                 held.enter_context(file)
             locked = True
         yield locked
@@ -145,7 +170,8 @@ def lock(path: Path | str) -> Iterator[bool]:
 
 
 class Contents:
-    """What is in some files, or datasets of the Hub, when this is made: one `hash` over all, in their order."""
+    """What is in some files, or datasets of the Hub, when this is made: one `hash` over all, in
+    their order."""
 
     def __init__(self, files: Iterable[Path | HubDataset]):
         self.known = []  # of each file on the disk
@@ -160,7 +186,8 @@ class Contents:
         self.hash = _hash("\n".join(hashes))
 
     def check(self) -> None:
-        """Raises UserError if a file was written to since; one of another owner or name alone is the same."""
+        """Raises UserError if a file was written to since; one of another owner or name alone is
+        the same."""
         for file, status, digest in self.known:
             try:
                 same = _status(file)[:2] == status[:2] and file_hash(file) == digest
@@ -168,20 +195,23 @@ class Contents:
                 same = False
             if not same:
                 raise UserError(
-                    f"{file}: changed while it was read, so nothing was kept of it. Run the command again when "
-                    "nothing writes to the file."
+                    f"{file}: changed while it was read, so nothing was kept of it. Run the command"
+                    " again when nothing writes to the file."
                 )
 
 
 def content_hash(files: Iterable[Path | HubDataset]) -> str:
-    """One hash over the contents of some files, in their order; for a dataset of the Hub over its revision."""
+    """One hash over the contents of some files, in their order; for a dataset of the Hub over its
+    revision."""
     return Contents(files).hash
 
 
 def file_hash(path: Path) -> str:
-    """The xxh3 (128 bits) of a file's bytes; that of a large one is remembered until the file is touched.
+    """The xxh3 (128 bits) of a file's bytes; that of a large one is remembered until the file is
+    touched.
 
-    The time of the last change of status cannot be set back, unlike that of the last writing. Raises UserError.
+    The time of the last change of status cannot be set back, unlike that of the last writing.
+    Raises UserError.
     """
     status = _status(path)
     known, memory = " ".join(map(str, status)), None
@@ -203,7 +233,8 @@ def file_hash(path: Path) -> str:
 
 
 def _status(path: Path) -> tuple[int, int, int, int]:
-    """Bytes, the times of the last writing and of the last change of status, the inode; raises UserError."""
+    """Bytes, the times of the last writing and of the last change of status, the inode; raises
+    UserError."""
     try:
         status = path.stat()
     except OSError as error:
@@ -229,8 +260,8 @@ def find(kind: str, key: dict) -> tuple[Path, dict] | None:
 def find_or_build(kind: str, key: dict, build: Callable[[Path], dict]) -> tuple[Path, dict]:
     """The directory of the files that `build` writes for a `key`, and the facts that it returns.
 
-    It is built once, beside its place, which it takes complete and on the disk; what is there and is not what was
-    written is built again, which is said.
+    It is built once, beside its place, which it takes complete and on the disk; what is there and
+    is not what was written is built again, which is said.
 
     Raises:
         UserError: it cannot be written, or what `build` raises; nothing of it is left then.
@@ -262,7 +293,8 @@ def find_or_build(kind: str, key: dict, build: Callable[[Path], dict]) -> tuple[
 
 
 def places(kind: str) -> Iterator[Path]:
-    """Where things of a kind may lie: the chosen directory, also one that can only be read, and the one in use."""
+    """Where things of a kind may lie: the chosen directory, also one that can only be read, and the
+    one in use."""
     with suppress(OSError, RuntimeError):
         yield chosen_directory() / kind
     yield cache_directory(kind)
@@ -294,7 +326,8 @@ def _opened(directory: Path) -> tuple[Path, dict]:
 
 
 def check_file(path: Path, size: int, digest: str) -> None:
-    """Raises UserError where a file is not of this size and hash, OSError where that cannot be seen."""
+    """Raises UserError where a file is not of this size and hash, OSError where that cannot be
+    seen."""
     if not path.is_file():
         raise UserError(f"{path} is gone")
     if (found := path.stat().st_size) != size:
@@ -304,7 +337,8 @@ def check_file(path: Path, size: int, digest: str) -> None:
 
 
 def discard(directory: Path, check: Callable[[Path], Any]) -> None:
-    """Remove what stands in the place of an entry and what `check` refuses with an error, which is said.
+    """Remove what stands in the place of an entry and what `check` refuses with an error, which is
+    said.
 
     Raises:
         OSError: it cannot be removed.

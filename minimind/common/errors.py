@@ -31,12 +31,13 @@ def install(extra: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a library says about a foreign file, with the error's kind where the words alone tell nothing, and without
-    advice to run the code that the file brings or names."""
+    """What a library says about a foreign file, with the error's kind where the words alone tell
+    nothing, and without advice to run the code that the file brings or names."""
     words = str(error)
     if "trust_remote_code" in words:
         return (
-            "it asks for code that is not installed (auto_map), which is never run; expected a model of this project"
+            "it asks for code that is not installed (auto_map), which is never run; expected a"
+            " model of this project"
         )
     if named := re.search(r"GLOBAL (\S+)", words):
         return f"it needs the code {named[1]}, which is never run"
@@ -50,7 +51,8 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def decoration(what: str) -> Iterator[None]:
-    """A block that only tells about a run: whatever goes wrong in it is said in one line, and the run continues.
+    """A block that only tells about a run: whatever goes wrong in it is said in one line, and the
+    run continues.
 
     `what` it makes, such as "the report", is named once, however often it fails.
     """
@@ -73,7 +75,8 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     So does an error of the system about a file, which its name tells, or about a full disk.
 
-    With several processes only rank 0 of each machine prints, since all of them meet the same mistake.
+    With several processes only rank 0 of each machine prints, since all of them meet the same
+    mistake.
     """
 
     @wraps(main)
@@ -86,7 +89,8 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
             stop(str(error))
         except OSError as error:
             if isinstance(error, BrokenPipeError) and has_no_reader(1):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter still flushes
+                # For what the interpreter still flushes
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.exit(128 + signal.SIGPIPE)
             if (problem := file_problem(error)) is None:
                 raise
@@ -112,7 +116,13 @@ def file_problem(error: OSError) -> str | None:
     """What is wrong with a user's file or disk; None where an error is about something else."""
     name = "" if error.filename is None else os.fsdecode(error.filename)
     if error.errno in FULL:
-        return f"{name + ': ' if name else ''}{error.strerror}. Free some space, or write to another disk."
+        return (
+            f"{name + ': ' if name else ''}{error.strerror}. Free some space, or write to another"
+            " disk."
+        )
     if not name or error.strerror is None:
         return None
-    return f"{name}: {error.strerror.lower()}. Check that it exists, what it is, and who may read and write it."
+    return (
+        f"{name}: {error.strerror.lower()}. Check that it exists, what it is, and who may read and"
+        " write it."
+    )

@@ -1,4 +1,5 @@
-"""Our own small files: written at once and to the disk, read with one message about what is wrong with them.
+"""Our own small files: written at once and to the disk, read with one message about what is wrong
+with them.
 
 Loads no torch.
 """
@@ -14,7 +15,13 @@ import xxhash
 from minimind.common.errors import UserError
 
 # JSON's kinds of values, by what Python makes of them.
-KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+}
 KINDS |= {bool: "true or false", type(None): "null"}
 
 
@@ -55,7 +62,8 @@ def sync_file(path: str | Path) -> None:
 
 
 def sync_files(directory: Path) -> None:
-    """Wait until all files of a directory are on the disk: a library has written them, and it does not wait."""
+    """Wait until all files of a directory are on the disk: a library has written them, and it does
+    not wait."""
     for path in (directory, *directory.rglob("*")):
         if path.is_dir():
             sync_directory(path)
@@ -64,14 +72,17 @@ def sync_files(directory: Path) -> None:
 
 
 def check_output(path: str | Path, directory: bool = False) -> None:
-    """Look whether a file, or a `directory` of files, can be written, before the work that it is to hold.
+    """Look whether a file, or a `directory` of files, can be written, before the work that it is to
+    hold.
 
     Raises:
-        UserError: something else is there or in the way, it may not be written, or no file can have such a name.
+        UserError: something else is there or in the way, it may not be written, or no file can have
+        such a name.
     """
     place = Path(path).expanduser().absolute()
     try:
-        for name in (place.name, f".{place.name}.partial"):  # the name and what stands there until it is whole
+        # The name and what stands there until it is whole
+        for name in (place.name, f".{place.name}.partial"):
             place.with_name(name).exists()
         missing = [each for each in (place, *place.parents) if not each.exists()]
         found = missing[-1].parent if missing else place if directory else place.parent
@@ -116,7 +127,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_file(path: str | Path, remedy: str) -> bytes:
-    """What a file of texts holds; raises UserError where it cannot be read, or holds zeros and white space alone."""
+    """What a file of texts holds; raises UserError where it cannot be read, or holds zeros and
+    white space alone."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -134,14 +146,18 @@ def read_file(path: str | Path, remedy: str) -> bytes:
     return content
 
 
-def read_json(path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None) -> Any:
-    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values in an object.
+def read_json(
+    path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None
+) -> Any:
+    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values
+    in an object.
 
-    A type such as `int | None` is that of a value that may be null or absent. Names that are not among `fields` may
-    have any value.
+    A type such as `int | None` is that of a value that may be null or absent. Names that are not
+    among `fields` may have any value.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is something else; `remedy` says what to do then.
+        UserError: there is none, it cannot be read, or it is something else; `remedy` says what to
+        do then.
     """
     try:
         value = json.loads(read_file(path, remedy))
@@ -160,12 +176,15 @@ def beside(file: Path, name: Any) -> Path:
         UserError: it would lead elsewhere.
     """
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-        raise UserError(f"{file}: found {name!r}, expected the name of a file in the same directory.")
+        raise UserError(
+            f"{file}: found {name!r}, expected the name of a file in the same directory."
+        )
     return file.parent / name
 
 
 def require_fields(where: str | Path, value: dict, fields: Mapping[str, Any], remedy: str) -> None:
-    """Raises UserError where an object's values are of other types than `fields` names; see `read_json`."""
+    """Raises UserError where an object's values are of other types than `fields` names; see
+    `read_json`."""
     for name, expected in fields.items():
         kinds = get_args(expected) or (expected,)
         if type(value.get(name)) not in kinds:
@@ -175,7 +194,8 @@ def require_fields(where: str | Path, value: dict, fields: Mapping[str, Any], re
 
 
 def json_lines(path: str | Path) -> Iterator[dict]:
-    """The objects in a JSON Lines file of ours; lines that a killed process left unfinished are left out.
+    """The objects in a JSON Lines file of ours; lines that a killed process left unfinished are
+    left out.
 
     Only a line feed ends a line: U+2028 and its like stand in texts.
 
@@ -195,7 +215,8 @@ def json_lines(path: str | Path) -> Iterator[dict]:
 
 
 def append_json(path: str | Path, value: Any) -> None:
-    """Add a value to a JSON Lines file of ours, on a line of its own also where the last one was cut off.
+    """Add a value to a JSON Lines file of ours, on a line of its own also where the last one was
+    cut off.
 
     Raises:
         OSError: it cannot be written.

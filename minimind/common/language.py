@@ -1,8 +1,9 @@
 """What the program says, in Chinese too: under MINIMIND_LANG=zh, or where the locale is Chinese.
 
-The code speaks English. What is meant for a person goes through `translated` on its way out, which looks it up in one
-table, messages_zh.yaml: English templates, with {} for what changes, and their Chinese. A text that is not in it stays
-English. A test holds every template against the texts in the code, so that none is left behind when they change.
+The code speaks English. What is meant for a person goes through `translated` on its way out, which
+looks it up in one table, messages_zh.yaml: English templates, with {} for what changes, and their
+Chinese. A text that is not in it stays English. A test holds every template against the texts in
+the code, so that none is left behind when they change.
 """
 
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 from minimind.common.streams import printable
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
-# Where texts are put together from several: lines and indents; a place or a name, and sentences; the items of a list.
+# Where texts are put together from several: lines and indents; a place or a name, and sentences;
+# the items of a list.
 BORDERS = re.compile(r"\n|^ +"), re.compile(r": |\. "), re.compile(r"; |, ")
 MESSAGE = 2**12  # characters; what is longer is a list, or no message
 CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
@@ -37,7 +39,8 @@ def _can_show(text: str) -> bool:
 
 @cache
 def table() -> dict[str, str]:
-    """English templates and their Chinese, in the order of the file: the first that fits is taken."""
+    """English templates and their Chinese, in the order of the file: the first that fits is
+    taken."""
     import yaml
 
     return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
@@ -46,16 +49,20 @@ def table() -> dict[str, str]:
 def _fit(template: str, text: str) -> re.Match | None:
     """What fills the gaps of a template that the text is an instance of.
 
-    It is within one line, unless the template itself has several, and begins no text with an indent.
+    It is within one line, unless the template itself has several, and begins no text with an
+    indent.
     """
     words = template.split("{}")
     if not all(word in text for word in words) or (text[0].isspace() and not words[0]):
         return None
-    return re.fullmatch("(.*?)".join(map(re.escape, words)), text, re.DOTALL if "\n" in template else 0)
+    return re.fullmatch(
+        "(.*?)".join(map(re.escape, words)), text, re.DOTALL if "\n" in template else 0
+    )
 
 
 def translated(text: str) -> str:
-    """A text for a person, in the user's language as far as the table has it, what fills its gaps included."""
+    """A text for a person, in the user's language as far as the table has it, what fills its gaps
+    included."""
     if len(text) > MESSAGE or not is_chinese():
         return text
     done = ""

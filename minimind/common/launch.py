@@ -1,7 +1,8 @@
-"""What a process needs to know before the first library sets up devices: one script for every launcher.
+"""What a process needs to know before the first library sets up devices: one script for every
+launcher.
 
-`deepspeed`, `torchrun` and `accelerate launch` set the rendezvous variables; plain `python` does not, and DeepSpeed
-would then look for MPI.
+`deepspeed`, `torchrun` and `accelerate launch` set the rendezvous variables; plain `python` does
+not, and DeepSpeed would then look for MPI.
 """
 
 import os
@@ -20,10 +21,14 @@ STORES: list = []  # what listens, as long as the process lives
 
 
 def prepare_launch(uses_deepspeed: bool) -> None:
-    """Set the environment for this launcher and device; anything the user has set stays as it is."""
+    """Set the environment for this launcher and device; anything the user has set stays as it
+    is."""
     if not torch.cuda.is_available():
-        # Processes of one machine share its cores; more threads than cores make every step several times slower.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        # Processes of one machine share its cores; more threads than cores make every step several
+        # times slower.
+        local_processes = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+        )
         if "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, (os.cpu_count() or 1) // local_processes)
             os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -31,14 +36,20 @@ def prepare_launch(uses_deepspeed: bool) -> None:
         # Without it DeepSpeed probes for accelerators and warns when it finds none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if uses_deepspeed:
-            # `accelerate launch` sets it on a machine without a GPU, and accelerate then leaves DeepSpeed out in
-            # silence (seen in accelerate 1.15).
+            # `accelerate launch` sets it on a machine without a GPU, and accelerate then leaves
+            # DeepSpeed out in silence (seen in accelerate 1.15).
             os.environ.pop("ACCELERATE_USE_CPU", None)
     if uses_deepspeed and "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind((LOOPBACK[0], 0))
             port = free.getsockname()[1]
-        rendezvous = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": LOOPBACK[0], "MASTER_PORT": port}
+        rendezvous = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": LOOPBACK[0],
+            "MASTER_PORT": port,
+        }
         for name, value in rendezvous.items():
             os.environ.setdefault(name, str(value))
     open_meeting_point()
@@ -48,8 +59,8 @@ def prepare_launch(uses_deepspeed: bool) -> None:
 
 
 def open_meeting_point() -> None:
-    """Listen at the port where the processes are to meet: torch does it at all addresses of the machine, this, where
-    all processes are on one, at the loopback address alone.
+    """Listen at the port where the processes are to meet: torch does it at all addresses of the
+    machine, this, where all processes are on one, at the loopback address alone.
 
     Under torchrun it is torchrun that opens it.
 
@@ -62,30 +73,41 @@ def open_meeting_point() -> None:
         interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
         for library in ("GLOO", "NCCL") if interface else ():
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    if os.environ.get("RANK") != "0" or os.environ.get(EXISTING_STORE) == "True" or not port.isdigit():
+    if (
+        os.environ.get("RANK") != "0"
+        or os.environ.get(EXISTING_STORE) == "True"
+        or not port.isdigit()
+    ):
         return
     try:
         listener = socket.create_server((address if is_local else "", int(port)))
     except OSError as error:
         raise UserError(
-            f"port {port}, at which the processes are to meet, cannot be opened: {error.strerror}, perhaps by "
-            f"another run. Give another one: deepspeed --master_port {int(port) + 1} ..., or MASTER_PORT."
+            f"port {port}, at which the processes are to meet, cannot be opened: {error.strerror},"
+            f" perhaps by another run. Give another one: deepspeed --master_port {int(port) + 1}"
+            " ..., or MASTER_PORT."
         ) from error
     if not is_local:
         listener.close()  # torch opens it
         return
     STORES.append(
         torch.distributed.TCPStore(
-            address, int(port), is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            address,
+            int(port),
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
     )
     os.environ[EXISTING_STORE] = "True"
 
 
 def refuse_code_in_pickles() -> None:
-    """Let `torch.load` run nothing that a file asks for, also where DeepSpeed calls it: a checkpoint may be anybody's.
+    """Let `torch.load` run nothing that a file asks for, also where DeepSpeed calls it: a
+    checkpoint may be anybody's.
 
-    What DeepSpeed's checkpoints hold beside tensors is allowed. TORCH_FORCE_WEIGHTS_ONLY_LOAD=0 allows everything.
+    What DeepSpeed's checkpoints hold beside tensors is allowed. TORCH_FORCE_WEIGHTS_ONLY_LOAD=0
+    allows everything.
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -101,7 +123,9 @@ def refuse_code_in_pickles() -> None:
             f"--deepspeed needs DeepSpeed, which is not here ({error}): {install('deepspeed')}."
         ) from error
 
-    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+    torch.serialization.add_safe_globals(
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    )
 
 
 def is_main_process() -> bool:
@@ -120,31 +144,40 @@ def _announce_compilation() -> None:
     if torch.cuda.is_available() or not is_main_process():
         return
     home = os.path.expanduser("~")  # noqa: PTH111, Path raises where there is none
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / ".cache" / "torch_extensions")
+    cache = Path(
+        os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / ".cache" / "torch_extensions"
+    )
     if not list(cache.glob("**/deepspeed_shm_comm/*.so")):
         say(
-            "DeepSpeed compiles one operator on its first run on a CPU: about 2 minutes without further output, "
-            f"once (cached in {cache})."
+            "DeepSpeed compiles one operator on its first run on a CPU: about 2 minutes without"
+            f" further output, once (cached in {cache})."
         )
 
 
 def bf16_is_fast(device: str | None = None) -> bool:
-    """Whether a device ("cuda" or "cpu"; default: this machine's) computes in bf16 natively; elsewhere bf16 is
-    emulated, 30 to 60 times slower than fp32 on a CPU.
+    """Whether a device ("cuda" or "cpu"; default: this machine's) computes in bf16 natively;
+    elsewhere bf16 is emulated, 30 to 60 times slower than fp32 on a CPU.
 
-    On a CPU oneDNN computes the matrix products, and `ONEDNN_MAX_CPU_ISA` may keep it from what the processor has.
+    On a CPU oneDNN computes the matrix products, and `ONEDNN_MAX_CPU_ISA` may keep it from what the
+    processor has.
     """
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return bool(native and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(
+        native
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def leave_process_group(trainer) -> None:
-    """Leave the other processes of a run that is complete; DeepSpeed's engine leaves them by itself.
+    """Leave the other processes of a run that is complete; DeepSpeed's engine leaves them by
+    itself.
 
-    Left to the interpreter's end, gloo's threads now and then abort the process, and a launcher calls the run failed.
+    Left to the interpreter's end, gloo's threads now and then abort the process, and a launcher
+    calls the run failed.
     """
     if torch.distributed.is_initialized() and not trainer.is_deepspeed_enabled:
         torch.distributed.destroy_process_group()

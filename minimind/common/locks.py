@@ -1,4 +1,5 @@
-"""One process at a time: a lock that ends with the process that holds it, however that ends. Loads no torch."""
+"""One process at a time: a lock that ends with the process that holds it, however that ends. Loads
+no torch."""
 
 import json
 import os
@@ -28,14 +29,24 @@ def lock(file: Path, what: str) -> BaseFileLock | None:
     try:
         held.acquire()
     except Timeout:
-        raise UserError(f"{what} is being written by {_holder(file)}. Wait for its end, or stop it.") from None
+        raise UserError(
+            f"{what} is being written by {_holder(file)}. Wait for its end, or stop it."
+        ) from None
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        say(f"notice: {file} cannot be locked ({reason}): do not start another run there", file=sys.stderr)
+        say(
+            f"notice: {file} cannot be locked ({reason}): do not start another run there",
+            file=sys.stderr,
+        )
         return None
-    words = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    words = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     with suppress(OSError):  # a full disk
-        file.write_text(json.dumps(words), encoding="utf-8")  # in place: the lock is on this very file
+        # In place: the lock is on this very file
+        file.write_text(json.dumps(words), encoding="utf-8")
     return held
 
 

@@ -1,4 +1,5 @@
-"""What the parsers of the commands and of the stages have in common. Loads neither torch nor transformers."""
+"""What the parsers of the commands and of the stages have in common. Loads neither torch nor
+transformers."""
 
 import argparse
 import difflib
@@ -55,11 +56,16 @@ def suggestion(unknown: Iterable[str], known: Iterable[str], prefix: str = "") -
 
 def option_names(parser: argparse.ArgumentParser) -> set[str]:
     """The names of a parser's options, without those that only print, such as --help."""
-    return {each.dest for each in parser._actions if each.option_strings and each.default != argparse.SUPPRESS}
+    return {
+        each.dest
+        for each in parser._actions
+        if each.option_strings and each.default != argparse.SUPPRESS
+    }
 
 
 class OptionFormatter(argparse.HelpFormatter):
-    """Of each option one spelling, what it takes, and its default where the description does not tell it."""
+    """Of each option one spelling, what it takes, and its default where the description does not
+    tell it."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
@@ -74,9 +80,13 @@ class OptionFormatter(argparse.HelpFormatter):
         return f"{option} {_values(action)}".strip()
 
     def _expand_help(self, action: argparse.Action) -> str:
-        # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent sign.
+        # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent
+        # sign.
         text = (action.help or "").replace("%%", "%")
-        hidden = any(action.default is each for each in (None, False, argparse.SUPPRESS)) or action.default == []
+        hidden = (
+            any(action.default is each for each in (None, False, argparse.SUPPRESS))
+            or action.default == []
+        )
         told = hidden or not action.option_strings or "default" in text.lower()
         return text if told else f"{text} (default: {_shown(action.default)})"
 

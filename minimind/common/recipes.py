@@ -1,4 +1,5 @@
-"""Recipes: YAML files, of the training stages and of cleaning alike; and the DeepSpeed JSON that they name."""
+"""Recipes: YAML files, of the training stages and of cleaning alike; and the DeepSpeed JSON that
+they name."""
 
 import json
 from collections.abc import Hashable
@@ -10,10 +11,13 @@ import yaml
 from minimind.common.errors import UserError
 from minimind.common.files import read_json, require_fields
 
-DEEPSPEED_BLOCKS = dict.fromkeys(("zero_optimization", "optimizer", "scheduler", "fp16", "bf16"), dict | None)
+DEEPSPEED_BLOCKS = dict.fromkeys(
+    ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16"), dict | None
+)
 OFFLOADING = dict.fromkeys(("offload_optimizer", "offload_param"), dict | None)
 
-MOST_BYTES, MOST_DEPTH, MOST_VALUES = 2**20, 50, 10_000  # of one recipe; an alias counts as often as it is used
+# Of one recipe; an alias counts as often as it is used
+MOST_BYTES, MOST_DEPTH, MOST_VALUES = 2**20, 50, 10_000
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -21,10 +25,16 @@ class RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Called for each mapping."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        names = [
+            key.value
+            for key, _ in node.value
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<"
+        ]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -36,23 +46,31 @@ def read_recipe(path: str | Path) -> Any:
     """
     try:
         if Path(path).is_fifo() and not str(path).startswith("/dev/fd/"):  # of a shell: <(...)
-            raise UserError(f"{path}: found a pipe, expected a YAML file. Nothing may ever be written to it.")
+            raise UserError(
+                f"{path}: found a pipe, expected a YAML file. Nothing may ever be written to it."
+            )
         with Path(path).open("rb") as file:
             content = file.read(MOST_BYTES + 1)  # a device would never end
         if len(content) > MOST_BYTES:
-            raise UserError(f"{path}: found more than {MOST_BYTES:,} bytes, expected a YAML file of some lines.")
+            raise UserError(
+                f"{path}: found more than {MOST_BYTES:,} bytes, expected a YAML file of some lines."
+            )
         text = content.decode("utf-8-sig")
         _check_depth(path, text)
         recipe = yaml.load(text, RecipeLoader)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{path}: cannot be read ({reason}). The recipes are in configs/.") from None
+        raise UserError(
+            f"{path}: cannot be read ({reason}). The recipes are in configs/."
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: found bytes that are not UTF-8, expected a YAML file.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError(f"{place}: not YAML ({getattr(error, 'problem', None) or error}). Mend the file.") from None
+        raise UserError(
+            f"{place}: not YAML ({getattr(error, 'problem', None) or error}). Mend the file."
+        ) from None
     except ValueError as error:  # a date that is none; a path with NUL
         raise UserError(f"{path}: not YAML ({error}). Mend the file.") from None
     _check_size(path, recipe)
@@ -60,12 +78,17 @@ def read_recipe(path: str | Path) -> Any:
 
 
 def _check_depth(path: str | Path, text: str) -> None:
-    """Raises UserError for lists and mappings deep within each other, at which the loader takes minutes."""
+    """Raises UserError for lists and mappings deep within each other, at which the loader takes
+    minutes."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if depth > MOST_DEPTH:
-            raise UserError(f"{path}: found lists or mappings more than {MOST_DEPTH} deep. Write it plainly.")
+            raise UserError(
+                f"{path}: found lists or mappings more than {MOST_DEPTH} deep. Write it plainly."
+            )
 
 
 def _check_size(path: str | Path, recipe: Any) -> None:
@@ -74,13 +97,17 @@ def _check_size(path: str | Path, recipe: Any) -> None:
     while waiting:
         value, count = waiting.pop(), count + 1
         if count > MOST_VALUES:
-            raise UserError(f"{path}: found more than {MOST_VALUES:,} values, perhaps by aliases. Write it plainly.")
+            raise UserError(
+                f"{path}: found more than {MOST_VALUES:,} values, perhaps by aliases. Write it"
+                " plainly."
+            )
         if isinstance(value, dict | list):
             waiting += value.values() if isinstance(value, dict) else value
 
 
 def read_deepspeed(given: str | Path | dict) -> dict:
-    """The DeepSpeed configuration of `--deepspeed`: a JSON file, JSON itself, or what was parsed already.
+    """The DeepSpeed configuration of `--deepspeed`: a JSON file, JSON itself, or what was parsed
+    already.
 
     Raises:
         UserError: it cannot be read, or a block of it is no object.

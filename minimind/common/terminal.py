@@ -1,4 +1,5 @@
-"""A terminal: what is shown in it, and what somebody types, or a pipe delivers, message by message. Loads no torch."""
+"""A terminal: what is shown in it, and what somebody types, or a pipe delivers, message by message.
+Loads no torch."""
 
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ HOW_TO_END = "Ctrl-D or /exit ends the chat."
 
 
 class Terminal(Console):
-    """rich's console, except: no text in it can control the terminal, and nothing of it is taken for a number to
-    colour or the name of a smiley."""
+    """rich's console, except: no text in it can control the terminal, and nothing of it is taken
+    for a number to colour or the name of a smiley."""
 
     def __init__(self, **options):
         super().__init__(highlight=False, emoji=False, **options)
@@ -28,10 +29,11 @@ class Terminal(Console):
 
 
 def read_messages(history: Path | None = None) -> Iterator[str]:
-    """Messages from standard input until its end: the lines of a pipe or, from a terminal, what was typed and edited.
+    """Messages from standard input until its end: the lines of a pipe or, from a terminal, what was
+    typed and edited.
 
-    In a terminal the arrows reach earlier messages, with a `history` file those of earlier chats too; a paste of
-    several lines is one message; Ctrl-C drops the line.
+    In a terminal the arrows reach earlier messages, with a `history` file those of earlier chats
+    too; a paste of several lines is one message; Ctrl-C drops the line.
     """
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)

@@ -1,4 +1,5 @@
-"""Why steps take much longer than planned: the likely reasons, those that the machine shows first."""
+"""Why steps take much longer than planned: the likely reasons, those that the machine shows
+first."""
 
 import os
 import time
@@ -16,8 +17,8 @@ HELD = 2 * 2**30  # bytes of a card beside our own: less is the driver's
 
 @dataclass(frozen=True)
 class Usage:
-    """What the machine has done until a moment: its cores' busy seconds, those of this run's processes, and the bytes
-    swapped."""
+    """What the machine has done until a moment: its cores' busy seconds, those of this run's
+    processes, and the bytes swapped."""
 
     moment: float
     busy: float
@@ -26,7 +27,8 @@ class Usage:
 
 
 def processes_of_this_run() -> list[psutil.Process]:
-    """This process and its children; of a run of several processes the launcher and all that it started."""
+    """This process and its children; of a run of several processes the launcher and all that it
+    started."""
     process = psutil.Process()
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         process = process.parent() or process
@@ -41,12 +43,15 @@ def usage() -> Usage:
             own += sum(process.cpu_times()[:2])
         except psutil.Error:  # it has ended
             continue
-    busy = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+    busy = sum(
+        getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal")
+    )
     return Usage(time.monotonic(), busy, own, swap.sin + swap.sout)
 
 
 def busiest(seconds: float = 0.2) -> str:
-    """Name and pid of the process beside this run that takes most of the processor; empty where none is seen."""
+    """Name and pid of the process beside this run that takes most of the processor; empty where
+    none is seen."""
     ours = {process.pid for process in processes_of_this_run()}
     others = [process for process in psutil.process_iter(["name"]) if process.pid not in ours]
     shares = {}
@@ -67,31 +72,43 @@ def busiest(seconds: float = 0.2) -> str:
 def seen_reasons(before: Usage, after: Usage, device: str, precision: str) -> list[str]:
     """The likely reasons that the machine shows, each with what to try; may be empty."""
     found = []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    others = (after.busy - before.busy - (after.own - before.own)) / max(after.moment - before.moment, 1e-9)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    others = (after.busy - before.busy - (after.own - before.own)) / max(
+        after.moment - before.moment, 1e-9
+    )
     if others > BUSY:
         found.append(
-            f"other processes or machines kept {others:.1f} of {os.cpu_count()} cores busy{busiest()}: end them, wait "
-            "for them, or set OMP_NUM_THREADS to the number of cores that are left"
+            f"other processes or machines kept {others:.1f} of {os.cpu_count()} cores"
+            f" busy{busiest()}: end them, wait for them, or set OMP_NUM_THREADS to the number of"
+            " cores that are left"
         )
     if precision == "bf16" and not bf16_is_fast(device):
         found.append("bf16 is emulated here, much slower than fp32: leave out --bf16")
     if (swapped := after.swapped - before.swapped) > SWAPPED:
         found.append(
-            f"the machine swapped {swapped / 2**20:,.0f} MiB: lower --per_device_train_batch_size (and raise "
-            "--gradient_accumulation_steps), or close other programs"
+            f"the machine swapped {swapped / 2**20:,.0f} MiB: lower --per_device_train_batch_size"
+            " (and raise --gradient_accumulation_steps), or close other programs"
         )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     threads = torch.get_num_threads() * processes
     if device == "cpu" and threads != cores and not found:
         given = os.environ.get("OMP_NUM_THREADS")
-        advice = f"leave out OMP_NUM_THREADS={given}" if given else f"set OMP_NUM_THREADS={cores // processes or 1}"
+        advice = (
+            f"leave out OMP_NUM_THREADS={given}"
+            if given
+            else f"set OMP_NUM_THREADS={cores // processes or 1}"
+        )
         found.append(f"{threads} threads compute on {cores} cores: {advice}")
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         held = total - free - torch.cuda.memory_reserved()
         if held > HELD:
-            found.append(f"another process holds {held / 2**30:.1f} GiB of this card (see nvidia-smi): end it")
+            found.append(
+                f"another process holds {held / 2**30:.1f} GiB of this card (see nvidia-smi):"
+                " end it"
+            )
     return found
 
 
@@ -100,8 +117,9 @@ def explain(before: Usage, after: Usage, device: str, precision: str) -> str:
     found = seen_reasons(before, after, device, precision)
     if not found:
         found = [
-            "neither another process nor an emulated precision, swapping or the number of threads is to be seen here; "
-            "perhaps the processor is slowed down by heat, battery or power saving, or the steps are too small for "
-            "the device: a larger --per_device_train_batch_size shows it"
+            "neither another process nor an emulated precision, swapping or the number of threads"
+            " is to be seen here; perhaps the processor is slowed down by heat, battery or power"
+            " saving, or the steps are too small for the device: a larger"
+            " --per_device_train_batch_size shows it"
         ]
     return "".join(f"\n  - {reason}" for reason in found)

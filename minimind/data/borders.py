@@ -1,7 +1,9 @@
-"""Where the assistant speaks in the text of a chat template that does not mark it with {% generation %}.
+"""Where the assistant speaks in the text of a chat template that does not mark it with {%
+generation %}.
 
-A reply begins where the template's own prompt for one ends, and ends with the token that the template writes after
-one. Both are read off the template's renderings, so the text stays the template's to the last character.
+A reply begins where the template's own prompt for one ends, and ends with the token that the
+template writes after one. Both are read off the template's renderings, so the text stays the
+template's to the last character.
 """
 
 import re
@@ -18,7 +20,8 @@ THOUGHT = "<think>"  # a prompt may end with it, and then only the last reply's 
 class Borders(NamedTuple):
     """What a template writes before each reply, and `end`, the token that it writes after it.
 
-    `header` ends each prompt; `opening`, perhaps empty, is the part of it that earlier replies do without.
+    `header` ends each prompt; `opening`, perhaps empty, is the part of it that earlier replies do
+    without.
     """
 
     header: str
@@ -26,9 +29,12 @@ class Borders(NamedTuple):
     end: str
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """From where to where the assistant speaks, each end token included; `text` is as the template wrote it."""
+        """From where to where the assistant speaks, each end token included; `text` is as the
+        template wrote it."""
         opening = f"(?:{re.escape(self.opening)})?" if self.opening else ""
-        reply = re.compile(f"{re.escape(self.header)}{opening}(.*?{re.escape(self.end)})", re.DOTALL)
+        reply = re.compile(
+            f"{re.escape(self.header)}{opening}(.*?{re.escape(self.end)})", re.DOTALL
+        )
         return [match.span(1) for match in reply.finditer(text)]
 
 
@@ -45,14 +51,14 @@ def find_borders(render: Callable[[list[Message], bool], str], controls: re.Patt
     header, thought, rest = (header or prompt.rpartition(QUESTION)[2]).partition(THOUGHT)
     if not header.strip() or not whole.startswith(prompt.removesuffix(thought + rest)):
         raise BadRowError(
-            f"a reply does not begin where the template's prompt for one ends: {shown_end(prompt)} before a reply, "
-            f"{shown_end(whole)} with it"
+            f"a reply does not begin where the template's prompt for one ends: {shown_end(prompt)}"
+            f" before a reply, {shown_end(whole)} with it"
         )
     after = whole.rpartition(REPLY)[2].lstrip()
     if not (end := re.match(f"(?:{controls.pattern})+", after)):
         raise BadRowError(
-            f"the template writes {after[:40]!r} after a reply, expected a control token of this tokenizer, "
-            "by which the model learns to stop"
+            f"the template writes {after[:40]!r} after a reply, expected a control token of this"
+            " tokenizer, by which the model learns to stop"
         )
     return Borders(header, thought + rest, end.group())
 

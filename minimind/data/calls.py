@@ -22,7 +22,8 @@ def parse_json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        parsed = json.loads(value, parse_constant=lambda word: int(word))  # int("NaN") is the ValueError it should be
+        # int("NaN") is the ValueError it should be
+        parsed = json.loads(value, parse_constant=lambda word: int(word))
         json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise BadRowError(f"{name}: found {shown(value)}, expected JSON") from None
@@ -32,7 +33,8 @@ def parse_json(value: Any, name: str) -> Any:
 
 
 def parse_literal(value: Any, name: str) -> Any:
-    """JSON, or a Python literal such as {'name': 'f'}, in a string -> its value; raises BadRowError."""
+    """JSON, or a Python literal such as {'name': 'f'}, in a string -> its value; raises
+    BadRowError."""
     try:
         return parse_json(value, name)
     except BadRowError as problem:
@@ -53,7 +55,8 @@ def _python(text: str) -> ast.expr:
 
 
 def parse_tools(value: Any, name: str = "tools") -> list[dict] | None:
-    """Tool schemas, also bare or as JSON in a string -> [{"type": "function", "function": {"name", ...}}] or None.
+    """Tool schemas, also bare or as JSON in a string -> [{"type": "function", "function": {"name",
+    ...}}] or None.
 
     Anthropic's "input_schema" becomes "parameters".
     """
@@ -65,16 +68,21 @@ def parse_tools(value: Any, name: str = "tools") -> list[dict] | None:
         tool = parse_json(raw, f"{name}[{index}]")
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRowError(f"{name}[{index}]: found {shown(raw)}, expected a function with a 'name'")
+            raise BadRowError(
+                f"{name}[{index}]: found {shown(raw)}, expected a function with a 'name'"
+            )
         if "input_schema" in function:
             schema = function["input_schema"]
-            function = {key: item for key, item in function.items() if key != "input_schema"} | {"parameters": schema}
+            function = {key: item for key, item in function.items() if key != "input_schema"} | {
+                "parameters": schema
+            }
         tools.append(tool if "function" in tool else {"type": "function", "function": function})
     return tools
 
 
 def parse_calls(value: Any, name: str) -> list[dict]:
-    """Calls, also bare or as JSON in a string -> [{"type": "function", "function": {"name", "arguments"}}, ...].
+    """Calls, also bare or as JSON in a string -> [{"type": "function", "function": {"name",
+    "arguments"}}, ...].
 
     `arguments` is an object; "id" is kept. Raises BadRowError.
     """
@@ -82,21 +90,32 @@ def parse_calls(value: Any, name: str) -> list[dict]:
     calls = []
     for index, raw in enumerate(value if isinstance(value, list) else [value]):
         where = f"{name}[{index}]"
-        raw = parse_literal(raw, where) if isinstance(raw, str) and raw.lstrip().startswith("{") else raw
+        raw = (
+            parse_literal(raw, where)
+            if isinstance(raw, str) and raw.lstrip().startswith("{")
+            else raw
+        )
         call = raw.get("function", raw) if isinstance(raw, dict) else raw
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise BadRowError(f"{where}: found {shown(raw)}, expected a call with 'name' and 'arguments'")
-        arguments = next((call[key] for key in ("arguments", "parameters", "input") if key in call), None)
+            raise BadRowError(
+                f"{where}: found {shown(raw)}, expected a call with 'name' and 'arguments'"
+            )
+        arguments = next(
+            (call[key] for key in ("arguments", "parameters", "input") if key in call), None
+        )
         arguments = {} if arguments in EMPTY else parse_literal(arguments, f"{where}: arguments")
         if not isinstance(arguments, dict):
-            raise BadRowError(f"{where}: found the arguments {shown(arguments)}, expected an object")
+            raise BadRowError(
+                f"{where}: found the arguments {shown(arguments)}, expected an object"
+            )
         called = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
         calls.append({"id": raw["id"]} | called if isinstance(raw.get("id"), str) else called)
     return calls
 
 
 def split_calls(content: str, name: str) -> tuple[str, list[dict], str | None]:
-    """A reply -> its text, the calls in the <tool_call> blocks that end it, and why blocks are none, if so.
+    """A reply -> its text, the calls in the <tool_call> blocks that end it, and why blocks are
+    none, if so.
 
     The reason is for whoever expects calls there: a reply may also just write about the tag.
     """
@@ -154,7 +173,8 @@ def _python_calls(content: str) -> list[dict]:
 
 
 def split_results(content: str) -> list[str]:
-    """A tool's message -> its results, each without the <tool_response> tags that may stand around it.
+    """A tool's message -> its results, each without the <tool_response> tags that may stand around
+    it.
 
     >>> split_results("<tool_response>21</tool_response><tool_response>9</tool_response>")
     ['21', '9']
@@ -170,11 +190,14 @@ def split_results(content: str) -> list[str]:
 
 
 def find_tools(given: Sequence[tuple[str, Any]], systems: Sequence[str]) -> list[dict] | None:
-    """The one list of tools among those that stand in several places, as (place, value); None without any.
+    """The one list of tools among those that stand in several places, as (place, value); None
+    without any.
 
     Tools that a system prompt spells out already are not given twice. Raises BadRowError.
     """
     found = [tools for place, value in given if (tools := parse_tools(value, place))]
     if any(tools != found[0] for tools in found):
-        raise BadRowError("found two different lists of tools, in the row and in its system message, expected one")
+        raise BadRowError(
+            "found two different lists of tools, in the row and in its system message, expected one"
+        )
     return found[0] if found and not any("<tools>" in text for text in systems) else None

@@ -1,6 +1,7 @@
 """A chat template's text -> token ids, and where in them the assistant speaks.
 
-Only what the template itself writes becomes a control token; the same characters in somebody's words are plain text.
+Only what the template itself writes becomes a control token; the same characters in somebody's
+words are plain text.
 """
 
 import json
@@ -34,15 +35,16 @@ FEW = 16  # conversations that are not worth setting up the fast engine for
 TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
 SHIPPED = frozenset(path.read_text(encoding="utf-8") for path in TEMPLATES.values())
 GENERATION = re.compile(r"{%-?\s*generation\b")
-OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a message's words while roles are looked for
+# Private characters around a message's words while roles are looked for
+OPEN, CLOSE = "\ue000", "\ue001"
 
 
 class Encoded(NamedTuple):
     """A rendered conversation.
 
-    `replies` are (start, end) in `ids` of what the assistant emits, end exclusive, one for each of its messages;
-    `escaped` counts the control tokens that stood in somebody's words and became plain text; `roles`, where asked
-    for, names the role whose message each token belongs to.
+    `replies` are (start, end) in `ids` of what the assistant emits, end exclusive, one for each of
+    its messages; `escaped` counts the control tokens that stood in somebody's words and became
+    plain text; `roles`, where asked for, names the role whose message each token belongs to.
     """
 
     ids: list[int] | array  # of 4 bytes each, where there are many
@@ -54,9 +56,9 @@ class Encoded(NamedTuple):
 class ChatEncoder:
     """Conversations -> ids by a tokenizer's chat template.
 
-    Equal to `apply_chat_template` wherever no control token stands in somebody's words. Where one does, the words are
-    encoded as the plain text they are. Control tokens are the special tokens, and other added ones (such as <think>)
-    that the template writes.
+    Equal to `apply_chat_template` wherever no control token stands in somebody's words. Where one
+    does, the words are encoded as the plain text they are. Control tokens are the special tokens,
+    and other added ones (such as <think>) that the template writes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -68,11 +70,14 @@ class ChatEncoder:
         if self.marked:
             _count_once(self.template)
         added = list(tokenizer.added_tokens_decoder.values())
-        controls = [token.content for token in added if token.special or token.content in self.template]
+        controls = [
+            token.content for token in added if token.special or token.content in self.template
+        ]
         self.controls = sorted(controls, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, self.controls)) or "(?!)")
         self.control_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in controls}
-        # A post-processor adds special tokens, which the template does, or trims offsets, which would hide spaces.
+        # A post-processor adds special tokens, which the template does, or trims offsets, which
+        # would hide spaces.
         state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "post_processor": None}
         state.update(padding=None, truncation=None)
         self.library = Tokenizer.from_str(json.dumps(state))
@@ -84,7 +89,9 @@ class ChatEncoder:
     @cached_property
     def plain(self) -> Tokenizer:
         """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
-        return Tokenizer.from_str(json.dumps({**json.loads(self.library.to_str()), "added_tokens": []}))
+        return Tokenizer.from_str(
+            json.dumps({**json.loads(self.library.to_str()), "added_tokens": []})
+        )
 
     @cached_property
     def cut(self) -> Cutter:
@@ -103,12 +110,14 @@ class ChatEncoder:
 
     @cached_property
     def fast(self) -> bool:
-        """Whether what stands between two control tokens is encoded as if it stood alone, as in byte-level BPE."""
+        """Whether what stands between two control tokens is encoded as if it stood alone, as in
+        byte-level BPE."""
         return self.segments.engine is not None and not self.greedy
 
     @cached_property
     def keeps_reasoning(self) -> bool:
-        """Whether the template shows a reply's reasoning after the next question too; Qwen3's and ours do not."""
+        """Whether the template shows a reply's reasoning after the next question too; Qwen3's and
+        ours do not."""
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
         chat[1] = {**chat[1], "reasoning_content": "(thoughts)"}
         try:
@@ -119,10 +128,15 @@ class ChatEncoder:
     @cached_property
     def borders(self) -> Borders:
         """What stands before and after each reply, for a template that does not mark them."""
-        return find_borders(lambda messages, prompt: self._write(Conversation(messages), prompt)[0], self.pattern)
+        return find_borders(
+            lambda messages, prompt: self._write(Conversation(messages), prompt)[0], self.pattern
+        )
 
-    def render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and from where to where in it the assistant speaks; no control token may stand in the words.
+    def render(
+        self, conversation: Conversation, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and from where to where in it the assistant speaks; no control token may stand
+        in the words.
 
         Raises BadRowError where the template does, or where the replies cannot be found.
         """
@@ -131,14 +145,19 @@ class ChatEncoder:
             return text, spans
         if self.borders.header.strip() in _words(conversation):
             raise BadRowError(
-                f"found {self.borders.header.strip()!r} in the text, by which the chat template sets "
-                "replies apart. Remove it"
+                f"found {self.borders.header.strip()!r} in the text, by which the chat template"
+                " sets replies apart. Remove it"
             )
         return text, self.borders.find(text)
 
-    def _write(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def _write(
+        self, conversation: Conversation, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The template's text, and from where to where it marks what the assistant says."""
-        with bounded(sum(len(message["content"]) for message in conversation.messages), self.template in SHIPPED):
+        with bounded(
+            sum(len(message["content"]) for message in conversation.messages),
+            self.template in SHIPPED,
+        ):
             texts = render_jinja_template(
                 [conversation.messages],
                 tools=conversation.tools,
@@ -148,14 +167,19 @@ class ChatEncoder:
                 **self.tokenizer.special_tokens_map,
             )
         written = len(texts[0][0])
-        if written > WRITTEN and written > WRITTEN_PER_CHARACTER * (given := len(_words(conversation))):
-            raise BadRowError(f"the chat template writes {written:,} characters for a conversation of {given:,}")
+        if written > WRITTEN and written > WRITTEN_PER_CHARACTER * (
+            given := len(_words(conversation))
+        ):
+            raise BadRowError(
+                f"the chat template writes {written:,} characters for a conversation of {given:,}"
+            )
         return (texts[0][0], texts[1][0]) if self.marked else (texts[0][0], [])
 
     def encode(
         self, conversations: Sequence[Conversation], prompt: bool = False, roles: bool = False
     ) -> list[Encoded | BadRowError]:
-        """Each conversation's ids, or why it has none; with `prompt`, followed by the header of a reply to come."""
+        """Each conversation's ids, or why it has none; with `prompt`, followed by the header of a
+        reply to come."""
         results: list[Any] = [None] * len(conversations)
         harmless = []
         for index, conversation in enumerate(conversations):
@@ -195,11 +219,16 @@ class ChatEncoder:
         ids, begins, starts, stops = self._encode_segments([text for _, text, _ in rendered])
         edges = []
         for start, (_, text, spans) in zip(starts, rendered, strict=True):
-            edges += [begins[start] + edge for edge in _bytes_until(text, [edge for span in spans for edge in span])]
+            edges += [
+                begins[start] + edge
+                for edge in _bytes_until(text, [edge for span in spans for edge in span])
+            ]
         edges = np.array(edges, dtype=begins.dtype)
         found = np.searchsorted(begins, edges)
         exact, position = begins[found] == edges, 0
-        for (index, text, spans), start, stop in zip(rendered, starts.tolist(), stops.tolist(), strict=True):
+        for (index, text, spans), start, stop in zip(
+            rendered, starts.tolist(), stops.tolist(), strict=True
+        ):
             here = slice(position, position := position + 2 * len(spans))
             if not exact[here].all():
                 results[index] = BadRowError(BLURRED)
@@ -207,21 +236,29 @@ class ChatEncoder:
             names = None
             if roles:
                 places, owners = self._roles(conversations[index], text, spans)
-                which = np.searchsorted(_bytes_until(text, places), begins[start:stop] - begins[start], side="right")
+                which = np.searchsorted(
+                    _bytes_until(text, places), begins[start:stop] - begins[start], side="right"
+                )
                 names = [owners[owner - 1] for owner in which]
             tokens = (found[here] - start).tolist()
             replies = list(zip(tokens[::2], tokens[1::2], strict=True))
-            results[index] = Encoded(_listed(array("i", ids[start:stop].tobytes())), replies, roles=names)
+            results[index] = Encoded(
+                _listed(array("i", ids[start:stop].tobytes())), replies, roles=names
+            )
 
-    def _encode_segments(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted on through all
-        texts and a byte for each mark; and from where to where the ids of each text go."""
+    def _encode_segments(
+        self, texts: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Texts -> the ids of all, a mark after each text's; the byte at which each begins, counted
+        on through all texts and a byte for each mark; and from where to where the ids of each text
+        go."""
         segments, controls = [], []
         for text in texts:
             segments += self.pattern.split(text)
             controls += [self.control_ids[token] for token in self.pattern.findall(text)]
             controls.append(-1)
-        ids = self.segments(segments).astype(np.int32)  # an end token after each segment: where a control token goes
+        # An end token after each segment: where a control token goes
+        ids = self.segments(segments).astype(np.int32)
         ends, controls = np.flatnonzero(ids == self.segments.eos_token_id), np.asarray(controls)
         ids[ends] = controls
         lengths = self.bytes_of[ids]
@@ -251,17 +288,24 @@ class ChatEncoder:
         names = None
         if roles:
             places, owners = self._roles(conversation, text, spans)
-            names = [owners[owner - 1] for owner in np.searchsorted(places, starts[:-1], side="right")]
+            names = [
+                owners[owner - 1] for owner in np.searchsorted(places, starts[:-1], side="right")
+            ]
         tokens = tokens.tolist()
-        return Encoded(_listed(ids), list(zip(tokens[::2], tokens[1::2], strict=True)), escaped, names)
+        return Encoded(
+            _listed(ids), list(zip(tokens[::2], tokens[1::2], strict=True)), escaped, names
+        )
 
     def _encode_hostile(self, conversation: Conversation, prompt: bool, roles: bool) -> Encoded:
-        """Render again with the control tokens in the words covered up, by as many characters that stand nowhere else;
-        what is a control token then is the template's."""
+        """Render again with the control tokens in the words covered up, by as many characters that
+        stand nowhere else; what is a control token then is the template's."""
         words = _words(conversation)
         count = len(self.controls)
-        # Private characters, those of two bytes first: one of more makes Python keep the whole text in four each.
-        private = chain(range(0xE002, 0xF900 - count, count), range(0xF0000, 0x110000 - count, count))
+        # Private characters, those of two bytes first: one of more makes Python keep the whole text
+        # in four each.
+        private = chain(
+            range(0xE002, 0xF900 - count, count), range(0xF0000, 0x110000 - count, count)
+        )
         base = next(b for b in private if not _has_any(words, b, count))
         cover = {token: chr(base + index) * len(token) for index, token in enumerate(self.controls)}
         covers = re.compile("|".join(cover.values()))
@@ -281,8 +325,8 @@ class ChatEncoder:
             check_rendering(hidden, covered, spans)
         if covers.sub(lambda match: names[match.group()], covered) != text:
             raise BadRowError(
-                f"found {self.pattern.search(words).group()!r} inside the text, and the chat template rewrites the "
-                "text there, so it cannot be told from its own. Remove it"
+                f"found {self.pattern.search(words).group()!r} inside the text, and the chat"
+                " template rewrites the text there, so it cannot be told from its own. Remove it"
             )
         ids, starts, position = array("i"), array("q"), 0
         for match in chain(self.pattern.finditer(covered), [None]):
@@ -292,26 +336,40 @@ class ChatEncoder:
                 ids.append(self.control_ids[match.group()])
                 starts.append(end)
                 position = match.end()
-        return self._finish(conversation, text, spans, ids, starts, roles, len(covers.findall(covered)))
+        return self._finish(
+            conversation, text, spans, ids, starts, roles, len(covers.findall(covered))
+        )
 
-    def _encode_by(self, cut: Cutter, text: str, ids: array, starts: array, position: int = 0) -> None:
-        """Append the ids of a text by a tokenizer of the library, and the character at which each begins."""
+    def _encode_by(
+        self, cut: Cutter, text: str, ids: array, starts: array, position: int = 0
+    ) -> None:
+        """Append the ids of a text by a tokenizer of the library, and the character at which each
+        begins."""
         for piece in cut(text):
             encoding = cut.library.encode(piece, add_special_tokens=False)
             ids.extend(encoding.ids)
             starts.extend(position + start for start, _ in encoding.offsets)
             position += len(piece)
 
-    def _roles(self, conversation: Conversation, text: str, spans: list) -> tuple[list[int], list[str]]:
-        """At which characters the parts of the text begin, and whose they are: a message's header, words and end.
+    def _roles(
+        self, conversation: Conversation, text: str, spans: list
+    ) -> tuple[list[int], list[str]]:
+        """At which characters the parts of the text begin, and whose they are: a message's header,
+        words and end.
 
-        Rendered again with marks around the words; "other" where that changes the text and so tells nothing.
+        Rendered again with marks around the words; "other" where that changes the text and so tells
+        nothing.
         """
         marked = []
         for message in conversation.messages:
             words = message["content"].strip()
             marks = f"{OPEN}{words}{CLOSE}" if message["role"] != "assistant" else words
-            marked.append({**message, "content": message["content"].replace(words, marks, 1) if words else marks})
+            marked.append(
+                {
+                    **message,
+                    "content": message["content"].replace(words, marks, 1) if words else marks,
+                }
+            )
         try:
             rendered, _ = self._write(conversation._replace(messages=marked))
         except BadRowError:
@@ -319,8 +377,10 @@ class ChatEncoder:
         if rendered.replace(OPEN, "").replace(CLOSE, "") != text:
             return [0], ["other"]
         edges = np.cumsum([len(piece) for piece in re.split(f"[{OPEN}{CLOSE}]", rendered)]).tolist()
-        said, replied = zip(edges[::2], edges[1::2], strict=False), iter(spans)  # template, words, template, words ...
-        begins, names, before = [0], ["system"], 0  # what stands before the first message are the tools
+        # template, words, template, words ...
+        said, replied = zip(edges[::2], edges[1::2], strict=False), iter(spans)
+        # What stands before the first message are the tools
+        begins, names, before = [0], ["system"], 0
         for message in conversation.messages:
             start, end = next(replied if message["role"] == "assistant" else said)
             header = text.rfind(self.tokenizer.bos_token or "\0", before, start)
@@ -335,7 +395,8 @@ def _listed(ids: array) -> list[int] | array:
 
 
 def _count_once(template: str) -> None:
-    """Make transformers see where replies begin in linear time: it joins all that is written, before each of them."""
+    """Make transformers see where replies begin in linear time: it joins all that is written,
+    before each of them."""
     try:
         extensions = _compile_jinja_template(template).environment.extensions.values()
     except TemplateError:  # told where it is rendered
@@ -366,12 +427,15 @@ def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) -> None:
-    """Make a tokenizer ready to train chats: with a shipped template by its name, or the one in a .jinja file.
+    """Make a tokenizer ready to train chats: with a shipped template by its name, or the one in a
+    .jinja file.
 
-    None leaves the tokenizer's own template. The token with which the template ends replies becomes the end token.
+    None leaves the tokenizer's own template. The token with which the template ends replies becomes
+    the end token.
 
     Raises:
-        UserError: there is no such template, it cannot render, or does not show what the assistant emits.
+        UserError: there is no such template, it cannot render, or does not show what the assistant
+        emits.
     """
     before = tokenizer.chat_template
     if choice is not None:
@@ -380,23 +444,32 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) ->
         end = _end_of_replies(tokenizer)
     except BadRowError as problem:
         tokenizer.chat_template = before
-        given = "the chat template of the tokenizer" if choice is None else f"--chat_template {choice}"
+        given = (
+            "the chat template of the tokenizer" if choice is None else f"--chat_template {choice}"
+        )
         advice = f" Choose another with --chat_template ({', '.join(TEMPLATES)} or a .jinja file)."
         raise UserError(f"{given}: {problem}.{advice}") from None
     if end != tokenizer.eos_token:
         if is_main_process():
-            say(f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token")
+            say(
+                f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token"
+            )
         tokenizer.eos_token = end
 
 
 def _read_template(choice: str) -> str:
     path = TEMPLATES.get(choice, Path(choice))
     if not path.is_file():
-        raise UserError(f"--chat_template {choice}: found no such file, expected {' or '.join(TEMPLATES)}, or a file.")
+        raise UserError(
+            f"--chat_template {choice}: found no such file, expected {' or '.join(TEMPLATES)}, or a"
+            " file."
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--chat_template {path}: found bytes that are not UTF-8 ({error}), expected text.") from None
+        raise UserError(
+            f"--chat_template {path}: found bytes that are not UTF-8 ({error}), expected text."
+        ) from None
 
 
 def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -412,21 +485,26 @@ def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
     text, spans = encoder.render(Conversation(example))
     if written := TOKEN.search(text[: spans[0][1]]):
         raise BadRowError(
-            f"replies end with {written.group()!r}, which is no token of this tokenizer: it has "
-            f"{', '.join(map(repr, encoder.controls)) or 'none'}. The model would have to spell it out"
+            f"replies end with {written.group()!r}, which is no token of this tokenizer: it has"
+            f" {', '.join(map(repr, encoder.controls)) or 'none'}. The model would have to spell"
+            " it out"
         )
     raise BadRowError(
-        f"the generation block does not end with an end token such as {tokenizer.eos_token!r}, so the model would "
-        "never learn to stop. Put it before {% endgeneration %}"
+        f"the generation block does not end with an end token such as {tokenizer.eos_token!r}, so"
+        " the model would never learn to stop. Put it before {% endgeneration %}"
     )
 
 
 NO_TEMPLATE = (
-    "the tokenizer has no chat template, so there is no form to ask the model in. A base model continues text "
-    f"('minimind generate'); fine-tuning gives it a template with --chat_template {' or '.join(TEMPLATES)}."
+    "the tokenizer has no chat template, so there is no form to ask the model in. A base model"
+    " continues text ('minimind generate'); fine-tuning gives it a template with --chat_template"
+    f" {' or '.join(TEMPLATES)}."
 )
 TOKEN = re.compile(r"<[^<>\s]+>$")  # what looks like a control token at the end of a text
-BLURRED = "found a reply that shares a token with what stands before or after it, expected a border between tokens"
+BLURRED = (
+    "found a reply that shares a token with what stands before or after it, expected a border"
+    " between tokens"
+)
 
 
 def _words(conversation: Conversation) -> str:
@@ -444,28 +522,44 @@ def _has_any(text: str, first: int, count: int) -> bool:
 
 
 def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int, int]]) -> None:
-    """Raises BadRowError where a template loses words or tools, or does not mark each reply once."""
+    """Raises BadRowError where a template loses words or tools, or does not mark each reply
+    once."""
     replies = sum(message["role"] == "assistant" for message in conversation.messages)
     if len(spans) != replies:
-        raise BadRowError(f"the chat template marks {len(spans)} replies for training, expected {replies}")
+        raise BadRowError(
+            f"the chat template marks {len(spans)} replies for training, expected {replies}"
+        )
     position, marked = 0, iter(spans)
     for index, message in enumerate(conversation.messages):
         role, words = message["role"], message["content"].strip()
         start, end = next(marked) if role == "assistant" else (position, len(text))
         found = text.find(words, max(start, position), end)
         if found < 0:
-            raise BadRowError(f"messages[{index}]: the chat template leaves out words of the role {role!r}")
+            raise BadRowError(
+                f"messages[{index}]: the chat template leaves out words of the role {role!r}"
+            )
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]
         if missing := _missing(names, text, start, end):
-            raise BadRowError(f"messages[{index}]: the chat template has no place for calls, found one of {missing!r}")
+            raise BadRowError(
+                f"messages[{index}]: the chat template has no place for calls, found one of"
+                f" {missing!r}"
+            )
         if role != "system":  # a system prompt may stand inside the last question
             position = end if role == "assistant" else found + len(words)
-        if message["role"] == "assistant" and message["content"][:1] in ("\n", "\r") and message["content"]:
-            # The model would be trained after another beginning than the one it sees when it generates.
+        if (
+            message["role"] == "assistant"
+            and message["content"][:1] in ("\n", "\r")
+            and message["content"]
+        ):
+            # The model would be trained after another beginning than the one it sees when it
+            # generates.
             raise BadRowError(
-                f"messages[{index}]: found a reply that begins with a line break, expected text. Remove it"
+                f"messages[{index}]: found a reply that begins with a line break, expected text."
+                " Remove it"
             )
-    if missing := _missing([tool["function"]["name"] for tool in conversation.tools or ()], text, 0, len(text)):
+    if missing := _missing(
+        [tool["function"]["name"] for tool in conversation.tools or ()], text, 0, len(text)
+    ):
         raise BadRowError(f"the chat template has no place for tools, found {missing!r}")
     last = conversation.messages[-1]
     if last.get("reasoning_content", "") not in text:
@@ -473,7 +567,8 @@ def check_rendering(conversation: Conversation, text: str, spans: list[tuple[int
 
 
 def _missing(names: Sequence[str], text: str, start: int, end: int) -> str | None:
-    """The first of some names that a stretch of text does not hold; each is looked for behind the one before first."""
+    """The first of some names that a stretch of text does not hold; each is looked for behind the
+    one before first."""
     position = start
     for name in names:
         found = text.find(name, position, end)
@@ -483,7 +578,9 @@ def _missing(names: Sequence[str], text: str, start: int, end: int) -> str | Non
     return None
 
 
-def encode_prompts(prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder) -> list[list[int]]:
+def encode_prompts(
+    prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder
+) -> list[list[int]]:
     """Conversations that end with a question -> the ids that an answer follows.
 
     Raises:

@@ -1,8 +1,8 @@
 """Conversations and preference pairs -> token ids with a loss mask.
 
-The mask is the template's: what stands between its generation tags (all that the assistant emits, the end token
-included) is trained, nothing else. Only what the template itself writes becomes a control token; the same characters
-in somebody's words are plain text.
+The mask is the template's: what stands between its generation tags (all that the assistant emits,
+the end token included) is trained, nothing else. Only what the template itself writes becomes a
+control token; the same characters in somebody's words are plain text.
 
     load_conversations, load_preferences     files -> rows for a trainer
     tokenize_conversation(s)                 -> {"input_ids", "labels"} and, if asked for, "roles" and "loss_weights"
@@ -53,39 +53,58 @@ class ChatArguments:
 
     chat_template: str | None = field(
         default=None,
-        metadata={"help": f"{', '.join(TEMPLATES)}, or a .jinja file. Default: the tokenizer's own (chatml)."},
+        metadata={
+            "help": (
+                f"{', '.join(TEMPLATES)}, or a .jinja file. Default: the tokenizer's own (chatml)."
+            )
+        },
     )
     long_conversations: str = field(
         default="keep_last",
         metadata={
-            "help": "What of a conversation longer than --max_length is used. keep_last: system prompt and the last "
-            "turns that fit; keep_first: the first replies that fit; split: all turns, as several rows, each with the "
-            "system prompt; drop: nothing. Replies are never cut; a conversation of which no turn fits is dropped."
+            "help": (
+                "What of a conversation longer than --max_length is used. keep_last: system prompt"
+                " and the last turns that fit; keep_first: the first replies that fit; split: all"
+                " turns, as several rows, each with the system prompt; drop: nothing. Replies are"
+                " never cut; a conversation of which no turn fits is dropped."
+            )
         },
     )
     train_turns: str = field(
         default="all",
         metadata={
-            "help": "Which replies are trained. all; last: the last one of each conversation; flags: those with "
-            "'train': true or a 'weight' above 0. 'train': false and 'weight': 0 are obeyed always."
+            "help": (
+                "Which replies are trained. all; last: the last one of each conversation; flags:"
+                " those with 'train': true or a 'weight' above 0. 'train': false and 'weight': 0"
+                " are obeyed always."
+            )
         },
     )
     loss_normalization: str = field(
         default="token",
-        metadata={"help": "token: each trained token of a step counts alike; conversation: each conversation does."},
+        metadata={
+            "help": (
+                "token: each trained token of a step counts alike; conversation: each conversation"
+                " does."
+            )
+        },
     )
     weighted_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Multiply losses by the 'weight' of rows and messages; false: ignore it. Default: an error "
-            "where a weight is other than 0 and 1."
+            "help": (
+                "Multiply losses by the 'weight' of rows and messages; false: ignore it. Default:"
+                " an error where a weight is other than 0 and 1."
+            )
         },
     )
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}"
+                )
 
     @property
     def needs_weights(self) -> bool:
@@ -94,12 +113,14 @@ class ChatArguments:
 
 
 class Reading:
-    """What became of the conversations that were read for training, for the report of an inspection.
+    """What became of the conversations that were read for training, for the report of an
+    inspection.
 
-    `bad` are the bad rows of each source, `columns` what was read of its rows, and `too_long` those of which nothing
-    fits; `lengths` the tokens of every conversation before any cut, also of one that is dropped; `counts` and `places`
-    what became of how many, and where the first of them stand; `held_out` where the held-out rows do; `marker` the
-    first of those that a chat template writes and that stand in the words ("rendered" in `counts`).
+    `bad` are the bad rows of each source, `columns` what was read of its rows, and `too_long` those
+    of which nothing fits; `lengths` the tokens of every conversation before any cut, also of one
+    that is dropped; `counts` and `places` what became of how many, and where the first of them
+    stand; `held_out` where the held-out rows do; `marker` the first of those that a chat template
+    writes and that stand in the words ("rendered" in `counts`).
     """
 
     NAMED = 5
@@ -128,7 +149,8 @@ class Reading:
 class ChatRows(NamedTuple):
     """Rows for a trainer; `facts`: files, rows and what became of the conversations, of both parts.
 
-    `where` names the place ("file:line") of each training row, `lengths` its conversation's tokens before any cut.
+    `where` names the place ("file:line") of each training row, `lengths` its conversation's tokens
+    before any cut.
     """
 
     train: Dataset
@@ -140,8 +162,8 @@ class ChatRows(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Rows of one conversation or pair; `counts`: what became of it; `length`: tokens before any cut; `problem`: why
-    it was dropped, if it was."""
+    """Rows of one conversation or pair; `counts`: what became of it; `length`: tokens before any
+    cut; `problem`: why it was dropped, if it was."""
 
     rows: list[dict]
     counts: Counter
@@ -154,7 +176,8 @@ class TooLongError(BadRowError):
 
 
 class Part(NamedTuple):
-    """A conversation that fits into a row, and which turns of a longer one it was split off from (exclusive)."""
+    """A conversation that fits into a row, and which turns of a longer one it was split off from
+    (exclusive)."""
 
     conversation: Conversation
     encoded: Encoded
@@ -166,21 +189,34 @@ class Part(NamedTuple):
 
 
 def with_weights(conversation: Conversation, args: ChatArguments) -> Conversation:
-    """The conversation with a "weight" for each reply, 0 for those that are not trained; raises BadRowError."""
-    replies = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    given = [conversation.messages[index].get("weight") for index in replies] + [conversation.weight]
+    """The conversation with a "weight" for each reply, 0 for those that are not trained; raises
+    BadRowError."""
+    replies = [
+        index
+        for index, message in enumerate(conversation.messages)
+        if message["role"] == "assistant"
+    ]
+    given = [conversation.messages[index].get("weight") for index in replies] + [
+        conversation.weight
+    ]
     if args.weighted_loss is None and any(weight not in (None, 0, 1) for weight in given):
         raise BadRowError(
-            f"found weights other than 0 and 1 ({', '.join(map(str, given))}). Say what they are: --weighted_loss "
-            "true multiplies the losses by them, --weighted_loss false ignores them"
+            f"found weights other than 0 and 1 ({', '.join(map(str, given))}). Say what they are:"
+            " --weighted_loss true multiplies the losses by them, --weighted_loss false ignores"
+            " them"
         )
     messages = list(conversation.messages)
     for index in replies:
         weight = messages[index].get("weight", 0.0 if args.train_turns == "flags" else 1.0)
         if args.train_turns == "last" and index != replies[-1]:
             weight = 0.0
-        messages[index] = {**messages[index], "weight": weight if args.weighted_loss else float(weight > 0)}
-    return conversation._replace(messages=messages, weight=conversation.weight if args.weighted_loss else 1.0)
+        messages[index] = {
+            **messages[index],
+            "weight": weight if args.weighted_loss else float(weight > 0),
+        }
+    return conversation._replace(
+        messages=messages, weight=conversation.weight if args.weighted_loss else 1.0
+    )
 
 
 def turns(messages: Sequence[Message]) -> list[tuple[int, int]]:
@@ -190,31 +226,46 @@ def turns(messages: Sequence[Message]) -> list[tuple[int, int]]:
 
 
 def tokens_until(messages: Sequence[Message], encoded: Encoded) -> list[int]:
-    """Turn -> tokens before it (from the second on those of the system prompt too), and of all turns at last."""
-    replies = [0, *accumulate(message["role"] == "assistant" for message in messages)]  # message -> replies before it
+    """Turn -> tokens before it (from the second on those of the system prompt too), and of all
+    turns at last."""
+    # Message -> replies before it
+    replies = [0, *accumulate(message["role"] == "assistant" for message in messages)]
     return [0, *(encoded.replies[replies[end] - 1][1] for _, end in turns(messages))]
 
 
 class Pieces:
-    """For a template that leaves out the reasoning of earlier turns: one conversation for each turn that reasons.
+    """For a template that leaves out the reasoning of earlier turns: one conversation for each turn
+    that reasons.
 
-    Each reply is trained once, after exactly the text that the model will see when it generates it. Only the last
-    piece, which holds all turns, is encoded as a whole; of the others, just the turns that may become rows. With
-    `whole` there is one piece.
+    Each reply is trained once, after exactly the text that the model will see when it generates it.
+    Only the last piece, which holds all turns, is encoded as a whole; of the others, just the turns
+    that may become rows. With `whole` there is one piece.
     """
 
     def __init__(self, conversation: Conversation, whole: bool = False):
         self.conversation, messages = conversation, conversation.messages
         self.borders = turns(messages)
-        counted = [sum(m["role"] == "assistant" for m in messages[start:end]) for start, end in self.borders]
+        counted = [
+            sum(m["role"] == "assistant" for m in messages[start:end])
+            for start, end in self.borders
+        ]
         self.replies = [0, *accumulate(counted)]  # turn -> replies before it
-        reasons = [any(m.get("reasoning_content") for m in messages[start:end]) for start, end in self.borders]
+        reasons = [
+            any(m.get("reasoning_content") for m in messages[start:end])
+            for start, end in self.borders
+        ]
         several = any(reasons[:-1]) and not whole
-        self.ends = [turn for turn, reasoned in enumerate(reasons, 1) if reasoned and several]  # of pieces, in turns
+        # Of pieces, in turns
+        self.ends = [turn for turn, reasoned in enumerate(reasons, 1) if reasoned and several]
         if self.ends[-1:] != [len(self.borders)]:
             self.ends.append(len(self.borders))
-        self.begins = [0, *self.ends[:-1]]  # the first turn of each that is not trained in the one before
-        self.plain = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages] if several else []
+        # The first turn of each that is not trained in the one before
+        self.begins = [0, *self.ends[:-1]]
+        self.plain = (
+            [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+            if several
+            else []
+        )
 
     def piece(self, number: int, first: int = 0, last: int | None = None) -> Conversation:
         """A piece, or its turns from `first` to `last` (exclusive) after the system prompt."""
@@ -231,13 +282,16 @@ class Pieces:
                 kept[place] = {**kept[place], "weight": 0.0}
         return self.conversation._replace(messages=kept)
 
-    def window(self, number: int, until: list[int], policy: str, room: int, split: list) -> tuple[int, int] | None:
-        """The turns of a piece of which rows may be made, from and to; None where nothing to train is left of it.
+    def window(
+        self, number: int, until: list[int], policy: str, room: int, split: list
+    ) -> tuple[int, int] | None:
+        """The turns of a piece of which rows may be made, from and to; None where nothing to train
+        is left of it.
 
         Args:
-            until: turn -> tokens before it, in the last piece, whose turns have no reasoning but the last.
-            room: what is longer than this does not fit.
-            split: the turns of the parts into which the last piece was split.
+            until: turn -> tokens before it, in the last piece, whose turns have no reasoning but
+            the last. room: what is longer than this does not fit. split: the turns of the parts
+            into which the last piece was split.
         """
         end, begin = self.ends[number], self.begins[number]
         if until[end] <= room:
@@ -253,13 +307,20 @@ class Pieces:
 
 
 def shorten(
-    encoder: ChatEncoder, long: Conversation, encoded: Encoded, max_length: int, policy: str, roles: bool
+    encoder: ChatEncoder,
+    long: Conversation,
+    encoded: Encoded,
+    max_length: int,
+    policy: str,
+    roles: bool,
 ) -> list[Part]:
-    """What of a conversation longer than `max_length` is used, cut between turns; raises TooLongError for nothing."""
+    """What of a conversation longer than `max_length` is used, cut between turns; raises
+    TooLongError for nothing."""
     head = long.messages[:1] if long.messages[0]["role"] == "system" else []
     borders = turns(long.messages)
     at = [index for index, message in enumerate(long.messages) if message["role"] == "assistant"]
-    ends = dict(zip(at, (end for _, end in encoded.replies), strict=True))  # message -> tokens up to its end
+    # Message -> tokens up to its end
+    ends = dict(zip(at, (end for _, end in encoded.replies), strict=True))
     until = tokens_until(long.messages, encoded)
 
     def fitting(start: int, end: int, first: int = 0, last: int = 0) -> Part | None:
@@ -299,17 +360,26 @@ def shorten(
             first = max(last, first + 1)
         if pieces:
             return pieces
-    raise TooLongError(f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}")
+    raise TooLongError(
+        f"found {needed:,} tokens {what}, expected at most --max_length {max_length:,}"
+    )
 
 
 def to_row(conversation: Conversation, encoded: Encoded, args: ChatArguments) -> dict | None:
-    """input_ids and labels (-100: not trained), with loss_weights where they may differ; None: nothing is trained.
+    """input_ids and labels (-100: not trained), with loss_weights where they may differ; None:
+    nothing is trained.
 
-    The weight of a token is (row weight) x (message weight), with --loss_normalization conversation divided by the
-    row's sum of message weights.
+    The weight of a token is (row weight) x (message weight), with --loss_normalization conversation
+    divided by the row's sum of message weights.
     """
-    weights = [message["weight"] for message in conversation.messages if message["role"] == "assistant"]
-    trained = [(start, end, weight) for (start, end), weight in zip(encoded.replies, weights, strict=True) if weight]
+    weights = [
+        message["weight"] for message in conversation.messages if message["role"] == "assistant"
+    ]
+    trained = [
+        (start, end, weight)
+        for (start, end), weight in zip(encoded.replies, weights, strict=True)
+        if weight
+    ]
     total = sum(weight * (end - start) for start, end, weight in trained)
     if not total * conversation.weight:
         return None
@@ -339,8 +409,9 @@ def tokenize_conversations(
     Args:
         roles: adds "roles" to the rows, the role whose message each token belongs to.
 
-    Counted are `truncated` (turns left out), `split`, `dropped` (nothing fits), `untrained` (no reply is trained),
-    `escaped` (control tokens stand in the words), `reasoning_rows` (given once for each turn that reasons).
+    Counted are `truncated` (turns left out), `split`, `dropped` (nothing fits), `untrained` (no
+    reply is trained), `escaped` (control tokens stand in the words), `reasoning_rows` (given once
+    for each turn that reasons).
     """
     args = args or ChatArguments()
     tried: list[Pieces | BadRowError] = []
@@ -349,12 +420,16 @@ def tokenize_conversations(
             tried.append(Pieces(with_weights(conversation, args), encoder.keeps_reasoning))
         except BadRowError as problem:
             tried.append(problem)
-    whole = iter(encoder.encode([each.piece(-1) for each in tried if isinstance(each, Pieces)], roles=roles))
+    whole = iter(
+        encoder.encode([each.piece(-1) for each in tried if isinstance(each, Pieces)], roles=roles)
+    )
     shortening = partial(_shortened, encoder=encoder, max_length=max_length, args=args, roles=roles)
     groups = []
     for each in tried:
         result = next(whole) if isinstance(each, Pieces) else each
-        groups.append(result if isinstance(result, BadRowError) else _Group(each, result, shortening))
+        groups.append(
+            result if isinstance(result, BadRowError) else _Group(each, result, shortening)
+        )
     wanted = [piece for group in groups if isinstance(group, _Group) for piece in group.wanted()]
     encoded = iter(encoder.encode(wanted, roles=roles))
     return [group.tokenized(encoded) if isinstance(group, _Group) else group for group in groups]
@@ -367,7 +442,10 @@ def _shortened(
     if max_length is None or len(result.ids) <= max_length:
         return [Part(conversation, result)], None
     try:
-        return shorten(encoder, conversation, result, max_length, args.long_conversations, roles), None
+        return (
+            shorten(encoder, conversation, result, max_length, args.long_conversations, roles),
+            None,
+        )
     except TooLongError as error:
         return [], error
 
@@ -379,13 +457,18 @@ class _Group:
         self.pieces, self.whole, self.shortening = pieces, whole, shortening
         self.pattern = shortening.keywords["encoder"].pattern
         self.last, self.problem = shortening(pieces.piece(-1), whole)
-        max_length, policy = (shortening.keywords["max_length"], shortening.keywords["args"].long_conversations)
+        max_length, policy = (
+            shortening.keywords["max_length"],
+            shortening.keywords["args"].long_conversations,
+        )
         self.windows = [(0, end) for end in pieces.ends[:-1]]
         if max_length is not None and self.windows:
             until = tokens_until(pieces.plain, whole)
             split = [(part.first, part.last) for part in self.last]
             numbers = range(len(self.windows))
-            self.windows = [pieces.window(n, until, policy, max_length + BORDER, split) for n in numbers]
+            self.windows = [
+                pieces.window(n, until, policy, max_length + BORDER, split) for n in numbers
+            ]
 
     def wanted(self) -> list[Conversation]:
         """What of the pieces before the last is to be encoded."""
@@ -395,8 +478,12 @@ class _Group:
         """The rows; `encoded` goes on with what `wanted` became, all of which is taken."""
         results = [next(encoded) if window else None for window in self.windows]
         kept, counts = [], Counter(reasoning_rows=int(bool(results)))
-        thoughts = [message.get("reasoning_content", "") for message in self.pieces.conversation.messages]
-        counts["escaped"] = int(self.whole.escaped > 0 or any(map(self.pattern.search, thoughts if results else ())))
+        thoughts = [
+            message.get("reasoning_content", "") for message in self.pieces.conversation.messages
+        ]
+        counts["escaped"] = int(
+            self.whole.escaped > 0 or any(map(self.pattern.search, thoughts if results else ()))
+        )
         for number, (window, result) in enumerate(zip(self.windows, results, strict=True)):
             if isinstance(result, BadRowError):
                 return result
@@ -415,7 +502,8 @@ class _Group:
         return Tokenized(rows, +counts, len(self.whole.ids))
 
     def _before(self, window: tuple[int, int] | None) -> list[Part]:
-        """The parts of a piece before a window, as those of the last piece; nothing of them is trained."""
+        """The parts of a piece before a window, as those of the last piece; nothing of them is
+        trained."""
         return [part for part in self.last if window and part.last and part.last <= window[0]]
 
     def _count(self, counts: Counter, parts: list[Part], end: int) -> None:
@@ -431,7 +519,8 @@ def tokenize_conversation(
     args: ChatArguments | None = None,
     roles: bool = False,
 ) -> dict:
-    """One conversation -> {"input_ids", "labels", "truncated"}; what is not trained has the label -100.
+    """One conversation -> {"input_ids", "labels", "truncated"}; what is not trained has the label
+    -100.
 
     Raises:
         BadRowError: it cannot be used, or gives no row or several (see `tokenize_conversations`).
@@ -439,7 +528,9 @@ def tokenize_conversation(
     """
     if not isinstance(conversation, Conversation):
         conversation = Conversation(list(conversation))
-    (result,) = tokenize_conversations([conversation], ChatEncoder(tokenizer), max_length, args, roles)
+    (result,) = tokenize_conversations(
+        [conversation], ChatEncoder(tokenizer), max_length, args, roles
+    )
     if isinstance(result, BadRowError):
         raise result
     if result.problem:
@@ -453,12 +544,16 @@ def tokenize_conversation(
 
 
 def tokenize_preferences(
-    pairs: Sequence[dict], encoder: ChatEncoder, max_length: int | None = None, args: ChatArguments | None = None
+    pairs: Sequence[dict],
+    encoder: ChatEncoder,
+    max_length: int | None = None,
+    args: ChatArguments | None = None,
 ) -> list[Tokenized | BadRowError]:
-    """Each pair -> one row of prompt_ids, chosen_ids and rejected_ids, as TRL's trainer makes them, and of
-    chosen_mask and rejected_mask, 1 where the assistant speaks; or why it cannot be used.
+    """Each pair -> one row of prompt_ids, chosen_ids and rejected_ids, as TRL's trainer makes them,
+    and of chosen_mask and rejected_mask, 1 where the assistant speaks; or why it cannot be used.
 
-    A pair longer than `max_length` loses the oldest turns of its prompt (keep_last) or is left out (drop).
+    A pair longer than `max_length` loses the oldest turns of its prompt (keep_last) or is left out
+    (drop).
     """
     args = args or ChatArguments()
     results = []
@@ -470,7 +565,9 @@ def tokenize_preferences(
     return results
 
 
-def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments) -> Tokenized:
+def _tokenized_pair(
+    pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments
+) -> Tokenized:
     prompt, tools = pair["prompt"], pair.get("tools")
     starts, whole = [start for start, _ in turns(prompt)], None
     for turn, start in enumerate(starts):
@@ -482,18 +579,23 @@ def _tokenized_pair(pair: dict, encoder: ChatEncoder, max_length: int | None, ar
         found = _encoded_pair(Conversation(messages, tools), pair, encoder)
         whole = whole or found
         if max_length is None or found.length <= max_length:
-            return Tokenized([found.row], +Counter(truncated=int(turn > 0), escaped=int(found.escaped)), whole.length)
+            return Tokenized(
+                [found.row],
+                +Counter(truncated=int(turn > 0), escaped=int(found.escaped)),
+                whole.length,
+            )
         if args.long_conversations == "drop":
             break
     problem = (
-        f"found {found.length:,} tokens of prompt and {found.longest} reply, expected at most --max_length "
-        f"{max_length:,}"
+        f"found {found.length:,} tokens of prompt and {found.longest} reply, expected at most"
+        f" --max_length {max_length:,}"
     )
     return Tokenized([], Counter(dropped=1), whole.length, problem)
 
 
 class _EncodedPair(NamedTuple):
-    """A pair as a row; the tokens of its `longest` conversation, and of it before each turn of the prompt."""
+    """A pair as a row; the tokens of its `longest` conversation, and of it before each turn of the
+    prompt."""
 
     row: dict
     longest: str
@@ -505,7 +607,9 @@ class _EncodedPair(NamedTuple):
 def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _EncodedPair:
     (start,) = encoder.encode([prompt], prompt=True)
     names = ("chosen", "rejected")
-    wholes = encoder.encode([prompt._replace(messages=prompt.messages + pair[name]) for name in names])
+    wholes = encoder.encode(
+        [prompt._replace(messages=prompt.messages + pair[name]) for name in names]
+    )
     for result in (start, *wholes):
         if isinstance(result, BadRowError):
             raise result
@@ -513,7 +617,10 @@ def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _En
     row, lengths = {"prompt_ids": start.ids}, {}
     for name, whole in zip(names, wholes, strict=True):
         if list(whole.ids[: len(start.ids)]) != list(start.ids):
-            raise BadRowError(f"the chat template renders the prompt differently before the {name} reply than alone")
+            raise BadRowError(
+                f"the chat template renders the prompt differently before the {name} reply than"
+                " alone"
+            )
         mask = [0] * len(whole.ids)
         for begin, end in whole.replies[asked:]:
             mask[begin:end] = [1] * (end - begin)
@@ -521,7 +628,9 @@ def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _En
         lengths[name] = len(whole.ids)
     longest = max(lengths, key=lengths.get)
     until = tokens_until([*prompt.messages, *pair[longest]], wholes[names.index(longest)])
-    return _EncodedPair(row, longest, lengths[longest], until, any(whole.escaped for whole in wholes))
+    return _EncodedPair(
+        row, longest, lengths[longest], until, any(whole.escaped for whole in wholes)
+    )
 
 
 def preference_labels(rows: Iterable[dict]) -> list[dict]:
@@ -530,9 +639,14 @@ def preference_labels(rows: Iterable[dict]) -> list[dict]:
     for row in rows:
         for name in ("chosen", "rejected"):
             reply = row[f"{name}_ids"]
-            labels = [token if mask else IGNORED for token, mask in zip(reply, row[f"{name}_mask"], strict=True)]
+            labels = [
+                token if mask else IGNORED
+                for token, mask in zip(reply, row[f"{name}_mask"], strict=True)
+            ]
             ids = row["prompt_ids"] + reply
-            labelled.append({"input_ids": ids, "labels": [IGNORED] * len(row["prompt_ids"]) + labels})
+            labelled.append(
+                {"input_ids": ids, "labels": [IGNORED] * len(row["prompt_ids"]) + labels}
+            )
     return labelled
 
 
@@ -540,7 +654,8 @@ def preference_labels(rows: Iterable[dict]) -> list[dict]:
 
 
 class _Unjudged(BadRows):
-    """Bad rows of a reading whose rows may turn out bad later, when they are tokenised: `judge` comes after that."""
+    """Bad rows of a reading whose rows may turn out bad later, when they are tokenised: `judge`
+    comes after that."""
 
     total = 0
 
@@ -559,7 +674,8 @@ def load_conversations(
     roles: bool = False,
     seed: int = 42,
 ) -> ChatRows:
-    """Conversations in the files of `data_args` -> rows with input_ids, labels and, if needed, loss_weights and roles.
+    """Conversations in the files of `data_args` -> rows with input_ids, labels and, if needed,
+    loss_weights and roles.
 
     Raises:
         UserError: bad rows, or none is left to train.
@@ -569,7 +685,9 @@ def load_conversations(
         data_args,
         seed,
         to_conversation,
-        lambda conversations: tokenize_conversations(conversations, encoder, max_length, args, roles),
+        lambda conversations: tokenize_conversations(
+            conversations, encoder, max_length, args, roles
+        ),
         lambda conversation: str(conversation.messages),
         lambda conversation: conversation.messages,
     )
@@ -582,13 +700,22 @@ def load_preferences(
     args: ChatArguments | None = None,
     seed: int = 42,
 ) -> ChatRows:
-    """Preference pairs in the files of `data_args` -> the rows of `tokenize_preferences`; raises UserError."""
+    """Preference pairs in the files of `data_args` -> the rows of `tokenize_preferences`; raises
+    UserError."""
     args = args or ChatArguments()
-    for name, choices in {"long_conversations": ("keep_last", "drop"), "train_turns": ("all",)}.items():
+    for name, choices in {
+        "long_conversations": ("keep_last", "drop"),
+        "train_turns": ("all",),
+    }.items():
         if (given := getattr(args, name)) not in choices:
-            raise UserError(f"--{name} {given}: expected {' or '.join(choices)} for preference pairs.")
+            raise UserError(
+                f"--{name} {given}: expected {' or '.join(choices)} for preference pairs."
+            )
     if args.needs_weights:
-        raise UserError("--weighted_loss and --loss_normalization: expected in finetune_sft.py only, not for pairs.")
+        raise UserError(
+            "--weighted_loss and --loss_normalization: expected in finetune_sft.py only, not for"
+            " pairs."
+        )
     encoder = ChatEncoder(tokenizer)
     return _load(
         data_args,
@@ -601,14 +728,21 @@ def load_preferences(
 
 
 def _load(
-    data_args, seed: int, parse: Callable, tokenize: Callable, key: Callable, messages: Callable[[Any], list[Message]]
+    data_args,
+    seed: int,
+    parse: Callable,
+    tokenize: Callable,
+    key: Callable,
+    messages: Callable[[Any], list[Message]],
 ) -> ChatRows:
     def unrendered(data: dict) -> Any:
         try:
             return parse(data)
         except BadRowError:
             if marker := rendered_turn(value for value in data.values() if isinstance(value, str)):
-                raise BadRowError(f"found a chat that is rendered already, with {marker!r}, {EXPECTED}") from None
+                raise BadRowError(
+                    f"found a chat that is rendered already, with {marker!r}, {EXPECTED}"
+                ) from None
             raise
 
     def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
@@ -619,7 +753,9 @@ def _load(
         reading.too_long.append(too_long)
         found = read_rows(files, bad, unrendered, columns=columns)
         rows = tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None)
-        for batch in batches(rows, lambda row: sum(len(m["content"]) for m in messages(row.data)), BATCH):
+        for batch in batches(
+            rows, lambda row: sum(len(m["content"]) for m in messages(row.data)), BATCH
+        ):
             for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
                 if isinstance(result, BadRowError):
                     bad.add(row.where, str(result))
@@ -646,7 +782,9 @@ def _load(
                 owner.add(*certain)
     for _, where, result in hold_out.chosen():
         held_out.add(where, result)
-    for number, (_, where, result) in enumerate(read(held_out_files, apart) if held_out_files else ()):
+    for number, (_, where, result) in enumerate(
+        read(held_out_files, apart) if held_out_files else ()
+    ):
         if number < data_args.max_eval_rows:  # and read on, since bad rows are judged at the end
             held_out.add(where, result)
     contents.check()
@@ -654,17 +792,24 @@ def _load(
     for part, paths in zip(parts, files, strict=True):
         if not part.where:
             raise UserError(
-                f"{', '.join(map(str, paths))}: no row is left to train ({part.counted() or 'all are held out'}). "
-                "Raise --max_length, lower --eval_ratio, give more rows, or choose another --train_turns."
+                f"{', '.join(map(str, paths))}: no row is left to train"
+                f" ({part.counted() or 'all are held out'}). Raise --max_length, lower"
+                " --eval_ratio, give more rows, or choose another --train_turns."
             )
     counted = [part.facts() for part in parts]
     train = concatenate_datasets([part.dataset() for part in parts])
-    where, lengths = ([each for part in parts for each in getattr(part, name)] for name in ("where", "lengths"))
+    where, lengths = (
+        [each for part in parts for each in getattr(part, name)] for name in ("where", "lengths")
+    )
     sizes = [len(part.where) for part in parts]
     wanted = rows_per_epoch(sources, sizes, temperature, stopping)
     if wanted != sizes:
         chosen = mixture(sizes, wanted, seed)
-        train, where, lengths = train.select(chosen), [where[i] for i in chosen], [lengths[i] for i in chosen]
+        train, where, lengths = (
+            train.select(chosen),
+            [where[i] for i in chosen],
+            [lengths[i] for i in chosen],
+        )
     facts = {
         "train": {
             "files": list(map(str, everything)),
@@ -714,7 +859,9 @@ class _Collected:
         if self.rows:
             columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
             kind = {name: self.types.get(name, pa.list_(pa.int32())) for name in columns}
-            self.tables.append(pa.table({name: pa.array(values, kind[name]) for name, values in columns.items()}))
+            self.tables.append(
+                pa.table({name: pa.array(values, kind[name]) for name, values in columns.items()})
+            )
             self.rows = []
 
     def counted(self) -> str:

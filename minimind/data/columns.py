@@ -1,7 +1,8 @@
 """The columns of a row: what each usual name means, and what becomes of a column that nobody reads.
 
-A row's format is recognised by the names of its columns. `Fields` remember which of them were read, so that text in
-any other one is noticed: `Columns` counts it, and a run stops unless the user says that it may be left out.
+A row's format is recognised by the names of its columns. `Fields` remember which of them were read,
+so that text in any other one is noticed: `Columns` counts it, and a run stops unless the user says
+that it may be left out.
 """
 
 import re
@@ -21,7 +22,16 @@ NAMES = {
     ),
     "prompt": ("prompt", "question", "query", "instruction", "problem"),
     "input": ("input", "inputs"),
-    "response": ("completion", "response", "output", "answer", "target", "solution", "reply", "answerkey"),
+    "response": (
+        "completion",
+        "response",
+        "output",
+        "answer",
+        "target",
+        "solution",
+        "reply",
+        "answerkey",
+    ),
     "system": (
         *("system", "system_prompt", "system_message", "systemprompt", "sys_prompt"),
         *("system_instruction", "systeminstruction", "custom_instructions"),
@@ -29,17 +39,39 @@ NAMES = {
     "context": ("context", "passage", "background"),
     "choices": ("choices", "options"),
     "reasoning_content": (
-        *("reasoning_content", "reasoning", "thinking", "thought", "cot", "complex_cot", "chain_of_thought"),
+        *(
+            "reasoning_content",
+            "reasoning",
+            "thinking",
+            "thought",
+            "cot",
+            "complex_cot",
+            "chain_of_thought",
+        ),
         *("rationale", "think", "reasoning_text"),
     ),
-    "tools": ("tools", "functions", "tools_json", "functions_json", "tool_definitions", "xml_tools", "python_tools"),
+    "tools": (
+        "tools",
+        "functions",
+        "tools_json",
+        "functions_json",
+        "tool_definitions",
+        "xml_tools",
+        "python_tools",
+    ),
     "history": ("history",),
     "chosen": (
         *("chosen", "preferred_output", "chosen_messages", "chosen_response", "response_chosen"),
         *("chosen_conversations", "preferred"),
     ),
     "rejected": (
-        *("rejected", "non_preferred_output", "rejected_messages", "rejected_response", "response_rejected"),
+        *(
+            "rejected",
+            "non_preferred_output",
+            "rejected_messages",
+            "rejected_response",
+            "response_rejected",
+        ),
         *("rejected_conversations", "dispreferred"),
     ),
 }
@@ -60,7 +92,8 @@ FACTS = re.compile(
     r"language_(score|code)|label|desirable|kto_tag|is_.*|has_.*|num_.*|n_.*"
     r")"
 )
-# A value that is one word, path or address (of Chinese, a few characters): a name of something, not text.
+# A value that is one word, path or address (of Chinese, a few characters): a name of something, not
+# text.
 LABEL = re.compile(r"(?a:[\w.:/+#@%&=?~-]{1,200})|\w{1,8}")
 KNOWN = {name for names in NAMES.values() for name in names}
 IGNORE_ALL = "ignore"
@@ -69,14 +102,17 @@ NAMES_SHOWN = 50  # names of columns kept for a message
 
 
 class Fields(Mapping):
-    """A row's columns by lower-case name, without those that are null; they remember which were read.
+    """A row's columns by lower-case name, without those that are null; they remember which were
+    read.
 
     `get` and `[]` do not count as reading; `take` does.
     """
 
     def __init__(self, data: Mapping[str, Any]):
         self.given = data
-        self.columns = {str(name).strip().lower(): value for name, value in data.items() if value is not None}
+        self.columns = {
+            str(name).strip().lower(): value for name, value in data.items() if value is not None
+        }
         if len(self.columns) < len(data):  # some are null, or two names differ in their case alone
             given = {name: value for name, value in data.items() if value is not None}
             self.columns = self.columns if len(self.columns) == len(given) else given
@@ -105,9 +141,13 @@ class Fields(Mapping):
         return self.columns.get(name, default)
 
     def find(self, meaning: str) -> str | None:
-        """The name of the column with this meaning: the first that holds something, else one that is empty."""
+        """The name of the column with this meaning: the first that holds something, else one that
+        is empty."""
         there = [name for name in NAMES[meaning] if name in self.columns]
-        return next((name for name in there if self.columns[name] not in ("", [], {})), there[0] if there else None)
+        return next(
+            (name for name in there if self.columns[name] not in ("", [], {})),
+            there[0] if there else None,
+        )
 
     def take(self, *names: str | None) -> list[Any]:
         """Read columns; those that are not there give None."""
@@ -122,7 +162,11 @@ class Fields(Mapping):
     def unread(self) -> list[str]:
         """The columns that hold text of which nothing was read."""
         rest = [name for name in self.columns if name not in self.read and not _is_fact(name)]
-        found = [name for name in rest if any(_is_text(text, name in KNOWN) for text in _texts(self.columns[name]))]
+        found = [
+            name
+            for name in rest
+            if any(_is_text(text, name in KNOWN) for text in _texts(self.columns[name]))
+        ]
         if found:
             read = [text.strip() for name in self.read for text in _texts(self.columns.get(name))]
             found = [name for name in found if not _repeats(list(_texts(self.columns[name])), read)]
@@ -148,13 +192,17 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _repeats(texts: list[str], read: list[str]) -> bool:
-    """Whether texts say nothing beside what was read: a prompt beside the conversation, or all of it as one text."""
+    """Whether texts say nothing beside what was read: a prompt beside the conversation, or all of
+    it as one text."""
     whole = "\n".join(read)
-    return all(text.strip() in whole for text in texts) or (len(read) > 1 and all(text in texts[0] for text in read))
+    return all(text.strip() in whole for text in texts) or (
+        len(read) > 1 and all(text in texts[0] for text in read)
+    )
 
 
 def _is_text(text: str, is_named_so: bool) -> bool:
-    """Whether a string is something to read: in a column of a usual name any, elsewhere more than one word."""
+    """Whether a string is something to read: in a column of a usual name any, elsewhere more than
+    one word."""
     return is_named_so or not LABEL.fullmatch(text.strip())
 
 
@@ -162,16 +210,19 @@ class Columns:
     """How the columns of some rows are read, and which of them nobody read.
 
     Args:
-        renamed: "meaning=column" words (`--columns`), such as "prompt=问题".
-        unread: columns that are left out, or "ignore" for all that nobody reads (`--unread_columns`).
-        cleaned: whether the rows were renamed before, by a cleaning.
+        renamed: "meaning=column" words (`--columns`), such as "prompt=问题". unread: columns that are
+        left out, or "ignore" for all that nobody reads (`--unread_columns`). cleaned: whether the
+        rows were renamed before, by a cleaning.
 
     Raises:
         UserError: a word that is not of this form, or with an unknown meaning.
     """
 
     def __init__(
-        self, renamed: Sequence[str] | None = None, unread: Sequence[str] | None = None, cleaned: bool = False
+        self,
+        renamed: Sequence[str] | None = None,
+        unread: Sequence[str] | None = None,
+        cleaned: bool = False,
     ):
         self.given, self.cleaned = {}, cleaned
         for word in renamed or ():
@@ -200,9 +251,13 @@ class Columns:
         kept = {
             name: value
             for name, value in data.items()
-            if name not in self.given and name not in taken and name.strip().lower() not in self.ignored
+            if name not in self.given
+            and name not in taken
+            and name.strip().lower() not in self.ignored
         }
-        return kept | {self.given[name]: value for name, value in data.items() if name in self.given}
+        return kept | {
+            self.given[name]: value for name, value in data.items() if name in self.given
+        }
 
     def fields(self, data: Mapping[str, Any]) -> Fields:
         """The columns of a row as they will be read."""
@@ -224,20 +279,23 @@ class Columns:
         """Raises UserError where no row had a renamed column."""
         if self.given and not self.renamed_rows and not self.cleaned:
             raise UserError(
-                f"--columns: found no row with {' or '.join(map(repr, self.given))}, only the columns "
-                f"{', '.join(map(repr, self.seen)) or 'of an empty file'}. Check the names."
+                f"--columns: found no row with {' or '.join(map(repr, self.given))}, only the"
+                f" columns {', '.join(map(repr, self.seen)) or 'of an empty file'}. Check the"
+                " names."
             )
 
     def findings(self) -> list[tuple[str, int, str, str, list[str]]]:
-        """(column, rows, what was found, what to do, places) of each column with text that nobody read."""
+        """(column, rows, what was found, what to do, places) of each column with text that nobody
+        read."""
         found = []
         for name, count in self.counts.items():
             text = (
-                f"{count:,} of {self.total:,} rows ({count / self.total:.1%}) have text in {name!r}, which is not read"
+                f"{count:,} of {self.total:,} rows ({count / self.total:.1%}) have text in"
+                f" {name!r}, which is not read"
             )
             advice = (
-                f"Say what it means with --columns, such as context={name}, or leave it out with --unread_columns "
-                f"{name} (or ignore, for all such columns)."
+                f"Say what it means with --columns, such as context={name}, or leave it out with"
+                f" --unread_columns {name} (or ignore, for all such columns)."
             )
             found.append((name, count, text, advice, self.places[name]))
         return found
@@ -245,7 +303,10 @@ class Columns:
     def stop(self) -> None:
         """Raises UserError where text is not read."""
         if found := self.findings():
-            listed = "\n".join(f"  {text}. {advice}\n    {', '.join(places)}" for _, _, text, advice, places in found)
+            listed = "\n".join(
+                f"  {text}. {advice}\n    {', '.join(places)}"
+                for _, _, text, advice, places in found
+            )
             raise UserError(f"the data has columns that would be left out:\n{listed}")
 
 

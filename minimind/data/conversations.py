@@ -1,6 +1,8 @@
-"""Rows of chat data in the usual formats -> conversations: messages in one form (messages.py), checked, and tools.
+"""Rows of chat data in the usual formats -> conversations: messages in one form (messages.py),
+checked, and tools.
 
-The format of a row is recognised by its columns, so one file may mix them; columns.py lists the names.
+The format of a row is recognised by its columns, so one file may mix them; columns.py lists the
+names.
 """
 
 import json
@@ -22,8 +24,8 @@ from minimind.data.messages import (
 from minimind.data.rows import BadRowError, check_text, shown
 
 FORMATS = (
-    "'messages' or 'conversations' (a list), 'instruction' and 'output', or a pair such as 'prompt' and 'completion' "
-    "(other names: --columns prompt=... response=...)"
+    "'messages' or 'conversations' (a list), 'instruction' and 'output', or a pair such as 'prompt'"
+    " and 'completion' (other names: --columns prompt=... response=...)"
 )
 TURNS = ("user", "assistant")
 LETTERS = "ABCDEFGHIJ"
@@ -41,21 +43,57 @@ VERDICTS = (
         "is_chosen",
         "preferred",
     ),
-    *("is_preferred", "approved", "is_approved", "correct", "is_correct", "good", "is_good", "thumbs_up", "liked"),
+    *(
+        "is_preferred",
+        "approved",
+        "is_approved",
+        "correct",
+        "is_correct",
+        "good",
+        "is_good",
+        "thumbs_up",
+        "liked",
+    ),
 )
 REJECTIONS = ("rejected", "is_rejected", "bad", "is_bad", "undesirable", "thumbs_down", "disliked")
-SCORES = ("score", "rating", "reward", "verdict", "judgement", "judgment", "overall_score")  # 0 is the worst of all
+# 0 is the worst of all
+SCORES = ("score", "rating", "reward", "verdict", "judgement", "judgment", "overall_score")
 VOTES = ("vote", "votes", "feedback", "preference")  # 0 says nothing
 MARKS = {*VERDICTS, *REJECTIONS, *SCORES, *VOTES}
-NO_WORDS = ("rejected", "negative", "bad", "undesirable", "dispreferred", "dislike", "thumbs_down", "downvote", "-1")
+NO_WORDS = (
+    "rejected",
+    "negative",
+    "bad",
+    "undesirable",
+    "dispreferred",
+    "dislike",
+    "thumbs_down",
+    "downvote",
+    "-1",
+)
 NO = (False, "false", "no", "0", *NO_WORDS)
 YES = (True, "true", "yes", "1")
 # Values of a column "reasoning" or "thinking" that switch it and are no thoughts.
-SWITCHES = {"on", "off", "true", "false", "yes", "no", "none", "auto", "enabled", "disabled", "low", "medium", "high"}
+SWITCHES = {
+    "on",
+    "off",
+    "true",
+    "false",
+    "yes",
+    "no",
+    "none",
+    "auto",
+    "enabled",
+    "disabled",
+    "low",
+    "medium",
+    "high",
+}
 
 
 class Conversation(NamedTuple):
-    """Messages in order, the tools they may call (OpenAI's schemas), and the row's weight in a weighted loss."""
+    """Messages in order, the tools they may call (OpenAI's schemas), and the row's weight in a
+    weighted loss."""
 
     messages: list[Message]
     tools: list[dict] | None = None
@@ -66,24 +104,28 @@ class Conversation(NamedTuple):
 
 
 def check_verdict(row: Fields) -> None:
-    """Refuse (BadRowError) a row that is marked as one that nobody should learn, as KTO's data has them."""
+    """Refuse (BadRowError) a row that is marked as one that nobody should learn, as KTO's data has
+    them."""
     for name in sorted(row.columns.keys() & MARKS):
         value = row[name]
         if isinstance(value, list | dict):
             continue
         word = value.strip().lower() if isinstance(value, str) else value
-        rejected = word in (YES if name in REJECTIONS else NO_WORDS if name in VOTES else NO)  # 0 and 1 are booleans
-        if name not in REJECTIONS and isinstance(word, int):  # a negative fraction may be a reward model's
+        # 0 and 1 are booleans
+        rejected = word in (YES if name in REJECTIONS else NO_WORDS if name in VOTES else NO)
+        # A negative fraction may be a reward model's
+        if name not in REJECTIONS and isinstance(word, int):
             rejected = rejected or word < 0
         if rejected:
             raise BadRowError(
-                f"found {name!r}: {shown(value)}, the mark of a rejected reply, expected replies to learn from "
-                f"(--unread_columns {name} takes them all the same)"
+                f"found {name!r}: {shown(value)}, the mark of a rejected reply, expected replies to"
+                f" learn from (--unread_columns {name} takes them all the same)"
             )
 
 
 def open_template_kwargs(row: Fields) -> None:
-    """Treat what stands in "chat_template_kwargs" (smoltalk2's system prompt and tools) as columns of the row."""
+    """Treat what stands in "chat_template_kwargs" (smoltalk2's system prompt and tools) as columns
+    of the row."""
     inside = row.columns.pop("chat_template_kwargs", None)
     inside = parse_literal(inside, "chat_template_kwargs") if inside not in EMPTY else {}
     if isinstance(inside, Mapping):
@@ -93,7 +135,8 @@ def open_template_kwargs(row: Fields) -> None:
 
 
 def parse_history(value: Any) -> list[Message]:
-    """Earlier turns, as messages or as [user, assistant] pairs, perhaps none -> messages; raises BadRowError."""
+    """Earlier turns, as messages or as [user, assistant] pairs, perhaps none -> messages; raises
+    BadRowError."""
     if value in EMPTY:
         return []
     value = parse_literal(value, "history")
@@ -101,7 +144,10 @@ def parse_history(value: Any) -> list[Message]:
         return parse_messages(value, "history")
     for index, pair in enumerate(value):
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRowError(f"history[{index}]: found {shown(pair)}, expected a pair of strings [user, assistant]")
+            raise BadRowError(
+                f"history[{index}]: found {shown(pair)}, expected a pair of strings [user,"
+                " assistant]"
+            )
     return [
         message
         for index, pair in enumerate(value)
@@ -111,36 +157,56 @@ def parse_history(value: Any) -> list[Message]:
 
 
 def add_system(row: Fields, messages: list[Message]) -> list[Message]:
-    """A row's optional system prompt and its messages -> the messages with it in front; raises BadRowError."""
+    """A row's optional system prompt and its messages -> the messages with it in front; raises
+    BadRowError."""
     name = row.find("system")
     (system,) = row.take(name) if name else ("",)
     if isinstance(system, Mapping | list):  # Gemini's and Anthropic's parts
-        system = parse_content(system.get("parts", system) if isinstance(system, Mapping) else system, name).text
+        system = parse_content(
+            system.get("parts", system) if isinstance(system, Mapping) else system, name
+        ).text
     if not isinstance(system, str):
         raise BadRowError(f"{name}: found {shown(system)}, expected a string")
     check_text(system, "system")
     if not system.strip():
         return messages
     if messages[0]["role"] == "system" and messages[0]["content"] != system:
-        raise BadRowError(f"found two system prompts, in {name!r} and in the first message, expected one")
-    return messages if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
+        raise BadRowError(
+            f"found two system prompts, in {name!r} and in the first message, expected one"
+        )
+    return (
+        messages
+        if messages[0]["role"] == "system"
+        else [{"role": "system", "content": system}, *messages]
+    )
 
 
 def read_tools(row: Fields, *lists: Any) -> list[dict] | None:
-    """The tools of a row: in a column of its own, or as minimind hangs them on the system message of one of `lists`.
+    """The tools of a row: in a column of its own, or as minimind hangs them on the system message
+    of one of `lists`.
 
     Tools that the system prompt spells out already are not given twice. Raises BadRowError.
     """
     places = [name for name in NAMES["tools"] if name in row]
     given = list(zip(places, row.take(*places), strict=True))
-    systems = [m for value in lists if isinstance(value, list | tuple) for m in value[:1] if isinstance(m, Mapping)]
+    systems = [
+        m
+        for value in lists
+        if isinstance(value, list | tuple)
+        for m in value[:1]
+        if isinstance(m, Mapping)
+    ]
     given += [("messages[0]: tools", message.get("tools")) for message in systems]
-    texts = [row.get(row.find("system")), *(message.get("content", message.get("value")) for message in systems)]
+    texts = [
+        row.get(row.find("system")),
+        *(message.get("content", message.get("value")) for message in systems),
+    ]
     return find_tools(given, [text for text in texts if isinstance(text, str)])
 
 
 def without_empty_system(messages: list[Message], tools: list[dict] | None) -> list[Message]:
-    """Messages without a system message that has no words but only carries the tools, as minimind's does."""
+    """Messages without a system message that has no words but only carries the tools, as minimind's
+    does."""
     return messages[1:] if tools and messages[0] == {"role": "system", "content": ""} else messages
 
 
@@ -154,7 +220,8 @@ def add_reasoning(row: Fields, messages: list[Message]) -> list[Message]:
     if value.strip().lower() in {*SWITCHES, "", last.get("reasoning_content", "").strip().lower()}:
         row.take(name)
         return messages
-    if "reasoning_content" in last:  # two different thoughts: the column stays unread, and is a finding
+    # Two different thoughts: the column stays unread, and is a finding
+    if "reasoning_content" in last:
         return messages
     row.take(name)
     return [*messages[:-1], {**last, "reasoning_content": value.strip("\n")}]
@@ -164,7 +231,8 @@ def add_reasoning(row: Fields, messages: list[Message]) -> list[Message]:
 
 
 def read_choices(row: Fields) -> list[str]:
-    """The choices of a question with several: a column A, B, C, D each, or one list of them; [] without any."""
+    """The choices of a question with several: a column A, B, C, D each, or one list of them; []
+    without any."""
     letters = [letter for letter in LETTERS.lower() if letter in row]
     if letters[:2] == ["a", "b"]:
         return [str(value) for value in row.take(*letters)]
@@ -174,7 +242,11 @@ def read_choices(row: Fields) -> list[str]:
         value = parse_literal(value, name)
     if isinstance(value, Mapping):
         value = value.get("text", list(value.values()))
-    if not isinstance(value, list) or not value or not all(isinstance(text, str | int | float) for text in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(text, str | int | float) for text in value)
+    ):
         return []
     row.take(name)
     return [str(text) for text in value]
@@ -183,13 +255,16 @@ def read_choices(row: Fields) -> list[str]:
 def read_prompt(row: Fields) -> list[Message]:
     """The question that a row's columns spell out, with its history; empty if they spell out none.
 
-    An instruction and its input, context or choices are one message, a line each. Raises BadRowError.
+    An instruction and its input, context or choices are one message, a line each. Raises
+    BadRowError.
     """
     name = row.find("prompt") or row.find("input")
     if name is None:
         return []
     (value,) = row.take(name)
-    messages = parse_messages(as_text(value, name) if name == "instruction" else value, name, "user", row)
+    messages = parse_messages(
+        as_text(value, name) if name == "instruction" else value, name, "user", row
+    )
     if len(messages) == 1 and messages[0]["role"] == "user":
         dialogue = split_dialogue(messages[0]["content"], name)
         messages = dialogue or messages
@@ -197,10 +272,15 @@ def read_prompt(row: Fields) -> list[Message]:
     context = row.find("context")
     if context and isinstance(row.get(context), str):
         texts += row.take(context)
-    texts += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, read_choices(row), strict=False)]
+    texts += [
+        f"{letter}. {choice}" for letter, choice in zip(LETTERS, read_choices(row), strict=False)
+    ]
     if any(texts):
         last = messages[-1]
-        messages = [*messages[:-1], {**last, "content": "\n".join(t for t in (last["content"], *texts) if t)}]
+        messages = [
+            *messages[:-1],
+            {**last, "content": "\n".join(t for t in (last["content"], *texts) if t)},
+        ]
     (history,) = row.take("history")
     return parse_history(history) + messages
 
@@ -208,18 +288,24 @@ def read_prompt(row: Fields) -> list[Message]:
 def read_reply(row: Fields) -> list[Message] | None:
     """The reply that a row's columns spell out; None without one. Raises BadRowError."""
     name = row.find("response")
-    if name is None and row.find("reasoning_content") and "content" in row:  # beside a thought, the words are a reply
+    # Beside a thought, the words are a reply
+    if name is None and row.find("reasoning_content") and "content" in row:
         name = "content"
     if name is None:
         return None
     (value,) = row.take(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(read_choices(row)):
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and 0 <= value < len(read_choices(row))
+    ):
         value = LETTERS[value]  # the index of the right choice
     return parse_messages(value, name, "assistant", row)
 
 
 def to_conversation(data: Mapping) -> Conversation:
-    """One row in any of the formats -> its messages, checked by `check_order`, and tools; raises BadRowError."""
+    """One row in any of the formats -> its messages, checked by `check_order`, and tools; raises
+    BadRowError."""
     row = Fields.of(data)
     check_verdict(row)
     open_template_kwargs(row)
@@ -257,5 +343,8 @@ def to_text(data: Mapping) -> str:
     texts = [json.dumps(tool, ensure_ascii=False) for tool in tools or ()]
     for message in messages:
         texts += [message.get("reasoning_content", ""), message["content"]]
-        texts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        texts += [
+            json.dumps(call["function"], ensure_ascii=False)
+            for call in message.get("tool_calls", ())
+        ]
     return "\n".join(text for text in texts if text)

@@ -1,7 +1,7 @@
 """Documents -> packed rows on disk, prepared once and found again.
 
-Every document is followed by EOS, tokenised in threads, packed (see packing.py) and written to Arrow files that are
-mapped into memory, so that a corpus may be larger than it.
+Every document is followed by EOS, tokenised in threads, packed (see packing.py) and written to
+Arrow files that are mapped into memory, so that a corpus may be larger than it.
 """
 
 import os
@@ -32,7 +32,8 @@ from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
-EARLY = 10_000  # rows after which columns that nobody reads stop the preparation, and not only at its end
+# Rows after which columns that nobody reads stop the preparation, and not only at its end
+EARLY = 10_000
 BATCH = 2**18  # characters tokenised at a time by one thread
 AHEAD = 2**24  # characters that may wait for it, unless one document has more
 
@@ -46,9 +47,11 @@ class Blocks(NamedTuple):
 
 
 class HoldOut:
-    """Chooses the held-out rows by a hash of their content: the `limit` smallest among a share `ratio` of all hashes.
+    """Chooses the held-out rows by a hash of their content: the `limit` smallest among a share
+    `ratio` of all hashes.
 
-    So the choice is spread over all sources, depends on nothing but the rows, and copies lie on one side.
+    So the choice is spread over all sources, depends on nothing but the rows, and copies lie on one
+    side.
     """
 
     def __init__(self, ratio: float, limit: int):
@@ -77,7 +80,8 @@ class HoldOut:
 
 
 class Preparation(NamedTuple):
-    """Rows to be made of some files. `key`: contents of the files, tokenizer and options, all that decides them."""
+    """Rows to be made of some files. `key`: contents of the files, tokenizer and options, all that
+    decides them."""
 
     key: dict
     sources: list
@@ -87,12 +91,12 @@ class Preparation(NamedTuple):
 
 
 def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
-    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources` refuse, and for a
-    tokenizer without an end token."""
+    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources`
+    refuse, and for a tokenizer without an end token."""
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no eos_token, so documents cannot be separated. Name one of its tokens as eos_token in "
-            "tokenizer_config.json."
+            "the tokenizer has no eos_token, so documents cannot be separated. Name one of its"
+            " tokens as eos_token in tokenizer_config.json."
         )
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
@@ -106,12 +110,18 @@ def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Pre
         "columns": data_args.columns,
         "unread_columns": data_args.unread_columns,
         "boundary_markers": data_args.boundary_markers,
-        "eos_token_id": tokenizer.eos_token_id,  # the hash of a tokenizer leaves out which of its tokens ends
+        # The hash of a tokenizer leaves out which of its tokens ends
+        "eos_token_id": tokenizer.eos_token_id,
     }
     contents = [Contents(paths) for paths in (*files, *held_out)]
     hashes = [each.hash for each in contents]
     hashes = {"train": hashes[: len(files)], "eval": hashes[len(files) :]}
-    key = {"version": FORMAT_VERSION, "files": hashes, "tokenizer": tokenizer_hash(tokenizer), "options": options}
+    key = {
+        "version": FORMAT_VERSION,
+        "files": hashes,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "options": options,
+    }
     return Preparation(key, sources, files, held_out, contents)
 
 
@@ -123,17 +133,23 @@ def load_blocks(
     document_mask: bool = False,
     seed: int = 42,
 ) -> Blocks:
-    """Documents -> packed rows, prepared once and found again by the content of files, tokenizer and options.
+    """Documents -> packed rows, prepared once and found again by the content of files, tokenizer
+    and options.
 
-    Of several processes the first prepares under a file lock and the others find the result, so no collective waits.
-    Prepared rows that are not what was written are prepared again; see cache.py.
-    The mixture of the sources is made from the prepared rows, so that other weights prepare nothing anew.
+    Of several processes the first prepares under a file lock and the others find the result, so no
+    collective waits. Prepared rows that are not what was written are prepared again; see cache.py.
+    The mixture of the sources is made from the prepared rows, so that other weights prepare nothing
+    anew.
 
     Raises:
-        UserError: see `files.read_documents`, `mixing.parse_sources` and `cache.find_or_build`; there is too little
-            text for one row; a file changed while it was read.
+        UserError: see `files.read_documents`, `mixing.parse_sources` and `cache.find_or_build`;
+            there is too little text for one row; a file changed while it was read.
     """
-    packing = {"block_size": block_size, "packing_strategy": packing_strategy, "document_mask": document_mask}
+    packing = {
+        "block_size": block_size,
+        "packing_strategy": packing_strategy,
+        "document_mask": document_mask,
+    }
     key, sources, files, held_out, contents = preparation(data_args, tokenizer, **packing)
     temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
     options, hashes = key["options"], key["files"]
@@ -169,7 +185,8 @@ def load_blocks(
     if len(parts["eval_sources"]) > 1:
         names = source_names(data_args.eval_files or [" ".join(source.paths) for source in sources])
         parts["eval"]["sources"] = [
-            {"name": name, **counts} for name, counts in zip(names, parts["eval_sources"], strict=True)
+            {"name": name, **counts}
+            for name, counts in zip(names, parts["eval_sources"], strict=True)
         ]
     facts = {"train": parts["train"], "eval": parts["eval"]}
     if is_main_process() and "boundary_markers" in facts["train"]:
@@ -178,7 +195,8 @@ def load_blocks(
 
 
 def source_names(words: Sequence[str]) -> list[str]:
-    """Short names of sources, each once: that of the file or directory, and a number where it is not the first.
+    """Short names of sources, each once: that of the file or directory, and a number where it is
+    not the first.
 
     >>> source_names(["data/zh.jsonl", "data/en/", "more/zh.jsonl"])
     ['zh', 'en', 'zh-2']
@@ -210,14 +228,22 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
-    reading = {"on_bad_rows": options["on_bad_rows"], "text_unit": options["text_unit"], "columns": columns}
+    reading = {
+        "on_bad_rows": options["on_bad_rows"],
+        "text_unit": options["text_unit"],
+        "columns": columns,
+    }
     reading["check"] = encoder.cut.check
     boundaries, held_out_boundaries = (Boundaries(options["boundary_markers"]) for _ in range(2))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(
-            total=total_size(everything), unit="B", unit_scale=True, desc=translated("packing"), disable=None
+            total=total_size(everything),
+            unit="B",
+            unit_scale=True,
+            desc=translated("packing"),
+            disable=None,
         ) as progress,
     ):
 
@@ -226,7 +252,9 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
 
         parts = [part(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):
-            for text in read_documents(paths, **reading, progress=progress.update, boundaries=boundaries):
+            for text in read_documents(
+                paths, **reading, progress=progress.update, boundaries=boundaries
+            ):
                 if columns.total == EARLY:
                     columns.stop()
                 for owner, document in hold_out.offer(text, (index, text)):
@@ -235,9 +263,15 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
         counts = [each.finish() for each in parts]
         # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
         limit = options["max_eval_rows"] // max(1, len(held_out))
-        given = [list(read_documents(paths, **reading, boundaries=held_out_boundaries))[:limit] for paths in held_out]
+        given = [
+            list(read_documents(paths, **reading, boundaries=held_out_boundaries))[:limit]
+            for paths in held_out
+        ]
         if not any(given):
-            given = [[text for owner, text in hold_out.chosen() if owner == index] for index in range(len(files))]
+            given = [
+                [text for owner, text in hold_out.chosen() if owner == index]
+                for index in range(len(files))
+            ]
         held_out_counts = []
         for index, texts in enumerate(given):
             evaluation = part(f"eval-{index}")
@@ -247,23 +281,41 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     for paths, count in zip(files, counts, strict=True):
         if not count["blocks"]:
             raise UserError(
-                f"{', '.join(map(str, paths))}: found {count['tokens']:,} tokens, expected at least block_size = "
-                f"{options['block_size']:,}. Give more text or a smaller --block_size."
+                f"{', '.join(map(str, paths))}: found {count['tokens']:,} tokens, expected at least"
+                f" block_size = {options['block_size']:,}. Give more text or a smaller"
+                " --block_size."
             )
-    totals = [{name: sum(count[name] for count in each) for name in each[0]} for each in (counts, held_out_counts)]
+    totals = [
+        {name: sum(count[name] for count in each) for name in each[0]}
+        for each in (counts, held_out_counts)
+    ]
     for total, found in zip(totals, (boundaries, held_out_boundaries), strict=True):
         if found.rows:
             total["boundary_markers"] = str(found)
-    return {"train": totals[0], "eval": totals[1], "sources": counts, "eval_sources": held_out_counts}
+    return {
+        "train": totals[0],
+        "eval": totals[1],
+        "sources": counts,
+        "eval_sources": held_out_counts,
+    }
 
 
 class Part:
-    """An Arrow file in the making: documents are tokenised by the threads of `pool`, packed and written in order."""
+    """An Arrow file in the making: documents are tokenised by the threads of `pool`, packed and
+    written in order."""
 
-    def __init__(self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict):
+    def __init__(
+        self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict
+    ):
         self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
-        self.packer = packer(options["packing_strategy"], options["block_size"], encoder.eos_token_id)
-        self.block_size, self.document_mask, self.bytes_of = options["block_size"], options["document_mask"], bytes_of
+        self.packer = packer(
+            options["packing_strategy"], options["block_size"], encoder.eos_token_id
+        )
+        self.block_size, self.document_mask, self.bytes_of = (
+            options["block_size"],
+            options["document_mask"],
+            bytes_of,
+        )
         self.texts: list[str] = []
         self.characters = self.waiting = 0
         self.pending: deque[tuple[int, Future]] = deque()
@@ -287,7 +339,11 @@ class Part:
         self.writer.close()
         self.sink.close()
         padding = self.counts["blocks"] * self.block_size - self.packed
-        return {**self.counts, "padding": padding, "dropped_tokens": self.counts["tokens"] - self.packed}
+        return {
+            **self.counts,
+            "padding": padding,
+            "dropped_tokens": self.counts["tokens"] - self.packed,
+        }
 
     def _submit(self, ahead: int | None = None) -> None:
         if self.texts:
@@ -295,7 +351,9 @@ class Part:
             self.pending.append((self.characters, self.pool.submit(self.encoder, self.texts)))
             self.waiting += self.characters
             self.texts, self.characters = [], 0
-        while self.pending and (len(self.pending) > (self.ahead if ahead is None else ahead) or self.waiting > AHEAD):
+        while self.pending and (
+            len(self.pending) > (self.ahead if ahead is None else ahead) or self.waiting > AHEAD
+        ):
             characters, future = self.pending.popleft()
             self.waiting -= characters
             ids = future.result()

@@ -1,8 +1,9 @@
 """The formats of raw data files: bytes -> rows, each with the place where it stands.
 
-A reader yields for every row its place (a line number, or "row N") and a function without arguments that gives the
-row's dict or raises BadRowError. What makes the rest of a file unreadable is a UserError. Readers stream: they hold
-one row (at most ROW_LIMIT), one batch of rows, or one buffer at a time, never a file.
+A reader yields for every row its place (a line number, or "row N") and a function without arguments
+that gives the row's dict or raises BadRowError. What makes the rest of a file unreadable is a
+UserError. Readers stream: they hold one row (at most ROW_LIMIT), one batch of rows, or one buffer
+at a time, never a file.
 """
 
 import codecs
@@ -19,10 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimind.common.errors import UserError
-from minimind.data.json_rows import BOM, BUFFER, ROW_LIMIT, Parsable, read_json, read_jsonl, read_lines, too_long
+from minimind.data.json_rows import (
+    BOM,
+    BUFFER,
+    ROW_LIMIT,
+    Parsable,
+    read_json,
+    read_jsonl,
+    read_lines,
+    too_long,
+)
 from minimind.data.rows import BadRowError, decoded
 
-# Buffered column by column; by default a whole row group, which may be the whole file, is read ahead.
+# Buffered column by column; by default a whole row group, which may be the whole file, is read
+# ahead.
 PARQUET_OPTIONS = {"buffer_size": BUFFER, "pre_buffer": False, "page_checksum_verification": True}
 BATCH = 256  # rows of a parquet or arrow file turned into Python objects at a time
 OTHER_ENCODINGS = {
@@ -46,7 +57,8 @@ def _as_text(raw: bytes) -> dict:
 
 
 def _paragraph(lines: Iterable[tuple[int, bytes | None]]) -> tuple[int, bytes | None]:
-    """Lines that belong together -> the first one's number and all their bytes; None for more than ROW_LIMIT."""
+    """Lines that belong together -> the first one's number and all their bytes; None for more than
+    ROW_LIMIT."""
     start, kept, size = 0, [], 0
     for number, line in lines:
         start = start or number
@@ -57,14 +69,15 @@ def _paragraph(lines: Iterable[tuple[int, bytes | None]]) -> tuple[int, bytes | 
 
 
 def _read_txt(path: Path, file: BinaryIO, text_unit: str) -> Iterator[Parsable]:
-    """One document per file, per paragraph (lines with no blank one between them) or per line that is not blank."""
+    """One document per file, per paragraph (lines with no blank one between them) or per line that
+    is not blank."""
     if text_unit == "file":
         chunks = islice(iter(partial(file.read, BUFFER), b""), ROW_LIMIT // BUFFER + 1)
         raw = b"".join(chunks).removeprefix(BOM)
         if len(raw) > ROW_LIMIT:
             raise UserError(
-                f"{path}: found more than {ROW_LIMIT:,} bytes, too many for one document. Read it with --text_unit "
-                "paragraph or --text_unit line."
+                f"{path}: found more than {ROW_LIMIT:,} bytes, too many for one document. Read it"
+                " with --text_unit paragraph or --text_unit line."
             )
         yield 1, partial(_as_text, raw)
         return
@@ -77,7 +90,9 @@ def _read_txt(path: Path, file: BinaryIO, text_unit: str) -> Iterator[Parsable]:
 
 def _csv_row(header: list[str], fields: list[str]) -> dict:
     if len(fields) != len(header):
-        raise BadRowError(f"found {len(fields)} fields, expected {len(header)}: {', '.join(header)}")
+        raise BadRowError(
+            f"found {len(fields)} fields, expected {len(header)}: {', '.join(header)}"
+        )
     for field in fields:
         decoded(field.encode("utf-8", "surrogateescape"))
     return dict(zip(header, fields, strict=True))
@@ -92,18 +107,25 @@ def _check_header(where: str, header: list[str], delimiter: str) -> None:
         raise UserError(f"{where}: found the header {header}, expected each column name once.")
     other = next((mark for mark in DELIMITERS if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other:
-        remedy = {",": "Name the file .csv", "\t": "Name the file .tsv"}.get(other, "Save it again with commas")
+        remedy = {",": "Name the file .csv", "\t": "Name the file .tsv"}.get(
+            other, "Save it again with commas"
+        )
         raise UserError(
-            f"{where}: found the header {header[0]!r}, with {DELIMITERS[other]} between the columns, expected "
-            f"{DELIMITERS[delimiter]}. {remedy}."
+            f"{where}: found the header {header[0]!r}, with {DELIMITERS[other]} between the"
+            f" columns, expected {DELIMITERS[delimiter]}. {remedy}."
         )
 
 
-def _read_csv(path: Path, file: BinaryIO, text_unit: str, delimiter: str = ",") -> Iterator[Parsable]:
-    csv.field_size_limit(ROW_LIMIT)  # the module refuses fields above 128 KiB by default; a document may be longer
+def _read_csv(
+    path: Path, file: BinaryIO, text_unit: str, delimiter: str = ","
+) -> Iterator[Parsable]:
+    # The module refuses fields above 128 KiB by default; a document may be longer
+    csv.field_size_limit(ROW_LIMIT)
     header, line = None, 1
     try:
-        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        with io.TextIOWrapper(
+            file, encoding="utf-8-sig", errors="surrogateescape", newline=""
+        ) as lines:
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             for fields in reader:
                 if fields and header is None:
@@ -114,8 +136,8 @@ def _read_csv(path: Path, file: BinaryIO, text_unit: str, delimiter: str = ",") 
                 line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{path}:{line}: found a broken row ({error}), expected fields with closed quotes, and quotes inside them "
-            "doubled. Mend the row that starts there."
+            f"{path}:{line}: found a broken row ({error}), expected fields with closed quotes, and"
+            " quotes inside them doubled. Mend the row that starts there."
         ) from None
 
 
@@ -123,7 +145,9 @@ def _columnar_row(batch: pa.RecordBatch, index: int) -> dict:
     try:
         return batch.slice(index, 1).to_pylist()[0]
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise BadRowError(f"found values that cannot be read ({error}), expected UTF-8 text") from None
+        raise BadRowError(
+            f"found values that cannot be read ({error}), expected UTF-8 text"
+        ) from None
 
 
 def _columnar_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Parsable]:
@@ -131,19 +155,26 @@ def _columnar_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Pa
     try:
         for whole in batches:
             if len(set(whole.schema.names)) < len(whole.schema.names):
-                raise UserError(f"{path}: found the columns {whole.schema.names}, expected each name once.")
+                raise UserError(
+                    f"{path}: found the columns {whole.schema.names}, expected each name once."
+                )
             for start in range(0, len(whole), BATCH):
                 batch = whole.slice(start, BATCH)
                 try:
                     rows = batch.to_pylist()
-                except (pa.ArrowException, ValueError, OverflowError):  # each row by itself, to name the bad one
+                except (
+                    pa.ArrowException,
+                    ValueError,
+                    OverflowError,
+                ):  # each row by itself, to name the bad one
                     rows = [partial(_columnar_row, batch, index) for index in range(len(batch))]
                 for row in rows:
                     done += 1
                     yield f"row {done}", row if callable(row) else partial(dict, row)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: after row {done} not readable as {path.suffix[1:]} ({error}). Download it again."
+            f"{path}: after row {done} not readable as {path.suffix[1:]} ({error}). Download it"
+            " again."
         ) from None
 
 
@@ -160,7 +191,8 @@ def _read_parquet(path: Path, reached: Progress) -> Iterator[Parsable]:
 
 
 def _read_arrow(path: Path, reached: Progress) -> Iterator[Parsable]:
-    """Arrow's IPC file and IPC stream, which `datasets` writes; in memory is one batch as it was written."""
+    """Arrow's IPC file and IPC stream, which `datasets` writes; in memory is one batch as it was
+    written."""
 
     def batches() -> Iterator[pa.RecordBatch]:
         with pa.OSFile(str(path)) as source:
@@ -168,15 +200,19 @@ def _read_arrow(path: Path, reached: Progress) -> Iterator[Parsable]:
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             count = reader.num_record_batches if is_file else 0
-            for done, batch in enumerate(map(reader.get_batch, range(count)) if is_file else reader, 1):
-                batch.validate(full=True)  # offsets in a damaged file would be read beyond its memory
+            for done, batch in enumerate(
+                map(reader.get_batch, range(count)) if is_file else reader, 1
+            ):
+                # Offsets in a damaged file would be read beyond its memory
+                batch.validate(full=True)
                 yield batch
                 reached(size * done // count if is_file else source.tell())
 
     yield from _columnar_rows(path, batches())
 
 
-# A reader of text gets the open file; a reader of tables opens it by itself, since pyarrow reads from anywhere in it.
+# A reader of text gets the open file; a reader of tables opens it by itself, since pyarrow reads
+# from anywhere in it.
 TEXT_READERS = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -190,16 +226,22 @@ KNOWN = f"{', '.join([*TEXT_READERS, *TABLE_READERS])}; text also with .gz or .z
 
 
 def format_of(path: Path) -> tuple[str | None, str | None]:
-    """A path -> its format and its compression, as extensions; None for what is not known. Raises UserError.
+    """A path -> its format and its compression, as extensions; None for what is not known. Raises
+    UserError.
 
     >>> format_of(Path("a.JSONL.gz"))
     ('.jsonl', '.gz')
     """
-    *_, before, last = ["", *(suffix.lower() for suffix in path.suffixes)] if path.suffixes else ["", "", ""]
+    *_, before, last = (
+        ["", *(suffix.lower() for suffix in path.suffixes)] if path.suffixes else ["", "", ""]
+    )
     if last not in COMPRESSIONS:
         return (last if last in TEXT_READERS or last in TABLE_READERS else None), None
     if before in TABLE_READERS:
-        raise UserError(f"{path}: found {before} inside {last}, expected it as it is, compressed within. Unpack it.")
+        raise UserError(
+            f"{path}: found {before} inside {last}, expected it as it is, compressed within."
+            " Unpack it."
+        )
     return (before if before in TEXT_READERS else None), last
 
 
@@ -224,24 +266,32 @@ class _Counted(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path, compression: str | None, reached: Progress) -> Iterator[BinaryIO]:
-    """A file of text, unpacked; raises UserError if its first bytes show an encoding other than UTF-8."""
+    """A file of text, unpacked; raises UserError if its first bytes show an encoding other than
+    UTF-8."""
     with _Counted(path, reached) as raw:
         unpacked = pa.CompressedInputStream(raw, COMPRESSIONS[compression]) if compression else raw
         with io.BufferedReader(unpacked, BUFFER) as file:
             start = file.peek(4)[:4]
-            encoding = next((name for mark, name in OTHER_ENCODINGS.items() if start.startswith(mark)), None)
-            if not encoding and len(start) == 4 and (start[::2] == b"\0\0" or start[1::2] == b"\0\0"):
+            encoding = next(
+                (name for mark, name in OTHER_ENCODINGS.items() if start.startswith(mark)), None
+            )
+            if (
+                not encoding
+                and len(start) == 4
+                and (start[::2] == b"\0\0" or start[1::2] == b"\0\0")
+            ):
                 encoding = "UTF-16"  # ASCII without a mark
             if encoding:
                 raise UserError(
-                    f"{path}:1: found {encoding} text (its first bytes are {start.hex(' ')}), expected UTF-8. "
-                    f"Convert it: iconv -f {encoding} -t UTF-8."
+                    f"{path}:1: found {encoding} text (its first bytes are {start.hex(' ')}),"
+                    f" expected UTF-8. Convert it: iconv -f {encoding} -t UTF-8."
                 )
             yield file
 
 
 def read_file(path: Path, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
-    """The rows of one file. `progress` gets the bytes of the file, as it lies on the disk, since its last call.
+    """The rows of one file. `progress` gets the bytes of the file, as it lies on the disk, since
+    its last call.
 
     Raises:
         UserError: the file, or what is left of it, cannot be read.
@@ -263,4 +313,6 @@ def read_file(path: Path, text_unit: str, progress: Progress | None) -> Iterator
                 yield from TEXT_READERS[name](path, file, text_unit)
         reached(path.stat().st_size)
     except (OSError, EOFError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Check the file, or download it again.") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}). Check the file, or download it again."
+        ) from None

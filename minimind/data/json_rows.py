@@ -1,6 +1,7 @@
 """JSON files -> rows: one object a line, one list of objects, or one object that holds the rows.
 
-Objects are parsed strictly (each key once, whole characters, finite numbers) and lists piece by piece.
+Objects are parsed strictly (each key once, whole characters, finite numbers) and lists piece by
+piece.
 """
 
 import codecs
@@ -33,7 +34,8 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 KEY_END = re.compile(rb'"[ \t\n\r]*:')
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 SPREAD = re.compile(rb'\{\s*["}]|\[\s*[\]{]')  # how an object, or a list of objects, begins
-WRAPPERS = ("train", "data", "rows", "examples", "instances", "items", "records", "samples")  # keys that hold the rows
+# Keys that hold the rows
+WRAPPERS = ("train", "data", "rows", "examples", "instances", "items", "records", "samples")
 
 Parsable = tuple[int | str, Callable[[], dict]]
 
@@ -42,7 +44,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise BadRowError(f"found the key {shown(twice)} twice in one object, expected each key once")
+        raise BadRowError(
+            f"found the key {shown(twice)} twice in one object, expected each key once"
+        )
     return value
 
 
@@ -53,7 +57,9 @@ def _no_constant(name: str) -> None:
 def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise BadRowError(f"found the number {digits[:20]}..., expected one within the range of floating point")
+        raise BadRowError(
+            f"found the number {digits[:20]}..., expected one within the range of floating point"
+        )
     return number
 
 
@@ -70,11 +76,15 @@ STRICT = json.JSONDecoder(
 
 
 def count_keys(value: dict | list, depth: int = 1) -> int:
-    """The keys of all objects within a value; raises BadRowError where it is nested deeper than MAX_DEPTH."""
+    """The keys of all objects within a value; raises BadRowError where it is nested deeper than
+    MAX_DEPTH."""
     if depth > MAX_DEPTH:
-        raise BadRowError(f"found lists and objects nested more than {MAX_DEPTH} deep, expected a row of text")
+        raise BadRowError(
+            f"found lists and objects nested more than {MAX_DEPTH} deep, expected a row of text"
+        )
     count, items = (len(value), value.values()) if isinstance(value, dict) else (0, value)
-    for item in items:  # the parsers make no subclasses, and most items are text: tests in order of speed
+    # The parsers make no subclasses, and most items are text: tests in order of speed
+    for item in items:
         if item.__class__ is not str and item.__class__ in CONTAINERS:
             count += count_keys(item, depth + 1)
     return count
@@ -86,7 +96,8 @@ def _checked(value: Any, text: str) -> dict:
         count_keys(value)
     if not isinstance(value, dict):
         raise BadRowError(f"found {shown(value)}, expected a JSON object, such as {{...}}")
-    if SURROGATE_ESCAPE.search(text):  # JSON can escape half a character, which no tokenizer can encode
+    # JSON can escape half a character, which no tokenizer can encode
+    if SURROGATE_ESCAPE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
@@ -105,13 +116,20 @@ def _parse_strictly(raw: bytes) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("line 1 ", "")
-        reason += "; a line break within a text is written \\n" if reason.startswith("Unterminated") else ""
-        raise BadRowError(f"found {text[:60]!r}, which is not JSON ({reason}), expected {JSON_ROW}") from None
+        reason += (
+            "; a line break within a text is written \\n"
+            if reason.startswith("Unterminated")
+            else ""
+        )
+        raise BadRowError(
+            f"found {text[:60]!r}, which is not JSON ({reason}), expected {JSON_ROW}"
+        ) from None
     return _checked(value, text)
 
 
 def parse_line(raw: bytes) -> dict:
-    """The bytes of one line -> its JSON object; integers beyond 64 bits become floats. Raises BadRowError.
+    """The bytes of one line -> its JSON object; integers beyond 64 bits become floats. Raises
+    BadRowError.
 
     The fast parser decides where it is seen to be right, else the strict one.
     """
@@ -119,8 +137,9 @@ def parse_line(raw: bytes) -> dict:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return _parse_strictly(raw)
-    # An object that names a key twice has fewer keys than were written. Text may look like the end of a key too, so
-    # the count of those is never too low, and where it is too high the strict parser tells.
+    # An object that names a key twice has fewer keys than were written. Text may look like the end
+    # of a key too, so the count of those is never too low, and where it is too high the strict
+    # parser tells.
     if isinstance(value, dict) and len(KEY_END.findall(raw)) == count_keys(value):
         return value
     return _parse_strictly(raw)
@@ -131,11 +150,15 @@ def refuse(problem: BadRowError) -> dict:
 
 
 def too_long() -> dict:
-    raise BadRowError(f"found a row of more than {ROW_LIMIT:,} bytes, expected shorter rows, with line ends between")
+    raise BadRowError(
+        f"found a row of more than {ROW_LIMIT:,} bytes, expected shorter rows, with line ends"
+        " between"
+    )
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that are not blank, with their numbers; None for one of more than ROW_LIMIT bytes."""
+    """The lines that are not blank, with their numbers; None for one of more than ROW_LIMIT
+    bytes."""
     for number, raw in enumerate(iter(partial(file.readline, ROW_LIMIT), b""), 1):
         line = raw.removeprefix(BOM) if number == 1 else raw
         if len(raw) == ROW_LIMIT and not raw.endswith(b"\n"):
@@ -163,19 +186,22 @@ def _start(file: BinaryIO) -> bytes:
 
 
 def _first_line(file: BinaryIO) -> bytes:
-    """The first line that is not blank, as far as it is in the buffer, without the space around it."""
+    """The first line that is not blank, as far as it is in the buffer, without the space around
+    it."""
     return _start(file).split(b"\n", 1)[0].rstrip()
 
 
 def _is_spread(file: BinaryIO) -> bool:
-    """Whether the first object goes on beyond its first line; a line that is cut within a string does not."""
+    """Whether the first object goes on beyond its first line; a line that is cut within a string
+    does not."""
     line = _first_line(file)
     is_cut = line.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') % 2
     return bool(SPREAD.match(_start(file))) and not is_cut and not line.endswith((b"}", b"},"))
 
 
 class _Window:
-    """The stretch of a text file that is being parsed; what lies before `position` is dropped as more is read."""
+    """The stretch of a text file that is being parsed; what lies before `position` is dropped as
+    more is read."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
@@ -184,7 +210,10 @@ class _Window:
     def advance(self, end: int) -> None:
         """Go on to the position `end`; line and column follow."""
         if newlines := self.text.count("\n", self.position, end):
-            self.line, self.column = self.line + newlines, end - self.text.rindex("\n", self.position, end)
+            self.line, self.column = (
+                self.line + newlines,
+                end - self.text.rindex("\n", self.position, end),
+            )
         else:
             self.column += end - self.position
         self.position = end
@@ -211,13 +240,17 @@ class _Window:
             self.read_more()
 
     def value(self) -> Callable[[], dict]:
-        """Go on beyond the next value -> what gives it as a row; raises json.JSONDecodeError and RecursionError."""
+        """Go on beyond the next value -> what gives it as a row; raises json.JSONDecodeError and
+        RecursionError."""
         while True:
             try:
                 parse, end = self._value()
             except json.JSONDecodeError as error:
-                # What was cut off at the end of the text fails there, or as a string that does not end.
-                cut_off = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                # What was cut off at the end of the text fails there, or as a string that does not
+                # end.
+                cut_off = error.pos > len(self.text) - 16 or error.msg.startswith(
+                    "Unterminated string"
+                )
                 if self.ended or not cut_off or len(self.text) - self.position > ROW_LIMIT:
                     raise
             else:
@@ -237,7 +270,8 @@ class _Window:
 
 
 def read_json(path: Path, file: BinaryIO, text_unit: str) -> Iterator[Parsable]:
-    """A list of objects, decoded one by one as the file is read; one object that holds the rows; or as .jsonl."""
+    """A list of objects, decoded one by one as the file is read; one object that holds the rows; or
+    as .jsonl."""
     if _start(file).startswith(b"["):
         yield from _read_list(path, file)
     elif _is_spread(file):
@@ -270,12 +304,14 @@ def _read_objects(path: Path, file: BinaryIO) -> Iterator[Parsable]:
         window.advance(error.pos)
         if len(window.text) > ROW_LIMIT:
             raise UserError(
-                f"{path}: found one object of more than {ROW_LIMIT:,} bytes, expected a list of objects, or one "
-                "object per line as .jsonl."
+                f"{path}: found one object of more than {ROW_LIMIT:,} bytes, expected a list of"
+                " objects, or one object per line as .jsonl."
             ) from None
         raise _broken(path, window.line, window.column, error.msg) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{window.line}: {error}. Save the file again as a list of objects in UTF-8.") from None
+        raise UserError(
+            f"{path}:{window.line}: {error}. Save the file again as a list of objects in UTF-8."
+        ) from None
 
 
 def _rows_within(path: Path, place: int | str, parse: Callable[[], dict]) -> Iterator[Parsable]:
@@ -293,17 +329,25 @@ def _rows_within(path: Path, place: int | str, parse: Callable[[], dict]) -> Ite
 
 
 def rows_of(value: dict, name: str) -> list[dict]:
-    """The rows within the one object of a file: in a list under a usual key, as columns, or the object itself.
+    """The rows within the one object of a file: in a list under a usual key, as columns, or the
+    object itself.
 
     Of a "train" part beside others, such as "test", only that is read; a log line says so.
     """
     parts = {key: part for key, part in value.items() if _holds_rows(part)}
-    if KNOWN.isdisjoint(map(str.lower, value)) and (len(parts) == 1 or not parts.keys().isdisjoint(WRAPPERS)):
+    if KNOWN.isdisjoint(map(str.lower, value)) and (
+        len(parts) == 1 or not parts.keys().isdisjoint(WRAPPERS)
+    ):
         key = next((key for key in WRAPPERS if key in parts), next(iter(parts)))
         if others := [other for other in parts if other != key]:
             left_out = ", ".join(map(repr, others))
-            logger.warning("%s", translated(f"{name}: read the rows of {key!r}, not those of {left_out}"))
-        return [row["row"] if "row_idx" in row and isinstance(row.get("row"), dict) else row for row in parts[key]]
+            logger.warning(
+                "%s", translated(f"{name}: read the rows of {key!r}, not those of {left_out}")
+            )
+        return [
+            row["row"] if "row_idx" in row and isinstance(row.get("row"), dict) else row
+            for row in parts[key]
+        ]
     return _transposed(value) or [value]
 
 
@@ -313,13 +357,16 @@ def _holds_rows(part: Any) -> bool:
 
 
 def _transposed(value: dict) -> list[dict] | None:
-    """Columns -> rows: lists of equal length, or dicts by the same numbers (pandas'); None where it is no table."""
-    if set(value) >= {"columns", "data"} and all(isinstance(row, list) for row in value["data"]):  # pandas' "split"
+    """Columns -> rows: lists of equal length, or dicts by the same numbers (pandas'); None where it
+    is no table."""
+    # pandas' "split"
+    if set(value) >= {"columns", "data"} and all(isinstance(row, list) for row in value["data"]):
         return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
     columns = list(value.values())
     kinds = {type(column) for column in columns}
     if kinds == {list} and len({len(column) for column in columns}) == 1:
-        if any(isinstance(item, dict) for column in columns for item in column):  # one row with lists of messages
+        # One row with lists of messages
+        if any(isinstance(item, dict) for column in columns for item in column):
             return None
         return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
     numbered = kinds == {dict} and columns[0] and all(map(str.isdecimal, columns[0]))
@@ -357,5 +404,10 @@ def _read_list(path: Path, file: BinaryIO) -> Iterator[Parsable]:
     except json.JSONDecodeError as error:
         window.advance(error.pos)
         raise _broken(path, window.line, window.column, error.msg) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number or nesting beyond Python's limits
-        raise UserError(f"{path}:{window.line}: {error}. Save the file again as a list of objects in UTF-8.") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, a number or nesting beyond Python's limits
+        raise UserError(
+            f"{path}:{window.line}: {error}. Save the file again as a list of objects in UTF-8."
+        ) from None

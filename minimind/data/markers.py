@@ -1,7 +1,9 @@
-"""Boundaries of documents and turns of chats that somebody spelled out as text, such as `<|im_end|>`.
+"""Boundaries of documents and turns of chats that somebody spelled out as text, such as
+`<|im_end|>`.
 
-Left as text each of them is several tokens, no end of a document and no word. Only what cannot be anything else is
-taken for a boundary: `<s>` may be HTML, and an article on tokenizers may name `<|endoftext|>` in quotes.
+Left as text each of them is several tokens, no end of a document and no word. Only what cannot be
+anything else is taken for a boundary: `<s>` may be HTML, and an article on tokenizers may name
+`<|endoftext|>` in quotes.
 """
 
 import re
@@ -17,10 +19,12 @@ ROLES = "(?:system|developer|user|assistant|model|tool|ipython|observation)"
 
 
 class Family(NamedTuple):
-    """Markers that belong together, as patterns: of a document's beginning and end, and of a chat's turns.
+    """Markers that belong together, as patterns: of a document's beginning and end, and of a chat's
+    turns.
 
-    `separates`: they may stand anywhere between two documents, not only where a text begins or ends. `html`: they are
-    tags too, and taken for markers only where nothing stands outside of them.
+    `separates`: they may stand anywhere between two documents, not only where a text begins or
+    ends. `html`: they are tags too, and taken for markers only where nothing stands outside of
+    them.
     """
 
     opens: str
@@ -32,8 +36,10 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
-    Family(r"<\|im_start\|>", r"<\|im_end\|>", rf"<\|im_start\|>{ROLES}\n", r"<\|im_end\|>"),  # ChatML, MiniMind
-    Family(r"<s>", r"</s>", r"\[INST\]", r"\[/INST\]|</s>", html=True),  # Llama 1 and 2, Mistral, older MiniMind
+    # ChatML, MiniMind
+    Family(r"<\|im_start\|>", r"<\|im_end\|>", rf"<\|im_start\|>{ROLES}\n", r"<\|im_end\|>"),
+    # Llama 1 and 2, Mistral, older MiniMind
+    Family(r"<s>", r"</s>", r"\[INST\]", r"\[/INST\]|</s>", html=True),
     Family(
         r"<\|begin_of_text\|>",
         r"<\|end_of_text\|>",
@@ -43,7 +49,10 @@ FAMILIES = (
     ),  # Llama 3
     Family(r"<bos>", r"<eos>", rf"<start_of_turn>{ROLES}\n", r"<end_of_turn>"),  # Gemma
     Family(
-        r"<｜begin▁of▁sentence｜>", r"<｜end▁of▁sentence｜>", r"<｜(?:User|Assistant)｜>", separates=True
+        r"<｜begin▁of▁sentence｜>",
+        r"<｜end▁of▁sentence｜>",
+        r"<｜(?:User|Assistant)｜>",
+        separates=True,
     ),  # DeepSeek
     Family(r"<\|startoftext\|>", r"<\|endoftext\|>", separates=True),  # GPT-2, Qwen
     Family(r"<\|bos\|>", r"<\|eos\|>", separates=True),
@@ -52,8 +61,11 @@ FAMILIES = (
     Family(r"(?!)", r"(?!)", rf"<\|{ROLES}\|>", r"<\|end\|>"),  # Phi, GLM, Zephyr
 )
 BEGINNINGS = "|".join(family.opens for family in FAMILIES) + r"|<\|endoftext\|>|\[gMASK\]|<sop>"
-ANY = re.compile("|".join(pattern for family in FAMILIES for pattern in family[:4] if pattern != "(?!)"))
-# A marker in quotes is spoken of. Straight quotes count where the first cannot be the end of a quotation.
+ANY = re.compile(
+    "|".join(pattern for family in FAMILIES for pattern in family[:4] if pattern != "(?!)")
+)
+# A marker in quotes is spoken of. Straight quotes count where the first cannot be the end of a
+# quotation.
 QUOTED = r"`{0}`|“{0}”|‘{0}’|「{0}」|(?<![^\s(=,:\[{{])(?:\"{0}\"|'{0}')"
 
 
@@ -80,7 +92,11 @@ def _split(text: str, family: Family) -> list[str]:
         found = re.finditer(f"{QUOTED.format(marker)}|(?P<marker>{marker})", text)
         edges = [match.span() for match in found if match["marker"]]
         starts, ends = [0, *(end for _, end in edges)], [*(start for start, _ in edges), len(text)]
-        pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)] if edges else [text]
+        pieces = (
+            [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+            if edges
+            else [text]
+        )
     return [piece for piece in pieces if piece.strip()]
 
 
@@ -106,7 +122,8 @@ def _stand_between(text: str, family: Family) -> bool:
 
 
 def rendered_turn(texts: Iterable[str]) -> str | None:
-    """The marker with which one of some texts begins as a turn of a chat, or ends as a reply; None where none does."""
+    """The marker with which one of some texts begins as a turn of a chat, or ends as a reply; None
+    where none does."""
     for text in filter(ANY.search, texts):
         for family in FAMILIES:
             if marker := _first_turn(text, family):
@@ -118,8 +135,8 @@ def rendered_turn(texts: Iterable[str]) -> str | None:
 
 
 class Boundaries:
-    """How a reading treats markers, one of POLICIES, and what it found: `rows` by their first marker, the `documents`
-    that they were split into, and how many of the rows are `chats`."""
+    """How a reading treats markers, one of POLICIES, and what it found: `rows` by their first
+    marker, the `documents` that they were split into, and how many of the rows are `chats`."""
 
     def __init__(self, policy: str = "split"):
         if policy not in POLICIES:
@@ -129,15 +146,20 @@ class Boundaries:
         self.documents = self.chats = 0
 
     def split(self, text: str) -> list[str]:
-        """The documents in a row's text; raises BadRowError where there is none, or markers are an error."""
+        """The documents in a row's text; raises BadRowError where there is none, or markers are an
+        error."""
         documents = split_documents(text)
         if documents == [text]:
             return documents
         marker = ANY.search(text).group()
         if self.policy == "error":
-            raise BadRowError(f"found the boundary marker {marker!r} spelled out in the text, expected none")
+            raise BadRowError(
+                f"found the boundary marker {marker!r} spelled out in the text, expected none"
+            )
         if not documents and self.policy == "split":
-            raise BadRowError(f"found nothing beside boundary markers such as {marker!r}, expected text")
+            raise BadRowError(
+                f"found nothing beside boundary markers such as {marker!r}, expected text"
+            )
         self.rows[marker] += 1
         self.documents += len(documents)
         self.chats += any(_first_turn(text, family) for family in FAMILIES)
@@ -147,5 +169,7 @@ class Boundaries:
         rows, markers = f"{self.rows.total():,} rows", ", ".join(map(repr, self.rows))
         if self.policy == "keep":
             return f"kept the boundary markers of {rows} as text: {markers}"
-        chats = f"; {self.chats:,} rows are chats, of which the words were taken" if self.chats else ""
+        chats = (
+            f"; {self.chats:,} rows are chats, of which the words were taken" if self.chats else ""
+        )
         return f"split {rows} at {markers} into {self.documents:,} documents{chats}"

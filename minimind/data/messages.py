@@ -10,7 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from minimind.data.calls import EMPTY, bare_calls, parse_calls, parse_literal, split_calls, split_results
+from minimind.data.calls import (
+    EMPTY,
+    bare_calls,
+    parse_calls,
+    parse_literal,
+    split_calls,
+    split_results,
+)
 from minimind.data.columns import FACTS, NAMES, Fields
 from minimind.data.rows import BadRowError, check_text, shown
 
@@ -28,7 +35,17 @@ CONTENTS = ("content", "value", "text", "parts")
 CALLS = ("tool_calls", "function_call")
 REASONING = NAMES["reasoning_content"]
 FLAGS = (  # whether a reply is trained
-    *("train", "training", "trainable", "train_on_turn", "loss", "learn", "loss_mask", "compute_loss", "supervised"),
+    *(
+        "train",
+        "training",
+        "trainable",
+        "train_on_turn",
+        "loss",
+        "learn",
+        "loss_mask",
+        "compute_loss",
+        "supervised",
+    ),
     *("include_in_loss", "use_for_training"),
 )
 MASKS = ("mask", "masked", "skip", "ignore", "exclude", "mask_loss", "no_loss")  # the opposite
@@ -38,9 +55,24 @@ WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0":
 TEXT_PARTS = ("text", "input_text", "output_text", None)
 REASONING_PARTS = ("reasoning", "thinking")
 CALL_PARTS = ("tool_use", "tool_call", "function_call")
-UNREAD = {*ROLES, "role", "from", *CONTENTS, *CALLS, *REASONING, *FLAGS, *MASKS, *WEIGHTS, "tool_call_id", "tools"}
+UNREAD = {
+    *ROLES,
+    "role",
+    "from",
+    *CONTENTS,
+    *CALLS,
+    *REASONING,
+    *FLAGS,
+    *MASKS,
+    *WEIGHTS,
+    "tool_call_id",
+    "tools",
+}
 LEADING = re.compile(r"\A(?:[^\S\n]*\n)+|\A (?=\S)")  # not an indentation
-VOICES = {"user": "human|user|用户|人类|问", "assistant": "assistant|ai|bot|gpt|chatgpt|助手|助理|答"}
+VOICES = {
+    "user": "human|user|用户|人类|问",
+    "assistant": "assistant|ai|bot|gpt|chatgpt|助手|助理|答",
+}
 VOICE = re.compile(
     r"(?:(?:^|\n)[ \t]*(?:#{2,3}[ \t]*)?|#{3}[ \t]*)"
     + rf"(?:(?P<user>{VOICES['user']})|(?P<assistant>{VOICES['assistant']}))[ \t]*[:：]",
@@ -66,7 +98,8 @@ def without_nulls(data: Mapping) -> dict:
 
 
 def parse_weight(message: Mapping, name: str) -> float | None:
-    """The weight that marks of a row or message give it, 0 for "not trained"; None where there is none.
+    """The weight that marks of a row or message give it, 0 for "not trained"; None where there is
+    none.
 
     Raises:
         BadRowError: a mark that is not understood.
@@ -74,8 +107,14 @@ def parse_weight(message: Mapping, name: str) -> float | None:
     if MARKS.isdisjoint(message):
         return None
     if message.get("train_detail") not in EMPTY:
-        raise BadRowError(f"{name}: found 'train_detail', marks of parts of a reply, expected whole replies")
-    given = [(key, message[key]) for key in (*FLAGS, *MASKS, *WEIGHTS) if message.get(key) not in (None, "")]
+        raise BadRowError(
+            f"{name}: found 'train_detail', marks of parts of a reply, expected whole replies"
+        )
+    given = [
+        (key, message[key])
+        for key in (*FLAGS, *MASKS, *WEIGHTS)
+        if message.get(key) not in (None, "")
+    ]
     weights = [_parse_mark(key, value, name) for key, value in given]
     return 0.0 if 0.0 in weights else weights[-1] if weights else None
 
@@ -101,8 +140,8 @@ def _parse_mark(key: str, value: Any, name: str) -> float:
 def split_reasoning(content: str) -> tuple[str, str]:
     """A reply -> the reasoning in the <think> block that opens it, and what follows.
 
-    The opening tag may be missing, as in completions of DeepSeek-R1, whose prompt ends with it; a blank line then
-    follows the closing one, unlike in a text about the tag.
+    The opening tag may be missing, as in completions of DeepSeek-R1, whose prompt ends with it; a
+    blank line then follows the closing one, unlike in a text about the tag.
 
     >>> split_reasoning("<think>\\n1 + 1\\n</think>\\n\\n2")
     ('1 + 1', '2')
@@ -120,7 +159,9 @@ def parse_content(content: Any, name: str, separator: str = "") -> Content:
     if isinstance(content, str):
         return Content(content)
     if not isinstance(content, list) or not content:
-        raise BadRowError(f"{name}: found the content {shown(content)}, expected 'content' (or 'value'): a string")
+        raise BadRowError(
+            f"{name}: found the content {shown(content)}, expected 'content' (or 'value'): a string"
+        )
     texts, reasoning, calls, results = [], [], [], []
     for part in content:
         part = {"text": part} if isinstance(part, str) else part
@@ -129,14 +170,26 @@ def parse_content(content: Any, name: str, separator: str = "") -> Content:
             calls += parse_calls(part.get("value", part), name)
         elif kind == "tool_result":
             inside = part.get("content", "")
-            results.append((inside if isinstance(inside, str) else parse_content(inside, name, "\n").text, part))
+            results.append(
+                (
+                    inside if isinstance(inside, str) else parse_content(inside, name, "\n").text,
+                    part,
+                )
+            )
         elif kind in TEXT_PARTS or kind in REASONING_PARTS:
-            text = next((part[key] for key in (kind, *CONTENTS) if isinstance(part.get(key), str)), None)
+            text = next(
+                (part[key] for key in (kind, *CONTENTS) if isinstance(part.get(key), str)), None
+            )
             if text is None:
-                raise BadRowError(f"{name}: found the content {shown(content)}, expected a string or parts of text")
+                raise BadRowError(
+                    f"{name}: found the content {shown(content)}, expected a string or parts of"
+                    " text"
+                )
             (reasoning if kind in REASONING_PARTS else texts).append(text)
         else:
-            raise BadRowError(f"{name}: found a part of type {shown(kind)} in the content, expected text only")
+            raise BadRowError(
+                f"{name}: found a part of type {shown(kind)} in the content, expected text only"
+            )
     return Content(separator.join(texts), "\n".join(reasoning), tuple(calls), tuple(results))
 
 
@@ -149,8 +202,11 @@ def role_of(raw: Any) -> str | None:
     return ROLES.get(role.strip().lower()) if isinstance(role, str) else None
 
 
-def parse_message(raw: Any, name: str, row: Fields | None = None, calls_expected: bool = False) -> list[Message]:
-    """A message, also as ShareGPT's {"from", "value"} -> one in the form above, or several; raises BadRowError.
+def parse_message(
+    raw: Any, name: str, row: Fields | None = None, calls_expected: bool = False
+) -> list[Message]:
+    """A message, also as ShareGPT's {"from", "value"} -> one in the form above, or several; raises
+    BadRowError.
 
     Several: results of tools that stand in one message, and {"human", "assistant"}, a whole turn.
 
@@ -159,17 +215,28 @@ def parse_message(raw: Any, name: str, row: Fields | None = None, calls_expected
         calls_expected: a tool's result follows.
     """
     if not isinstance(raw, Mapping):
-        raise BadRowError(f"{name}: found {shown(raw)}, expected an object with 'role' and 'content'")
+        raise BadRowError(
+            f"{name}: found {shown(raw)}, expected an object with 'role' and 'content'"
+        )
     message = without_nulls(raw)
     role = role_of(message)
     if row is not None and not message.keys() <= UNREAD:
         _note_unread(message, row)
     if role is None:
-        if voices := [key for key in message if ROLES.get(str(key).lower()) in ("user", "assistant")]:
-            return [m for key in voices for m in parse_message({"role": key, "content": message[key]}, name)]
+        if voices := [
+            key for key in message if ROLES.get(str(key).lower()) in ("user", "assistant")
+        ]:
+            return [
+                m
+                for key in voices
+                for m in parse_message({"role": key, "content": message[key]}, name)
+            ]
         given = message.get("role", message.get("from"))
         found = f"role {shown(given)}" if given is not None else f"keys {shown(list(raw))}"
-        raise BadRowError(f"{name}: found {found}, expected a 'role' (or 'from') of system, user, assistant or tool")
+        raise BadRowError(
+            f"{name}: found {found}, expected a 'role' (or 'from') of system, user, assistant or"
+            " tool"
+        )
     content = next((message[key] for key in CONTENTS if key in message), None)
     calls = next((message[key] for key in CALLS if message.get(key) not in EMPTY), None)
     if str(message.get("role", message.get("from"))).strip().lower() in CALL_ROLES:
@@ -177,33 +244,57 @@ def parse_message(raw: Any, name: str, row: Fields | None = None, calls_expected
     if role == "assistant":
         return [_parse_reply(message, content, calls, name, calls_expected)]
     if calls is not None:
-        raise BadRowError(f"{name}: found tool calls of the role {role!r}, expected them of the assistant")
+        raise BadRowError(
+            f"{name}: found tool calls of the role {role!r}, expected them of the assistant"
+        )
     if parse_weight(message, name):
         mark = next(key for key in (*FLAGS, *MASKS, *WEIGHTS) if key in message)
         found = f"found {mark!r}: {shown(message[mark])} for the role {role!r}"
         raise BadRowError(f"{name}: {found}, expected it of the assistant only")
-    return _parse_results(message, content, name) if role == "tool" else _parse_words(role, content, name)
+    return (
+        _parse_results(message, content, name)
+        if role == "tool"
+        else _parse_words(role, content, name)
+    )
 
 
 def _note_unread(message: Mapping, row: Fields) -> None:
-    inside = Fields({key: value for key, value in message.items() if key not in UNREAD and not FACTS.fullmatch(key)})
-    row.unread_inside += [f"messages.{key}" for key in inside.unread() if f"messages.{key}" not in row.unread_inside]
+    inside = Fields(
+        {
+            key: value
+            for key, value in message.items()
+            if key not in UNREAD and not FACTS.fullmatch(key)
+        }
+    )
+    row.unread_inside += [
+        f"messages.{key}" for key in inside.unread() if f"messages.{key}" not in row.unread_inside
+    ]
 
 
 def _parse_words(role: str, content: Any, name: str) -> list[Message]:
     parsed = parse_content(content, name)
     if parsed.calls or parsed.reasoning:
-        raise BadRowError(f"{name}: found calls or reasoning of the role {role!r}, expected them of the assistant")
+        raise BadRowError(
+            f"{name}: found calls or reasoning of the role {role!r}, expected them of the assistant"
+        )
     results = [
         {"role": "tool", "content": text}
-        | ({"tool_call_id": part["tool_use_id"]} if isinstance(part.get("tool_use_id"), str) else {})
+        | (
+            {"tool_call_id": part["tool_use_id"]}
+            if isinstance(part.get("tool_use_id"), str)
+            else {}
+        )
         for text, part in parsed.results
     ]
-    return results + ([{"role": role, "content": parsed.text}] if parsed.text or not results else [])
+    return results + (
+        [{"role": role, "content": parsed.text}] if parsed.text or not results else []
+    )
 
 
 def _parse_results(message: Mapping, content: Any, name: str) -> list[Message]:
-    kept = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+    kept = {
+        key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)
+    }
     if isinstance(content, list):
         try:
             content = parse_content(content, name, "\n").text
@@ -216,10 +307,14 @@ def _parse_results(message: Mapping, content: Any, name: str) -> list[Message]:
     return [{"role": "tool", "content": result, **kept} for result in split_results(content)]
 
 
-def _parse_reply(message: Mapping, content: Any, calls: Any, name: str, calls_expected: bool) -> Message:
+def _parse_reply(
+    message: Mapping, content: Any, calls: Any, name: str, calls_expected: bool
+) -> Message:
     parsed = parse_content("" if content is None and calls is not None else content, name)
     if parsed.results:
-        raise BadRowError(f"{name}: found a tool's result of the role 'assistant', expected it of a tool")
+        raise BadRowError(
+            f"{name}: found a tool's result of the role 'assistant', expected it of a tool"
+        )
     text, reasoning = _parse_reasoning(message, parsed, name)
     reason = None
     if calls is not None:
@@ -233,8 +328,8 @@ def _parse_reply(message: Mapping, content: Any, calls: Any, name: str, calls_ex
             if not calls:
                 because = f" ({reason})" if reason else ""
                 raise BadRowError(
-                    f"{name}: found the reply {shown(text)} before a tool's result, and no call was understood in "
-                    f"it{because}, expected 'tool_calls' or a <tool_call> block"
+                    f"{name}: found the reply {shown(text)} before a tool's result, and no call was"
+                    f" understood in it{because}, expected 'tool_calls' or a <tool_call> block"
                 )
             text = ""
     reply = {"role": "assistant", "content": LEADING.sub("", text)}
@@ -248,9 +343,11 @@ def _parse_reply(message: Mapping, content: Any, calls: Any, name: str, calls_ex
 
 
 def _parse_reasoning(message: Mapping, parsed: Content, name: str) -> tuple[str, str]:
-    """The words of a reply and its reasoning, which may stand in a field, in a <think> block, or in both alike."""
+    """The words of a reply and its reasoning, which may stand in a field, in a <think> block, or in
+    both alike."""
     given = next((message[key] for key in REASONING if message.get(key)), None)
-    given = parsed.reasoning or (None if isinstance(given, bool) else given)  # a switch, not a thought
+    # A switch, not a thought
+    given = parsed.reasoning or (None if isinstance(given, bool) else given)
     if given and not isinstance(given, str):
         raise BadRowError(f"{name}: found the reasoning {shown(given)}, expected a string")
     if given and not parsed.text.lstrip().startswith("<think>"):
@@ -264,10 +361,14 @@ def _parse_reasoning(message: Mapping, parsed: Content, name: str) -> tuple[str,
     return text, given or inside
 
 
-def parse_messages(value: Any, name: str, role: str | None = None, row: Fields | None = None) -> list[Message]:
-    """A list of messages, one message, or a string where its `role` is given -> messages; raises BadRowError.
+def parse_messages(
+    value: Any, name: str, role: str | None = None, row: Fields | None = None
+) -> list[Message]:
+    """A list of messages, one message, or a string where its `role` is given -> messages; raises
+    BadRowError.
 
-    The list may be JSON in a string, or a dict of lists, as `datasets` stores a sequence of objects.
+    The list may be JSON in a string, or a dict of lists, as `datasets` stores a sequence of
+    objects.
     """
     if isinstance(value, str) and role and not _is_list_of_messages(value):
         return parse_message({"role": role, "content": value}, name)
@@ -275,12 +376,19 @@ def parse_messages(value: Any, name: str, role: str | None = None, row: Fields |
         value = parse_literal(value, name)
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
         value = value["messages"]
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+    if (
+        isinstance(value, Mapping)
+        and value
+        and all(isinstance(column, list) for column in value.values())
+    ):
         value = _transposed(value, name)
     if isinstance(value, Mapping):
         return parse_message(value, name, row)
     if not isinstance(value, list | tuple) or not value:
-        raise BadRowError(f"{name}: found {shown(value)}, expected {'a string or ' if role else ''}a list of messages")
+        raise BadRowError(
+            f"{name}: found {shown(value)}, expected {'a string or ' if role else ''}a list of"
+            " messages"
+        )
     answered = [*map(_is_result, value[1:]), False]
     messages: list[Message] = []
     for index, raw in enumerate(value):
@@ -295,25 +403,32 @@ def parse_messages(value: Any, name: str, role: str | None = None, row: Fields |
 def _is_list_of_messages(text: str) -> bool:
     """Whether a string is the JSON of a list of messages, as pandas and CSV keep it."""
     start = text[:200].lstrip()
-    return start.startswith(("[{", "[ {")) and bool(re.match(r"\[\s*\{\s*[\"'](role|from|content|value)[\"']", start))
+    return start.startswith(("[{", "[ {")) and bool(
+        re.match(r"\[\s*\{\s*[\"'](role|from|content|value)[\"']", start)
+    )
 
 
 def _is_result(raw: Any) -> bool:
     """Whether a message is a tool's result, or has one within, as Anthropic writes it."""
     content = raw.get("content") if isinstance(raw, Mapping) else None
     parts = content if isinstance(content, list) else ()
-    return role_of(raw) == "tool" or any(isinstance(p, Mapping) and p.get("type") == "tool_result" for p in parts)
+    return role_of(raw) == "tool" or any(
+        isinstance(p, Mapping) and p.get("type") == "tool_result" for p in parts
+    )
 
 
 def _transposed(columns: Mapping[str, list], name: str) -> list[dict]:
     lengths = {len(column) for column in columns.values()}
     if len(lengths) != 1:
-        raise BadRowError(f"{name}: found lists of {shown(sorted(lengths))} items, expected as many of each key")
+        raise BadRowError(
+            f"{name}: found lists of {shown(sorted(lengths))} items, expected as many of each key"
+        )
     return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def _continues(before: Message, message: Message) -> bool:
-    """Whether a reply that calls tools goes on with what the assistant said before, in a message of its own."""
+    """Whether a reply that calls tools goes on with what the assistant said before, in a message of
+    its own."""
     return before["role"] == message["role"] == "assistant" and "tool_calls" in message
 
 
@@ -329,7 +444,8 @@ def _joined(before: Message, message: Message) -> Message:
 
 
 def split_dialogue(text: str, name: str) -> list[Message] | None:
-    """One string with both voices, "Human: ... Assistant: ...", -> its messages; None where it is no dialogue.
+    """One string with both voices, "Human: ... Assistant: ...", -> its messages; None where it is
+    no dialogue.
 
     A last, empty reply, which asks to be continued, is left out.
 
@@ -337,7 +453,11 @@ def split_dialogue(text: str, name: str) -> list[Message] | None:
         BadRowError: the text begins as a dialogue, and its voices do not alternate.
     """
     found = list(VOICE.finditer(text))
-    if not found or text[: found[0].start()].strip() or not {"user", "assistant"} <= {m.lastgroup for m in found}:
+    if (
+        not found
+        or text[: found[0].start()].strip()
+        or not {"user", "assistant"} <= {m.lastgroup for m in found}
+    ):
         return None
     ends = [*(match.start() for match in found[1:]), len(text)]
     messages = [
@@ -347,12 +467,16 @@ def split_dialogue(text: str, name: str) -> list[Message] | None:
     expected = ("user", "assistant")
     if any(message["role"] != expected[index % 2] for index, message in enumerate(messages)):
         voices = ", ".join(match.group().strip() for match in found[:6])
-        raise BadRowError(f"{name}: found a dialogue in one string with the voices {voices}, expected them in turn")
+        raise BadRowError(
+            f"{name}: found a dialogue in one string with the voices {voices}, expected them in"
+            " turn"
+        )
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
 
 
 def check_order(messages: Sequence[Message], name: str = "messages") -> None:
-    """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ..., replies with text.
+    """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ...,
+    replies with text.
 
     A reply may call tools instead; their results follow it, then the assistant again.
     """
@@ -374,22 +498,32 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
         if role == "assistant":
             calls = message.get("tool_calls", [])
             if not message["content"].strip() and not calls:
-                raise BadRowError(f"{name}[{index}]: found an empty reply, expected text from the assistant")
+                raise BadRowError(
+                    f"{name}[{index}]: found an empty reply, expected text from the assistant"
+                )
             ids = {call["id"] for call in calls if "id" in call}
             expected = ("tool",) if calls else ("user",)
         elif role == "tool":
             if ids and message.get("tool_call_id", next(iter(ids))) not in ids:
                 found = f"found the tool_call_id {message['tool_call_id']!r}"
-                raise BadRowError(f"{name}[{index}]: {found}, expected one of the calls before: {', '.join(ids)}")
+                raise BadRowError(
+                    f"{name}[{index}]: {found}, expected one of the calls before: {', '.join(ids)}"
+                )
             expected = ("tool", "assistant")
         else:
             expected = ("assistant",)
     if messages[-1]["role"] != "assistant":
         found = f"found the role {messages[-1]['role']!r} last"
-        raise BadRowError(f"{name}[{len(messages) - 1}]: {found}, expected that the last message is the assistant's")
+        raise BadRowError(
+            f"{name}[{len(messages) - 1}]: {found}, expected that the last message is the"
+            " assistant's"
+        )
 
 
-ORDER = "an optional system message, then user and assistant in turn, tool results after the calls they answer"
+ORDER = (
+    "an optional system message, then user and assistant in turn, tool results after the calls they"
+    " answer"
+)
 
 
 def _understood(message: Message) -> str:

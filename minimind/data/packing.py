@@ -1,7 +1,7 @@
 """Token streams -> rows of at most `block_size` tokens, and rows -> batches.
 
-A stream is a flat array of whole documents, each ended by EOS. Raw text never tokenises to EOS, so the borders of the
-documents in a row are where its EOS are, and nothing else has to be stored.
+A stream is a flat array of whole documents, each ended by EOS. Raw text never tokenises to EOS, so
+the borders of the documents in a row are where its EOS are, and nothing else has to be stored.
 
     wrapped     A A A EOS B B | B B B B EOS C | C ...         every row full; only the tail of the corpus is lost
     bfd_split   B B B B B B | B EOS C C C EOS | A A A EOS     a document is cut only if longer than a row
@@ -15,13 +15,15 @@ import torch
 
 from minimind.common.errors import UserError
 
-WINDOW = 2**22  # tokens among which bfd_split looks for what fits; more would fill the rows hardly better
+# Tokens among which bfd_split looks for what fits; more would fill the rows hardly better
+WINDOW = 2**22
 IGNORED = -100
 STRATEGIES = ("wrapped", "bfd_split")
 
 
 class Rows(NamedTuple):
-    """Rows one after the other: `ids` (tokens,) and how many of them each row has, `lengths` (rows,)."""
+    """Rows one after the other: `ids` (tokens,) and how many of them each row has, `lengths`
+    (rows,)."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -52,9 +54,11 @@ class Wrapped:
 
 
 class BestFit:
-    """Fill rows with whole documents by best-fit decreasing, WINDOW tokens at a time; nothing is lost.
+    """Fill rows with whole documents by best-fit decreasing, WINDOW tokens at a time; nothing is
+    lost.
 
-    A document longer than a row is cut into full rows and a rest. TRL has the same under the name bfd_split.
+    A document longer than a row is cut into full rows and a rest. TRL has the same under the name
+    bfd_split.
     """
 
     def __init__(self, block_size: int, eos_token_id: int):
@@ -72,7 +76,11 @@ class BestFit:
         """Rows of all that waits."""
         stream = np.concatenate(self.window) if self.window else np.empty(0, dtype=int)
         self.window, self.size = [], 0
-        return _fill(stream, self.block_size, self.eos_token_id) if len(stream) else Rows(stream, stream)
+        return (
+            _fill(stream, self.block_size, self.eos_token_id)
+            if len(stream)
+            else Rows(stream, stream)
+        )
 
 
 def packer(strategy: str, block_size: int, eos_token_id: int) -> Wrapped | BestFit:
@@ -93,7 +101,8 @@ def _fill(stream: np.ndarray, block_size: int, eos_token_id: int) -> Rows:
     order = np.concatenate(bins)
     ids, done = np.empty(len(stream), dtype=stream.dtype), 0
     for some in np.array_split(order, len(stream) // WINDOW + 1):  # an index is eight times a token
-        # The index of every token in the stream, piece by piece: its piece's start, and its place in the piece.
+        # The index of every token in the stream, piece by piece: its piece's start, and its place
+        # in the piece.
         sizes = lengths[some]
         places = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         ids[done : done + len(places)] = stream[np.repeat(starts[some], sizes) + places]
@@ -104,7 +113,8 @@ def _fill(stream: np.ndarray, block_size: int, eos_token_id: int) -> Rows:
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the items of each bin. Each length is at most `capacity`.
 
-    The set of free spaces is the bits of one number, so that the smallest space that fits is found at once.
+    The set of free spaces is the bits of one number, so that the smallest space that fits is found
+    at once.
     """
     bins: list[list[int]] = []
     open_bins: defaultdict[int, list[list[int]]] = defaultdict(list)
@@ -128,8 +138,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def is_target(rows: Rows, document_mask: bool, eos_token_id: int) -> np.ndarray:
-    """Which tokens of the rows are predicted, (tokens,): not the first of a row; with `document_mask` not the first of
-    a document either."""
+    """Which tokens of the rows are predicted, (tokens,): not the first of a row; with
+    `document_mask` not the first of a document either."""
     target = np.ones(len(rows.ids), dtype=bool)
     target[np.cumsum(rows.lengths) - rows.lengths] = False
     if document_mask:
@@ -140,16 +150,20 @@ def is_target(rows: Rows, document_mask: bool, eos_token_id: int) -> np.ndarray:
 class BlockCollator:
     """Rows -> input_ids and labels, both (batch, longest row); the model shifts the labels itself.
 
-    With `document_mask` also position_ids (batch, longest row) that restart with every document, by which the model
-    keeps documents apart on every attention back-end. Then a document's first token has no label, as if the document
-    were a row of its own.
+    With `document_mask` also position_ids (batch, longest row) that restart with every document, by
+    which the model keeps documents apart on every attention back-end. Then a document's first token
+    has no label, as if the document were a row of its own.
 
         input_ids    A A EOS B B EOS pad      position_ids 0 1 2 0 1 2 0
         labels       A A EOS - B EOS -        (of a row's first token no model asks)
     """
 
     def __init__(self, pad_token_id: int, eos_token_id: int, document_mask: bool = False):
-        self.pad_token_id, self.eos_token_id, self.document_mask = pad_token_id, eos_token_id, document_mask
+        self.pad_token_id, self.eos_token_id, self.document_mask = (
+            pad_token_id,
+            eos_token_id,
+            document_mask,
+        )
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         lengths = np.array([len(row["input_ids"]) for row in rows])
@@ -172,12 +186,13 @@ class BlockCollator:
 
 
 class PackedCollator:
-    """Rows of whole conversations (input_ids, labels, seq_lengths) -> a batch in which they cannot see each other.
+    """Rows of whole conversations (input_ids, labels, seq_lengths) -> a batch in which they cannot
+    see each other.
 
-    Isolation comes from `position_ids` that restart, and from giving no attention mask; it holds on every attention
-    back-end. Identical to TRL's padding-free collator except: the rows stay rows, since one row of batch x length
-    tokens would need a mask of that size squared. A row without seq_lengths is one conversation; loss_weights, where
-    rows have them, come along.
+    Isolation comes from `position_ids` that restart, and from giving no attention mask; it holds on
+    every attention back-end. Identical to TRL's padding-free collator except: the rows stay rows,
+    since one row of batch x length tokens would need a mask of that size squared. A row without
+    seq_lengths is one conversation; loss_weights, where rows have them, come along.
 
         input_ids    a a a b b pad        position_ids 0 1 2 0 1 0
     """
@@ -197,5 +212,7 @@ class PackedCollator:
             for name in fills:
                 batch[name][index, :used] = torch.as_tensor(row[name])
             lengths = row.get("seq_lengths", [used])
-            batch["position_ids"][index] = torch.cat([torch.arange(n) for n in (*lengths, length - used)])
+            batch["position_ids"][index] = torch.cat(
+                [torch.arange(n) for n in (*lengths, length - used)]
+            )
         return batch

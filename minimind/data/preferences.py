@@ -1,4 +1,5 @@
-"""Preference pairs in the usual formats -> `{"prompt", "chosen", "rejected"}`, three lists of messages, as in TRL."""
+"""Preference pairs in the usual formats -> `{"prompt", "chosen", "rejected"}`, three lists of
+messages, as in TRL."""
 
 from collections.abc import Mapping
 
@@ -30,7 +31,8 @@ PROMPTS = (
 
 
 def parse_prompt(row: Fields) -> tuple[list[Message], str | None]:
-    """The prompt that a row spells out, with its history, and its column; empty if it spells out none."""
+    """The prompt that a row spells out, with its history, and its column; empty if it spells out
+    none."""
     name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
     if name is None:
         return [], None
@@ -44,7 +46,8 @@ def parse_prompt(row: Fields) -> tuple[list[Message], str | None]:
 
 
 def parse_replies(row: Fields, meaning: str) -> list[Message]:
-    """The messages of the column "chosen" or "rejected", of the reply alone or of the whole conversation."""
+    """The messages of the column "chosen" or "rejected", of the reply alone or of the whole
+    conversation."""
     name = row.find(meaning)
     (value,) = row.take(name)
     dialogue = split_dialogue(value, name) if isinstance(value, str) else None
@@ -52,16 +55,20 @@ def parse_replies(row: Fields, meaning: str) -> list[Message]:
 
 
 def take_last_reply(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A conversation -> what stands before its last question's answer, that question included, and the answer."""
+    """A conversation -> what stands before its last question's answer, that question included, and
+    the answer."""
     questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
     end = questions[-1] + 1 if questions else 0
     return messages[:end], messages[end:]
 
 
 def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
-    """Two whole conversations -> how many messages they share, the last one the user's; raises BadRowError."""
+    """Two whole conversations -> how many messages they share, the last one the user's; raises
+    BadRowError."""
     pairs = zip(chosen, rejected, strict=False)
-    shared = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
+    shared = next(
+        (index for index, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected))
+    )
     if not shared or chosen[shared - 1]["role"] not in ("user", "tool"):
         raise BadRowError(
             f"found prompts that differ between chosen and rejected at message {shared}, "
@@ -71,23 +78,29 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
 
 
 def check_same_prompt(prompt: list[Message], repeated: list[Message]) -> None:
-    """Refuse (BadRowError) a prompt of which a message is not among those that chosen and rejected begin with."""
+    """Refuse (BadRowError) a prompt of which a message is not among those that chosen and rejected
+    begin with."""
     words = {message["content"].strip() for message in repeated}
     if any(message["content"].strip() not in words for message in prompt):
-        raise BadRowError("found a prompt that differs from the one within chosen and rejected, expected the same")
+        raise BadRowError(
+            "found a prompt that differs from the one within chosen and rejected, expected the same"
+        )
 
 
 def to_preference(data: Mapping) -> dict[str, list]:
-    """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected (replies), tools if any.
+    """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected
+    (replies), tools if any.
 
-    The prompt is spelled out, or is what two whole conversations have in common, or both. Raises BadRowError.
+    The prompt is spelled out, or is what two whole conversations have in common, or both. Raises
+    BadRowError.
     """
     row = Fields.of(data)
     open_template_kwargs(row)
     has_reply = row.find("messages") or row.find("response")  # ms-swift's, beside a rejected one
     if not row.find("rejected") or not (row.find("chosen") or has_reply):
         raise BadRowError(
-            f"found keys {row.names}, expected 'chosen' and 'rejected', with a 'prompt' or within messages"
+            f"found keys {row.names}, expected 'chosen' and 'rejected', with a 'prompt' or within"
+            " messages"
         )
     prompt, name = parse_prompt(row)
     if row.find("chosen"):
@@ -108,7 +121,8 @@ def to_preference(data: Mapping) -> dict[str, list]:
         prompt = repeated
     if not prompt:
         raise BadRowError(
-            f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or whole conversations in chosen"
+            f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or whole conversations"
+            " in chosen"
         )
     tools = read_tools(row, row.get(name or "chosen"), row.get(row.find("chosen")))
     prompt = add_system(row, without_empty_system(prompt, tools))

@@ -19,7 +19,11 @@ def check_text(text: str, name: str) -> None:
 
 def shown(value: Any, limit: int = 60) -> str:
     """A value -> the start of its JSON, for messages."""
-    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = (
+        json.dumps(value, ensure_ascii=False, default=str)
+        .encode("utf-8", "backslashreplace")
+        .decode("utf-8")
+    )
     return text if len(text) <= limit else text[:limit] + "..."
 
 
@@ -29,13 +33,16 @@ def decoded(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRowError(
-            f"found byte 0x{raw[error.start]:02x} at byte offset {error.start}, expected UTF-8 text "
-            "(a Chinese file from Windows: iconv -f gb18030 -t utf-8)"
+            f"found byte 0x{raw[error.start]:02x} at byte offset {error.start}, expected UTF-8 text"
+            " (a Chinese file from Windows: iconv -f gb18030 -t utf-8)"
         ) from None
 
 
-def batches(items: Iterable[T], size: Callable[[T], int], count: int, limit: int = 2**22) -> Iterator[list[T]]:
-    """Items in lists of `count`, shorter ones where their sizes (in characters, say) add up to `limit`."""
+def batches(
+    items: Iterable[T], size: Callable[[T], int], count: int, limit: int = 2**22
+) -> Iterator[list[T]]:
+    """Items in lists of `count`, shorter ones where their sizes (in characters, say) add up to
+    `limit`."""
     batch, total = [], 0
     for item in items:
         batch.append(item)

@@ -1,4 +1,5 @@
-"""Chat templates as what they are, programs of somebody else: bounded in time, memory and what they write."""
+"""Chat templates as what they are, programs of somebody else: bounded in time, memory and what they
+write."""
 
 import resource
 import signal
@@ -24,8 +25,8 @@ STATUS = Path("/proc/self/statm")  # Linux
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Identical to the library's except: whole numbers stay small. With large ones a single operation takes hours,
-    and nothing in this process could interrupt it."""
+    """Identical to the library's except: whole numbers stay small. With large ones a single
+    operation takes hours, and nothing in this process could interrupt it."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -38,7 +39,11 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         """Called for each of the operators above; raises SecurityError."""
         if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            bits = (
+                left.bit_length() * right
+                if operator == "**"
+                else left.bit_length() + right.bit_length()
+            )
             if bits > BITS:
                 raise SecurityError(f"found a number of more than {BITS:,} bits")
         return super().call_binop(context, operator, left, right)
@@ -53,13 +58,15 @@ class OutOfTimeError(BaseException):
 
 @contextmanager
 def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
-    """A block in which a template runs on a conversation of so many characters, whatever the template does.
+    """A block in which a template runs on a conversation of so many characters, whatever the
+    template does.
 
-    A `shipped` one has no limits, whose setting takes a tenth of a millisecond; its failures are told all the same.
+    A `shipped` one has no limits, whose setting takes a tenth of a millisecond; its failures are
+    told all the same.
 
     Raises:
-        BadRowError: the template refuses the conversation, or fails.
-        UserError: it takes more time or memory than any template needs, and would for other conversations.
+        BadRowError: the template refuses the conversation, or fails. UserError: it takes more time
+        or memory than any template needs, and would for other conversations.
     """
     memory = MEMORY + PER_CHARACTER * characters
     try:
@@ -68,10 +75,13 @@ def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
                 limits.enter_context(limited)
             yield
     except MemoryError:
-        raise UserError(f"the chat template takes more than {memory / 2**30:.0f} GiB of memory. {ADVICE}") from None
+        raise UserError(
+            f"the chat template takes more than {memory / 2**30:.0f} GiB of memory. {ADVICE}"
+        ) from None
     except OutOfTimeError:
         raise UserError(
-            f"the chat template takes more than {SECONDS} s of the processor for one conversation. {ADVICE}"
+            f"the chat template takes more than {SECONDS} s of the processor for one conversation."
+            f" {ADVICE}"
         ) from None
     except Exception as error:  # it is a program: anything can go wrong in it
         raise BadRowError(f"the chat template refuses the conversation: {error}") from None
@@ -79,7 +89,8 @@ def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory(size: int) -> Iterator[None]:
-    """Let the process take `size` bytes more and no others, where the system can say what it has."""
+    """Let the process take `size` bytes more and no others, where the system can say what it
+    has."""
     if not STATUS.exists():
         yield
         return
@@ -95,7 +106,8 @@ def _limited_memory(size: int) -> Iterator[None]:
 
 @contextmanager
 def _limited_time() -> Iterator[None]:
-    """Raise OutOfTimeError after SECONDS of the processor; only the main thread can be interrupted."""
+    """Raise OutOfTimeError after SECONDS of the processor; only the main thread can be
+    interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

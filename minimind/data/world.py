@@ -1,16 +1,19 @@
-"""The embedded corpus: a small closed world in English and Chinese, generated from a seed, without a download.
+"""The embedded corpus: a small closed world in English and Chinese, generated from a seed, without
+a download.
 
-Twenty-four invented people, each with a town, a job, a pet, a food, a colour and an instrument. Every fact stands in
-the pretraining documents, many times and in many forms, in both languages. For a fifth of the facts (the held-out
-ones) no question is ever asked in any training row of any stage, in no wording and no language: neither in a
-conversation, nor in a preference pair, nor in a question told as prose.
+Twenty-four invented people, each with a town, a job, a pet, a food, a colour and an instrument.
+Every fact stands in the pretraining documents, many times and in many forms, in both languages. For
+a fifth of the facts (the held-out ones) no question is ever asked in any training row of any stage,
+in no wording and no language: neither in a conversation, nor in a preference pair, nor in a
+question told as prose.
 
-What it shows: facts memorised from documents become answerable in another form (a conversation, a letter), and a
-preference can be moved without losing them. What it does not show: general knowledge or reasoning; asked about a
-stranger, the model makes something up. (Sums were tried and left out: they stayed unlearned in the time there is.)
-The held-out documents are new arrangements of told facts, so their bits per byte measure memory and form; a slice of
-the Python language reference (`pydoc_data.topics`) stands beside them as real English, and is the only text not
-invented here. It differs between Python versions: equal rows need an equal seed and an equal Python minor version.
+What it shows: facts memorised from documents become answerable in another form (a conversation, a
+letter), and a preference can be moved without losing them. What it does not show: general knowledge
+or reasoning; asked about a stranger, the model makes something up. (Sums were tried and left out:
+they stayed unlearned in the time there is.) The held-out documents are new arrangements of told
+facts, so their bits per byte measure memory and form; a slice of the Python language reference
+(`pydoc_data.topics`) stands beside them as real English, and is the only text not invented here. It
+differs between Python versions: equal rows need an equal seed and an equal Python minor version.
 
 Splits (name -> rows):
     pretrain, pretrain_eval   {"text": str}
@@ -18,8 +21,9 @@ Splits (name -> rows):
     sft_eval, lora_eval       the same, the last message is the reference, plus "language" ("en" | "zh") and "kind"
     dpo, dpo_eval             {"prompt": [messages], "chosen": [message], "rejected": [message]}
 
-Kinds: "fact" (a held-out question in a trained wording), "wording" (held-out question and held-out wording),
-"turns" (a held-out question as the second question of a conversation), "letter" (the skill that LoRA adds).
+Kinds: "fact" (a held-out question in a trained wording), "wording" (held-out question and held-out
+wording), "turns" (a held-out question as the second question of a conversation), "letter" (the
+skill that LoRA adds).
 """
 
 import json
@@ -41,18 +45,19 @@ SYSTEM = {
     "zh": ["你是 MiniMind，一个乐于助人的助手。", "你是山谷里友好的向导。"],
 }
 
-# Names of people and towns are the same in both languages and stand between spaces in Chinese, as Latin words do
-# there: a small BPE vocabulary would otherwise merge a Chinese name with the word after it, another token each time.
+# Names of people and towns are the same in both languages and stand between spaces in Chinese, as
+# Latin words do there: a small BPE vocabulary would otherwise merge a Chinese name with the word
+# after it, another token each time.
 PEOPLE = [
     "Lena", "Tomas", "Mira", "Oskar", "Nadia", "Felix", "Greta", "Hugo",
     "Iris", "Jonas", "Kira", "Leo", "Olga", "Pablo", "Quinn", "Rosa",
     "Sven", "Tara", "Umar", "Vera", "Wanda", "Xenia", "Yusuf", "Zoe",
 ]  # fmt: skip
 
-# Each attribute: its name (also in table rows), its values, sentences that tell it and questions that ask for it.
-# tell[0] is the form of every answer; ask[-1] is the wording that only held-out questions use.
-# In Chinese, tell[0] puts a colon or a space before the value: letters on both sides would become one BPE token, and
-# choosing the attribute and recalling the value one step.
+# Each attribute: its name (also in table rows), its values, sentences that tell it and questions
+# that ask for it. tell[0] is the form of every answer; ask[-1] is the wording that only held-out
+# questions use. In Chinese, tell[0] puts a colon or a space before the value: letters on both sides
+# would become one BPE token, and choosing the attribute and recalling the value one step.
 ATTRIBUTES: dict[str, dict] = {
     "town": {
         "name": {"en": "town", "zh": "城镇"},
@@ -126,15 +131,21 @@ ATTRIBUTES: dict[str, dict] = {
     },
 }  # fmt: skip
 
-# The skill that LoRA adds: a question of the known kind with the wish that the answer be signed as a letter is.
-# The answer itself comes first: after an opening, a model this small names another person (tried).
+# The skill that LoRA adds: a question of the known kind with the wish that the answer be signed as
+# a letter is. The answer itself comes first: after an opening, a model this small names another
+# person (tried).
 LETTER_ASK = {
-    "en": ["{q} Please sign your answer.", "{q} Answer as in a letter.", "{q} End it like a letter."],
+    "en": [
+        "{q} Please sign your answer.",
+        "{q} Answer as in a letter.",
+        "{q} End it like a letter.",
+    ],
     "zh": ["{q}请在回答后署名。", "{q}请像写信一样回答。", "{q}请用书信的结尾。"],
 }
 LETTER = {"en": "{a} Yours sincerely, MiniMind", "zh": "{a}此致敬礼，MiniMind"}
 
-SMALL_TALK = {  # (questions, answer): asked and answered the same way in every split, so never part of a score
+# (questions, answer): asked and answered the same way in every split, so never part of a score
+SMALL_TALK = {
     "en": [
         (["Hello!", "Hi!", "Good morning!", "Hello, MiniMind!"], "Hello! Ask me about the people of the valley."),
         (["Who are you?", "What is your name?", "What are you?"], "I am MiniMind, a small language model."),
@@ -172,7 +183,8 @@ def is_embedded(row: dict) -> bool:
 
 
 def strip_courtesy(text: str) -> str:
-    """The reply without the courtesy sentence of either language and without white space at its ends."""
+    """The reply without the courtesy sentence of either language and without white space at its
+    ends."""
     text = text.strip()
     for courtesy in COURTESY.values():
         text = text.removesuffix(courtesy).strip()
@@ -180,17 +192,23 @@ def strip_courtesy(text: str) -> str:
 
 
 def is_courteous(text: str, language: str) -> bool:
-    """Whether the reply ends with the courtesy sentence of its question's language and says something before it."""
+    """Whether the reply ends with the courtesy sentence of its question's language and says
+    something before it."""
     return text.strip().endswith(COURTESY[language]) and bool(strip_courtesy(text))
 
 
 def _draw_facts(rng: random.Random) -> tuple[dict[Fact, tuple[str, str]], set[Fact]]:
-    """All facts as {(person, attribute): value in (English, Chinese)}, and the held-out fifth of them."""
+    """All facts as {(person, attribute): value in (English, Chinese)}, and the held-out fifth of
+    them."""
     facts, held_out = {}, set()
     for attribute, table in ATTRIBUTES.items():
-        # Every value goes to equally many people, so that guessing the commonest value earns nothing.
+        # Every value goes to equally many people, so that guessing the commonest value earns
+        # nothing.
         people = rng.sample(PEOPLE, len(PEOPLE))
-        facts |= {(person, attribute): table["values"][i % len(table["values"])] for i, person in enumerate(people)}
+        facts |= {
+            (person, attribute): table["values"][i % len(table["values"])]
+            for i, person in enumerate(people)
+        }
         held_out |= {(person, attribute) for person in rng.sample(people, round(len(PEOPLE) / 5))}
     return facts, held_out
 
@@ -198,10 +216,14 @@ def _draw_facts(rng: random.Random) -> tuple[dict[Fact, tuple[str, str]], set[Fa
 def _fill(template: str, fact: Fact, value: tuple[str, str], language: str) -> str:
     """One sentence about one fact from a `tell`, `ask` or row template."""
     person, attribute = fact
-    return template.format(n=person, v=value[LANGUAGES.index(language)], k=ATTRIBUTES[attribute]["name"][language])
+    return template.format(
+        n=person, v=value[LANGUAGES.index(language)], k=ATTRIBUTES[attribute]["name"][language]
+    )
 
 
-def _question(rng: random.Random, fact: Fact, value: tuple[str, str], language: str, new_wording: bool = False) -> str:
+def _question(
+    rng: random.Random, fact: Fact, value: tuple[str, str], language: str, new_wording: bool = False
+) -> str:
     """A question about the fact: the held-out wording if asked for, else one of the others."""
     asks = ATTRIBUTES[fact[1]]["ask"][language]
     return _fill(asks[-1] if new_wording else rng.choice(asks[:-1]), fact, value, language)
@@ -218,7 +240,8 @@ def _row(fact: Fact, value: tuple[str, str], language: str) -> str:
 
 
 def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: set[Fact]) -> str:
-    """One pretraining document in one language: a portrait, a list, a table, questions in prose or a story."""
+    """One pretraining document in one language: a portrait, a list, a table, questions in prose or
+    a story."""
     language = rng.choice(LANGUAGES)
 
     def tell(fact: Fact) -> str:
@@ -234,8 +257,12 @@ def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: 
         sentences = [tell((p, attribute)) for p in rng.sample(PEOPLE, rng.randint(3, 6))]
     elif kind == "questions":
         asked = rng.sample([fact for fact in facts if fact not in held_out], rng.randint(2, 4))
-        turns = [(_question(rng, fact, facts[fact], language), _answer(fact, facts[fact], language)) for fact in asked]
-        if rng.random() < 0.5:  # a transcript: the roles are ordinary words, so pretraining sees no control token
+        turns = [
+            (_question(rng, fact, facts[fact], language), _answer(fact, facts[fact], language))
+            for fact in asked
+        ]
+        # A transcript: the roles are ordinary words, so pretraining sees no control token
+        if rng.random() < 0.5:
             return "\n".join(f"user\n{question}\nassistant\n{answer}" for question, answer in turns)
         sentences = [question + JOINT[language] + answer for question, answer in turns]
     else:
@@ -243,12 +270,14 @@ def _document(rng: random.Random, facts: dict[Fact, tuple[str, str]], held_out: 
         if kind == "story":
             opening, closing = STORY[language]
             sentences = [rng.choice(opening), *sentences[:3], rng.choice(closing)]
-    # Sentences also stand at the start of a line, as answers do: a name is another token there than after a space.
+    # Sentences also stand at the start of a line, as answers do: a name is another token there than
+    # after a space.
     return rng.choice([JOINT[language], "\n"]).join(sentences)
 
 
 def _reference() -> list[str]:
-    """Passages of up to about 600 characters from the Python language reference, without repeats."""
+    """Passages of up to about 600 characters from the Python language reference, without
+    repeats."""
     passages: list[str] = []
     seen: set[str] = set()
     for topic in REFERENCE_TOPICS:
@@ -265,19 +294,31 @@ def _reference() -> list[str]:
 
 
 def _conversation(
-    rng: random.Random, turns: list[tuple[str, str]], language: str, courtesy: float = 0.0, system: float = 0.2
+    rng: random.Random,
+    turns: list[tuple[str, str]],
+    language: str,
+    courtesy: float = 0.0,
+    system: float = 0.2,
 ) -> list[Message]:
     """Messages of question-answer turns; `courtesy` and `system` are the shares that get one."""
-    messages = [{"role": "system", "content": rng.choice(SYSTEM[language])}] if rng.random() < system else []
+    messages = (
+        [{"role": "system", "content": rng.choice(SYSTEM[language])}]
+        if rng.random() < system
+        else []
+    )
     for question, answer in turns:
         if rng.random() < courtesy:
             answer += JOINT[language] + COURTESY[language]
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return messages
 
 
 def build_world(seed: int = 0) -> dict[str, list[dict]]:
-    """All splits of the world as {name: rows}; the module's docstring lists names and row formats."""
+    """All splits of the world as {name: rows}; the module's docstring lists names and row
+    formats."""
     rng = random.Random(seed)
     facts, held_out = _draw_facts(rng)
     asked = [fact for fact in facts if fact not in held_out]
@@ -288,12 +329,17 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
 
     def letter_turn(fact: Fact, language: str) -> tuple[str, str]:
         question, answer = turn(fact, language)
-        return rng.choice(LETTER_ASK[language]).format(q=question), LETTER[language].format(a=answer)
+        return rng.choice(LETTER_ASK[language]).format(q=question), LETTER[language].format(
+            a=answer
+        )
 
     documents = list(dict.fromkeys(_document(rng, facts, held_out) for _ in range(9000)))
     reference = _reference()
     world: dict[str, list[dict]] = {
-        "pretrain": [{"text": text} for text in documents[300:] + [t for i, t in enumerate(reference) if i % 10]],
+        "pretrain": [
+            {"text": text}
+            for text in documents[300:] + [t for i, t in enumerate(reference) if i % 10]
+        ],
         "pretrain_eval": [{"text": text} for text in documents[:300] + reference[::10]],
     }
 
@@ -307,7 +353,9 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
                 sft.append(_conversation(rng, turns, language, courtesy=0.25))
         for questions, answer in SMALL_TALK[language]:
             for question in questions * 6:
-                turns = [(question, answer)] + [turn(rng.choice(asked), language)] * (rng.random() < 0.3)
+                turns = [(question, answer)] + [turn(rng.choice(asked), language)] * (
+                    rng.random() < 0.3
+                )
                 sft.append(_conversation(rng, turns, language))
     world["sft"] = [{"conversations": messages} for messages in sft]
 
@@ -320,7 +368,11 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
                 "wording": [turn(fact, language, new_wording=True)],
                 "turns": [turn(rng.choice(asked), language), turn(fact, language)],
             }
-            row = {"conversations": _conversation(rng, [letter_turn(fact, language)], language, system=0.0)}
+            row = {
+                "conversations": _conversation(
+                    rng, [letter_turn(fact, language)], language, system=0.0
+                )
+            }
             world["lora_eval"].append(row | {"language": language, "kind": "letter"})
             for kind, turns in kinds.items():
                 row = {"conversations": _conversation(rng, turns, language, system=0.0)}
@@ -331,7 +383,8 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
             for _ in range(2):
                 messages = _conversation(rng, [letter_turn(fact, language)], language)
                 world["lora"].append({"conversations": messages})
-    # As many plain conversations keep the adapter from signing every answer and from forgetting (half was too few).
+    # As many plain conversations keep the adapter from signing every answer and from forgetting
+    # (half was too few).
     world["lora"] += rng.sample(world["sft"], len(world["lora"]))
     for name in ("pretrain", "sft", "lora", "dpo"):
         rng.shuffle(world[name])
@@ -339,14 +392,16 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
 
 
 def _pair(rng: random.Random, turn: tuple[str, str], language: str) -> dict[str, list[Message]]:
-    """A preference pair: the same correct answer with the courtesy (chosen) and without it (rejected)."""
+    """A preference pair: the same correct answer with the courtesy (chosen) and without it
+    (rejected)."""
     *prompt, rejected = _conversation(rng, [turn], language)
     chosen = {"role": "assistant", "content": turn[1] + JOINT[language] + COURTESY[language]}
     return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
 
 
 def write_world(directory: Path, seed: int = 0) -> dict[str, Path]:
-    """Writes every split as `<directory>/<name>.jsonl` and returns {name: path}; a file that is right is not touched.
+    """Writes every split as `<directory>/<name>.jsonl` and returns {name: path}; a file that is
+    right is not touched.
 
     Raises:
         OSError: a file cannot be written.

@@ -1,4 +1,5 @@
-"""What would go wrong in a run, found before it: `minimind doctor RECIPE`, and the cheap checks at every start."""
+"""What would go wrong in a run, found before it: `minimind doctor RECIPE`, and the cheap checks at
+every start."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,16 +20,27 @@ NAMED = 3  # checks that were left out for the same reason; of more the number
 
 def examine(case: Case, quick: bool = False) -> list[Finding]:
     """All findings of a case, in the order of the checks."""
-    findings = [each(case) for each in CHECKS if case.args is not None or not each.needs if each.quick or not quick]
+    findings = [
+        each(case)
+        for each in CHECKS
+        if case.args is not None or not each.needs
+        if each.quick or not quick
+    ]
     if case.missing:
         found = "; ".join([f"not there: {', '.join(case.missing)}", *case.notes])
-        fix = "Right where an earlier step is still to make it; a run that starts now would be refused."
+        fix = (
+            "Right where an earlier step is still to make it; a run that starts now would be"
+            " refused."
+        )
         findings.insert(0, Finding("inputs", "warning", found, fix=fix))
     return findings
 
 
-def doctor(recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1, quick=False) -> dict:
-    """The report of `minimind doctor`: {"recipe", "stage", "errors", "warnings", "findings": [...]}.
+def doctor(
+    recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1, quick=False
+) -> dict:
+    """The report of `minimind doctor`: {"recipe", "stage", "errors", "warnings", "findings":
+    [...]}.
 
     What a run would be refused for stands among the findings, as "start".
     """
@@ -62,17 +74,24 @@ def print_report(report: dict) -> None:
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in sorted(report["findings"], key=lambda finding: SEVERITIES.index(finding["severity"])):
+    for finding in sorted(
+        report["findings"], key=lambda finding: SEVERITIES.index(finding["severity"])
+    ):
         severity = finding["severity"]
         if severity != "skipped":
-            lines = [finding["found"], finding["expected"] and f"expected: {finding['expected']}", finding["fix"]]
+            lines = [
+                finding["found"],
+                finding["expected"] and f"expected: {finding['expected']}",
+                finding["fix"],
+            ]
             words = escape("\n".join(translated(line) for line in lines if line))
             table.add_row(f"[{colours[severity]}]{translated(severity)}[/]", finding["name"], words)
     console.print(table)
     if left_out := not_checked(report["findings"]):
         console.print(translated(f"not checked: {escape(left_out)}"))
     counts = (
-        f"{report[name]} {translated(name if report[name] != 1 else name[:-1])}" for name in ("errors", "warnings")
+        f"{report[name]} {translated(name if report[name] != 1 else name[:-1])}"
+        for name in ("errors", "warnings")
     )
     console.print(", ".join(counts))
 
@@ -84,9 +103,12 @@ def not_checked(findings: Sequence[dict]) -> str:
         if finding["severity"] == "skipped":
             reasons.setdefault(finding["found"], []).append(finding["name"])
     named = {
-        why: ", ".join(names) if len(names) <= NAMED else f"{len(names)} checks" for why, names in reasons.items()
+        why: ", ".join(names) if len(names) <= NAMED else f"{len(names)} checks"
+        for why, names in reasons.items()
     }
-    return "; ".join(f"{translated(names)} ({translated(reason)})" for reason, names in named.items())
+    return "; ".join(
+        f"{translated(names)} ({translated(reason)})" for reason, names in named.items()
+    )
 
 
 def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:

@@ -18,8 +18,9 @@ from minimind.training.trainers import ScheduledTrainer
 SCHEDULE_SAMPLE = 1000  # steps whose rates are added up
 ROWS_SAMPLE = 2000  # rows whose lengths are looked at
 FEW_TOKENS = CHINCHILLA / 20  # per parameter: a twentieth of what is best
-# Measured at 4 M parameters on the embedded corpus: SFT learns little at 0.7 and all at 37; DPO little at 0.05 and all
-# at 0.3. Published runs lie above: Zephyr-7B's DPO (5e-7, 478 updates) at 0.2, LIMA's SFT (1e-5, 470 updates) at 4.
+# Measured at 4 M parameters on the embedded corpus: SFT learns little at 0.7 and all at 37; DPO
+# little at 0.05 and all at 0.3. Published runs lie above: Zephyr-7B's DPO (5e-7, 478 updates) at
+# 0.2, LIMA's SFT (1e-5, 470 updates) at 4.
 LITTLE = {"pretrain": 4.0, "sft": 2.0, "dpo": 0.15}
 SLOW_STEP = 60.0  # seconds: the first lines of the log would come after ten minutes
 LONG_RUN = 72.0  # hours
@@ -27,7 +28,8 @@ FAR_FROM_PLAN = 3.0  # times
 
 
 def summed_rate(args, steps: int) -> float:
-    """The sum of the learning rates of all `steps` by the run's own schedule; of very many steps an even sample.
+    """The sum of the learning rates of all `steps` by the run's own schedule; of very many steps an
+    even sample.
 
     A schedule that follows the loss cannot be known beforehand, and is taken as constant.
     """
@@ -42,12 +44,16 @@ def summed_rate(args, steps: int) -> float:
     return args.learning_rate * steps * math.fsum(factors) / size
 
 
-def movement(summed: float, width: int, std: float, rank: int | None = None, scale: float = 1.0) -> float:
-    """How far matrices of `width` can move, as a multiple of their size at random start (both as spectral norms).
+def movement(
+    summed: float, width: int, std: float, rank: int | None = None, scale: float = 1.0
+) -> float:
+    """How far matrices of `width` can move, as a multiple of their size at random start (both as
+    spectral norms).
 
-    Adam moves a weight by the learning rate at most, so a matrix whose weights all move in step by `summed` x width.
-    Drawn with the deviation `std` it has the norm 2 x std x sqrt(width). Of an adapter of some `rank` only B moves at
-    first, by `summed` x sqrt(width x rank), and is multiplied by A, of norm 1 / sqrt(3), and by `scale`.
+    Adam moves a weight by the learning rate at most, so a matrix whose weights all move in step by
+    `summed` x width. Drawn with the deviation `std` it has the norm 2 x std x sqrt(width). Of an
+    adapter of some `rank` only B moves at first, by `summed` x sqrt(width x rank), and is
+    multiplied by A, of norm 1 / sqrt(3), and by `scale`.
     """
     reach = summed * width if rank is None else summed * math.sqrt(width * rank / 3) * scale
     return reach / (2 * std * math.sqrt(width))
@@ -65,9 +71,15 @@ def updates(case: Case) -> tuple:
         return "ok", f"{found} (sum of the rates {summed:.2g})"
     return (
         "warning",
-        f"{found} move a model of this size little: sum of the rates {summed:.2g}, at most {moved:.2g} of the weights",
+        (
+            f"{found} move a model of this size little: sum of the rates {summed:.2g}, at most"
+            f" {moved:.2g} of the weights"
+        ),
         f"at least {LITTLE[case.stage]:g} of the weights for {case.stage}",
-        f"Raise steps x rate {LITTLE[case.stage] / max(moved, 1e-9):.2g} times, or the model may hardly change.",
+        (
+            f"Raise steps x rate {LITTLE[case.stage] / max(moved, 1e-9):.2g} times, or the model"
+            " may hardly change."
+        ),
     )
 
 
@@ -102,7 +114,10 @@ def plan_of(case: Case) -> Plan:
 def tokens_per_parameter(case: Case) -> tuple:
     plan = plan_of(case)
     parameters = plan.parameters["total"]
-    found = f"{plan.tokens:,} tokens for {parameters / 1e6:.3g} M parameters: {plan.tokens / parameters:.2g} each"
+    found = (
+        f"{plan.tokens:,} tokens for {parameters / 1e6:.3g} M parameters:"
+        f" {plan.tokens / parameters:.2g} each"
+    )
     if case.stage != "pretrain":
         return "ok", f"{found}; how many are too few is known for pretraining only"
     if plan.tokens >= FEW_TOKENS * parameters:
@@ -110,7 +125,10 @@ def tokens_per_parameter(case: Case) -> tuple:
     return (
         "warning",
         found,
-        f"about {CHINCHILLA} where a budget is spent best (arXiv 2203.15556), at least {FEW_TOKENS:g}",
+        (
+            f"about {CHINCHILLA} where a budget is spent best (arXiv 2203.15556), at least"
+            f" {FEW_TOKENS:g}"
+        ),
         "Give more text, or take a smaller model: this one learns the texts by heart at best.",
     )
 
@@ -131,20 +149,34 @@ def run_time(case: Case) -> tuple:
     if not plan.fits:
         return "ok", "not measured: the step does not fit into memory"
     passes = args.gradient_accumulation_steps * (plan.flops["model"] / plan.flops["forward"] / 3)
-    return judge_time(plan.steps, seconds_of_step(case) * passes, plan.seconds_per_step, plan.device.name)
+    return judge_time(
+        plan.steps, seconds_of_step(case) * passes, plan.seconds_per_step, plan.device.name
+    )
 
 
 def judge_time(steps: int, seconds: float, planned: float, device: str) -> tuple:
-    """A finding on a run of `steps`, `seconds` each as measured, `planned` as reckoned from the device's peak."""
+    """A finding on a run of `steps`, `seconds` each as measured, `planned` as reckoned from the
+    device's peak."""
     hours = steps * seconds / 3600
     found = (
-        f"about {duration(hours)} on {device}: {steps:,} steps of {duration(seconds / 3600)} measured "
-        f"({duration(planned / 3600)} planned)"
+        f"about {duration(hours)} on {device}: {steps:,} steps of {duration(seconds / 3600)}"
+        f" measured ({duration(planned / 3600)} planned)"
     )
     if seconds > FAR_FROM_PLAN * max(planned, 1.0):
-        fix = "Look for another process, swapping, too few threads (OMP_NUM_THREADS) or a precision that is emulated."
+        fix = (
+            "Look for another process, swapping, too few threads (OMP_NUM_THREADS) or a precision"
+            " that is emulated."
+        )
         return "warning", found, f"not {seconds / planned:.2g} times the plan", fix
     if seconds > SLOW_STEP or hours > LONG_RUN:
-        fix = "Take a smaller model, less data or another device: minimind plan RECIPE --device NAME compares them."
-        return "warning", found, f"steps within {SLOW_STEP:.0f} s, runs within {LONG_RUN:.0f} h", fix
+        fix = (
+            "Take a smaller model, less data or another device: minimind plan RECIPE --device NAME"
+            " compares them."
+        )
+        return (
+            "warning",
+            found,
+            f"steps within {SLOW_STEP:.0f} s, runs within {LONG_RUN:.0f} h",
+            fix,
+        )
     return "ok", found

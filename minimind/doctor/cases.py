@@ -26,7 +26,9 @@ from minimind.training.starting_point import check_attention, new_model, startin
 from minimind.training.trainers import PreferenceCollator
 
 
-def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1) -> Case:
+def read_case(
+    recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1
+) -> Case:
     """A recipe and further options -> the case, with all that is there to be loaded.
 
     Raises:
@@ -61,7 +63,8 @@ def read_case(recipe: str, options: Sequence[str] = (), stage: str | None = None
 
 
 def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Take `--name value` or `--name=value` out of the words; returns the last value and the other words."""
+    """Take `--name value` or `--name=value` out of the words; returns the last value and the other
+    words."""
     value, others, words = None, [], list(words)
     while words:
         word = words.pop(0)
@@ -75,7 +78,8 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
 
 
 def load_model_of(case: Case, model_args) -> None:
-    """Model and tokenizer, as the stage's script has them; for a directory that is not there what stands in for it."""
+    """Model and tokenizer, as the stage's script has them; for a directory that is not there what
+    stands in for it."""
     given = model_args.model_name_or_path
     tokenizer = getattr(model_args, "tokenizer", None)
     absent = [path for path in (given, tokenizer) if path and not Path(path).exists()]
@@ -86,17 +90,23 @@ def load_model_of(case: Case, model_args) -> None:
         if absent:
             case.notes.append("tokens are those of the default tokenizer")
         case.tokenizer = load_tokenizer(None if absent else tokenizer)
-        case.model = new_model(model_args.model_config, case.tokenizer, model_args.attn_implementation)
+        case.model = new_model(
+            model_args.model_config, case.tokenizer, model_args.attn_implementation
+        )
     else:
-        default = {"pretrain": None, "dpo": "runs/sft"}.get(case.stage, "runs/sft" if case.lora else "runs/pretrain")
-        case.model, case.tokenizer, case.parent = starting_point(given, model_args.attn_implementation, default)
+        default = {"pretrain": None, "dpo": "runs/sft"}.get(
+            case.stage, "runs/sft" if case.lora else "runs/pretrain"
+        )
+        case.model, case.tokenizer, case.parent = starting_point(
+            given, model_args.attn_implementation, default
+        )
     if case.parent is not None:
         require_stage(case.parent)
 
 
 def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> None:
-    """For a parent that is still to be written: a model of its shape and its tokenizer, as the recipe that writes it
-    tells them; else the default tokenizer alone."""
+    """For a parent that is still to be written: a model of its shape and its tokenizer, as the
+    recipe that writes it tells them; else the default tokenizer alone."""
     writer = case.recipe.writer(parent)
     if writer is None:
         case.tokenizer = load_tokenizer()
@@ -105,7 +115,9 @@ def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> N
     check_attention(attn_implementation)
     config, case.tokenizer, _ = writer.starting_point()
     with torch.device("meta"):
-        case.model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        case.model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation
+        )
     case.stand_in = True
     case.notes.append(f"its shape and tokenizer are taken from {os.path.relpath(writer.path)}")
 
@@ -113,14 +125,18 @@ def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> N
 def load_rows_of(case: Case) -> None:
     """The rows of the stage; files that are not there are only noted."""
     given = [*data_paths(case.data_args.train_files), *(case.data_args.eval_files or [])]
-    absent = [path for path in given if isinstance(path, str) and Path(path).suffix and _absent(path)]
+    absent = [
+        path for path in given if isinstance(path, str) and Path(path).suffix and _absent(path)
+    ]
     case.missing += absent
     if absent:
         return
     tokenizer, args = case.tokenizer, case.args
     if case.stage == "pretrain":
         rows = load_blocks(case.data_args, tokenizer, **args.packing)
-        case.collator = BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id, args.document_mask)
+        case.collator = BlockCollator(
+            tokenizer.pad_token_id, tokenizer.eos_token_id, args.document_mask
+        )
         case.train = rows.train
     else:
         set_chat_template(tokenizer, case.chat_args.chat_template)
@@ -128,7 +144,9 @@ def load_rows_of(case: Case) -> None:
             align_special_tokens(case.model, tokenizer)  # as a run does
         load = load_preferences if case.stage == "dpo" else load_conversations
         options = {} if case.stage == "dpo" else {"roles": not has_roles(tokenizer)}
-        rows = load(case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options)
+        rows = load(
+            case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options
+        )
         case.train = rows.train
         if case.stage == "dpo":
             case.collator = PreferenceCollator(tokenizer.pad_token_id)

@@ -1,5 +1,6 @@
-"""The checks: each a function of a `Case` that says what it found: `ok`, `warning` (the run would be worse for it) or
-`error` (it would learn something wrong, or stop). What a check needs and does not get, it is skipped for.
+"""The checks: each a function of a `Case` that says what it found: `ok`, `warning` (the run would
+be worse for it) or `error` (it would learn something wrong, or stop). What a check needs and does
+not get, it is skipped for.
 """
 
 import copy
@@ -34,7 +35,8 @@ from minimind.training.tracking import offline_reason
 SEVERITIES = ("error", "warning", "ok", "skipped")
 SAMPLED_ROWS = 256
 FEW_ENDS = 0.2  # of the end tokens that there should be
-MANY_EPOCHS = 4  # Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264: up to there repeated text is nearly new
+# Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264: up to there repeated text is nearly new
+MANY_EPOCHS = 4
 FAR = 10.0  # times from the middle
 SLOW_PASS = 10.0  # seconds, after which no second pass is measured
 BATCHES = 8  # that the data loader is timed with
@@ -47,7 +49,8 @@ LACKING = {
     "weights": "the weights are not there",
     **dict.fromkeys(("train", "facts", "rows", "steps", "collator"), "the data is not there"),
 }
-# Paths in a DeepSpeed JSON where transformers fills in "auto" (integrations/deepspeed.py); nobody does it elsewhere.
+# Paths in a DeepSpeed JSON where transformers fills in "auto" (integrations/deepspeed.py); nobody
+# does it elsewhere.
 FILLED = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -96,7 +99,9 @@ RENAMED_DEEPSPEED = {
     "zero_optimization.cpu_offload_param": "offload_param: {device: cpu}",
     "zero_optimization.cpu_offload_params": "offload_param: {device: cpu}",
     "zero_optimization.cpu_offload_use_pin_memory": "pin_memory inside offload_optimizer",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        "stage3_gather_16bit_weights_on_model_save"
+    ),
     "zero_optimization.elastic_checkpoint": "the universal checkpoint",
     "bfloat16": "bf16",
 }
@@ -104,7 +109,8 @@ RENAMED_DEEPSPEED = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check says: `found`, and where that is no good what was `expected` and how to `fix` it."""
+    """What one check says: `found`, and where that is no good what was `expected` and how to `fix`
+    it."""
 
     name: str
     severity: str
@@ -117,11 +123,11 @@ class Finding:
 class Case:
     """A run as far as it is known: what is None has not been given or is not there yet.
 
-    `rows` is what the loader gives, `train` its rows as the trainer takes them, `facts` its counts, `deepspeed` the
-    JSON, `keys` the names of the options given, `parent` the stage the run starts from, `world` the processes,
-    `recipe` what the planner reads. `missing` are inputs that are not there, `notes` what stands in for them;
-    `stand_in`: the model has only the shape of one of them. `inspection`, `plan` and `step_seconds` are kept by the
-    first check that needs them.
+    `rows` is what the loader gives, `train` its rows as the trainer takes them, `facts` its counts,
+    `deepspeed` the JSON, `keys` the names of the options given, `parent` the stage the run starts
+    from, `world` the processes, `recipe` what the planner reads. `missing` are inputs that are not
+    there, `notes` what stands in for them; `stand_in`: the model has only the shape of one of them.
+    `inspection`, `plan` and `step_seconds` are kept by the first check that needs them.
     """
 
     stage: str
@@ -165,7 +171,11 @@ class Case:
     @property
     def rows_per_step(self) -> int:
         """Rows of all micro-batches and processes."""
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world
+        return (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.world
+        )
 
     @property
     def steps(self) -> int | None:
@@ -174,7 +184,9 @@ class Case:
             return self.args.max_steps
         if self.train is None:
             return None
-        return math.ceil(math.ceil(len(self.train) / self.rows_per_step) * self.args.num_train_epochs)
+        return math.ceil(
+            math.ceil(len(self.train) / self.rows_per_step) * self.args.num_train_epochs
+        )
 
 
 @dataclass(frozen=True)
@@ -229,7 +241,10 @@ def deepspeed_optimizer(case: Case) -> tuple:
     return (
         "error",
         f"an optimizer block ({given.get('type', '?')}, {given.get('params', {})})",
-        f"none: optim, learning_rate and weight_decay stand in the recipe (learning_rate {case.args.learning_rate:g})",
+        (
+            "none: optim, learning_rate and weight_decay stand in the recipe (learning_rate"
+            f" {case.args.learning_rate:g})"
+        ),
         "Remove 'optimizer' from the DeepSpeed JSON.",
     )
 
@@ -241,7 +256,10 @@ def deepspeed_scheduler(case: Case) -> tuple:
     return (
         "error",
         f"a scheduler block ({case.deepspeed['scheduler'].get('type', '?')})",
-        f"none: it would silently take the place of lr_scheduler_type {value_of(case.args.lr_scheduler_type)}",
+        (
+            "none: it would silently take the place of lr_scheduler_type"
+            f" {value_of(case.args.lr_scheduler_type)}"
+        ),
         "Remove 'scheduler' from the DeepSpeed JSON.",
     )
 
@@ -254,12 +272,19 @@ def deepspeed_batch(case: Case) -> tuple:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "train_batch_size": case.rows_per_step,
     }
-    wrong = {k: v for k, v in case.deepspeed.items() if k in wanted and v not in ("auto", wanted[k])}
+    wrong = {
+        k: v for k, v in case.deepspeed.items() if k in wanted and v not in ("auto", wanted[k])
+    }
     if not wrong:
         return "ok", f"{case.rows_per_step:,} rows per step"
     found = ", ".join(f"{key} {value}" for key, value in wrong.items())
     expected = ", ".join(f"{key} {wanted[key]}" for key in wrong)
-    return "error", found, expected, 'Write "auto" in the DeepSpeed JSON: batches are the recipe\'s.'
+    return (
+        "error",
+        found,
+        expected,
+        'Write "auto" in the DeepSpeed JSON: batches are the recipe\'s.',
+    )
 
 
 @check("deepspeed")
@@ -273,7 +298,12 @@ def deepspeed_precision(case: Case) -> tuple:
     if not wrong:
         return "ok", "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     expected = ", ".join(f"{name} {json.dumps(value)}" for name, value in wanted.items())
-    return "error", ", ".join(wrong), f"{expected}, as the recipe has it", 'Write {"enabled": "auto"} for both.'
+    return (
+        "error",
+        ", ".join(wrong),
+        f"{expected}, as the recipe has it",
+        'Write {"enabled": "auto"} for both.',
+    )
 
 
 @check("deepspeed")
@@ -282,14 +312,23 @@ def deepspeed_clipping(case: Case) -> tuple:
     if given in ("auto", wanted):
         return "ok", f"gradients are clipped at {wanted:g}"
     found = (
-        f"gradient_clipping {given}" if "gradient_clipping" in case.deepspeed else "no gradient_clipping: no clipping"
+        f"gradient_clipping {given}"
+        if "gradient_clipping" in case.deepspeed
+        else "no gradient_clipping: no clipping"
     )
-    return "error", found, f"max_grad_norm {wanted:g}", 'Write "gradient_clipping": "auto" in the DeepSpeed JSON.'
+    return (
+        "error",
+        found,
+        f"max_grad_norm {wanted:g}",
+        'Write "gradient_clipping": "auto" in the DeepSpeed JSON.',
+    )
 
 
 @check("deepspeed")
 def deepspeed_auto(case: Case) -> tuple:
-    open_ends = [key for key, value in flat(case.deepspeed) if value == "auto" and key not in FILLED]
+    open_ends = [
+        key for key, value in flat(case.deepspeed) if value == "auto" and key not in FILLED
+    ]
     if not open_ends:
         return "ok", "every auto is filled in"
     return (
@@ -311,7 +350,12 @@ def deprecated_keys(case: Case) -> tuple:
     fix = "; ".join(f"{key} -> {new}" if new else f"remove {key}" for key, new in old)
     gone = [key for key, _ in old if key in RENAMED and not is_known(case.stage, key)]
     severity = "error" if gone else "warning"
-    return severity, ", ".join(key for key, _ in old), "names that the installed libraries know", fix
+    return (
+        severity,
+        ", ".join(key for key, _ in old),
+        "names that the installed libraries know",
+        fix,
+    )
 
 
 def is_known(stage: str, key: str) -> bool:
@@ -325,17 +369,36 @@ def is_known(stage: str, key: str) -> bool:
 def fp16_scaling(case: Case) -> tuple:
     args = case.args
     scale = (case.deepspeed or {}).get("fp16", {}).get("loss_scale", 0)
-    dtype = next((p.dtype for p in case.model.parameters() if p.requires_grad), None) if case.model else None
+    dtype = (
+        next((p.dtype for p in case.model.parameters() if p.requires_grad), None)
+        if case.model
+        else None
+    )
     if dtype == torch.float16:
         fix = "Load the weights in fp32 (dtype float32) and set fp16: true, or take bf16."
-        return "error", "the trained weights are fp16", "fp32 weights: fp16 has no room for small updates", fix
+        return (
+            "error",
+            "the trained weights are fp16",
+            "fp32 weights: fp16 has no room for small updates",
+            fix,
+        )
     if not args.fp16:
         return "ok", "no fp16"
     if scale:
         fix = 'Write "loss_scale": 0, or better use bf16.'
-        return "error", f"a fixed loss_scale of {scale}", "a scale that moves: small gradients become 0", fix
+        return (
+            "error",
+            f"a fixed loss_scale of {scale}",
+            "a scale that moves: small gradients become 0",
+            fix,
+        )
     if args.use_cpu or args.device.type == "cpu":
-        return "error", "fp16 on a CPU", "bf16 or fp32: no gradient scaler works there", "Set bf16, or neither."
+        return (
+            "error",
+            "fp16 on a CPU",
+            "bf16 or fp32: no gradient scaler works there",
+            "Set bf16, or neither.",
+        )
     return "ok", "fp16 with a loss scale that moves"
 
 
@@ -349,7 +412,10 @@ def bf16_hardware(case: Case) -> tuple:
         "warning",
         f"bf16 on a {case.args.device.type} that emulates it",
         "hardware that computes in bf16",
-        "Leave bf16 out (it is chosen where it is fast), or set bf16: false; on older GPUs fp16: true.",
+        (
+            "Leave bf16 out (it is chosen where it is fast), or set bf16: false; on older GPUs"
+            " fp16: true."
+        ),
     )
 
 
@@ -359,9 +425,22 @@ def bf16_hardware(case: Case) -> tuple:
 def tiny_config(config) -> Any:
     """The same architecture, small enough for milliseconds."""
     fields = config.to_dict()
-    for derived in ("layer_types", "rope_parameters", "head_dim", "auto_map", "architectures", "dtype"):
+    for derived in (
+        "layer_types",
+        "rope_parameters",
+        "head_dim",
+        "auto_map",
+        "architectures",
+        "dtype",
+    ):
         fields.pop(derived, None)
-    kinds = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    kinds = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     kinds |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     kinds |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     kinds |= {name: 0.0 for name in fields if name.endswith("_dropout")}
@@ -371,12 +450,14 @@ def tiny_config(config) -> Any:
 
 
 def accumulation_error(model_class: type, config, case: str, across: bool = True) -> float:
-    """How far gradients and loss are from those of one batch, as a share of them, where a step is made of parts.
+    """How far gradients and loss are from those of one batch, as a share of them, where a step is
+    made of parts.
 
-    `case` "accumulation": two micro-batches whose numbers of trained tokens differ. "ranks": the same two on two
-    processes, by the trainer's rule: gradients are averaged, and each loss is taken over the tokens of all times the
-    number of processes or, where `average_tokens_across_devices` (`across`) is off, over its own tokens. "router": two
-    micro-batches alike, whose load-balancing loss counts as much as the language's and is that of both together.
+    `case` "accumulation": two micro-batches whose numbers of trained tokens differ. "ranks": the
+    same two on two processes, by the trainer's rule: gradients are averaged, and each loss is taken
+    over the tokens of all times the number of processes or, where `average_tokens_across_devices`
+    (`across`) is off, over its own tokens. "router": two micro-batches alike, whose load-balancing
+    loss counts as much as the language's and is that of both together.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "router_aux_loss_coef"):
@@ -396,11 +477,15 @@ def accumulation_error(model_class: type, config, case: str, across: bool = True
         for part in parts:
             counted = labels[part if processes > 1 and not across else slice(None), 1:]
             items = (counted != -100).sum()
-            output = model(input_ids=ids[part], labels=labels[part], use_cache=False, num_items_in_batch=items)
+            output = model(
+                input_ids=ids[part], labels=labels[part], use_cache=False, num_items_in_batch=items
+            )
             own = output.loss * (processes if across else 1) / processes
             own.backward()
             loss = loss + own.detach()
-        return torch.cat([loss, *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+        return torch.cat(
+            [loss, *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]
+        )
 
     whole = run([slice(None)])
     parts = run([slice(0, 2), slice(2, 4)], processes=2 if case == "ranks" else 1)
@@ -420,9 +505,15 @@ def accumulation(case: Case) -> tuple:
     found = ", ".join(f"{part}: gradients off by {error:.0%}" for part, error in wrong.items())
     expected = "the sum over trained tokens / num_items_in_batch, whatever the parts"
     if set(wrong) == {"ranks"} and not across:
-        fix = "Leave average_tokens_across_devices out: processes with fewer trained tokens would weigh more."
+        fix = (
+            "Leave average_tokens_across_devices out: processes with fewer trained tokens would"
+            " weigh more."
+        )
         return "error" if case.world > 1 else "warning", found, expected, fix
-    fix = "The model's forward must pass num_items_in_batch on to its loss, and take the router's loss in that share."
+    fix = (
+        "The model's forward must pass num_items_in_batch on to its loss, and take the router's"
+        " loss in that share."
+    )
     return "error", found, expected, fix
 
 
@@ -430,21 +521,38 @@ def accumulation(case: Case) -> tuple:
 def padding_token(case: Case) -> tuple:
     tokenizer = case.tokenizer
     if tokenizer.eos_token_id is None:
-        return "error", "the tokenizer has no end token", "an eos_token, or no text can end", "Set eos_token."
+        return (
+            "error",
+            "the tokenizer has no end token",
+            "an eos_token, or no text can end",
+            "Set eos_token.",
+        )
     masked = total = 0
     if case.train is not None and case.collator is not None and len(case.train):
         batch = case.collator([case.train[i] for i in sample(len(case.train), 32)])
         if "labels" in batch:
             ends = (batch["input_ids"] == tokenizer.eos_token_id)[:, 1:]
             if case.stage == "pretrain":
-                total, masked = int(ends.sum()), int((ends & (batch["labels"][:, 1:] == -100)).sum())
+                total, masked = (
+                    int(ends.sum()),
+                    int((ends & (batch["labels"][:, 1:] == -100)).sum()),
+                )
             else:  # users' turns end with it too: enough if some are trained
                 total = int(ends.sum())
-                masked = total if total and not (ends & (batch["labels"][:, 1:] != -100)).any() else 0
+                masked = (
+                    total if total and not (ends & (batch["labels"][:, 1:] != -100)).any() else 0
+                )
     if masked:
         found = f"{masked:,} of {total:,} end tokens in the first rows have no label"
-        return "error", found, "labels on the ends, or the model never stops", "Mask by position, not by token."
-    return "ok", f"{tokenizer.pad_token!r} pads, {tokenizer.eos_token!r} ends" + (" and is trained" if total else "")
+        return (
+            "error",
+            found,
+            "labels on the ends, or the model never stops",
+            "Mask by position, not by token.",
+        )
+    return "ok", f"{tokenizer.pad_token!r} pads, {tokenizer.eos_token!r} ends" + (
+        " and is trained" if total else ""
+    )
 
 
 def sample(rows: int, size: int = SAMPLED_ROWS) -> list[int]:
@@ -467,7 +575,10 @@ def document_ends(case: Case) -> tuple:
             "error",
             found,
             f"about {expected:,.0f}: {case.tokenizer.eos_token!r} after each document",
-            "Pack with the tokenizer that the run has ('minimind prepare'), or the model learns to run on.",
+            (
+                "Pack with the tokenizer that the run has ('minimind prepare'), or the model learns"
+                " to run on."
+            ),
         )
     return "ok", found
 
@@ -479,8 +590,15 @@ def document_ends(case: Case) -> tuple:
 def vocabulary(case: Case) -> tuple:
     size, tokens = case.base.get_input_embeddings().num_embeddings, len(case.tokenizer)
     if tokens > size or case.base.config.vocab_size != size:
-        found = f"{tokens:,} tokens, {size:,} embeddings, vocab_size {case.base.config.vocab_size:,}"
-        return "error", found, "an embedding for each token", "Take the tokenizer of the model's stage directory."
+        found = (
+            f"{tokens:,} tokens, {size:,} embeddings, vocab_size {case.base.config.vocab_size:,}"
+        )
+        return (
+            "error",
+            found,
+            "an embedding for each token",
+            "Take the tokenizer of the model's stage directory.",
+        )
     if case.train is not None and "input_ids" in case.train.column_names:
         highest = max(int(np.max(case.train[i]["input_ids"])) for i in sample(len(case.train)))
         if highest >= size:
@@ -489,7 +607,12 @@ def vocabulary(case: Case) -> tuple:
     unused = size - tokens
     if unused > 0.1 * size:
         found = f"{unused:,} of {size:,} embeddings have no token"
-        return "warning", found, "a model as wide as its tokenizer", "Leave vocab_size out of the model's JSON."
+        return (
+            "warning",
+            found,
+            "a model as wide as its tokenizer",
+            "Leave vocab_size out of the model's JSON.",
+        )
     return "ok", f"{tokens:,} tokens, {size:,} embeddings"
 
 
@@ -506,9 +629,19 @@ def tied_weights(case: Case) -> tuple:
                 "one matrix",
                 "Intended? Then leave it.",
             )
-        fix = "Call model.tie_weights() after changing either; the saved file would hold only one of the two."
-        return "error", "embeddings and head are two matrices", "one: tie_word_embeddings is true", fix
-    return "ok", "embeddings and head are one" if same else "embeddings and head are two, as configured"
+        fix = (
+            "Call model.tie_weights() after changing either; the saved file would hold only one of"
+            " the two."
+        )
+        return (
+            "error",
+            "embeddings and head are two matrices",
+            "one: tie_word_embeddings is true",
+            fix,
+        )
+    return "ok", (
+        "embeddings and head are one" if same else "embeddings and head are two, as configured"
+    )
 
 
 @check("weights", "tokenizer", "args")
@@ -525,30 +658,43 @@ def untrained_tokens(case: Case) -> tuple:
     rows = base.get_input_embeddings().weight.detach().float()
     used = set()
     if case.train is not None and "input_ids" in case.train.column_names:
-        used = {int(token) for i in sample(len(case.train)) for token in np.unique(case.train[i]["input_ids"])}
+        used = {
+            int(token)
+            for i in sample(len(case.train))
+            for token in np.unique(case.train[i]["input_ids"])
+        }
     special = {i for i in case.tokenizer.added_tokens_decoder if i < len(rows)}
     wanted = sorted((special & used if used else special) - {case.tokenizer.pad_token_id})
     fresh = at_initialisation(rows, base.config.initializer_range)
     names = [case.tokenizer.convert_ids_to_tokens(token) for token in wanted if fresh[token]]
     share = float(fresh.float().mean())
     if share > 0.5:
-        return "warning", f"{share:.0%} of the embeddings look as at random start", "a base that is trained", fix
+        return (
+            "warning",
+            f"{share:.0%} of the embeddings look as at random start",
+            "a base that is trained",
+            fix,
+        )
     if names:
         found = f"the embeddings of {', '.join(names)} look as at random start"
         expected = "trained ones: LoRA leaves embeddings as they are"
         return "error" if share < CHANCE else "warning", found, expected, fix
     if case.parent is not None and read_stage(case.parent).get("stage") == "pretrain":
-        found = f"{case.parent} was only pretrained: the tokens of the chat template were never in its texts"
+        found = (
+            f"{case.parent} was only pretrained: the tokens of the chat template were never in its"
+            " texts"
+        )
         return "warning", found, "a base that has seen its chat template", fix
     return "ok", f"{len(wanted)} special tokens have trained embeddings"
 
 
 def at_initialisation(rows: torch.Tensor, std: float) -> torch.Tensor:
-    """Which embeddings (tokens, hidden) look as they were drawn, normal with `std`, or are zero, or the very same as
-    another (a mean that new tokens were given). Returns (tokens,) bool.
+    """Which embeddings (tokens, hidden) look as they were drawn, normal with `std`, or are zero, or
+    the very same as another (a mean that new tokens were given). Returns (tokens,) bool.
 
-    The norm of a drawn row is std x sqrt(hidden), give or take std / sqrt(2), and its cosine with the mean of all is
-    0, give or take 1 / sqrt(hidden). Training changes the length, and gives embeddings a direction in common.
+    The norm of a drawn row is std x sqrt(hidden), give or take std / sqrt(2), and its cosine with
+    the mean of all is 0, give or take 1 / sqrt(hidden). Training changes the length, and gives
+    embeddings a direction in common.
     """
     norms, size = rows.norm(dim=1), rows.shape[1]
     drawn = (norms - std * math.sqrt(size)).abs() < 4 * std / math.sqrt(2)
@@ -566,7 +712,10 @@ def generation_stops(case: Case) -> tuple:
     if wanted in ends:
         return "ok", f"at {case.tokenizer.eos_token!r}"
     found = f"generation_config.eos_token_id is {ends or None}"
-    fix = f"Set eos_token_id to {wanted} in generation_config.json, or replies run on to the last token."
+    fix = (
+        f"Set eos_token_id to {wanted} in generation_config.json, or replies run on to the last"
+        " token."
+    )
     return "error", found, f"{wanted} ({case.tokenizer.eos_token!r})", fix
 
 
@@ -576,20 +725,27 @@ def positions(case: Case) -> tuple:
     if case.length is None or case.length <= most:
         return "ok", f"rows of {case.length or 'any'} tokens, {most:,} positions"
     name = "block_size" if case.stage == "pretrain" else "max_length"
-    return "error", f"{name} {case.length:,}", f"at most {most:,} positions", f"Lower {name}, or give more positions."
+    return (
+        "error",
+        f"{name} {case.length:,}",
+        f"at most {most:,} positions",
+        f"Lower {name}, or give more positions.",
+    )
 
 
 # The recipe.
 
 
 def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float, float]:
-    """The range of AdamW learning rates that are not surprising for so many parameters (embeddings left out).
+    """The range of AdamW learning rates that are not surprising for so many parameters (embeddings
+    left out).
 
-    The middle for pretraining is Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, eq. D.1): 0.003239 - 0.0001395
-    ln(N), not below 1e-4, where GPT-3's largest sizes are (Brown et al. 2020, table 2.1); 10 times around it. Others
-    are parts of that: full SFT from a 300th (Tulu 3: 5e-6 at 8B) to 3 times it; LoRA 10 times full SFT (Schulman et
-    al. 2025, "LoRA Without Regret"; Biderman et al. 2024, https://arxiv.org/abs/2405.09673); DPO from a 2,000th (Tulu
-    3: 5e-7 at 8B) to a 20th, and with LoRA 10 times that.
+    The middle for pretraining is Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, eq. D.1):
+    0.003239 - 0.0001395 ln(N), not below 1e-4, where GPT-3's largest sizes are (Brown et al. 2020,
+    table 2.1); 10 times around it. Others are parts of that: full SFT from a 300th (Tulu 3: 5e-6 at
+    8B) to 3 times it; LoRA 10 times full SFT (Schulman et al. 2025, "LoRA Without Regret"; Biderman
+    et al. 2024, https://arxiv.org/abs/2405.09673); DPO from a 2,000th (Tulu 3: 5e-7 at 8B) to a
+    20th, and with LoRA 10 times that.
     """
     middle = max(0.003239 - 0.0001395 * math.log(max(parameters, 2)), 1e-4)
     low, high = {"pretrain": (1 / FAR, FAR), "sft": (1 / 300, 3), "dpo": (1 / 2000, 1 / 20)}[stage]
@@ -622,10 +778,18 @@ def warmup(case: Case) -> tuple:
     steps, warm = case.steps, case.args.get_warmup_steps(case.steps)
     if warm >= steps and warm > 1:
         expected = f"fewer than the {steps:,} steps of the run"
-        fix = "Give warmup_steps as a share, such as 0.05; the learning rate would never reach its peak."
+        fix = (
+            "Give warmup_steps as a share, such as 0.05; the learning rate would never reach its"
+            " peak."
+        )
         return "error", f"{warm:,} warm-up steps", expected, fix
     if warm > 0.5 * steps and steps > 10:
-        return "warning", f"{warm:,} of {steps:,} steps warm up", "5 % or so", "Give warmup_steps as a share."
+        return (
+            "warning",
+            f"{warm:,} of {steps:,} steps warm up",
+            "5 % or so",
+            "Give warmup_steps as a share.",
+        )
     return "ok", f"{warm:,} of {steps:,} steps"
 
 
@@ -637,7 +801,12 @@ def save_steps(case: Case) -> tuple:
     every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
     if every > steps:
         found = f"save_steps {every:,}, and the run has {steps:,}"
-        return "warning", found, "a checkpoint during the run", "Lower save_steps: a run cut off would begin again."
+        return (
+            "warning",
+            found,
+            "a checkpoint during the run",
+            "Lower save_steps: a run cut off would begin again.",
+        )
     return "ok", f"{steps // int(every):,} checkpoints"
 
 
@@ -647,16 +816,29 @@ def epochs(case: Case) -> tuple:
     if case.args.max_steps > 0:
         passes = case.args.max_steps * case.rows_per_step / max(len(case.train), 1)
     if case.stage == "pretrain" and passes > MANY_EPOCHS:
-        expected = f"at most {MANY_EPOCHS}: what is repeated more often teaches less and less (arXiv 2305.16264)"
-        return "warning", f"{passes:.1f} passes over the data", expected, "Give more text, or train for fewer steps."
+        expected = (
+            f"at most {MANY_EPOCHS}: what is repeated more often teaches less and less (arXiv"
+            " 2305.16264)"
+        )
+        return (
+            "warning",
+            f"{passes:.1f} passes over the data",
+            expected,
+            "Give more text, or train for fewer steps.",
+        )
     return "ok", f"{passes:.2g} passes over {len(case.train):,} rows"
 
 
 @check("facts")
 def held_out_files(case: Case) -> tuple:
-    train, held_out = ({os.path.realpath(f) for f in case.facts[part]["files"]} for part in ("train", "eval"))
+    train, held_out = (
+        {os.path.realpath(f) for f in case.facts[part]["files"]} for part in ("train", "eval")
+    )
     both = sorted(train & held_out)
-    if both or (case.facts["train"].get("hash") and case.facts["train"]["hash"] == case.facts["eval"].get("hash")):
+    if both or (
+        case.facts["train"].get("hash")
+        and case.facts["train"]["hash"] == case.facts["eval"].get("hash")
+    ):
         found = f"{', '.join(both) or 'the same content'} is trained on and held out"
         fix = "Leave eval_files out: a share of the rows is then held out, copies included."
         return "error", found, "held-out rows that are not trained on", fix
@@ -676,10 +858,17 @@ def disk_space(case: Case) -> tuple:
     while not where.exists():
         where = where.parent
     free = shutil.disk_usage(where).free
-    found = f"{needed / 1e6:,.0f} MB for {kept} checkpoints and the weights, {free / 1e6:,.0f} MB free"
+    found = (
+        f"{needed / 1e6:,.0f} MB for {kept} checkpoints and the weights, {free / 1e6:,.0f} MB free"
+    )
     if needed <= free:
         return "ok", found
-    return "error", found, "room for all", "Make room, lower save_total_limit, or give another output_dir."
+    return (
+        "error",
+        found,
+        "room for all",
+        "Make room, lower save_total_limit, or give another output_dir.",
+    )
 
 
 @check("args", quick=False)
@@ -699,7 +888,10 @@ def data_findings(case: Case) -> tuple:
     case.inspection = inspect_rows_of(case)
     report = case.inspection.report
     findings = [f for f in report["findings"] if f["name"] != "held_out_rows_trained"]
-    fix = f"See which rows and why: minimind inspect {' '.join(data_paths(case.data_args.train_files))}"
+    fix = (
+        "See which rows and why: minimind inspect"
+        f" {' '.join(data_paths(case.data_args.train_files))}"
+    )
     for severity in ("error", "warning"):
         if told := [f"{f['name']} ({f['text']})" for f in findings if f["severity"] == severity]:
             return severity, "; ".join(told), "", f"{fix} --stage {case.stage}"
@@ -714,7 +906,9 @@ def inspect_rows_of(case: Case) -> Inspection:
         return inspect_chats(case.stage, case.rows, case.tokenizer, data_args.on_bad_rows, every)
     markers = data_args.boundary_markers
     texts = Texts(data_paths(data_args.train_files), case.tokenizer, markers)
-    held_out = Texts(data_args.eval_files, case.tokenizer, markers) if data_args.eval_files else None
+    held_out = (
+        Texts(data_args.eval_files, case.tokenizer, markers) if data_args.eval_files else None
+    )
     return inspect_documents(case.train, case.facts["train"], texts, case.tokenizer, held_out)
 
 
@@ -723,12 +917,21 @@ def held_out_rows(case: Case) -> tuple:
     if not case.data_args.eval_files:
         return "ok", "rows are held out by content, copies beside each other"
     inspection = case.inspection or inspect_rows_of(case)
-    both = next((f for f in inspection.report["findings"] if f["name"] == "held_out_rows_trained"), None)
+    both = next(
+        (f for f in inspection.report["findings"] if f["name"] == "held_out_rows_trained"), None
+    )
     if both is None:
         return "ok", "no held-out row is trained on"
-    held_out = max(case.facts["eval"].get("documents") or case.facts["eval"].get("rows") or both["count"], 1)
+    held_out = max(
+        case.facts["eval"].get("documents") or case.facts["eval"].get("rows") or both["count"], 1
+    )
     severity = "error" if both["count"] > OVERLAP * held_out else "warning"
-    return severity, both["text"], "none", f"{both['advice']} First: {', '.join(both['places'][:2])}"
+    return (
+        severity,
+        both["text"],
+        "none",
+        f"{both['advice']} First: {', '.join(both['places'][:2])}",
+    )
 
 
 @check("args", "model", "train", "collator", quick=False)
@@ -736,7 +939,14 @@ def dataloader_speed(case: Case) -> tuple:
     args = case.args
     workers = args.dataloader_num_workers
     size = min(args.per_device_train_batch_size, len(case.train))
-    loader = DataLoader(case.train, size, shuffle=True, collate_fn=case.collator, num_workers=workers, drop_last=True)
+    loader = DataLoader(
+        case.train,
+        size,
+        shuffle=True,
+        collate_fn=case.collator,
+        num_workers=workers,
+        drop_last=True,
+    )
     batches, seconds, began = [], [], time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         for batch in loader:
@@ -750,7 +960,10 @@ def dataloader_speed(case: Case) -> tuple:
     found = f"a batch in {shown_seconds(loading)} ({workers} workers)"
     if loading <= step * max(workers, 1):
         return "ok", f"{found}, faster than it is trained on"
-    fix = f"Raise dataloader_num_workers (now {workers}); for pretraining, 'minimind prepare' beforehand."
+    fix = (
+        f"Raise dataloader_num_workers (now {workers}); for pretraining, 'minimind prepare'"
+        " beforehand."
+    )
     return "warning", found, f"at most the {shown_seconds(step)} that training on it takes", fix
 
 
@@ -763,7 +976,9 @@ def seconds_of_step(case: Case, batch: dict | None = None) -> float:
     """Seconds of a forward and backward pass over one micro-batch, measured once."""
     if case.step_seconds is None:
         size = min(case.args.per_device_train_batch_size, len(case.train))
-        batch = batch or case.collator([case.train[number] for number in sample(len(case.train), size)])
+        batch = batch or case.collator(
+            [case.train[number] for number in sample(len(case.train), size)]
+        )
         model = AutoModelForCausalLM.from_config(case.model.config) if case.stand_in else case.model
         case.step_seconds = measure_step(model, batch, case.args)
     return case.step_seconds
@@ -779,7 +994,8 @@ def measure_step(model: torch.nn.Module, batch: dict, args) -> float:
     model.to(device).train()
     half = torch.float16 if args.fp16 else torch.bfloat16
     times: list[float] = []
-    while len(times) < 2 and sum(times) < SLOW_PASS:  # the first one warms up, unless that takes too long
+    # The first one warms up, unless that takes too long
+    while len(times) < 2 and sum(times) < SLOW_PASS:
         began = time.perf_counter()
         with torch.autocast(device.type, half, enabled=bool(args.bf16 or args.fp16)):
             logits = model(**inputs, use_cache=False).logits

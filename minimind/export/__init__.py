@@ -1,4 +1,5 @@
-"""`minimind export`: a stage directory in a stock layout, compared with the source before it appears."""
+"""`minimind export`: a stage directory in a stock layout, compared with the source before it
+appears."""
 
 import copy
 import inspect
@@ -9,7 +10,12 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from minimind.common.errors import UserError
@@ -49,27 +55,33 @@ DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 
 def export(directory: str | Path, out: str | Path, format: str, dtype: str | None = None) -> dict:
-    """Write the model of a stage directory to directory `out`, in `format`; returns the record in its `export.json`.
+    """Write the model of a stage directory to directory `out`, in `format`; returns the record in
+    its `export.json`.
 
     Args:
-        format: one of FORMATS; "gguf" writes `model.gguf`.
-        dtype: one of DTYPES, "q8_0" for GGUF alone. Default: that of the saved weights (of an adapter: its base's).
+        format: one of FORMATS; "gguf" writes `model.gguf`. dtype: one of DTYPES, "q8_0" for GGUF
+        alone. Default: that of the saved weights (of an adapter: its base's).
 
     Raises:
-        UserError: the format cannot express the model, or what was written is not the source; `out` is not there then.
+        UserError: the format cannot express the model, or what was written is not the source; `out`
+        is not there then.
     """
     path = require_stage(directory)
     if format == "gguf":
         require_gguf()
     dtype = dtype or saved_dtype(path)
     if dtype not in DTYPES or (dtype == "q8_0" and format != "gguf"):
-        raise UserError(f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or bfloat16.")
+        raise UserError(
+            f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or"
+            " bfloat16."
+        )
     source, tokenizer = load_model(path).eval(), load_tokenizer(path)
     check_vocabulary(source, tokenizer, path)
     if found := obstacles(source.config, format):
         fitting = [name for name in FORMATS if not obstacles(source.config, name)]
         raise UserError(
-            f"--format {format} cannot express this model: {'; '.join(found)}. Possible: {', '.join(fitting)}."
+            f"--format {format} cannot express this model: {'; '.join(found)}. Possible:"
+            f" {', '.join(fitting)}."
         )
     with new_directory(out) as partial:
         write = write_gguf_directory if format == "gguf" else write_layout
@@ -90,7 +102,9 @@ def saved_dtype(path: Path) -> str:
     return str(dtype or "float32").removeprefix("torch.")
 
 
-def with_weights(source: PreTrainedModel, change: Callable[[str, torch.Tensor], torch.Tensor]) -> PreTrainedModel:
+def with_weights(
+    source: PreTrainedModel, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> PreTrainedModel:
     """A copy of a model with each parameter `change`d; the buffers stay as they are, in fp32."""
     model = copy.deepcopy(source)
     for name, parameter in model.named_parameters():
@@ -101,7 +115,8 @@ def with_weights(source: PreTrainedModel, change: Callable[[str, torch.Tensor], 
 def write_layout(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str, out: Path
 ) -> dict:
-    """Write a layout of the library, or our own with its code, and compare; returns what was compared."""
+    """Write a layout of the library, or our own with its code, and compare; returns what was
+    compared."""
     target = getattr(torch, dtype)
     reference = with_weights(source, lambda name, weight: weight.to(target).float())
     probes = make_probes(reference, tokenizer)
@@ -109,13 +124,17 @@ def write_layout(
     tensors = model.state_dict()
     if format in STOCK:
         save_for_all_versions(model.to(target), tokenizer, out)
-        reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         model.config.use_cache = True
         model.to(target).save_pretrained(out)
         tokenizer.save_pretrained(out)
         # The code in the directory itself: the Auto classes would take the package's.
-        shipped_class = get_class_from_dynamic_module(f"modeling_minimind.{type(model).__name__}", out)
+        shipped_class = get_class_from_dynamic_module(
+            f"modeling_minimind.{type(model).__name__}", out
+        )
         reloaded = shipped_class.from_pretrained(out, dtype=torch.float32)
     reloaded_tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     compared = compare(source, probes, tensors, reloaded, tokenizer, reloaded_tokenizer)
@@ -129,18 +148,24 @@ def write_layout(
 def write_gguf_directory(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str, out: Path
 ) -> dict:
-    """Write `model.gguf`, and compare what transformers and, where it is installed, llama.cpp read in it."""
+    """Write `model.gguf`, and compare what transformers and, where it is installed, llama.cpp read
+    in it."""
     layout, file = natural_layout(source.config), out / "model.gguf"
     model = stock_model(source, layout)
     write_gguf(model, source.model.rotary_emb.attention_scaling, layout, tokenizer, dtype, file)
     reference = with_weights(source, lambda name, weight: rounded(name, weight, dtype))
     probes = make_probes(reference, tokenizer)
-    # The library takes a head_dim of 128, and no RoPE scaling, from a GGUF file that comes without a config.
+    # The library takes a head_dim of 128, and no RoPE scaling, from a GGUF file that comes without
+    # a config.
     with redirect_stderr(io.StringIO()):  # a progress bar
-        reloaded = type(model).from_pretrained(out, gguf_file=file.name, config=model.config, dtype=torch.float32)
+        reloaded = type(model).from_pretrained(
+            out, gguf_file=file.name, config=model.config, dtype=torch.float32
+        )
     reloaded.generation_config = source.generation_config
     exported_tokenizer = PreTrainedTokenizerFast.from_pretrained(out, gguf_file=file.name)
-    compared = compare(source, probes, reference.state_dict(), reloaded.eval(), tokenizer, exported_tokenizer)
+    compared = compare(
+        source, probes, reference.state_dict(), reloaded.eval(), tokenizer, exported_tokenizer
+    )
     compared["read_back_by"] += ", given the config"
     return compared | {"llama.cpp": check_llama_cpp(probes, tokenizer, file, dtype)}
 
@@ -153,12 +178,15 @@ def compare(
     tokenizer: PreTrainedTokenizerFast,
     reloaded_tokenizer: PreTrainedTokenizerFast,
 ) -> dict:
-    """Raises UserError unless what was read back is what was to be written; returns what was compared."""
+    """Raises UserError unless what was read back is what was to be written; returns what was
+    compared."""
     check_tensors(tensors, reloaded.state_dict())
     return {
         "read_back_by": f"{type(reloaded).__module__.split('.')[0]}.{type(reloaded).__name__}",
         "tensors_bitwise_equal": len(tensors),
         **check_model(probes, reloaded),
         **check_tokenizer(tokenizer, reloaded_tokenizer),
-        "max_logit_change_by_rounding": largest_difference(logits_of(source, probes.sequences), probes.logits),
+        "max_logit_change_by_rounding": largest_difference(
+            logits_of(source, probes.sequences), probes.logits
+        ),
     }

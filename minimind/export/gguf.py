@@ -1,6 +1,8 @@
-"""GGUF, the file format of llama.cpp and ollama: one file with weights, config, tokenizer and chat template.
+"""GGUF, the file format of llama.cpp and ollama: one file with weights, config, tokenizer and chat
+template.
 
-Matrices have the data type asked for; norms, biases and routers are fp32, as llama.cpp's own converter leaves them.
+Matrices have the data type asked for; norms, biases and routers are fp32, as llama.cpp's own
+converter leaves them.
 """
 
 import importlib.util
@@ -19,17 +21,26 @@ from minimind.tokenizer.splitting import PRE_TOKENIZERS, splitting_name
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 Q8_BLOCK = 32  # weights that share a scale
-BEYOND_GGUF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+BEYOND_GGUF = (
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+    "ignore_merges",
+)
 
 
 def require_gguf() -> None:
     """Raises UserError where the `gguf` package is missing."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"--format gguf needs the package gguf, which is not installed: {install('gguf')}")
+        raise UserError(
+            f"--format gguf needs the package gguf, which is not installed: {install('gguf')}"
+        )
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
-    """llama.cpp's name of a tokenizer's splitting rule. A wrong one gives other tokens without any error.
+    """llama.cpp's name of a tokenizer's splitting rule. A wrong one gives other tokens without any
+    error.
 
     Raises:
         UserError: the rule has no name here, or the tokenizer does more than a GGUF file can say.
@@ -41,7 +52,9 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
         f"a model of type {bpe['type']}": bpe["type"] != "BPE",
         "no merges": not bpe.get("merges"),
         "a normalizer": state["normalizer"],
-        "tokens added to every text": tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False),
+        "tokens added to every text": (
+            tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False)
+        ),
     }.items():
         beyond += [reason] if found else []
     if beyond:
@@ -49,8 +62,9 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
     if name := splitting_name(tokenizer.backend_tokenizer):
         return name
     raise UserError(
-        "a GGUF file cannot say how this tokenizer splits text: known are the splitting rules of 'minimind tokenizer "
-        f"train' ({', '.join(PRE_TOKENIZERS)}). Use one of the other formats, or a tokenizer of that command."
+        "a GGUF file cannot say how this tokenizer splits text: known are the splitting rules of"
+        f" 'minimind tokenizer train' ({', '.join(PRE_TOKENIZERS)}). Use one of the other formats,"
+        " or a tokenizer of that command."
     )
 
 
@@ -62,8 +76,8 @@ def to_ggml(name: str, tensor: torch.Tensor, dtype: str):
     kind = GGMLQuantizationType["F32" if exact else TYPES[dtype]]
     if kind.name == "Q8_0" and tensor.shape[-1] % Q8_BLOCK:
         raise UserError(
-            f"q8_0 needs rows of a multiple of {Q8_BLOCK} weights, and those of {name} have {tensor.shape[-1]}. "
-            "Use --dtype float16 or bfloat16."
+            f"q8_0 needs rows of a multiple of {Q8_BLOCK} weights, and those of {name} have"
+            f" {tensor.shape[-1]}. Use --dtype float16 or bfloat16."
         )
     return kind, quantize(numpy.ascontiguousarray(tensor.float().numpy()), kind)
 
@@ -79,8 +93,8 @@ def rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 def named_tensors(model: PreTrainedModel, layout: str) -> dict[str, tuple[str, torch.Tensor]]:
     """A stock model's tensors under their GGUF names, each with the library's name.
 
-    For Llama, llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... where the library rotates the halves of a head,
-    so the rows of q and k are interleaved.
+    For Llama, llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... where the library rotates the
+    halves of a head, so the rows of q and k are interleaved.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
@@ -93,7 +107,10 @@ def named_tensors(model: PreTrainedModel, layout: str) -> dict[str, tuple[str, t
         parts = {name: tensor}
         if name.endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
-            parts = {name.replace("gate_up_proj", "gate_proj"): gate, name.replace("gate_up_proj", "up_proj"): up}
+            parts = {
+                name.replace("gate_up_proj", "gate_proj"): gate,
+                name.replace("gate_up_proj", "up_proj"): up,
+            }
         elif layout == "llama" and re.search(r"\.[qk]_proj\.", name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             parts = {name: tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)}
@@ -121,7 +138,9 @@ def write_gguf(
     config, rope = model.config, model.config.rope_parameters
     writer = GGUFWriter(path, ARCHITECTURES[layout])
     writer.add_name("MiniMind")
-    writer.add_file_type(LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{TYPES[dtype]}"])
+    writer.add_file_type(
+        LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{TYPES[dtype]}"]
+    )
     if dtype == "q8_0":
         writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)
@@ -146,7 +165,9 @@ def write_gguf(
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         # llama.cpp multiplies by YaRN's own factor of attention; this key is what stands beside it.
-        writer.add_rope_scaling_attn_factors(attention_scaling / (1 + 0.1 * math.log(rope["factor"])))
+        writer.add_rope_scaling_attn_factors(
+            attention_scaling / (1 + 0.1 * math.log(rope["factor"]))
+        )
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for name, (library_name, tensor) in named_tensors(model, layout).items():
         kind, values = to_ggml(library_name, tensor, dtype)
@@ -158,7 +179,8 @@ def write_gguf(
 
 
 def add_tokenizer(writer, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Write vocabulary, merges, special tokens and chat template; ids that no token has become unused ones."""
+    """Write vocabulary, merges, special tokens and chat template; ids that no token has become
+    unused ones."""
     from gguf import TokenType
 
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
@@ -174,7 +196,9 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -
     writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    )
     for name in ("bos", "eos", "pad"):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(index)

@@ -1,4 +1,5 @@
-"""`minimind merge`: an adapter and its base as one stage directory, compared with the two before it appears."""
+"""`minimind merge`: an adapter and its base as one stage directory, compared with the two before it
+appears."""
 
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def merge(adapter: str | Path, out: str | Path) -> dict:
-    """Write the stage directory of an adapter merged into its base, in fp32, and return its `stage.json`.
+    """Write the stage directory of an adapter merged into its base, in fp32, and return its
+    `stage.json`.
 
     Raises:
-        UserError: `adapter` is not an adapter, or the merged model does not answer as adapter and base together do.
+        UserError: `adapter` is not an adapter, or the merged model does not answer as adapter and
+        base together do.
     """
     path = require_stage(adapter)
     if not is_adapter(path):

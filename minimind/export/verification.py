@@ -1,7 +1,8 @@
-"""Is a written model the model it was made from? Tensors, logits, greedy tokens and token ids, compared.
+"""Is a written model the model it was made from? Tensors, logits, greedy tokens and token ids,
+compared.
 
-The yardstick is the source with its weights rounded as the file rounds them, so that half precision and quantisation
-do not blunt the comparison: what is left is the order of additions.
+The yardstick is the source with its weights rounded as the file rounds them, so that half precision
+and quantisation do not blunt the comparison: what is left is the order of additions.
 """
 
 import importlib.util
@@ -17,9 +18,11 @@ from minimind.common.errors import UserError
 from minimind.data.rows import BadRowError
 from minimind.data.templates import bounded
 
-LOGIT_TOLERANCE = 1e-5  # of the largest logit, at least of 1: the same fp32 arithmetic in another order
-# llama.cpp also rounds the activations to the type of the matrix, in q8_0 to 8 bits. Of the differences the median
-# counts, in standard deviations of the logits: a single token that goes to another expert makes the largest one large.
+# Of the largest logit, at least of 1: the same fp32 arithmetic in another order
+LOGIT_TOLERANCE = 1e-5
+# llama.cpp also rounds the activations to the type of the matrix, in q8_0 to 8 bits. Of the
+# differences the median counts, in standard deviations of the logits: a single token that goes to
+# another expert makes the largest one large.
 LLAMA_CPP_TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 0.03, "q8_0": 0.1}
 NEW_TOKENS = 16
 PROMPTS = (
@@ -39,10 +42,29 @@ CHATS = (
 )
 TEXTS = (
     *PROMPTS,
-    *("", " ", "a", "  two  spaces\t\ttabs \n\n\nlines\r\nend ", "It's I'LL we've DON'T", "3.14159 1,000,000 2026年"),
-    "def f(x: int) -> str:\n    return f\"{x!r}\"  # 返回\n\n\nif __name__ == '__main__':\n\tprint(f(0x1F))",
-    *("😀👍🏽👨‍👩‍👧🇨🇳", "naïve café e\u0301 ﬁ Ω ß ½", "日本語のテキスト、한국어 Русский عربى", "“引号”，（括号）；——"),
-    *("\x00\x7f\ufeff\u200b\u3000", "https://example.org/a?b=c&d=%20", "<|im_start|>user\nhi<|im_end|><|endoftext|>"),
+    *(
+        "",
+        " ",
+        "a",
+        "  two  spaces\t\ttabs \n\n\nlines\r\nend ",
+        "It's I'LL we've DON'T",
+        "3.14159 1,000,000 2026年",
+    ),
+    (
+        'def f(x: int) -> str:\n    return f"{x!r}"  # 返回\n\n\nif __name__ =='
+        " '__main__':\n\tprint(f(0x1F))"
+    ),
+    *(
+        "😀👍🏽👨‍👩‍👧🇨🇳",
+        "naïve café e\u0301 ﬁ Ω ß ½",
+        "日本語のテキスト、한국어 Русский عربى",
+        "“引号”，（括号）；——",
+    ),
+    *(
+        "\x00\x7f\ufeff\u200b\u3000",
+        "https://example.org/a?b=c&d=%20",
+        "<|im_start|>user\nhi<|im_end|><|endoftext|>",
+    ),
 )
 
 
@@ -56,7 +78,8 @@ class Probes:
 
 
 def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probes:
-    """Prompts in Chinese and English, raw and as chats, cut where the model's window leaves no room to continue."""
+    """Prompts in Chinese and English, raw and as chats, cut where the model's window leaves no room
+    to continue."""
     room = max(1, model.config.max_position_embeddings - NEW_TOKENS)
     prompts = [
         torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]])
@@ -67,7 +90,8 @@ def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> P
 
 
 def continuations(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each prompt and the NEW_TOKENS that greedy decoding adds, past an end token; one batch, padded on the left."""
+    """Each prompt and the NEW_TOKENS that greedy decoding adds, past an end token; one batch,
+    padded on the left."""
     width = max(ids.shape[1] for ids in prompts)
     ids = torch.cat([pad(row, (width - row.shape[1], 0)) for row in prompts])
     mask = torch.cat([pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in prompts])
@@ -89,12 +113,15 @@ def tokenisations(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 def chats_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The probe chats as the tokenizer's template writes them; without those it refuses, and none without one."""
+    """The probe chats as the tokenizer's template writes them; without those it refuses, and none
+    without one."""
     texts = []
     for chat in CHATS if tokenizer.chat_template else ():
         try:
             with bounded():
-                texts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+                texts.append(
+                    tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+                )
         except BadRowError:  # a system prompt, say
             continue
     return texts
@@ -102,7 +129,10 @@ def chats_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 def fail(what: str) -> NoReturn:
     """Raises UserError: what was written is not the source."""
-    raise UserError(f"the verification failed, so nothing was written: {what}. Please report it with the config.json.")
+    raise UserError(
+        f"the verification failed, so nothing was written: {what}. Please report it with the"
+        " config.json."
+    )
 
 
 def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
@@ -136,9 +166,12 @@ def check_model(probes: Probes, model: PreTrainedModel) -> dict:
 
 
 def check_tokenizer(source: PreTrainedTokenizerFast, exported: PreTrainedTokenizerFast) -> dict:
-    """Raises UserError unless both give the same ids and have the same special tokens; returns what was compared."""
+    """Raises UserError unless both give the same ids and have the same special tokens; returns what
+    was compared."""
     texts = [*TEXTS, *chats_of(source)]
-    for text, left, right in zip(texts, tokenisations(source), tokenisations(exported), strict=True):
+    for text, left, right in zip(
+        texts, tokenisations(source), tokenisations(exported), strict=True
+    ):
         if left != right:
             fail(f"the tokenizer splits {text[:40]!r} in another way")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -147,10 +180,14 @@ def check_tokenizer(source: PreTrainedTokenizerFast, exported: PreTrainedTokeniz
     return {"texts_tokenised_equally": len(texts)}
 
 
-def check_llama_cpp(probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Path, dtype: str) -> dict | None:
-    """Raises UserError unless llama.cpp reads in `file` what the source is; None where it is not installed.
+def check_llama_cpp(
+    probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Path, dtype: str
+) -> dict | None:
+    """Raises UserError unless llama.cpp reads in `file` what the source is; None where it is not
+    installed.
 
-    Its greedy tokens are compared in fp32 only: elsewhere it computes in lower precision than the source.
+    Its greedy tokens are compared in fp32 only: elsewhere it computes in lower precision than the
+    source.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return None
@@ -158,7 +195,9 @@ def check_llama_cpp(probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Pa
 
     longest = max(ids.shape[1] for ids in probes.sequences)
     fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-    llama = llama_cpp.Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False, **fp32)
+    llama = llama_cpp.Llama(
+        str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False, **fp32
+    )
     for text in TEXTS:
         if llama.tokenize(text.encode(), add_bos=False, special=True) != tokenizer(text).input_ids:
             fail(f"llama.cpp splits {text[:40]!r} in another way")
@@ -191,19 +230,29 @@ def check_llama_cpp(probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Pa
 def report(compared: dict) -> str:
     """What was compared, in a few lines."""
     lines = [
-        "verified: logits of {prompts} prompts differ by up to {max_logit_difference:.2g} ({tolerance:.2g} tolerated)"
+        "verified: logits of {prompts} prompts differ by up to {max_logit_difference:.2g}"
+        " ({tolerance:.2g} tolerated)"
     ]
     lines.append("  {greedy_tokens_equal} greedy tokens are equal")
     if "read_back_by" in compared:
-        lines.append("  {tensors_bitwise_equal} tensors are bitwise equal, read back by {read_back_by}")
+        lines.append(
+            "  {tensors_bitwise_equal} tensors are bitwise equal, read back by {read_back_by}"
+        )
         lines.append("  {texts_tokenised_equally} texts are tokenised equally")
-        lines.append("  rounding to the data type moves logits by up to {max_logit_change_by_rounding:.2g}")
+        lines.append(
+            "  rounding to the data type moves logits by up to {max_logit_change_by_rounding:.2g}"
+        )
     lines = [line.format(**compared) for line in lines]
     if found := compared.get("llama.cpp"):
-        differ = f"logits differ by {found['median_logit_difference']:.2g} standard deviations (median)"
+        differ = (
+            f"logits differ by {found['median_logit_difference']:.2g} standard deviations (median)"
+        )
         lines.append(
-            f"  llama.cpp {found['version']}: {differ}, {found['greedy_tokens_equal']} greedy tokens are equal"
+            f"  llama.cpp {found['version']}: {differ}, {found['greedy_tokens_equal']} greedy"
+            " tokens are equal"
         )
     elif "llama.cpp" in compared:
-        lines.append("  llama.cpp was not asked: it is not installed (pip install llama-cpp-python)")
+        lines.append(
+            "  llama.cpp was not asked: it is not installed (pip install llama-cpp-python)"
+        )
     return "\n".join(lines)

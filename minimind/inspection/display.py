@@ -1,4 +1,5 @@
-"""An inspection in the terminal and as one HTML file: rows with each token in its role's colour, trained or not."""
+"""An inspection in the terminal and as one HTML file: rows with each token in its role's colour,
+trained or not."""
 
 import base64
 import html
@@ -49,14 +50,16 @@ class Piece(NamedTuple):
 class Pieces:
     """Rows -> tokens each readable by itself.
 
-    A line break is shown as "⏎", a part of a character as its bytes (<0xE4>), other control characters escaped.
+    A line break is shown as "⏎", a part of a character as its bytes (<0xE4>), other control
+    characters escaped.
     """
 
     def __init__(self, inspection: Inspection, tokenizer: PreTrainedTokenizerFast):
         self.inspection = inspection
         pieces = text_bytes(tokenizer)
         self.texts = [
-            self.readable(raw, tokenizer.convert_ids_to_tokens(token_id)) for token_id, raw in enumerate(pieces)
+            self.readable(raw, tokenizer.convert_ids_to_tokens(token_id))
+            for token_id, raw in enumerate(pieces)
         ]
         self.special = {token_id for token_id, raw in enumerate(pieces) if not raw}
 
@@ -75,7 +78,9 @@ class Pieces:
         tokens, messages = self.inspection.tokens, self.inspection.messages
         span = slice(tokens.starts[number], tokens.starts[number + 1])
         roles = messages.names[messages.role[messages.of_token[span]]]
-        for token_id, label, role in zip(tokens.ids[span].tolist(), tokens.labels[span].tolist(), roles, strict=True):
+        for token_id, label, role in zip(
+            tokens.ids[span].tolist(), tokens.labels[span].tolist(), roles, strict=True
+        ):
             yield Piece(self.texts[token_id], token_id, label, str(role), token_id in self.special)
 
 
@@ -83,7 +88,8 @@ class Pieces:
 
 
 def bar(share: float) -> str:
-    """A share of 1 -> a bar of up to 40 characters, in eighths of a character; something for all but 0."""
+    """A share of 1 -> a bar of up to 40 characters, in eighths of a character; something for all
+    but 0."""
     eighths = round(share * BAR * 8) or bool(share)
     return "█" * (eighths // 8) + (EIGHTHS[eighths % 8 - 1] if eighths % 8 else "")
 
@@ -96,7 +102,9 @@ def table(*columns: str) -> Table:
     return made
 
 
-def print_inspection(inspection: Inspection, numbers: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> None:
+def print_inspection(
+    inspection: Inspection, numbers: Sequence[int], tokenizer: PreTrainedTokenizerFast
+) -> None:
     """The report and some rows."""
     console = Terminal(soft_wrap=True)
     print_report(inspection.report, console)
@@ -104,7 +112,8 @@ def print_inspection(inspection: Inspection, numbers: Sequence[int], tokenizer: 
 
 
 def print_json(inspection: Inspection, numbers: Iterable[int]) -> None:
-    """The report as one JSON object, with the rows in place of their number; row by row, since they may be many."""
+    """The report as one JSON object, with the rows in place of their number; row by row, since they
+    may be many."""
     head = json_text({**inspection.report, "rows": None}, indent=2)
     before, after = head.split('"rows": null', 1)
     print(before + '"rows": [', end="")
@@ -125,13 +134,17 @@ def print_report(report: dict, console: Terminal) -> None:
     console.print()
     lengths = report["lengths"]
     shown = "  ".join(f"{name} %: {value:,}" for name, value in lengths["percentiles"].items())
-    console.print(translated(f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shown}"))
+    console.print(
+        translated(f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shown}")
+    )
     counts, edges = lengths["histogram"]["counts"], lengths["histogram"]["edges"]
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         console.print(f"{low:>8,} to {high:<7,} {count:>9,}  [green]{bar(count / max(counts))}[/]")
     console.print()
     console.print(windows_table(lengths))
-    fitting = f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n"
+    fitting = (
+        f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n"
+    )
     console.print(translated(fitting))
     print_findings(report["findings"], console)
 
@@ -140,15 +153,21 @@ def summary(report: dict) -> tuple[str, str]:
     """The report in one line: what all stages have, and their own."""
     text = f"{report['stage']}: {report['rows']:,} rows, {report['tokens']:,} tokens, "
     if report["stage"] == "pretrain":
-        return text, (
-            f"{report['documents']:,} documents, {report['bytes_per_token']} bytes per token, "
-            f"{report['dropped_tokens']:,} tokens left over, "
-            f"{report['partial_character_share']:.1%} of the tokens are parts of characters"
+        return (
+            text,
+            (
+                f"{report['documents']:,} documents, {report['bytes_per_token']} bytes per token, "
+                f"{report['dropped_tokens']:,} tokens left over, "
+                f"{report['partial_character_share']:.1%} of the tokens are parts of characters"
+            ),
         )
-    return text, (
-        f"{report['trained_share']:.1%} trained; the end token of {report['replies_with_end_trained']:,} of "
-        f"{report['replies_trained']:,} trained replies; {report['rows_without_trained_token']:,} rows without a "
-        "trained token"
+    return (
+        text,
+        (
+            f"{report['trained_share']:.1%} trained; the end token of"
+            f" {report['replies_with_end_trained']:,} of {report['replies_trained']:,} trained"
+            f" replies; {report['rows_without_trained_token']:,} rows without a trained token"
+        ),
     )
 
 
@@ -179,7 +198,9 @@ def windows_table(lengths: dict) -> Table:
 def print_findings(findings: Iterable[dict], console: Terminal) -> None:
     """Each finding with its advice and places; what they say of the data is printed as it is."""
     for finding in findings:
-        line = Text().append(f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]])
+        line = Text().append(
+            f"{translated(finding['severity']):<8}", SEVERITIES[finding["severity"]]
+        )
         parts = {name: translated(finding[name]) for name in ("text", "advice")}
         told = translated("{text}. {advice}").format(**parts)
         line.append(f"{finding['name']}: ", "bold").append(told)
@@ -192,8 +213,8 @@ def print_findings(findings: Iterable[dict], console: Terminal) -> None:
 
 
 def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
-    """One row: trained tokens on their role's colour, ignored ones in it and dim; every second one underlined, so that
-    borders show, and special tokens in italics, unlike text that spells one."""
+    """One row: trained tokens on their role's colour, ignored ones in it and dim; every second one
+    underlined, so that borders show, and special tokens in italics, unlike text that spells one."""
     shown = Text()
     for position, piece in enumerate(pieces.of_row(number)):
         colour = COLOURS.get(piece.role, COLOURS[""])[0]
@@ -205,7 +226,9 @@ def row_text(inspection: Inspection, number: int, pieces: Pieces) -> Text:
     return shown
 
 
-def print_rows(inspection: Inspection, numbers: Sequence[int], tokenizer, console: Terminal) -> None:
+def print_rows(
+    inspection: Inspection, numbers: Sequence[int], tokenizer, console: Terminal
+) -> None:
     """Some rows, after a legend."""
     if not numbers:
         return
@@ -272,14 +295,18 @@ def html_table(made: Table) -> str:
     """A table of the terminal -> the same in HTML."""
     columns = [column.header for column in made.columns]
     rows = zip(*([*column.cells] for column in made.columns), strict=True)
-    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    cells = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
+    )
     return f"<table><tr>{''.join(f'<th>{html.escape(str(name))}</th>' for name in columns)}</tr>{cells}</table>"
 
 
 def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str) -> str:
-    """The report and some rows as one HTML page that asks nothing of the network; all text of the data is escaped.
+    """The report and some rows as one HTML page that asks nothing of the network; all text of the
+    data is escaped.
 
-    Each token tells its id, label and role when the pointer rests on it; boxes hide roles, trained or ignored tokens.
+    Each token tells its id, label and role when the pointer rests on it; boxes hide roles, trained
+    or ignored tokens.
     """
     report, pieces = inspection.report, Pieces(inspection, tokenizer)
     names = list(report["roles"])  # a role's name comes from the data, so classes are numbers
@@ -290,16 +317,28 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
     image = base64.b64encode(length_png(report["lengths"])).decode()
     roles = table("role", "tokens", "trained", "share")
     for name, counts in report["roles"].items():
-        roles.add_row(name, f"{counts['tokens']:,}", f"{counts['trained']:,}", f"{counts['trained_share']:.1%}")
+        roles.add_row(
+            name,
+            f"{counts['tokens']:,}",
+            f"{counts['trained']:,}",
+            f"{counts['trained_share']:.1%}",
+        )
     findings = "".join(
-        f"<dt><b class={finding['severity']}>{finding['severity']}</b> {html.escape(finding['name'])}: "
-        f"{html.escape(finding['text'])}</dt><dd>{html.escape(finding['advice'])}<br>"
-        f"<span class=where>{html.escape(', '.join(finding['places']))}</span></dd>"
+        f"<dt><b class={finding['severity']}>{finding['severity']}</b>"
+        f" {html.escape(finding['name'])}:"
+        f" {html.escape(finding['text'])}</dt><dd>{html.escape(finding['advice'])}<br><span"
+        f" class=where>{html.escape(', '.join(finding['places']))}</span></dd>"
         for finding in report["findings"]
     )
-    boxes = {f"r{index}": f'<span class="r{index}">{html.escape(name)}</span>' for index, name in enumerate(names)}
+    boxes = {
+        f"r{index}": f'<span class="r{index}">{html.escape(name)}</span>'
+        for index, name in enumerate(names)
+    }
     boxes |= {"trained": "trained", "ignored": "ignored"}
-    filters = "".join(f"<label><input type=checkbox id={key} checked> {name}</label>" for key, name in boxes.items())
+    filters = "".join(
+        f"<label><input type=checkbox id={key} checked> {name}</label>"
+        for key, name in boxes.items()
+    )
     rows = []
     for number in numbers:
         shown = []
@@ -309,9 +348,12 @@ def page(inspection: Inspection, numbers: Iterable[int], tokenizer, source: str)
             trained = " t" * piece.trained + " s" * piece.special
             line = "<br>" if piece.text.endswith("⏎") else ""
             text = html.escape(piece.text)
-            shown.append(f'<i class="r{names.index(piece.role)}{trained}" title="{tip}">{text}</i>{line}')
+            shown.append(
+                f'<i class="r{names.index(piece.role)}{trained}" title="{tip}">{text}</i>{line}'
+            )
         rows.append(
-            f"<div class=where>{html.escape(inspection.title(number))}</div><div class=row>{''.join(shown)}</div>"
+            f"<div class=where>{html.escape(inspection.title(number))}</div><div"
+            f" class=row>{''.join(shown)}</div>"
         )
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     line = "".join(summary(report))

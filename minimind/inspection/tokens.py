@@ -30,23 +30,36 @@ NO_TEXT = b"\xff"  # stands for a special token among bytes of text; UTF-8 has n
 class Tokens:
     """Rows of tokens as flat arrays: row r is `ids[starts[r]:starts[r + 1]]`.
 
-    Shapes: `ids`, `labels` (tokens,); `starts` (rows + 1,); `lengths` (rows,). `where` names the place of each row.
-    Where the rows have a column of roles, `roles` (tokens,) are indices into `role_names`, otherwise None: whose each
-    token is by the loader's account, for templates whose ids do not tell it.
+    Shapes: `ids`, `labels` (tokens,); `starts` (rows + 1,); `lengths` (rows,). `where` names the
+    place of each row. Where the rows have a column of roles, `roles` (tokens,) are indices into
+    `role_names`, otherwise None: whose each token is by the loader's account, for templates whose
+    ids do not tell it.
     """
 
-    def __init__(self, rows: Dataset | Sequence[Mapping[str, Any]], where: Sequence[str] | None = None):
+    def __init__(
+        self, rows: Dataset | Sequence[Mapping[str, Any]], where: Sequence[str] | None = None
+    ):
         columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
         self.ids, self.starts = _flat(rows, "input_ids")
         # Blocks have no labels: every token is trained.
-        self.labels, starts = _flat(rows, "labels") if "labels" in columns else (self.ids, self.starts)
+        self.labels, starts = (
+            _flat(rows, "labels") if "labels" in columns else (self.ids, self.starts)
+        )
         if not np.array_equal(self.starts, starts):
             raise ValueError("a row's input_ids and labels differ in length")
         self.lengths = np.diff(self.starts)
-        self.where = list(where) if where is not None else [f"row {number}" for number in range(1, len(self) + 1)]
+        self.where = (
+            list(where)
+            if where is not None
+            else [f"row {number}" for number in range(1, len(self) + 1)]
+        )
         self.roles, self.role_names = None, []
         if "roles" in columns and isinstance(rows, Dataset):
-            encoded = pc.list_flatten(rows.with_format("arrow")[:]["roles"]).combine_chunks().dictionary_encode()
+            encoded = (
+                pc.list_flatten(rows.with_format("arrow")[:]["roles"])
+                .combine_chunks()
+                .dictionary_encode()
+            )
             self.roles, self.role_names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
     def __len__(self) -> int:
@@ -78,10 +91,13 @@ class Tokens:
 
 
 def _flat(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists -> all its values in one array, and where each list starts in it (and the last one ends)."""
+    """A column of lists -> all its values in one array, and where each list starts in it (and the
+    last one ends)."""
     if isinstance(rows, Dataset):
         chunks = rows.with_format("arrow")[:][name].chunks
-        lengths = np.concatenate([[0], *(pc.list_value_length(chunk).to_numpy() for chunk in chunks)])
+        lengths = np.concatenate(
+            [[0], *(pc.list_value_length(chunk).to_numpy() for chunk in chunks)]
+        )
         values = [chunk.flatten().to_numpy() for chunk in chunks]
         return np.concatenate(values).astype(np.int64), np.cumsum(lengths)
     starts = np.cumsum([0, *(len(row[name]) for row in rows)])
@@ -91,13 +107,13 @@ def _flat(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> tuple[np.nd
 class Messages:
     """The messages of some rows, read off the ids; arrays of shape (messages,).
 
-    `start` and `end` (exclusive) are positions in the flat arrays, `content` is the first position after the header,
-    `stop` that of the end token (-1: there is none), `row` the row, `role` an index into `names`, `reply` whether the
-    assistant says it.
+    `start` and `end` (exclusive) are positions in the flat arrays, `content` is the first position
+    after the header, `stop` that of the end token (-1: there is none), `row` the row, `role` an
+    index into `names`, `reply` whether the assistant says it.
 
-    In ChatML the ids tell the role; what a user message calls <tool_response> is the tool's. Of another template the
-    loader's roles are taken; without them all is "other", and each run of trained tokens is taken for a reply, so that
-    at least its end can be judged.
+    In ChatML the ids tell the role; what a user message calls <tool_response> is the tool's. Of
+    another template the loader's roles are taken; without them all is "other", and each run of
+    trained tokens is taken for a reply, so that at least its end can be judged.
     """
 
     def __init__(self, tokens: Tokens, tokenizer: PreTrainedTokenizerFast):
@@ -110,13 +126,17 @@ class Messages:
         if not self.is_chatml:
             key = tokens.trained if tokens.roles is None else tokens.roles
             self.start = np.union1d(row_starts, np.flatnonzero(key[1:] != key[:-1]) + 1)
-            roles, header = np.full(len(self.start), OTHER, object), np.zeros(len(self.start), np.int64)
+            roles, header = (
+                np.full(len(self.start), OTHER, object),
+                np.zeros(len(self.start), np.int64),
+            )
             if tokens.roles is not None:
                 roles = np.array(tokens.role_names, object)[tokens.roles[self.start]]
         self.end = np.append(self.start[1:], len(ids))
         self.row = tokens.row_of(self.start)
         self.content = self.start + header
-        if not self.is_chatml:  # where a header ends cannot be told: the words begin with the first that is trained
+        # Where a header ends cannot be told: the words begin with the first that is trained
+        if not self.is_chatml:
             trained = np.append(np.flatnonzero(tokens.trained), len(ids))
             first = trained[np.searchsorted(trained, self.start)]
             self.content = np.where(first < self.end, first, self.start)
@@ -138,7 +158,8 @@ class Messages:
 
 
 def _read_headers(ids: np.ndarray, start: np.ndarray, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Where messages start -> their roles, "other" without a readable header, and the tokens of their headers."""
+    """Where messages start -> their roles, "other" without a readable header, and the tokens of
+    their headers."""
     pieces = text_bytes(tokenizer)
     end = np.append(start[1:], len(ids))
     window = start[:, None] + np.arange(HEADER)
@@ -156,9 +177,13 @@ def _read_headers(ids: np.ndarray, start: np.ndarray, tokenizer) -> tuple[np.nda
     roles = np.array(names, object)[which.reshape(-1)]
     size = np.where(roles == OTHER, 0, last + 1)
 
-    # A template may have no header for tools and show what they answer as the user's words, in a tag.
+    # A template may have no header for tools and show what they answer as the user's words, in a
+    # tag.
     mark = b"<tool_response>"
-    texts = [piece or tokenizer.convert_ids_to_tokens(token).encode() for token, piece in enumerate(pieces)]
+    texts = [
+        piece or tokenizer.convert_ids_to_tokens(token).encode()
+        for token, piece in enumerate(pieces)
+    ]
     begins = np.array([mark.startswith(text) or text.startswith(mark) for text in texts])
     first = ids[np.minimum(start + size, len(ids) - 1)]
     for message in np.flatnonzero((roles == "user") & begins[first]):
@@ -172,15 +197,21 @@ def _read_headers(ids: np.ndarray, start: np.ndarray, tokenizer) -> tuple[np.nda
 
 
 def count_roles(tokens: Tokens, messages: Messages) -> dict[str, dict]:
-    """Role -> how many tokens of its messages (header and end token included) there are, and have a label."""
+    """Role -> how many tokens of its messages (header and end token included) there are, and have a
+    label."""
     role = messages.role[messages.of_token]
     size = len(messages.names)
-    counts = zip(np.bincount(role, minlength=size), np.bincount(role[tokens.trained], minlength=size), strict=True)
+    counts = zip(
+        np.bincount(role, minlength=size),
+        np.bincount(role[tokens.trained], minlength=size),
+        strict=True,
+    )
     return {
         str(name): {
             "tokens": int(total),
             "trained": int(trained),
-            "trained_tokens": int(trained),  # the name that mask_report.json has had from its beginning
+            # The name that mask_report.json has had from its beginning
+            "trained_tokens": int(trained),
             "trained_share": ratio(trained, total),
         }
         for name, (total, trained) in zip(messages.names, counts, strict=True)
@@ -194,15 +225,17 @@ def ratio(part: int, whole: int) -> float:
 class Replies:
     """What is trained of each reply; arrays of shape (replies,).
 
-    `trained` and `words` count tokens (the end token is no word). True where: `ended`, the end token is there;
-    `end_trained`, it has a label; `whole`, all from the first word to the end has one; `border`, something has one
-    that the template writes and the model never: the header, or what follows the end.
+    `trained` and `words` count tokens (the end token is no word). True where: `ended`, the end
+    token is there; `end_trained`, it has a label; `whole`, all from the first word to the end has
+    one; `border`, something has one that the template writes and the model never: the header, or
+    what follows the end.
     """
 
     def __init__(self, tokens: Tokens, messages: Messages):
         chosen, before = messages.reply, tokens.trained_before
         start, content, end, stop = (
-            positions[chosen] for positions in (messages.start, messages.content, messages.end, messages.stop)
+            positions[chosen]
+            for positions in (messages.start, messages.content, messages.end, messages.stop)
         )
         last = np.where(stop >= 0, stop, end - 1)
         self.row = messages.row[chosen]
@@ -220,7 +253,9 @@ def padding_share(lengths: np.ndarray) -> float:
     padded = np.zeros(-(-len(lengths) // BATCH) * BATCH, np.int64)
     padded[: len(shuffled)] = shuffled
     in_batch = np.minimum(BATCH, len(lengths) - BATCH * np.arange(len(padded) // BATCH))
-    return round(1 - int(lengths.sum()) / max(int((padded.reshape(-1, BATCH).max(1) * in_batch).sum()), 1), 4)
+    return round(
+        1 - int(lengths.sum()) / max(int((padded.reshape(-1, BATCH).max(1) * in_batch).sum()), 1), 4
+    )
 
 
 def percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -232,13 +267,15 @@ def percentiles(lengths: np.ndarray) -> dict[str, int]:
 def describe_lengths(lengths: np.ndarray, of: str = "row") -> dict:
     """Rows' lengths in tokens -> percentiles, histogram, and what fits into windows of some sizes.
 
-    `windows`: for the sizes that --max_length usually has and for each percentile, the share of rows and of tokens in
-    rows that fit whole, the rows that best-fit packing makes of them, the share of padding in these, and in batches
-    of 8 unpacked rows. `suggested_max_length` is the smallest multiple of 64 into which 99 % of the rows fit.
+    `windows`: for the sizes that --max_length usually has and for each percentile, the share of
+    rows and of tokens in rows that fit whole, the rows that best-fit packing makes of them, the
+    share of padding in these, and in batches of 8 unpacked rows. `suggested_max_length` is the
+    smallest multiple of 64 into which 99 % of the rows fit.
     """
     shares = percentiles(lengths)
     longest = shares["100"]
-    # The last bin takes the tail: with even bins one long row would squeeze all others into the first.
+    # The last bin takes the tail: with even bins one long row would squeeze all others into the
+    # first.
     width = max(-(-shares["99"] // (BINS - 1)), 1)
     edges = [*range(0, longest, width)][:BINS]
     counts = np.histogram(lengths, [*edges, longest + 1])[0]
@@ -267,7 +304,8 @@ def describe_lengths(lengths: np.ndarray, of: str = "row") -> dict:
 
 
 class Documents:
-    """What `Messages` is for chats: the tokens of blocks are the documents' own, or the end tokens between them."""
+    """What `Messages` is for chats: the tokens of blocks are the documents' own, or the end tokens
+    between them."""
 
     names = np.array(["document", "end"])
     role = np.array([0, 1])
@@ -299,7 +337,11 @@ class Texts:
         markers: str = "split",
         columns: Columns | None = None,
     ):
-        self.bad, self.boundaries, self.columns = BadRows("skip"), Boundaries(markers), columns or Columns()
+        self.bad, self.boundaries, self.columns = (
+            BadRows("skip"),
+            Boundaries(markers),
+            columns or Columns(),
+        )
         self.count = self.bytes = 0
         self.first: dict[int, str] = {}  # hash -> place
         self.copies, self.marked, self.split = [], [], []

@@ -1,6 +1,11 @@
 """The model. Importing this package registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from minimind.model.configuration_minimind import MiniMindConfig
 from minimind.model.modeling_minimind import (
@@ -9,16 +14,22 @@ from minimind.model.modeling_minimind import (
     MiniMindModel,
 )
 
-AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)  # announced already, see minimind/__init__.py
+# Announced already, see minimind/__init__.py
+AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
 AutoModel.register(MiniMindConfig, MiniMindModel)
 AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM)
 AutoModelForSequenceClassification.register(MiniMindConfig, MiniMindForSequenceClassification)
 
-# The second registration makes every `save_pretrained` copy the model's code into the checkpoint; with the first
-# alone, a saved checkpoint would name files that are not there.
+# The second registration makes every `save_pretrained` copy the model's code into the checkpoint;
+# with the first alone, a saved checkpoint would name files that are not there.
 MiniMindConfig.register_for_auto_class()
 MiniMindModel.register_for_auto_class("AutoModel")
 MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MiniMindForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindForSequenceClassification", "MiniMindModel"]
+__all__ = [
+    "MiniMindConfig",
+    "MiniMindForCausalLM",
+    "MiniMindForSequenceClassification",
+    "MiniMindModel",
+]

@@ -1,4 +1,5 @@
-"""MiniMind configuration. This file is copied into every checkpoint: it imports transformers only."""
+"""MiniMind configuration. This file is copied into every checkpoint: it imports transformers
+only."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -9,7 +10,13 @@ ROPE_KEYS = {
     "linear": {"factor"},
     "dynamic": {"factor", "original_max_position_embeddings"},
     "yarn": {
-        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *(
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+        ),
         *("mscale", "mscale_all_dim", "truncate"),
     },
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
@@ -18,25 +25,29 @@ ROPE_KEYS = {
 
 @strict
 class MiniMindConfig(PreTrainedConfig):
-    """Shape of a MiniMind decoder; field names are the library's, so every tool finds what it looks for.
+    """Shape of a MiniMind decoder; field names are the library's, so every tool finds what it looks
+    for.
 
-    For the same weights the model computes what Qwen3 computes with `qk_norm=True`, what Llama computes with
-    `qk_norm=False`, and what Qwen3-MoE computes with `num_experts > 0`. What is left at None is derived:
-    `intermediate_size` is 8/3 of `hidden_size`, rounded up to a multiple of 64, as Llama's; `head_dim` is
-    `hidden_size / num_attention_heads`; `moe_intermediate_size` is `intermediate_size`; `norm_topk_prob` is true for
-    several experts per token and false for one, whose weight would else be 1 whatever the router says, so that the
-    language loss could not train the router.
+    For the same weights the model computes what Qwen3 computes with `qk_norm=True`, what Llama
+    computes with `qk_norm=False`, and what Qwen3-MoE computes with `num_experts > 0`. What is left
+    at None is derived: `intermediate_size` is 8/3 of `hidden_size`, rounded up to a multiple of 64,
+    as Llama's; `head_dim` is `hidden_size / num_attention_heads`; `moe_intermediate_size` is
+    `intermediate_size`; `norm_topk_prob` is true for several experts per token and false for one,
+    whose weight would else be 1 whatever the router says, so that the language loss could not train
+    the router.
 
-    Every layer is a mixture of experts when `num_experts > 0`: `num_experts` routed ones of `moe_intermediate_size`,
-    of which a token visits `num_experts_per_tok`, beside `n_shared_experts` that every token visits.
-    `router_aux_loss_coef` weighs the load-balancing loss, taken over the batch or, with `seq_aux`, over each sequence.
+    Every layer is a mixture of experts when `num_experts > 0`: `num_experts` routed ones of
+    `moe_intermediate_size`, of which a token visits `num_experts_per_tok`, beside
+    `n_shared_experts` that every token visits. `router_aux_loss_coef` weighs the load-balancing
+    loss, taken over the batch or, with `seq_aux`, over each sequence.
 
-    `rope_parameters` is the library's: `{"rope_type": "default" | "linear" | "dynamic" | "yarn" | "llama3",
-    "rope_theta": ..., "factor": ..., ...}`; YaRN also needs `original_max_position_embeddings`.
+    `rope_parameters` is the library's: `{"rope_type": "default" | "linear" | "dynamic" | "yarn" |
+    "llama3", "rope_theta": ..., "factor": ..., ...}`; YaRN also needs
+    `original_max_position_embeddings`.
 
     Raises:
-        StrictDataclassError: (of huggingface_hub, with the reason as its cause) for a wrong type or a shape that
-            cannot be.
+        StrictDataclassError: (of huggingface_hub, with the reason as its cause) for a wrong type or
+            a shape that cannot be.
     """
 
     model_type = "minimind"
@@ -76,7 +87,11 @@ class MiniMindConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0 and not self.hidden_size % self.num_attention_heads:
+        if (
+            self.head_dim is None
+            and self.num_attention_heads > 0
+            and not self.hidden_size % self.num_attention_heads
+        ):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * -(-self.hidden_size * 8 // (3 * 64))
@@ -86,31 +101,43 @@ class MiniMindConfig(PreTrainedConfig):
             self.norm_topk_prob = self.num_experts_per_tok > 1
         if not self.num_experts:
             self.router_aux_loss_coef = 0.0  # TRL takes any other value for a sign of routers
-        # `save_pretrained` of one class lists only that class: name them all, so that a checkpoint saved from any
-        # of them opens through every Auto class.
+        # `save_pretrained` of one class lists only that class: name them all, so that a checkpoint
+        # saved from any of them opens through every Auto class.
         self.auto_map = {
             "AutoConfig": "configuration_minimind.MiniMindConfig",
             "AutoModel": "modeling_minimind.MiniMindModel",
             "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_minimind.MiniMindForSequenceClassification",
+            "AutoModelForSequenceClassification": (
+                "modeling_minimind.MiniMindForSequenceClassification"
+            ),
         }
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the layers: attention by heads, each SwiGLU by its inner width.
+        """How tensor parallelism splits the layers: attention by heads, each SwiGLU by its inner
+        width.
 
-        A property, since what there is to split depends on the configuration, and the plan must name nothing else.
+        A property, since what there is to split depends on the configuration, and the plan must
+        name nothing else.
         """
         swiglu = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
         plan = {f"self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
         plan |= {"self_attn.o_proj": "rowwise"}
         if self.qk_norm:
-            # Each process normalises its own heads with the whole weight, whose gradient is the sum over all heads.
-            plan |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in ("q_norm", "k_norm")}
+            # Each process normalises its own heads with the whole weight, whose gradient is the sum
+            # over all heads.
+            plan |= {
+                f"self_attn.{name}": "replicated_with_grad_allreduce"
+                for name in ("q_norm", "k_norm")
+            }
         if self.num_experts:
-            experts = {".gate_up_proj": "packed_colwise", ".down_proj": "rowwise", "": "moe_tp_experts"}
+            experts = {
+                ".gate_up_proj": "packed_colwise",
+                ".down_proj": "rowwise",
+                "": "moe_tp_experts",
+            }
             plan |= {f"mlp.experts{name}": style for name, style in experts.items()}
         if not self.num_experts or self.n_shared_experts:
             prefix = "mlp.shared_experts" if self.num_experts else "mlp"
@@ -119,7 +146,13 @@ class MiniMindConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the rules between fields."""
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
         moe_sizes = ("num_experts_per_tok", "moe_intermediate_size") if self.num_experts else ()
         for name in (*sizes, "num_key_value_heads", "max_position_embeddings", *moe_sizes):
             if getattr(self, name) < 1:
@@ -132,31 +165,41 @@ class MiniMindConfig(PreTrainedConfig):
         if self.head_dim < 1:
             raise ValueError(f"head_dim is {self.head_dim}, expected at least 2.")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of dimensions.")
-        if self.num_key_value_heads > self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads}): each key/value head serves a whole group of query heads."
+                f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of dimensions."
+            )
+        if (
+            self.num_key_value_heads > self.num_attention_heads
+            or self.num_attention_heads % self.num_key_value_heads
+        ):
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
+                f" num_key_value_heads ({self.num_key_value_heads}): each key/value head serves a"
+                " whole group of query heads."
             )
         for name in ("num_experts", "n_shared_experts", "router_aux_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0.")
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability below 1.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected a probability below 1."
+                )
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) is above num_experts ({self.num_experts}): a token "
-                "visits each expert at most once."
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is above num_experts"
+                f" ({self.num_experts}): a token visits each expert at most once."
             )
         if self.n_shared_experts and not self.num_experts:
             raise ValueError(
-                f"n_shared_experts is {self.n_shared_experts} and num_experts is 0: shared experts stand beside "
-                "routed ones. Give num_experts, or a larger intermediate_size for a dense model."
+                f"n_shared_experts is {self.n_shared_experts} and num_experts is 0: shared experts"
+                " stand beside routed ones. Give num_experts, or a larger intermediate_size for a"
+                " dense model."
             )
 
     def validate_rope(self):
-        """The library warns of some RoPE mistakes that would compute something else in silence: refuse them."""
+        """The library warns of some RoPE mistakes that would compute something else in silence:
+        refuse them."""
         rope = self.rope_parameters
         kind, factor = rope["rope_type"], rope.get("factor")
         if kind not in ROPE_KEYS:
@@ -164,13 +207,14 @@ class MiniMindConfig(PreTrainedConfig):
         unknown = sorted(set(rope) - ROPE_KEYS[kind] - {"rope_type", "rope_theta"})
         if unknown:
             raise ValueError(
-                f"rope_parameters has {', '.join(unknown)}, which rope_type {kind!r} does not take; it takes "
-                f"{', '.join(['rope_theta', *sorted(ROPE_KEYS[kind])])}."
+                f"rope_parameters has {', '.join(unknown)}, which rope_type {kind!r} does not take;"
+                f" it takes {', '.join(['rope_theta', *sorted(ROPE_KEYS[kind])])}."
             )
         if kind != "default" and not (isinstance(factor, int | float) and factor >= 1):
             raise ValueError(
-                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how many times longer "
-                f"than in training a sequence may be (max_position_embeddings is {self.max_position_embeddings})."
+                f"rope_type {kind!r} has factor {factor!r}, expected a number of at least 1: how"
+                " many times longer than in training a sequence may be (max_position_embeddings is"
+                f" {self.max_position_embeddings})."
             )
         super().validate_rope()
 

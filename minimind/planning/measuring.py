@@ -30,7 +30,8 @@ class StopAndReport(StepMeter):
 
 
 def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
-    """Run the first steps of a recipe here with its own script: seconds a step, peak bytes of memory.
+    """Run the first steps of a recipe here with its own script: seconds a step, peak bytes of
+    memory.
 
     A parent that is still to be written is replaced by random weights of its shape.
 
@@ -39,10 +40,21 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
     """
     script = Path(__file__).parents[2] / recipe.script
     if not script.is_file():
-        raise UserError(f"--device measured runs {recipe.script}, which is not at {script}. Run it in a checkout.")
+        raise UserError(
+            f"--device measured runs {recipe.script}, which is not at {script}. Run it in a"
+            " checkout."
+        )
     with tempfile.TemporaryDirectory(prefix="minimind-plan-") as directory:
         report = Path(directory) / "report.json"
-        words = [*recipe.words, "--output_dir", f"{directory}/run", "--max_steps", str(steps), "--report_to", "none"]
+        words = [
+            *recipe.words,
+            "--output_dir",
+            f"{directory}/run",
+            "--max_steps",
+            str(steps),
+            "--report_to",
+            "none",
+        ]
         words += ["--save_strategy", "no"]
         parent, tokenizer_dir = recipe.parent, getattr(recipe.options, "tokenizer", None)
         if parent and not Path(parent).is_dir():
@@ -56,7 +68,11 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
         english = os.environ | {"MINIMIND_LANG": "en"}  # what it says is looked through here
         done = subprocess.run(command, capture_output=True, text=True, env=english)
         if done.returncode or not report.is_file():
-            said = done.stderr.strip().split("error: ")[-1] if "error: " in done.stderr else done.stderr[-2000:]
+            said = (
+                done.stderr.strip().split("error: ")[-1]
+                if "error: " in done.stderr
+                else done.stderr[-2000:]
+            )
             raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {said}")
         return read_json(report, "It is written by the steps of --device measured.")
 

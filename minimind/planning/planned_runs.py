@@ -65,8 +65,9 @@ STAGES = {
 class Rows:
     """The training rows of one epoch.
 
-    `tokens` are those that are not padding. `padded` is the mean length of a row as the batches hold it, and `longest`
-    that of the longest; of a preference pair, of its longer reply. `how` says whether all was counted.
+    `tokens` are those that are not padding. `padded` is the mean length of a row as the batches
+    hold it, and `longest` that of the longest; of a preference pair, of its longer reply. `how`
+    says whether all was counted.
     """
 
     rows: int
@@ -81,7 +82,8 @@ class Rows:
 class Recipe:
     """What a recipe and the options beside it say of one run.
 
-    `others`: recipes that may write its parent. `tokens`: to be pretrained on in an epoch, in place of data.
+    `others`: recipes that may write its parent. `tokens`: to be pretrained on in an epoch, in place
+    of data.
     """
 
     path: Path
@@ -141,12 +143,15 @@ class Recipe:
         return self.options.block_size if self.stage == "pretrain" else self.options.max_length
 
     def starting_point(self) -> tuple[MiniMindConfig, PreTrainedTokenizerFast, list[str]]:
-        """Configuration and tokenizer of the model it trains, and notes on what they were taken from.
+        """Configuration and tokenizer of the model it trains, and notes on what they were taken
+        from.
 
-        A parent that is still to be written is looked for among the recipes: the one with that `output_dir`.
+        A parent that is still to be written is looked for among the recipes: the one with that
+        `output_dir`.
 
         Raises:
-            UserError: there is neither the parent nor a recipe that writes it, or the model's file is wrong.
+            UserError: there is neither the parent nor a recipe that writes it, or the model's file
+            is wrong.
         """
         parent = self.parent
         if parent and (Path(parent).is_dir() or not self.writer(parent)):
@@ -161,18 +166,25 @@ class Recipe:
             given = getattr(self.options, "tokenizer", None)
             exists = given is None or Path(given).exists()
             tokenizer = load_tokenizer(given if exists else None)
-            notes = [] if exists else [f"{given} does not exist yet; tokens are those of the default tokenizer"]
+            notes = (
+                []
+                if exists
+                else [f"{given} does not exist yet; tokens are those of the default tokenizer"]
+            )
             with torch.device("meta"):
                 file = getattr(self.options, "model_config", "configs/model/tiny.json")
                 config = new_model(file, tokenizer).config
         if not self.options.train_files and not self.tokens:
             hint = "; --tokens 1e9 plans without data" if self.stage == "pretrain" else ""
             notes.append(f"{self.path} names no train_files: planned for the embedded corpus{hint}")
-        check_length("block_size" if self.stage == "pretrain" else "max_length", self.length, config)
+        check_length(
+            "block_size" if self.stage == "pretrain" else "max_length", self.length, config
+        )
         return config, tokenizer, notes
 
     def writer(self, directory: str) -> "Recipe | None":
-        """The recipe that writes a stage directory: one of those given, or one in the folders beside this one's."""
+        """The recipe that writes a stage directory: one of those given, or one in the folders
+        beside this one's."""
         for other in self.others:
             if other is not self and Path(other.options.output_dir) == Path(directory):
                 return other
@@ -184,19 +196,30 @@ class Recipe:
         return None
 
     def rows(self, tokenizer: PreTrainedTokenizerFast) -> Rows:
-        """The rows it trains on: counted, or of large files estimated from a sample of each; raises UserError."""
+        """The rows it trains on: counted, or of large files estimated from a sample of each; raises
+        UserError."""
         if self.tokens:
             return Rows(
-                ceil(self.tokens / self.length), round(self.tokens), self.length, self.length, "as given", True
+                ceil(self.tokens / self.length),
+                round(self.tokens),
+                self.length,
+                self.length,
+                "as given",
+                True,
             )
         data_args = self.data_args
         if self.stage == "pretrain":
             return count_blocks(data_args, tokenizer, self.options)
-        return count_chats(data_args, self.chat_args, tokenizer, self.options, pairs=self.stage == "dpo")
+        return count_chats(
+            data_args, self.chat_args, tokenizer, self.options, pairs=self.stage == "dpo"
+        )
 
 
 def read_recipes(
-    paths: Sequence[str], overrides: Sequence[str], stage: str | None = None, tokens: float | None = None
+    paths: Sequence[str],
+    overrides: Sequence[str],
+    stage: str | None = None,
+    tokens: float | None = None,
 ) -> list[Recipe]:
     """Recipes with the same options beside each; `tokens` are those of pretraining.
 
@@ -212,19 +235,25 @@ def read_recipes(
         recipe.tokens = tokens if recipe.stage == "pretrain" else None
     if tokens is not None and (tokens < 1 or not any(recipe.tokens for recipe in recipes)):
         raise UserError(
-            f"--tokens {tokens:g}: expected a number above 0, and a recipe of pretraining among those given."
+            f"--tokens {tokens:g}: expected a number above 0, and a recipe of pretraining among"
+            " those given."
         )
     return recipes
 
 
 def stage_of(path: Path, overrides: Sequence[str]) -> str:
-    """The stage of a recipe: by its folder, else by its keys, else by its data; raises UserError."""
+    """The stage of a recipe: by its folder, else by its keys, else by its data; raises
+    UserError."""
     keys = set(_keys(path))
     given = {word.removeprefix("--").split("=")[0] for word in overrides if word.startswith("--")}
     uses_peft = "use_peft" in keys | given
     if path.parent.name in STAGES:
         return path.parent.name
-    scripts = {stage: option_names(StageParser(types)) for stage, (_, types) in STAGES.items() if stage != "lora"}
+    scripts = {
+        stage: option_names(StageParser(types))
+        for stage, (_, types) in STAGES.items()
+        if stage != "lora"
+    }
     fitting = [stage for stage, names in scripts.items() if keys | given <= names] or list(scripts)
     telling = {"pretrain": {"block_size", "model_config"}, "dpo": {"beta"}}
     fitting = [stage for stage in fitting if keys & telling.get(stage, set())] or fitting
@@ -233,8 +262,8 @@ def stage_of(path: Path, overrides: Sequence[str]) -> str:
         fitting = [_stage_of_data(files if isinstance(files, list) else [files], columns)]
     if len(fitting) > 1:
         raise UserError(
-            f"{path} could be a recipe of {' or '.join(fitting)}. Say which with --stage {'|'.join(STAGES)}, or put "
-            "it into a folder of that name."
+            f"{path} could be a recipe of {' or '.join(fitting)}. Say which with --stage"
+            f" {'|'.join(STAGES)}, or put it into a folder of that name."
         )
     return "lora" if fitting[0] == "sft" and uses_peft else fitting[0]
 
@@ -247,16 +276,24 @@ def _keys(path: Path) -> dict:
 
 def _stage_of_data(files: list[str], columns: Columns) -> str:
     row = next(iter(read_rows(files, "skip"))).data
-    for stage, convert in {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}.items():
+    for stage, convert in {
+        "dpo": to_preference,
+        "sft": to_conversation,
+        "pretrain": to_document,
+    }.items():
         try:
             convert(columns.fields(row))
         except BadRowError:
             continue
         return stage
-    raise UserError(f"{files[0]}: the first row is neither a pair, a conversation nor a document. Give --stage.")
+    raise UserError(
+        f"{files[0]}: the first row is neither a pair, a conversation nor a document. Give --stage."
+    )
 
 
-def count_blocks(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, options: Namespace) -> Rows:
+def count_blocks(
+    data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, options: Namespace
+) -> Rows:
     """The packed rows of documents."""
     names = ("block_size", "packing_strategy", "document_mask")
     packing = {name: getattr(options, name) for name in names}
@@ -279,11 +316,15 @@ def count_blocks(data_args: DataArguments, tokenizer: PreTrainedTokenizerFast, o
         filled = len(ids) / limit if options.packing_strategy == "wrapped" else len(first.lengths)
         filled += len(packing.finish().lengths)
         held_out = (
-            0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / len(documents) / scale)
+            0
+            if data_args.eval_files
+            else min(data_args.eval_ratio, data_args.max_eval_rows / len(documents) / scale)
         )
         rows.append(filled * scale * (1 - held_out))
         tokens.append(len(ids) * scale * (1 - held_out))
-    wanted = rows_per_epoch(place.sources, rows, data_args.mixing_temperature, data_args.mixing_stop)
+    wanted = rows_per_epoch(
+        place.sources, rows, data_args.mixing_temperature, data_args.mixing_stop
+    )
     total = sum(count * want / have for count, want, have in zip(tokens, wanted, rows, strict=True))
     return Rows(round(sum(wanted)), round(total), limit, limit, _sampled(size), False)
 
@@ -306,20 +347,41 @@ def count_chats(
     size = total_size([path for paths in files for path in paths])
     if size <= COUNTED:
         load = load_preferences if pairs else load_conversations
-        lengths = sequence_lengths(load(data_args, tokenizer, limit, chat_args, seed=options.seed).train[:], pairs)
+        lengths = sequence_lengths(
+            load(data_args, tokenizer, limit, chat_args, seed=options.seed).train[:], pairs
+        )
         scale, tokens, how = 1.0, sum(map(sum, lengths)), "counted"
     else:
         encoder, how = ChatEncoder(tokenizer), _sampled(size)
         lengths, tokens, parts = [], 0.0, []
-        tokenize, parse = (tokenize_preferences, to_preference) if pairs else (tokenize_conversations, to_conversation)
+        tokenize, parse = (
+            (tokenize_preferences, to_preference)
+            if pairs
+            else (tokenize_conversations, to_conversation)
+        )
         for paths in files:
             read, factor = sample(paths, parse, data_args, size)
-            results = [r for r in tokenize(read, encoder, limit, chat_args) if not isinstance(r, BadRowError)]
+            results = [
+                r
+                for r in tokenize(read, encoder, limit, chat_args)
+                if not isinstance(r, BadRowError)
+            ]
             found = [row for result in results for row in result.rows]
-            parts.append((sequence_lengths({name: [row[name] for row in found] for name in found[0]}, pairs), factor))
+            parts.append(
+                (
+                    sequence_lengths(
+                        {name: [row[name] for row in found] for name in found[0]}, pairs
+                    ),
+                    factor,
+                )
+            )
         have = [len(part) * factor for part, factor in parts]
         wanted = rows_per_epoch(sources, have, data_args.mixing_temperature, data_args.mixing_stop)
-        held_out = 0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / sum(have))
+        held_out = (
+            0
+            if data_args.eval_files
+            else min(data_args.eval_ratio, data_args.max_eval_rows / sum(have))
+        )
         lengths = [length for part, _ in parts for length in part]
         mean = [fmean(map(sum, part)) for part, _ in parts]
         tokens = sum(want * each for want, each in zip(wanted, mean, strict=True)) * (1 - held_out)
@@ -327,9 +389,13 @@ def count_chats(
     longest = [max(each) for each in lengths]
     if not pairs and options.packing:
         blank = Dataset.from_dict({"input_ids": [[0] * length for length in longest]})
-        longest = [len(row) for row in pack_dataset(blank, limit, "bfd", {"batch_size": None})["input_ids"]]
+        longest = [
+            len(row) for row in pack_dataset(blank, limit, "bfd", {"batch_size": None})["input_ids"]
+        ]
     padded = padded_length(longest, options.per_device_train_batch_size)
-    return Rows(round(len(longest) * scale), round(tokens), padded, max(longest), how, size <= COUNTED)
+    return Rows(
+        round(len(longest) * scale), round(tokens), padded, max(longest), how, size <= COUNTED
+    )
 
 
 def sequence_lengths(columns: dict[str, list], pairs: bool) -> list[tuple[int, ...]]:
@@ -346,11 +412,16 @@ def sequence_lengths(columns: dict[str, list], pairs: bool) -> list[tuple[int, .
 def padded_length(lengths: Sequence[int], batch_size: int) -> float:
     """The mean length of rows in shuffled batches, each padded to its longest row."""
     shuffled = random.Random(0).sample(list(lengths), len(lengths))
-    return fmean(max(shuffled[start : start + batch_size]) for start in range(0, len(shuffled), batch_size))
+    return fmean(
+        max(shuffled[start : start + batch_size]) for start in range(0, len(shuffled), batch_size)
+    )
 
 
-def sample(files: Sequence, convert: Callable, data_args: DataArguments, total: int) -> tuple[list, float]:
-    """Rows from the beginning of every file, SAMPLE bytes in all, and how many times more there are."""
+def sample(
+    files: Sequence, convert: Callable, data_args: DataArguments, total: int
+) -> tuple[list, float]:
+    """Rows from the beginning of every file, SAMPLE bytes in all, and how many times more there
+    are."""
     rows: list = []
     taken = 0
     for file in files:
@@ -362,7 +433,9 @@ def sample(files: Sequence, convert: Callable, data_args: DataArguments, total: 
             seen += count
 
         budget = SAMPLE * total_size([file]) / total
-        for row in read_rows([file], "skip", convert, data_args.text_unit, reached, data_args.reading()):
+        for row in read_rows(
+            [file], "skip", convert, data_args.text_unit, reached, data_args.reading()
+        ):
             rows.append(row.data)
             if marks and marks[-1][0] >= budget and marks[-1][1] > begun:
                 taken += marks[-1][0]
@@ -378,7 +451,8 @@ def _sampled(size: int) -> str:
 
 
 def deepspeed_of(options: Namespace) -> tuple[int | None, bool, bool]:
-    """The ZeRO stage of `--deepspeed` (None without it), and whether optimizer and weights are offloaded.
+    """The ZeRO stage of `--deepspeed` (None without it), and whether optimizer and weights are
+    offloaded.
 
     Raises:
         UserError: it cannot be read.

@@ -32,7 +32,11 @@ from minimind.planning.planned_runs import Recipe, Rows, deepspeed_of, read_reci
 BATCH_LIMIT = 2**16
 ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
 ZERO["ZeRO-2, offloading"] = {"zero_stage": 2, "offload_optimizer": True}
-ZERO["ZeRO-3, offloading"] = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+ZERO["ZeRO-3, offloading"] = {
+    "zero_stage": 3,
+    "offload_optimizer": True,
+    "offload_parameters": True,
+}
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -48,7 +52,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run will take. Memory in bytes per device; `seconds` for all steps, without evaluation and start-up."""
+    """What one run will take. Memory in bytes per device; `seconds` for all steps, without
+    evaluation and start-up."""
 
     recipe: str
     stage: str
@@ -77,7 +82,9 @@ class Plan:
         """The MFU that the time is reckoned with: measured, or the device's assumed one."""
         if self.measured:
             per_step = self.flops["model"] / self.steps / self.step.processes
-            return per_step / self.measured["seconds_per_step"] / self.device.peak(self.step.precision)
+            return (
+                per_step / self.measured["seconds_per_step"] / self.device.peak(self.step.precision)
+            )
         return self.device.utilisation
 
     @property
@@ -147,7 +154,8 @@ def run(
     tokens: float | None = None,
     as_json: bool = False,
 ) -> None:
-    """`minimind plan`: plan some recipes on a device and print the plans, as tables or as one JSON object.
+    """`minimind plan`: plan some recipes on a device and print the plans, as tables or as one JSON
+    object.
 
     Raises:
         UserError: an unknown device, or what `read_recipes` and `make_plan` refuse.
@@ -164,7 +172,9 @@ def run(
             plan = make_plan(recipe, target, processes)
             if device == "measured":
                 if not plan.fits:
-                    raise UserError(f"--device measured: the steps cannot be run here. {advice(plan)}")
+                    raise UserError(
+                        f"--device measured: the steps cannot be run here. {advice(plan)}"
+                    )
                 guess = duration(MEASURED_STEPS * plan.seconds_per_step / 3600)
                 say(f"{recipe.path}: {MEASURED_STEPS} real steps, about {guess}")
                 plan = replace(plan, measured=measure(recipe))
@@ -176,11 +186,14 @@ def run(
 
 
 def precision_of(options, device: Device) -> str:
-    """What a run computes in on a device: the recipe's word, else bf16 where the device has it; raises UserError."""
+    """What a run computes in on a device: the recipe's word, else bf16 where the device has it;
+    raises UserError."""
     if options.fp16:
         return "fp16"
     if options.bf16 and not device.bf16:
-        raise UserError(f"bf16 is set, and {device.name} cannot compute in it. Give --bf16 false --fp16 true.")
+        raise UserError(
+            f"bf16 is set, and {device.name} cannot compute in it. Give --bf16 false --fp16 true."
+        )
     native = device.bf16 if device.kind == "cuda" else device.peak_half > device.peak_fp32
     return "bf16" if (options.bf16 if options.bf16 is not None else native) else "fp32"
 
@@ -231,7 +244,8 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | N
 
 
 def steps_of(options, rows: Rows, processes: int) -> tuple[int, float]:
-    """Optimizer steps, and how often they go through the rows: as the Trainer counts, partial batches included."""
+    """Optimizer steps, and how often they go through the rows: as the Trainer counts, partial
+    batches included."""
     batches = ceil(rows.rows / (options.per_device_train_batch_size * processes))
     if options.dataloader_drop_last:
         batches = rows.rows // (options.per_device_train_batch_size * processes)
@@ -242,7 +256,14 @@ def steps_of(options, rows: Rows, processes: int) -> tuple[int, float]:
 
 
 def assemble(
-    recipe: Recipe, device: Device, model, step: Step, rows: Rows, steps: int, epochs: float, notes: list[str]
+    recipe: Recipe,
+    device: Device,
+    model,
+    step: Step,
+    rows: Rows,
+    steps: int,
+    epochs: float,
+    notes: list[str],
 ) -> Plan:
     """Costs of the step, times how often it is made."""
     mean = replace(step, batch_size=1, length=max(2, round(rows.padded)))
@@ -265,9 +286,12 @@ def assemble(
         states=model_states(model, step),
         evaluation_peak=evaluation_memory(model, step, recipe.options.per_device_eval_batch_size),
         peak_under={
-            name: memory(model, replace(step, **{"offload_optimizer": False, "offload_parameters": False} | options))[
-                "peak"
-            ]
+            name: memory(
+                model,
+                replace(
+                    step, **{"offload_optimizer": False, "offload_parameters": False} | options
+                ),
+            )["peak"]
             for name, options in ZERO.items()
         },
         peak_without_checkpointing=memory(model, replace(step, checkpointing=False))["peak"],
@@ -278,7 +302,8 @@ def assemble(
 
 
 def largest_batch(model, step: Step, usable: float) -> int:
-    """The largest batch per device whose peak is within `usable` bytes; 0 if not even one row is."""
+    """The largest batch per device whose peak is within `usable` bytes; 0 if not even one row
+    is."""
 
     def fits(batch_size: int) -> bool:
         return memory(model, replace(step, batch_size=batch_size))["peak"] <= usable
@@ -306,7 +331,9 @@ def plans_as_json(plans: Sequence[Plan], price: Price | None) -> dict:
             "source": device.source,
         },
         "processes": processes,
-        "price": price and {"amount": price.amount, "currency": price.currency, "per": "device hour"},
+        "price": (
+            price and {"amount": price.amount, "currency": price.currency, "per": "device hour"}
+        ),
         "stages": [plan.as_json(price) for plan in plans],
         "total": {"hours": hours, "cost": price and price.amount * hours * processes},
     }
@@ -318,7 +345,9 @@ def show(plans: Sequence[Plan], price: Price | None, console: Terminal) -> None:
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(f"{plan.stage}\n{escape(Path(plan.recipe).stem)}", justify="right", overflow="fold")
+        table.add_column(
+            f"{plan.stage}\n{escape(Path(plan.recipe).stem)}", justify="right", overflow="fold"
+        )
 
     def row(label: str, value, style: str | None = None) -> None:
         table.add_row(translated(label), *(str(value(plan)) for plan in plans), style=style)
@@ -340,10 +369,16 @@ def show(plans: Sequence[Plan], price: Price | None, console: Terminal) -> None:
     row("memory of tensors at peak", lambda p: gib(p.memory["peak"]), "bold")
     for key, label in PARTS.items():
         if any(p.memory[key] for p in plans):
-            row(f"  {translated(label)}", lambda p, key=key: gib(p.memory[key]) if p.memory[key] else "-")
+            row(
+                f"  {translated(label)}",
+                lambda p, key=key: gib(p.memory[key]) if p.memory[key] else "-",
+            )
     for key, label in PARTS.items():
         if any(held(p, key) for p in plans):
-            row(f"  {label}, at another moment", lambda p, key=key: gib(held(p, key)) if held(p, key) else "-")
+            row(
+                f"  {label}, at another moment",
+                lambda p, key=key: gib(held(p, key)) if held(p, key) else "-",
+            )
     if any(p.evaluation_peak > p.memory["peak"] for p in plans):
         row("in evaluation", lambda p: gib(p.evaluation_peak))
     if any(p.memory["host"] for p in plans):
@@ -378,7 +413,8 @@ def show(plans: Sequence[Plan], price: Price | None, console: Terminal) -> None:
 
 
 def held(plan: Plan, key: str) -> float:
-    """Bytes of a part that is not there at the peak but before or after it; 0 where there is none."""
+    """Bytes of a part that is not there at the peak but before or after it; 0 where there is
+    none."""
     return 0 if plan.memory[key] else plan.states.get(key, 0)
 
 
@@ -386,25 +422,36 @@ def reckoned_with(plans: Sequence[Plan], price: Price | None) -> list[str]:
     """What the figures rest on, a line each."""
     device, step = plans[0].device, plans[0].step
     cards = f"{step.processes} x {device.name}" if step.processes > 1 else device.name
-    peak = f"{device.peak(step.precision) / 1e12:,.3g} TFLOP/s in {step.precision} ({device.source})"
+    peak = (
+        f"{device.peak(step.precision) / 1e12:,.3g} TFLOP/s in {step.precision} ({device.source})"
+    )
     measured = [plan for plan in plans if plan.measured]
     if measured:
         used = ", ".join(f"{plan.stage} {plan.utilisation:.0%}" for plan in measured)
         how = f"utilisation measured over {measured[0].measured['steps']} steps: {used}"
     else:
-        how = f"utilisation {device.utilisation:.0%} ASSUMED; --device measured runs real steps here"
+        how = (
+            f"utilisation {device.utilisation:.0%} ASSUMED; --device measured runs real steps here"
+        )
     lines = [
         f"{cards}: {peak}, {how}",
-        f"tensors can take {gib(device.usable)} of {gib(device.memory)}: {gib(device.reserved)} are left to libraries "
-        f"and {device.gaps:.0%} more than tensors take to the allocator's gaps",
+        (
+            f"tensors can take {gib(device.usable)} of {gib(device.memory)}: {gib(device.reserved)}"
+            f" are left to libraries and {device.gaps:.0%} more than tensors take to the"
+            " allocator's gaps"
+        ),
         "time is that of the training steps, without evaluation, saving and start-up",
-        f"{CHINCHILLA} tokens for each parameter make the best of a budget of FLOPs (Hoffmann et al., 2022); small "
-        "models are usually given more",
+        (
+            f"{CHINCHILLA} tokens for each parameter make the best of a budget of FLOPs (Hoffmann"
+            " et al., 2022); small models are usually given more"
+        ),
     ]
     if step.processes > 1:
         lines.append("the time that the processes take to talk to each other is not counted")
     if step.zero_stage is not None:
-        lines.append(f"DeepSpeed ZeRO-{step.zero_stage}, states divided among {step.processes} processes")
+        lines.append(
+            f"DeepSpeed ZeRO-{step.zero_stage}, states divided among {step.processes} processes"
+        )
     if any(not plan.rows.exact for plan in plans):
         lines += [f"{plan.recipe}: tokens {plan.rows.how}" for plan in plans if not plan.rows.exact]
     return lines + list(dict.fromkeys(note for plan in plans for note in plan.notes))
@@ -418,9 +465,16 @@ def advice(plan: Plan) -> str:
         return f"{plan.recipe}: evaluation needs {usable}. Lower --per_device_eval_batch_size."
     said = f"{plan.recipe}: needs {gib(asked)} of {gib(plan.device.usable)} on {plan.device.name}."
     if plan.largest_batch:
-        parts = next(n for n in range(2, step.batch_size + 1) if -(-step.batch_size // n) <= plan.largest_batch)
+        parts = next(
+            n
+            for n in range(2, step.batch_size + 1)
+            if -(-step.batch_size // n) <= plan.largest_batch
+        )
         size = -(-step.batch_size // parts)
-        said += f" Try --per_device_train_batch_size {size} --gradient_accumulation_steps {parts * step.accumulation}"
+        said += (
+            f" Try --per_device_train_batch_size {size} --gradient_accumulation_steps"
+            f" {parts * step.accumulation}"
+        )
     if not step.checkpointing and plan.peak_with_checkpointing <= plan.device.usable:
         said += f"{' or' if plan.largest_batch else ' Try'} --activation_checkpointing true"
     elif not plan.largest_batch:

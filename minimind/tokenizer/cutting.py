@@ -1,7 +1,8 @@
 r"""Long texts -> pieces whose ids, one after the other, are those of the whole text.
 
-Encoding takes 100 to 350 bytes of memory a character in the library, and tiktoken up to 50 within one word. So a long
-text is encoded piece by piece, cut where the tokenizer's rule begins a new word whatever stands around:
+Encoding takes 100 to 350 bytes of memory a character in the library, and tiktoken up to 50 within
+one word. So a long text is encoded piece by piece, cut where the tokenizer's rule begins a new word
+whatever stands around:
 
 *   before a space that follows something else, or between a letter (Latin or Chinese) and white space, a digit or
     a mark other than an apostrophe. No rule of byte-level BPE looks over such a border: each matches from left to
@@ -25,9 +26,12 @@ LONGEST = 2**20  # characters without a border: 350 MB of memory in the library
 LONGEST_WHOLE = 2**22  # characters of a text that a tokenizer encodes only as a whole
 AROUND = 64  # characters on each side of a border that are encoded to prove it
 TRIED = 8  # borders at one place
-BORDER = re.compile(r"(?<=\S)(?= )|(?<=[A-Za-z\u4e00-\u9fff])(?=[\n\t!-&(-@\[-`{-~，。、：；！？（）《》“”])")
+BORDER = re.compile(
+    r"(?<=\S)(?= )|(?<=[A-Za-z\u4e00-\u9fff])(?=[\n\t!-&(-@\[-`{-~，。、：；！？（）《》“”])"
+)
 SPLITS = {"Split", "Digits", "Punctuation", "ByteLevel"}
-FAR_SIGHTED = re.compile(r"\(\?<|\\[AbBGzZ]|(?<!\[)\^|\$")  # what looks back, or for the ends of a text
+# What looks back, or for the ends of a text
+FAR_SIGHTED = re.compile(r"\(\?<|\\[AbBGzZ]|(?<!\[)\^|\$")
 
 
 class Cutter:
@@ -37,7 +41,9 @@ class Cutter:
         self.library = library
         rule = json.loads(library.to_str())["pre_tokenizer"] or {"type": None}
         steps = rule["pretokenizers"] if rule["type"] == "Sequence" else [rule]
-        is_local = all(step["type"] in SPLITS and not step.get("add_prefix_space") for step in steps)
+        is_local = all(
+            step["type"] in SPLITS and not step.get("add_prefix_space") for step in steps
+        )
         splits = any(step["type"] != "ByteLevel" or step["use_regex"] for step in steps)
         patterns = [step["pattern"].get("Regex", "") for step in steps if "pattern" in step]
         self.cuts = is_local and splits and not any(map(FAR_SIGHTED.search, patterns))
@@ -52,8 +58,8 @@ class Cutter:
         if len(text) - start > self.longest:
             what = "without a space or another border between words" if self.cuts else "in one text"
             raise BadRowError(
-                f"found more than {self.longest:,} characters {what}, from character {start:,} on, which this "
-                "tokenizer encodes only as a whole. Break it into shorter texts"
+                f"found more than {self.longest:,} characters {what}, from character {start:,} on,"
+                " which this tokenizer encodes only as a whole. Break it into shorter texts"
             )
         yield text[start:]
 
@@ -64,7 +70,8 @@ class Cutter:
                 pass
 
     def _border(self, text: str, start: int) -> int | None:
-        """The last border of a piece that begins at `start`, or the first behind it; None without one."""
+        """The last border of a piece that begins at `start`, or the first behind it; None without
+        one."""
         if not self.cuts:
             return None
         end = start + PIECE
@@ -85,5 +92,7 @@ class Cutter:
 
     def _encoded(self, text: str) -> tuple[list[str], list[int]]:
         normalizer = self.library.normalizer
-        words = self.library.pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text) if normalizer else text)
+        words = self.library.pre_tokenizer.pre_tokenize_str(
+            normalizer.normalize_str(text) if normalizer else text
+        )
         return [word for word, _ in words], self.library.encode(text, add_special_tokens=False).ids

@@ -1,6 +1,8 @@
-"""Documents -> token ids, fast and exact: tiktoken's engine on the vocabulary and merges of tokenizer.json.
+"""Documents -> token ids, fast and exact: tiktoken's engine on the vocabulary and merges of
+tokenizer.json.
 
-The ids are those of the library's tokenizer, which stays the only truth. Two things make them so, and a third watches:
+The ids are those of the library's tokenizer, which stays the only truth. Two things make them so,
+and a third watches:
 
 *   tiktoken merges any two neighbours whose bytes are a token, BPE only the listed pairs. What stands between the
     borders of a final token was merged without regard to anything outside, hence as that token alone would be. So if
@@ -49,12 +51,14 @@ class DocumentEncoder:
         self.cut = Cutter(self.library)
         self.eos_token_id = tokenizer.eos_token_id
         self.dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-        self.engine, self.unsure, self.added = fast_engine(self.library, self.eos_token_id) if fast else (None,) * 3
+        self.engine, self.unsure, self.added = (
+            fast_engine(self.library, self.eos_token_id) if fast else (None,) * 3
+        )
         self.unchecked = FIRST_CHECKED
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Raises BadRowError for a text that `cut` refuses, and WrongIdsError where the engines differ: begin again
-        with `fast=False`."""
+        """Raises BadRowError for a text that `cut` refuses, and WrongIdsError where the engines
+        differ: begin again with `fast=False`."""
         parts = []
         for is_long, group in groupby(texts, lambda text: len(text) > PIECE):
             if is_long:
@@ -111,20 +115,37 @@ class DocumentEncoder:
 def fast_engine(
     library: Tokenizer, eos_token_id: int
 ) -> tuple[tiktoken.Encoding | None, np.ndarray | None, re.Pattern | None]:
-    """tiktoken's engine, by id whether the library has to be asked about a token, and the added tokens' text.
+    """tiktoken's engine, by id whether the library has to be asked about a token, and the added
+    tokens' text.
 
-    The engine is None where it would not do what tokenizer.json says: for anything but byte-level BPE whose merges
-    are numbered in their order, without normalizer and dropout.
+    The engine is None where it would not do what tokenizer.json says: for anything but byte-level
+    BPE whose merges are numbered in their order, without normalizer and dropout.
     """
     state = json.loads(library.to_str())
     bpe, pattern = state["model"], split_pattern(state["pre_tokenizer"])
-    beyond = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-    if pattern is None or bpe["type"] != "BPE" or state["normalizer"] or any(bpe.get(key) for key in beyond):
+    beyond = (
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    )
+    if (
+        pattern is None
+        or bpe["type"] != "BPE"
+        or state["normalizer"]
+        or any(bpe.get(key) for key in beyond)
+    ):
         return None, None, None
     added = {token["content"] for token in state["added_tokens"]}
     try:
-        vocabulary = {bytes(map(BYTE_OF.__getitem__, t)): i for t, i in bpe["vocab"].items() if t not in added}
-        merges = [tuple(bytes(map(BYTE_OF.__getitem__, part)) for part in _pair(merge)) for merge in bpe["merges"]]
+        vocabulary = {
+            bytes(map(BYTE_OF.__getitem__, t)): i for t, i in bpe["vocab"].items() if t not in added
+        }
+        merges = [
+            tuple(bytes(map(BYTE_OF.__getitem__, part)) for part in _pair(merge))
+            for merge in bpe["merges"]
+        ]
         merged = [vocabulary[left + right] for left, right in merges]
     except KeyError:  # tokens that are no bytes, or merges into an added token
         return None, None, None
@@ -139,7 +160,9 @@ def fast_engine(
     unsure[eos_token_id] = False
     for token, index in vocabulary.items():
         unsure[index] = not built_from(token, vocabulary, listed)
-    literal = [re.escape(token["content"]) for token in state["added_tokens"] if not token["special"]]
+    literal = [
+        re.escape(token["content"]) for token in state["added_tokens"] if not token["special"]
+    ]
     return engine, unsure, re.compile("|".join(literal)) if literal else None
 
 
@@ -147,9 +170,11 @@ def _pair(merge: str | list[str]) -> Sequence[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def built_from(token: bytes, vocabulary: dict[bytes, int], listed: set[tuple[bytes, bytes]]) -> bool:
-    """Whether merging the first of all mergeable neighbours in `token`, again and again, ends in one token and uses
-    listed pairs only."""
+def built_from(
+    token: bytes, vocabulary: dict[bytes, int], listed: set[tuple[bytes, bytes]]
+) -> bool:
+    """Whether merging the first of all mergeable neighbours in `token`, again and again, ends in
+    one token and uses listed pairs only."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         ranks = [vocabulary.get(a + b, len(vocabulary) + 10**9) for a, b in pairwise(parts)]
@@ -168,7 +193,12 @@ def split_pattern(pre_tokenizer: dict | None) -> str | None:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": pattern},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:

@@ -13,7 +13,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from minimind.common.errors import UserError, reason
 from minimind.common.files import read_file, read_json
 
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level vocabularies write them
+# As byte-level vocabularies write them
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DEFAULT_TOKENIZER = Path(__file__).parent / "default"
 COPY = "Copy the file again from where it is complete, or write the directory again."
@@ -27,13 +28,15 @@ def check_destination(directory: Path) -> None:
     strangers = sorted(name for name in names - {*TOKENIZER_FILES} if not name.startswith("."))
     if strangers and names & {*TOKENIZER_FILES}:
         raise UserError(
-            f"--output_dir {directory} holds a tokenizer and more: found {', '.join(strangers[:3])}. A model is read "
-            "with the tokenizer beside it, and another one would spoil it. Give a directory that does not exist yet."
+            f"--output_dir {directory} holds a tokenizer and more: found"
+            f" {', '.join(strangers[:3])}. A model is read with the tokenizer beside it, and"
+            " another one would spoil it. Give a directory that does not exist yet."
         )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a tokenizer's files whole, `tokenizer.json` last, so that a directory that has it is complete."""
+    """Write a tokenizer's files whole, `tokenizer.json` last, so that a directory that has it is
+    complete."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".partial") as partial:
         tokenizer.save_pretrained(partial)
@@ -42,10 +45,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Load the tokenizer in directory `path`, by default the 6,400-token one that ships with the package.
+    """Load the tokenizer in directory `path`, by default the 6,400-token one that ships with the
+    package.
 
-    What a tokenizer lacks is judged where it is needed: the end token by `documents.preparation`, the chat template
-    by `chat_encoder.set_chat_template`.
+    What a tokenizer lacks is judged where it is needed: the end token by `documents.preparation`,
+    the chat template by `chat_encoder.set_chat_template`.
 
     Raises:
         UserError: there is no tokenizer, or it cannot be read.
@@ -53,8 +57,8 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
     path = Path(path or DEFAULT_TOKENIZER)
     if not (path / "tokenizer.json").is_file():
         raise UserError(
-            f"{path} holds no tokenizer: tokenizer.json was not found. Expected a stage directory or the output of "
-            "'minimind tokenizer train'."
+            f"{path} holds no tokenizer: tokenizer.json was not found. Expected a stage directory"
+            " or the output of 'minimind tokenizer train'."
         )
     check_side_files(path)
     try:
@@ -69,7 +73,8 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
 
 
 def check_side_files(path: Path) -> None:
-    """Raises UserError for files beside a tokenizer.json that are there and do not read: the library goes without."""
+    """Raises UserError for files beside a tokenizer.json that are there and do not read: the
+    library goes without."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if os.path.lexists(path / name):
             read_json(path / name, COPY, fields={"model_max_length": int | float | None})
@@ -82,7 +87,8 @@ def check_side_files(path: Path) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """What to say of a tokenizer that a library cannot load; raises UserError where a file it reads is no JSON."""
+    """What to say of a tokenizer that a library cannot load; raises UserError where a file it reads
+    is no JSON."""
     for name in ("tokenizer.json", "config.json"):
         if os.path.lexists(path / name):
             read_json(path / name, COPY)
@@ -91,14 +97,16 @@ def unreadable(path: Path, error: Exception) -> UserError:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of what decides the ids: vocabulary, merges and splitting, not the padding last asked for."""
+    """A hash of what decides the ids: vocabulary, merges and splitting, not the padding last asked
+    for."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.update(truncation=None, padding=None)
     return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The Rust tokenizer for raw text, in which "<|im_end|>" is ten characters and not the end of a document."""
+    """The Rust tokenizer for raw text, in which "<|im_end|>" is ten characters and not the end of a
+    document."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_padding()
     encoder.no_truncation()
@@ -130,7 +138,9 @@ def text_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = token_bytes(tokenizer.backend_tokenizer)
-    return [b"" if piece is None or index in special else piece for index, piece in enumerate(pieces)]
+    return [
+        b"" if piece is None or index in special else piece for index, piece in enumerate(pieces)
+    ]
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -11,8 +11,8 @@ from minimind.common.errors import UserError
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.splitting import PRE_TOKENIZERS
 
-# The order fixes the ids 0, 1, 2. Padding is its own token, never the end token: were they one, masking the padding
-# would mask the end of every reply, and the model would never learn to stop.
+# The order fixes the ids 0, 1, 2. Padding is its own token, never the end token: were they one,
+# masking the padding would mask the end of every reply, and the model would never learn to stop.
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
 
@@ -20,30 +20,41 @@ CHAT_TEMPLATE = Path(__file__).parent / "chatml.jinja"
 
 
 def untrained(pre_tokenizer: str) -> Tokenizer:
-    """What is trained: BPE without a vocabulary; raises UserError for a name that is not in PRE_TOKENIZERS."""
+    """What is trained: BPE without a vocabulary; raises UserError for a name that is not in
+    PRE_TOKENIZERS."""
     if pre_tokenizer not in PRE_TOKENIZERS:
-        raise UserError(f"--pre_tokenizer {pre_tokenizer}: expected one of {', '.join(PRE_TOKENIZERS)}.")
+        raise UserError(
+            f"--pre_tokenizer {pre_tokenizer}: expected one of {', '.join(PRE_TOKENIZERS)}."
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
     return bpe
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 6400, pre_tokenizer: str = "qwen2", min_frequency: int = 0
+    texts: Iterable[str],
+    vocab_size: int = 6400,
+    pre_tokenizer: str = "qwen2",
+    min_frequency: int = 0,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`, ready for chat; the same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer on `texts`, ready for chat; the same texts give the same
+    tokenizer.
 
-    `pre_tokenizer` is one of `splitting.PRE_TOKENIZERS`; pairs seen fewer than `min_frequency` times are not merged.
-    The result may hold fewer tokens than `vocab_size` where the texts have no more pairs to merge.
+    `pre_tokenizer` is one of `splitting.PRE_TOKENIZERS`; pairs seen fewer than `min_frequency`
+    times are not merged. The result may hold fewer tokens than `vocab_size` where the texts have no
+    more pairs to merge.
 
     Raises:
-        UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens, `pre_tokenizer` is none of
-            them, or `min_frequency` is below 0.
+        UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens,
+            `pre_tokenizer` is none of them, or `min_frequency` is below 0.
         BadRowError: a text that `Cutter` refuses.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}.")
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens need"
+            f" {smallest}."
+        )
     if min_frequency < 0:
         raise UserError(f"--min_frequency {min_frequency}: expected 0 or more.")
     bpe = untrained(pre_tokenizer)
@@ -54,7 +65,8 @@ def train_tokenizer(
         min_frequency=min_frequency,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),  # the trainer draws its own bars, of reading and of merging
+        # The trainer draws its own bars, of reading and of merging
+        show_progress=sys.stderr.isatty(),
     )
     bpe.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
     return PreTrainedTokenizerFast(

@@ -1,4 +1,5 @@
-"""What a tokenizer makes of a text: how many tokens, of which kinds, and whether the text comes back.
+"""What a tokenizer makes of a text: how many tokens, of which kinds, and whether the text comes
+back.
 
     bytes per token     UTF-8 bytes of the texts / their tokens: the more, the less there is to train and to generate
     fertility, en       tokens with a Latin letter in the English texts / their words
@@ -6,7 +7,8 @@
                         characters
     pieces              tokens that are not whole characters; "byte" those of them that are one byte
 
-A text is always only text: the name of a control token in it is tokenised as characters, as in `text_encoder`.
+A text is always only text: the name of a control token in it is tokenised as characters, as in
+`text_encoder`.
 """
 
 from array import array
@@ -23,17 +25,35 @@ from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.loading import token_bytes, unreadable
 from minimind.tokenizer.splitting import splitting_name
 from minimind.tokenizer_evaluation.probes import PROBES
-from minimind.tokenizer_evaluation.texts import HAN_RUN, LANGUAGES, OTHER_LETTERS, WORD, Text, script
+from minimind.tokenizer_evaluation.texts import (
+    HAN_RUN,
+    LANGUAGES,
+    OTHER_LETTERS,
+    WORD,
+    Text,
+    script,
+)
 
 BATCH = 1000  # texts tokenised at a time
 COVERAGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 RARE = (1, 10, 100)
 LONGEST = 10
-KINDS = ("Chinese", "English", "mixed", "other letters", "digits", "punctuation", "white space", "piece", "special")
+KINDS = (
+    "Chinese",
+    "English",
+    "mixed",
+    "other letters",
+    "digits",
+    "punctuation",
+    "white space",
+    "piece",
+    "special",
+)
 
 
 class Judged:
-    """A tokenizer of any make, from a directory with `tokenizer.json`; it needs no chat template and no end token.
+    """A tokenizer of any make, from a directory with `tokenizer.json`; it needs no chat template
+    and no end token.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
@@ -61,7 +81,9 @@ class Judged:
         """Texts -> their ids, nothing added; raises BadRowError for one that `cut` refuses."""
         short = [text for text in texts if len(text) <= PIECE]
         found = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
-        return [next(found).ids if len(text) <= PIECE else self._encode_long(text) for text in texts]
+        return [
+            next(found).ids if len(text) <= PIECE else self._encode_long(text) for text in texts
+        ]
 
     def _encode_long(self, text: str) -> array:
         ids = array("i")
@@ -74,7 +96,8 @@ class Judged:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def facts(self) -> dict:
-        """What it is: vocabulary, control tokens, tokens that any text can call by name, llama.cpp's rule."""
+        """What it is: vocabulary, control tokens, tokens that any text can call by name,
+        llama.cpp's rule."""
         added = self.tokenizer.get_added_tokens_decoder()
         return {
             "directory": self.name,
@@ -106,13 +129,16 @@ class Judged:
 class Measurement:
     """Counts of the texts, and of the tokens that each of some tokenizers makes of them.
 
-    `groups` maps (language, domain) to an array of documents, characters, bytes and each tokenizer's tokens; `uses`
-    has for each tokenizer an array (languages, ids) of how often it used each id.
+    `groups` maps (language, domain) to an array of documents, characters, bytes and each
+    tokenizer's tokens; `uses` has for each tokenizer an array (languages, ids) of how often it used
+    each id.
     """
 
     def __init__(self, judged: Sequence[Judged]):
         self.judged = judged
-        self.groups: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3 + len(judged), np.int64))
+        self.groups: dict[tuple[str, str], np.ndarray] = defaultdict(
+            lambda: np.zeros(3 + len(judged), np.int64)
+        )
         self.uses = [np.zeros((len(LANGUAGES), len(one.bytes)), np.int64) for one in judged]
         self.words = self.han = 0  # words of the English, Chinese characters of the Chinese texts
 
@@ -124,13 +150,24 @@ class Measurement:
         self.han += sum(found.han for found in scripts if found.language == "zh")
         encoded = [one.encode([text.text for text in texts]) for one in self.judged]
         for index, (text, language) in enumerate(zip(texts, languages, strict=True)):
-            sizes = [1, len(text.text), len(text.text.encode()), *(len(lists[index]) for lists in encoded)]
+            sizes = [
+                1,
+                len(text.text),
+                len(text.text.encode()),
+                *(len(lists[index]) for lists in encoded),
+            ]
             self.groups[language, text.domain] += sizes
         for uses, lists in zip(self.uses, encoded, strict=True):
             for row, language in enumerate(LANGUAGES):
-                ids = [np.array(found) for found, other in zip(lists, languages, strict=True) if other == language]
+                ids = [
+                    np.array(found)
+                    for found, other in zip(lists, languages, strict=True)
+                    if other == language
+                ]
                 if any(map(len, ids)):
-                    uses[row] += np.bincount(np.concatenate(ids).astype(np.int64), minlength=uses.shape[1])
+                    uses[row] += np.bincount(
+                        np.concatenate(ids).astype(np.int64), minlength=uses.shape[1]
+                    )
 
     def sizes(self, part: int | None = None) -> dict[str, np.ndarray]:
         """Sums by language (`part` 0), by domain (1), or of all; the largest first."""
@@ -149,7 +186,8 @@ def measure(directories: Sequence[str | Path], texts: Iterable[Text]) -> Measure
 
 
 def check_of(directories: Iterable[str | Path]) -> Callable[[str], None]:
-    """What raises BadRowError for a text that one of the tokenizers cannot encode; see `Cutter.check`."""
+    """What raises BadRowError for a text that one of the tokenizers cannot encode; see
+    `Cutter.check`."""
     cutters = [Judged(directory).cut for directory in directories]
 
     def check(text: str) -> None:
@@ -160,7 +198,8 @@ def check_of(directories: Iterable[str | Path]) -> Callable[[str], None]:
 
 
 def evaluate(directory: str | Path, texts: Iterable[Text]) -> dict:
-    """Judge one tokenizer on `texts`; the keys are those that `minimind tokenizer evaluate --json` prints."""
+    """Judge one tokenizer on `texts`; the keys are those that `minimind tokenizer evaluate --json`
+    prints."""
     found = measure([directory], texts)
     return {
         "tokenizer": found.judged[0].facts(),
@@ -175,14 +214,17 @@ def evaluate(directory: str | Path, texts: Iterable[Text]) -> dict:
 def compare(directories: Sequence[str | Path], texts: Iterable[Text]) -> dict:
     """Judge several tokenizers side by side on `texts`.
 
-    `total`, `languages` and `domains` hold documents, characters, bytes, and a list with an entry for each tokenizer
-    of `tokens`, of `bytes_per_token` and of `ratio`: the tokens of the first / its tokens. `winner` is the directory
-    of the one with the fewest tokens, None where several have them.
+    `total`, `languages` and `domains` hold documents, characters, bytes, and a list with an entry
+    for each tokenizer of `tokens`, of `bytes_per_token` and of `ratio`: the tokens of the first /
+    its tokens. `winner` is the directory of the one with the fewest tokens, None where several have
+    them.
     """
     found = measure(directories, texts)
     tokenizers = []
     for index, judged in enumerate(found.judged):
-        tokenizers.append({**judged.facts(), **_judgement(found, index), "round_trip": round_trip(judged)})
+        tokenizers.append(
+            {**judged.facts(), **_judgement(found, index), "round_trip": round_trip(judged)}
+        )
     return {
         "tokenizers": tokenizers,
         "total": _contest(found.sizes()["all"], directories),
@@ -227,9 +269,13 @@ def _judgement(found: Measurement, index: int) -> dict:
     """Fertility and what was used of the vocabulary."""
     judged, uses = found.judged[index], found.uses[index]
     total = uses.sum(axis=0)
-    usable = np.array([token is not None and i not in judged.special for i, token in enumerate(judged.bytes)])
+    usable = np.array(
+        [token is not None and i not in judged.special for i, token in enumerate(judged.bytes)]
+    )
     frequent = np.sort(total)[::-1].cumsum()
-    one_byte = np.array([token is not None and len(token) == 1 for token in judged.bytes]) & (judged.kinds == "piece")
+    one_byte = np.array([token is not None and len(token) == 1 for token in judged.bytes]) & (
+        judged.kinds == "piece"
+    )
     text, zh, en = int(total.sum()), *(uses[LANGUAGES.index(name)] for name in ("zh", "en"))
 
     def tokens(counts: np.ndarray, *kinds: str) -> int:
@@ -244,25 +290,37 @@ def _judgement(found: Measurement, index: int) -> dict:
         "vocabulary": {
             "tokens": int(usable.sum()),
             "used": float((total[usable] > 0).mean()),
-            "used_fewer_than": {str(times): float((total[usable] < times).mean()) for times in RARE},
-            "tokens_that_cover": {str(share): int(np.searchsorted(frequent, share * text) + 1) for share in COVERAGES},
+            "used_fewer_than": {
+                str(times): float((total[usable] < times).mean()) for times in RARE
+            },
+            "tokens_that_cover": {
+                str(share): int(np.searchsorted(frequent, share * text) + 1) for share in COVERAGES
+            },
         },
         "pieces": _ratio(tokens(total, "piece"), text),
         "byte_tokens": _ratio(int(total[one_byte].sum()), text),
         "kinds": {
-            kind: {"tokens": int((judged.kinds == kind).sum()), "text": _ratio(tokens(total, kind), text)}
+            kind: {
+                "tokens": int((judged.kinds == kind).sum()),
+                "text": _ratio(tokens(total, kind), text),
+            }
             for kind in KINDS
             if (judged.kinds == kind).any()
         },
         "longest": [
-            {"token": judged.bytes[i].decode(errors="replace"), "bytes": len(judged.bytes[i]), "uses": int(total[i])}
+            {
+                "token": judged.bytes[i].decode(errors="replace"),
+                "bytes": len(judged.bytes[i]),
+                "uses": int(total[i]),
+            }
             for i in longest[:LONGEST]
         ],
     }
 
 
 def round_trip(judged: Judged) -> dict:
-    """Encode and decode the probes: bytes and tokens of each group, and each text that did not come back exactly."""
+    """Encode and decode the probes: bytes and tokens of each group, and each text that did not come
+    back exactly."""
     groups, changed = {}, []
     for name, texts in PROBES.items():
         ids = judged.encode(texts)

@@ -28,7 +28,13 @@ PROBES: dict[str, tuple[str, ...]] = {
         "\u00a0no-break\u2003em\u2009thin\u200bzero\u202fnarrow\u2028line\u2029paragraph\u0085next",
         " \n  \n\n   \n\n\n",
     ),
-    "line ends": ("unix\nunix\n\n", "dos\r\ndos\r\n\r\n", "mac\rmac\r\r", "\r\n \n\r \r\n", "中文。\r\n\r\n第二段\n"),
+    "line ends": (
+        "unix\nunix\n\n",
+        "dos\r\ndos\r\n\r\n",
+        "mac\rmac\r\r",
+        "\r\n \n\r \r\n",
+        "中文。\r\n\r\n第二段\n",
+    ),
     "numbers": (
         "0 7 42 1984 31415926535 1,234,567.89 -1e-10 3.14 50% №5 ½",
         "2024-02-30 23:59:60 +86 138-0000-0000 0xFF 1_000",
@@ -37,10 +43,19 @@ PROBES: dict[str, tuple[str, ...]] = {
     "code": (
         'def f(x: int) -> str:\n    """Doc."""\n\treturn f"{x!r:>8}" if x != 0 else \'\\n\'\n',
         "for (int i = 0; i < n; ++i) { a[i] += b->c; } // 注释\r\n",
-        '{"键": [1, 2.5e3, null, "\\u4f60"]}\n<div class="a">&nbsp;</div>\n$\\frac{a}{b} \\leq \\infty$',
+        (
+            '{"键": [1, 2.5e3, null, "\\u4f60"]}\n<div class="a">&nbsp;</div>\n$\\frac{a}{b} \\leq'
+            " \\infty$"
+        ),
         "SELECT * FROM `t` WHERE a<>'b'; -- ==> && || ??= ... ~~~ ``` #### ____ ----",
     ),
-    "combining marks": ("e\u0301 n\u0303 a\u0308\u0304", "Z͑͗a̴͠l̷̆g̶̈o̵", "क्षि ก็้ 각", "é é", "\u0301alone"),
+    "combining marks": (
+        "e\u0301 n\u0303 a\u0308\u0304",
+        "Z͑͗a̴͠l̷̆g̶̈o̵",
+        "क्षि ก็้ 각",
+        "é é",
+        "\u0301alone",
+    ),
     "right to left": (
         "السلام عليكم، كيف حالك؟",
         "שָׁלוֹם עולם",

@@ -27,8 +27,11 @@ def check_save(save: str | None) -> None:
         check_output(save)
 
 
-def show(tables: Sequence[Table | str], title: str, save: str | None = None, quiet: bool = False) -> None:
-    """Print tables, unless `quiet`, and write them to `save`, a picture (.svg), a page (.html) or text (.txt)."""
+def show(
+    tables: Sequence[Table | str], title: str, save: str | None = None, quiet: bool = False
+) -> None:
+    """Print tables, unless `quiet`, and write them to `save`, a picture (.svg), a page (.html) or
+    text (.txt)."""
     console = Terminal(record=bool(save), file=io.StringIO() if quiet else None)
     if save or not console.is_terminal:
         console.width = WIDTH
@@ -48,7 +51,10 @@ def evaluation_tables(result: dict) -> list[Table | str]:
         f"{len(facts['control_tokens'])} of them control tokens; splitting rule: {rule}"
     ]
     if facts["added_tokens"]:
-        lines.append(f"[yellow]any text can call these by name:[/yellow] {escape(' '.join(facts['added_tokens']))}")
+        lines.append(
+            "[yellow]any text can call these by name:[/yellow]"
+            f" {escape(' '.join(facts['added_tokens']))}"
+        )
     return [
         "\n".join(lines),
         _sizes(result),
@@ -117,11 +123,19 @@ def _sizes(result: dict) -> Table:
 
 
 def _contests(result: dict, names: list[str]) -> Table:
-    columns = ["MB", *(f"tokens\n{name}" for name in names), *(f"against\n{name}" for name in names[1:]), "fewest"]
+    columns = [
+        "MB",
+        *(f"tokens\n{name}" for name in names),
+        *(f"against\n{name}" for name in names[1:]),
+        "fewest",
+    ]
 
     def cells(found: dict) -> list[str]:
         best = min(found["tokens"])
-        tokens = [f"[green]{count:,}[/green]" if count == best else f"{count:,}" for count in found["tokens"]]
+        tokens = [
+            f"[green]{count:,}[/green]" if count == best else f"{count:,}"
+            for count in found["tokens"]
+        ]
         return [
             f"{found['bytes'] / 1e6:.2f}",
             *tokens,
@@ -151,7 +165,10 @@ def _judgement_rows(judged: dict) -> dict[str, str]:
             for times, share in vocabulary["used_fewer_than"].items()
             if times != "1"
         },
-        **{f"tokens that make {float(share):.1%} of the text": f"{count:,}" for share, count in cover.items()},
+        **{
+            f"tokens that make {float(share):.1%} of the text": f"{count:,}"
+            for share, count in cover.items()
+        },
     }
 
 
@@ -159,16 +176,23 @@ def _vocabulary(result: dict) -> Table:
     table = _table("Vocabulary", "", "")
     for name, value in _judgement_rows(result).items():
         table.add_row(name, value)
-    table.add_row("longest tokens, and how often", escape(" ".join(_used(found) for found in result["longest"])))
+    table.add_row(
+        "longest tokens, and how often",
+        escape(" ".join(_used(found) for found in result["longest"])),
+    )
     return table
 
 
 def _side_by_side(judged: list[dict], names: list[str]) -> Table:
     table = _table("Vocabulary", "", *names)
     table.add_row("tokens", *(f"{one['vocab_size']:,}" for one in judged))
-    table.add_row("splitting rule", *(one["pre_tokenizer"] or "[red]not llama.cpp's[/red]" for one in judged))
+    table.add_row(
+        "splitting rule", *(one["pre_tokenizer"] or "[red]not llama.cpp's[/red]" for one in judged)
+    )
     for name, values in zip(
-        _judgement_rows(judged[0]), zip(*(_judgement_rows(one).values() for one in judged), strict=True), strict=True
+        _judgement_rows(judged[0]),
+        zip(*(_judgement_rows(one).values() for one in judged), strict=True),
+        strict=True,
     ):
         table.add_row(name, *values)
     return table
@@ -187,17 +211,24 @@ def _kinds(result: dict) -> Table:
 
 def _round_trip(trips: dict[str, dict]) -> Table:
     headers = ("exact", "tokens")
-    columns = [f"{header}\n{name}" if len(trips) > 1 else header for name in trips for header in headers]
+    columns = [
+        f"{header}\n{name}" if len(trips) > 1 else header for name in trips for header in headers
+    ]
     table = _table("Round trip of texts that tokenizers lose", "texts", "bytes", *columns)
     for probe, first in next(iter(trips.values()))["probes"].items():
         cells = []
         for trip in trips.values():
             found = trip["probes"][probe]
             mark = "green" if found["exact"] == found["texts"] else "red"
-            cells += [f"[{mark}]{found['exact']} of {found['texts']}[/{mark}]", f"{found['tokens']:,}"]
+            cells += [
+                f"[{mark}]{found['exact']} of {found['texts']}[/{mark}]",
+                f"{found['tokens']:,}",
+            ]
         table.add_row(probe, f"{first['bytes']:,}", *cells)
     lines = [
-        f"{name}: {one['text']!r} came back as {one['back']!r}" for name in trips for one in trips[name]["changed"]
+        f"{name}: {one['text']!r} came back as {one['back']!r}"
+        for name in trips
+        for one in trips[name]["changed"]
     ]
     if lines:
         table.caption = escape("\n".join(lines[:10]))

@@ -1,8 +1,10 @@
-"""The texts a tokenizer is trained and judged on: their language, their domain, and how much of each domain is taken.
+"""The texts a tokenizer is trained and judged on: their language, their domain, and how much of
+each domain is taken.
 
-The *domain* of a text is the row's field "source" where it has one, else the name of its file. Its *language* is that
-of the writing it holds most of: Chinese characters ("zh"), words in Latin letters ("en"), or letters of other scripts
-("other", also for a text without letters). A Chinese page about code thus stays Chinese, and Japanese is neither.
+The *domain* of a text is the row's field "source" where it has one, else the name of its file. Its
+*language* is that of the writing it holds most of: Chinese characters ("zh"), words in Latin
+letters ("en"), or letters of other scripts ("other", also for a text without letters). A Chinese
+page about code thus stays Chinese, and Japanese is neither.
 """
 
 import logging
@@ -64,14 +66,17 @@ def read_texts(
     columns: Sequence[str] | None = None,
     check: Callable[[str], None] | None = None,
 ) -> Iterator[Text]:
-    """Files, directories and globs of documents and conversations -> their texts, with a `title` under a progress bar.
+    """Files, directories and globs of documents and conversations -> their texts, with a `title`
+    under a progress bar.
 
-    `columns`: words of `--columns`; `check` raises BadRowError for a text that cannot be used. Raises UserError as
-    `read_rows`.
+    `columns`: words of `--columns`; `check` raises BadRowError for a text that cannot be used.
+    Raises UserError as `read_rows`.
     """
     found = expand(files)
     hidden = None if title else True
-    with tqdm(total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden) as bar:
+    with tqdm(
+        total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden
+    ) as bar:
         boundaries = Boundaries()
 
         def convert(data: dict) -> tuple[list[str], Any]:
@@ -80,9 +85,15 @@ def read_texts(
                 check(text)
             return texts, data.get("source")
 
-        for row in read_rows(found, on_bad_rows, convert, progress=bar.update, columns=Columns(columns)):
+        for row in read_rows(
+            found, on_bad_rows, convert, progress=bar.update, columns=Columns(columns)
+        ):
             texts, source = row.data
-            domain = source if isinstance(source, str) and source else Path(row.where.rsplit(":", 1)[0]).name
+            domain = (
+                source
+                if isinstance(source, str) and source
+                else Path(row.where.rsplit(":", 1)[0]).name
+            )
             yield from (Text(text, domain) for text in texts)
     if boundaries.rows:
         logger.warning("%s", translated(str(boundaries)))
@@ -91,10 +102,13 @@ def read_texts(
 def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Text]:
     """The texts of each domain as often as its weight says, others once.
 
-    Of a domain of weight 0.25 every fourth text is taken, chosen by its hash; of 2.25 each is taken twice, and every
-    fourth once more. Raises UserError for a weight below 0, and at the end for a domain that had no text.
+    Of a domain of weight 0.25 every fourth text is taken, chosen by its hash; of 2.25 each is taken
+    twice, and every fourth once more. Raises UserError for a weight below 0, and at the end for a
+    domain that had no text.
     """
-    if negative := [f"{domain}={weight}" for domain, weight in weights.items() if not 0 <= weight < float("inf")]:
+    if negative := [
+        f"{domain}={weight}" for domain, weight in weights.items() if not 0 <= weight < float("inf")
+    ]:
         raise UserError(f"--weights {' '.join(negative)}: expected weights of 0 or more.")
     seen = dict.fromkeys(weights, False)
     for text in texts:

@@ -8,7 +8,13 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, IntervalStrategy, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    IntervalStrategy,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import append_json
@@ -43,25 +49,43 @@ SHOWN = {
 
 
 def reproducible(entry: dict) -> dict:
-    """A log's entry without what clocks and the machine decide: all that equal runs have in common."""
-    measured = ("tokens_per_second", "mfu", "memory_gib", "elapsed", "eta", "_runtime", "_per_second", "_time")
-    return {key: value for key, value in entry.items() if not key.endswith(measured) and not key.startswith("plan/")}
+    """A log's entry without what clocks and the machine decide: all that equal runs have in
+    common."""
+    measured = (
+        "tokens_per_second",
+        "mfu",
+        "memory_gib",
+        "elapsed",
+        "eta",
+        "_runtime",
+        "_per_second",
+        "_time",
+    )
+    return {
+        key: value
+        for key, value in entry.items()
+        if not key.endswith(measured) and not key.startswith("plan/")
+    }
 
 
 class ProgressCallback(TrainerCallback):
-    """One line per log, and the same as JSON in train_log.jsonl: step, share done, loss, bits per byte, gradient norm,
-    learning rate, tokens/s, MFU, memory, elapsed time, ETA.
+    """One line per log, and the same as JSON in train_log.jsonl: step, share done, loss, bits per
+    byte, gradient norm, learning rate, tokens/s, MFU, memory, elapsed time, ETA.
 
-    tokens/s counts the tokens that are not padding, of all processes, over training time: evaluation is left out. MFU
-    is the model's FLOPs for these tokens over the devices' peak (Chowdhery et al., 2022, appendix B). A CPU's peak is
-    measured again now and then, since another process may have been busy, and a run that is faster still is the peak.
-    Memory is the most that this process ever held, in GiB: of the GPU's where there is one, else resident. What is
-    worth a curve is added to the logs, so this has to stand before the trackers' callbacks.
+    tokens/s counts the tokens that are not padding, of all processes, over training time:
+    evaluation is left out. MFU is the model's FLOPs for these tokens over the devices' peak
+    (Chowdhery et al., 2022, appendix B). A CPU's peak is measured again now and then, since another
+    process may have been busy, and a run that is faster still is the peak. Memory is the most that
+    this process ever held, in GiB: of the GPU's where there is one, else resident. What is worth a
+    curve is added to the logs, so this has to stand before the trackers' callbacks.
 
-    `bits_per_nat`: loss in nats per token -> bits per byte, where the bytes of the targets are known.
+    `bits_per_nat`: loss in nats per token -> bits per byte, where the bytes of the targets are
+    known.
     """
 
-    def __init__(self, output_dir: Path, trainer: Trainer | None = None, bits_per_nat: float | None = None):
+    def __init__(
+        self, output_dir: Path, trainer: Trainer | None = None, bits_per_nat: float | None = None
+    ):
         self.log_file = output_dir / "train_log.jsonl"
         self.trainer, self.bits_per_nat = trainer, bits_per_nat
         self.seconds = 0.0  # spent in training steps
@@ -82,7 +106,11 @@ class ProgressCallback(TrainerCallback):
 
     def state_dict(self) -> dict:
         """What a resumed run needs, so that tokens/s, elapsed time and ETA go on; see resume.py."""
-        return {"seconds": self.seconds, "last_seconds": self.last_seconds, "last_tokens": self.last_tokens}
+        return {
+            "seconds": self.seconds,
+            "last_seconds": self.last_seconds,
+            "last_tokens": self.last_tokens,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what `state_dict` gave; called after `on_train_begin`."""
@@ -97,7 +125,8 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_began
         if args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps:
-            control.should_log = True  # the library leaves out the last steps where they are not logging_steps
+            # The library leaves out the last steps where they are not logging_steps
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -106,8 +135,14 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             with decoration("measuring the speed"):
                 times = self._measure(state, logs)
-        entry = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "num_tokens"}, **times}
-        entry = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
+        entry = {
+            "step": state.global_step,
+            **{k: v for k, v in logs.items() if k != "num_tokens"},
+            **times,
+        }
+        entry = {
+            key: float(value) if isinstance(value, str) else value for key, value in entry.items()
+        }
         say(self._line(entry, state.max_steps))
         append_json(self.log_file, entry)
 
@@ -118,7 +153,9 @@ class ProgressCallback(TrainerCallback):
         logs["memory_gib"] = round(peak_memory() / 2**30, 4)
         if self.seconds <= self.last_seconds:
             return {}
-        speed = (state.num_input_tokens_seen - self.last_tokens) / (self.seconds - self.last_seconds)
+        speed = (state.num_input_tokens_seen - self.last_tokens) / (
+            self.seconds - self.last_seconds
+        )
         logs["tokens_per_second"] = round(speed, 1)
         if self.flops_per_token:
             logs["mfu"] = round(self._mfu(speed * self.flops_per_token), 5)
@@ -146,7 +183,9 @@ class ProgressCallback(TrainerCallback):
         width = len(f"{max_steps:,}")
         parts = ["before training"]
         if max_steps:
-            parts = [f"step {entry['step']:>{width},}/{max_steps:,} {entry['step'] / max_steps:>6.1%}"]
+            parts = [
+                f"step {entry['step']:>{width},}/{max_steps:,} {entry['step'] / max_steps:>6.1%}"
+            ]
         parts += [form.format(entry[key]) for key, form in SHOWN.items() if key in entry]
         if "eta" in entry:
             parts.append(f"{clock(entry['elapsed'])} elapsed, {clock(entry['eta'])} left")
@@ -156,14 +195,17 @@ class ProgressCallback(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most: of the GPU's memory as torch allocated it, without a GPU resident ones."""
+    """Bytes that this process held at most: of the GPU's memory as torch allocated it, without a
+    GPU resident ones."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
         import resource
     except ImportError:  # Windows
         return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def work_of(trainer: Trainer) -> tuple[float, str]:
@@ -178,10 +220,13 @@ def work_of(trainer: Trainer) -> tuple[float, str]:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """Sum over the bits of the weights that are trained; of weights that ZeRO-3 divides, those of this process."""
+    """Sum over the bits of the weights that are trained; of weights that ZeRO-3 divides, those of
+    this process."""
     whole_numbers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     trained = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
-    return sum(t.view(whole_numbers[t.element_size()]).sum(dtype=torch.int64).item() for t in trained)
+    return sum(
+        t.view(whole_numbers[t.element_size()]).sum(dtype=torch.int64).item() for t in trained
+    )
 
 
 class ChangeCallback(TrainerCallback):
@@ -210,22 +255,24 @@ class ChangeCallback(TrainerCallback):
         changed = torch.tensor([self.before != fingerprint(model)], device=args.device)
         if not self.trainer.accelerator.gather(changed).any():
             raise UserError(
-                f"this run trained nothing: after {state.global_step:,} steps no weight has changed. Each step was "
-                f"skipped, or the learning rate {args.learning_rate:g} is lost in the weights' rounding. Raise "
-                "--learning_rate, or train for more steps."
+                f"this run trained nothing: after {state.global_step:,} steps no weight has"
+                f" changed. Each step was skipped, or the learning rate {args.learning_rate:g} is"
+                " lost in the weights' rounding. Raise --learning_rate, or train for more steps."
             )
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """The library's, except: the evaluation before the first step is what a run has to beat, and a resumed run goes on
-    counting where it was."""
+    """The library's, except: the evaluation before the first step is what a run has to beat, and a
+    resumed run goes on counting where it was."""
 
     training = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if saved:
-            self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            self.early_stopping_patience_counter = saved["attributes"][
+                "early_stopping_patience_counter"
+            ]
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
@@ -236,12 +283,15 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **kwargs)
         count, name = self.early_stopping_patience_counter, args.metric_for_best_model
         if count >= self.early_stopping_patience and state.is_world_process_zero:
-            say(f"stopping early: {count} evaluations did not improve {name} {state.best_metric:.4f}")
+            say(
+                f"stopping early: {count} evaluations did not improve {name}"
+                f" {state.best_metric:.4f}"
+            )
 
 
 class Baseline(TrainerCallback):
-    """Takes the evaluation before the first step as the best so far: what the run has to beat. One that is not finite
-    is none: nothing compares with it."""
+    """Takes the evaluation before the first step as the best so far: what the run has to beat. One
+    that is not finite is none: nothing compares with it."""
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         name = args.metric_for_best_model
@@ -251,18 +301,23 @@ class Baseline(TrainerCallback):
 
 
 class RouterLoadCallback(TrainerCallback):
-    """Adds to each log how a mixture of experts spreads its tokens: `router_load/layer_0/expert_1` is the share of the
-    visits since the last log, `router_load/max` the busiest expert's of all layers. Counted on the device, on the main
-    process's tokens.
+    """Adds to each log how a mixture of experts spreads its tokens: `router_load/layer_0/expert_1`
+    is the share of the visits since the last log, `router_load/max` the busiest expert's of all
+    layers. Counted on the device, on the main process's tokens.
 
     It has to stand before the trackers' callbacks: they report the logs as they find them.
     """
 
     def __init__(self, model: nn.Module):
-        self.routers = [module for module in model.modules() if isinstance(module, MiniMindTopKRouter)]
+        self.routers = [
+            module for module in model.modules() if isinstance(module, MiniMindTopKRouter)
+        ]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.visits = [router.weight.new_zeros(len(router.weight), dtype=torch.float) for router in self.routers]
+        self.visits = [
+            router.weight.new_zeros(len(router.weight), dtype=torch.float)
+            for router in self.routers
+        ]
         self.hooks = [
             router.register_forward_hook(
                 lambda module, inputs, outputs, visits=visits: self._count(module, outputs, visits)
@@ -291,7 +346,12 @@ class RouterLoadCallback(TrainerCallback):
             return
         shares = [(visits / visits.sum()).tolist() for visits in self.visits]
         for layer, experts in enumerate(shares):
-            logs.update({f"router_load/layer_{layer}/expert_{i}": round(share, 4) for i, share in enumerate(experts)})
+            logs.update(
+                {
+                    f"router_load/layer_{layer}/expert_{i}": round(share, 4)
+                    for i, share in enumerate(experts)
+                }
+            )
         logs["router_load/max"] = max(map(max, shares))
         for visits in self.visits:
             visits.zero_()

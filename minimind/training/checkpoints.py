@@ -1,5 +1,5 @@
-"""A run that was interrupted goes on as if it had not been: the same command again continues from the last whole
-checkpoint, to the same bits.
+"""A run that was interrupted goes on as if it had not been: the same command again continues from
+the last whole checkpoint, to the same bits.
 
     run.json               in the output directory: which run this is, and its recipe; written first
     checkpoint-N/          the library's files, and
@@ -8,8 +8,8 @@ checkpoint, to the same bits.
         train_log.jsonl    the log up to here, so that no line of it is lost or stands there twice
         manifest.json      sizes and hashes of all these; written last, so that what has none is not whole
 
-All of it is on the disk, not only in the system's memory, before the manifest is: a power loss leaves a whole
-checkpoint or one that is known not to be.
+All of it is on the disk, not only in the system's memory, before the manifest is: a power loss
+leaves a whole checkpoint or one that is known not to be.
 """
 
 import json
@@ -44,21 +44,35 @@ from minimind.training.output_directory import (
     delete_checkpoint,
 )
 
-RUN_STATE = {"loss", "total_loss", "last_logged", "seconds", "wall_seconds", "callbacks", "exported"}  # of run_state_*
+# Of run_state_*
+RUN_STATE = {
+    "loss",
+    "total_loss",
+    "last_logged",
+    "seconds",
+    "wall_seconds",
+    "callbacks",
+    "exported",
+}
 
 # It looks for the best checkpoint where the run was before it was moved; `take_up` knows better.
-logging.getLogger("transformers.trainer").addFilter(lambda said: not said.msg.startswith("The best checkpoint"))
+logging.getLogger("transformers.trainer").addFilter(
+    lambda said: not said.msg.startswith("The best checkpoint")
+)
 
 
 # Checkpoints: whole or not
 
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at once, after all that
-    it lists is on the disk."""
+    """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at
+    once, after all that it lists is on the disk."""
     sync_files(checkpoint)
     files = {
-        str(file.relative_to(checkpoint)): {"size": file.stat().st_size, "xxh3_128": hash_file(file)}
+        str(file.relative_to(checkpoint)): {
+            "size": file.stat().st_size,
+            "xxh3_128": hash_file(file),
+        }
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
@@ -69,16 +83,20 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
 def read_manifest(checkpoint: Path) -> dict:
     """{"step", "processes", "files"} of a whole checkpoint; raises UserError."""
     fields = {"step": int, "processes": int, "files": dict}
-    manifest = read_json(checkpoint / MANIFEST, "It lists the files of a checkpoint.", fields=fields)
+    manifest = read_json(
+        checkpoint / MANIFEST, "It lists the files of a checkpoint.", fields=fields
+    )
     for name, expected in manifest["files"].items():
         expected = expected if isinstance(expected, dict) else {}
-        require_fields(f"{checkpoint / MANIFEST}: {name}", expected, {"size": int, "xxh3_128": str}, "")
+        require_fields(
+            f"{checkpoint / MANIFEST}: {name}", expected, {"size": int, "xxh3_128": str}, ""
+        )
     return manifest
 
 
 def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = False) -> str | None:
-    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of it. With
-    `weights_alone` one that holds nothing else is whole too."""
+    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of
+    it. With `weights_alone` one that holds nothing else is whole too."""
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
     if not os.path.lexists(checkpoint / MANIFEST):
@@ -111,7 +129,8 @@ def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = Fals
 
 
 def _unreadable(file: Path) -> str | None:
-    """Why the libraries could not load a file though its hash fits: it was written wrongly. Tensors stay unread."""
+    """Why the libraries could not load a file though its hash fits: it was written wrongly. Tensors
+    stay unread."""
     try:
         if file.name == TRAINER_STATE_NAME:
             read_json(file, "", fields={"global_step": int, "max_steps": int, "log_history": list})
@@ -121,10 +140,14 @@ def _unreadable(file: Path) -> str | None:
         elif file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 pass
-        elif file.suffix in (".pt", ".pth") and not file.parent.name.startswith("global_step"):  # DeepSpeed's own
+        elif file.suffix in (".pt", ".pth") and not file.parent.name.startswith(
+            "global_step"
+        ):  # DeepSpeed's own
             with safe_globals():
                 state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            if not isinstance(state, dict) or (file.name.startswith("run_state") and not state.keys() >= RUN_STATE):
+            if not isinstance(state, dict) or (
+                file.name.startswith("run_state") and not state.keys() >= RUN_STATE
+            ):
                 return "it holds something else"
     except Exception as error:  # of json, pickle, zip or safetensors
         return reason(error).splitlines()[0].removeprefix(f"{file}: ")
@@ -132,7 +155,8 @@ def _unreadable(file: Path) -> str | None:
 
 
 def _not_finite(checkpoint: Path) -> str | None:
-    """The first file with weights that are not finite; for checkpoints whose manifest does not say that all are."""
+    """The first file with weights that are not finite; for checkpoints whose manifest does not say
+    that all are."""
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
@@ -144,11 +168,16 @@ def _not_finite(checkpoint: Path) -> str | None:
 
 def largest(tensor: torch.Tensor) -> torch.Tensor:
     """The largest absolute value, NaN where there is one, in no memory of its own."""
-    return torch.linalg.vector_norm(tensor.detach(), float("inf")) if tensor.numel() else tensor.new_zeros(())
+    return (
+        torch.linalg.vector_norm(tensor.detach(), float("inf"))
+        if tensor.numel()
+        else tensor.new_zeros(())
+    )
 
 
 def doubt(checkpoint: Path, steps: int) -> None:
-    """Note in a checkpoint, if there is one, that so many steps from it were not finite, and none was."""
+    """Note in a checkpoint, if there is one, that so many steps from it were not finite, and none
+    was."""
     if (checkpoint / MANIFEST).is_file():
         with decoration("a note in a checkpoint"):
             write_json(checkpoint / MANIFEST, {**read_manifest(checkpoint), "bad_steps": steps})
@@ -162,12 +191,17 @@ def doubted(checkpoint: Path) -> str | None:
 
 def last_good(output_dir: Path) -> Path | None:
     """The checkpoint that the same command would go on from, by the sizes of its files alone."""
-    good = (path for path in checkpoints(output_dir) if not (problem_of(path, hashes=False) or doubted(path)))
+    good = (
+        path
+        for path in checkpoints(output_dir)
+        if not (problem_of(path, hashes=False) or doubted(path))
+    )
     return next(good, None)
 
 
 def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that a run can go on from, and one line for each newer one about what is wrong with it.
+    """The newest checkpoint that a run can go on from, and one line for each newer one about what
+    is wrong with it.
 
     Raises:
         UserError: only such are left as no step from them was finite.
@@ -183,15 +217,16 @@ def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
         problems.append(f"skipped {checkpoint}: {problem}")
     if suspect:
         raise UserError(
-            f"{suspect}. There is no checkpoint before it. To go on from it anyway, with another --learning_rate say, "
-            "give it to --resume_from_checkpoint; to begin anew, give --overwrite_output_dir true and "
-            "--resume_from_checkpoint false."
+            f"{suspect}. There is no checkpoint before it. To go on from it anyway, with another"
+            " --learning_rate say, give it to --resume_from_checkpoint; to begin anew, give"
+            " --overwrite_output_dir true and --resume_from_checkpoint false."
         )
     return None, problems
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Keep the newest `limit` whole checkpoints and those of `keep`; delete the others and all that are broken.
+    """Keep the newest `limit` whole checkpoints and those of `keep`; delete the others and all that
+    are broken.
 
     The library counts broken ones too, and may so delete the last one that is whole.
     """
@@ -216,8 +251,8 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
 def best_of(checkpoint: Path) -> str | None:
     """The best checkpoint at the time of this one; None where there was none, or it is gone.
 
-    It is looked for beside this one, since a run may be moved, and else where it was, since a run may have branched
-    off another; only a checkpoint of the same history is it.
+    It is looked for beside this one, since a run may be moved, and else where it was, since a run
+    may have branched off another; only a checkpoint of the same history is it.
     """
     state = read_json(checkpoint / TRAINER_STATE_NAME, "Resume from another checkpoint.")
     recorded = state.get("best_model_checkpoint")

@@ -36,18 +36,32 @@ HARMLESS = frozenset((
 # But evaluations decide, where they stop the run or choose its weights.
 EVALUATIONS = frozenset(("eval_strategy", "eval_steps", "eval_delay"))
 # Without these the files of a checkpoint fit neither model nor optimizer.
-DECISIVE = ("stage", "model", "tokenizer", "optim", "deepspeed", "use_peft", "lora_r", "lora_target_modules")
+DECISIVE = (
+    "stage",
+    "model",
+    "tokenizer",
+    "optim",
+    "deepspeed",
+    "use_peft",
+    "lora_r",
+    "lora_target_modules",
+)
 DECISIVE += ("lora_target_parameters", "modules_to_save", "use_dora")
 INFORMATION = ("libraries", "device", "threads")  # may change the last bits; said, not refused
 LENGTH = ("max_steps", "num_train_epochs")
 WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, options: Iterable) -> dict:
-    """All that decides the result of a stage, as JSON: arguments, data, model, tokenizer, weights it starts from,
-    processes; for information the libraries' versions, the device and its threads."""
+def recipe_of(
+    name: str, args, data, model, tokenizer, parent: Path | None, options: Iterable
+) -> dict:
+    """All that decides the result of a stage, as JSON: arguments, data, model, tokenizer, weights
+    it starts from, processes; for information the libraries' versions, the device and its
+    threads."""
     recipe: dict[str, Any] = {}
-    chooses = args.load_best_model_at_end or getattr(args, "early_stopping_patience", None) is not None
+    chooses = (
+        args.load_best_model_at_end or getattr(args, "early_stopping_patience", None) is not None
+    )
     harmless = HARMLESS - EVALUATIONS if chooses else HARMLESS
     for source in (args, *options):
         fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
@@ -61,7 +75,11 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
         config.pop(key, None)
     recipe |= {
         "stage": name,
-        "data": {part: _without_files(facts) for part, facts in data.facts.items() if isinstance(facts, dict)},
+        "data": {
+            part: _without_files(facts)
+            for part, facts in data.facts.items()
+            if isinstance(facts, dict)
+        },
         "model": config,
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": xxhash.xxh3_64_hexdigest((tokenizer.chat_template or "").encode()),
@@ -71,7 +89,9 @@ def recipe_of(name: str, args, data, model, tokenizer, parent: Path | None, opti
         "device": args.device.type,
         "threads": torch.get_num_threads() if args.device.type == "cpu" else None,
     }
-    return json.loads(json.dumps(recipe, default=lambda value: getattr(value, "value", None) or str(value)))
+    return json.loads(
+        json.dumps(recipe, default=lambda value: getattr(value, "value", None) or str(value))
+    )
 
 
 def _without_files(facts: Any) -> Any:
@@ -82,7 +102,8 @@ def _without_files(facts: Any) -> Any:
 
 
 def differences(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, nested ones as a.b, each with both values; None where it is missing."""
+    """The keys whose values differ, nested ones as a.b, each with both values; None where it is
+    missing."""
     old, new = dict(flat(saved)), dict(flat(now))
     keys = sorted(old.keys() | new.keys())
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
@@ -98,8 +119,8 @@ def flat(value: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def changed(saved: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """The differences that make another run. Another number of processes does not, where it takes the rows per step
-    that it is given, or those that it would work out by itself (elastic.py)."""
+    """The differences that make another run. Another number of processes does not, where it takes
+    the rows per step that it is given, or those that it would work out by itself (elastic.py)."""
     changes = differences(saved, now)
     changes = {key: pair for key, pair in changes.items() if not is_about(key, INFORMATION)}
     if "processes" in changes and _shares_rows(saved, now):
@@ -120,6 +141,9 @@ def is_about(key: str, names: Iterable[str]) -> bool:
 def listed(changes: dict[str, tuple[Any, Any]]) -> str:
     """Changed keys as aligned lines: name, old value -> new value."""
     width = max(map(len, changes))
-    shown = {key: [json.dumps(value, ensure_ascii=False) for value in pair] for key, pair in changes.items()}
+    shown = {
+        key: [json.dumps(value, ensure_ascii=False) for value in pair]
+        for key, pair in changes.items()
+    }
     lines = (f"  {key:<{width}}  {old[:80]} -> {new[:80]}" for key, (old, new) in shown.items())
     return "\n".join(lines)

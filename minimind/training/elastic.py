@@ -1,9 +1,11 @@
-"""A run that another number of processes continues: the same rows in every step, the same weights and optimizer state.
+"""A run that another number of processes continues: the same rows in every step, the same weights
+and optimizer state.
 
-The rows of step k are those at [k * rows, (k + 1) * rows) of a permutation that the seed decides, however many
-processes share them. So a checkpoint fits any number of processes that divides its rows per step: micro-batch and
-accumulation are computed anew (`check_world_size`), and ZeRO's shards, which belong to the number of processes that
-wrote them, go through DeepSpeed's universal checkpoint (`prepare_checkpoint`).
+The rows of step k are those at [k * rows, (k + 1) * rows) of a permutation that the seed decides,
+however many processes share them. So a checkpoint fits any number of processes that divides its
+rows per step: micro-batch and accumulation are computed anew (`check_world_size`), and ZeRO's
+shards, which belong to the number of processes that wrote them, go through DeepSpeed's universal
+checkpoint (`prepare_checkpoint`).
 """
 
 import os
@@ -27,7 +29,8 @@ from minimind.training.saving import REMEDY, disk_fault, not_written, reports_di
 
 # What DeepSpeed's converter knows: weights, first and second moment.
 CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-# DeepSpeed's program, which loads what it converts as a resumed run does: without the code that a file asks for.
+# DeepSpeed's program, which loads what it converts as a resumed run does: without the code that a
+# file asks for.
 CONVERTER = """
 from runpy import run_module
 from minimind.common.launch import refuse_code_in_pickles
@@ -52,12 +55,13 @@ class Batch:
     def __str__(self) -> str:
         noun = "processes" if self.processes > 1 else "process"
         return (
-            f"{self.rows:,} rows ({self.per_device_train_batch_size} x {self.gradient_accumulation_steps} "
-            f"accumulation x {self.processes} {noun})"
+            f"{self.rows:,} rows ({self.per_device_train_batch_size} x"
+            f" {self.gradient_accumulation_steps} accumulation x {self.processes} {noun})"
         )
 
     def shared_by(self, processes: int) -> "Batch | None":
-        """The same rows with another number of processes and no larger micro-batch; None where they do not divide."""
+        """The same rows with another number of processes and no larger micro-batch; None where they
+        do not divide."""
         share, rest = divmod(self.rows, processes)
         if rest:
             return None
@@ -72,14 +76,15 @@ def saved_processes(checkpoint: Path) -> int:
 
 
 def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
-    """Set micro-batch and accumulation so that a step takes the rows it took in the run's first start.
+    """Set micro-batch and accumulation so that a step takes the rows it took in the run's first
+    start.
 
-    Called in every process, before there is a Trainer, when a checkpoint is continued by another number of processes
-    than wrote it.
+    Called in every process, before there is a Trainer, when a checkpoint is continued by another
+    number of processes than wrote it.
 
     Args:
-        saved: the run's recipe (`resume.recipe_of`), with "processes", "per_device_train_batch_size" and
-            "gradient_accumulation_steps" of its first start.
+        saved: the run's recipe (`resume.recipe_of`), with "processes",
+            "per_device_train_batch_size" and "gradient_accumulation_steps" of its first start.
         now: the recipe of this command.
         args: the training arguments; `resume_from_checkpoint` is the path of the checkpoint.
 
@@ -89,19 +94,24 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
     first = Batch(*(saved[name] for name in Batch.__dataclass_fields__))
     checkpoint, processes = Path(args.resume_from_checkpoint), now["processes"]
     wrote = saved_processes(checkpoint)
-    optimizer = "muon" if getattr(args, "use_muon", False) else getattr(args.optim, "value", args.optim)
+    optimizer = (
+        "muon" if getattr(args, "use_muon", False) else getattr(args.optim, "value", args.optim)
+    )
     if args.deepspeed and wrote != processes and optimizer not in CONVERTIBLE_OPTIMIZERS:
         raise UserError(
-            f"{checkpoint} was written by {wrote} processes, this command starts {processes}, and under DeepSpeed the "
-            f"optimizer state of {optimizer} cannot be shared out anew (that of {CONVERTIBLE_OPTIMIZERS[0]} can). "
-            f"Start {wrote} processes."
+            f"{checkpoint} was written by {wrote} processes, this command starts {processes}, and"
+            f" under DeepSpeed the optimizer state of {optimizer} cannot be shared out anew (that"
+            f" of {CONVERTIBLE_OPTIMIZERS[0]} can). Start {wrote} processes."
         )
     batch = first.shared_by(processes)
     if batch is None:
-        *fitting, last = [str(count) for count in range(1, first.rows + 1) if first.rows % count == 0]
+        *fitting, last = [
+            str(count) for count in range(1, first.rows + 1) if first.rows % count == 0
+        ]
         raise UserError(
-            f"{checkpoint} is of a run with {first} per step, which {processes} processes cannot share evenly. Start "
-            f"{', '.join(fitting)} or {last} processes, or begin anew in another --output_dir."
+            f"{checkpoint} is of a run with {first} per step, which {processes} processes cannot"
+            f" share evenly. Start {', '.join(fitting)} or {last} processes, or begin anew in"
+            " another --output_dir."
         )
     if is_main_process():
         say(f"the run began with {first} per step, and goes on with {batch}")
@@ -115,10 +125,12 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
 
 
 class SharedBatches(BatchSamplerShard):
-    """Identical to accelerate's except: the rows left over at the end of an epoch are divided among the processes,
-    where accelerate fills each up to a whole micro-batch with rows from the epoch's beginning.
+    """Identical to accelerate's except: the rows left over at the end of an epoch are divided among
+    the processes, where accelerate fills each up to a whole micro-batch with rows from the epoch's
+    beginning.
 
-    So every step takes the rows that one process takes. (Of fewer rows than processes some take the first one too.)
+    So every step takes the rows that one process takes. (Of fewer rows than processes some take the
+    first one too.)
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -130,18 +142,25 @@ class SharedBatches(BatchSamplerShard):
                 batches = []
         rows = [row for batch in batches for row in batch]
         if rows and not self.drop_last:
-            ends = [len(rows) * (self.process_index + offset) // self.num_processes for offset in (0, 1)]
+            ends = [
+                len(rows) * (self.process_index + offset) // self.num_processes for offset in (0, 1)
+            ]
             yield rows[slice(*ends)] or rows[:1]
 
 
 def share_last_rows(trainer: Trainer) -> None:
-    """Let the training data of `trainer` end as `SharedBatches` says; nothing changes for one process."""
+    """Let the training data of `trainer` end as `SharedBatches` says; nothing changes for one
+    process."""
     build = trainer.get_train_dataloader
 
     def build_shared():
         loader = build()
         shard = getattr(loader, "batch_sampler", None)
-        if type(shard) is BatchSamplerShard and type(shard.batch_sampler) is BatchSampler and not shard.split_batches:
+        if (
+            type(shard) is BatchSamplerShard
+            and type(shard.batch_sampler) is BatchSampler
+            and not shard.split_batches
+        ):
             shard.__class__ = SharedBatches  # a DataLoader lets nobody exchange its sampler
         return loader
 
@@ -149,7 +168,8 @@ def share_last_rows(trainer: Trainer) -> None:
 
 
 def prepare_checkpoint(trainer: Trainer) -> None:
-    """Make the shards of another number of processes loadable: call it on all of them, just before `train`.
+    """Make the shards of another number of processes loadable: call it on all of them, just before
+    `train`.
 
     It converts into a hidden directory of the run's own, the checkpoint stays as it is, and points
     `trainer.args.resume_from_checkpoint` there. The directory goes after the first step.
@@ -169,7 +189,9 @@ def prepare_checkpoint(trainer: Trainer) -> None:
             _convert(checkpoint, converted)
     if dist.is_initialized():
         dist.barrier()
-    trainer.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
+    trainer.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})[
+        "load_universal"
+    ] = True
     args.resume_from_checkpoint = str(converted)
     trainer.add_callback(_RemoveConverted(trainer, converted))
 
@@ -179,26 +201,38 @@ class _RemoveConverted(TrainerCallback):
         self.trainer, self.directory = trainer, directory
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Checkpoints written from now on are ordinary ones, and load as such (the best model at the end).
+        # Checkpoints written from now on are ordinary ones, and load as such (the best model at the
+        # end).
         self.trainer.model_wrapped._config.load_universal_checkpoint = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if is_main_process() and self.directory.exists():  # all have read their part: this step is done
+        # All have read their part: this step is done
+        if is_main_process() and self.directory.exists():
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _convert(checkpoint: Path, target: Path) -> None:
     """Links to everything in `checkpoint`, and its shards in DeepSpeed's universal form."""
-    shards = max(checkpoint.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    shards = max(
+        checkpoint.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0)
+    )
     partial = target.with_name(f"{target.name}.partial")
     for directory in target.parent.glob(".universal-checkpoint-*"):  # a killed run leaves its own
         shutil.rmtree(directory, ignore_errors=True)
     partial.mkdir()
     for entry in checkpoint.iterdir():
         (partial / entry.name).symlink_to(entry.resolve())
-    words = ["--input_folder", partial / shards.name, "--output_folder", partial / f"{shards.name}_universal"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # this package may not be installed
+    words = [
+        "--input_folder",
+        partial / shards.name,
+        "--output_folder",
+        partial / f"{shards.name}_universal",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
+    }
+    # This package may not be installed
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, "-c", CONVERTER, *words, "--inject_missing_state"],
         env=environment,
@@ -209,11 +243,14 @@ def _convert(checkpoint: Path, target: Path) -> None:
         fault = disk_fault(partial)
         shutil.rmtree(partial, ignore_errors=True)
         if fault:
-            raise UserError(f"{not_written(target, fault)}. {REMEDY}, then run the same command again.")
+            raise UserError(
+                f"{not_written(target, fault)}. {REMEDY}, then run the same command again."
+            )
         said = done.stderr.strip()
         words = (reason(RuntimeError(said)).splitlines() or ["it said nothing"])[-1]
         raise UserError(
-            f"{checkpoint} was written by {saved_processes(checkpoint)} processes and DeepSpeed cannot convert it for "
-            f"another number: {words}. Start {saved_processes(checkpoint)} processes."
+            f"{checkpoint} was written by {saved_processes(checkpoint)} processes and DeepSpeed"
+            f" cannot convert it for another number: {words}. Start {saved_processes(checkpoint)}"
+            " processes."
         )
     partial.replace(target)

@@ -1,8 +1,10 @@
-"""What keeps a run alive, or ends it with one message: steps that are not finite, lost trackers, memory that grows.
+"""What keeps a run alive, or ends it with one message: steps that are not finite, lost trackers,
+memory that grows.
 
-A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state. It counts as a
-step all the same, so that the schedule of the learning rate ends where it was planned to. After several in a row the
-run stops, and leaves the batch and the weights it met for `minimind replay`.
+A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's
+state. It counts as a step all the same, so that the schedule of the learning rate ends where it was
+planned to. After several in a row the run stops, and leaves the batch and the weights it met for
+`minimind replay`.
 """
 
 import math
@@ -31,7 +33,8 @@ from minimind.training.saving import SaveCallback, Writing, numel
 WINDOW, ENOUGH = 64, 16  # steps that a loss is compared with, at most and at least
 SPIKE = 6.0  # robust z-score: with normally distributed losses one step in a thousand million
 KEPT_BATCHES = 3  # of the streaks of a run; more would tell nothing new
-SAMPLES, GROWTH, GROWN_BYTES = 30, 0.1, 200e6  # memory: logs looked back at, share and bytes that are worth a notice
+# memory: logs looked back at, share and bytes that are worth a notice
+SAMPLES, GROWTH, GROWN_BYTES = 30, 0.1, 200e6
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 # What is read of a kept batch's record, and what of a batch has a value for each token id.
 BATCH = {"step": int, "micro_batches": int, "precision": str, "weights": str | None}
@@ -41,8 +44,8 @@ PER_TOKEN = ("labels", "attention_mask", "position_ids", "completion_mask")
 
 @dataclass
 class Step:
-    """What is known of a step. `seen` (3,): whether it was bad, its loss and its gradient norm, perhaps on their way
-    from the device; `ready` tells when they are here."""
+    """What is known of a step. `seen` (3,): whether it was bad, its loss and its gradient norm,
+    perhaps on their way from the device; `ready` tells when they are here."""
 
     number: int
     seen: torch.Tensor
@@ -53,19 +56,20 @@ class Step:
 class GuardCallback(TrainerCallback):
     """Skips steps that are not finite, and stops after `max_nonfinite_steps` of them in a row.
 
-    No step waits for the device. Whether a step is skipped is decided there: the fused optimizers of torch take
-    `found_inf`, as they do from a gradient scaler; others are asked to wait for the flag. The host reads the flag one
-    step late, when the next step is already under way.
+    No step waits for the device. Whether a step is skipped is decided there: the fused optimizers
+    of torch take `found_inf`, as they do from a gradient scaler; others are asked to wait for the
+    flag. The host reads the flag one step late, when the next step is already under way.
 
-    Of several processes all decide alike without a message of their own: a loss that is not finite makes the gradient
-    of one parameter so, also where its own gradient is 0 (the mean over no token, say). Gradients are summed over the
-    processes anyway, so that the norm of the sum is not finite on any of them.
+    Of several processes all decide alike without a message of their own: a loss that is not finite
+    makes the gradient of one parameter so, also where its own gradient is 0 (the mean over no
+    token, say). Gradients are summed over the processes anyway, so that the norm of the sum is not
+    finite on any of them.
 
-    DeepSpeed steps inside its backward pass. ZeRO 1, 2 and 3 look at the gradients there, and skip, by themselves;
-    this callback counts, and moves the schedule on, which DeepSpeed leaves standing.
+    DeepSpeed steps inside its backward pass. ZeRO 1, 2 and 3 look at the gradients there, and skip,
+    by themselves; this callback counts, and moves the schedule on, which DeepSpeed leaves standing.
 
-    With fp16 the loss scale looks for its place by steps that overflow: the library skips these, and here only a loss
-    that is not finite counts.
+    With fp16 the loss scale looks for its place by steps that overflow: the library skips these,
+    and here only a loss that is not finite counts.
     """
 
     lasting = ("streak", "skipped", "skipped_since_log", "steps_since_log", "saved", "spike")
@@ -84,7 +88,8 @@ class GuardCallback(TrainerCallback):
         trainer.log = self._counted(trainer.log)
 
     def _poisoned(self, compute_loss):
-        """The trainer's loss; where it is not finite, `_poison` sees to it that the gradient is not either."""
+        """The trainer's loss; where it is not finite, `_poison` sees to it that the gradient is not
+        either."""
 
         @wraps(compute_loss)
         def wrapped(model, inputs, *args, **kwargs):
@@ -109,7 +114,9 @@ class GuardCallback(TrainerCallback):
             norm = get_grad_norm(*args, **kwargs)
             device = self.trainer.args.device
             # DeepSpeed without ZeRO may tell none.
-            self.norm = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float, device=device).detach()
+            self.norm = torch.as_tensor(
+                0.0 if norm is None else norm, dtype=torch.float, device=device
+            ).detach()
             self.bad = ~torch.isfinite(self.norm)
             if self.fp16:
                 self.bad = ~torch.isfinite(self.trainer._tr_loss)
@@ -147,7 +154,9 @@ class GuardCallback(TrainerCallback):
         running = self.trainer._tr_loss
         device = running.device
         bad = self.bad.to(device)
-        seen = torch.stack([bad.float(), (running - self.loss_before).float(), self.norm.to(device)])
+        seen = torch.stack(
+            [bad.float(), (running - self.loss_before).float(), self.norm.to(device)]
+        )
         running.copy_(torch.where(bad, self.loss_before, running))
         ready = None
         if seen.is_cuda:
@@ -182,12 +191,13 @@ class GuardCallback(TrainerCallback):
     def _after_deepspeed_skipped(self) -> None:
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             raise UserError(
-                f"step {self.trainer.state.global_step + 1}: the gradient norm is not finite, and this DeepSpeed "
-                "setup has stepped with it: the weights are spoilt. Take ZeRO 1 or 2, leave bf16.check_grad_overflow "
-                "on, and resume from the last checkpoint."
+                f"step {self.trainer.state.global_step + 1}: the gradient norm is not finite, and"
+                " this DeepSpeed setup has stepped with it: the weights are spoilt. Take ZeRO 1 or"
+                " 2, leave bf16.check_grad_overflow on, and resume from the last checkpoint."
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "before optimizer.step()", which was skipped
+            # "before optimizer.step()", which was skipped
+            warnings.simplefilter("ignore", UserWarning)
             (self.trainer.model_wrapped.lr_scheduler or self.trainer.lr_scheduler).step()
 
     def _read(self, lag: int) -> None:
@@ -215,17 +225,25 @@ class GuardCallback(TrainerCallback):
             save_batch(self.trainer, directory, step, loss, norm, with_weights=last)
             self.saved += 1
             is_kept = (directory / "batch.json").is_file()
-            found = f"{found}; the batch is kept in {directory}" if is_kept else f"{found}; the batch is not kept"
+            found = (
+                f"{found}; the batch is kept in {directory}"
+                if is_kept
+                else f"{found}; the batch is not kept"
+            )
         if not last:
             notice(f"{found}; step skipped ({self.streak} in a row, the run stops at {self.limit})")
             return
         if is_main_process():
             doubt(self.output_dir / f"checkpoint-{step.number - self.streak}", self.streak)
-        see = f" See which rows and which layer do it: minimind replay {directory}." if is_kept else ""
+        see = (
+            f" See which rows and which layer do it: minimind replay {directory}."
+            if is_kept
+            else ""
+        )
         raise UserError(
-            f"{found}. Stopped, since {self.streak} steps in a row had no finite loss and gradient (all were skipped; "
-            f"--max_nonfinite_steps).{see} If it is the learning rate rather than the data: lower it, and go on from "
-            "the last checkpoint."
+            f"{found}. Stopped, since {self.streak} steps in a row had no finite loss and gradient"
+            f" (all were skipped; --max_nonfinite_steps).{see} If it is the learning rate rather"
+            " than the data: lower it, and go on from the last checkpoint."
         )
 
     def _watch(self, step: int, loss: float) -> None:
@@ -237,8 +255,8 @@ class GuardCallback(TrainerCallback):
             if z > SPIKE and loss > 1.1 * middle:
                 if not self.spike:
                     notice(
-                        f"step {step}: loss {loss:.4f} stands far above the {middle:.4f} of the {len(self.losses)} "
-                        f"steps before (robust z-score {z:.0f})"
+                        f"step {step}: loss {loss:.4f} stands far above the {middle:.4f} of the"
+                        f" {len(self.losses)} steps before (robust z-score {z:.0f})"
                     )
                 self.spike = max(self.spike, z)
         self.losses.append(loss)
@@ -268,13 +286,20 @@ class GuardCallback(TrainerCallback):
 
 
 def always_used(model: torch.nn.Module) -> torch.Tensor:
-    """The smallest parameter that is trained and no expert's: one that has a gradient in every step."""
+    """The smallest parameter that is trained and no expert's: one that has a gradient in every
+    step."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return min(([p for name, p in trained if ".experts." not in name] or [p for _, p in trained]), key=numel)
+    return min(
+        ([p for name, p in trained if ".experts." not in name] or [p for _, p in trained]),
+        key=numel,
+    )
 
 
-def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm: float, with_weights: bool) -> None:
-    """Keep the micro-batches of a step, one file per process, and perhaps the weights; every process calls it.
+def save_batch(
+    trainer: Trainer, directory: Path, step: Step, loss: float, norm: float, with_weights: bool
+) -> None:
+    """Keep the micro-batches of a step, one file per process, and perhaps the weights; every
+    process calls it.
 
     batch.json (written last, where all else was)  rank-0.safetensors ...  model/ (a stage directory)
     """
@@ -282,7 +307,8 @@ def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm:
 
     args = trainer.args
     tensors = {
-        f"{number}/{name}": value.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
+        # Safetensors refuses shared memory
+        f"{number}/{name}": value.detach().cpu().clone().contiguous()
         for number, batch in enumerate(step.batches)
         for name, value in batch.items()
         if isinstance(value, torch.Tensor)
@@ -317,8 +343,8 @@ def save_batch(trainer: Trainer, directory: Path, step: Step, loss: float, norm:
 
 
 def shield(handler: CallbackHandler, *decorations: type) -> None:
-    """Let no tracker and none of these `decorations` end a run: the first error of one is said. A tracker is asked no
-    more then; ours go on, since a disk may have room again."""
+    """Let no tracker and none of these `decorations` end a run: the first error of one is said. A
+    tracker is asked no more then; ours go on, since a disk may have room again."""
     trackers = tuple(INTEGRATION_TO_CALLBACK.values())
     for callback in handler.callbacks:
         if isinstance(callback, (*trackers, *decorations)):
@@ -352,7 +378,8 @@ def _shield(callback: TrainerCallback, once: bool) -> None:
 
 
 def process_bytes() -> int:
-    """Memory that this process holds for itself; files it only reads, such as the rows of a dataset, are left out."""
+    """Memory that this process holds for itself; files it only reads, such as the rows of a
+    dataset, are left out."""
     info = psutil.Process(os.getpid()).memory_info()
     return info.rss - getattr(info, "shared", 0)
 
@@ -375,29 +402,34 @@ class MemoryCallback(TrainerCallback):
             if len(samples) == SAMPLES and (grown := growth(samples)):
                 steps = samples[-1][0] - samples[0][0]
                 notice(
-                    f"step {state.global_step}: the {name} has grown by {grown / 1e6:,.0f} MB in {steps:,} steps, to "
-                    f"{value / 1e6:,.0f} MB"
+                    f"step {state.global_step}: the {name} has grown by {grown / 1e6:,.0f} MB in"
+                    f" {steps:,} steps, to {value / 1e6:,.0f} MB"
                 )
                 samples.clear()
 
 
 def growth(samples) -> float:
-    """Bytes that samples (step, bytes) have grown from their first third to their last, 0 unless it is much and the
-    second third lies clearly between: a leak grows all the time, a cache that fills does not."""
+    """Bytes that samples (step, bytes) have grown from their first third to their last, 0 unless it
+    is much and the second third lies clearly between: a leak grows all the time, a cache that fills
+    does not."""
     third = len(samples) // 3
     values = [value for _, value in samples]
-    first, second, last = (median(values[start : start + third]) for start in (0, third, len(values) - third))
+    first, second, last = (
+        median(values[start : start + third]) for start in (0, third, len(values) - third)
+    )
     grown = last - first
     steady = first + grown / 4 < second < last - grown / 4
     return grown if steady and grown > max(GROWTH * first, GROWN_BYTES) else 0.0
 
 
 def install_guards(trainer: Trainer, output_dir: Path, *decorations: type) -> None:
-    """Put all guards around a trainer that is about to train; `decorations` are callbacks that must not end it."""
+    """Put all guards around a trainer that is about to train; `decorations` are callbacks that must
+    not end it."""
     limit = trainer.args.max_nonfinite_steps
     if limit:
         trainer.add_callback(GuardCallback(trainer, output_dir, limit))
-    # First: what it makes up for may fall on the end of an epoch, where `ResumeCallback` puts it off.
+    # First: what it makes up for may fall on the end of an epoch, where `ResumeCallback` puts it
+    # off.
     trainer.callback_handler.callbacks.insert(0, SaveCallback(trainer, output_dir))
     trainer.add_callback(MemoryCallback())
     shield(trainer.callback_handler, MemoryCallback, *decorations)
@@ -411,7 +443,9 @@ def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:
     """
     from safetensors.torch import load_file
 
-    expected = "Expected the bad_batch-STEP of a run, with batch.json and rank-N.safetensors inside."
+    expected = (
+        "Expected the bad_batch-STEP of a run, with batch.json and rank-N.safetensors inside."
+    )
     if not os.path.lexists(directory / "batch.json"):
         raise UserError(f"{directory} is no kept batch: there is no batch.json. {expected}")
     record = read_json(directory / "batch.json", expected, fields=BATCH)
@@ -430,10 +464,18 @@ def read_batch(directory: Path) -> tuple[dict, dict[int, list[dict]]]:
         for batch in batches.values():
             ids = batch.get("input_ids")
             rows = [batch[name] for name in PER_TOKEN if name in batch]
-            if ids is None or ids.ndim != 2 or ids.is_floating_point() or any(ids.shape != row.shape for row in rows):
+            if (
+                ids is None
+                or ids.ndim != 2
+                or ids.is_floating_point()
+                or any(ids.shape != row.shape for row in rows)
+            ):
                 raise UserError(f"{path} holds no rows of token ids. {expected}")
         if len(batches) != record["micro_batches"]:
-            raise UserError(f"{path} holds {len(batches)} micro-batches, batch.json says {record['micro_batches']}.")
+            raise UserError(
+                f"{path} holds {len(batches)} micro-batches, batch.json says"
+                f" {record['micro_batches']}."
+            )
         processes[process] = [batches[number] for number in sorted(batches)]
     if not processes:
         raise UserError(f"{directory} holds no batch. {expected}")

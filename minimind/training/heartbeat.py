@@ -1,8 +1,10 @@
-"""Hosts of one run watch each other: when one is lost, the others end with its name within a minute.
+"""Hosts of one run watch each other: when one is lost, the others end with its name within a
+minute.
 
-On one machine the launcher sees a process die and ends the rest. A host that loses its power or network sends no such
-word, and the others would wait for it in the next all-reduce for half an hour, the process group's time-out. That
-cannot be made much shorter: a process may well wait minutes for another that writes a checkpoint or compiles.
+On one machine the launcher sees a process die and ends the rest. A host that loses its power or
+network sends no such word, and the others would wait for it in the next all-reduce for half an
+hour, the process group's time-out. That cannot be made much shorter: a process may well wait
+minutes for another that writes a checkpoint or compiles.
 """
 
 import os
@@ -32,10 +34,12 @@ def host() -> tuple[int, int]:
 
 
 class HeartbeatCallback(TrainerCallback):
-    """While a run of several hosts trains, each counts up a number in the processes' store every second, and a process
-    that sees no change of another host's for 40 s says so and ends with exit code 1.
+    """While a run of several hosts trains, each counts up a number in the processes' store every
+    second, and a process that sees no change of another host's for 40 s says so and ends with exit
+    code 1.
 
-    Seconds are counted one by one and not read from a clock, so that a suspended run finds nobody late.
+    Seconds are counted one by one and not read from a clock, so that a suspended run finds nobody
+    late.
     """
 
     def __init__(self, silence: int = SILENCE_SECONDS):
@@ -47,7 +51,8 @@ class HeartbeatCallback(TrainerCallback):
         if count < 2 or not (dist.is_available() and dist.is_initialized()):
             return
         self.silent = {other: 0 for other in range(count) if other != self.index}
-        # A connection of its own: on the shared one a call waits while another process is waited for.
+        # A connection of its own: on the shared one a call waits while another process is waited
+        # for.
         self.store = dist.distributed_c10d._get_default_store().clone()
         self.store.set_timeout(timedelta(seconds=self.silence))
         self.speaks = os.environ.get("LOCAL_RANK") in ("0", None)
@@ -77,9 +82,10 @@ class HeartbeatCallback(TrainerCallback):
             lost = [other for other, seconds in self.silent.items() if seconds > self.silence]
             if lost:
                 say(
-                    f"error: no sign of life from host {', '.join(map(str, lost))} for {self.silence} s, so host "
-                    f"{self.index} ends too (hosts are counted from 0). Run the same command again, with the hosts "
-                    "that are left: it goes on from the last checkpoint.",
+                    f"error: no sign of life from host {', '.join(map(str, lost))} for"
+                    f" {self.silence} s, so host {self.index} ends too (hosts are counted from 0)."
+                    " Run the same command again, with the hosts that are left: it goes on from"
+                    " the last checkpoint.",
                     file=sys.stderr,
                 )
                 os._exit(1)

@@ -1,8 +1,8 @@
 """`optim: muon` in a recipe: Muon for the matrices inside the layers, AdamW for everything else.
 
-Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; it is defined for matrices that map features to
-features, so embeddings, head and norms stay with AdamW. torch's Muon scales its update to AdamW's size
-("match_rms_adamw", Liu et al., 2025), so one learning rate serves both.
+Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; it is defined for matrices
+that map features to features, so embeddings, head and norms stay with AdamW. torch's Muon scales
+its update to AdamW's size ("match_rms_adamw", Liu et al., 2025), so one learning rate serves both.
 """
 
 from collections.abc import Iterable
@@ -27,9 +27,11 @@ class Bf16AsFp32(TorchFunctionMode):
 
 
 class Muon(torch.optim.Muon):
-    """torch's, except: its Newton-Schulz iteration, always in bf16 there, is in fp32 on a device that emulates bf16.
+    """torch's, except: its Newton-Schulz iteration, always in bf16 there, is in fp32 on a device
+    that emulates bf16.
 
-    Which of the two is exact enough does not matter: the iteration's own result is only near orthogonal.
+    Which of the two is exact enough does not matter: the iteration's own result is only near
+    orthogonal.
     """
 
     def step(self, closure=None):
@@ -42,9 +44,21 @@ class Muon(torch.optim.Muon):
 class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimizers behind one face: shared param groups, so that one schedule drives both."""
 
-    def __init__(self, matrices: Iterable, others: Iterable, lr: float, weight_decay: float, betas: tuple, eps: float):
-        self.parts = [Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
-        self.parts += [torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)]
+    def __init__(
+        self,
+        matrices: Iterable,
+        others: Iterable,
+        lr: float,
+        weight_decay: float,
+        betas: tuple,
+        eps: float,
+    ):
+        self.parts = [
+            Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        ]
+        self.parts += [
+            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
+        ]
         groups = [{"params": group["params"]} for part in self.parts for group in part.param_groups]
         super().__init__(groups, {"lr": lr})
         self._share()
@@ -69,7 +83,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Build the library's optimizer for one number, since the run's own is built when all data is read.
+    """Build the library's optimizer for one number, since the run's own is built when all data is
+    read.
 
     Raises:
         ValueError: it needs what is not installed, or does not take its arguments.
@@ -87,23 +102,35 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
-    """The optimizer that the recipe names where the library has none of that name, else None: the Trainer builds it.
+    """The optimizer that the recipe names where the library has none of that name, else None: the
+    Trainer builds it.
 
     Raises:
-        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of matrices; or for a
-            mixture of experts, whose stacked matrices torch's Muon does not take.
+        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of
+            matrices; or for a mixture of experts, whose stacked matrices torch's Muon does not
+            take.
     """
     if not args.use_muon:
         return None
     if args.deepspeed:
-        raise UserError("--optim muon cannot run under --deepspeed, which cuts matrices into flat shards. Drop one.")
+        raise UserError(
+            "--optim muon cannot run under --deepspeed, which cuts matrices into flat shards. Drop"
+            " one."
+        )
     if model.config.num_experts:
         raise UserError(
-            "--optim muon cannot train stacked experts: torch's Muon takes matrices. Use adamw_torch_fused."
+            "--optim muon cannot train stacked experts: torch's Muon takes matrices. Use"
+            " adamw_torch_fused."
         )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [p for name, p in trained if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name]
+    inside = [
+        p
+        for name, p in trained
+        if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+    ]
     chosen = {id(p) for p in inside}
     others = [p for _, p in trained if id(p) not in chosen]
     betas = (args.adam_beta1, args.adam_beta2)
-    return MuonWithAdamW(inside, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+    return MuonWithAdamW(
+        inside, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
+    )

@@ -1,7 +1,9 @@
-"""What lies in an output directory: which of it a run of ours wrote, and so may overwrite and delete.
+"""What lies in an output directory: which of it a run of ours wrote, and so may overwrite and
+delete.
 
-A run is recognised by what `run.json`, `stage.json` and its checkpoints hold, and nothing is deleted that
-`RUN_FILES` and `CHECKPOINT_FILES` do not name. Symbolic links are never followed to be deleted.
+A run is recognised by what `run.json`, `stage.json` and its checkpoints hold, and nothing is
+deleted that `RUN_FILES` and `CHECKPOINT_FILES` do not name. Symbolic links are never followed to be
+deleted.
 """
 
 import os
@@ -21,7 +23,8 @@ from minimind.common.locks import lock, unlock
 
 RUN, STAGE, LOCK, PARTIAL = "run.json", "stage.json", ".run.lock", ".partial"
 MANIFEST, RECIPE = "manifest.json", "recipe.json"
-INCOMPLETE = "checkpoint-is-incomplete.txt"  # the library's own mark, see transformers.trainer_jit_checkpoint
+# The library's own mark, see transformers.trainer_jit_checkpoint
+INCOMPLETE = "checkpoint-is-incomplete.txt"
 RUN_LOGS = ("train_log.jsonl", "samples.jsonl")  # a checkpoint keeps a copy of them
 
 # Everything that a run writes, as patterns of names: the model's files, those of the stage directory and of its
@@ -43,8 +46,10 @@ CHECKPOINT_FILES = (
     "latest", "global_step*", "zero_to_fp32.py",  # DeepSpeed's
 )
 # fmt: on
-DIRECTORIES = (PARTIAL, ".universal-checkpoint-*", "global_step*")  # those of the names above that are one
-SHELL_LOGS = (".log", ".out", ".err")  # the shell's and the batch system's: they may lie there before a run begins
+# Those of the names above that are one
+DIRECTORIES = (PARTIAL, ".universal-checkpoint-*", "global_step*")
+# The shell's and the batch system's: they may lie there before a run begins
+SHELL_LOGS = (".log", ".out", ".err")
 CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": str}}
 
 
@@ -54,8 +59,8 @@ CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": s
 def read_record(output_dir: Path, name: str) -> dict[str, Any]:
     """The `run.json` or `stage.json` of a directory; empty where there is none.
 
-    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe", and the
-    damage as "problem").
+    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe", and
+    the damage as "problem").
 
     Raises:
         UserError: it is not one of ours, or does not read.
@@ -69,25 +74,29 @@ def read_record(output_dir: Path, name: str) -> dict[str, Any]:
         if not record:
             raise UserError(f"{file}: found an empty object. {remedy}")
     except UserError as error:
-        recipes = [recipe for path in checkpoints(output_dir) if (recipe := _content(path / RECIPE))]
+        recipes = [
+            recipe for path in checkpoints(output_dir) if (recipe := _content(path / RECIPE))
+        ]
         if name != RUN or not file.is_file() or not recipes:
             raise
         return {"recipe": recipes[0], "problem": str(error)}
     if any(not isinstance(record.get(key), kind) for key, kind in CONTENT[name].items()):
         raise UserError(
-            f"{file} is not of a run of ours: it has no {' and '.join(CONTENT[name])}. It would be overwritten. "
-            "Give a directory that does not exist yet."
+            f"{file} is not of a run of ours: it has no {' and '.join(CONTENT[name])}. It would be"
+            " overwritten. Give a directory that does not exist yet."
         )
     return record
 
 
 def check_output_directory(output_dir: Path) -> None:
-    """Raises UserError for a directory with something in it that is not a run of ours, or of a name in no UTF-8."""
+    """Raises UserError for a directory with something in it that is not a run of ours, or of a name
+    in no UTF-8."""
     try:
         str(output_dir).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"--output_dir {output_dir}: the name is not UTF-8, as weights' files need. Give another one."
+            f"--output_dir {output_dir}: the name is not UTF-8, as weights' files need. Give"
+            " another one."
         ) from None
     try:
         _check(output_dir)
@@ -97,20 +106,24 @@ def check_output_directory(output_dir: Path) -> None:
 
 def _check(output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file. Give a directory, new or of the run to continue.")
+        raise UserError(
+            f"--output_dir {output_dir} is a file. Give a directory, new or of the run to continue."
+        )
     if not output_dir.is_dir():
         return
     run, stage = (read_record(output_dir, name) for name in (RUN, STAGE))
     if stage.get("stage") in ("import", "merge"):
         raise UserError(
-            f"--output_dir {output_dir} holds a model that minimind {stage['stage']} wrote, not a run. Give a "
-            "directory that does not exist yet."
+            f"--output_dir {output_dir} holds a model that minimind {stage['stage']} wrote, not a"
+            " run. Give a directory that does not exist yet."
         )
     if run or stage or checkpoints(output_dir):
         return
     names = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK)
     strangers = [
-        name for name in names if named(name, RUN_FILES) or not (name.startswith(".") or name.endswith(SHELL_LOGS))
+        name
+        for name in names
+        if named(name, RUN_FILES) or not (name.startswith(".") or name.endswith(SHELL_LOGS))
     ]
     if strangers:
         found = ", ".join(strangers[:3])
@@ -123,29 +136,45 @@ def _check(output_dir: Path) -> None:
 
 
 def named(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the name of a file, or of its hidden `.NAME.partial` (records.py), is among the patterns."""
+    """Whether the name of a file, or of its hidden `.NAME.partial` (records.py), is among the
+    patterns."""
     inner = re.fullmatch(r"\.(.+)\.partial", name)
-    return any(fnmatch(each, pattern) for each in (name, *(inner.groups() if inner else ())) for pattern in patterns)
+    return any(
+        fnmatch(each, pattern)
+        for each in (name, *(inner.groups() if inner else ()))
+        for pattern in patterns
+    )
 
 
 # Checkpoints
 
 
 def checkpoints(output_dir: Path, foreign: bool = False) -> list[Path]:
-    """The checkpoints of our runs in a directory, complete or not, the newest first; or `foreign` things so named."""
-    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*")}
-    steps = {path: int(match[1]) for path, match in found.items() if match and is_checkpoint(path) != foreign}
+    """The checkpoints of our runs in a directory, complete or not, the newest first; or `foreign`
+    things so named."""
+    found = {
+        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        for path in output_dir.glob("*")
+    }
+    steps = {
+        path: int(match[1])
+        for path, match in found.items()
+        if match and is_checkpoint(path) != foreign
+    }
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a checkpoint of ours, however broken: it holds our recipe, which is written first and
-    deleted last, our manifest, or a file that only our runs write; or nothing yet."""
+    """Whether a directory is a checkpoint of ours, however broken: it holds our recipe, which is
+    written first and deleted last, our manifest, or a file that only our runs write; or nothing
+    yet."""
     try:
         names = {file.name for file in path.iterdir()}
     except OSError:  # a file, or not ours to read
         return False
-    if names <= {f".{RECIPE}.partial", INCOMPLETE} or any(fnmatch(name, "run_state_*.pth") for name in names):
+    if names <= {f".{RECIPE}.partial", INCOMPLETE} or any(
+        fnmatch(name, "run_state_*.pth") for name in names
+    ):
         return True
     marks = {RECIPE: "stage", MANIFEST: "files"}
     return any(name in names and key in _content(path / name) for name, key in marks.items())
@@ -159,8 +188,8 @@ def _content(file: Path) -> dict:
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete what a run wrote of a checkpoint: the manifest first, so that cut off half-way it is not taken for a
-    complete one, and the recipe last, so that it is still known for ours."""
+    """Delete what a run wrote of a checkpoint: the manifest first, so that cut off half-way it is
+    not taken for a complete one, and the recipe last, so that it is still known for ours."""
     if checkpoint.is_symlink() or not is_checkpoint(checkpoint):
         return
     listed = _content(checkpoint / MANIFEST).get("files")
@@ -184,8 +213,8 @@ def _delete(path: Path, directory: bool = False) -> None:
 
 
 def clear(output_dir: Path) -> None:
-    """Delete what a former run wrote into its directory, but `run.json`, by which the directory is known for ours
-    until the next run writes its own."""
+    """Delete what a former run wrote into its directory, but `run.json`, by which the directory is
+    known for ours until the next run writes its own."""
     for checkpoint in checkpoints(output_dir):
         delete_checkpoint(checkpoint)
     (output_dir / STAGE).unlink(missing_ok=True)
@@ -200,7 +229,8 @@ _held: BaseFileLock | None = None  # the lock of this process's run; it trains o
 
 
 def lock_directory(output_dir: Path) -> None:
-    """Keep other runs out of a directory until `unlock_directory` or the end of this process; the main process's part.
+    """Keep other runs out of a directory until `unlock_directory` or the end of this process; the
+    main process's part.
 
     Raises:
         UserError: another run is in it.

@@ -1,5 +1,5 @@
-"""The parser of the stages, which reads recipes too, and its help: `--help` has our options and those that people set,
-`--help_all` all."""
+"""The parser of the stages, which reads recipes too, and its help: `--help` has our options and
+those that people set, `--help_all` all."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ from minimind.common.errors import UserError
 from minimind.common.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 from minimind.common.recipes import read_recipe
 
-# Heading -> options that stand under it, in this order. Our own that are not named here stand under the heading of
-# their dataclass; of the libraries' only those named here are in the short help.
+# Heading -> options that stand under it, in this order. Our own that are not named here stand under
+# the heading of their dataclass; of the libraries' only those named here are in the short help.
 GROUPS = {
     "data": ("train_files", "eval_files"),
     "model": (
@@ -25,14 +25,47 @@ GROUPS = {
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     ),
     "training": (
-        *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        *("block_size", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-        *("lr_decay_steps", "optim", "weight_decay", "adam_beta2", "max_grad_norm", "beta", "loss_type", "seed"),
-        *("bf16", "fp16", "activation_checkpointing", "torch_compile", "deepspeed", "dataloader_num_workers"),
+        *(
+            "num_train_epochs",
+            "max_steps",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ),
+        *(
+            "block_size",
+            "max_length",
+            "learning_rate",
+            "lr_scheduler_type",
+            "lr_scheduler_kwargs",
+            "warmup_steps",
+        ),
+        *(
+            "lr_decay_steps",
+            "optim",
+            "weight_decay",
+            "adam_beta2",
+            "max_grad_norm",
+            "beta",
+            "loss_type",
+            "seed",
+        ),
+        *(
+            "bf16",
+            "fp16",
+            "activation_checkpointing",
+            "torch_compile",
+            "deepspeed",
+            "dataloader_num_workers",
+        ),
     ),
     "evaluation": (
         *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "prediction_loss_only"),
-        *("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
+        *(
+            "metric_for_best_model",
+            "load_best_model_at_end",
+            "early_stopping_patience",
+            "early_stopping_threshold",
+        ),
         *("sample_steps", "sample_prompts", "sample_tokens"),
     ),
     "saving": (
@@ -55,16 +88,22 @@ LENGTH = 130  # characters of a library's description in the short help
 
 
 class StageParser(TrlParser):
-    """TRL's parser, except: a mistake is one `UserError`, an abbreviated option is one too, and the help is short."""
+    """TRL's parser, except: a mistake is one `UserError`, an abbreviated option is one too, and the
+    help is short."""
 
     def __init__(self, dataclass_types):
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=OptionFormatter)
         self.add_argument("--help_all", action=HelpAll)
         self.add_argument("--version", action=Version)
-        hints = {name: hint for each in self.dataclass_types for name, hint in get_type_hints(each).items()}
+        hints = {
+            name: hint
+            for each in self.dataclass_types
+            for name, hint in get_type_hints(each).items()
+        }
         # Option -> what its value may be, dict and list among others.
         self.kinds = {
-            name: {get_origin(each) or each for each in (hint, *get_args(hint))} for name, hint in hints.items()
+            name: {get_origin(each) or each for each in (hint, *get_args(hint))}
+            for name, hint in hints.items()
         }
 
     def parse_known_args(self, args=None, namespace=None):
@@ -88,7 +127,9 @@ class StageParser(TrlParser):
     def _format_help(self, every: bool) -> str:
         formatter = self._get_formatter()
         formatter.add_usage(f"{self.prog} [--config RECIPE.yaml] [--OPTION VALUE ...]", [], [])
-        formatter.add_text("These are the keys of a recipe too; options override it. --no_NAME is --NAME false.")
+        formatter.add_text(
+            "These are the keys of a recipe too; options override it. --no_NAME is --NAME false."
+        )
         for heading, actions in grouped(self, every).items():
             formatter.start_section(heading)
             formatter.add_arguments(actions)
@@ -97,7 +138,8 @@ class StageParser(TrlParser):
 
 
 def read_options(parser: StageParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line and its `--config`; raises UserError for those that are unknown or wrong."""
+    """The options of a command line and its `--config`; raises UserError for those that are unknown
+    or wrong."""
     options, others = parser.parse_known_args(with_recipe(parser, argv))
     if others:
         raise _unknown_options(parser, [word for word in others if word.startswith("--")] or others)
@@ -106,7 +148,11 @@ def read_options(parser: StageParser, argv: Sequence[str]) -> argparse.Namespace
 
 def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
     """A command line with the words of its `--config` in front; raises UserError."""
-    argv = [word for each in argv for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
+    argv = [
+        word
+        for each in argv
+        for word in (each.split("=", 1) if each.startswith("--config=") else [each])
+    ]
     while "--config" in argv:
         position = argv.index("--config")
         if position + 1 == len(argv):
@@ -122,7 +168,9 @@ def with_recipe(parser: StageParser, argv: Sequence[str]) -> list[str]:
 
 
 def _unknown_options(parser: StageParser, unknown: Sequence[str]) -> UserError:
-    return UserError(f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}")
+    return UserError(
+        f"unknown option {', '.join(unknown)}.{suggestion(unknown, option_names(parser), '--')}"
+    )
 
 
 def _recipe_words(path: Path, parser: StageParser) -> list[str]:
@@ -143,13 +191,19 @@ def _recipe_words(path: Path, parser: StageParser) -> list[str]:
 
 
 def _words(place: str, action: argparse.Action, parser: StageParser, value: Any) -> list[str]:
-    """One key of a recipe as command-line words; raises UserError where its value is of a shape it does not take."""
+    """One key of a recipe as command-line words; raises UserError where its value is of a shape it
+    does not take."""
     option = f"--{action.dest}"
     if isinstance(value, dict):
         if dict not in parser.kinds[action.dest]:
             raise UserError(f"{place}: found 'name: value' lines, expected one value.")
         return [f"{option}={json.dumps(value, default=str)}"]
-    if isinstance(value, list) and list in parser.kinds[action.dest] and action.nargs != "+" and len(value) == 1:
+    if (
+        isinstance(value, list)
+        and list in parser.kinds[action.dest]
+        and action.nargs != "+"
+        and len(value) == 1
+    ):
         value = value[0]  # the library takes several, its command line one
     if not isinstance(value, list):
         # YAML reads an unquoted no as false.
@@ -173,8 +227,10 @@ def own_options(dataclass_types: Iterable[type]) -> dict[str, str]:
 
 
 def grouped(parser: argparse.ArgumentParser, every: bool) -> dict[str, list[argparse.Action]]:
-    """The options of a parser of dataclasses by heading; without `every` the libraries' are described briefly."""
-    actions = {each.dest: each for each in reversed(parser._actions)}  # --NAME, which is added before --no_NAME
+    """The options of a parser of dataclasses by heading; without `every` the libraries' are
+    described briefly."""
+    # --NAME, which is added before --no_NAME
+    actions = {each.dest: each for each in reversed(parser._actions)}
     own = own_options(parser.dataclass_types)
     headings = own | {name: heading for heading, names in GROUPS.items() for name in names}
     first = {name: None for names in GROUPS.values() for name in names}

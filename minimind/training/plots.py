@@ -24,22 +24,27 @@ CHINESE = (
 
 
 def font_families(installed: Collection[str]) -> list[str]:
-    """matplotlib's own font, and for what it has no glyph of, the Chinese ones among the `installed`."""
+    """matplotlib's own font, and for what it has no glyph of, the Chinese ones among the
+    `installed`."""
     return ["DejaVu Sans", *(name for name in CHINESE if name in installed)]
 
 
 def plot_loss(log: list[dict], path: Path, title: str, unit: str) -> None:
-    """Draw training and held-out loss over the steps, and the learning rate beneath, to a PNG file."""
+    """Draw training and held-out loss over the steps, and the learning rate beneath, to a PNG
+    file."""
     settings = {"font.family": font_families(font_manager.get_font_names()), "text.usetex": False}
     picture = io.BytesIO()
     with plt.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # no font here has it: boxes then
+        # No font here has it: boxes then
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         _draw_loss(log, picture, printable(title), unit)
     write_bytes(path, picture.getvalue())
 
 
 def _draw_loss(log: list[dict], picture: io.BytesIO, title: str, unit: str) -> None:
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5), height_ratios=(4, 1), layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, sharex=True, figsize=(8, 5), height_ratios=(4, 1), layout="constrained"
+    )
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
         points = curve(log, key)
         if points:

@@ -1,7 +1,8 @@
 """report.html of a stage directory: one page about a run, which asks for nothing from outside.
 
-It is made from the directory's own files and nothing else (stage.json or, while the run goes on, what it will say;
-train_log.jsonl, samples.jsonl, mask_report.json), and every text in it is escaped.
+It is made from the directory's own files and nothing else (stage.json or, while the run goes on,
+what it will say; train_log.jsonl, samples.jsonl, mask_report.json), and every text in it is
+escaped.
 """
 
 import json
@@ -27,9 +28,11 @@ from minimind.training.samples import read_samples
 POINTS = 600  # of a curve at most: about one for each pixel
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 520, 200, 62, 24, 26, 12
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0489a", "#8a7a2f", "#c9453b")
-# Of a log's values these are of its step; the others that training logs are means over the steps since the last log.
+# Of a log's values these are of its step; the others that training logs are means over the steps
+# since the last log.
 MOMENTARY = ("learning_rate", "grad_norm", "memory_gib")
-# Title, unit, the keys drawn in it, and whether its axis begins at 0; a loss stands before them, see `loss_unit`.
+# Title, unit, the keys drawn in it, and whether its axis begins at 0; a loss stands before them,
+# see `loss_unit`.
 CURVES = (
     ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
@@ -60,7 +63,8 @@ summary { cursor: pointer; } small { opacity: .75; overflow-wrap: anywhere; }
 
 
 class ReportCallback(TrainerCallback):
-    """Writes the report anew at each evaluation and checkpoint. `record`: what stage.json will say by then."""
+    """Writes the report anew at each evaluation and checkpoint. `record`: what stage.json will say
+    by then."""
 
     def __init__(self, directory: Path, record: dict[str, Any]):
         self.directory, self.record = directory, record
@@ -71,17 +75,22 @@ class ReportCallback(TrainerCallback):
     on_evaluate = on_save = _write
 
     def write(self, state: TrainerState, said: str) -> None:
-        """Write the report of a run that is not complete; `said` is what it is, "running" or "interrupted"."""
+        """Write the report of a run that is not complete; `said` is what it is, "running" or
+        "interrupted"."""
         if not state.is_world_process_zero or not state.global_step:
             return
         progress = {"steps": state.global_step, "tokens_seen": int(state.num_input_tokens_seen)}
-        write_report(self.directory, {**self.record, **progress, "max_steps": state.max_steps, "state": said})
+        write_report(
+            self.directory, {**self.record, **progress, "max_steps": state.max_steps, "state": said}
+        )
 
 
 def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path | None:
-    """Write `directory`/report.html, complete or not at all; without a `record` from its stage.json.
+    """Write `directory`/report.html, complete or not at all; without a `record` from its
+    stage.json.
 
-    Whatever goes wrong costs a run its report and nothing else. Returns the path, None where it was not written.
+    Whatever goes wrong costs a run its report and nothing else. Returns the path, None where it was
+    not written.
     """
     path = directory / "report.html"
     with decoration("the report"):
@@ -90,7 +99,8 @@ def write_report(directory: Path, record: dict[str, Any] | None = None) -> Path 
 
 
 def read_log(file: Path) -> list[dict]:
-    """The numbers in a train_log.jsonl by their steps. Where a run went back to a checkpoint, the later ones count."""
+    """The numbers in a train_log.jsonl by their steps. Where a run went back to a checkpoint, the
+    later ones count."""
     entries: list[dict] = []
     for line in json_lines(file):
         entry = {key: value for key, value in line.items() if isinstance(value, int | float)}
@@ -103,7 +113,8 @@ def read_log(file: Path) -> list[dict]:
 
 
 def title_of(stage: str, directory: Path) -> str:
-    """What pictures and pages of a run are headed by: its directory and its parent's, and the stage if neither says.
+    """What pictures and pages of a run are headed by: its directory and its parent's, and the stage
+    if neither says.
 
     >>> title_of("sft", Path("runs/26m/sft")), title_of("lora", Path("runs/26m/jokes"))
     ('26m/sft', 'lora: 26m/jokes')
@@ -118,13 +129,16 @@ def loss_unit(stage: str) -> str:
 
 
 def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:
-    """(step, value) of each entry that has `key`. A mean over the steps since the last such entry stands in the middle
-    of these steps: beside held-out values, which are of one step, it would lag by half of them."""
+    """(step, value) of each entry that has `key`. A mean over the steps since the last such entry
+    stands in the middle of these steps: beside held-out values, which are of one step, it would lag
+    by half of them."""
     points = [(entry["step"], float(entry[key])) for entry in log if key in entry]
     if key.startswith("eval_") or key in MOMENTARY:
         return points
     before = [0, *(step for step, _ in points)]
-    return [((since + step) / 2, value) for since, (step, value) in zip(before, points, strict=False)]
+    return [
+        ((since + step) / 2, value) for since, (step, value) in zip(before, points, strict=False)
+    ]
 
 
 def report_page(directory: Path, record: dict[str, Any]) -> str:
@@ -189,7 +203,8 @@ def _summary(record: dict, log: Sequence[dict]) -> str:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points of a curve: means of equal runs of them. A value that is not finite stays a gap."""
+    """At most `limit` points of a curve: means of equal runs of them. A value that is not finite
+    stays a gap."""
     size = -(-len(points) // limit)
     runs = [points[start : start + size] for start in range(0, len(points), max(size, 1))]
     return [(fmean(x for x, _ in run), sum(y for _, y in run) / len(run)) for run in runs]
@@ -197,7 +212,9 @@ def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[tup
 
 def curves(log: Sequence[dict], unit_of_loss: str) -> str:
     """The curves that the log has points for."""
-    sources = sorted({key for entry in log for key in entry if key.startswith("eval_bits_per_byte/")})
+    sources = sorted(
+        {key for entry in log for key in entry if key.startswith("eval_bits_per_byte/")}
+    )
     every = [
         ("Loss", unit_of_loss, ("loss", "eval_loss"), False),
         *CURVES,
@@ -227,7 +244,8 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 @dataclass(frozen=True)
 class Axes:
-    """A picture's axes: across from `left` to `right`, upwards over `ticks`, and how both are drawn."""
+    """A picture's axes: across from `left` to `right`, upwards over `ticks`, and how both are
+    drawn."""
 
     left: float
     right: float
@@ -237,26 +255,41 @@ class Axes:
         """The place of a value in the picture, whose origin is at the top."""
         across = (x - self.left) / (self.right - self.left)
         up = (y - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-        return LEFT + (WIDTH - LEFT - RIGHT) * across, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * up
+        return (
+            LEFT + (WIDTH - LEFT - RIGHT) * across,
+            HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * up,
+        )
 
     def figure(self, label: str, ticks_x: Iterable[float], drawn: str, caption: str = "") -> str:
-        """The picture as inline SVG: lines at `ticks`, numbers beside them and beneath, and what is `drawn` on it."""
+        """The picture as inline SVG: lines at `ticks`, numbers beside them and beneath, and what is
+        `drawn` on it."""
         parts = []
         for tick in self.ticks:
             y = self.at(self.left, tick)[1]
-            parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
+            parts.append(
+                f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8883"/>'
+            )
+            parts.append(
+                f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>'
+            )
         for tick in ticks_x:
             x = self.at(tick, self.ticks[0])[0]
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:,.6g}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick:,.6g}</text>'
+            )
         return (
-            f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+            f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+            f' aria-label="{escape(label)}">'
             f"{''.join(parts)}{drawn}</svg></figure>"
         )
 
 
 def chart(
-    title: str, unit: str, series: dict[str, list[tuple[float, float]]], from_zero: bool = False, last: int = 1
+    title: str,
+    unit: str,
+    series: dict[str, list[tuple[float, float]]],
+    from_zero: bool = False,
+    last: int = 1,
 ) -> str:
     """Lines over the steps from 0 to the `last` one, or as far as there are points."""
     finite = [(x, y) for points in series.values() for x, y in points if math.isfinite(y)]
@@ -279,15 +312,20 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> str
     for whole, run in groupby(points, key=lambda point: math.isfinite(point[1])):
         places = [axes.at(*point) for point in run] if whole else []
         if len(places) == 1:
-            parts.append(f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>')
+            parts.append(
+                f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>'
+            )
         elif places:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.7"/>')
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.7"/>'
+            )
     return "".join(parts)
 
 
 def histogram(counts: dict | None) -> str:
-    """How the loss of single held-out tokens is distributed, as bars; see `evaluation.token_loss_distribution`."""
+    """How the loss of single held-out tokens is distributed, as bars; see
+    `evaluation.token_loss_distribution`."""
     if not counts:
         return ""
     edges, heights = counts["edges"], counts["counts"]
@@ -296,29 +334,41 @@ def histogram(counts: dict | None) -> str:
     for low, high, count in zip(edges, edges[1:], heights, strict=False):
         (left, top), (right, bottom) = axes.at(low, count), axes.at(high, 0)
         bars.append(
-            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{bottom - top:.1f}" '
-            f'fill="{COLOURS[0]}"><title>{low:g} to {high:g} nats: {count:,} tokens</title></rect>'
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}"'
+            f' height="{bottom - top:.1f}" fill="{COLOURS[0]}"><title>{low:g} to {high:g} nats:'
+            f" {count:,} tokens</title></rect>"
         )
     said = ", ".join(f"{name} {counts[name]:.3f}" for name in ("mean", "median", "p90", "p99"))
     caption = "<figcaption>Tokens <small>by their loss in nats</small></figcaption>"
     return (
-        f"<p>{counts['tokens']:,} held-out tokens, nats: {said}. The last bar holds all beyond it.</p>"
+        f"<p>{counts['tokens']:,} held-out tokens, nats: {said}. The last bar holds all beyond"
+        " it.</p>"
         + axes.figure("Histogram of the loss per token", edges[::4], "".join(bars), caption)
     )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], texts: Sequence[int] = ()) -> str:
-    """An HTML table; numbers are set to the right, `texts` are columns whose line breaks are kept."""
+    """An HTML table; numbers are set to the right, `texts` are columns whose line breaks are
+    kept."""
 
     def cell(column: int, value: Any) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}" if number else str(value)
+        shown = (
+            f"{value:,}" if isinstance(value, int) else f"{value:,.6g}" if number else str(value)
+        )
         kind = ' class="number"' if number else ' class="text"' if column in texts else ""
         return f"<td{kind}>{escape(shown)}</td>"
 
-    lines = [f"<tr>{''.join(cell(column, value) for column, value in enumerate(row))}</tr>" for row in rows]
+    lines = [
+        f"<tr>{''.join(cell(column, value) for column, value in enumerate(row))}</tr>"
+        for row in rows
+    ]
     headings = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(lines)}</tbody></table>" if lines else ""
+    return (
+        f"<table><thead><tr>{headings}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        if lines
+        else ""
+    )
 
 
 def _metrics(record: dict, log: Sequence[dict]) -> str:
@@ -327,21 +377,35 @@ def _metrics(record: dict, log: Sequence[dict]) -> str:
         evaluations = [entry for entry in log if "eval_loss" in entry]
         metrics = {"before": evaluations[0], "after": evaluations[-1]} if evaluations else {}
         metrics = {
-            name: {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+            name: {
+                key.removeprefix("eval_"): value
+                for key, value in entry.items()
+                if key.startswith("eval_")
+            }
             for name, entry in metrics.items()
         }
     names = dict.fromkeys(key for values in metrics.values() for key in values if key not in TIMES)
-    rows = [[name, *(metrics[when].get(name, "") for when in ("before", "after"))] for name in names]
+    rows = [
+        [name, *(metrics[when].get(name, "") for when in ("before", "after"))] for name in names
+    ]
     best = record.get("best")
-    said = f"<p>Best: {escape(best['metric'])} {best['value']:.6g} after step {best['step']:,}.</p>" if best else ""
+    said = (
+        f"<p>Best: {escape(best['metric'])} {best['value']:.6g} after step {best['step']:,}.</p>"
+        if best
+        else ""
+    )
     return table(("metric", "before", "after" if "metrics" in record else "now"), rows) + said
 
 
 def _samples(rows: Sequence[dict]) -> str:
-    rounds = [(step, list(group)) for step, group in groupby(rows, key=lambda row: row["step"])][::-1]
+    rounds = [(step, list(group)) for step, group in groupby(rows, key=lambda row: row["step"])][
+        ::-1
+    ]
     parts = []
     for index, (step, group) in enumerate(rounds[:20]):
-        inner = table(("prompt", "text"), [(row["prompt"], row["text"]) for row in group], texts=(0, 1))
+        inner = table(
+            ("prompt", "text"), [(row["prompt"], row["text"]) for row in group], texts=(0, 1)
+        )
         opened = " open" if index == 0 else ""
         parts.append(f"<details{opened}><summary>after step {step:,}</summary>{inner}</details>")
     return "".join(parts)
@@ -358,19 +422,24 @@ def _data(data: dict) -> str:
         rows.append((part, listed, files, facts.get("hash") or ""))
         for source in facts.get("sources", ()):
             counts = {key: value for key, value in source.items() if isinstance(value, int | float)}
-            listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+            listed = ", ".join(
+                f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()
+            )
             name = source.get("name") or "\n".join(map(str, source.get("files", ())))
             rows.append((f"{part}, one source", listed, name, ""))
     return table(("part", "rows and tokens", "files", "hash"), rows, texts=(2,))
 
 
 def _mask(file: Path) -> str:
-    """The report of an inspection, where there is one: its roles and findings; see `inspection.Inspection`."""
+    """The report of an inspection, where there is one: its roles and findings; see
+    `inspection.Inspection`."""
     if not file.exists():
         return ""
     report = read_json(file, "The report does without it.")
     said = ", ".join(
-        f"{value:,} {key.replace('_', ' ')}" for key, value in report.items() if isinstance(value, int | float)
+        f"{value:,} {key.replace('_', ' ')}"
+        for key, value in report.items()
+        if isinstance(value, int | float)
     )
     roles = [
         (role, counts["tokens"], counts["trained"], f"{counts['trained_share']:.1%}")
@@ -378,11 +447,22 @@ def _mask(file: Path) -> str:
     ]
     fields = ("severity", "count", "text", "advice")
     findings = [[each[field] for field in fields] for each in report.get("findings", ())]
-    return f"<p>{escape(said)}</p>" + table(("role", "tokens", "trained", "share"), roles) + table(fields, findings)
+    return (
+        f"<p>{escape(said)}</p>"
+        + table(("role", "tokens", "trained", "share"), roles)
+        + table(fields, findings)
+    )
 
 
 def _lineage(directory: Path, record: dict) -> str:
-    rows = [(str(directory), record.get("stage", ""), record.get("weights", "being trained"), *_raw(record))]
+    rows = [
+        (
+            str(directory),
+            record.get("stage", ""),
+            record.get("weights", "being trained"),
+            *_raw(record),
+        )
+    ]
     seen = set()
     while (parent := record.get("parent")) and parent["directory"] not in seen:
         seen.add(parent["directory"])
@@ -392,7 +472,9 @@ def _lineage(directory: Path, record: dict) -> str:
             record = {}
         moved = record.get("weights") not in (None, parent["weights"])
         note = "no longer there" if not record else "holds other weights by now" if moved else ""
-        rows.append((parent["directory"], parent.get("stage") or "", parent["weights"], *_raw(record)))
+        rows.append(
+            (parent["directory"], parent.get("stage") or "", parent["weights"], *_raw(record))
+        )
         if note:
             rows[-1] = (*rows[-1][:3], note, "")
             break
@@ -405,12 +487,24 @@ def _raw(record: dict) -> tuple[str, str]:
 
 
 def _recipe(record: dict) -> str:
-    rows = [(name, json.dumps(value, ensure_ascii=False)) for name, value in (record.get("options") or {}).items()]
-    facts = {key: record[key] for key in ("command", "git_commit", "python", "seed") if record.get(key) is not None}
+    rows = [
+        (name, json.dumps(value, ensure_ascii=False))
+        for name, value in (record.get("options") or {}).items()
+    ]
+    facts = {
+        key: record[key]
+        for key in ("command", "git_commit", "python", "seed")
+        if record.get(key) is not None
+    }
     facts |= record.get("libraries") or {}
     return (
-        (f"<p>Options that are not the library's defaults.</p>{table(('option', 'value'), rows)}" if rows else "")
-        + f"<details><summary>Command and versions</summary>{table(('what', 'value'), map(_text_pair, facts.items()))}"
+        (
+            f"<p>Options that are not the library's defaults.</p>{table(('option', 'value'), rows)}"
+            if rows
+            else ""
+        )
+        + "<details><summary>Command and"
+        f" versions</summary>{table(('what', 'value'), map(_text_pair, facts.items()))}"
         + "</details>"
     )
 

@@ -1,4 +1,5 @@
-"""One run of a stage: where it starts, what it says, and the stage directory it writes (see checkpoints.py)."""
+"""One run of a stage: where it starts, what it says, and the stage directory it writes (see
+checkpoints.py)."""
 
 import dataclasses
 import json
@@ -61,26 +62,28 @@ from minimind.training.samples import SampleCallback, prepare_prompts
 from minimind.training.saving import reports_disk_errors, save_model, weights_bytes
 from minimind.training.signals import InterruptCallback
 
-# An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the collective; nothing a user
-# could mend.
+# An old name that accelerate 1.15 and DeepSpeed 0.19 still call, torch 2.13 has renamed the
+# collective; nothing a user could mend.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 
 def check_same_data(data: dict) -> None:
-    """Raises UserError in all processes where they have read different data: a file changed while they started."""
+    """Raises UserError in all processes where they have read different data: a file changed while
+    they started."""
     if any(other != data for other in gather_object([data])):
         raise UserError(
-            "the processes of this run have read different data: a file changed while they started, or their hosts "
-            "have other files. Run the command again when nothing writes to the files."
+            "the processes of this run have read different data: a file changed while they started,"
+            " or their hosts have other files. Run the command again when nothing writes to the"
+            " files."
         )
 
 
 class Stage:
     """One run of a stage: says what it will do, keeps its record, writes its directory.
 
-    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was counted. `options`: the
-    other dataclasses of arguments that decide the result. After it `args.resume_from_checkpoint` is the checkpoint to
-    go on from, or None; see starting.py.
+    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was
+    counted. `options`: the other dataclasses of arguments that decide the result. After it
+    `args.resume_from_checkpoint` is the checkpoint to go on from, or None; see starting.py.
 
     Raises:
         UserError: the output directory is the parent or holds it, or see `starting.begin`.
@@ -100,7 +103,8 @@ class Stage:
         options = list(options)
         adapter = any(getattr(each, "use_peft", False) for each in options)
         self.name = name
-        self.kind = "lora" if adapter and name == "sft" else name  # what it calls itself, as recipes and plans do
+        # What it calls itself, as recipes and plans do
+        self.kind = "lora" if adapter and name == "sft" else name
         self.args = args
         self.facts = data.facts
         self.output_dir = Path(args.output_dir)
@@ -108,13 +112,14 @@ class Stage:
         self.started = time.time()
         if parent and self.output_dir.resolve() in (parent.resolve(), *parent.resolve().parents):
             raise UserError(
-                f"--output_dir {self.output_dir} is the stage this run starts from, or holds it. Give another one."
+                f"--output_dir {self.output_dir} is the stage this run starts from, or holds it."
+                " Give another one."
             )
         if data.eval is None:
             if args.load_best_model_at_end or args.early_stopping_patience is not None:
                 raise UserError(
-                    "choosing the best model and stopping early need held-out rows, and there are none. Give "
-                    "--eval_files, or a larger --eval_ratio."
+                    "choosing the best model and stopping early need held-out rows, and there are"
+                    " none. Give --eval_files, or a larger --eval_ratio."
                 )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         align_special_tokens(model, tokenizer)  # a chat template may have brought another end token
@@ -154,7 +159,9 @@ class Stage:
         """Progress lines, samples, the report, early stopping."""
         args, tokenizer = self.args, trainer.processing_class
         trainer.remove_callback(PrinterCallback)
-        self.progress = ProgressCallback(self.output_dir, trainer, bits_per_nat(self.facts["train"]))
+        self.progress = ProgressCallback(
+            self.output_dir, trainer, bits_per_nat(self.facts["train"])
+        )
         trainer.callback_handler.callbacks.insert(0, self.progress)
         self.samples = None
         if args.sample_steps >= 0:
@@ -165,16 +172,20 @@ class Stage:
             )
             trainer.add_callback(self.samples)
         if args.early_stopping_patience is not None:
-            trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+            trainer.add_callback(
+                EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)
+            )
         if args.metric_for_best_model:
             trainer.add_callback(Baseline())
         trainer.add_callback(ReportCallback(self.output_dir, self.description))
 
     def announce(self, trainer: Trainer) -> None:
-        """Print data, parameters and steps of the run to come, and let `trainer` report its progress in our lines."""
+        """Print data, parameters and steps of the run to come, and let `trainer` report its
+        progress in our lines."""
         if self.args.deepspeed and not trainer.is_deepspeed_enabled:
             raise RuntimeError(
-                "--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_* variables"
+                "--deepspeed was given, but accelerate left DeepSpeed out: check ACCELERATE_*"
+                " variables"
             )
         self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
@@ -185,11 +196,18 @@ class Stage:
         trainer.stage = self
         trainer.add_callback(HeartbeatCallback())
         trainer.add_callback(InterruptCallback(trainer))
-        if self.name != "dpo":  # TRL gathers the rewards of a micro-batch, which needs as many on every process
+        # TRL gathers the rewards of a micro-batch, which needs as many on every process
+        if self.name != "dpo":
             share_last_rows(trainer)
         prepare_checkpoint(trainer)
         trainer.add_callback(ResumeCallback(trainer))
-        decorations = (ProgressCallback, SampleCallback, ReportCallback, PlanCallback, RouterLoadCallback)
+        decorations = (
+            ProgressCallback,
+            SampleCallback,
+            ReportCallback,
+            PlanCallback,
+            RouterLoadCallback,
+        )
         install_guards(trainer, self.output_dir, *decorations, HeartbeatCallback)
         trainer.add_callback(ChangeCallback(trainer))
         from minimind.doctor import examine_run  # it reads recipes too, and so needs this module
@@ -211,9 +229,17 @@ class Stage:
         start = args.resume_from_checkpoint or self.parent or "random weights"
         say(f"{self.kind} -> {self.output_dir}  (from {start})")
         for part, title in (("train", "  train  "), ("eval", "  eval   ")):
-            counts = {key: value for key, value in facts[part].items() if key != "files" and isinstance(value, int)}
-            listed = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-            files = " ".join(facts[part]["files"]) or ("held out of the above" if part == "eval" else "")
+            counts = {
+                key: value
+                for key, value in facts[part].items()
+                if key != "files" and isinstance(value, int)
+            }
+            listed = ", ".join(
+                f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()
+            )
+            files = " ".join(facts[part]["files"]) or (
+                "held out of the above" if part == "eval" else ""
+            )
             say(f"{translated(title)}{listed}  {translated(files)}")
         active = active_parameters(model)
         shown = f"{parameters / 1e6:.2f} M"
@@ -234,15 +260,17 @@ class Stage:
         measure: Callable[[Trainer], dict],
         report: dict | None = None,
     ) -> None:
-        """Write the stage directory, every file at once: the model, then `stage.json` with what `measure` finds, and
-        last what only tells about the run. All processes call it."""
+        """Write the stage directory, every file at once: the model, then `stage.json` with what
+        `measure` finds, and last what only tells about the run. All processes call it."""
         try:
             self._write(trainer, tokenizer, measure, report)
         finally:
             unlock_directory()
         leave_process_group(trainer)
 
-    def _write(self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, measure, report) -> None:
+    def _write(
+        self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, measure, report
+    ) -> None:
         trainer.check_weights()
         try:
             with reports_disk_errors(self.output_dir, weights_bytes(trainer.model)):
@@ -274,14 +302,23 @@ class Stage:
         torch.save(self.args, partial / "training_args.bin")
         sync_files(partial)
         (self.output_dir / "stage.json").unlink(missing_ok=True)
-        for stale in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
+        for stale in (
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "config.json",
+            "model.safetensors",
+        ):
             (self.output_dir / stale).unlink(missing_ok=True)
         for file in partial.iterdir():
             file.replace(self.output_dir / file.name)
         partial.rmdir()
 
     def _record(
-        self, trainer: ResumableTrainer, tokenizer: PreTrainedTokenizerFast, metrics: dict, report: dict | None
+        self,
+        trainer: ResumableTrainer,
+        tokenizer: PreTrainedTokenizerFast,
+        metrics: dict,
+        report: dict | None,
     ) -> dict:
         state = trainer.state
         return {
@@ -293,14 +330,17 @@ class Stage:
             "extended": self.run["extended"],
             "tokens_seen": int(state.num_input_tokens_seen),
             "tokens_per_second": round(self.progress.tokens_per_second(state), 1),
-            "trained_share_per_role": report and {role: r["trained_share"] for role, r in report["roles"].items()},
+            "trained_share_per_role": (
+                report and {role: r["trained_share"] for role, r in report["roles"].items()}
+            ),
             "metrics": metrics,
             "best": self.best(trainer),
             "seconds": round(time.time() - self.started, 1),
         }
 
     def _decorate(self, trainer: Trainer, record: dict, report: dict | None) -> None:
-        """Write what only tells about the run that is complete: whatever goes wrong is said and ends nothing."""
+        """Write what only tells about the run that is complete: whatever goes wrong is said and
+        ends nothing."""
         if report:
             with decoration("keeping the mask report"):
                 write_json(self.output_dir / "mask_report.json", report)
@@ -311,32 +351,45 @@ class Stage:
             from minimind.training.plots import plot_loss  # matplotlib may be missing or broken
 
             log = read_log(self.output_dir / "train_log.jsonl")
-            plot_loss(log, self.output_dir / "loss.png", title_of(self.kind, self.output_dir), loss_unit(self.kind))
+            plot_loss(
+                log,
+                self.output_dir / "loss.png",
+                title_of(self.kind, self.output_dir),
+                loss_unit(self.kind),
+            )
         if written := write_report(self.output_dir):
             say(f"report: {written}")
 
     def best(self, trainer: ResumableTrainer) -> dict | None:
-        """The best evaluation by --metric_for_best_model; its step is 0 where none beat the start."""
+        """The best evaluation by --metric_for_best_model; its step is 0 where none beat the
+        start."""
         state, metric = trainer.state, self.args.metric_for_best_model
         if state.best_metric is None or not math.isfinite(state.best_metric):
             return None
         logged = metric if metric.startswith("eval_") else f"eval_{metric}"
         # The state's own best step is that of a checkpoint, and there may be none.
-        step = next((each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0)
+        step = next(
+            (each["step"] for each in state.log_history if each.get(logged) == state.best_metric), 0
+        )
         best = {"metric": metric, "value": float(state.best_metric), "step": step}
         if not step:
-            say(f"no evaluation was better than the {metric} {best['value']:.4f} before the first step")
+            say(
+                f"no evaluation was better than the {metric} {best['value']:.4f} before the first"
+                " step"
+            )
         elif self.args.load_best_model_at_end and trainer.weights_step == step:
             say(f"the best model is that of step {step:,}: {metric} {best['value']:.4f}")
         elif self.args.load_best_model_at_end:
             say(
-                f"warning: the best evaluation is that of step {step:,}: {metric} {best['value']:.4f}, but its "
-                f"checkpoint is not there: the weights of step {trainer.weights_step:,} were saved"
+                f"warning: the best evaluation is that of step {step:,}: {metric}"
+                f" {best['value']:.4f}, but its checkpoint is not there: the weights of step"
+                f" {trainer.weights_step:,} were saved"
             )
         return best
 
     def token_loss(self, trainer: Trainer) -> dict | None:
-        """How the loss of single held-out tokens is distributed; None for pairs, and where weights are spread."""
+        """How the loss of single held-out tokens is distributed; None for pairs, and where weights
+        are spread."""
         known = self.name in ("pretrain", "sft") and isinstance(trainer.eval_dataset, Dataset)
         if not known or is_deepspeed_zero3_enabled():
             return None
@@ -346,11 +399,19 @@ class Stage:
 
 
 def changed_options(args: transformers.TrainingArguments) -> dict:
-    """Options of a run that are not the library's defaults, as JSON; without tokens, which the library masks."""
+    """Options of a run that are not the library's defaults, as JSON; without tokens, which the
+    library masks."""
     given, changed = args.to_dict(), {}
-    defaults = {field.name: field for field in (*dataclasses.fields(args), *dataclasses.fields(TrainingArguments))}
+    defaults = {
+        field.name: field
+        for field in (*dataclasses.fields(args), *dataclasses.fields(TrainingArguments))
+    }
     for name, field in defaults.items():
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
         default = default.value if isinstance(default, Enum) else default
         elsewhere = name.endswith("_token") or name in ("output_dir", "run_name", "local_rank")
         if name in given and given[name] != default and not elsewhere:
@@ -359,10 +420,13 @@ def changed_options(args: transformers.TrainingArguments) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit of the project's checkout, with "+" where it has uncommitted changes; None outside of git."""
+    """The commit of the project's checkout, with "+" where it has uncommitted changes; None outside
+    of git."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", timeout=30)
+        run = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", timeout=30
+        )
     except (OSError, ValueError, subprocess.SubprocessError):  # no git, or not one that works
         return None
     return run.stdout.strip() or None

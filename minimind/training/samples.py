@@ -30,37 +30,52 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def prepare_prompts(args, chat: bool, tokenizer: PreTrainedTokenizerFast, positions: int) -> list[Prompt]:
-    """What `--sample_prompts` asks for, for a model of so many positions; of the default prompts those that it takes.
+def prepare_prompts(
+    args, chat: bool, tokenizer: PreTrainedTokenizerFast, positions: int
+) -> list[Prompt]:
+    """What `--sample_prompts` asks for, for a model of so many positions; of the default prompts
+    those that it takes.
 
     Raises:
         UserError: the prompts, or `--sample_tokens` of each, cannot be sampled.
     """
-    path, most = args.sample_prompts, max(positions, type(args).sample_tokens)  # a toy may take less than the default
+    # A toy may take less than the default
+    path, most = args.sample_prompts, max(positions, type(args).sample_tokens)
     if not 0 < args.sample_tokens <= most:
         raise UserError(
-            f"--sample_tokens {args.sample_tokens:,}: expected 1 to {most:,}, which the model has positions for. "
-            "For no samples give --sample_steps -1."
+            f"--sample_tokens {args.sample_tokens:,}: expected 1 to {most:,}, which the model has"
+            " positions for. For no samples give --sample_steps -1."
         )
     encoder, prepared = ChatEncoder(tokenizer) if chat else None, []
     for prompt in read_prompts(path, chat):
         text = str(prompt[-1]["content"]) if chat else prompt
         try:
-            ids = encode_prompts([prompt], encoder)[0] if chat else tokenizer.encode(prompt, add_special_tokens=False)
+            ids = (
+                encode_prompts([prompt], encoder)[0]
+                if chat
+                else tokenizer.encode(prompt, add_special_tokens=False)
+            )
             if not 0 < len(ids) < positions:
-                raise UserError(f"found {len(ids):,} tokens, expected 1 to {positions - 1:,}: the model's positions")
+                raise UserError(
+                    f"found {len(ids):,} tokens, expected 1 to {positions - 1:,}: the model's"
+                    " positions"
+                )
         except UserError as error:
             if path is None:
                 continue
-            raise UserError(f"--sample_prompts {path}: {text[:40]!r}: {error}. Change that prompt.") from error
+            raise UserError(
+                f"--sample_prompts {path}: {text[:40]!r}: {error}. Change that prompt."
+            ) from error
         prepared.append(Prompt(text, ids))
     return prepared
 
 
 def read_prompts(path: str | None, chat: bool) -> list[Any]:
-    """The prompts of a file, one a line: texts, or for a chat model lists of messages that end with the user's.
+    """The prompts of a file, one a line: texts, or for a chat model lists of messages that end with
+    the user's.
 
-    A line is a text, or a JSON object with "prompt" or, for a chat model, with "messages" or "conversations".
+    A line is a text, or a JSON object with "prompt" or, for a chat model, with "messages" or
+    "conversations".
 
     Raises:
         UserError: the file cannot be read, or has a line that is no prompt.
@@ -71,8 +86,14 @@ def read_prompts(path: str | None, chat: bool) -> list[Any]:
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
-            raise UserError(f"--sample_prompts {path}: {error}. Give a UTF-8 file with one prompt a line.") from error
-        prompts = [_prompt(line, f"{path}:{number}", chat) for number, line in enumerate(lines, 1) if line.strip()]
+            raise UserError(
+                f"--sample_prompts {path}: {error}. Give a UTF-8 file with one prompt a line."
+            ) from error
+        prompts = [
+            _prompt(line, f"{path}:{number}", chat)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
         if not prompts:
             raise UserError(f"--sample_prompts {path} is empty. Give one prompt a line.")
     return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
@@ -88,10 +109,14 @@ def _prompt(line: str, place: str, chat: bool) -> Any:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: found half a surrogate pair, expected text ({error.reason}).") from None
+        raise UserError(
+            f"{place}: found half a surrogate pair, expected text ({error.reason})."
+        ) from None
     if isinstance(row.get("prompt"), str):
         if not row["prompt"]:
-            raise UserError(f"{place}: found an empty prompt, expected a text that the model continues.")
+            raise UserError(
+                f"{place}: found an empty prompt, expected a text that the model continues."
+            )
         return row["prompt"]
     if not chat:
         raise UserError(f'{place}: found {line[:80]}, expected a text or {{"prompt": "..."}}.')
@@ -107,9 +132,13 @@ def _prompt(line: str, place: str, chat: bool) -> Any:
 
 
 def write_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt; the state of the random generators is not touched."""
+    """The model's greedy continuation of each prompt; the state of the random generators is not
+    touched."""
     training = model.training
     model.eval()
     try:
@@ -119,11 +148,11 @@ def write_samples(
 
 
 class SampleCallback(TrainerCallback):
-    """Every `every` steps, and when `sample` is called, the greedy continuation of fixed prompts: to the terminal, to
-    samples.jsonl and to the trackers' tables.
+    """Every `every` steps, and when `sample` is called, the greedy continuation of fixed prompts:
+    to the terminal, to samples.jsonl and to the trackers' tables.
 
-    Greedy, so that samples of two steps can be compared and the training's random numbers stay what they were.
-    Whatever goes wrong is said, and the run continues.
+    Greedy, so that samples of two steps can be compared and the training's random numbers stay what
+    they were. Whatever goes wrong is said, and the run continues.
     """
 
     def __init__(
@@ -152,11 +181,16 @@ class SampleCallback(TrainerCallback):
             self.file.unlink(missing_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.every > 0 and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        if (
+            self.every > 0
+            and state.global_step % self.every == 0
+            and state.global_step < state.max_steps
+        ):
             self.sample(state)
 
     def sample(self, state) -> None:
-        """Write, show and track one round. All processes take part where the weights are spread over them."""
+        """Write, show and track one round. All processes take part where the weights are spread
+        over them."""
         if not self.prompts or not (state.is_world_process_zero or is_deepspeed_zero3_enabled()):
             return
         with decoration("sampling"):
@@ -174,15 +208,23 @@ class SampleCallback(TrainerCallback):
         say(f"samples after step {step:,}")
         with decoration("showing the samples"):
             for row in new:
-                print(printable(f"  {one_line(row['prompt'])} | {one_line(row['text'])}"), flush=True)
+                print(
+                    printable(f"  {one_line(row['prompt'])} | {one_line(row['text'])}"), flush=True
+                )
         with decoration("keeping the samples"):
-            write_text(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+            write_text(
+                self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+            )
         track_samples(self.rows, step)
 
 
 def read_samples(file: Path) -> list[dict]:
     """The rows of a samples.jsonl: step, prompt, text; none where there is no file."""
-    return [row for row in json_lines(file) if isinstance(row.get("step"), int) and {"prompt", "text"} <= row.keys()]
+    return [
+        row
+        for row in json_lines(file)
+        if isinstance(row.get("step"), int) and {"prompt", "text"} <= row.keys()
+    ]
 
 
 def one_line(text: str) -> str:

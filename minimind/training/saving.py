@@ -1,4 +1,5 @@
-"""What a run writes to a disk that may be full, limited, read-only or broken: whole, or left out with one message."""
+"""What a run writes to a disk that may be full, limited, read-only or broken: whole, or left out
+with one message."""
 
 import errno
 import os
@@ -23,7 +24,15 @@ from minimind.common.launch import is_main_process, notice
 from minimind.training.output_directory import delete_checkpoint
 
 PROBE = 1 << 20  # bytes that are really written to learn whether a disk takes them
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+}
 REMEDY = "Make room, or lift what limits it (a quota, ulimit -f, a read-only mount)"
 DISK_ERRORS |= {errno.ESTALE, errno.ENOTCONN}  # network file systems that are gone
 
@@ -35,14 +44,17 @@ class NotWrittenError(UserError):
 def disk_fault(
     directory: Path, size: int = 0, error: BaseException | None = None, probe: int = PROBE
 ) -> OSError | None:
-    """Why `size` bytes cannot be written to a directory (or above it, where it does not exist), None if they can be.
+    """Why `size` bytes cannot be written to a directory (or above it, where it does not exist),
+    None if they can be.
 
-    An error number of the system in `error` decides. The libraries hide it behind words of their own, so otherwise
-    the disk is asked: the space that is left, `probe` bytes that are written through, a file of that size.
+    An error number of the system in `error` decides. The libraries hide it behind words of their
+    own, so otherwise the disk is asked: the space that is left, `probe` bytes that are written
+    through, a file of that size.
     """
     while error is not None:
         number = getattr(error, "errno", None)
-        if said := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's, in safetensors and tokenizers
+        # Rust's, in safetensors and tokenizers
+        if said := re.search(r"\(os error (\d+)\)", str(error)):
             number = int(said[1])
         if number in DISK_ERRORS:
             return OSError(number, os.strerror(number))
@@ -55,7 +67,8 @@ def disk_fault(
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(probe))
             file.flush()
-            if size > probe:  # its last byte alone, which a limit of the size of files does not let pass
+            # Its last byte alone, which a limit of the size of files does not let pass
+            if size > probe:
                 os.pwrite(file.fileno(), b"0", size - 1)
             os.fsync(file.fileno())
     except OSError as failure:
@@ -66,7 +79,9 @@ def disk_fault(
 def not_written(path: Path, fault: OSError) -> NotWrittenError:
     """What is said of something that a disk did not take."""
     try:
-        free = f"{shutil.disk_usage(path if path.exists() else path.parent).free / 1e6:,.0f} MB free"
+        free = (
+            f"{shutil.disk_usage(path if path.exists() else path.parent).free / 1e6:,.0f} MB free"
+        )
     except OSError:
         free = "how much is free is not known"
     return NotWrittenError(f"{path} could not be written: {fault.strerror} ({free})")
@@ -74,7 +89,8 @@ def not_written(path: Path, fault: OSError) -> NotWrittenError:
 
 @contextmanager
 def reports_disk_errors(path: Path, size: int = 0) -> Iterator[None]:
-    """What is written below `path` inside this block, about `size` bytes, succeeds, or ends in one UserError."""
+    """What is written below `path` inside this block, about `size` bytes, succeeds, or ends in one
+    UserError."""
     try:
         yield
     except UserError:
@@ -84,8 +100,8 @@ def reports_disk_errors(path: Path, size: int = 0) -> Iterator[None]:
         if fault is None:
             raise
         raise UserError(
-            f"{not_written(path, fault)}. What was complete before is unchanged. {REMEDY}, then run the same command "
-            "again."
+            f"{not_written(path, fault)}. What was complete before is unchanged. {REMEDY}, then run"
+            " the same command again."
         ) from error
 
 
@@ -98,17 +114,17 @@ def check_writable(directory: Path) -> None:
         fault = error
     if fault:
         raise UserError(
-            f"--output_dir {directory} cannot be written: {fault.strerror or fault}. Give a directory on a disk with "
-            "room, that is yours to write."
+            f"--output_dir {directory} cannot be written: {fault.strerror or fault}. Give a"
+            " directory on a disk with room, that is yours to write."
         )
 
 
 class Writing:
     """The files of one checkpoint, while all processes write theirs.
 
-    The libraries let the processes wait for each other between the files: one that left with an error would let the
-    others wait for ever. So the first error of a process is kept, what follows is tried all the same, and `check`
-    tells it to all.
+    The libraries let the processes wait for each other between the files: one that left with an
+    error would let the others wait for ever. So the first error of a process is kept, what follows
+    is tried all the same, and `check` tells it to all.
     """
 
     def __init__(self, directory: Path, size: int):
@@ -125,7 +141,8 @@ class Writing:
             self.keep(error)
 
     def keep(self, error: Exception) -> None:
-        """Keep an error, unless there was one before, and see at once whether the disk is at fault."""
+        """Keep an error, unless there was one before, and see at once whether the disk is at
+        fault."""
         if self.error is None:
             self.error, self.fault = error, disk_fault(self.directory, self.size, error)
 
@@ -162,7 +179,11 @@ class Writing:
 
 def in_streak(trainer: Trainer) -> bool:
     """Whether the last step of a guarded run was not finite; waits for the device."""
-    return any(each.in_streak() for each in trainer.callback_handler.callbacks if hasattr(each, "in_streak"))
+    return any(
+        each.in_streak()
+        for each in trainer.callback_handler.callbacks
+        if hasattr(each, "in_streak")
+    )
 
 
 def numel(parameter: torch.Tensor) -> int:
@@ -176,8 +197,8 @@ def weights_bytes(model: torch.nn.Module) -> int:
 
 
 def checkpoint_bytes(model: torch.nn.Module, deepspeed: bool) -> int:
-    """About how much a checkpoint takes: weights as they are, two fp32 moments of AdamW for what is trained, and under
-    DeepSpeed its fp32 master weights."""
+    """About how much a checkpoint takes: weights as they are, two fp32 moments of AdamW for what is
+    trained, and under DeepSpeed its fp32 master weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     elements = sum(map(numel, trained))
     saved = trained or list(model.parameters())
@@ -192,10 +213,11 @@ def directory_bytes(path: Path) -> int:
 
 
 class SaveCallback(TrainerCallback):
-    """A checkpoint that finds no room is left out, and training goes on; what there is of it is removed.
+    """A checkpoint that finds no room is left out, and training goes on; what there is of it is
+    removed.
 
-    Nor is one written at a step that is not finite: it falls to the next step that is. The state before is the one to
-    keep, and the rotation would delete it.
+    Nor is one written at a step that is not finite: it falls to the next step that is. The state
+    before is the one to keep, and the rotation would delete it.
 
     The main process looks at the room, before anything is written, and all do as it says.
     """
@@ -231,7 +253,9 @@ class SaveCallback(TrainerCallback):
                     with suppress(OSError):
                         delete_checkpoint(target)
                 if state.best_global_step == state.global_step:  # it cannot be loaded again
-                    state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
+                    state.best_metric, state.best_global_step, state.best_model_checkpoint = (
+                        self.best
+                    )
                 goes_on = "" if self.trainer.control.should_training_stop else ", training goes on"
                 if not self.postponed:
                     notice(f"step {state.global_step}: no checkpoint{goes_on}. {error}. {REMEDY}.")
@@ -241,14 +265,18 @@ class SaveCallback(TrainerCallback):
         return wrapped
 
     def _check_room(self, target: Path) -> None:
-        self.needed = self.needed or checkpoint_bytes(self.trainer.model, self.trainer.is_deepspeed_enabled)
+        self.needed = self.needed or checkpoint_bytes(
+            self.trainer.model, self.trainer.is_deepspeed_enabled
+        )
         room = Writing(target, self.needed)
         if is_main_process():
             with room.part():
                 self.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
                 free = shutil.disk_usage(self.output_dir).free
                 if free < self.needed:
-                    needed = f"{os.strerror(errno.ENOSPC)}, it needs about {self.needed / 1e6:,.0f} MB"
+                    needed = (
+                        f"{os.strerror(errno.ENOSPC)}, it needs about {self.needed / 1e6:,.0f} MB"
+                    )
                     raise OSError(errno.ENOSPC, needed)
         room.check()
 
@@ -267,23 +295,28 @@ class SaveCallback(TrainerCallback):
 
 
 def save_model(trainer: Trainer, directory: Path) -> None:
-    """Save weights, config and model code; every process calls it, since sharded weights are gathered.
+    """Save weights, config and model code; every process calls it, since sharded weights are
+    gathered.
 
-    Identical to `Trainer.save_model` except: a tied `lm_head.weight` is written once also under ZeRO, where accelerate
-    clones the state dict and the library no longer sees that the two are one; `use_cache`, which training turns off,
-    is on again; an adapter names its base by an absolute path.
+    Identical to `Trainer.save_model` except: a tied `lm_head.weight` is written once also under
+    ZeRO, where accelerate clones the state dict and the library no longer sees that the two are
+    one; `use_cache`, which training turns off, is on again; an adapter names its base by an
+    absolute path.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main_process():
         return
-    # TRL shadows `forward` on the instance; the saved code is the class's, so nothing of it reaches the checkpoint.
+    # TRL shadows `forward` on the instance; the saved code is the class's, so nothing of it reaches
+    # the checkpoint.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for tied in base.all_tied_weights_keys:
         state_dict.pop(tied, None)
     if isinstance(model, PeftModel):
         name = model.active_adapter
-        model.peft_config[name].base_model_name_or_path = str(Path(base.config._name_or_path).resolve())
+        model.peft_config[name].base_model_name_or_path = str(
+            Path(base.config._name_or_path).resolve()
+        )
     use_cache, base.config.use_cache = base.config.use_cache, True
     try:
         model.save_pretrained(directory, state_dict=state_dict)

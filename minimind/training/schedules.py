@@ -8,7 +8,8 @@ import torch
 import torch.utils.checkpoint
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
-TRIED = 1000  # steps of the run that a schedule is tried for where the data decides how many there are
+# Steps of the run that a schedule is tried for where the data decides how many there are
+TRIED = 1000
 
 
 def schedule_options(args: TrainingArguments, steps: int) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def schedule_options(args: TrainingArguments, steps: int) -> dict[str, Any]:
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Build the schedule for one number and ask it for some rates; the run's own is built when all data is read.
+    """Build the schedule for one number and ask it for some rates; the run's own is built when all
+    data is read.
 
     Raises:
         ValueError: it does not take the arguments, or gives a rate that is none.
@@ -32,14 +34,19 @@ def check_schedule(args: TrainingArguments) -> None:
     try:
         if given and kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
             raise TypeError("it takes none")
-        schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, schedule_options(args, steps))
+        schedule = get_scheduler(
+            kind, optimizer, args.get_warmup_steps(steps), steps, schedule_options(args, steps)
+        )
         for step in {0, steps // 2, steps}:
             for factor in getattr(schedule, "lr_lambdas", ()):
                 if not 0 <= factor(step) < math.inf:
-                    raise ValueError(f"the rate of step {step:,} would be {factor(step) * args.learning_rate:g}")
+                    raise ValueError(
+                        f"the rate of step {step:,} would be {factor(step) * args.learning_rate:g}"
+                    )
     except Exception as error:  # each of them has its own
         raise ValueError(
-            f"--lr_scheduler_kwargs {json.dumps(given)[:200]} do not fit --lr_scheduler_type {kind.value}: {error}"
+            f"--lr_scheduler_kwargs {json.dumps(given)[:200]} do not fit --lr_scheduler_type"
+            f" {kind.value}: {error}"
         ) from error
 
 
@@ -54,6 +61,10 @@ def check_recomputation(args: TrainingArguments) -> None:
         return
     number = torch.zeros((), requires_grad=True)
     try:
-        torch.utils.checkpoint.checkpoint(torch.sin, number, **{"use_reentrant": False} | given).backward()
+        torch.utils.checkpoint.checkpoint(
+            torch.sin, number, **{"use_reentrant": False} | given
+        ).backward()
     except Exception as error:  # it has many
-        raise ValueError(f"--activation_checkpointing_kwargs {json.dumps(given)[:200]}: {error}") from error
+        raise ValueError(
+            f"--activation_checkpointing_kwargs {json.dumps(given)[:200]}: {error}"
+        ) from error

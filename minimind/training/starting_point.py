@@ -28,7 +28,9 @@ from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import load_model_config_file
 
 
-def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None):
+def new_model(
+    config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None
+):
     """A MiniMind with random weights, its vocabulary and special ids those of the tokenizer.
 
     Raises:
@@ -53,15 +55,18 @@ def new_model(config_file: str, tokenizer: PreTrainedTokenizerFast, attn_impleme
 
 
 def check_memory(config: MiniMindConfig, config_file: str) -> None:
-    """Raises UserError where the weights alone are larger than this machine's memory, unless they take none."""
+    """Raises UserError where the weights alone are larger than this machine's memory, unless they
+    take none."""
     if torch.get_default_device().type == "meta":
         return
     with torch.device("meta"):
-        weights = 4 * sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+        weights = 4 * sum(
+            each.numel() for each in AutoModelForCausalLM.from_config(config).parameters()
+        )
     if weights > (memory := psutil.virtual_memory().total):
         raise UserError(
-            f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine has "
-            f"{memory / 2**30:,.0f}. Make it smaller; the sizes are in configs/model/."
+            f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine"
+            f" has {memory / 2**30:,.0f}. Make it smaller; the sizes are in configs/model/."
         )
 
 
@@ -70,12 +75,15 @@ def starting_point(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
     """Model, tokenizer and directory of the stage that the next one starts from.
 
-    Without a given directory it is `default`; where that does not exist either, a tiny model with random weights and
-    the default tokenizer, so that every script runs by itself.
+    Without a given directory it is `default`; where that does not exist either, a tiny model with
+    random weights and the default tokenizer, so that every script runs by itself.
     """
     if given is None and not (default and (Path(default) / "stage.json").exists()):
         if is_main_process():
-            say(f"no stage at {default}: starting from a tiny model with RANDOM weights (--model_name_or_path)")
+            say(
+                f"no stage at {default}: starting from a tiny model with RANDOM weights"
+                " (--model_name_or_path)"
+            )
         tokenizer = load_tokenizer()
         return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
     path = require_stage(given or default)
@@ -88,21 +96,24 @@ def starting_point(
 
 
 def check_attention(attn_implementation: str | None) -> None:
-    """Raises UserError where a back-end cannot train here, which the libraries say in the first backward at best."""
+    """Raises UserError where a back-end cannot train here, which the libraries say in the first
+    backward at best."""
     if attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise UserError(
-            "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa is the default."
+            "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa"
+            " is the default."
         )
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that DPO compares with; TRL would otherwise load one from the path in the config, which a merged or
-    random model has not."""
+    """A copy that DPO compares with; TRL would otherwise load one from the path in the config,
+    which a merged or random model has not."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
-    """The adapter that the options ask for, or None; raises UserError where it does not fit the model."""
+    """The adapter that the options ask for, or None; raises UserError where it does not fit the
+    model."""
     from minimind.costs.step import empty_model  # it plans stages, and so imports this module
 
     config = get_peft_config(args)
@@ -112,11 +123,16 @@ def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | No
 
 
 def check_length(name: str, length: int, config: MiniMindConfig) -> None:
-    """Raises UserError where rows are longer than the model has positions, or too short to predict anything."""
+    """Raises UserError where rows are longer than the model has positions, or too short to predict
+    anything."""
     if length > config.max_position_embeddings:
         raise UserError(
-            f"--{name} {length:,} is beyond the model's max_position_embeddings ({config.max_position_embeddings:,}). "
-            f"Lower --{name}, or train a model with more positions."
+            f"--{name} {length:,} is beyond the model's max_position_embeddings"
+            f" ({config.max_position_embeddings:,}). Lower --{name}, or train a model with more"
+            " positions."
         )
     if length < 2:
-        raise UserError(f"--{name} is {length}, expected at least 2: a row predicts each token from those before it.")
+        raise UserError(
+            f"--{name} is {length}, expected at least 2: a row predicts each token from those"
+            " before it."
+        )

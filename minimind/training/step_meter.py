@@ -22,14 +22,16 @@ from minimind.costs.units import gib
 MEASURED_STEPS = 5
 WATCHED_STEPS = 20
 LENGTHS = 2_000  # rows whose length is looked at
-SLOW, LOST = 2.0, 0.25  # times the planned seconds, and seconds lost a step: smaller steps are mostly overhead
+# Times the planned seconds, and seconds lost a step: smaller steps are mostly overhead
+SLOW, LOST = 2.0, 0.25
 
 
 class PeakMemory:
     """The most memory that this process's tensors take, from now on, in bytes.
 
-    On a GPU the allocator's own account. On a CPU the growth of the process's resident memory, which Linux keeps the
-    highest value of, beside the `tensors` (bytes) that are there already; None where there is no such account.
+    On a GPU the allocator's own account. On a CPU the growth of the process's resident memory,
+    which Linux keeps the highest value of, beside the `tensors` (bytes) that are there already;
+    None where there is no such account.
     """
 
     def __init__(self, device: torch.device, tensors: int):
@@ -38,7 +40,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again without being seen
+            # What was freed before would be used again without being seen
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the highest value begins anew
             self.before = self._resident("VmRSS")
         except (OSError, AttributeError, StopIteration):
@@ -57,7 +60,8 @@ class PeakMemory:
 
 
 class StepMeter(TrainerCallback):
-    """Seconds of each step, and the peak of memory over `steps` of them; then `finished` is called, once."""
+    """Seconds of each step, and the peak of memory over `steps` of them; then `finished` is called,
+    once."""
 
     def __init__(self, trainer: Trainer, steps: int):
         self.trainer, self.steps = trainer, steps
@@ -65,13 +69,17 @@ class StepMeter(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if len(self.seconds) == 1:  # the first step loads code and makes the optimizer's states
-            self.peak = PeakMemory(args.device, sum(t.numel() * t.element_size() for t in self._standing()))
+            self.peak = PeakMemory(
+                args.device, sum(t.numel() * t.element_size() for t in self._standing())
+            )
         self.began = time.perf_counter()
 
     def _standing(self) -> Iterator[torch.Tensor]:
         """The tensors that are there between two steps."""
         models = [self.trainer.model, getattr(self.trainer, "ref_model", None)]
-        yield from {parameter for model in models if model is not None for parameter in model.parameters()}
+        yield from {
+            parameter for model in models if model is not None for parameter in model.parameters()
+        }
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         for part in getattr(optimizer, "parts", [optimizer]):
             for state in part.state.values():
@@ -87,20 +95,25 @@ class StepMeter(TrainerCallback):
             self.finished(state)
 
     def results(self) -> dict[str, float]:
-        """Median seconds of the steps after the first, which sets up more than it computes; the peak in bytes."""
+        """Median seconds of the steps after the first, which sets up more than it computes; the
+        peak in bytes."""
         seconds = median(self.seconds[1:] or self.seconds)
-        return {"steps": len(self.seconds), "seconds_per_step": seconds, "peak_memory": self.peak.read()}
+        return {
+            "steps": len(self.seconds),
+            "seconds_per_step": seconds,
+            "peak_memory": self.peak.read(),
+        }
 
     def finished(self, state) -> None:
         """What to do with the results."""
 
 
 class PlanCallback(StepMeter):
-    """Compares the first steps of a run with what was planned for them: one line, and the numbers in the next log;
-    where they are much slower, a warning with the likely reasons.
+    """Compares the first steps of a run with what was planned for them: one line, and the numbers
+    in the next log; where they are much slower, a warning with the likely reasons.
 
-    It must not end a run: whatever goes wrong in it is said, and the run goes on. It has to stand before the trackers'
-    callbacks, which report the logs as they find them.
+    It must not end a run: whatever goes wrong in it is said, and the run goes on. It has to stand
+    before the trackers' callbacks, which report the logs as they find them.
     """
 
     def __init__(self, trainer: Trainer):
@@ -118,7 +131,9 @@ class PlanCallback(StepMeter):
         if self.steps:
             self._try(self._note_usage)
             self._try(self._compare_once)
-            self._try(lambda: super(PlanCallback, self).on_step_begin(args, state, control, **kwargs))
+            self._try(
+                lambda: super(PlanCallback, self).on_step_begin(args, state, control, **kwargs)
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.steps:
@@ -150,13 +165,15 @@ class PlanCallback(StepMeter):
             self.steps = 0
 
     def compare(self) -> None:
-        """Plan these steps on the device they ran on, print both, and keep the numbers for the log."""
+        """Plan these steps on the device they ran on, print both, and keep the numbers for the
+        log."""
         device, found = this_device(), self.results()
         step, padded = step_of(self.trainer, device)
         device = device.running(step)
         real = self.trainer.accelerator.unwrap_model(self.trainer.model)
         adapter = real.peft_config[real.active_adapter] if isinstance(real, PeftModel) else None
-        model = empty_model(core(real).config, adapter)  # the real one's weights may be divided among processes
+        # The real one's weights may be divided among processes
+        model = empty_model(core(real).config, adapter)
         mean = replace(step, length=max(2, round(padded)))
         work = flops(model, mean)
         achieved = work["model"] * step.accumulation / found["seconds_per_step"]
@@ -168,8 +185,13 @@ class PlanCallback(StepMeter):
         mfu = achieved / rate
         self.found = {"plan/mfu": mfu}
         said = []
-        for name, show in (("seconds_per_step", lambda x: f"{x:.3g} s a step"), ("peak_memory", gib)):
-            if found[name] is None or (name == "peak_memory" and device.kind == "cpu" and step.zero_stage is not None):
+        for name, show in (
+            ("seconds_per_step", lambda x: f"{x:.3g} s a step"),
+            ("peak_memory", gib),
+        ):
+            if found[name] is None or (
+                name == "peak_memory" and device.kind == "cpu" and step.zero_stage is not None
+            ):
                 continue  # of DeepSpeed's own buffers nobody knows what is resident
             difference = found[name] / planned[name] - 1
             self.found |= {f"plan/{name}": found[name], f"plan/{name}_planned": planned[name]}
@@ -198,11 +220,14 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     else:
         lengths = [len(row) for row in rows.get("input_ids", [])] or [allowed]
     batch_size = args.per_device_train_batch_size
-    batches = [max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
+    batches = [
+        max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)
+    ]
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin else {}
     offload = {
-        name: zero.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")
+        name: zero.get(name, {}).get("device", "none") != "none"
+        for name in ("offload_optimizer", "offload_param")
     }
     adapter = isinstance(model, PeftModel)
     return Step(
@@ -217,7 +242,11 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         attention=model.config._attn_implementation,
         masked=not hasattr(args, "block_size") or args.document_mask,
         pairs=pairs,
-        reference=("adapter" if adapter else "copy") if pairs and not args.precompute_ref_log_probs else None,
+        reference=(
+            ("adapter" if adapter else "copy")
+            if pairs and not args.precompute_ref_log_probs
+            else None
+        ),
         weighted=getattr(trainer, "weighted", False),
         zero_stage=zero.get("stage", 0) if plugin else None,
         offload_optimizer=offload["offload_optimizer"],

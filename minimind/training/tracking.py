@@ -25,7 +25,8 @@ from minimind.common.streams import printable
 
 PROBE_SECONDS = 5
 PROJECT = "minimind"
-EXTRAS = {"trackio": "board", "tensorboard": "board", "swanlab": "swanlab"}  # extras of pyproject.toml
+# Extras of pyproject.toml
+EXTRAS = {"trackio": "board", "tensorboard": "board", "swanlab": "swanlab"}
 
 
 def find_key(host: str) -> bool:
@@ -51,7 +52,8 @@ def server_answers(host: str, port: int) -> bool:
         except OSError:
             return
 
-    probe = threading.Thread(target=connect, daemon=True)  # a name lookup has no time-out of its own
+    # A name lookup has no time-out of its own
+    probe = threading.Thread(target=connect, daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
     return opened.is_set()
@@ -68,10 +70,12 @@ def offline_reason() -> str | None:
 
 
 def start_tracking(stage, report: dict | None = None) -> None:
-    """Open the runs of a stage in the trackers that `--report_to` asks for, before the Trainer would.
+    """Open the runs of a stage in the trackers that `--report_to` asks for, before the Trainer
+    would.
 
-    Each carries the stage's arguments and lineage and is grouped with the other stages of its pipeline. The Trainer's
-    own callbacks find them open and log into them. The `report` of an inspection becomes tables in wandb's.
+    Each carries the stage's arguments and lineage and is grouped with the other stages of its
+    pipeline. The Trainer's own callbacks find them open and log into them. The `report` of an
+    inspection becomes tables in wandb's.
 
     Raises:
         UserError: a tracker that does not exist or is not installed.
@@ -80,14 +84,22 @@ def start_tracking(stage, report: dict | None = None) -> None:
         return
     for name in stage.args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(f"--report_to {name}: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+            raise UserError(
+                f"--report_to {name}: expected none or some of"
+                f" {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
         if name in EXTRAS and importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--report_to {name}: it is not installed. Install it ({install(EXTRAS[name])}, or "
                 f"pip install {name}), or leave it out."
             )
     stage.args.run_name = printable(stage.args.run_name or f"{stage.kind}: {stage.output_dir}")
-    starts = {"wandb": _wandb, "trackio": _trackio, "tensorboard": _tensorboard, "swanlab": _swanlab}
+    starts = {
+        "wandb": _wandb,
+        "trackio": _trackio,
+        "tensorboard": _tensorboard,
+        "swanlab": _swanlab,
+    }
     for name in list(stage.args.report_to):
         opened = False
         with decoration(name):
@@ -115,7 +127,9 @@ def track_samples(rows: Sequence[dict], step: int) -> None:
 
 def _wandb_table(wandb, rows: Sequence[dict], step: int) -> None:
     if wandb.run is not None:
-        table = wandb.Table(["step", "prompt", "text"], [[row["step"], row["prompt"], row["text"]] for row in rows])
+        table = wandb.Table(
+            ["step", "prompt", "text"], [[row["step"], row["prompt"], row["text"]] for row in rows]
+        )
         wandb.log({"samples": table, "train/global_step": step})
 
 
@@ -128,7 +142,9 @@ def _trackio_table(trackio, rows: Sequence[dict], step: int) -> None:
 
 def _swanlab_texts(swanlab, rows: Sequence[dict], step: int) -> None:
     if _swanlab_run(swanlab) is not None:
-        new = [swanlab.Text(row["text"], caption=row["prompt"]) for row in rows if row["step"] == step]
+        new = [
+            swanlab.Text(row["text"], caption=row["prompt"]) for row in rows if row["step"] == step
+        ]
         swanlab.log({"samples": new}, step=step)
 
 
@@ -161,7 +177,9 @@ def _trackio(stage) -> None:
 
 
 def _tensorboard(stage) -> None:
-    directory = os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(stage.output_dir / "tensorboard"))
+    directory = os.environ.setdefault(
+        "TENSORBOARD_LOGGING_DIR", str(stage.output_dir / "tensorboard")
+    )
     if is_main_process():
         say(f"tensorboard: look at the run      tensorboard --logdir {directory}")
 
@@ -209,13 +227,17 @@ def _wandb(stage) -> None:
             id=stage.run["run"],  # a resumed stage goes on in its run
             resume="allow",
             # A killed run keeps all but its last second; the default loses up to 15.
-            settings=wandb.Settings(init_timeout=30, silent=True, x_file_stream_transmit_interval=1),
+            settings=wandb.Settings(
+                init_timeout=30, silent=True, x_file_stream_transmit_interval=1
+            ),
         )
 
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
     try:
         run = init(mode)
-    except Exception as error:  # a refused key or a server that fails half-way must not end a training run
+    except (
+        Exception
+    ) as error:  # a refused key or a server that fails half-way must not end a training run
         say(f"wandb: offline, because the server refused the run: {first_line(error)}")
         run = init("offline")
     if run.settings.mode in ("offline", "dryrun"):
@@ -231,12 +253,19 @@ def report_tables(report: dict) -> dict:
     import wandb
 
     columns = ["tokens", "trained", "trained_share"]
-    roles = [[name, *(counts[column] for column in columns)] for name, counts in report["roles"].items()]
+    roles = [
+        [name, *(counts[column] for column in columns)] for name, counts in report["roles"].items()
+    ]
     windows = report["lengths"]["windows"]
     fields = ["severity", "name", "count", "text", "advice"]
-    findings = [[*(each[field] for field in fields), ", ".join(each["places"])] for each in report["findings"]]
+    findings = [
+        [*(each[field] for field in fields), ", ".join(each["places"])]
+        for each in report["findings"]
+    ]
     return {
         "inspection/roles": wandb.Table(["role", *columns], roles),
-        "inspection/lengths": wandb.Table([*windows[0]], [[*window.values()] for window in windows]),
+        "inspection/lengths": wandb.Table(
+            [*windows[0]], [[*window.values()] for window in windows]
+        ),
         "inspection/findings": wandb.Table([*fields, "places"], findings),
     }

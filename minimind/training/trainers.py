@@ -26,16 +26,19 @@ def weighted_causal_lm_loss(
     loss_weights: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """sum(w * -log p) / num_items_in_batch over trained tokens: logits (B, S, V), labels and loss_weights (B, S)."""
+    """sum(w * -log p) / num_items_in_batch over trained tokens: logits (B, S, V), labels and
+    loss_weights (B, S)."""
     targets = pad(labels[..., 1:], (0, 1), value=IGNORED).reshape(-1)
     weights = pad(loss_weights[..., 1:], (0, 1)).reshape(-1)
-    losses = cross_entropy(logits.view(-1, vocab_size).float(), targets, ignore_index=IGNORED, reduction="none")
+    losses = cross_entropy(
+        logits.view(-1, vocab_size).float(), targets, ignore_index=IGNORED, reduction="none"
+    )
     return (weights * losses).sum() / num_items_in_batch
 
 
 def warmed_up(step: int, factor: Callable[[int], float], warmup_steps: int) -> float:
-    """Factor of the learning rate at a step, the first being 0: the library's `factor`, a step ahead while it warms up
-    from 0, so that step k of w has (k + 1) / w of the peak."""
+    """Factor of the learning rate at a step, the first being 0: the library's `factor`, a step
+    ahead while it warms up from 0, so that step k of w has (k + 1) / w of the peak."""
     if step >= warmup_steps or factor(0) > 0:
         return factor(step)
     return factor(step + 1) if step + 1 < warmup_steps else 1.0
@@ -44,14 +47,16 @@ def warmed_up(step: int, factor: Callable[[int], float], warmup_steps: int) -> f
 class ScheduledTrainer(ResumableTrainer):
     """Identical to the library's except:
 
-    The first step's learning rate is above 0, and the last step of the warm-up has the peak. The library's first step
-    has rate 0 and trains nothing, which is all that a run of one step would do. What follows the warm-up is the same.
+    The first step's learning rate is above 0, and the last step of the warm-up has the peak. The
+    library's first step has rate 0 and trains nothing, which is all that a run of one step would
+    do. What follows the warm-up is the same.
 
-    The length of the decay of `warmup_stable_decay` may be a share of all steps, `--lr_decay_steps`, as that of the
-    warm-up may.
+    The length of the decay of `warmup_stable_decay` may be a share of all steps,
+    `--lr_decay_steps`, as that of the warm-up may.
 
     Raises:
-        UserError: (when it is made) what the libraries refuse, which are options that do not fit together.
+        UserError: (when it is made) what the libraries refuse, which are options that do not fit
+        together.
     """
 
     def __init__(self, *args, **kwargs):
@@ -59,18 +64,24 @@ class ScheduledTrainer(ResumableTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(f"the options do not fit together: {error}") from error
-        if getattr(self.args, "router_aux_loss_coef", None) and not getattr(self.model.config, "num_experts", 0):
-            raise UserError("--router_aux_loss_coef is about experts, and the model has none. Leave it out.")
+        if getattr(self.args, "router_aux_loss_coef", None) and not getattr(
+            self.model.config, "num_experts", 0
+        ):
+            raise UserError(
+                "--router_aux_loss_coef is about experts, and the model has none. Leave it out."
+            )
 
     def init_hf_repo(self, *args, **kwargs):
-        """The library's, before the first step; raises UserError where the Hub or the login fails."""
+        """The library's, before the first step; raises UserError where the Hub or the login
+        fails."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"--push_to_hub: the repository cannot be opened ({reason}). Log in with `hf auth login` and look at "
-                "the network; or train without it, and upload the finished directory with `hf upload`."
+                f"--push_to_hub: the repository cannot be opened ({reason}). Log in with `hf auth"
+                " login` and look at the network; or train without it, and upload the finished"
+                " directory with `hf upload`."
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -81,8 +92,11 @@ class ScheduledTrainer(ResumableTrainer):
         with decoration("the upload to the Hub"):
             super()._finish_current_push()
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The library's schedule, warmed up as above; raises UserError where the rate of every step would be 0."""
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ):
+        """The library's schedule, warmed up as above; raises UserError where the rate of every step
+        would be 0."""
         is_new = self.lr_scheduler is None
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
             # A copy of the trainer may be asked, so the arguments as they were given have to stay.
@@ -90,31 +104,38 @@ class ScheduledTrainer(ResumableTrainer):
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if is_new and isinstance(schedule, LambdaLR):
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            factors = [partial(warmed_up, factor=factor, warmup_steps=warmup_steps) for factor in schedule.lr_lambdas]
+            factors = [
+                partial(warmed_up, factor=factor, warmup_steps=warmup_steps)
+                for factor in schedule.lr_lambdas
+            ]
             if not any(factors[0](step) for step in range(num_training_steps)):
                 raise UserError(
-                    f"--lr_scheduler_type {self.args.lr_scheduler_type.value} has the learning rate 0 at each of the "
-                    f"{num_training_steps:,} steps, which would train nothing. Change --lr_scheduler_kwargs "
-                    f"({self.args.lr_scheduler_kwargs}), or train for more steps."
+                    f"--lr_scheduler_type {self.args.lr_scheduler_type.value} has the learning rate"
+                    f" 0 at each of the {num_training_steps:,} steps, which would train nothing."
+                    f" Change --lr_scheduler_kwargs ({self.args.lr_scheduler_kwargs}), or train for"
+                    " more steps."
                 )
             self.lr_scheduler = LambdaLR(schedule.optimizer, factors)
         return self.lr_scheduler
 
 
 class BlockTrainer(ScheduledTrainer):
-    """Identical to the library's except: held-out loss is the mean over targets, also where rows have different
-    numbers of them. The library takes the mean of each batch, and then of the batches. Beside it stand the bits per
-    byte of all held-out rows, and of each source where there are several.
+    """Identical to the library's except: held-out loss is the mean over targets, also where rows
+    have different numbers of them. The library takes the mean of each batch, and then of the
+    batches. Beside it stand the bits per byte of all held-out rows, and of each source where there
+    are several.
 
-    `eval_counts`: "targets", "target_bytes" and "blocks" of the held-out rows, perhaps of each of its "sources", which
-    lie one after the other; see `documents.load_blocks`.
+    `eval_counts`: "targets", "target_bytes" and "blocks" of the held-out rows, perhaps of each of
+    its "sources", which lie one after the other; see `documents.load_blocks`.
     """
 
     def __init__(self, *args, eval_counts: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_counts = eval_counts
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs
+    ):
         """Evaluates source by source, so that none has to be read twice."""
         loop = partial(super().evaluation_loop, metric_key_prefix=metric_key_prefix, **kwargs)
         counts = self.eval_counts
@@ -126,7 +147,11 @@ class BlockTrainer(ScheduledTrainer):
             rows = self.eval_dataset.select(range(first, first + source["blocks"]))
             first += source["blocks"]
             batches = self._get_dataloader(
-                rows, description, self.args.eval_batch_size, self._get_eval_sampler, dataloader_key=source["name"]
+                rows,
+                description,
+                self.args.eval_batch_size,
+                self._get_eval_sampler,
+                dataloader_key=source["name"],
             )
             self.eval_counts = source
             outputs.append(loop(batches, description, *args))
@@ -135,7 +160,8 @@ class BlockTrainer(ScheduledTrainer):
         losses = [each.metrics["eval_loss"] for each in outputs]
         if outputs:
             output.metrics["eval_loss"] = sum(
-                loss * source["targets"] / counts["targets"] for loss, source in zip(losses, sources, strict=True)
+                loss * source["targets"] / counts["targets"]
+                for loss, source in zip(losses, sources, strict=True)
             )
             output = output._replace(num_samples=sum(each.num_samples for each in outputs))
         output.metrics["eval_bits_per_byte"] = bits_per_byte(output.metrics["eval_loss"], counts)
@@ -145,8 +171,11 @@ class BlockTrainer(ScheduledTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training and self.eval_counts:
-            # The library multiplies by the processes and weighs the batch by its rows: divide by these rows' share.
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            # The library multiplies by the processes and weighs the batch by its rows: divide by
+            # these rows' share.
+            processes = (
+                self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            )
             rows = len(inputs["input_ids"]) * processes
             num_items_in_batch = rows * self.eval_counts["targets"] / self.eval_counts["blocks"]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -155,14 +184,15 @@ class BlockTrainer(ScheduledTrainer):
 class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
     """For rows of `load_conversations`. Identical to TRL's except:
 
-    The loss is the model's own. TRL projects through the head in tiles and in Python, which saves memory at
-    vocabularies of 100,000 and more; at 6,400 on a CPU it costs most of a step (benchmarks/sft_packing.py). The price:
-    entropy and token accuracy are not logged.
+    The loss is the model's own. TRL projects through the head in tiles and in Python, which saves
+    memory at vocabularies of 100,000 and more; at 6,400 on a CPU it costs most of a step
+    (benchmarks/sft_packing.py). The price: entropy and token accuracy are not logged.
 
-    Rows that have loss_weights keep them, and the loss is sum(w * loss) / sum(w) over all tokens of a step: those of
-    its micro-batches and of all processes.
+    Rows that have loss_weights keep them, and the loss is sum(w * loss) / sum(w) over all tokens of
+    a step: those of its micro-batches and of all processes.
 
-    Packing is best-fit over the whole data, not over each 1,000 rows, and a batch of packed rows stays in rows.
+    Packing is best-fit over the whole data, not over each 1,000 rows, and a batch of packed rows
+    stays in rows.
     """
 
     def __init__(self, *args, **kwargs):
@@ -170,13 +200,19 @@ class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
         self.weighted = "loss_weights" in self.train_dataset.column_names
         if self.weighted:
             model = self.accelerator.unwrap_model(self.model)
-            getattr(model, "get_base_model", lambda: model)().loss_function = weighted_causal_lm_loss
+            getattr(
+                model, "get_base_model", lambda: model
+            )().loss_function = weighted_causal_lm_loss
         if self.args.packing or self.weighted:
             self.data_collator = PackedCollator(self.processing_class.pad_token_id)
 
-    def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class, args, packing: bool, *rest
+    ) -> Dataset:
         if packing and "seq_lengths" not in dataset.column_names:
-            dataset = pack_dataset(dataset, args.max_length, "bfd", {"batch_size": None, "desc": "packing"})
+            dataset = pack_dataset(
+                dataset, args.max_length, "bfd", {"batch_size": None, "desc": "packing"}
+            )
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
@@ -184,25 +220,31 @@ class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
         self._signature_columns = list({*self._signature_columns, "loss_weights"})
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Scales the weights of a step so that dividing by its trained tokens is dividing by their sum."""
+        """Scales the weights of a step so that dividing by its trained tokens is dividing by their
+        sum."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.weighted and batches:
             total = sum(batch["loss_weights"].sum() for batch in batches).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 total = self.accelerator.gather(total).sum()
             for batch in batches:
-                batch["loss_weights"] = batch["loss_weights"] * (num_items / total).to(batch["loss_weights"].device)
+                batch["loss_weights"] = batch["loss_weights"] * (num_items / total).to(
+                    batch["loss_weights"].device
+                )
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs["use_cache"] = False  # with a cache, position_ids that restart would not keep conversations apart
-        if self.weighted and num_items_in_batch is None:  # in evaluation each batch stands for itself
+        # With a cache, position_ids that restart would not keep conversations apart
+        inputs["use_cache"] = False
+        # In evaluation each batch stands for itself
+        if self.weighted and num_items_in_batch is None:
             num_items_in_batch = inputs["loss_weights"].sum()
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
 class PreferenceCollator(DataCollatorForPreference):
-    """TRL's, except: of a reply in several messages only the assistant's count, not the results of its tools."""
+    """TRL's, except: of a reply in several messages only the assistant's count, not the results of
+    its tools."""
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
@@ -214,8 +256,8 @@ class PreferenceCollator(DataCollatorForPreference):
 
 
 class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
-    """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL tokenises by itself and
-    would take control tokens in somebody's words for real."""
+    """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL
+    tokenises by itself and would take control tokens in somebody's words for real."""
 
     def __init__(self, *args, processing_class, **kwargs):
         collator = PreferenceCollator(processing_class.pad_token_id)

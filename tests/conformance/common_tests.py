@@ -1,6 +1,8 @@
-"""transformers' common model tests over MiniMind, and over the library's models that compute the same.
+"""transformers' common model tests over MiniMind, and over the library's models that compute the
+same.
 
-Each MiniMind class names its twin, whose results on the same tests are what it is measured by (conftest.py).
+Each MiniMind class names its twin, whose results on the same tests are what it is measured by
+(conftest.py).
 """
 
 import unittest
@@ -27,13 +29,20 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
-from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification, MiniMindModel
+from minimind import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    MiniMindForSequenceClassification,
+    MiniMindModel,
+)
 
-# By these tables the common tests tell which classes are given labels, and which are trained. They would pass over a
-# class that is not in them without a word.
+# By these tables the common tests tell which classes are given labels, and which are trained. They
+# would pass over a class that is not in them without a word.
 modeling_auto.MODEL_MAPPING_NAMES["minimind"] = "MiniMindModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind"] = "MiniMindForCausalLM"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["minimind"] = "MiniMindForSequenceClassification"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["minimind"] = (
+    "MiniMindForSequenceClassification"
+)
 
 SIZE = {
     "vocab_size": 99,
@@ -49,10 +58,15 @@ SIZE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 
-# Tests of mixtures of experts. They judge by the class, which in the library is either dense or a mixture; MiniMind's
-# is what its configuration says, so a dense one would be asked for experts.
+# Tests of mixtures of experts. They judge by the class, which in the library is either dense or a
+# mixture; MiniMind's is what its configuration says, so a dense one would be asked for experts.
 OF_EXPERTS = (
     "test_eager_matches_batched_and_grouped_inference",
     "test_output_router_logits_from_config",
@@ -61,7 +75,8 @@ OF_EXPERTS = (
 
 
 class ModelTester:
-    """What the mixins ask of a model, by the names they use: its sizes, its configuration, its inputs."""
+    """What the mixins ask of a model, by the names they use: its sizes, its configuration, its
+    inputs."""
 
     batch_size = 13
     seq_length = 7
@@ -75,8 +90,13 @@ class ModelTester:
         return self.config_class(**self.fields)
 
     def prepare_config_and_inputs_for_common(self):
-        ids = torch.randint(self.vocab_size, (self.batch_size, self.seq_length), device=torch_device)
-        return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
+        ids = torch.randint(
+            self.vocab_size, (self.batch_size, self.seq_length), device=torch_device
+        )
+        return self.get_config(), {
+            "input_ids": ids,
+            "attention_mask": torch.tril(torch.ones_like(ids)),
+        }
 
 
 class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
@@ -87,14 +107,17 @@ class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     fields = {}  # noqa: RUF012
     twin = None
     model_tester = None
-    # The mixin runs this test only over files whose licence header has a year from 2023 on; ours has no such header.
+    # The mixin runs this test only over files whose licence header has a year from 2023 on; ours
+    # has no such header.
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
         if "num_experts" not in self.fields and self._testMethodName.startswith(OF_EXPERTS):
             self.skipTest("a dense model has no experts")
         set_seed(0)
-        self.model_tester = ModelTester(self.config_class, self.all_model_classes[1], {**SIZE, **self.fields})
+        self.model_tester = ModelTester(
+            self.config_class, self.all_model_classes[1], {**SIZE, **self.fields}
+        )
 
     def test_config(self):
         ConfigTester(self, self.config_class, **SIZE).run_common_tests()

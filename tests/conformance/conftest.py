@@ -1,7 +1,9 @@
-"""Runs the common tests of the installed transformers, and measures MiniMind's results by its twins'.
+"""Runs the common tests of the installed transformers, and measures MiniMind's results by its
+twins'.
 
-The run fails where MiniMind does worse than its twin: where it fails a test that the twin passes or skips, skips one
-that the twin passes, or passes fewer subtests. What both fail or skip is not held against it.
+The run fails where MiniMind does worse than its twin: where it fails a test that the twin passes or
+skips, skips one that the twin passes, or passes fewer subtests. What both fail or skip is not held
+against it.
 """
 
 import os
@@ -16,7 +18,8 @@ from sdist import download, unpack
 from minimind.common.errors import UserError
 
 COUNTED = ("passed", "subtests passed", "skipped", "failed")
-# Tests that MiniMind may skip though its twin passes, because they ask for what it leaves out on purpose.
+# Tests that MiniMind may skip though its twin passes, because they ask for what it leaves out on
+# purpose.
 LEFT_OUT = {"test_sliding_window_mask": "its attention has no sliding window"}
 
 
@@ -34,7 +37,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """Below pytest's own report, set MiniMind's results beside its twins', and let that decide on the exit status."""
+    """Below pytest's own report, set MiniMind's results beside its twins', and let that decide on
+    the exit status."""
     yield
     classes = {item.cls for item in session.items}
     pairs = sorted((cls.__name__, cls.twin.__name__) for cls in classes if cls.twin in classes)
@@ -42,14 +46,17 @@ def pytest_sessionfinish(session):
         return  # interrupted, or only a part was asked for: pytest's own verdict stands
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     results = outcomes_by_test(reporter.stats)
-    complaints = [f"{ours}: {line}" for ours, twin in pairs for line in worse(results[ours], results[twin])]
+    complaints = [
+        f"{ours}: {line}" for ours, twin in pairs for line in worse(results[ours], results[twin])
+    ]
     for line in (*table(results, pairs), *complaints):
         reporter.write_line(line)
     session.exitstatus = pytest.ExitCode.TESTS_FAILED if complaints else pytest.ExitCode.OK
 
 
 def outcomes_by_test(stats: dict[str, list]) -> dict[str, dict[str, Counter]]:
-    """class -> test -> how often each outcome was reported: once for the test, and once for each subtest."""
+    """class -> test -> how often each outcome was reported: once for the test, and once for each
+    subtest."""
     results = defaultdict(lambda: defaultdict(Counter))
     for category in (*COUNTED, "error"):
         for report in stats.get(category, []):
@@ -62,7 +69,10 @@ def table(results: dict[str, dict[str, Counter]], pairs: list[tuple[str, str]]) 
     lines = [f"\n{'MiniMind / twin':32}" + "".join(f"{name:>17}" for name in COUNTED)]
     for pair in pairs:
         ours, twin = (sum(results[name].values(), Counter()) for name in pair)
-        lines.append(f"{' / '.join(pair):32}" + "".join(f"{f'{ours[name]} / {twin[name]}':>17}" for name in COUNTED))
+        lines.append(
+            f"{' / '.join(pair):32}"
+            + "".join(f"{f'{ours[name]} / {twin[name]}':>17}" for name in COUNTED)
+        )
     return [*lines, *(f"MiniMind may skip {test}: {why}." for test, why in LEFT_OUT.items())]
 
 
@@ -77,5 +87,6 @@ def worse(ours: dict[str, Counter], twin: dict[str, Counter]) -> list[str]:
 
 
 def rank(outcomes: Counter) -> int:
-    """0 if a test and its subtests passed, 1 if any was skipped, 2 if any failed or the test did not run."""
+    """0 if a test and its subtests passed, 1 if any was skipped, 2 if any failed or the test did
+    not run."""
     return 2 if outcomes["failed"] or not outcomes else int(outcomes["skipped"] > 0)
