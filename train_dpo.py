@@ -5,8 +5,8 @@ al., 2023).
     python train_dpo.py --config configs/dpo/26m.yaml --train_files pairs.jsonl
     deepspeed train_dpo.py --deepspeed ds_config_zero2.json
 
-Reads   preference pairs (prompt/chosen/rejected in the usual formats) and a stage directory (--model_name_or_path),
-        which is also the frozen reference.
+Reads   preference pairs (prompt/chosen/rejected in the usual formats) and a stage directory
+        (--model_name_or_path), which is also the frozen reference.
 Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an adapter.
 """
 
@@ -14,42 +14,25 @@ from transformers import set_seed
 
 from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
-from minimind.data.chat_encoder import set_chat_template
-from minimind.data.chats import ChatArguments, load_preferences
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
-from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
+from minimind.stages import DPO, load_inputs
+from minimind.training.arguments import parse
 from minimind.training.run import Stage
-from minimind.training.starting_point import (
-    adapter_config,
-    check_length,
-    frozen_copy,
-    starting_point,
-)
+from minimind.training.starting_point import adapter_config, frozen_copy
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import PreferenceTrainer
 
 
 @reports_user_errors
 def main() -> None:
-    data_args, chat_args, model_args, training_args = parse(
-        DataArguments, ChatArguments, ModelArguments, DPOStageConfig
-    )
+    data_args, chat_args, model_args, training_args = parse(*DPO.arguments)
     set_seed(training_args.seed)
+    model, tokenizer, parent, rows = load_inputs(
+        DPO, training_args, data_args, model_args, chat_args
+    )
 
-    model, tokenizer, parent = starting_point(
-        model_args.model_name_or_path, model_args.attn_implementation, "runs/sft"
-    )
-    check_length("max_length", training_args.max_length, model.config)
-    set_chat_template(tokenizer, chat_args.chat_template)
-    rows = load_preferences(
-        data_args.or_embedded("dpo"),
-        tokenizer,
-        training_args.max_length,
-        chat_args,
-        training_args.seed,
-    )
     inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
     if is_main_process():
         with decoration("showing the inspection"):
