@@ -34,11 +34,12 @@ class Parser(argparse.ArgumentParser):
                 for command in action.choices.values():
                     print(f"\n{command.format_help()}", end="")
         if self.get_default("run") in TAKE_STAGE_OPTIONS:
-            from minimind.planning.planned_runs import STAGES, StageParser
+            from minimind.stages import STAGES
+            from minimind.training.parser import StageParser
 
-            script, types = STAGES[getattr(namespace, "stage", None) or "pretrain"]
-            print(f"\nand all options of {script}:\n")
-            StageParser(types).print_all_help()
+            spec = STAGES[getattr(namespace, "stage", None) or "pretrain"]
+            print(f"\nand all options of {spec.script}:\n")
+            StageParser(spec.arguments).print_all_help()
 
 
 def build_parser() -> argparse.ArgumentParser:

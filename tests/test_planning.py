@@ -48,8 +48,7 @@ from minimind.costs.step import (
     parameter_counts,
     saved_per_token,
 )
-from minimind.planning import measuring
-from minimind.planning import planned_runs as recipes
+from minimind.planning import counting, measuring, planned_runs
 from minimind.planning.plans import largest_batch, make_plan
 from minimind.stage_directory import read_stage
 from minimind.training.optimizers import build_optimizer
@@ -377,7 +376,7 @@ DATA = {"pretrain": document_rows, "sft": chat_rows, "lora": chat_rows, "dpo": p
 def read(tmp_path, stage, words=(), **keys):
     """A recipe in a folder of its stage's name, and as a plan reads it."""
     path = write_recipe(tmp_path, stage, **keys)
-    return recipes.read_recipes([str(path)], [str(word) for word in words])
+    return planned_runs.read_recipes([str(path)], [str(word) for word in words])
 
 
 def write_recipe(tmp_path, stage, folder=None, **keys):
@@ -423,7 +422,7 @@ def test_steps_and_tokens_are_those_of_the_real_runs(tmp_path, pipeline, monkeyp
     plans = {}
     for stage, recipe in pipeline.items():
         words = ["--num_train_epochs", "3", "--gradient_accumulation_steps", "3", "--bf16", "false"]
-        (read_back,) = recipes.read_recipes([str(recipe)], words)
+        (read_back,) = planned_runs.read_recipes([str(recipe)], words)
         plans[stage] = make_plan(read_back, DEVICES["h100"])  # before its parent is written
         run_script(monkeypatch, SCRIPTS[stage], "--config", recipe, *words, "--report_to", "none")
     for stage, plan in plans.items():
@@ -436,7 +435,7 @@ def test_steps_and_tokens_are_those_of_the_real_runs(tmp_path, pipeline, monkeyp
 def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writes_it(
     tmp_path, pipeline
 ):
-    (recipe,) = recipes.read_recipes([str(pipeline["dpo"])], [])
+    (recipe,) = planned_runs.read_recipes([str(pipeline["dpo"])], [])
     plan = make_plan(recipe, DEVICES["a100"])
     assert (
         plan.parameters["total"]
@@ -445,23 +444,26 @@ def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writ
     assert any("still to be written" in note and "pretrain.yaml" in note for note in plan.notes)
     pipeline["sft"].unlink()
     with pytest.raises(UserError, match="no such directory"):
-        make_plan(*recipes.read_recipes([str(pipeline["lora"])], []), DEVICES["a100"])
+        make_plan(*planned_runs.read_recipes([str(pipeline["lora"])], []), DEVICES["a100"])
 
 
 @pytest.mark.parametrize("stage", DATA)
 def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
-    assert recipes.stage_of(write_recipe(tmp_path, stage), []) == stage
+    assert planned_runs.stage_of(write_recipe(tmp_path, stage), []) == stage
     keys = {
         "pretrain": {"block_size": 8},
         "sft": {"packing": False},
         "lora": {"use_peft": True, "packing": True},
     }
     given = write_recipe(tmp_path, stage, folder="elsewhere", **keys.get(stage, {"beta": 0.1}))
-    assert recipes.stage_of(given, []) == stage
+    assert planned_runs.stage_of(given, []) == stage
     told = {"train_files": [getattr(files, stage)]} | (
         {"use_peft": True} if stage == "lora" else {}
     )
-    assert recipes.stage_of(write_recipe(tmp_path, stage, folder="elsewhere", **told), []) == stage
+    assert (
+        planned_runs.stage_of(write_recipe(tmp_path, stage, folder="elsewhere", **told), [])
+        == stage
+    )
 
 
 @pytest.mark.parametrize("stage", DATA)
@@ -483,8 +485,8 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     (recipe,) = read(tmp_path, stage, eval_files=files[:1], train_files=files, **keys)
     tokenizer = recipe.starting_point()[1]
     counted = recipe.rows(tokenizer)
-    monkeypatch.setattr(recipes, "COUNTED", 0)
-    monkeypatch.setattr(recipes, "SAMPLE", 2**12)
+    monkeypatch.setattr(counting, "COUNTED", 0)
+    monkeypatch.setattr(counting, "SAMPLE", 2**12)
     # Else the prepared rows are found
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "other"))
     sampled = recipe.rows(tokenizer)
@@ -499,20 +501,20 @@ def test_a_deepspeed_json_says_stage_and_offloading():
     def options(value):
         return types.SimpleNamespace(deepspeed=value)
 
-    assert recipes.deepspeed_of(options(None)) == (None, False, False)
-    assert recipes.deepspeed_of(options("ds_config_zero2.json")) == (2, False, False)
+    assert planned_runs.deepspeed_of(options(None)) == (None, False, False)
+    assert planned_runs.deepspeed_of(options("ds_config_zero2.json")) == (2, False, False)
     offloaded = {
         "stage": 3,
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "nvme"},
     }
-    assert recipes.deepspeed_of(options(json.dumps({"zero_optimization": offloaded}))) == (
+    assert planned_runs.deepspeed_of(options(json.dumps({"zero_optimization": offloaded}))) == (
         3,
         True,
         True,
     )
     with pytest.raises(UserError, match="no such file"):
-        recipes.deepspeed_of(options("nowhere.json"))
+        planned_runs.deepspeed_of(options("nowhere.json"))
 
 
 # The command
@@ -748,7 +750,7 @@ def test_the_recipes_for_a_laptop_take_the_time_that_they_say_an_evening_in_all(
             r"about (\d+ \w+).*, or (\d+ \w+) where they have bf16", Path(path).read_text()
         ).groups()
         for (kind, device), time in zip(CORES.items(), said, strict=True):
-            plan = make_plan(*recipes.read_recipes([path], data), device)
+            plan = make_plan(*planned_runs.read_recipes([path], data), device)
             hours[kind] += plan.hours
             assert 5e6 < plan.parameters["total"] < 10e6
             number, unit = time.split()

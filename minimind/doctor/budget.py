@@ -11,7 +11,7 @@ from minimind.costs.devices import find_device
 from minimind.costs.step import CHINCHILLA
 from minimind.costs.units import duration, gib
 from minimind.doctor.checks import Case, check, sample, seconds_of_step, value_of
-from minimind.planning.planned_runs import Rows, padded_length, sequence_lengths
+from minimind.planning.counting import RowCounts, padded_length, sequence_lengths
 from minimind.planning.plans import Plan, advice, make_plan
 from minimind.training.trainers import ScheduledTrainer
 
@@ -91,7 +91,7 @@ def _adapter(case: Case) -> tuple:
     return (case.lora.lora_r, case.lora.lora_alpha / case.lora.lora_r) if case.lora else ()
 
 
-def rows_of(case: Case) -> Rows:
+def rows_of(case: Case) -> RowCounts:
     """The rows of a case as the planner takes them; of many rows the lengths of an even sample."""
     count = len(case.train)
     columns = case.train.with_format(None)[sample(count, ROWS_SAMPLE)]
@@ -99,7 +99,7 @@ def rows_of(case: Case) -> Rows:
     longest = [max(each) for each in lengths]
     padded = padded_length(longest, case.args.per_device_train_batch_size)
     tokens = round(fmean(map(sum, lengths)) * count)
-    return Rows(count, tokens, padded, max(longest), "counted", count <= ROWS_SAMPLE)
+    return RowCounts(count, tokens, padded, max(longest), "counted", count <= ROWS_SAMPLE)
 
 
 def plan_of(case: Case) -> Plan:

@@ -17,8 +17,9 @@ from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.doctor.checks import RENAMED, Case, is_known
 from minimind.inspection import data_paths, has_roles
-from minimind.planning.planned_runs import STAGES, Recipe, stage_of
+from minimind.planning.planned_runs import PlannedRun, stage_of
 from minimind.stage_directory import require_stage
+from minimind.stages import STAGES
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import parse
 from minimind.training.parser import StageParser, with_recipe
@@ -43,8 +44,8 @@ def read_case(
     case = Case("sft" if stage == "lora" else stage, keys=keys, world=world)
     if any(key in RENAMED and not is_known(stage, key) for key in keys):
         return case  # nothing else can be read
-    types = STAGES[stage][1]
-    case.recipe = Recipe(Path(recipe), stage, ["--config", str(recipe), *options])
+    types = STAGES[stage].arguments
+    case.recipe = PlannedRun(Path(recipe), stage, ["--config", str(recipe), *options])
     words = with_recipe(StageParser(types), case.recipe.words)
     # With --deepspeed the arguments would open a process group.
     file, words = take_option(words, "deepspeed")

@@ -26,8 +26,8 @@ from minimind.common.launch import bf16_is_fast
 from minimind.data.chats import ChatArguments
 from minimind.inspection import Inspection, data_paths, inspect_chats, inspect_documents
 from minimind.inspection.tokens import Texts
-from minimind.planning.planned_runs import STAGES
 from minimind.stage_directory import read_stage
+from minimind.stages import STAGES
 from minimind.training.definition import flat
 from minimind.training.saving import checkpoint_bytes
 from minimind.training.tracking import offline_reason
@@ -359,7 +359,9 @@ def deprecated_keys(case: Case) -> tuple:
 
 
 def is_known(stage: str, key: str) -> bool:
-    return any(key in dataclass_type.__dataclass_fields__ for dataclass_type in STAGES[stage][1])
+    return any(
+        key in dataclass_type.__dataclass_fields__ for dataclass_type in STAGES[stage].arguments
+    )
 
 
 # Precision.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from minimind.common.errors import UserError
 from minimind.common.files import read_json, write_json
-from minimind.planning.planned_runs import Recipe
+from minimind.planning.planned_runs import PlannedRun
 from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.step_meter import MEASURED_STEPS, StepMeter
 
@@ -29,7 +29,7 @@ class StopAndReport(StepMeter):
         raise SystemExit(0)
 
 
-def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
+def measure(recipe: PlannedRun, steps: int = MEASURED_STEPS) -> dict[str, float]:
     """Run the first steps of a recipe here with its own script: seconds a step, peak bytes of
     memory.
 

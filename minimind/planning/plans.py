@@ -27,7 +27,8 @@ from minimind.costs.step import (
     parameter_counts,
 )
 from minimind.costs.units import amount, duration, gib, millions
-from minimind.planning.planned_runs import Recipe, Rows, deepspeed_of, read_recipes
+from minimind.planning.counting import RowCounts
+from minimind.planning.planned_runs import PlannedRun, deepspeed_of, read_recipes
 
 BATCH_LIMIT = 2**16
 ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -61,7 +62,7 @@ class Plan:
     device: Device
     step: Step
     parameters: dict[str, int]
-    rows: Rows
+    rows: RowCounts
     rows_per_step: int
     steps: int
     tokens: int
@@ -203,7 +204,9 @@ def optimizer_of(options) -> str:
     return "muon" if options.optim == "muon" else "adamw"
 
 
-def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | None = None) -> Plan:
+def make_plan(
+    recipe: PlannedRun, device: Device, processes: int = 1, rows: RowCounts | None = None
+) -> Plan:
     """The plan of a recipe on some devices of one kind; its rows are counted unless they are given.
 
     Raises:
@@ -216,7 +219,7 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | N
     if options.optim != "muon" and not options.optim.startswith("adamw_torch"):
         notes.append(f"{recipe.path}: optim {options.optim} is reckoned as AdamW in fp32")
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
-    copy = recipe.stage == "dpo" and not options.precompute_ref_log_probs
+    copy = recipe.spec.pairs and not options.precompute_ref_log_probs
     precision = precision_of(options, device)
     if precision == "fp32" and not device.bf16:
         notes.append(f"{device.name} has no bf16, so a run there takes fp32; --fp16 true is faster")
@@ -231,8 +234,8 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | N
         optimizer=optimizer_of(options),
         checkpointing=bool(checkpointing),
         attention=options.attn_implementation or "sdpa",
-        masked=recipe.stage != "pretrain" or options.document_mask,
-        pairs=recipe.stage == "dpo",
+        masked=not recipe.spec.reads_documents or options.document_mask,
+        pairs=recipe.spec.pairs,
         reference=("adapter" if recipe.adapter else "copy") if copy else None,
         weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
         zero_stage=zero_stage,
@@ -243,7 +246,7 @@ def make_plan(recipe: Recipe, device: Device, processes: int = 1, rows: Rows | N
     return assemble(recipe, device.running(step), model, step, rows, steps, consumed, notes)
 
 
-def steps_of(options, rows: Rows, processes: int) -> tuple[int, float]:
+def steps_of(options, rows: RowCounts, processes: int) -> tuple[int, float]:
     """Optimizer steps, and how often they go through the rows: as the Trainer counts, partial
     batches included."""
     batches = ceil(rows.rows / (options.per_device_train_batch_size * processes))
@@ -256,11 +259,11 @@ def steps_of(options, rows: Rows, processes: int) -> tuple[int, float]:
 
 
 def assemble(
-    recipe: Recipe,
+    recipe: PlannedRun,
     device: Device,
     model,
     step: Step,
-    rows: Rows,
+    rows: RowCounts,
     steps: int,
     epochs: float,
     notes: list[str],
@@ -271,7 +274,7 @@ def assemble(
     passes = rows.rows * epochs
     return Plan(
         recipe=str(recipe.path),
-        stage=recipe.stage,
+        stage=recipe.spec.name,
         output_dir=recipe.options.output_dir,
         device=device,
         step=step,
