@@ -24,11 +24,11 @@ from pipeline import (
 )
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind import MiniMindConfig, MiniMindForCausalLM, stages
 from minimind.common.files import write_json
 from minimind.costs.devices import find_device
 from minimind.data.packing import BlockCollator
-from minimind.doctor import budget, cases, checks, doctor, examine
+from minimind.doctor import budget, checks, doctor, examine
 from minimind.doctor.checks import (
     CHECKS,
     Case,
@@ -546,7 +546,7 @@ def test_the_tracker_check_never_stops_a_run(case, monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_of_the_project_have_no_fault(recipe, monkeypatch, tmp_path):
     """Sizes of 100 M are not needed to see it, and would take long to make."""
-    monkeypatch.setattr(cases, "new_model", small_model)
+    monkeypatch.setattr(stages, "new_model", small_model)
     report = doctor(
         recipe,
         ["--train_files", "a/file/not/there.jsonl", "--output_dir", str(tmp_path)],

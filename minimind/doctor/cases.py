@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,21 +11,16 @@ from transformers.trainer_utils import align_special_tokens
 from trl import pack_dataset
 
 from minimind.common.errors import UserError
-from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.chat_encoder import set_chat_template
-from minimind.data.chats import load_conversations, load_preferences
-from minimind.data.documents import load_blocks
-from minimind.data.packing import BlockCollator, PackedCollator
-from minimind.doctor.checks import RENAMED, Case, is_known
-from minimind.inspection import data_paths, has_roles
+from minimind.common.recipes import read_deepspeed
+from minimind.doctor.checks import Case
+from minimind.inspection import data_paths
 from minimind.planning.planned_runs import PlannedRun, stage_of
 from minimind.stage_directory import require_stage
-from minimind.stages import STAGES
+from minimind.stages import StageSpec, load_rows, load_start
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import parse
 from minimind.training.parser import StageParser, with_recipe
-from minimind.training.starting_point import check_attention, new_model, starting_point
-from minimind.training.trainers import PreferenceCollator
+from minimind.training.starting_point import check_attention
 
 
 def read_case(
@@ -37,29 +33,26 @@ def read_case(
     """
     if world < 1:
         raise UserError(f"--processes {world}: expected at least 1.")
-    written = read_recipe(recipe)
-    keys = [*written] if isinstance(written, dict) else []
-    keys += [word[2:].split("=")[0] for word in options if word.startswith("--")]
-    stage = stage or stage_of(Path(recipe), options)
-    case = Case("sft" if stage == "lora" else stage, keys=keys, world=world)
-    if any(key in RENAMED and not is_known(stage, key) for key in keys):
-        return case  # nothing else can be read
-    types = STAGES[stage].arguments
-    case.recipe = PlannedRun(Path(recipe), stage, ["--config", str(recipe), *options])
-    words = with_recipe(StageParser(types), case.recipe.words)
+    run = PlannedRun(
+        Path(recipe), stage or stage_of(Path(recipe), options), ["--config", str(recipe), *options]
+    )
+    spec = run.spec
+    case = Case(spec.family, recipe=run, world=world)
+
     # With --deepspeed the arguments would open a process group.
+    words = with_recipe(StageParser(spec.arguments), run.words)
     file, words = take_option(words, "deepspeed")
     if file:
         case.deepspeed = read_deepspeed(file)
-    data_args, *others, case.args = parse(*types, argv=words)
+    data_args, *others, case.args = parse(*spec.arguments, argv=words)
     case.args.report_to = case.args.report_to or []
-    model_args, case.chat_args = others[-1], others[0] if len(others) > 1 else None
-    corpus = case.stage
-    if case.stage != "pretrain" and model_args.use_peft:
-        case.lora, corpus = model_args, "lora"
-    case.data_args = data_args.or_embedded(corpus)
-    load_model_of(case, model_args)
-    load_rows_of(case)
+    *chat_args, model_args = others
+    case.chat_args = chat_args[0] if chat_args else None
+    case.lora = model_args if getattr(model_args, "use_peft", False) else None
+
+    case.data_args = data_args.or_embedded(spec.corpus)
+    load_model_of(case, spec, model_args)
+    load_rows_of(case, spec)
     return case
 
 
@@ -78,29 +71,18 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
     return value, others
 
 
-def load_model_of(case: Case, model_args) -> None:
-    """Model and tokenizer, as the stage's script has them; for a directory that is not there what
-    stands in for it."""
-    given = model_args.model_name_or_path
-    tokenizer = getattr(model_args, "tokenizer", None)
-    absent = [path for path in (given, tokenizer) if path and not Path(path).exists()]
-    case.missing += absent
-    if given in absent:
-        load_stand_in(case, given, model_args.attn_implementation)
-    elif case.stage == "pretrain" and not given:
-        if absent:
-            case.notes.append("tokens are those of the default tokenizer")
-        case.tokenizer = load_tokenizer(None if absent else tokenizer)
-        case.model = new_model(
-            model_args.model_config, case.tokenizer, model_args.attn_implementation
-        )
-    else:
-        default = {"pretrain": None, "dpo": "runs/sft"}.get(
-            case.stage, "runs/sft" if case.lora else "runs/pretrain"
-        )
-        case.model, case.tokenizer, case.parent = starting_point(
-            given, model_args.attn_implementation, default
-        )
+def load_model_of(case: Case, spec: StageSpec, model_args) -> None:
+    """Load model and tokenizer as the stage does, or what stands in for a missing directory."""
+    parent, tokenizer = model_args.model_name_or_path, getattr(model_args, "tokenizer", None)
+    missing = [path for path in (parent, tokenizer) if path and not Path(path).exists()]
+    case.missing += missing
+    if parent in missing:
+        load_stand_in(case, parent, model_args.attn_implementation)
+        return
+    if missing:
+        case.notes.append("tokens are those of the default tokenizer")
+        model_args = replace(model_args, tokenizer=None)
+    case.model, case.tokenizer, case.parent = load_start(spec, model_args)
     if case.parent is not None:
         require_stage(case.parent)
 
@@ -123,40 +105,24 @@ def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> N
     case.notes.append(f"its shape and tokenizer are taken from {os.path.relpath(writer.path)}")
 
 
-def load_rows_of(case: Case) -> None:
-    """The rows of the stage; files that are not there are only noted."""
-    given = [*data_paths(case.data_args.train_files), *(case.data_args.eval_files or [])]
-    absent = [
-        path for path in given if isinstance(path, str) and Path(path).suffix and _absent(path)
+def load_rows_of(case: Case, spec: StageSpec) -> None:
+    """Load the rows of the stage; files that are missing are only noted."""
+    paths = [*data_paths(case.data_args.train_files), *(case.data_args.eval_files or [])]
+    missing = [
+        path for path in paths if isinstance(path, str) and Path(path).suffix and _is_missing(path)
     ]
-    case.missing += absent
-    if absent:
+    case.missing += missing
+    if missing:
         return
     tokenizer, args = case.tokenizer, case.args
-    if case.stage == "pretrain":
-        rows = load_blocks(case.data_args, tokenizer, **args.packing)
-        case.collator = BlockCollator(
-            tokenizer.pad_token_id, tokenizer.eos_token_id, args.document_mask
-        )
-        case.train = rows.train
-    else:
-        set_chat_template(tokenizer, case.chat_args.chat_template)
-        if case.model is not None:
-            align_special_tokens(case.model, tokenizer)  # as a run does
-        load = load_preferences if case.stage == "dpo" else load_conversations
-        options = {} if case.stage == "dpo" else {"roles": not has_roles(tokenizer)}
-        rows = load(
-            case.data_args, tokenizer, args.max_length, case.chat_args, seed=args.seed, **options
-        )
-        case.train = rows.train
-        if case.stage == "dpo":
-            case.collator = PreferenceCollator(tokenizer.pad_token_id)
-        else:
-            case.collator = PackedCollator(tokenizer.pad_token_id)
-            if args.packing:
-                case.train = pack_dataset(rows.train, args.max_length, "bfd", {"batch_size": None})
-    case.facts, case.rows = rows.facts, rows
+    case.rows = load_rows(spec, case.data_args, tokenizer, args, case.chat_args)
+    case.train, case.facts = case.rows.train, case.rows.facts
+    case.collator = spec.collate(tokenizer, args)
+    if case.model is not None:
+        align_special_tokens(case.model, tokenizer)  # as a run does
+    if not spec.reads_documents and getattr(args, "packing", False):
+        case.train = pack_dataset(case.train, args.max_length, "bfd", {"batch_size": None})
 
 
-def _absent(path: str) -> bool:
+def _is_missing(path: str) -> bool:
     return not any(mark in path for mark in "*?[") and "://" not in path and not Path(path).exists()
