@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The checks that every change passes: lint, format, tests. Further arguments are pytest's: "-m slow" for the runs that
-# are killed, lose a host, change their number of processes or start many (6 minutes more).
+# The checks that every change passes: lint, format, the direction of imports, tests. Further
+# arguments are pytest's: "-m slow" for the runs that are killed, lose a host, change their number of
+# processes or start many (6 minutes more).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
@@ -9,4 +10,5 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
+lint-imports --no-cache --no-logo
 python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
