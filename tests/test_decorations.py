@@ -153,7 +153,7 @@ def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(
     assert capsys.readouterr().err.count("notice: progress failed (IsADirectoryError: ") == 1
     stage = pretrain()
     assert read_stage(stage)["steps"] == 3
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert {row["step"] for row in read_samples(stage / "samples.jsonl")} == {1, 2, 3}
 
 

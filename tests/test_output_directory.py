@@ -25,7 +25,7 @@ from minimind.training.output_directory import (
     checkpoints,
     clear,
     delete_checkpoint,
-    named,
+    matches,
     unlock_directory,
 )
 from minimind.training.resume import begin
@@ -161,9 +161,9 @@ def test_overwriting_a_run_deletes_what_it_wrote_and_nothing_else(tmp_path, fini
 
 def test_the_lists_name_all_that_a_run_writes(finished):
     names = {path.name for path in finished.iterdir()} - {"checkpoint-2", "checkpoint-4"}
-    assert {name for name in names if not named(name, RUN_FILES)} == set()
+    assert {name for name in names if not matches(name, RUN_FILES)} == set()
     names = {path.name for checkpoint in checkpoints(finished) for path in checkpoint.iterdir()}
-    assert {name for name in names if not named(name, CHECKPOINT_FILES)} == set()
+    assert {name for name in names if not matches(name, CHECKPOINT_FILES)} == set()
     assert not (finished / LOCK).exists()
 
 
