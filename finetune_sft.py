@@ -20,7 +20,10 @@ from minimind.data.chats import ChatArguments, load_conversations
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import has_roles, inspect_chats
 from minimind.inspection.display import print_inspection
-from minimind.training.arguments import DataArguments, ModelArguments, SFTStageConfig, parse
+from minimind.training.arguments import SFTStageConfig
+from minimind.training.command_line import parse
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import ModelArguments
 from minimind.training.run import Stage
 from minimind.training.starting_point import adapter_config, check_length, starting_point
 from minimind.training.tracking import start_tracking

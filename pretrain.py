@@ -16,7 +16,10 @@ from minimind.data.packing import BlockCollator
 from minimind.evaluation import language_model_metrics
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
+from minimind.training.arguments import PretrainConfig
+from minimind.training.command_line import parse
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import PretrainModelArguments
 from minimind.training.optimizers import build_optimizer
 from minimind.training.run import Stage
 from minimind.training.starting_point import check_length, new_model, starting_point

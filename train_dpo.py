@@ -19,7 +19,10 @@ from minimind.data.chats import ChatArguments, load_preferences
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
-from minimind.training.arguments import DataArguments, DPOStageConfig, ModelArguments, parse
+from minimind.training.arguments import DPOStageConfig
+from minimind.training.command_line import parse
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import ModelArguments
 from minimind.training.run import Stage
 from minimind.training.starting_point import (
     adapter_config,

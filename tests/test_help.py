@@ -17,8 +17,8 @@ from minimind.cli import build_parser
 from minimind.common.errors import UserError
 from minimind.common.options import suggestion
 from minimind.planning.planned_runs import STAGES
-from minimind.training.arguments import StageParser, parse
-from minimind.training.parser import GROUPS
+from minimind.training.command_line import parse
+from minimind.training.parser import GROUPS, StageParser
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {Path(script).stem: types for script, types in STAGES.values()}

@@ -16,8 +16,9 @@ from minimind.common import errors
 from minimind.common.bounds import BOUNDS, check_options
 from minimind.common.errors import UserError
 from minimind.planning.planned_runs import STAGES
-from minimind.training import arguments
-from minimind.training.arguments import parse
+from minimind.training import command_line
+from minimind.training.command_line import parse
+from minimind.training.model_arguments import ModelArguments
 from minimind.training.parser import StageParser
 from minimind.training.starting_point import adapter_config, new_model
 from minimind.training.trainers import BlockTrainer
@@ -57,7 +58,7 @@ def refusal(tmp_path, monkeypatch):
     """The message by which the options of a stage are refused, or None."""
     monkeypatch.chdir(tmp_path)
     # Milliseconds each, a thousand times
-    monkeypatch.setattr(arguments, "StageParser", cache(StageParser))
+    monkeypatch.setattr(command_line, "StageParser", cache(StageParser))
     before = dict(os.environ)
 
     def check(stage, *argv):
@@ -185,7 +186,7 @@ def test_what_only_a_run_would_see_is_refused_before_it(refusal, stage, words, n
     ids=str,
 )
 def test_an_adapter_that_does_not_fit_the_model_is_refused_before_the_data(model, options, named):
-    args = arguments.ModelArguments(
+    args = ModelArguments(
         use_peft=True, **{name: [value] for name, value in options.items()}
     )
     with pytest.raises(UserError, match=named):

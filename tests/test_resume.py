@@ -530,7 +530,7 @@ def test_changed_data_or_another_model_is_refused_whatever_is_accepted(
     (unfinished.parent / "small.json").write_text(json.dumps(fields))
     small = ["--model_config", unfinished.parent / "small.json", "--allow_changed_recipe", "true"]
     message = failure(capsys, run, command(world, "pretrain", unfinished, tokenizer_dir, small))
-    assert "cannot be continued by this command, it is of another model or recipe" in message
+    assert "cannot be resumed by this command, it is of another model or recipe" in message
     assert "model.hidden_size  32 -> 16" in message
     message = failure(capsys, run, command(world, "sft", unfinished))
     assert '"pretrain" -> "sft"' in message

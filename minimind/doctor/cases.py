@@ -20,8 +20,8 @@ from minimind.inspection import data_paths, has_roles
 from minimind.planning.planned_runs import STAGES, Recipe, stage_of
 from minimind.stage_directory import require_stage
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import parse
-from minimind.training.parser import StageParser, with_recipe
+from minimind.training.command_line import parse, with_recipe
+from minimind.training.parser import StageParser
 from minimind.training.starting_point import check_attention, new_model, starting_point
 from minimind.training.trainers import PreferenceCollator
 

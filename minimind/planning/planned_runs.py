@@ -39,16 +39,11 @@ from minimind.data.preferences import to_preference
 from minimind.stage_directory import check_kind, load_config
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.encoding import DocumentEncoder
-from minimind.training.arguments import (
-    DataArguments,
-    DPOStageConfig,
-    ModelArguments,
-    PretrainConfig,
-    PretrainModelArguments,
-    SFTStageConfig,
-    StageParser,
-    parse_options,
-)
+from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.training.command_line import parse_options
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import ModelArguments, PretrainModelArguments
+from minimind.training.parser import StageParser
 from minimind.training.starting_point import check_length, new_model
 
 COUNTED = 2**25  # bytes of data that are tokenised whole; of more, a sample
