@@ -190,7 +190,7 @@ class Stage:
         self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
-        from minimind.training.step_meter import PlanCallback
+        from minimind.training.plan_callback import PlanCallback
 
         trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         trainer.stage = self
