@@ -118,8 +118,8 @@ def test_trackio_holds_what_the_log_holds(run):
     command += ["--run", f"pretrain: {stage}", "--metric", "train/loss"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [value["value"] for value in found["values"]] == pytest.approx(losses(stage))
+    metric = json.loads(done.stdout)
+    assert [value["value"] for value in metric["values"]] == pytest.approx(losses(stage))
 
 
 def test_swanlab_writes_what_the_log_holds_into_a_file_to_be_uploaded(run, monkeypatch, tmp_path):
@@ -154,15 +154,17 @@ class Broken(TrainerCallback):
         raise OSError("No space left on device\nand more")
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(run, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_left_out_and_the_run_continues(run, monkeypatch, capsys):
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Broken)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: True)
     stage = run("tensorboard")
     assert len(losses(stage)) == 2
     assert Broken.calls == 1
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        said.count("notice: broken failed (OSError: No space left on device); the run continues\n")
+        output.count(
+            "notice: broken failed (OSError: No space left on device); the run continues\n"
+        )
         == 1
     )
 

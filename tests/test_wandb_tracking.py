@@ -44,7 +44,7 @@ def test_a_key_without_a_server_that_answers_is_offline(no_login, monkeypatch):
     assert offline_reason() == "127.0.0.1 does not answer"
 
 
-def test_a_name_lookup_without_an_end_is_not_waited_for(no_login, monkeypatch):
+def test_an_endless_name_lookup_does_not_delay_the_run(no_login, monkeypatch):
     looking, ended = threading.Event(), threading.Event()
 
     def look_up(*address, timeout):
@@ -86,10 +86,10 @@ def test_a_run_without_a_key_is_written_offline_and_the_next_commands_are_printe
         assert wandb.run.config["parent"]["weights"] == "abc"
     finally:
         wandb.finish()
-    said = capsys.readouterr().out
-    assert "offline, because no wandb key was found" in said
-    assert "wandb leet" in said
-    assert "wandb sync" in said
+    output = capsys.readouterr().out
+    assert "offline, because no wandb key was found" in output
+    assert "wandb leet" in output
+    assert "wandb sync" in output
     assert list((no_login / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -61,14 +61,14 @@ def check_memory(config: MiniMindConfig, config_file: str) -> None:
 
 
 def starting_point(
-    given: str | None, attn_implementation: str | None = None, default: str | None = None
+    directory: str | None, attn_implementation: str | None = None, default: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
     """The model, tokenizer and directory of the stage that the next one starts from.
 
-    Without a `given` directory it is `default`; if that does not exist either, a tiny model with
+    Without a `directory` it is `default`; if that does not exist either, a tiny model with
     random weights and the default tokenizer, so that every script runs on its own.
     """
-    if given is None and not (default and (Path(default) / "stage.json").exists()):
+    if directory is None and not (default and (Path(default) / "stage.json").exists()):
         if is_main_process():
             say(
                 f"no stage at {default}: starting from a tiny model with RANDOM weights"
@@ -76,7 +76,7 @@ def starting_point(
             )
         tokenizer = load_tokenizer()
         return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
-    path = require_stage(given or default)
+    path = require_stage(directory or default)
     check_attention(attn_implementation)
     tokenizer = load_tokenizer(path)
     model = load_model(path, attn_implementation)

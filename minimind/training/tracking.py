@@ -18,8 +18,8 @@ from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.common.streams import printable
 from minimind.training import wandb_tracking
+from minimind.training.wandb_tracking import PROJECT
 
-PROJECT = "minimind"
 # Extras of pyproject.toml
 EXTRAS = {"trackio": "board", "tensorboard": "board", "swanlab": "swanlab"}
 
@@ -48,7 +48,7 @@ def start_tracking(stage, report: dict | None = None) -> None:
     args.run_name = printable(args.run_name or f"{stage.kind}: {stage.output_dir}")
 
     prepare = {
-        "wandb": _prepare_wandb,
+        "wandb": wandb_tracking.open_wandb_run,
         "trackio": _prepare_trackio,
         "tensorboard": _prepare_tensorboard,
         "swanlab": _prepare_swanlab,
@@ -65,10 +65,6 @@ def start_tracking(stage, report: dict | None = None) -> None:
     if report and "wandb" in working and is_main_process():
         with decoration("the inspection's tables in wandb"):
             wandb_tracking.log_inspection(report)
-
-
-def _prepare_wandb(stage) -> None:
-    wandb_tracking.open_wandb_run(stage, PROJECT)
 
 
 def _prepare_trackio(stage) -> None:

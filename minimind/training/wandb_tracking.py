@@ -14,6 +14,7 @@ from minimind.common.language import say
 from minimind.common.launch import is_main_process
 
 PROBE_SECONDS = 5
+PROJECT = "minimind"
 
 
 def has_key(host: str) -> bool:
@@ -56,10 +57,10 @@ def offline_reason() -> str | None:
     return None
 
 
-def open_wandb_run(stage, project: str) -> None:
+def open_wandb_run(stage) -> None:
     """Open the run of a stage, grouped with the other stages of its pipeline, and print where it
     is."""
-    os.environ.setdefault("WANDB_PROJECT", project)
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
     if not is_main_process():
         return
     import wandb
