@@ -22,6 +22,7 @@ from minimind.training.schedules import check_recomputation, check_schedule
 # TRL refuses others only in the first step.
 LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
 LOSSES += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
+SCHEDULES = {"choices": [each.value for each in SchedulerType]}
 
 
 @dataclass
@@ -30,9 +31,7 @@ class StageConfig(TrainingArguments):
 
     learning_rate: float = HfArg(default=5e-4, help="Peak learning rate.")
     lr_scheduler_type: str = HfArg(
-        default="cosine_with_min_lr",
-        help="Learning-rate schedule.",
-        metadata={"choices": [each.value for each in SchedulerType]},
+        default="cosine_with_min_lr", help="Learning-rate schedule.", metadata=SCHEDULES
     )
     lr_scheduler_kwargs: dict | str | None = HfArg(
         default=None,
@@ -48,8 +47,7 @@ class StageConfig(TrainingArguments):
     adam_beta2: float = HfArg(default=0.95, help="Beta2 of AdamW.")
     weight_decay: float = HfArg(default=0.1, help="Weight decay of AdamW.")
     bf16: bool | None = HfArg(
-        default=None,
-        help="bf16 mixed precision. Default: yes where the device computes in bf16 natively.",
+        default=None, help="bf16 mixed precision. Default: yes where the device has native bf16."
     )
     # TRL turns it on; at these sizes it costs time and saves little. The name in force is
     # activation_checkpointing.
@@ -57,16 +55,15 @@ class StageConfig(TrainingArguments):
         default=None, help="Old name of activation_checkpointing."
     )
     logging_steps: float = HfArg(
-        default=10, help="Log every N steps, or a share of all steps if below 1."
+        default=10, help="Log every N steps, or a share of all if below 1."
     )
     logging_first_step: bool = HfArg(default=True, help="Log the first step too.")
     logging_nan_inf_filter: bool = HfArg(
-        default=False,
-        help="Replace NaN and inf in the logged loss; off, since it hides a broken run.",
+        default=False, help="Replace NaN and inf in the logged loss; off, as it hides a broken run."
     )
     prediction_loss_only: bool = HfArg(
         default=True,
-        help="Evaluate the loss alone; keeping the logits of all rows fills the memory.",
+        help="Evaluate only the loss; keeping the logits of all rows fills the memory.",
     )
     save_strategy: str | None = HfArg(
         default=None,
@@ -77,9 +74,7 @@ class StageConfig(TrainingArguments):
     save_steps: float = HfArg(
         default=0.1, help="A checkpoint every N steps, or a share of all steps if below 1."
     )
-    save_total_limit: int | None = HfArg(
-        default=2, help="Complete checkpoints to keep; broken ones do not count."
-    )
+    save_total_limit: int | None = HfArg(default=2, help="Complete checkpoints to keep at most.")
     resume_from_checkpoint: str | None = HfArg(
         default="auto",
         help="auto: resume from the last complete checkpoint in --output_dir, if there is one; "
@@ -113,8 +108,7 @@ class StageConfig(TrainingArguments):
     sample_tokens: int = HfArg(default=48, help="Tokens of one sample at most.")
     report_to: None | str | list[str] = HfArg(  # noqa: RUF036 (the parser reads the parent's order)
         default="wandb",
-        help="Trackers: wandb (offline where no key is found), trackio, tensorboard, swanlab ..."
-        " or none",
+        help="Trackers: wandb (offline without a key), trackio, tensorboard, swanlab ... or none",
     )
     include_num_input_tokens_seen: str = HfArg(
         default="non_padding",
@@ -126,14 +120,14 @@ class StageConfig(TrainingArguments):
     )
     on_findings: str = HfArg(
         default="error",
-        help="What an error among the findings does, those of the doctor and of the inspection "
-        "of the data. error: stops the run; warn: nothing.",
+        help="What an error that the doctor or the inspection of the data finds does. error: stops "
+        "the run; warn: nothing.",
         metadata={"choices": ("error", "warn")},
     )
     max_nonfinite_steps: int = HfArg(
         default=5,
-        help="Steps whose loss or gradient is not finite are skipped; after so many in a row the"
-        " run stops and keeps the batch for 'minimind replay'. 0: nothing is skipped.",
+        help="Steps whose loss or gradient is not finite are skipped; after this many in a row the "
+        "run stops and keeps the batch for 'minimind replay'. 0: nothing is skipped.",
     )
 
     def __post_init__(self):
@@ -237,8 +231,7 @@ class PretrainConfig(StageConfig):
         metadata={"choices": list(STRATEGIES)},
     )
     document_mask: bool = HfArg(
-        default=False,
-        help="Documents in one row cannot see each other, and their positions restart.",
+        default=False, help="Documents in one row cannot see each other, and positions restart."
     )
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     per_device_train_batch_size: int = HfArg(default=8, help="Rows per device and micro-batch.")
@@ -265,10 +258,10 @@ class SFTStageConfig(StageConfig, SFTConfig):
 
     output_dir: str | None = HfArg(default="runs/sft", help="The stage directory to write.")
     max_length: int | None = HfArg(
-        default=512, help="Tokens per row, and of the longest conversation."
+        default=512, help="Tokens per row and of a conversation at most."
     )
     packing: bool = HfArg(
-        default=True, help="Fill rows with whole conversations that cannot see each other."
+        default=True, help="Fill rows with complete conversations that cannot see each other."
     )
     weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
 
@@ -303,9 +296,7 @@ class DPOStageConfig(StageConfig, DPOConfig):
         metadata={"choices": LOSSES},
     )
     beta: float = HfArg(default=0.2, help="Strength of the pull towards the reference model.")
-    max_length: int | None = HfArg(
-        default=2048, help="Tokens of the longest prompt with its reply."
-    )
+    max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
 

@@ -31,15 +31,12 @@ class DataArguments:
         "Default: the embedded corpus.",
     )
     eval_files: list[str] | None = HfArg(
-        default=None,
-        help="Held-out files. Default: --eval_ratio of the training rows, chosen by content.",
+        default=None, help="Held-out files. Default: --eval_ratio of the rows, chosen by content."
     )
     eval_ratio: float = HfArg(
         default=0.02, help="Share of the rows held out when there are no --eval_files."
     )
-    max_eval_rows: int = HfArg(
-        default=100, help="At most this many rows are held out or evaluated on."
-    )
+    max_eval_rows: int = HfArg(default=100, help="Rows to hold out or evaluate on at most.")
     mixing_temperature: float | None = HfArg(
         default=None,
         help="Weigh the sources by size ** (1 / temperature): 1 by their size, high values all "
@@ -51,8 +48,7 @@ class DataArguments:
         metadata={"choices": STOPPING},
     )
     clean_recipe: str | None = HfArg(
-        default=None,
-        help="Clean the training files first, as `minimind clean` does with this recipe.",
+        default=None, help="Clean the training files first, with this recipe of `minimind clean`."
     )
     text_unit: str = HfArg(
         default="file",
@@ -67,8 +63,8 @@ class DataArguments:
     )
     on_bad_rows: str | None = HfArg(
         default=None,
-        help="error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of"
-        " the rows.",
+        help="error: stop at the first; skip: leave out all. Default: leave out at most 0.1 % of "
+        "the rows.",
         metadata={"choices": ("error", "skip")},
     )
     columns: list[str] | None = HfArg(
@@ -78,8 +74,8 @@ class DataArguments:
     )
     unread_columns: list[str] | None = HfArg(
         default=None,
-        help="Columns that are left out, or ignore: all that nothing reads. Default: a column "
-        "with text that nothing reads is an error.",
+        help="Columns to leave out, or ignore: all unread ones. Default: an unread column with "
+        "text is an error.",
     )
 
     def __post_init__(self):

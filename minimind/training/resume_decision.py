@@ -89,7 +89,7 @@ class ResumeDecision:
         Returns "checkpoint", or None; its definition ("saved"), the accepted "changes" since, and
         whether it was written by another number of processes ("resized"). Raises UserError.
         """
-        # Choose by the options and what the directory holds
+        # Choose by the options and the content of the directory
         problems: list[str] = []
         if self.replaces:
             self._start_over(keep_origin=self.names_checkpoint)
@@ -98,9 +98,9 @@ class ResumeDecision:
             checkpoint = self._end_of_complete()
         else:
             checkpoint, problems = self._choose()
-        automatic = self.option == "auto" and self.args.overwrite_output_dir
-        if checkpoint and automatic and self._is_of_another_run(checkpoint):
-            checkpoint = None
+        overwrites = self.option == "auto" and self.args.overwrite_output_dir
+        if checkpoint and overwrites and self._is_of_another_run(checkpoint):
+            checkpoint = None  # an interrupted run, but not this one
             self._start_over()
         for problem in problems:
             say(problem)
@@ -114,9 +114,8 @@ class ResumeDecision:
         saved, manifest = _definition(checkpoint), read_manifest(checkpoint)
         processes = {saved.get("processes"), manifest["processes"]}
         resized = processes != {self.definition["processes"]}
-        changes = _accepted_changes(
-            checkpoint, saved, self.definition, self.args.allow_changed_recipe
-        )
+        accept = self.args.allow_changed_recipe
+        changes = _accepted_changes(checkpoint, saved, self.definition, accept)
         if any(is_about(key, WORLD) for key in changes):
             # The rows per step are those of this command
             saved |= {key: self.definition[key] for key in WORLD}
@@ -153,10 +152,9 @@ class ResumeDecision:
         if checkpoint is None and self.origin and Path(self.origin).is_absolute():
             return self._named_checkpoint(), problems  # the run has none of its own yet
         if checkpoint is None and self.option == "true":
-            details = "".join(f"\n  {problem}" for problem in problems)
             raise UserError(
                 "--resume_from_checkpoint true: there is no complete checkpoint in"
-                f" {self.output_dir}.{details}"
+                f" {self.output_dir}.{_indented(problems)}"
             )
         return checkpoint, problems
 
@@ -211,11 +209,10 @@ class ResumeDecision:
             return self._named_checkpoint()
         checkpoint, problems = last_whole_checkpoint(self.output_dir)
         if checkpoint is None:
-            details = "".join(f"\n  {problem}" for problem in problems)
             raise UserError(
                 f"the complete run in --output_dir {self.output_dir} cannot be extended: no"
-                f" complete checkpoint of it is left.{details}\nStart another run from its weights:"
-                f" --model_name_or_path {self.output_dir} and another --output_dir."
+                f" complete checkpoint of it is left.{_indented(problems)}\nStart another run from"
+                f" its weights: --model_name_or_path {self.output_dir} and another --output_dir."
             )
         return checkpoint
 
@@ -278,6 +275,10 @@ class ResumeDecision:
                 )
             for path in newer:
                 delete_checkpoint(path)
+
+
+def _indented(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _step(checkpoint: Path) -> int:
