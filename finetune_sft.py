@@ -20,7 +20,7 @@ from minimind.evaluation import held_out_metrics
 from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
 from minimind.stages import LORA, SFT, load_inputs
-from minimind.training.arguments import parse
+from minimind.training.command_line import parse
 from minimind.training.run import Stage
 from minimind.training.starting_point import adapter_config
 from minimind.training.tracking import start_tracking

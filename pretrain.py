@@ -13,7 +13,7 @@ from transformers import set_seed
 from minimind.common.errors import reports_user_errors
 from minimind.evaluation import language_model_metrics
 from minimind.stages import PRETRAIN, load_inputs
-from minimind.training.arguments import parse
+from minimind.training.command_line import parse
 from minimind.training.optimizers import build_optimizer
 from minimind.training.run import Stage
 from minimind.training.tracking import start_tracking

@@ -29,7 +29,7 @@ from minimind.data.documents import load_blocks
 from minimind.data.files import read_documents
 from minimind.tokenizer import DEFAULT_TOKENIZER, text_encoder
 from minimind.tokenizer.encoding import fast_engine
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 BLOCK_SIZE = 512
 

@@ -29,7 +29,10 @@ import pretrain
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
+from minimind.training.arguments import PretrainConfig
+from minimind.training.command_line import parse
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import PretrainModelArguments
 from minimind.training.run import Stage
 from minimind.training.starting_point import new_model
 

@@ -27,7 +27,7 @@ from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common.launch import bf16_is_fast
 from minimind.data.chats import load_conversations
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 from minimind.training.trainers import ChatSFTTrainer
 
 

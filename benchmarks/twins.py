@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from minimind import MiniMindConfig
-from minimind.training.arguments import load_model_config_file
+from minimind.training.model_arguments import load_model_config_file
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 SHAPE = (

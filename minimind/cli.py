@@ -612,7 +612,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from minimind.data.chats import ChatArguments
     from minimind.inspection import display
     from minimind.tokenizer import load_tokenizer
-    from minimind.training.arguments import DataArguments
+    from minimind.training.data_arguments import DataArguments
 
     for file in filter(None, (args.html, args.png)):
         check_output(file)
@@ -763,12 +763,10 @@ def run_prepare(args: argparse.Namespace) -> None:
     from minimind.common.cache import cache_directory
     from minimind.data.documents import load_blocks
     from minimind.tokenizer import load_tokenizer
-    from minimind.training.arguments import (
-        DataArguments,
-        PretrainConfig,
-        PretrainModelArguments,
-        parse,
-    )
+    from minimind.training.arguments import PretrainConfig
+    from minimind.training.command_line import parse
+    from minimind.training.data_arguments import DataArguments
+    from minimind.training.model_arguments import PretrainModelArguments
 
     data_args, model_args, training_args = parse(
         DataArguments, PretrainModelArguments, PretrainConfig, argv=args.options

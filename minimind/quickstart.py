@@ -26,7 +26,8 @@ from minimind.common.terminal import Terminal
 from minimind.costs.slowness import seen_reasons, usage
 from minimind.evaluation import answer, read_questions, score
 from minimind.generation import load_for_generation
-from minimind.training.arguments import PretrainConfig, load_model_config_file
+from minimind.training.arguments import PretrainConfig
+from minimind.training.model_arguments import load_model_config_file
 from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")

@@ -18,14 +18,9 @@ from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.inspection import has_roles
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import (
-    DataArguments,
-    DPOStageConfig,
-    ModelArguments,
-    PretrainConfig,
-    PretrainModelArguments,
-    SFTStageConfig,
-)
+from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import ModelArguments, PretrainModelArguments
 from minimind.training.starting_point import check_length, new_model, starting_point
 from minimind.training.trainers import PreferenceCollator
 

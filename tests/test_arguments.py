@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 
 from minimind.common.errors import UserError
-from minimind.training.arguments import (
-    DataArguments,
-    DPOStageConfig,
+from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.training.command_line import parse
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import (
     ModelArguments,
-    PretrainConfig,
     PretrainModelArguments,
-    SFTStageConfig,
     load_model_config_file,
-    parse,
 )
 
 ROOT = Path(__file__).parent.parent

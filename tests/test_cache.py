@@ -24,7 +24,7 @@ from minimind.data import chats, documents
 from minimind.data.chats import load_conversations
 from minimind.data.documents import load_blocks
 from minimind.training import run as stages
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 TEXTS = [f"{number}: {text}" for number in range(40) for text in (ENGLISH, CHINESE)]
 

@@ -34,7 +34,7 @@ from minimind.data.conversations import Conversation
 from minimind.data.files import BadRowError
 from minimind.data.packing import PackedCollator
 from minimind.tokenizer import DEFAULT_TOKENIZER, load_tokenizer, text_encoder, train_tokenizer
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 from minimind.training.trainers import ChatSFTTrainer, PreferenceTrainer
 
 PAD, START, END = 0, 1, 2

@@ -22,8 +22,9 @@ from transformers import (
 from minimind.common.errors import UserError
 from minimind.stage_directory import read_stage, weights_hash
 from minimind.training import run as stages
-from minimind.training.arguments import PretrainConfig, parse
+from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import Baseline, EarlyStopping
+from minimind.training.command_line import parse
 from minimind.training.resumable_trainer import ResumableTrainer
 from minimind.training.trainers import ScheduledTrainer
 

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
-from minimind.training.arguments import load_model_config_file
+from minimind.training.model_arguments import load_model_config_file
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.json"))
 

@@ -18,7 +18,7 @@ from minimind.common.files import append_json, json_lines
 from minimind.common.language import say
 from minimind.doctor import checks
 from minimind.stage_directory import load_model, read_stage, weights_hash
-from minimind.training import callbacks, guards, report, samples, tracking
+from minimind.training import callbacks, guards, report, samples, wandb_tracking
 from minimind.training import checkpoints as resume
 from minimind.training import run as stages
 from minimind.training.callbacks import Baseline
@@ -82,7 +82,7 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
         (callbacks, "peak_memory"),
         (callbacks.ProgressCallback, "_line"),
         (guards, "process_bytes"),
-        (tracking, "_wandb"),
+        (wandb_tracking, "open_wandb_run"),
         (stages.HeartbeatCallback, "on_train_begin"),
     ):
         monkeypatch.setattr(module, name, broken)
@@ -153,7 +153,7 @@ def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(
     assert capsys.readouterr().err.count("notice: progress failed (IsADirectoryError: ") == 1
     stage = pretrain()
     assert read_stage(stage)["steps"] == 3
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert {row["step"] for row in read_samples(stage / "samples.jsonl")} == {1, 2, 3}
 
 

@@ -563,7 +563,7 @@ def test_the_recipes_of_the_project_have_no_fault(recipe, monkeypatch, tmp_path)
 
 def small_model(config_file, tokenizer, attn_implementation):
     """Layers of the size that the file says, on the meta device."""
-    from minimind.training.arguments import load_model_config_file
+    from minimind.training.model_arguments import load_model_config_file
 
     fields = load_model_config_file(config_file) | {"vocab_size": len(tokenizer)}
     with torch.device("meta"):

@@ -12,7 +12,7 @@ from minimind.common.errors import UserError
 from minimind.data import documents
 from minimind.data.documents import HoldOut, load_blocks
 from minimind.tokenizer import text_encoder, train_tokenizer
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 EOS = 2
 DOCUMENTS = [f"{number}: {text}" for number in range(12) for text in (ENGLISH, CHINESE)]

@@ -21,7 +21,7 @@ from minimind.evaluation import (
     score,
 )
 from minimind.tokenizer import train_tokenizer
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 from minimind.training.trainers import BlockTrainer
 
 BLOCK = 16

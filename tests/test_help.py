@@ -17,8 +17,8 @@ from minimind.cli import build_parser
 from minimind.common.errors import UserError
 from minimind.common.options import suggestion
 from minimind.planning.planned_runs import STAGES
-from minimind.training.arguments import StageParser, parse
-from minimind.training.parser import GROUPS
+from minimind.training.command_line import parse
+from minimind.training.parser import GROUPS, StageParser
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {Path(script).stem: types for script, types in STAGES.values()}
@@ -49,11 +49,11 @@ def descriptions(text):
     items = (
         item.partition("\n\n")[0] for item in re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
     )
-    found = (
+    matches = (
         re.match(r"(?:-h, )?--(\w+)(?: VALUE(?: \.\.\.)?| \{.*?\})?\s+(.*)", item, re.DOTALL)
         for item in items
     )
-    return {match[1]: " ".join(match[2].split()) for match in found if match}
+    return {match[1]: " ".join(match[2].split()) for match in matches if match}
 
 
 def own_fields(types):
@@ -138,16 +138,17 @@ def test_the_versions_are_those_that_run(call, capsys):
 
 
 LIGHT = """
-import contextlib, io, sys
+import io, sys
+from contextlib import redirect_stderr, redirect_stdout
 from minimind.cli import main
 for words in {lines!r}:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
         try:
             main(words)
         except SystemExit as stop:
             code = stop.code or 0
     loaded = {{"torch", "transformers", "datasets", "numpy"}} & set(sys.modules)
-    print(code, loaded or "light", said.getvalue().strip())
+    print(code, loaded or "light", err.getvalue().strip())
 """
 
 
@@ -176,7 +177,7 @@ def test_help_versions_and_usage_errors_load_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("word", "option"),
     [
         ("lr", "learning_rate"),
         ("--batch-size", "per_device_train_batch_size"),
@@ -189,12 +190,12 @@ def test_help_versions_and_usage_errors_load_neither_torch_nor_transformers():
         ("max_seq_len", "block_size"),
     ],
 )
-def test_what_other_tools_call_an_option_is_answered_with_our_name(given, meant, tmp_path):
-    with pytest.raises(UserError, match=rf"unknown option .*\. Did you mean [^?]*--{meant}\b"):
-        parse(*SCRIPTS["pretrain"], argv=[f"--{given.removeprefix('--')}", "1"])
-    (tmp_path / "recipe.yaml").write_text(json.dumps({given.removeprefix("--"): 1}))
+def test_what_other_tools_call_an_option_is_answered_with_our_name(word, option, tmp_path):
+    with pytest.raises(UserError, match=rf"unknown option .*\. Did you mean [^?]*--{option}\b"):
+        parse(*SCRIPTS["pretrain"], argv=[f"--{word.removeprefix('--')}", "1"])
+    (tmp_path / "recipe.yaml").write_text(json.dumps({word.removeprefix("--"): 1}))
     with pytest.raises(
-        UserError, match=rf"recipe.yaml: unknown key .*\. Did you mean [^?-]*\b{meant}\b"
+        UserError, match=rf"recipe.yaml: unknown key .*\. Did you mean [^?-]*\b{option}\b"
     ):
         parse(*SCRIPTS["pretrain"], argv=["--config", str(tmp_path / "recipe.yaml")])
 

@@ -27,7 +27,7 @@ from minimind.tokenizer import (
 )
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.encoding import DocumentEncoder
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 PIECE = 97  # characters, so that short texts are cut many times
 

@@ -10,7 +10,7 @@ from minimind.data.documents import load_blocks
 from minimind.data.markers import rendered_turn, split_documents
 from minimind.tokenizer import text_encoder
 from minimind.tokenizer_evaluation.texts import read_texts
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 EOS = 2
 CHATML = "<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\nthe fox<|im_end|>\n"

@@ -105,13 +105,13 @@ def test_without_bf16_hardware_the_iteration_is_that_of_its_paper_in_fp32(monkey
 
 
 def test_a_cpu_kept_from_its_bf16_instructions_is_one_without_them():
-    kept = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     question = (
         "from minimind.training.arguments import PretrainConfig as C; print(C(use_cpu=True,"
         " report_to=[]).bf16)"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", question], env=os.environ | kept, capture_output=True, text=True
+        [sys.executable, "-c", question], env=os.environ | limits, capture_output=True, text=True
     )
     assert answer.stdout.split()[-1:] == ["False"], answer.stderr
 
@@ -124,7 +124,7 @@ def test_one_schedule_drives_both_parts(model):
     assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == [5e-3, 5e-3]
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_happened(model):
+def test_a_restored_optimizer_continues_as_if_it_had_not_stopped(model):
     optimizer = build_optimizer(model, ARGS)
     step(model, optimizer, 2)
     twin = copy.deepcopy(model)

@@ -1,5 +1,5 @@
-"""Any value of any option, of the stages and of the commands, is taken or refused by one message
-that names it."""
+"""Any value of any option of the stages and commands is accepted, or refused by one message that
+names the option."""
 
 import argparse
 import json
@@ -16,8 +16,9 @@ from minimind.common import errors
 from minimind.common.bounds import BOUNDS, check_options
 from minimind.common.errors import UserError
 from minimind.planning.planned_runs import STAGES
-from minimind.training import arguments
-from minimind.training.arguments import parse
+from minimind.training import command_line
+from minimind.training.command_line import parse
+from minimind.training.model_arguments import ModelArguments
 from minimind.training.parser import StageParser
 from minimind.training.starting_point import adapter_config, new_model
 from minimind.training.trainers import BlockTrainer
@@ -44,12 +45,12 @@ def commands(parser):
 
 
 def stage_options():
-    """(stage, option) of all stages; one that stages share stands once."""
-    found = {}
+    """(stage, option) of all stages; an option that stages share once."""
+    options = {}
     for stage in ("pretrain", "sft", "dpo"):
         for name, action in options_of(StageParser(STAGES[stage][1])).items():
-            found.setdefault((name, str(action.default), action.nargs), (stage, name))
-    return list(found.values())
+            options.setdefault((name, str(action.default), action.nargs), (stage, name))
+    return list(options.values())
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def refusal(tmp_path, monkeypatch):
     """The message by which the options of a stage are refused, or None."""
     monkeypatch.chdir(tmp_path)
     # Milliseconds each, a thousand times
-    monkeypatch.setattr(arguments, "StageParser", cache(StageParser))
+    monkeypatch.setattr(command_line, "StageParser", cache(StageParser))
     before = dict(os.environ)
 
     def check(stage, *argv):
@@ -72,7 +73,7 @@ def refusal(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own about what is accepted
-def test_every_value_of_every_option_of_a_stage_is_taken_or_refused_by_name(refusal):
+def test_every_value_of_every_option_of_a_stage_is_accepted_or_refused_by_name(refusal):
     unnamed = {}
     for stage, name in stage_options():
         for value in VALUES:
@@ -82,7 +83,7 @@ def test_every_value_of_every_option_of_a_stage_is_taken_or_refused_by_name(refu
     assert unnamed == {}
 
 
-def test_every_value_of_every_option_of_a_command_is_taken_or_refused_by_name():
+def test_every_value_of_every_option_of_a_command_is_accepted_or_refused_by_name():
     unnamed = {}
     for command in commands(build_parser()):
         words = [word for action in command._actions if not action.option_strings for word in ["x"]]
@@ -185,9 +186,7 @@ def test_what_only_a_run_would_see_is_refused_before_it(refusal, stage, words, n
     ids=str,
 )
 def test_an_adapter_that_does_not_fit_the_model_is_refused_before_the_data(model, options, named):
-    args = arguments.ModelArguments(
-        use_peft=True, **{name: [value] for name, value in options.items()}
-    )
+    args = ModelArguments(use_peft=True, **{name: [value] for name, value in options.items()})
     with pytest.raises(UserError, match=named):
         adapter_config(args, model)
 
@@ -313,7 +312,7 @@ def test_a_file_of_arguments_beside_the_script_is_not_read(tmp_path, monkeypatch
     ],
     ids=str,
 )
-def test_a_model_that_cannot_be_is_refused_by_file_and_field(tmp_path, fields, named, tokenizer):
+def test_an_impossible_model_is_refused_by_file_and_field(tmp_path, fields, named, tokenizer):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError) as error:
@@ -322,7 +321,7 @@ def test_a_model_that_cannot_be_is_refused_by_file_and_field(tmp_path, fields, n
     assert str(path) in str(error.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_of_before_training(
+def test_an_unreachable_hub_is_reported_before_training(
     monkeypatch, tmp_path, capsys, model, tokenizer
 ):
     for part in (model, tokenizer):

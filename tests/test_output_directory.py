@@ -1,5 +1,5 @@
-"""Whose files lie in an output directory, what another command does there, and that one run at a
-time is in it."""
+"""Whose files an output directory holds, what a changed command does there, and that only one run
+uses it at a time."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from minimind.training.output_directory import (
     checkpoints,
     clear,
     delete_checkpoint,
-    named,
+    matches,
     unlock_directory,
 )
 from minimind.training.resume import begin
@@ -61,17 +61,17 @@ def unfinished(finished):
     return finished
 
 
-def start(directory, asked="auto", overwrite=False, allow=False, other=None, **changes):
-    """What a command begins with whose recipe has these `changes`: the checkpoint's name, and
-    run.json."""
+def start(directory, resume="auto", overwrite=False, allow=False, other=None, **changes):
+    """Begin a command whose definition has these `changes`; returns the checkpoint's name and the
+    record in run.json."""
     args = SimpleNamespace(
         output_dir=other or directory,
-        resume_from_checkpoint=str(asked),
+        resume_from_checkpoint=str(resume),
         overwrite_output_dir=overwrite,
         allow_changed_recipe=allow,
     )
-    recipe = json.loads((directory / "run.json").read_text())["recipe"] | changes
-    record, _ = begin(args, recipe, "pipeline")
+    definition = json.loads((directory / "run.json").read_text())["recipe"] | changes
+    record, _ = begin(args, definition, "pipeline")
     return args.resume_from_checkpoint and Path(args.resume_from_checkpoint).name, record
 
 
@@ -161,13 +161,13 @@ def test_overwriting_a_run_deletes_what_it_wrote_and_nothing_else(tmp_path, fini
 
 def test_the_lists_name_all_that_a_run_writes(finished):
     names = {path.name for path in finished.iterdir()} - {"checkpoint-2", "checkpoint-4"}
-    assert {name for name in names if not named(name, RUN_FILES)} == set()
+    assert {name for name in names if not matches(name, RUN_FILES)} == set()
     names = {path.name for checkpoint in checkpoints(finished) for path in checkpoint.iterdir()}
-    assert {name for name in names if not named(name, CHECKPOINT_FILES)} == set()
+    assert {name for name in names if not matches(name, CHECKPOINT_FILES)} == set()
     assert not (finished / LOCK).exists()
 
 
-def test_a_checkpoint_is_known_by_what_it_holds_however_broken(tmp_path, finished):
+def test_a_checkpoint_is_recognised_by_what_it_holds_however_broken(tmp_path, finished):
     began = write(
         tmp_path / "checkpoint-9", {"recipe.json": '{"stage": "sft"}', "model.safetensors": "half"}
     )
@@ -184,7 +184,7 @@ def test_a_checkpoint_is_known_by_what_it_holds_however_broken(tmp_path, finishe
     assert not (finished / "checkpoint-4").exists()
 
 
-def test_a_strangers_checkpoint_where_one_will_be_written_is_refused_before_anything_is_deleted(
+def test_a_foreign_checkpoint_in_the_way_is_refused_before_anything_is_deleted(
     finished,
 ):
     write(finished, {"checkpoint-5/trainer_state.json": "{}"})
@@ -195,7 +195,7 @@ def test_a_strangers_checkpoint_where_one_will_be_written_is_refused_before_anyt
         assert content(finished) == before
 
 
-def test_a_leftover_is_replaced_and_a_strangers_directory_of_that_name_is_not(tmp_path):
+def test_a_leftover_is_replaced_and_a_foreign_directory_of_that_name_is_not(tmp_path):
     write(tmp_path / ".out.partial", {"mine": "x"})
     with (
         pytest.raises(UserError, match="is in the way, and not of ours"),
@@ -242,14 +242,14 @@ CHANGES = {
         "learning_rate  0.0005 -> 0.001\nGive another",
     ),
     "another's checkpoint": (
-        {"asked": "/", "max_steps": 6, "allow": True},
+        {"resume": "/", "max_steps": 6, "allow": True},
         "and the two would mix",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_complete_run_is_told_from_another_command_and_what_to_add_is_said(finished, name):
+def test_a_changed_command_on_a_complete_run_is_refused_with_what_to_add(finished, name):
     changes, words = CHANGES[name]
     before = content(finished)
     assert words in refused(finished, **changes)
@@ -257,9 +257,9 @@ def test_a_complete_run_is_told_from_another_command_and_what_to_add_is_said(fin
 
 
 def test_a_complete_run_has_nothing_to_do_whatever_checkpoint_of_it_is_named(finished, capsys):
-    for asked in ("auto", "true", "false", finished / "checkpoint-2"):
+    for option in ("auto", "true", "false", finished / "checkpoint-2"):
         with pytest.raises(SystemExit) as stop:
-            start(finished, asked)
+            start(finished, option)
         assert stop.value.code == 0
         assert "nothing to do" in capsys.readouterr().out
 
@@ -310,7 +310,7 @@ def test_a_complete_run_is_extended_through_kills_to_the_bits_of_a_long_one(
     assert stop.value.code == 0
 
 
-def test_a_run_without_checkpoints_says_how_its_weights_are_trained_on(finished):
+def test_a_run_without_checkpoints_explains_how_to_train_its_weights_further(finished):
     for checkpoint in checkpoints(finished):
         delete_checkpoint(checkpoint)
     message = refused(finished, max_steps=6, allow=True)
@@ -318,7 +318,7 @@ def test_a_run_without_checkpoints_says_how_its_weights_are_trained_on(finished)
     assert f"--model_name_or_path {finished} and another --output_dir" in message
 
 
-def test_overwriting_deletes_an_unfinished_run_but_the_very_same(unfinished):
+def test_overwriting_deletes_an_unfinished_run_unless_it_is_the_same_run(unfinished):
     assert start(unfinished, overwrite=True)[0] == "checkpoint-4"
     assert "accept the change with --allow_changed_recipe" in refused(
         unfinished, gradient_accumulation_steps=2
@@ -331,7 +331,7 @@ def test_a_run_shorter_than_its_checkpoint_is_refused(unfinished):
     assert "has 4 steps behind it" in refused(unfinished, max_steps=2, allow=True)
 
 
-def test_going_back_deletes_newer_checkpoints_when_that_is_asked_for_alone(unfinished):
+def test_resuming_from_an_older_checkpoint_deletes_newer_ones_only_on_request(unfinished):
     older = unfinished / "checkpoint-2"
     assert "would give up the newer checkpoint-4" in refused(unfinished, older)
     assert start(unfinished, older, overwrite=True)[0] == "checkpoint-2"
@@ -341,14 +341,14 @@ def test_going_back_deletes_newer_checkpoints_when_that_is_asked_for_alone(unfin
     assert start(unfinished, older, overwrite=True)[0] == "checkpoint-3"
 
 
-def test_a_run_begun_from_elsewhere_continues_from_its_own_checkpoints(unfinished, tmp_path):
-    asked, other = unfinished / "checkpoint-2", tmp_path / "other"
-    for again in (asked, asked, "auto"):  # killed before its first checkpoint
-        name, record = start(unfinished, again, other=other)
-        assert (name, record["from"]) == ("checkpoint-2", str(asked.resolve()))
+def test_a_run_started_from_another_run_resumes_from_its_own_checkpoints(unfinished, tmp_path):
+    origin, other = unfinished / "checkpoint-2", tmp_path / "other"
+    for option in (origin, origin, "auto"):  # killed before its first checkpoint
+        name, record = start(unfinished, option, other=other)
+        assert (name, record["from"]) == ("checkpoint-2", str(origin.resolve()))
     (unfinished / "checkpoint-4").rename(other / "checkpoint-4")
-    for again in (asked, "auto"):
-        assert start(unfinished, again, other=other)[0] == "checkpoint-4"
+    for option in (origin, "auto"):
+        assert start(unfinished, option, other=other)[0] == "checkpoint-4"
 
 
 # One run at a time
@@ -366,7 +366,7 @@ time.sleep(600)
 """
 
 
-def test_a_second_run_is_refused_and_a_killed_ones_children_keep_nobody_out(unfinished):
+def test_a_second_run_is_refused_but_children_of_a_killed_run_block_nothing(unfinished):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     words = [sys.executable, "-c", HOLD_AND_FORK, str(unfinished / LOCK)]
     first = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
@@ -387,16 +387,16 @@ def test_a_second_run_is_refused_and_a_killed_ones_children_keep_nobody_out(unfi
         first.stdout.close()
 
 
-def test_without_locks_a_notice_says_so_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_locks_a_notice_is_printed_and_the_run_continues(tmp_path, monkeypatch, capsys):
     def refuse(self):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock._acquire", refuse)
     assert lock(tmp_path / LOCK, "x") is None
     unlock(None)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        said
+        output
         == f"notice: {tmp_path / LOCK} cannot be locked (No locks available): do not start another"
         " run there\n"
     )

@@ -3,7 +3,7 @@ import json
 from pipeline import document_rows, failure, run_cli, run_script, short_run, write_model
 
 from minimind.data import documents
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 
 def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, monkeypatch):

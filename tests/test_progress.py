@@ -19,8 +19,8 @@ from minimind.data.packing import BlockCollator
 from minimind.evaluation import bits_per_nat
 from minimind.stage_directory import read_stage
 from minimind.training import callbacks
-from minimind.training.arguments import DataArguments
 from minimind.training.callbacks import ProgressCallback, peak_memory
+from minimind.training.data_arguments import DataArguments
 from minimind.training.trainers import BlockTrainer
 
 

@@ -113,15 +113,15 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_is_found(keep, config):
 
 def test_a_healthy_batch_has_the_loss_of_the_model(keep, config):
     ids = rows(config)
-    kept = {}
-    report = replay(keep(ids, lambda model: kept.update(model=model)))
-    expected = kept["model"](input_ids=ids, labels=ids).loss.item()
+    models = []
+    report = replay(keep(ids, models.append))
+    expected = models[0](input_ids=ids, labels=ids).loss.item()
     assert report["loss"] == pytest.approx(expected, rel=1e-5)
     assert report["bad_rows"] == report["bad_gradients"] == report["bad_weights"] == []
     assert report["first_layer"] is report["first_gradient"] is None
 
 
-def test_of_a_pair_the_replies_alone_count(keep, config):
+def test_only_the_replies_of_a_pair_count(keep, config):
     ids = rows(config)
     mask = torch.zeros_like(ids)
     mask[:, 8:] = 1
@@ -146,7 +146,7 @@ def test_without_weights_they_have_to_be_named(keep, config, capsys):
     assert "--model DIR" in failure(capsys, run_cli, "replay", directory)
 
 
-def test_what_is_no_kept_batch_is_one_message(capsys, tmp_path):
+def test_a_directory_without_a_kept_batch_is_one_message(capsys, tmp_path):
     assert "is no kept batch" in failure(capsys, run_cli, "replay", tmp_path)
 
 
@@ -183,6 +183,6 @@ def test_a_run_that_stops_is_explained_by_its_own_advice(
     )
     assert "3 steps in a row" in message
     run_cli("replay", message.split("minimind replay ")[1].split()[0].rstrip("."))
-    said = capsys.readouterr().out
-    assert "comes out of model.layers.1.self_attn.o_proj" in said
-    assert "weights that are not finite: model.layers.1.self_attn.o_proj.weight" in said
+    output = capsys.readouterr().out
+    assert "comes out of model.layers.1.self_attn.o_proj" in output
+    assert "weights that are not finite: model.layers.1.self_attn.o_proj.weight" in output

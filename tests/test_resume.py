@@ -337,7 +337,7 @@ def test_a_run_goes_on_past_a_broken_checkpoint_to_the_same_end(
     run(words)
     said = capsys.readouterr().out
     assert f"skipped {unfinished / 'checkpoint-6'}" in said
-    assert f"going on from {unfinished / 'checkpoint-4'}" in said
+    assert f"resuming from {unfinished / 'checkpoint-4'}" in said
     assert_same_run(whole, unfinished, 8)
     assert problem_of(unfinished / "checkpoint-6") is None
 
@@ -349,11 +349,11 @@ def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(
         truncate(checkpoint)
     words = command(world, "pretrain", unfinished, tokenizer_dir, save_total_limit=9)
     message = failure(capsys, run, (*words, "--resume_from_checkpoint", "true"))
-    assert "there is no whole checkpoint in" in message
+    assert "there is no complete checkpoint in" in message
     assert message.count("skipped ") == 3
     run(words)
     said = capsys.readouterr().out
-    assert "beginning anew" in said
+    assert "starting over" in said
     assert log_of(unfinished)[0]["step"] == 0
 
 
@@ -467,7 +467,7 @@ def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
     ):
         assert line in message
     run((*words, "--allow_changed_recipe", "true"))
-    assert "going on with a changed recipe" in capsys.readouterr().out
+    assert "resuming with a changed recipe" in capsys.readouterr().out
     assert read_stage(unfinished)["steps"] == 10
     group = torch.load(unfinished / "checkpoint-10" / "optimizer.pt")["param_groups"][0]
     assert group["initial_lr"] == 1e-3
@@ -530,7 +530,7 @@ def test_changed_data_or_another_model_is_refused_whatever_is_accepted(
     (unfinished.parent / "small.json").write_text(json.dumps(fields))
     small = ["--model_config", unfinished.parent / "small.json", "--allow_changed_recipe", "true"]
     message = failure(capsys, run, command(world, "pretrain", unfinished, tokenizer_dir, small))
-    assert "cannot be continued by this command, it is of another model or recipe" in message
+    assert "cannot be resumed by this command, it is of another model or recipe" in message
     assert "model.hidden_size  32 -> 16" in message
     message = failure(capsys, run, command(world, "sft", unfinished))
     assert '"pretrain" -> "sft"' in message
@@ -546,7 +546,7 @@ def test_a_checkpoint_given_by_its_path_is_gone_on_from_elsewhere(
     corrupt(path)
     words = command(world, "pretrain", tmp_path / "another", tokenizer_dir)
     message = failure(capsys, run, (*words, "--resume_from_checkpoint", path))
-    assert "is not a whole checkpoint: optimizer.pt is corrupted" in message
+    assert "is not a complete checkpoint: optimizer.pt is corrupted" in message
     assert str(unfinished / "checkpoint-6") in message
     assert not (tmp_path / "another").exists()
 

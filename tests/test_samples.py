@@ -1,4 +1,4 @@
-"""Samples of fixed prompts: what is asked, what is kept, and that training does not notice."""
+"""Samples of fixed prompts: which prompts, what is written, and that training is not changed."""
 
 import json
 
@@ -159,7 +159,7 @@ def run(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     return start
 
 
-def test_training_does_not_notice_samples(run):
+def test_samples_do_not_change_the_training(run):
     plain, sampled = run("plain", sample_steps=-1), run("sampled", sample_steps=1)
     assert not (plain / "samples.jsonl").exists()
     weights = [load_file(stage / "model.safetensors") for stage in (plain, sampled)]

@@ -9,7 +9,7 @@ from pipeline import document_rows, run_script, short_run, write_model
 
 from minimind.costs import slowness
 from minimind.costs.slowness import Usage, explain, seen_reasons
-from minimind.planning import measuring
+from minimind.training import plan_callback
 
 QUIET = Usage(moment=0.0, busy=100.0, own=50.0, swapped=0.0)
 # 10 s, in which this run took both cores
@@ -28,14 +28,14 @@ def two_cores(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
-def test_a_machine_that_shows_nothing_is_said_to_show_nothing():
+def test_without_a_visible_reason_the_warning_says_so():
     assert seen_reasons(QUIET, LATER, "cpu", "bf16") == []
     assert "neither another process nor an emulated precision, swapping" in explain(
         QUIET, LATER, "cpu", "bf16"
     )
 
 
-def test_other_processes_are_what_is_busy_beside_this_run():
+def test_other_busy_processes_are_named():
     (reason,) = seen_reasons(QUIET, dataclasses.replace(LATER, own=58.0), "cpu", "fp32")
     assert reason.startswith(
         "other processes or machines kept 1.2 of 2 cores busy (most of it: chrome, pid 7): end"
@@ -55,18 +55,20 @@ def test_swapping_is_named_with_its_amount():
 
 
 @pytest.mark.parametrize(
-    ("threads", "processes", "given", "said"),
+    ("threads", "processes", "variable", "reason"),
     [
         (1, "1", "1", "1 threads compute on 2 cores: leave out OMP_NUM_THREADS=1"),
         (2, "2", None, "4 threads compute on 2 cores: set OMP_NUM_THREADS=1"),
     ],
 )
-def test_threads_that_do_not_fit_the_cores_are_named(monkeypatch, threads, processes, given, said):
+def test_threads_that_do_not_fit_the_cores_are_named(
+    monkeypatch, threads, processes, variable, reason
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert seen_reasons(QUIET, LATER, "cpu", "fp32") == [said]
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert seen_reasons(QUIET, LATER, "cpu", "fp32") == [reason]
 
 
 def test_the_busiest_process_beside_this_run_is_found(monkeypatch):
@@ -90,11 +92,11 @@ def test_the_busiest_process_beside_this_run_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize(("limit", "warned"), [(0.0, 1), (1e9, 0)])
-def test_a_run_much_slower_than_planned_is_warned_of(
+def test_a_run_much_slower_than_planned_prints_a_warning(
     monkeypatch, tmp_path, tokenizer_dir, write_jsonl, capsys, limit, warned
 ):
-    monkeypatch.setattr(measuring, "SLOW", limit)
-    monkeypatch.setattr(measuring, "LOST", -1.0)
+    monkeypatch.setattr(plan_callback, "SLOW", limit)
+    monkeypatch.setattr(plan_callback, "LOST", -1.0)
     words = [
         "--train_files",
         write_jsonl("docs.jsonl", document_rows()),
@@ -105,6 +107,6 @@ def test_a_run_much_slower_than_planned_is_warned_of(
     run_script(
         monkeypatch, "pretrain", *short_run(tmp_path / "out", max_steps=6, block_size=32), *words
     )
-    said = capsys.readouterr().out
-    assert said.count("s a step instead of") == 1
-    assert said.count("Likely reasons, and what to try:\n  - ") == warned
+    output = capsys.readouterr().out
+    assert output.count("s a step instead of") == 1
+    assert output.count("Likely reasons, and what to try:\n  - ") == warned

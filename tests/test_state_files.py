@@ -21,8 +21,8 @@ from minimind.common.recipes import read_deepspeed
 from minimind.doctor import doctor
 from minimind.generation import load_for_generation
 from minimind.stage_directory import load_model, read_stage, weights_hash
-from minimind.training.arguments import load_model_config_file
 from minimind.training.checkpoints import last_whole_checkpoint, problem_of
+from minimind.training.model_arguments import load_model_config_file
 from minimind.training.output_directory import MANIFEST, RUN, read_record
 from minimind.training.replay import replay
 from minimind.training.report import write_report

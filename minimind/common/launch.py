@@ -1,4 +1,4 @@
-"""What a process needs to know before the first library sets up devices: one script for every
+"""The environment of a process before the first library sets up devices: one script for every
 launcher.
 
 `deepspeed`, `torchrun` and `accelerate launch` set the rendezvous variables; plain `python` does
@@ -16,42 +16,36 @@ from minimind.common.errors import UserError, install
 from minimind.common.language import say
 
 LOOPBACK = ("127.0.0.1", "localhost")
-EXISTING_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch then connects to a store, and opens none
-STORES: list = []  # what listens, as long as the process lives
+EXISTING_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch then connects to a store and opens none
+STORES: list = []  # they listen as long as the process lives
 
 
 def prepare_launch(uses_deepspeed: bool) -> None:
-    """Set the environment for this launcher and device; anything the user has set stays as it
-    is."""
+    """Set the environment for this launcher and device; the user's own settings are kept."""
+    environment = os.environ
     if not torch.cuda.is_available():
-        # Processes of one machine share its cores; more threads than cores make every step several
-        # times slower.
-        local_processes = int(
-            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-        )
-        if "OMP_NUM_THREADS" not in os.environ:
-            threads = max(1, (os.cpu_count() or 1) // local_processes)
-            os.environ["OMP_NUM_THREADS"] = str(threads)
+        # The processes of one machine share its cores; more threads than cores make every step
+        # several times slower.
+        local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
+        if "OMP_NUM_THREADS" not in environment:
+            threads = max(1, (os.cpu_count() or 1) // local_size)
+            environment["OMP_NUM_THREADS"] = str(threads)
             torch.set_num_threads(threads)
-        # Without it DeepSpeed probes for accelerators and warns when it finds none.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Without it DeepSpeed looks for accelerators and warns if there is none.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
         if uses_deepspeed:
-            # `accelerate launch` sets it on a machine without a GPU, and accelerate then leaves
-            # DeepSpeed out in silence (seen in accelerate 1.15).
-            os.environ.pop("ACCELERATE_USE_CPU", None)
-    if uses_deepspeed and "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind((LOOPBACK[0], 0))
-            port = free.getsockname()[1]
-        rendezvous = {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": LOOPBACK[0],
-            "MASTER_PORT": port,
-        }
-        for name, value in rendezvous.items():
-            os.environ.setdefault(name, str(value))
+            # `accelerate launch` sets it on a machine without a GPU, and accelerate then silently
+            # leaves DeepSpeed out (seen in accelerate 1.15).
+            environment.pop("ACCELERATE_USE_CPU", None)
+
+    if uses_deepspeed and "RANK" not in environment:
+        with socket.socket() as unused:
+            unused.bind((LOOPBACK[0], 0))
+            port = unused.getsockname()[1]
+        defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+        defaults |= {"MASTER_ADDR": LOOPBACK[0], "MASTER_PORT": port}
+        for name, value in defaults.items():
+            environment.setdefault(name, str(value))
     open_meeting_point()
     if uses_deepspeed:
         refuse_code_in_pickles()
@@ -59,13 +53,13 @@ def prepare_launch(uses_deepspeed: bool) -> None:
 
 
 def open_meeting_point() -> None:
-    """Listen at the port where the processes are to meet: torch does it at all addresses of the
-    machine, this, where all processes are on one, at the loopback address alone.
+    """Listen at the port where the processes meet.
 
-    Under torchrun it is torchrun that opens it.
+    torch would listen at all addresses of the machine; if all processes are on one machine, this
+    listens only at the loopback address. torchrun opens the port itself.
 
     Raises:
-        UserError: the port is taken, by another run as a rule.
+        UserError: the port is taken, usually by another run.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     is_local = address in LOOPBACK
@@ -73,11 +67,8 @@ def open_meeting_point() -> None:
         interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
         for library in ("GLOO", "NCCL") if interface else ():
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    if (
-        os.environ.get("RANK") != "0"
-        or os.environ.get(EXISTING_STORE) == "True"
-        or not port.isdigit()
-    ):
+    exists = os.environ.get(EXISTING_STORE) == "True"
+    if os.environ.get("RANK") != "0" or exists or not port.isdigit():
         return
     try:
         listener = socket.create_server((address if is_local else "", int(port)))
@@ -90,30 +81,23 @@ def open_meeting_point() -> None:
     if not is_local:
         listener.close()  # torch opens it
         return
-    STORES.append(
-        torch.distributed.TCPStore(
-            address,
-            int(port),
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-    )
+    options = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+    STORES.append(torch.distributed.TCPStore(address, int(port), **options))
     os.environ[EXISTING_STORE] = "True"
 
 
 def refuse_code_in_pickles() -> None:
-    """Let `torch.load` run nothing that a file asks for, also where DeepSpeed calls it: a
-    checkpoint may be anybody's.
+    """Keep `torch.load` from running code in a file, also where DeepSpeed calls it: a checkpoint
+    may come from anybody.
 
-    What DeepSpeed's checkpoints hold beside tensors is allowed. TORCH_FORCE_WEIGHTS_ONLY_LOAD=0
-    allows everything.
+    The objects that DeepSpeed's checkpoints hold besides tensors are allowed.
+    TORCH_FORCE_WEIGHTS_ONLY_LOAD=0 allows everything.
 
     Raises:
         UserError: DeepSpeed is not installed.
     """
     if os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1") != "0":
-        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch takes one of the two alone
+        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses both
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -129,12 +113,12 @@ def refuse_code_in_pickles() -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks and writes for all; true before any process group exists."""
+    """Whether this process prints and writes for all; true before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def notice(text: str) -> None:
-    """One line about the run, said once for all processes."""
+    """Print one line about the run, once for all processes."""
     if is_main_process():
         say(f"notice: {text}", file=sys.stderr)
 
@@ -144,9 +128,8 @@ def _announce_compilation() -> None:
     if torch.cuda.is_available() or not is_main_process():
         return
     home = os.path.expanduser("~")  # noqa: PTH111, Path raises where there is none
-    cache = Path(
-        os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / ".cache" / "torch_extensions"
-    )
+    default = Path(home) / ".cache" / "torch_extensions"
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     if not list(cache.glob("**/deepspeed_shm_comm/*.so")):
         say(
             "DeepSpeed compiles one operator on its first run on a CPU: about 2 minutes without"
@@ -156,10 +139,10 @@ def _announce_compilation() -> None:
 
 def bf16_is_fast(device: str | None = None) -> bool:
     """Whether a device ("cuda" or "cpu"; default: this machine's) computes in bf16 natively;
-    elsewhere bf16 is emulated, 30 to 60 times slower than fp32 on a CPU.
+    otherwise bf16 is emulated, on a CPU 30 to 60 times slower than fp32.
 
-    On a CPU oneDNN computes the matrix products, and `ONEDNN_MAX_CPU_ISA` may keep it from what the
-    processor has.
+    On a CPU oneDNN computes the matrix products, and `ONEDNN_MAX_CPU_ISA` may limit the
+    instructions it uses.
     """
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -173,11 +156,10 @@ def bf16_is_fast(device: str | None = None) -> bool:
 
 
 def leave_process_group(trainer) -> None:
-    """Leave the other processes of a run that is complete; DeepSpeed's engine leaves them by
-    itself.
+    """Leave the process group of a complete run; DeepSpeed's engine leaves it on its own.
 
-    Left to the interpreter's end, gloo's threads now and then abort the process, and a launcher
-    calls the run failed.
+    If that waits for the end of the interpreter, gloo's threads occasionally abort the process, and
+    the launcher reports a failed run.
     """
     if torch.distributed.is_initialized() and not trainer.is_deepspeed_enabled:
         torch.distributed.destroy_process_group()

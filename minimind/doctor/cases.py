@@ -18,8 +18,8 @@ from minimind.planning.planned_runs import PlannedRun, stage_of
 from minimind.stage_directory import require_stage
 from minimind.stages import StageSpec, load_rows, load_start
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import parse
-from minimind.training.parser import StageParser, with_recipe
+from minimind.training.command_line import parse, with_recipe
+from minimind.training.parser import StageParser
 from minimind.training.starting_point import check_attention
 
 

@@ -30,7 +30,7 @@ from minimind.stage_directory import read_stage
 from minimind.stages import STAGES
 from minimind.training.definition import flat
 from minimind.training.saving import checkpoint_bytes
-from minimind.training.tracking import offline_reason
+from minimind.training.wandb_tracking import offline_reason
 
 SEVERITIES = ("error", "warning", "ok", "skipped")
 SAMPLED_ROWS = 256

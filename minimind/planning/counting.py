@@ -21,7 +21,7 @@ from minimind.data.packing import packer
 from minimind.data.preferences import to_preference
 from minimind.stages import StageSpec, load_rows
 from minimind.tokenizer.encoding import DocumentEncoder
-from minimind.training.arguments import DataArguments
+from minimind.training.data_arguments import DataArguments
 
 COUNTED = 2**25  # bytes of data that are tokenised completely; of more, a sample
 SAMPLE = 2**22

@@ -24,7 +24,10 @@ from minimind.planning.counting import RowCounts, count_rows
 from minimind.stage_directory import check_kind, load_config
 from minimind.stages import LORA, PRETRAIN, SFT, STAGES, StageSpec
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import DataArguments, ModelArguments, StageParser, parse_options
+from minimind.training.command_line import parse_options
+from minimind.training.data_arguments import DataArguments
+from minimind.training.model_arguments import ModelArguments
+from minimind.training.parser import StageParser
 from minimind.training.starting_point import check_length, new_model
 
 

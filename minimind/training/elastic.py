@@ -83,9 +83,9 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
     number of processes than wrote it.
 
     Args:
-        saved: the run's recipe (`resume.recipe_of`), with "processes",
+        saved: the run's definition (`definition_of`), with "processes",
             "per_device_train_batch_size" and "gradient_accumulation_steps" of its first start.
-        now: the recipe of this command.
+        now: the definition of this command.
         args: the training arguments; `resume_from_checkpoint` is the path of the checkpoint.
 
     Raises:

@@ -18,7 +18,7 @@ from minimind.common.launch import bf16_is_fast
 
 
 class Bf16AsFp32(TorchFunctionMode):
-    """While it is entered, `tensor.bfloat16()` gives a copy in fp32."""
+    """A context in which `tensor.bfloat16()` returns a copy in fp32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.bfloat16:
@@ -27,37 +27,26 @@ class Bf16AsFp32(TorchFunctionMode):
 
 
 class Muon(torch.optim.Muon):
-    """torch's, except: its Newton-Schulz iteration, always in bf16 there, is in fp32 on a device
-    that emulates bf16.
+    """Identical to torch's except: its Newton-Schulz iteration runs in fp32 on a device that only
+    emulates bf16.
 
-    Which of the two is exact enough does not matter: the iteration's own result is only near
-    orthogonal.
+    The precision does not matter: the result of the iteration is only nearly orthogonal anyway.
     """
 
     def step(self, closure=None):
-        """One step on all matrices, which lie on one kind of device."""
+        """One step on all matrices, which are on one kind of device."""
         device = self.param_groups[0]["params"][0].device.type
         with nullcontext() if bf16_is_fast(device) else Bf16AsFp32():
             return super().step(closure)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers behind one face: shared param groups, so that one schedule drives both."""
+    """Two optimizers in one, with shared parameter groups, so that one schedule drives both."""
 
-    def __init__(
-        self,
-        matrices: Iterable,
-        others: Iterable,
-        lr: float,
-        weight_decay: float,
-        betas: tuple,
-        eps: float,
-    ):
+    def __init__(self, matrices: Iterable, others: Iterable, lr, weight_decay, betas, eps):
         self.parts = [
-            Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        ]
-        self.parts += [
-            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
+            Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True),
         ]
         groups = [{"params": group["params"]} for part in self.parts for group in part.param_groups]
         super().__init__(groups, {"lr": lr})
@@ -72,43 +61,43 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step(closure)
 
     def state_dict(self) -> dict:
-        """The parts' states, in their order."""
+        """The states of the parts, in their order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load what `state_dict` gave; the groups are shared anew."""
+        """Load the result of `state_dict`, and share the groups again."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share()
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Build the library's optimizer for one number, since the run's own is built when all data is
+    """Build the library's optimizer for a single weight: the run's own is built after all data is
     read.
 
     Raises:
-        ValueError: it needs what is not installed, or does not take its arguments.
+        ValueError: a package is missing, or the arguments do not fit.
     """
-    if args.deepspeed:  # it makes its own of it
+    if args.deepspeed:  # it builds its own
         return
     model = nn.Linear(1, 1)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if not options.keys() & {"params", "model", "optimizer_dict"}:
             kind(model.parameters(), **options)
-    except Exception as error:  # each of them has its own
-        given = f" with --optim_args {args.optim_args}" if args.optim_args else ""
-        raise ValueError(f"--optim {args.optim.value}{given} cannot be built: {error}") from error
+    except Exception as error:  # each optimizer raises its own
+        arguments = f" with --optim_args {args.optim_args}" if args.optim_args else ""
+        raise ValueError(
+            f"--optim {args.optim.value}{arguments} cannot be built: {error}"
+        ) from error
 
 
 def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
-    """The optimizer that the recipe names where the library has none of that name, else None: the
-    Trainer builds it.
+    """Muon with AdamW if the arguments name it, else None: then the Trainer builds its own.
 
     Raises:
         UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of
-            matrices; or for a mixture of experts, whose stacked matrices torch's Muon does not
-            take.
+            matrices, or for a mixture of experts, whose matrices are stacked.
     """
     if not args.use_muon:
         return None
@@ -122,15 +111,12 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
             "--optim muon cannot train stacked experts: torch's Muon takes matrices. Use"
             " adamw_torch_fused."
         )
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [
-        p
-        for name, p in trained
-        if p.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
-    ]
-    chosen = {id(p) for p in inside}
-    others = [p for _, p in trained if id(p) not in chosen]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+            (matrices if inside else others).append(parameter)
     betas = (args.adam_beta1, args.adam_beta2)
     return MuonWithAdamW(
-        inside, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
+        matrices, others, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
     )

@@ -1,9 +1,8 @@
-"""What lies in an output directory: which of it a run of ours wrote, and so may overwrite and
+"""The files in an output directory: which of them a run of ours wrote, and so may overwrite and
 delete.
 
-A run is recognised by what `run.json`, `stage.json` and its checkpoints hold, and nothing is
-deleted that `RUN_FILES` and `CHECKPOINT_FILES` do not name. Symbolic links are never followed to be
-deleted.
+A run is recognised by the content of `run.json`, `stage.json` and its checkpoints. Only what
+`RUN_FILES` and `CHECKPOINT_FILES` name is deleted, and symbolic links are never followed.
 """
 
 import os
@@ -27,43 +26,40 @@ MANIFEST, RECIPE = "manifest.json", "recipe.json"
 INCOMPLETE = "checkpoint-is-incomplete.txt"
 RUN_LOGS = ("train_log.jsonl", "samples.jsonl")  # a checkpoint keeps a copy of them
 
-# Everything that a run writes, as patterns of names: the model's files, those of the stage directory and of its
-# checkpoints. Trackers' directories and bad batches (guards.py) are not among them: they are kept.
-# fmt: off
+# Everything that a run writes, as patterns of names. The trackers' directories and bad batches
+# (guards.py) are not among them: they are kept.
 MODEL_FILES = (
-    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-    "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "configuration_minimind.py", "modeling_minimind.py", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "training_args.bin",
+    *("config.json", "generation_config.json", "configuration_minimind.py"),
+    *("modeling_minimind.py", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin"),
 )
 RUN_FILES = (
-    RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png", "mask_report.json",
-    ".universal-checkpoint-*", ".writable-*",
+    *(RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png"),
+    *("mask_report.json", ".universal-checkpoint-*", ".writable-*"),
 )
 CHECKPOINT_FILES = (
-    MANIFEST, RECIPE, INCOMPLETE, *MODEL_FILES, *RUN_LOGS, "trainer_state.json", "optimizer.pt", "scheduler.pt",
-    "scaler.pt", "rng_state*.pth", "run_state_*.pth", "README.md",
-    "latest", "global_step*", "zero_to_fp32.py",  # DeepSpeed's
+    *(MANIFEST, RECIPE, INCOMPLETE, *MODEL_FILES, *RUN_LOGS, "trainer_state.json", "README.md"),
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "run_state_*.pth"),
+    *("latest", "global_step*", "zero_to_fp32.py"),  # DeepSpeed's
 )
-# fmt: on
-# Those of the names above that are one
-DIRECTORIES = (PARTIAL, ".universal-checkpoint-*", "global_step*")
-# The shell's and the batch system's: they may lie there before a run begins
+DIRECTORIES = (PARTIAL, ".universal-checkpoint-*", "global_step*")  # the others are files
+# A shell or a batch system may write these before a run begins
 SHELL_LOGS = (".log", ".out", ".err")
-CONTENT = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": str}}
+FIELDS = {RUN: {"run": str, "recipe": dict}, STAGE: {"stage": str, "weights": str}}
 
 
-# Whose it is
+# Whose run it is
 
 
 def read_record(output_dir: Path, name: str) -> dict[str, Any]:
-    """The `run.json` or `stage.json` of a directory; empty where there is none.
+    """The content of `run.json` or `stage.json`, empty if there is no such file.
 
-    A damaged `run.json` costs no checkpoint: the newest says as well what the run is ("recipe", and
-    the damage as "problem").
+    A damaged `run.json` is replaced by the newest checkpoint's "recipe", with the damage as
+    "problem".
 
     Raises:
-        UserError: it is not one of ours, or does not read.
+        UserError: the file is not one of ours, or cannot be read.
     """
     file = output_dir / name
     if not os.path.lexists(file):
@@ -74,23 +70,22 @@ def read_record(output_dir: Path, name: str) -> dict[str, Any]:
         if not record:
             raise UserError(f"{file}: found an empty object. {remedy}")
     except UserError as error:
-        recipes = [
-            recipe for path in checkpoints(output_dir) if (recipe := _content(path / RECIPE))
-        ]
-        if name != RUN or not file.is_file() or not recipes:
+        definitions = filter(None, (_content(path / RECIPE) for path in checkpoints(output_dir)))
+        definition = next(definitions, None)
+        if name != RUN or not file.is_file() or definition is None:
             raise
-        return {"recipe": recipes[0], "problem": str(error)}
-    if any(not isinstance(record.get(key), kind) for key, kind in CONTENT[name].items()):
+        return {"recipe": definition, "problem": str(error)}
+    if any(not isinstance(record.get(key), kind) for key, kind in FIELDS[name].items()):
         raise UserError(
-            f"{file} is not of a run of ours: it has no {' and '.join(CONTENT[name])}. It would be"
+            f"{file} is not of a run of ours: it has no {' and '.join(FIELDS[name])}. It would be"
             " overwritten. Give a directory that does not exist yet."
         )
     return record
 
 
 def check_output_directory(output_dir: Path) -> None:
-    """Raises UserError for a directory with something in it that is not a run of ours, or of a name
-    in no UTF-8."""
+    """Raise UserError for a directory that holds something else than a run of ours, or whose name
+    is not UTF-8."""
     try:
         str(output_dir).encode()
     except UnicodeEncodeError:
@@ -111,6 +106,8 @@ def _check(output_dir: Path) -> None:
         )
     if not output_dir.is_dir():
         return
+
+    # What holds a run of ours is accepted, what another command of ours wrote is not
     run, stage = (read_record(output_dir, name) for name in (RUN, STAGE))
     if stage.get("stage") in ("import", "merge"):
         raise UserError(
@@ -119,62 +116,56 @@ def _check(output_dir: Path) -> None:
         )
     if run or stage or checkpoints(output_dir):
         return
+
+    # Hidden files and logs of the shell may be there, unless a run would overwrite them
     names = sorted(path.name for path in output_dir.iterdir() if path.name != LOCK)
-    strangers = [
-        name
-        for name in names
-        if named(name, RUN_FILES) or not (name.startswith(".") or name.endswith(SHELL_LOGS))
-    ]
+    harmless = [name for name in names if name.startswith(".") or name.endswith(SHELL_LOGS)]
+    strangers = [name for name in names if name not in harmless or matches(name, RUN_FILES)]
     if strangers:
-        found = ", ".join(strangers[:3])
+        listed = ", ".join(strangers[:3])
         if len(strangers) > 3:
-            found = f"{found} and {len(strangers) - 3:,} more"
+            listed = f"{listed} and {len(strangers) - 3:,} more"
         raise UserError(
-            f"--output_dir {output_dir} is not empty and not a run of ours: found {found}, "
+            f"--output_dir {output_dir} is not empty and not a run of ours: found {listed}, "
             f"but neither {RUN} nor stage.json. Give a directory that does not exist yet."
         )
 
 
-def named(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the name of a file, or of its hidden `.NAME.partial` (records.py), is among the
-    patterns."""
-    inner = re.fullmatch(r"\.(.+)\.partial", name)
-    return any(
-        fnmatch(each, pattern)
-        for each in (name, *(inner.groups() if inner else ()))
-        for pattern in patterns
-    )
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the name of a file, or of its hidden `.NAME.partial` (common/files.py), matches a
+    pattern."""
+    partial = re.fullmatch(r"\.(.+)\.partial", name)
+    names = (name, partial[1]) if partial else (name,)
+    return any(fnmatch(each, pattern) for each in names for pattern in patterns)
 
 
 # Checkpoints
 
 
 def checkpoints(output_dir: Path, foreign: bool = False) -> list[Path]:
-    """The checkpoints of our runs in a directory, complete or not, the newest first; or `foreign`
-    things so named."""
-    found = {
-        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        for path in output_dir.glob("*")
-    }
-    steps = {
-        path: int(match[1])
-        for path, match in found.items()
-        if match and is_checkpoint(path) != foreign
-    }
+    """The checkpoints of our runs in a directory, complete or not, the newest first; with `foreign`
+    what has such a name and is not ours."""
+    steps = {}
+    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if number and is_checkpoint(path) != foreign:
+            steps[path] = int(number[1])
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a checkpoint of ours, however broken: it holds our recipe, which is
-    written first and deleted last, our manifest, or a file that only our runs write; or nothing
-    yet."""
+    """Whether a directory is a checkpoint of ours, however broken.
+
+    It is if it holds our recipe.json, which is written first and deleted last, our manifest, or a
+    file that only our runs write; or nothing yet.
+    """
     try:
         names = {file.name for file in path.iterdir()}
-    except OSError:  # a file, or not ours to read
+    except OSError:  # a file, or unreadable
         return False
-    if names <= {f".{RECIPE}.partial", INCOMPLETE} or any(
-        fnmatch(name, "run_state_*.pth") for name in names
-    ):
+    if names <= {f".{RECIPE}.partial", INCOMPLETE}:
+        return True
+    if any(fnmatch(name, "run_state_*.pth") for name in names):
         return True
     marks = {RECIPE: "stage", MANIFEST: "files"}
     return any(name in names and key in _content(path / name) for name, key in marks.items())
@@ -188,17 +179,20 @@ def _content(file: Path) -> dict:
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete what a run wrote of a checkpoint: the manifest first, so that cut off half-way it is
-    not taken for a complete one, and the recipe last, so that it is still known for ours."""
+    """Delete what a run wrote of a checkpoint.
+
+    The manifest goes first, so that a half-deleted checkpoint does not count as complete, and
+    recipe.json last, so that it is still recognised as ours.
+    """
     if checkpoint.is_symlink() or not is_checkpoint(checkpoint):
         return
-    listed = _content(checkpoint / MANIFEST).get("files")
-    parts = [PurePath(name).parts for name in listed] if isinstance(listed, dict) else []
-    ours = {names[0] for names in parts if names}  # compared with names found here: none leads out
+    files = _content(checkpoint / MANIFEST).get("files")
+    parts = [PurePath(name).parts for name in files] if isinstance(files, dict) else []
+    ours = {names[0] for names in parts if names}  # compared with names here: none leads outside
     with suppress(OSError):  # it may be a directory
         (checkpoint / MANIFEST).unlink()
     for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == RECIPE):
-        if path.name in ours or named(path.name, CHECKPOINT_FILES):
+        if path.name in ours or matches(path.name, CHECKPOINT_FILES):
             _delete(path, directory=path.name in ours)
     if not any(checkpoint.iterdir()):  # a user's own files stay
         checkpoint.rmdir()
@@ -208,40 +202,40 @@ def _delete(path: Path, directory: bool = False) -> None:
     """Delete a file, a link, or a directory that is known to be one."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
-    elif directory or named(path.name, DIRECTORIES):
+    elif directory or matches(path.name, DIRECTORIES):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def clear(output_dir: Path) -> None:
-    """Delete what a former run wrote into its directory, but `run.json`, by which the directory is
-    known for ours until the next run writes its own."""
+    """Delete what an earlier run wrote into its directory, except `run.json`: it marks the
+    directory as ours until the next run writes its own."""
     for checkpoint in checkpoints(output_dir):
         delete_checkpoint(checkpoint)
     (output_dir / STAGE).unlink(missing_ok=True)
     for path in sorted(output_dir.iterdir()):
-        if named(path.name, RUN_FILES) and path.name not in (RUN, LOCK):
+        if matches(path.name, RUN_FILES) and path.name not in (RUN, LOCK):
             _delete(path)
 
 
 # One run at a time
 
-_held: BaseFileLock | None = None  # the lock of this process's run; it trains one at a time
+_run_lock: BaseFileLock | None = None  # of this process's run; it trains one at a time
 
 
 def lock_directory(output_dir: Path) -> None:
-    """Keep other runs out of a directory until `unlock_directory` or the end of this process; the
-    main process's part.
+    """Keep other runs out of a directory until `unlock_directory` or the end of this process; for
+    the main process.
 
     Raises:
         UserError: another run is in it.
     """
-    global _held
+    global _run_lock
     unlock_directory()
-    _held = lock(output_dir / LOCK, f"--output_dir {output_dir}")
+    _run_lock = lock(output_dir / LOCK, f"--output_dir {output_dir}")
 
 
 def unlock_directory() -> None:
-    """Let other runs in; nothing happens where none was kept out."""
-    global _held
-    unlock(_held)
-    _held = None
+    """Let other runs in again, if this process kept them out."""
+    global _run_lock
+    unlock(_run_lock)
+    _run_lock = None

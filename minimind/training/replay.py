@@ -1,5 +1,4 @@
-"""`minimind replay`: the loss of a batch that a run has kept, computed again, row by row and layer
-by layer."""
+"""`minimind replay`: compute the loss of a kept batch again, row by row and layer by layer."""
 
 import contextlib
 import json
@@ -20,35 +19,38 @@ from minimind.tokenizer import load_tokenizer
 from minimind.training.guards import read_batch
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-SHOWN = 5  # rows, tokens and tensors named of each kind
+SHOWN = 5  # rows, tokens and tensors of each kind that are named
 
 
 def replay(
     directory: str | Path, model: str | Path | None = None, precision: str | None = None
 ) -> dict:
-    """Compute the loss of a kept batch again, as in training, and look where it is not finite.
+    """Compute the loss of a kept batch again, as in training, and find where it is not finite.
 
-    Returns "step", "recorded" (loss and gradient norm of the run), "precision", "rows" (how many),
-    "loss" (summed over trained tokens / their number; null if not finite), "bad_rows" (process,
-    micro-batch, row, tokens without a finite loss), "first_layer" (where in the forward pass the
-    first value is not finite that came from finite ones), "first_gradient" (the same in the
-    backward pass), "bad_weights" and "bad_gradients" (names of parameters).
+    Returns "step", "recorded" (loss and gradient norm in the run), "precision", "rows" (their
+    number), "loss" (sum over trained tokens / their number; null if not finite), "bad_rows"
+    (process, micro-batch, row, tokens without a finite loss), "first_layer" (where in the forward
+    pass the first non-finite value appears), "first_gradient" (the same in the backward pass),
+    "bad_weights" and "bad_gradients" (names of parameters).
 
     Raises:
-        UserError: it is no kept batch, or there are no weights to compute with.
+        UserError: the directory holds no kept batch, or there are no weights to compute with.
     """
     directory = Path(directory)
     record, processes = read_batch(directory)
     if model is None and record["weights"] is None:
         raise UserError(
-            f"{directory} holds no weights: the run went on after this step. Name those to compute"
-            " with, such as the run's directory or its last checkpoint: --model DIR."
+            f"{directory} holds no weights: the run continued after this step. Name those to"
+            " compute with, such as the run's directory or its last checkpoint: --model DIR."
         )
     path = Path(model) if model is not None else directory / record["weights"]
     network, tokenizer = load_model(path).train(), load_tokenizer(path)
-    largest = max(
-        int(batch["input_ids"].max()) for batches in processes.values() for batch in batches
-    )
+    micro_batches = [
+        ({"process": process, "micro_batch": number}, batch)
+        for process, batches in processes.items()
+        for number, batch in enumerate(batches)
+    ]
+    largest = max(int(batch["input_ids"].max()) for _, batch in micro_batches)
     if largest >= network.config.vocab_size:
         raise UserError(
             f"{directory} holds the token id {largest:,}, and the model in {path} has"
@@ -56,41 +58,28 @@ def replay(
             " DIR."
         )
     precision = precision or ("bf16" if record["precision"] == "bf16" else "fp32")
-    if precision == "bf16":
-        autocast = torch.autocast(_device(network).type, torch.bfloat16)
-    else:
-        autocast = contextlib.nullcontext()
+    autocast = torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    losses, count, rows, bad_rows = 0.0, 0, 0, []
+    total, count, rows, bad_rows = 0.0, 0, 0, []
     first_layer = first_gradient = None
-    for process, batches in processes.items():
-        for number, batch in enumerate(batches):
-            with watch(network) as watched, autocast:
-                token_losses, labels = _token_losses(network, batch)
-                total = token_losses.sum() / max(int((labels != IGNORED).sum()), 1)
-                watched.look_at_gradients(total)
-            where = {"process": process, "micro_batch": number}
-            if watched.first:
-                first_layer = first_layer or {**where, **watched.first}
-            if watched.first_gradient:
-                first_gradient = first_gradient or {**where, **watched.first_gradient}
-            losses, count, rows = (
-                losses + float(token_losses.detach().sum()),
-                count + int((labels != IGNORED).sum()),
-                rows + len(labels),
-            )
-            for row in range(len(labels)):
-                bad = torch.nonzero(~torch.isfinite(token_losses[row])).flatten().tolist()
-                if bad:
-                    ids = batch["input_ids"][row]
-                    tokens = [
-                        {"position": at, "token": tokenizer.decode([int(ids[at])])}
-                        for at in bad[:SHOWN]
-                    ]
-                    text = tokenizer.decode(ids[: bad[0] + 1].tolist())[-80:]
-                    bad_rows.append(
-                        {**where, "row": row, "bad_tokens": len(bad), "first": tokens, "text": text}
-                    )
+    for place, batch in micro_batches:
+        with watch(network) as watched, autocast:
+            losses, labels = _token_losses(network, batch)
+            trained = int((labels != IGNORED).sum())
+            loss = losses.sum() / max(trained, 1)
+            if loss.requires_grad:
+                loss.backward()
+        total, count, rows = (
+            total + float(losses.detach().sum()),
+            count + trained,
+            rows + len(labels),
+        )
+        first_layer = first_layer or (watched.first and {**place, **watched.first})
+        gradient = watched.first_gradient
+        first_gradient = first_gradient or (gradient and {**place, **gradient})
+        bad_rows += [{**place, **row} for row in _bad_rows(losses, batch["input_ids"], tokenizer)]
+
+    parameters = list(network.named_parameters())
     return {
         "directory": str(directory),
         "weights": str(path),
@@ -98,23 +87,15 @@ def replay(
         "recorded": {"loss": record["loss"], "grad_norm": record["grad_norm"]},
         "precision": precision,
         "rows": rows,
-        "loss": losses / count if count and math.isfinite(losses) else None,
+        "loss": total / count if count and math.isfinite(total) else None,
         "bad_rows": bad_rows,
         "first_layer": first_layer,
         "first_gradient": first_gradient,
-        "bad_weights": [
-            name for name, p in network.named_parameters() if not torch.isfinite(p).all()
-        ],
+        "bad_weights": [name for name, p in parameters if not torch.isfinite(p).all()],
         "bad_gradients": [
-            name
-            for name, p in network.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
+            name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()
         ],
     }
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _token_losses(
@@ -123,22 +104,28 @@ def _token_losses(
     """The loss of every predicted token, 0 where none is trained, and the labels; both (rows,
     length - 1).
 
-    Of a preference pair's batch the replies count: their likelihoods are what its loss is made of.
+    Of a preference pair's batch the replies count: its loss is computed from their likelihoods.
     """
-    device = _device(model)
-    inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
+    inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    if "labels" in batch:
-        labels = batch["labels"].to(device)
-    elif "completion_mask" in batch:
-        labels = torch.where(batch["completion_mask"].bool(), batch["input_ids"], IGNORED).to(
-            device
-        )
-    else:
-        labels = inputs["input_ids"]
-    labels = labels[:, 1:]
+    labels = batch.get("labels", batch["input_ids"])
+    if "labels" not in batch and "completion_mask" in batch:
+        labels = torch.where(batch["completion_mask"].bool(), labels, IGNORED)
+    labels = labels[:, 1:].to(model.device)
     losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return losses, labels
+
+
+def _bad_rows(losses: torch.Tensor, input_ids: torch.Tensor, tokenizer) -> Iterator[dict]:
+    """The rows with a token whose loss is not finite, and the text before it."""
+    for row, (ids, row_losses) in enumerate(zip(input_ids, losses, strict=True)):
+        bad = torch.nonzero(~torch.isfinite(row_losses)).flatten().tolist()
+        if bad:
+            first = [
+                {"position": at, "token": tokenizer.decode([int(ids[at])])} for at in bad[:SHOWN]
+            ]
+            text = tokenizer.decode(ids[: bad[0] + 1].tolist())[-80:]
+            yield {"row": row, "bad_tokens": len(bad), "first": first, "text": text}
 
 
 class Watch:
@@ -149,9 +136,8 @@ class Watch:
 
     def after_module(self, name: str, inputs: tuple, output) -> None:
         """Called by torch after each module."""
-        tensor = (
-            output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
-        )
+        tensor = getattr(output, "last_hidden_state", output)
+        tensor = tensor[0] if isinstance(tensor, tuple) else tensor
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             return
         if tensor.requires_grad:
@@ -164,25 +150,20 @@ class Watch:
         if self.first_gradient is None and not torch.isfinite(gradient).all():
             self.first_gradient = {"layer": name, **_where(gradient)}
 
-    def look_at_gradients(self, loss: torch.Tensor) -> None:
-        """Run the backward pass."""
-        if loss.requires_grad:
-            loss.backward()
-
 
 def _where(tensor: torch.Tensor) -> dict:
-    """What of a tensor is not finite: how many values and, of (rows, length, hidden), the first
-    [row, position]s."""
+    """What is not finite in a tensor: the number of values and, in (rows, length, hidden), the
+    first [row, position]s."""
     bad = ~torch.isfinite(tensor)
-    found = {"values": int(bad.sum()), "of": bad.numel()}
+    place = {"values": int(bad.sum()), "of": bad.numel()}
     if tensor.ndim == 3:
-        found["places"] = torch.nonzero(bad.any(-1)).tolist()[:SHOWN]
-    return found
+        place["places"] = torch.nonzero(bad.any(-1)).tolist()[:SHOWN]
+    return place
 
 
 @contextlib.contextmanager
 def watch(model: nn.Module) -> Iterator[Watch]:
-    """Look at every module of the model, in the order in which they finish, so the innermost is
+    """Watch every module of the model in the order in which they finish, so that the innermost is
     named."""
     watched = Watch()
     hooks = [
@@ -200,7 +181,8 @@ def watch(model: nn.Module) -> Iterator[Watch]:
 
 
 def print_replay(report: dict) -> None:
-    """The report for reading."""
+    """Print the report."""
+    # What was computed
     recorded = report["recorded"]
     loss = "not finite" if report["loss"] is None else f"{report['loss']:.4f}"
     say(
@@ -209,26 +191,28 @@ def print_replay(report: dict) -> None:
     )
     say(f"  in the run   loss {recorded['loss']}, gradient norm {recorded['grad_norm']}")
     say(f"  again        loss {loss} ({report['precision']})")
-    for names, words in (
-        (report["bad_weights"], "weights"),
-        (report["bad_gradients"], "gradients"),
-    ):
+
+    # Tensors and layers that are not finite
+    bad_weights, bad_gradients = report["bad_weights"], report["bad_gradients"]
+    for names, kind in ((bad_weights, "weights"), (bad_gradients, "gradients")):
         if names:
             listed = ", ".join(names[:SHOWN])
             if len(names) > SHOWN:
                 listed = f"{listed} and {len(names) - SHOWN} more"
-            say(f"  {words} that are not finite: {listed}")
+            say(f"  {kind} that are not finite: {listed}")
     for key, words in (("first_layer", "forward pass"), ("first_gradient", "backward pass")):
         if first := report[key]:
-            place = "".join(
-                f"row {row}, position {at}, " for row, at in first.get("places", [])[:1]
-            )
+            places = first.get("places", [])[:1]
+            place = "".join(f"row {row}, position {at}, " for row, at in places)
             say(
                 f"  {words}: the first value that is not finite comes out of {first['layer']}"
                 f" ({first['values']:,} of {first['of']:,} values; {place}micro-batch"
                 f" {first['micro_batch']}, process {first['process']})"
             )
-    for bad in report["bad_rows"][:SHOWN]:
+
+    # Rows
+    bad_rows = report["bad_rows"]
+    for bad in bad_rows[:SHOWN]:
         tokens = ", ".join(
             f"{token['position']} {json.dumps(token['token'], ensure_ascii=False)}"
             for token in bad["first"]
@@ -238,11 +222,11 @@ def print_replay(report: dict) -> None:
             f" {bad['bad_tokens']} tokens without a finite loss, after {tokens}"
         )
         say(f"    ... {bad['text']!r}")
-    if len(report["bad_rows"]) > SHOWN:
-        say(f"  and {len(report['bad_rows']) - SHOWN} more rows")
-    if not (report["bad_rows"] or report["bad_gradients"] or report["bad_weights"]):
+    if len(bad_rows) > SHOWN:
+        say(f"  and {len(bad_rows) - SHOWN} more rows")
+    if not (bad_rows or bad_gradients or bad_weights):
         say(
             "  Everything is finite here: the fault was not in these rows and weights alone. Try"
             " --precision bf16, or"
         )
-        say("  look at what the run had besides: its device, its kernels, its memory.")
+        say("  look at what else the run had: its device, its kernels, its memory.")

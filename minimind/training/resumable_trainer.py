@@ -83,7 +83,7 @@ class ResumableTrainer(Trainer):
                 delete_checkpoint(checkpoint)  # a broken one, or of a run that was given up
                 checkpoint.mkdir(parents=True, exist_ok=True)
                 # By it it is ours
-                write_json(checkpoint / RECIPE, self.stage.recipe if self.stage else {})
+                write_json(checkpoint / RECIPE, self.stage.definition if self.stage else {})
         barrier()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

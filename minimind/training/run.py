@@ -50,7 +50,7 @@ from minimind.training.callbacks import (
     ProgressCallback,
     RouterLoadCallback,
 )
-from minimind.training.definition import recipe_of
+from minimind.training.definition import definition_of
 from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards
 from minimind.training.heartbeat import HeartbeatCallback
@@ -86,7 +86,7 @@ class Stage:
     `args.resume_from_checkpoint` is the checkpoint to go on from, or None; see starting.py.
 
     Raises:
-        UserError: the output directory is the parent or holds it, or see `starting.begin`.
+        UserError: the output directory is the parent or holds it, or see `resume.begin`.
         SystemExit: the stage is complete already.
     """
 
@@ -123,10 +123,10 @@ class Stage:
                 )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         align_special_tokens(model, tokenizer)  # a chat template may have brought another end token
-        self.recipe = recipe_of(name, args, data, model, tokenizer, parent, options)
-        check_same_data(self.recipe["data"])
+        self.definition = definition_of(name, args, data, model, tokenizer, parent, options)
+        check_same_data(self.definition["data"])
         pipeline = f"{self.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.run, self.changes = begin(args, self.recipe, pipeline)
+        self.run, self.changes = begin(args, self.definition, pipeline)
         args.eval_on_start = data.eval is not None and args.resume_from_checkpoint is None
 
     @cached_property
@@ -190,7 +190,7 @@ class Stage:
         self.watch(trainer)
         if getattr(trainer.model.config, "num_experts", 0):
             trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(trainer.model))
-        from minimind.training.step_meter import PlanCallback
+        from minimind.training.plan_callback import PlanCallback
 
         trainer.callback_handler.callbacks.insert(0, PlanCallback(trainer))
         trainer.stage = self

@@ -1,4 +1,4 @@
-"""What the model writes to the same prompts, again and again while it trains."""
+"""Samples: what the model writes after fixed prompts, at intervals while it trains."""
 
 import json
 from collections.abc import Sequence
@@ -21,10 +21,11 @@ from minimind.training.tracking import track_samples
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")
 CHAT_PROMPTS = ("你好，你是谁？", "请写出三个国家的名字。", "Who are you?", "Name three countries.")
 SHOWN = 160  # characters of a sample in the terminal
+ASSISTANT = {"role": "assistant", "content": "?"}
 
 
 class Prompt(NamedTuple):
-    """What is shown of a prompt, and the ids that the model continues."""
+    """The text that is shown of a prompt, and the ids that the model continues."""
 
     text: str
     ids: list[int]
@@ -33,28 +34,27 @@ class Prompt(NamedTuple):
 def prepare_prompts(
     args, chat: bool, tokenizer: PreTrainedTokenizerFast, positions: int
 ) -> list[Prompt]:
-    """What `--sample_prompts` asks for, for a model of so many positions; of the default prompts
-    those that it takes.
+    """The prompts of `--sample_prompts`, or the default prompts that a model with so many positions
+    takes.
 
     Raises:
         UserError: the prompts, or `--sample_tokens` of each, cannot be sampled.
     """
-    # A toy may take less than the default
-    path, most = args.sample_prompts, max(positions, type(args).sample_tokens)
-    if not 0 < args.sample_tokens <= most:
+    # A toy may have fewer positions than the default length
+    path, limit = args.sample_prompts, max(positions, type(args).sample_tokens)
+    if not 0 < args.sample_tokens <= limit:
         raise UserError(
-            f"--sample_tokens {args.sample_tokens:,}: expected 1 to {most:,}, which the model has"
+            f"--sample_tokens {args.sample_tokens:,}: expected 1 to {limit:,}, which the model has"
             " positions for. For no samples give --sample_steps -1."
         )
     encoder, prepared = ChatEncoder(tokenizer) if chat else None, []
     for prompt in read_prompts(path, chat):
         text = str(prompt[-1]["content"]) if chat else prompt
         try:
-            ids = (
-                encode_prompts([prompt], encoder)[0]
-                if chat
-                else tokenizer.encode(prompt, add_special_tokens=False)
-            )
+            if chat:
+                (ids,) = encode_prompts([prompt], encoder)
+            else:
+                ids = tokenizer.encode(prompt, add_special_tokens=False)
             if not 0 < len(ids) < positions:
                 raise UserError(
                     f"found {len(ids):,} tokens, expected 1 to {positions - 1:,}: the model's"
@@ -72,13 +72,13 @@ def prepare_prompts(
 
 def read_prompts(path: str | None, chat: bool) -> list[Any]:
     """The prompts of a file, one a line: texts, or for a chat model lists of messages that end with
-    the user's.
+    one of the user.
 
-    A line is a text, or a JSON object with "prompt" or, for a chat model, with "messages" or
+    A line is a text, or a JSON object with "prompt" or, for a chat model, "messages" or
     "conversations".
 
     Raises:
-        UserError: the file cannot be read, or has a line that is no prompt.
+        UserError: the file cannot be read, or a line is not a prompt.
     """
     if path is None:
         prompts = list(CHAT_PROMPTS if chat else TEXT_PROMPTS)
@@ -89,11 +89,8 @@ def read_prompts(path: str | None, chat: bool) -> list[Any]:
             raise UserError(
                 f"--sample_prompts {path}: {error}. Give a UTF-8 file with one prompt a line."
             ) from error
-        prompts = [
-            _prompt(line, f"{path}:{number}", chat)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_prompt(line, f"{path}:{number}", chat) for number, line in numbered]
         if not prompts:
             raise UserError(f"--sample_prompts {path} is empty. Give one prompt a line.")
     return [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
@@ -125,7 +122,7 @@ def _prompt(line: str, place: str, chat: bool) -> Any:
         messages = parse_messages(row.get(name), name)
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        check_order([*messages, {"role": "assistant", "content": "?"}], name)
+        check_order([*messages, ASSISTANT], name)
     except BadRowError as error:
         raise UserError(f"{place}: {error}") from error
     return messages
@@ -137,8 +134,7 @@ def write_samples(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt; the state of the random generators is not
-    touched."""
+    """The model's greedy continuation of each prompt; the random generators are left alone."""
     training = model.training
     model.eval()
     try:
@@ -148,11 +144,11 @@ def write_samples(
 
 
 class SampleCallback(TrainerCallback):
-    """Every `every` steps, and when `sample` is called, the greedy continuation of fixed prompts:
-    to the terminal, to samples.jsonl and to the trackers' tables.
+    """Writes the greedy continuation of fixed prompts to the terminal, samples.jsonl and the
+    trackers, every `every` steps and whenever `sample` is called.
 
-    Greedy, so that samples of two steps can be compared and the training's random numbers stay what
-    they were. Whatever goes wrong is said, and the run continues.
+    Greedy, so that samples of two steps can be compared and the random numbers of the training stay
+    the same. Errors are reported, and the run continues.
     """
 
     def __init__(
@@ -169,11 +165,11 @@ class SampleCallback(TrainerCallback):
         self.rows: list[dict] = []
 
     def state_dict(self) -> dict:
-        """The samples up to a checkpoint, for a resumed run; see resume.py."""
+        """The samples so far, for a resumed run."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave; called after `on_train_begin`."""
+        """Restore the samples; called after `on_train_begin`."""
         self.rows = state["rows"]
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -181,16 +177,12 @@ class SampleCallback(TrainerCallback):
             self.file.unlink(missing_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if (
-            self.every > 0
-            and state.global_step % self.every == 0
-            and state.global_step < state.max_steps
-        ):
+        step = state.global_step
+        if self.every > 0 and step % self.every == 0 and step < state.max_steps:
             self.sample(state)
 
     def sample(self, state) -> None:
-        """Write, show and track one round. All processes take part where the weights are spread
-        over them."""
+        """Sample once; all processes take part where ZeRO-3 divides the weights among them."""
         if not self.prompts or not (state.is_world_process_zero or is_deepspeed_zero3_enabled()):
             return
         with decoration("sampling"):
@@ -208,26 +200,21 @@ class SampleCallback(TrainerCallback):
         say(f"samples after step {step:,}")
         with decoration("showing the samples"):
             for row in new:
-                print(
-                    printable(f"  {one_line(row['prompt'])} | {one_line(row['text'])}"), flush=True
-                )
+                line = f"  {one_line(row['prompt'])} | {one_line(row['text'])}"
+                print(printable(line), flush=True)
         with decoration("keeping the samples"):
-            write_text(
-                self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-            )
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
+            write_text(self.file, "".join(lines))
         track_samples(self.rows, step)
 
 
 def read_samples(file: Path) -> list[dict]:
-    """The rows of a samples.jsonl: step, prompt, text; none where there is no file."""
-    return [
-        row
-        for row in json_lines(file)
-        if isinstance(row.get("step"), int) and {"prompt", "text"} <= row.keys()
-    ]
+    """The rows of a samples.jsonl (step, prompt, text); none if there is no file."""
+    rows = [row for row in json_lines(file) if {"prompt", "text"} <= row.keys()]
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def one_line(text: str) -> str:
-    """A text as a terminal may show it: no control characters, and not too long."""
+    """A text for the terminal: no control characters, and not too long."""
     text = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

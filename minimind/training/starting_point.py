@@ -6,32 +6,23 @@ from pathlib import Path
 import psutil
 import torch
 from peft import PeftConfig
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import ModelConfig, get_peft_config
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
-from minimind.stage_directory import (
-    check_kind,
-    check_vocabulary,
-    load_model,
-    reason,
-    require_stage,
-)
+from minimind.costs.step import empty_model
+from minimind.stage_directory import check_kind, check_vocabulary, load_model, reason, require_stage
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import load_model_config_file
+from minimind.training.model_arguments import load_model_config_file
 
 
 def new_model(
     config_file: str, tokenizer: PreTrainedTokenizerFast, attn_implementation: str | None = None
 ):
-    """A MiniMind with random weights, its vocabulary and special ids those of the tokenizer.
+    """A MiniMind with random weights and the tokenizer's vocabulary and special ids.
 
     Raises:
         UserError: the file is wrong, or its vocabulary is too small for the tokenizer.
@@ -55,14 +46,13 @@ def new_model(
 
 
 def check_memory(config: MiniMindConfig, config_file: str) -> None:
-    """Raises UserError where the weights alone are larger than this machine's memory, unless they
-    take none."""
+    """Raise UserError where the weights alone exceed this machine's memory, unless they take none
+    (on the device meta)."""
     if torch.get_default_device().type == "meta":
         return
     with torch.device("meta"):
-        weights = 4 * sum(
-            each.numel() for each in AutoModelForCausalLM.from_config(config).parameters()
-        )
+        model = AutoModelForCausalLM.from_config(config)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     if weights > (memory := psutil.virtual_memory().total):
         raise UserError(
             f"{config_file}: the model's weights take {weights / 2**30:,.0f} GiB, and this machine"
@@ -71,14 +61,14 @@ def check_memory(config: MiniMindConfig, config_file: str) -> None:
 
 
 def starting_point(
-    given: str | None, attn_implementation: str | None = None, default: str | None = None
+    directory: str | None, attn_implementation: str | None = None, default: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
-    """Model, tokenizer and directory of the stage that the next one starts from.
+    """The model, tokenizer and directory of the stage that the next one starts from.
 
-    Without a given directory it is `default`; where that does not exist either, a tiny model with
-    random weights and the default tokenizer, so that every script runs by itself.
+    Without a `directory` it is `default`; if that does not exist either, a tiny model with
+    random weights and the default tokenizer, so that every script runs on its own.
     """
-    if given is None and not (default and (Path(default) / "stage.json").exists()):
+    if directory is None and not (default and (Path(default) / "stage.json").exists()):
         if is_main_process():
             say(
                 f"no stage at {default}: starting from a tiny model with RANDOM weights"
@@ -86,7 +76,7 @@ def starting_point(
             )
         tokenizer = load_tokenizer()
         return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
-    path = require_stage(given or default)
+    path = require_stage(directory or default)
     check_attention(attn_implementation)
     tokenizer = load_tokenizer(path)
     model = load_model(path, attn_implementation)
@@ -96,8 +86,8 @@ def starting_point(
 
 
 def check_attention(attn_implementation: str | None) -> None:
-    """Raises UserError where a back-end cannot train here, which the libraries say in the first
-    backward at best."""
+    """Raise UserError for a back-end that cannot train here; the libraries report it in the first
+    backward pass at best."""
     if attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise UserError(
             "--attn_implementation flex_attention has no backward without a GPU. Leave it out: sdpa"
@@ -106,16 +96,14 @@ def check_attention(attn_implementation: str | None) -> None:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that DPO compares with; TRL would otherwise load one from the path in the config,
-    which a merged or random model has not."""
+    """The reference model of DPO: TRL would otherwise load it from the path in the config, which a
+    merged or random model lacks."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
-    """The adapter that the options ask for, or None; raises UserError where it does not fit the
+    """The adapter that the options configure, or None; raises UserError where it does not fit the
     model."""
-    from minimind.costs.step import empty_model  # it plans stages, and so imports this module
-
     config = get_peft_config(args)
     if config is not None:
         empty_model(copy.deepcopy(model.config), config)
@@ -123,7 +111,7 @@ def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | No
 
 
 def check_length(name: str, length: int, config: MiniMindConfig) -> None:
-    """Raises UserError where rows are longer than the model has positions, or too short to predict
+    """Raise UserError for rows longer than the model has positions, or too short to predict
     anything."""
     if length > config.max_position_embeddings:
         raise UserError(
