@@ -6,6 +6,9 @@ import difflib
 import platform
 from collections.abc import Iterable
 
+# The stages in the order of a pipeline, for parsers that answer without loading torch
+STAGE_NAMES = ("pretrain", "sft", "lora", "dpo")
+
 # Our options, and what other tools and MiniMind's first scripts call them.
 OTHER_NAMES = {
     "bf16": {"dtype", "precision"},

@@ -25,19 +25,6 @@ A message that begins with / needs a space before it."""
 COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 
 
-def generate(
-    directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
-    """Print `prompt` and its continuation."""
-    model, tokenizer = load_for_generation(directory)
-    set_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
-    if not ids.numel():  # an empty prompt starts a new document, as after the end of another
-        ids = torch.tensor([[tokenizer.eos_token_id]])
-    print(printable(prompt), end="", flush=True)
-    decode(model, tokenizer, ids, max_new_tokens, temperature, top_p)
-
-
 def chat(
     directory: str,
     system: str | None,

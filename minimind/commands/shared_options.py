@@ -1,0 +1,38 @@
+"""Options that several commands have."""
+
+from argparse import ArgumentParser
+
+
+def add_decoding_options(parser: ArgumentParser) -> None:
+    """The stage directory that generates, and how it chooses tokens."""
+    add = parser.add_argument
+    add("directory", help="a stage directory; adapters included")
+    add("--max_new_tokens", type=int, default=256, help="tokens of one answer at most")
+    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
+    add("--top_p", type=float, default=0.9, help="nucleus that tokens are drawn from")
+    add("--seed", type=int, default=42, help="seed of the drawing")
+
+
+def add_column_options(parser: ArgumentParser, unread: bool = True) -> None:
+    """`--columns`, and `--unread_columns` for commands that refuse columns nothing reads."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="MEANING=COLUMN",
+        help="what columns with names of their own mean, such as prompt=问题 response=回答",
+    )
+    if unread:
+        text = "columns to leave out, or ignore: all that nothing reads"
+        parser.add_argument("--unread_columns", nargs="+", help=text)
+
+
+def add_bad_rows_option(
+    parser: ArgumentParser, text: str = "default: leave out at most 0.1 %% of the rows"
+) -> None:
+    """`--on_bad_rows`."""
+    parser.add_argument("--on_bad_rows", choices=("error", "skip"), help=text)
+
+
+def add_json_option(parser: ArgumentParser, text: str = "print one JSON object instead") -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help=text)
