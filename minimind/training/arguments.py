@@ -19,12 +19,18 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from minimind.common.bounds import check_numbers, shown
-from minimind.common.cache import cache_directory, discard, lock, places, refusing
+from minimind.common.bounds import check_numbers, shorten
+from minimind.common.cache import (
+    cache_directory,
+    cache_locations,
+    remove_invalid,
+    report_disk_errors,
+)
 from minimind.common.errors import UserError
 from minimind.common.files import read_json
 from minimind.common.language import say
 from minimind.common.launch import bf16_is_fast, is_main_process, prepare_launch
+from minimind.common.locks import wait_for_lock
 from minimind.common.options import suggestion
 from minimind.common.recipes import read_deepspeed
 from minimind.data.columns import NAMES, Columns
@@ -179,14 +185,14 @@ class DataArguments:
 
         reading = {"text_unit": self.text_unit, "columns": self.columns}
         key = cache_key(paths, self.clean_recipe, **reading)
-        for place in places("clean"):
+        for place in cache_locations("clean"):
             with suppress(UserError, OSError):
                 if report := finished_report(place / key, key):
                     return place / key, report
 
         directory = cache_directory("clean") / key
-        with refusing(directory), lock(f"{directory}.lock"):
-            discard(directory, partial(finished_report, key=key, remedy=""))
+        with report_disk_errors(directory), wait_for_lock(f"{directory}.lock"):
+            remove_invalid(directory, partial(finished_report, key=key, remedy=""))
             report = clean(
                 paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading
             )
@@ -198,7 +204,7 @@ class DataArguments:
         if self.train_files:
             return self
         directory = cache_directory("world")
-        with refusing(directory), lock(directory / ".lock"):
+        with report_disk_errors(directory), wait_for_lock(directory / ".lock"):
             paths = write_world(directory)
         return dataclasses.replace(
             self,
@@ -691,7 +697,7 @@ def _misfit(parser: StageParser, options: dict[str, Any], error: Exception) -> s
         if value != (default := parser.get_default(name)):
             with suppress(Exception):
                 _filled(parser.dataclass_types, options | {name: default})
-                return f"--{name} {shown(value)}: {message}"
+                return f"--{name} {shorten(value)}: {message}"
     return message
 
 
