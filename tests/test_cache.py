@@ -17,7 +17,7 @@ from pipeline import assistant, failure, run_cli, user
 
 from minimind import cleaning
 from minimind.cleaning import pipeline
-from minimind.commands import chat_session
+from minimind.commands import chat
 from minimind.common import cache
 from minimind.common.cache import cache_directory, content_hash
 from minimind.common.errors import UserError
@@ -496,5 +496,5 @@ def test_rows_in_use_outlive_their_cache(tokenizer, data, tmp_path):
 
 def test_a_chat_whose_words_cannot_be_kept_goes_without_a_history(tmp_path, monkeypatch, capsys):
     a_file(monkeypatch, tmp_path)
-    assert chat_session.history_file() is None
+    assert chat.history_file() is None
     assert "what you type is not remembered" in capsys.readouterr().err

@@ -2,17 +2,17 @@
 
 from argparse import Namespace
 
-from minimind.commands.shared_options import (
+from minimind.commands.options import (
     add_bad_rows_option,
     add_column_options,
     add_json_option,
+    select,
 )
 from minimind.common.files import check_output
 from minimind.common.streams import json_text, printable
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser(
         "clean", help="clean, filter and deduplicate data, with a report of each step"
     )
@@ -43,13 +43,6 @@ def run(args: Namespace) -> None:
     from minimind.cleaning.report import report_text
 
     check_output(args.destination, directory=True)
-    report = clean(
-        args.files,
-        args.destination,
-        args.recipe,
-        args.num_proc,
-        args.on_bad_rows,
-        args.text_unit,
-        args.columns,
-    )
+    options = select(args, "num_proc", "on_bad_rows", "text_unit", "columns")
+    report = clean(args.files, args.destination, args.recipe, **options)
     print(json_text(report) if args.json else printable(report_text(report)))

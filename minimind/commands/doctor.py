@@ -4,13 +4,12 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-from minimind.commands.shared_options import add_json_option
+from minimind.commands.options import add_json_option
 from minimind.common.options import STAGE_NAMES
 from minimind.common.streams import json_text
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser(
         "doctor",
         help="look for what would go wrong in a run, before it runs",
@@ -23,8 +22,8 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run, takes_stage_options=True)
     add = parser.add_argument
     add("recipe", help="a YAML recipe, such as configs/sft/26m.yaml")
-    add("--stage", choices=STAGE_NAMES, help="default: told from the recipe")
-    add("--processes", type=int, default=1, help="how many the run will have (default 1)")
+    add("--stage", choices=STAGE_NAMES, help="default: recognised from the recipe")
+    add("--processes", type=int, default=1, help="how many processes the run will have (default 1)")
     quick = "only the checks that every run makes when it starts"
     add("--quick", action="store_true", help=quick)
     add_json_option(parser)

@@ -7,14 +7,13 @@ from minimind.common.language import say
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser(
         "export", help="write a model as vLLM, llama.cpp, ollama and transformers read it"
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("directory", help="a stage directory; adapters are merged")
-    add("out", help="directory to write; must not hold anything")
+    add("out", help="directory to write; must be new or empty")
     add(
         "--format",
         required=True,

@@ -2,12 +2,11 @@
 
 from argparse import Namespace
 
-from minimind.commands.shared_options import add_decoding_options
+from minimind.commands.options import add_decoding_options
 from minimind.common.streams import printable
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser("generate", help="continue a text")
     parser.set_defaults(run=run)
     add_decoding_options(parser)

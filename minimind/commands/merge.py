@@ -7,11 +7,10 @@ from minimind.common.language import say
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser("merge", help="merge an adapter into its base")
     parser.set_defaults(run=run)
     parser.add_argument("adapter", help="the stage directory of an adapter")
-    parser.add_argument("out", help="stage directory to write; must not hold anything")
+    parser.add_argument("out", help="stage directory to write; must be new or empty")
 
 
 def run(args: Namespace) -> None:

@@ -2,19 +2,18 @@
 
 from argparse import Namespace
 
-from minimind.commands.shared_options import add_json_option
+from minimind.commands.options import add_json_option, select
 from minimind.common.options import STAGE_NAMES
 from minimind.common.recipes import read_recipe
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser(
         "plan",
         help="tokens, FLOPs, memory, hours and cost of runs before they start",
         description=(
-            "Takes the options of the recipes' scripts too, after the recipes, and then plans with"
-            " those. --stage STAGE --help_all shows them."
+            "Also takes the options of the recipes' scripts, after the recipes, and plans with"
+            " them. --stage STAGE --help_all shows them."
         ),
     )
     parser.set_defaults(run=run, takes_stage_options=True)
@@ -32,9 +31,9 @@ def add_parser(commands) -> None:
     )
     add("--processes", type=int, default=1, help="devices that train together")
     add("--price", type=price, help="of one device for an hour: 8/h, $1.50/h, 8 CNY/h, 8元/h")
-    tokens = "to be pretrained on, in place of the recipe's data: 1e9"
+    tokens = "to pretrain on in place of the recipe's data: 1e9"
     add("--tokens", type=float, help=tokens)
-    add("--stage", choices=STAGE_NAMES, help="default: told from the recipe")
+    add("--stage", choices=STAGE_NAMES, help="default: recognised from the recipe")
     add_json_option(parser, "print one JSON object")
 
 
@@ -59,13 +58,5 @@ def run(args: Namespace) -> None:
 
     from minimind.planning.plans import run
 
-    run(
-        args.recipes,
-        args.options,
-        args.device,
-        args.processes,
-        args.price,
-        args.stage,
-        args.tokens,
-        args.json,
-    )
+    options = select(args, "device", "processes", "price", "stage", "tokens")
+    run(args.recipes, args.options, as_json=args.json, **options)

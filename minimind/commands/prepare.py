@@ -6,13 +6,12 @@ from minimind.common.language import say
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser(
         "prepare",
         help="tokenise and pack a corpus ahead of pretraining",
         description=(
-            "Takes the options of pretrain.py, --config included, and does what that does before it"
-            " trains. --help_all shows them."
+            "Takes the options of pretrain.py, --config included, and does what that does before"
+            " training. --help_all shows them."
         ),
     )
     parser.set_defaults(run=run, takes_stage_options=True)
@@ -22,17 +21,12 @@ def run(args: Namespace) -> None:
     """Prepare the blocks of a pretraining run, where it will find them."""
     from minimind.common.cache import cache_directory
     from minimind.data.documents import load_blocks
+    from minimind.planning.planned_runs import STAGES
     from minimind.tokenizer import load_tokenizer
-    from minimind.training.arguments import (
-        DataArguments,
-        PretrainConfig,
-        PretrainModelArguments,
-        parse,
-    )
+    from minimind.training.arguments import parse
 
-    data_args, model_args, training_args = parse(
-        DataArguments, PretrainModelArguments, PretrainConfig, argv=args.options
-    )
+    _, types = STAGES["pretrain"]
+    data_args, model_args, training_args = parse(*types, argv=args.options)
     directory = cache_directory("blocks", kept=True)
     tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.tokenizer)
     facts = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing).facts

@@ -4,12 +4,11 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-from minimind.commands.shared_options import add_json_option
+from minimind.commands.options import add_json_option
 from minimind.common.streams import json_text
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser(
         "replay", help="compute the loss of a kept batch again: which rows, which layer"
     )

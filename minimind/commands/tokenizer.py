@@ -4,22 +4,17 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from minimind.commands.shared_options import (
-    add_bad_rows_option,
-    add_column_options,
-    add_json_option,
-)
+from minimind.commands.options import add_bad_rows_option, add_column_options, add_json_option
 from minimind.common.errors import UserError
 from minimind.common.files import check_output
 from minimind.common.language import say
 from minimind.common.streams import json_text
 
 DIRECTORY = "with tokenizer.json, or 'default'"
-HELD_OUT = "documents and conversations, best held-out ones"
+HELD_OUT = "documents and conversations, preferably held-out ones"
 
 
 def add_parser(commands) -> None:
-    """Add the group of commands."""
     parser = commands.add_parser("tokenizer", help="train and judge tokenizers")
     group = parser.add_subparsers(required=True, metavar="train|evaluate|compare")
 
@@ -49,7 +44,7 @@ def add_parser(commands) -> None:
     add("--output_dir", required=True, help="directory to write")
     train.set_defaults(run=run_train)
 
-    evaluate = group.add_parser("evaluate", help="measure what a tokenizer makes of texts")
+    evaluate = group.add_parser("evaluate", help="measure how a tokenizer encodes texts")
     evaluate.add_argument("directory", help=f"a directory {DIRECTORY}")
     evaluate.add_argument("files", nargs="+", help=HELD_OUT)
     evaluate.set_defaults(run=run_evaluate)

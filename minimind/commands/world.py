@@ -8,7 +8,6 @@ from minimind.common.language import say
 
 
 def add_parser(commands) -> None:
-    """Add the command."""
     parser = commands.add_parser("world", help="write the embedded corpus as files")
     parser.set_defaults(run=run)
     parser.add_argument("directory", help="directory to write")

@@ -1,16 +1,22 @@
 """Options that several commands have."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+
+def select(args: Namespace, *names: str) -> dict[str, Any]:
+    """The options with these names, as keyword arguments."""
+    return {name: getattr(args, name) for name in names}
 
 
 def add_decoding_options(parser: ArgumentParser) -> None:
     """The stage directory that generates, and how it chooses tokens."""
     add = parser.add_argument
     add("directory", help="a stage directory; adapters included")
-    add("--max_new_tokens", type=int, default=256, help="tokens of one answer at most")
-    add("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
-    add("--top_p", type=float, default=0.9, help="nucleus that tokens are drawn from")
-    add("--seed", type=int, default=42, help="seed of the drawing")
+    add("--max_new_tokens", type=int, default=256, help="maximum tokens of an answer")
+    add("--temperature", type=float, default=0.7, help="0 takes the most likely token each time")
+    add("--top_p", type=float, default=0.9, help="nucleus that tokens are sampled from")
+    add("--seed", type=int, default=42, help="seed of the sampling")
 
 
 def add_column_options(parser: ArgumentParser, unread: bool = True) -> None:
@@ -19,7 +25,7 @@ def add_column_options(parser: ArgumentParser, unread: bool = True) -> None:
         "--columns",
         nargs="+",
         metavar="MEANING=COLUMN",
-        help="what columns with names of their own mean, such as prompt=问题 response=回答",
+        help="the meanings of columns with other names, such as prompt=问题 response=回答",
     )
     if unread:
         text = "columns to leave out, or ignore: all that nothing reads"
