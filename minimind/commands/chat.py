@@ -91,7 +91,7 @@ def history_file() -> Path | None:
     from minimind.common.cache import cache_directory
 
     try:
-        return cache_directory(kept=True) / "chat_history"
+        return cache_directory(permanent=True) / "chat_history"
     except UserError as problem:
         say(f"notice: what you type is not remembered: {problem}", file=sys.stderr)
         return None
@@ -103,9 +103,9 @@ def check_chattable(directory: str, tokenizer) -> None:
 
     if not tokenizer.chat_template:
         raise UserError(
-            f"{directory}: its tokenizer has no chat template, which tells messages from replies."
-            " `minimind generate` continues texts; finetune_sft.py --chat_template chatml makes a"
-            " chat model of it."
+            f"{directory}: its tokenizer has no chat template, which separates messages from"
+            " replies. `minimind generate` continues texts; finetune_sft.py --chat_template chatml"
+            " turns it into a chat model."
         )
     if read_stage(directory).get("stage") == "pretrain":
         say(

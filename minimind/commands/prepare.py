@@ -27,7 +27,7 @@ def run(args: Namespace) -> None:
 
     _, types = STAGES["pretrain"]
     data_args, model_args, training_args = parse(*types, argv=args.options)
-    directory = cache_directory("blocks", kept=True)
+    directory = cache_directory("blocks", permanent=True)
     tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.tokenizer)
     facts = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing).facts
     for part, counts in facts.items():

@@ -61,7 +61,7 @@ def configured_directory() -> Path:
     return (Path(path).expanduser() if path else Path.home() / ".cache" / "minimind").absolute()
 
 
-def cache_directory(kind: str = "", kept: bool = False) -> Path:
+def cache_directory(kind: str = "", permanent: bool = False) -> Path:
     """A writable directory for entries of a `kind`: in $MINIMIND_CACHE or ~/.cache/minimind, else a
     temporary one.
 
@@ -69,7 +69,7 @@ def cache_directory(kind: str = "", kept: bool = False) -> Path:
     and deleted when they end.
 
     Raises:
-        UserError: there is neither; or only a temporary one, and the content has to be `kept`.
+        UserError: there is neither; or only a temporary one, and a `permanent` one is needed.
     """
     chosen = os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind"
     try:
@@ -84,7 +84,7 @@ def cache_directory(kind: str = "", kept: bool = False) -> Path:
         reason = "its name is not UTF-8"
     except (OSError, RuntimeError) as error:
         reason = _system_message(error)
-    if kept:
+    if permanent:
         raise UserError(f"{chosen}: nothing can be kept there ({reason}). {REMEDY}")
     with report_disk_errors(chosen):
         directory = _temporary_directory(chosen, reason) / kind

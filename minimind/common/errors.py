@@ -21,7 +21,7 @@ FAILED: set[str] = set()  # decorations whose failure this process has reported
 class UserError(Exception):
     """A mistake the user can fix.
 
-    The message says what was given (file and line for data), what was expected, and what to do.
+    The message names what was found (file and line for data), what was expected, and what to do.
     """
 
 
@@ -36,7 +36,7 @@ def reason(error: BaseException) -> str:
     message = str(error)
     if "trust_remote_code" in message:
         return (
-            "it asks for code that is not installed (auto_map), which is never run; expected a"
+            "it requires code that is not installed (auto_map), which is never run; expected a"
             " model of this project"
         )
     if code := re.search(r"GLOBAL (\S+)", message):

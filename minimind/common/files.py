@@ -120,17 +120,17 @@ def read_file(path: str | Path, remedy: str) -> bytes:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait
-            found = "a directory" if path.is_dir() else "a device or a pipe"
-            raise UserError(f"{path}: found {found}, expected a file. {remedy}")
+            problem = "a directory" if path.is_dir() else "a device or a pipe"
+            raise UserError(f"{path}: found {problem}, expected a file. {remedy}")
         content = path.read_bytes()
     except FileNotFoundError:
-        found = "a link to a file that is not there" if path.is_symlink() else "no such file"
-        raise UserError(f"{path}: {found}. {remedy}") from None
+        problem = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{path}: {problem}. {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
     if not content.strip(b"\0 \t\r\n"):
-        found = f"{len(content):,} bytes without any text" if content else "an empty file"
-        raise UserError(f"{path}: found {found}, expected its content. {remedy}")
+        problem = f"{len(content):,} bytes without any text" if content else "an empty file"
+        raise UserError(f"{path}: found {problem}, expected its content. {remedy}")
     return content
 
 
@@ -176,9 +176,9 @@ def require_fields(where: str | Path, value: dict, fields: Mapping[str, Any], re
     for name, type_ in fields.items():
         types = get_args(type_) or (type_,)
         if type(value.get(name)) not in types:
-            found = KINDS[type(value[name])] if name in value else "missing"
+            actual = KINDS[type(value[name])] if name in value else "missing"
             expected = " or ".join(KINDS[each] for each in types)
-            raise UserError(f"{where}: {name} is {found}, expected {expected}. {remedy}")
+            raise UserError(f"{where}: {name} is {actual}, expected {expected}. {remedy}")
 
 
 def json_lines(path: str | Path) -> Iterator[dict]:

@@ -34,7 +34,7 @@ def lock(file: Path, what: str) -> BaseFileLock | None:
         file_lock.acquire(blocking=False)
     except Timeout:
         raise UserError(
-            f"{what} is being written by {_holder(file)}. Wait for its end, or stop it."
+            f"{what} is being written by {_holder(file)}. Wait for it to finish, or stop it."
         ) from None
     except UNSUPPORTED as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -71,7 +71,7 @@ def wait_for_lock(file: Path | str) -> Iterator[bool]:
             file_lock.acquire(blocking=False)
         except Timeout:
             if is_local_main_process():
-                say(f"waiting for another process that prepares the same ({file})", file=sys.stderr)
+                say(f"waiting for another process that prepares this ({file})", file=sys.stderr)
             file_lock.acquire()
     try:
         yield file_lock.is_locked
