@@ -71,11 +71,11 @@ def cache_directory(kind: str = "", permanent: bool = False) -> Path:
     Raises:
         UserError: there is neither; or only a temporary one, and a `permanent` one is needed.
     """
-    chosen = os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind"
+    root = os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind"
     try:
-        chosen = str(configured_directory())
-        directory = Path(chosen) / kind
-        chosen.encode()  # pyarrow opens no path that is not UTF-8
+        root = str(configured_directory())
+        directory = Path(root) / kind
+        root.encode()  # pyarrow opens no path that is not UTF-8
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
@@ -85,9 +85,9 @@ def cache_directory(kind: str = "", permanent: bool = False) -> Path:
     except (OSError, RuntimeError) as error:
         reason = _system_message(error)
     if permanent:
-        raise UserError(f"{chosen}: nothing can be kept there ({reason}). {REMEDY}")
-    with report_disk_errors(chosen):
-        directory = _temporary_directory(chosen, reason) / kind
+        raise UserError(f"{root}: nothing can be kept there ({reason}). {REMEDY}")
+    with report_disk_errors(root):
+        directory = _temporary_directory(root, reason) / kind
         directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -102,11 +102,10 @@ def report_disk_errors(directory: Path | str) -> Iterator[None]:
         raise UserError(f"{directory}: nothing can be kept there ({reason}). {REMEDY}") from error
 
 
-def _temporary_directory(chosen: str, reason: str) -> Path:
-    """The directory in place of the chosen one; processes that one launcher started here share
-    it."""
-    if chosen in TEMPORARY:
-        return TEMPORARY[chosen]
+def _temporary_directory(root: str, reason: str) -> Path:
+    """The directory in place of an unusable root; the processes of one launcher here share it."""
+    if root in TEMPORARY:
+        return TEMPORARY[root]
     if int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1) > 1:
         launch = f"{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
         directory = Path(tempfile.gettempdir()) / f"minimind-{os.getuid()}-{launch}"
@@ -118,10 +117,10 @@ def _temporary_directory(chosen: str, reason: str) -> Path:
     else:
         directory = Path(tempfile.mkdtemp(prefix="minimind-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    TEMPORARY[chosen] = directory
+    TEMPORARY[root] = directory
     if is_local_main_process():
         say(
-            f"notice: {chosen} cannot be used as the cache ({reason}). Prepared data goes to"
+            f"notice: {root} cannot be used as the cache ({reason}). Prepared data goes to"
             f" {directory} and is deleted at the end. {REMEDY}",
             file=sys.stderr,
         )
