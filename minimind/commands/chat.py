@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from minimind.commands.options import add_decoding_options
+from minimind.commands.options import add_decoding
 from minimind.common.errors import UserError
 from minimind.common.language import say
 from minimind.common.streams import printable
@@ -22,7 +22,7 @@ COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 def add_parser(commands) -> None:
     parser = commands.add_parser("chat", help="talk to a chat model in the terminal")
     parser.set_defaults(run=run)
-    add_decoding_options(parser)
+    add_decoding(parser)
     parser.add_argument("--system", help="system prompt")
     history = "do not remember messages for the next chat"
     parser.add_argument("--no_history", action="store_true", help=history)

@@ -2,12 +2,7 @@
 
 from argparse import Namespace
 
-from minimind.commands.options import (
-    add_bad_rows_option,
-    add_column_options,
-    add_json_option,
-    select,
-)
+from minimind.commands.options import add_bad_rows, add_columns, add_json, select
 from minimind.common.files import check_output
 from minimind.common.streams import json_text, printable
 
@@ -26,15 +21,11 @@ def add_parser(commands) -> None:
     add("--recipe", required=True, help=recipe)
     processes = "processes; default: all cores. The result is the same"
     add("--num_proc", type=int, help=processes)
-    add_bad_rows_option(parser)
-    add(
-        "--text_unit",
-        choices=("file", "paragraph", "line"),
-        default="file",
-        help="what one row of a txt file is (default: the whole file)",
-    )
-    add_json_option(parser, "print the report as one JSON object")
-    add_column_options(parser, unread=False)
+    add_bad_rows(parser)
+    unit = "what one row of a txt file is (default: the whole file)"
+    add("--text_unit", choices=("file", "paragraph", "line"), default="file", help=unit)
+    add_json(parser, "print the report as one JSON object")
+    add_columns(parser, unread=False)
 
 
 def run(args: Namespace) -> None:

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-from minimind.commands.options import add_json_option
+from minimind.commands.options import add_json
 from minimind.common.options import STAGE_NAMES
 from minimind.common.streams import json_text
 
@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
     add("--processes", type=int, default=1, help="how many processes the run will have (default 1)")
     quick = "only the checks that every run makes when it starts"
     add("--quick", action="store_true", help=quick)
-    add_json_option(parser)
+    add_json(parser)
 
 
 def run(args: Namespace) -> None:

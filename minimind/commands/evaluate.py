@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-from minimind.commands.options import add_bad_rows_option, add_column_options, select
+from minimind.commands.options import add_bad_rows, add_columns, select
 from minimind.common.streams import json_text
 
 
@@ -24,13 +24,13 @@ def add_parser(commands) -> None:
     add("files", nargs="+", help="files, directories or globs of conversations or documents")
     stage = "default: recognised from the first rows"
     add("--stage", choices=("sft", "pretrain"), help=stage)
-    add_bad_rows_option(parser)
+    add_bad_rows(parser)
     length = "tokens of a row: longer documents are cut into several"
     add("--max_length", type=int, default=1024, help=length)
     new_tokens = "maximum tokens of an answer; 0 measures the loss alone"
     add("--max_new_tokens", type=int, default=64, help=new_tokens)
     add("--batch_size", type=int, default=64, help="maximum rows at a time")
-    add_column_options(parser)
+    add_columns(parser)
 
 
 def run(args: Namespace) -> None:

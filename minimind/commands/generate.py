@@ -2,14 +2,14 @@
 
 from argparse import Namespace
 
-from minimind.commands.options import add_decoding_options
+from minimind.commands.options import add_decoding
 from minimind.common.streams import printable
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("generate", help="continue a text")
     parser.set_defaults(run=run)
-    add_decoding_options(parser)
+    add_decoding(parser)
     parser.add_argument("--prompt", required=True, help="the beginning of the text")
 
 

@@ -5,12 +5,7 @@ from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from minimind.commands.options import (
-    add_bad_rows_option,
-    add_column_options,
-    add_json_option,
-    select,
-)
+from minimind.commands.options import add_bad_rows, add_columns, add_json, select
 from minimind.common.errors import UserError
 from minimind.common.files import check_output, write_bytes, write_text
 from minimind.common.options import STAGE_NAMES
@@ -35,25 +30,21 @@ def add_parser(commands) -> None:
     add("--eval_files", nargs="+", help="held-out files, compared with the others")
     length = "tokens per row, as in the stage; for pretrain the block size"
     add("--max_length", type=int, default=512, help=length)
-    add(
-        "--boundary_markers",
-        choices=("split", "keep", "error"),
-        default="split",
-        help="as in pretrain.py",
-    )
+    policies = ("split", "keep", "error")
+    add("--boundary_markers", choices=policies, default="split", help="as in pretrain.py")
     template = "as in the stage: the name of a template, or a .jinja file"
     add("--chat_template", help=template)
     add("--long_conversations", default="keep_last", help="as in the stage")
     add("--train_turns", default="all", help="as in the stage")
     add("--weighted_loss", choices=("true", "false"), help="as in the stage")
-    add_bad_rows_option(parser, "what a run would do with bad rows; here they are findings")
-    add_column_options(parser)
+    add_bad_rows(parser, "what a run would do with bad rows; here they are findings")
+    add_columns(parser)
     rows = "rows to show; default: 3 in the terminal, 100 on the page, all in --json"
     add("--rows", type=int, help=rows)
     add("--row", metavar="FILE:LINE", help="show this row instead of the first ones")
     add("--html", metavar="FILE", help="also write the report as one HTML page")
     add("--png", metavar="FILE", help="also write the length histogram as a picture")
-    add_json_option(parser)
+    add_json(parser)
 
 
 def run(args: Namespace) -> None:

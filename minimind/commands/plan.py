@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from minimind.commands.options import add_json_option, select
+from minimind.commands.options import add_json, select
 from minimind.common.options import STAGE_NAMES
 from minimind.common.recipes import read_recipe
 
@@ -34,7 +34,7 @@ def add_parser(commands) -> None:
     tokens = "to pretrain on in place of the recipe's data: 1e9"
     add("--tokens", type=float, help=tokens)
     add("--stage", choices=STAGE_NAMES, help="default: recognised from the recipe")
-    add_json_option(parser, "print one JSON object")
+    add_json(parser, "print one JSON object")
 
 
 def device(name: str) -> str:

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-from minimind.commands.options import add_json_option
+from minimind.commands.options import add_json
 from minimind.common.streams import json_text
 
 
@@ -17,7 +17,7 @@ def add_parser(commands) -> None:
     add("directory", help="the bad_batch-STEP directory of a run")
     add("--model", help="stage directory with the weights; default: those kept with the batch")
     add("--precision", choices=("fp32", "bf16"), help="default: that of the run")
-    add_json_option(parser)
+    add_json(parser)
 
 
 def run(args: Namespace) -> None:

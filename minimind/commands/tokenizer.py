@@ -4,7 +4,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from minimind.commands.options import add_bad_rows_option, add_column_options, add_json_option
+from minimind.commands.options import add_bad_rows, add_columns, add_json
 from minimind.common.errors import UserError
 from minimind.common.files import check_output
 from minimind.common.language import say
@@ -18,17 +18,13 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("tokenizer", help="train and judge tokenizers")
     group = parser.add_subparsers(required=True, metavar="train|evaluate|compare")
 
-    train = group.add_parser(
-        "train", help="train a byte-level BPE tokenizer with ChatML on documents or chats"
-    )
+    training = "train a byte-level BPE tokenizer with ChatML on documents or chats"
+    train = group.add_parser("train", help=training)
     add = train.add_argument
     add("files", nargs="+", help="files, directories or globs of documents and conversations")
     add("--vocab_size", type=int, default=6400, help="tokens, 256 bytes and 3 specials included")
-    add(
-        "--pre_tokenizer",
-        default="qwen2",
-        help="llama.cpp's name of the rule that splits text before merging",
-    )
+    rule = "llama.cpp's name of the rule that splits text before merging"
+    add("--pre_tokenizer", default="qwen2", help=rule)
     add("--min_frequency", type=int, default=0, help="merge no pair that is rarer")
     add(
         "--weights",
@@ -55,13 +51,12 @@ def add_parser(commands) -> None:
     compare.set_defaults(run=run_compare)
 
     for command in (evaluate, compare):
-        add_json_option(command, "print one JSON object")
-        command.add_argument(
-            "--save", metavar="FILE", help="also write the report: .svg, .html or .txt"
-        )
+        add_json(command, "print one JSON object")
+        report = "also write the report: .svg, .html or .txt"
+        command.add_argument("--save", metavar="FILE", help=report)
     for command in (train, evaluate, compare):
-        add_column_options(command, unread=False)
-        add_bad_rows_option(command)
+        add_columns(command, unread=False)
+        add_bad_rows(command)
 
 
 def domain_weight(text: str) -> tuple[str, float]:
