@@ -21,7 +21,7 @@ from pathlib import Path
 
 import xxhash
 
-from minimind.cli import domain_weight
+from minimind.commands.tokenizer import domain_weight
 from minimind.tokenizer import save_tokenizer, train_tokenizer
 from minimind.tokenizer_evaluation.comparison import compare
 from minimind.tokenizer_evaluation.texts import read_texts, weighted

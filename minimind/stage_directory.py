@@ -33,7 +33,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError, reason
-from minimind.common.files import beside, read_json, sync_files
+from minimind.common.files import read_json, sibling_path, sync_files
 from minimind.common.locks import lock, unlock
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 from minimind.tokenizer.loading import COPY
@@ -221,7 +221,7 @@ def shards_of(path: Path, name: str) -> list[str]:
     shards = read_json(index, COPY, fields={"weight_map": dict})["weight_map"].values()
     if not shards:
         raise UserError(f"{index}: found no shard, expected the names of files beside it. {COPY}")
-    return sorted({beside(index, shard).name for shard in shards})
+    return sorted({sibling_path(index, shard).name for shard in shards})
 
 
 def is_adapter(path: Path) -> bool:

@@ -332,7 +332,7 @@ def test_what_the_libraries_cannot_name_is_refused(command, option, capsys):
 
 
 OUTPUTS = {
-    "a file in place of its directory": ("file/out", "is no directory"),
+    "a file in place of its directory": ("file/out", "is not a directory"),
     "a name too long": ("n" * 300, "File name too long"),
     "a link to nothing": ("dangling", "a link to nothing"),
     "a NUL character": ("a\0b", "NUL character"),

@@ -1,5 +1,4 @@
-"""Faults planted in the cache and around it: what was kept is used only where it is what was
-written."""
+"""Faults in the cache and around it: an entry is used only if it is what was written."""
 
 import errno
 import json
@@ -15,15 +14,16 @@ import pytest
 from conftest import CHINESE, ENGLISH
 from pipeline import assistant, failure, run_cli, user
 
-from minimind import chat, cleaning
+from minimind import cleaning
 from minimind.cleaning import pipeline
+from minimind.commands import chat
 from minimind.common import cache
 from minimind.common.cache import cache_directory, content_hash
 from minimind.common.errors import UserError
 from minimind.data import chats, documents
 from minimind.data.chats import load_conversations
 from minimind.data.documents import load_blocks
-from minimind.training import run as stages
+from minimind.training import run
 from minimind.training.data_arguments import DataArguments
 
 TEXTS = [f"{number}: {text}" for number in range(40) for text in (ENGLISH, CHINESE)]
@@ -134,19 +134,17 @@ def with_manifest(content):
         *map(with_manifest, (b"", b"null", b'{"key": {')),
     ],
 )
-def test_prepared_rows_that_are_not_what_was_written_are_prepared_again_and_that_is_said(
-    load, tmp_path, capsys, damage
-):
+def test_damaged_rows_are_prepared_again_with_a_notice(load, tmp_path, capsys, damage):
     rows = load()
     damage(entry_of(tmp_path))
     capsys.readouterr()
     assert load() == rows
     assert capsys.readouterr().err.count("preparing it again") == 1
     assert load() == rows
-    assert "preparing" not in "".join(capsys.readouterr())  # the third time there was nothing to do
+    assert "preparing" not in "".join(capsys.readouterr())  # the third time nothing was left to do
 
 
-def test_an_entry_under_the_name_of_another_is_not_taken_for_it(load, tmp_path, data, tokenizer):
+def test_an_entry_under_the_name_of_another_is_rejected(load, tmp_path, data, tokenizer):
     rows, place = load(), entry_of(tmp_path)
     shutil.rmtree(place)
     load_blocks(DataArguments([str(data)], eval_ratio=0.5), tokenizer, 16)
@@ -199,7 +197,7 @@ def test_a_cleaned_copy_that_was_damaged_is_cleaned_again(
     assert capsys.readouterr().err.count("preparing it again") == (damage != "one more")
 
 
-def test_a_damaged_result_of_clean_is_refused_where_the_user_put_it(tmp_path, data):
+def test_a_damaged_result_of_clean_in_a_directory_of_the_user_is_refused(tmp_path, data):
     recipe = cleaning.Recipe.from_dict({"steps": ["exact_dedup"]})
     cleaning.clean([data], tmp_path / "out", recipe, num_proc=1)
     shard = tmp_path / "out" / "data-00000.jsonl"
@@ -211,7 +209,7 @@ def test_a_damaged_result_of_clean_is_refused_where_the_user_put_it(tmp_path, da
     assert shard.stat().st_size == 100
 
 
-def test_files_of_the_embedded_corpus_are_put_right_and_left_alone_where_they_are():
+def test_damaged_files_of_the_embedded_corpus_are_restored_and_valid_ones_left_alone():
     paths = [Path(path) for path in DataArguments().or_embedded("sft").train_files]
     content, status = paths[0].read_bytes(), paths[0].stat()
     DataArguments().or_embedded("sft")
@@ -250,7 +248,7 @@ def test_a_file_that_changes_while_it_is_packed_is_refused_by_name_and_nothing_i
     assert not [path for path in (tmp_path / "cache" / "blocks").iterdir() if path.is_dir()]
 
 
-def test_rights_and_links_of_a_file_may_change_while_it_is_packed(load, data, monkeypatch):
+def test_permissions_and_links_of_a_file_may_change_while_it_is_packed(load, data, monkeypatch):
     prepare, rows = documents._prepare, load()
 
     def disturbed(*args, **options):
@@ -297,7 +295,7 @@ def test_a_file_of_conversations_that_changes_while_it_is_read_is_refused(
         load_conversations(DataArguments([path], on_bad_rows="skip"), tokenizer, 64)
 
 
-def test_a_large_file_is_hashed_again_unless_nothing_touched_it(data, monkeypatch):
+def test_a_large_file_is_hashed_again_only_after_a_touch(data, monkeypatch):
     monkeypatch.setattr(cache, "LARGE", 0)
     first = content_hash([data])
     with monkeypatch.context() as patch:
@@ -310,7 +308,7 @@ def test_a_large_file_is_hashed_again_unless_nothing_touched_it(data, monkeypatc
 
 
 @pytest.mark.parametrize("found", [b"", b"\xff\xfe", b"1 2 3 4 5", "a directory"])
-def test_a_broken_memory_of_hashes_costs_only_time(data, tmp_path, monkeypatch, found):
+def test_a_broken_record_of_hashes_costs_only_time(data, tmp_path, monkeypatch, found):
     monkeypatch.setattr(cache, "LARGE", 0)
     expected = content_hash([data])
     (memory,) = (tmp_path / "cache" / "hashes").iterdir()
@@ -321,10 +319,10 @@ def test_a_broken_memory_of_hashes_costs_only_time(data, tmp_path, monkeypatch, 
 
 def test_processes_that_have_read_different_data_do_not_train_together(monkeypatch):
     old, new = ({"train": {"hash": digest}} for digest in "ab")
-    monkeypatch.setattr(stages, "gather_object", lambda mine: [*mine, old])
-    stages.check_same_data(old)
+    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, old])
+    run.check_same_data(old)
     with pytest.raises(UserError, match="have read different data"):
-        stages.check_same_data(new)
+        run.check_same_data(new)
 
 
 # A cache that cannot be used
@@ -365,7 +363,7 @@ def read_only(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [a_file, no_home, not_utf_8, no_such_user, no_blocks, read_only])
-def test_where_the_cache_cannot_be_used_a_temporary_directory_does_and_one_notice_says_so(
+def test_a_temporary_directory_replaces_an_unusable_cache_with_one_notice(
     load, tmp_path, monkeypatch, capsys, spoil
 ):
     rows = load()
@@ -373,20 +371,15 @@ def test_where_the_cache_cannot_be_used_a_temporary_directory_does_and_one_notic
     spoil(monkeypatch, tmp_path)
     capsys.readouterr()
     assert [load(), load()] == [rows, rows]
-    said = capsys.readouterr()
-    assert (
-        said.err.count("cannot be used as the cache")
-        == said.err.count("Set MINIMIND_CACHE to")
-        == 1
-    )
-    assert said.out.count("preparing") == 1
+    output = capsys.readouterr()
+    notices = output.err.count("cannot be used as the cache")
+    assert notices == output.err.count("Set MINIMIND_CACHE to") == 1
+    assert output.out.count("preparing") == 1
     (temporary,) = (tmp_path / "temporary").iterdir()
     assert len(list((temporary / "blocks").glob("*/manifest.json"))) == 1
 
 
-def test_complete_rows_in_a_cache_that_can_only_be_read_are_used(
-    load, tmp_path, monkeypatch, capsys
-):
+def test_complete_rows_in_a_read_only_cache_are_used(load, tmp_path, monkeypatch, capsys):
     rows = load()
     read_only(monkeypatch, tmp_path)
     capsys.readouterr()
@@ -394,63 +387,53 @@ def test_complete_rows_in_a_cache_that_can_only_be_read_are_used(
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_shall_be_kept_is_not_prepared_in_a_temporary_directory(
-    tmp_path, monkeypatch, capsys, data
-):
+def test_prepare_does_not_fall_back_to_a_temporary_directory(tmp_path, monkeypatch, capsys, data):
     a_file(monkeypatch, tmp_path)
-    said = failure(capsys, run_cli, "prepare", "--train_files", data)
-    assert said.startswith(
-        f"{tmp_path / 'file'}: nothing can be kept there (Not a directory). Set MINIMIND_CACHE"
-    )
+    message = failure(capsys, run_cli, "prepare", "--train_files", data)
+    expected = "nothing can be kept there (Not a directory). Set MINIMIND_CACHE"
+    assert message.startswith(f"{tmp_path / 'file'}: {expected}")
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_the_processes_of_a_launch_share_the_temporary_directory_and_leave_nothing(tmp_path):
-    script = (
-        "from minimind.common.cache import cache_directory\nprint(cache_directory('blocks'),"
-        " flush=True)\ninput()"
-    )
-    environment = os.environ | {
-        "MINIMIND_CACHE": "/dev/null/cache",
-        "TMPDIR": str(tmp_path),
-        "LOCAL_WORLD_SIZE": "2",
-    }
+def test_the_processes_of_a_launch_share_the_temporary_directory_and_delete_it(tmp_path):
+    script = """
+from minimind.common.cache import cache_directory
+print(cache_directory('blocks'), flush=True)
+input()
+"""
+    environment = os.environ | {"MINIMIND_CACHE": "/dev/null/cache", "TMPDIR": str(tmp_path)}
+    environment["LOCAL_WORLD_SIZE"] = "2"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", script],
             env=environment | {"LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **pipes,
         )
         for rank in range(2)
     ]
-    places = [process.stdout.readline().strip() for process in ranks]
-    assert places[0] == places[1]
-    assert Path(places[0]).is_dir()
-    said = [process.communicate("\n")[1] for process in ranks]
-    assert [text.count("cannot be used as the cache") for text in said] == [1, 0]
-    assert not Path(places[0]).parent.exists()
+    directories = [process.stdout.readline().strip() for process in ranks]
+    assert directories[0] == directories[1]
+    assert Path(directories[0]).is_dir()
+    errors = [process.communicate("\n")[1] for process in ranks]
+    assert [text.count("cannot be used as the cache") for text in errors] == [1, 0]
+    assert not Path(directories[0]).parent.exists()
 
 
-def test_a_disk_that_is_full_is_one_error_and_nothing_of_the_rows_is_left(
-    load, tmp_path, monkeypatch
-):
+def test_a_full_disk_is_one_error_and_leaves_no_rows(load, tmp_path, monkeypatch):
     def fill(part, rows):
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
     monkeypatch.setattr(documents.Part, "_write", fill)
-    with pytest.raises(
-        UserError,
-        match=r"nothing can be kept there \(No space left on device\). Set MINIMIND_CACHE",
-    ):
+    expected = r"nothing can be kept there \(No space left on device\). Set MINIMIND_CACHE"
+    with pytest.raises(UserError, match=expected):
         load()
     assert not [path for path in (tmp_path / "cache" / "blocks").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
-def test_without_file_locks_the_rows_are_prepared_all_the_same(load, tmp_path, monkeypatch, code):
+def test_without_file_locks_the_rows_are_prepared_anyway(load, tmp_path, monkeypatch, code):
     rows, entry = load(), entry_of(tmp_path)
     shutil.rmtree(entry)
     leftover = Path(f"{entry}.0.building")
@@ -468,7 +451,7 @@ def test_without_file_locks_the_rows_are_prepared_all_the_same(load, tmp_path, m
     assert not leftover.exists()  # with the lock it is known to be left by a killed process
 
 
-def test_of_two_that_prepare_without_a_lock_the_second_uses_the_rows_of_the_first(
+def test_without_a_lock_the_slower_of_two_processes_uses_the_rows_of_the_faster(
     load, tmp_path, monkeypatch
 ):
     prepare, rows = documents._prepare, load()
@@ -493,7 +476,7 @@ def test_rows_in_use_outlive_their_cache(tokenizer, data, tmp_path):
     assert [row["input_ids"].tolist() for row in blocks.train] == before
 
 
-def test_a_chat_whose_words_cannot_be_kept_goes_without_a_history(tmp_path, monkeypatch, capsys):
+def test_a_chat_without_a_usable_cache_has_no_history(tmp_path, monkeypatch, capsys):
     a_file(monkeypatch, tmp_path)
     assert chat.history_file() is None
     assert "what you type is not remembered" in capsys.readouterr().err

@@ -1,5 +1,4 @@
-"""What the scripts and the commands say of themselves, and of a mistake, before they load
-anything."""
+"""The help, versions and usage errors of scripts and commands, which load next to nothing."""
 
 import dataclasses
 import json
@@ -15,21 +14,20 @@ from pipeline import failure, run_cli, run_script
 
 from minimind.cli import build_parser
 from minimind.common.errors import UserError
-from minimind.common.options import suggestion
-from minimind.planning.planned_runs import STAGES
+from minimind.common.options import STAGE_NAMES, suggestion
+from minimind.stages import STAGES
 from minimind.training.command_line import parse
 from minimind.training.parser import GROUPS, StageParser
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {Path(script).stem: types for script, types in STAGES.values()}
+SCRIPTS = {Path(spec.script).stem: spec.arguments for spec in STAGES.values()}
 
 
 def all_commands(parser, words=()):
-    """The words of every command, those of groups of commands too."""
-    for action in parser._actions:
-        for name, command in (
-            (action.choices or {}).items() if hasattr(action, "add_parser") else ()
-        ):
+    """The words of every command, including those of groups of commands."""
+    groups = (action for action in parser._actions if hasattr(action, "add_parser"))
+    for group in groups:
+        for name, command in group.choices.items():
             yield (*words, name)
             yield from all_commands(command, (*words, name))
 
@@ -137,6 +135,10 @@ def test_the_versions_are_those_that_run(call, capsys):
     assert any(re.fullmatch(r"minimind-hf \d+\.\d+.*", line) for line in lines)
 
 
+def test_the_stages_that_parsers_offer_are_those_of_the_table():
+    assert tuple(STAGES) == STAGE_NAMES
+
+
 LIGHT = """
 import io, sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -204,7 +206,7 @@ def test_nothing_is_suggested_for_a_name_like_no_other():
     assert suggestion(["zzzzz"], ["learning_rate"]) == ""
 
 
-def test_an_unknown_option_of_a_command_is_refused_with_the_one_that_was_meant(capsys):
+def test_an_unknown_option_of_a_command_is_refused_with_the_likely_one(capsys):
     message = failure(capsys, run_cli, "evaluate", "runs/sft", "a.jsonl", "--max_tokens", "3")
     assert (
         "unrecognized arguments: --max_tokens 3. Did you mean --max_new_tokens? See minimind"

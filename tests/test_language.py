@@ -1,5 +1,5 @@
-"""What is printed for a person is Chinese where that is asked for, from a table that fits the code;
-else English."""
+"""Messages are Chinese where that is configured, from a table that matches the code; else
+English."""
 
 import argparse
 import ast
@@ -30,17 +30,15 @@ def chinese(monkeypatch):
 def literals(path: Path) -> set[str]:
     """The strings in a file, each f-string with {} for its values; also with {} for what % or
     `format` fills in."""
-    found = set()
+    texts = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value, re.sub(r"%(\(\w+\))?[rsd]|\{\w+(:[^{}]+)?\}", "{}", node.value)}
+            texts |= {node.value, re.sub(r"%(\(\w+\))?[rsd]|\{\w+(:[^{}]+)?\}", "{}", node.value)}
         elif isinstance(node, ast.JoinedStr):
-            found.add(
-                "".join(
-                    part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
-                )
-            )
-    return found
+            is_text = [isinstance(part, ast.Constant) for part in node.values]
+            parts = zip(node.values, is_text, strict=True)
+            texts.add("".join(part.value if text else "{}" for part, text in parts))
+    return texts
 
 
 def filled(template: str) -> tuple[str, list[str]]:
@@ -82,7 +80,7 @@ def test_english_is_untouched_and_does_not_read_the_table(monkeypatch):
     assert table.cache_info().currsize == 0
 
 
-def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
+def test_the_locale_chooses_chinese_where_no_variable_does(monkeypatch):
     for name in ("MINIMIND_LANG", "LC_ALL", "LC_MESSAGES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
@@ -93,7 +91,7 @@ def test_the_locale_asks_for_chinese_where_nothing_else_is_said(monkeypatch):
     )
 
 
-def test_what_is_nested_is_translated_too(chinese):
+def test_nested_messages_are_translated_too(chinese):
     problem = "messages[1]: found 7, expected an object with 'role' and 'content'"
     remedy = "Mend the row, or leave out bad rows with --on_bad_rows skip."
     assert (
@@ -104,20 +102,20 @@ def test_what_is_nested_is_translated_too(chinese):
     )
 
 
-def test_sentences_that_are_put_together_are_translated_one_by_one(chinese):
-    found = (
+def test_joined_sentences_are_translated_one_by_one(chinese):
+    findings = (
         "\n  epochs: 9 passes over the data. Give more text, or train for fewer steps.\n  wide: 7"
         " of 8"
     )
     assert (
-        translated(f"this run would go wrong:{found}\nTo train it still: --on_findings warn.")
+        translated(f"this run would go wrong:{findings}\nTo train it still: --on_findings warn.")
         == "这次训练会出错：\n  epochs: 数据重复 9 遍。请给出更多文本，或减少训练步数。\n  wide: 7"
         " of 8\n"
         "如仍要训练：--on_findings warn。"
     )
 
 
-def test_a_text_that_is_not_in_the_table_stays(chinese):
+def test_a_text_without_a_template_stays(chinese):
     text = "nobody: has, this; text. At all\n  here"
     assert translated(text) == text
 
@@ -182,7 +180,7 @@ def test_a_run_and_a_chat_speak_chinese(
 @pytest.mark.parametrize(
     ("language", "expected"), [("zh", "错误：缺少参数："), ("en", "error: the following arguments")]
 )
-def test_a_command_speaks_the_language_asked_for(language, expected, monkeypatch):
+def test_a_command_speaks_the_configured_language(language, expected, monkeypatch):
     monkeypatch.setenv("MINIMIND_LANG", language)
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     command = [sys.executable, "-m", "minimind.cli", "chat"]

@@ -311,7 +311,7 @@ def test_what_is_no_adapter_and_a_directory_in_use_are_refused(tmp_path, config,
     write_adapter(tmp_path / "adapter", base, tokenizer, target_modules=["q_proj"])
     for used, problem in {
         base: "exists and is not empty",
-        base / "config.json": "is no directory",
+        base / "config.json": "is not a directory",
     }.items():
         assert problem in failure(capsys, run_cli, "merge", tmp_path / "adapter", used)
     (tmp_path / "empty").mkdir()

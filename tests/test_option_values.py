@@ -235,7 +235,7 @@ RECIPES = {
     ),
     'output_dir: ""': "--output_dir: found an empty text",
     'output_dir: "a\\0b"': "--output_dir: found a NUL character",
-    "seed: 1\nseed: 2": "the key seed stands twice",
+    "seed: 1\nseed: 2": "the key seed appears twice",
     "seed:\t1\n\tblock_size: 2": "not YAML",
     "": "expected 'name: value' lines, found NoneType",
     "- seed": "expected 'name: value' lines, found list",

@@ -6,20 +6,11 @@ from minimind.data import documents
 from minimind.training.data_arguments import DataArguments
 
 
-def test_what_was_prepared_is_what_pretraining_finds(tokenizer_dir, tmp_path, monkeypatch):
+def test_pretraining_finds_the_prepared_blocks(tokenizer_dir, tmp_path, monkeypatch):
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in document_rows()))
-    options = [
-        "--train_files",
-        path,
-        "--tokenizer",
-        tokenizer_dir,
-        "--block_size",
-        "32",
-        "--eval_ratio",
-        "0.2",
-    ]
-    options += ["--packing_strategy", "bfd_split", "--document_mask", "true"]
+    options = ["--train_files", path, "--tokenizer", tokenizer_dir, "--block_size", "32"]
+    options += ["--eval_ratio", "0.2", "--packing_strategy", "bfd_split", "--document_mask", "true"]
     run_cli("prepare", *options)
 
     def refuse(*args, **kwargs):
@@ -39,7 +30,7 @@ def test_an_option_that_pretraining_does_not_know_is_refused(capsys):
     assert "--foo" in failure(capsys, run_cli, "world", "x", "--foo")
 
 
-def test_with_a_recipe_what_is_trained_on_is_what_minimind_clean_writes(
+def test_with_a_clean_recipe_the_blocks_are_those_of_the_cleaned_files(
     tmp_path, write_jsonl, tokenizer
 ):
     rows = [

@@ -1,5 +1,5 @@
-"""The READMEs: their commands exist, both languages say the same. The scripts: which Python they
-take."""
+"""The READMEs: their commands exist, and both languages agree. The scripts: which Python they
+use."""
 
 import os
 import re
@@ -51,8 +51,7 @@ def test_every_minimind_command_parses(name):
         words = re.findall(r'"[^"]*"|\S+', line.removeprefix("minimind "))
         args, others = build_parser().parse_known_args([word.strip('"') for word in words])
         assert args.run
-        # Which take the options of the stages
-        assert not others or words[0] in ("prepare", "plan", "doctor")
+        assert not others or args.takes_stage_options
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -120,11 +119,11 @@ def environment_of(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12"])
-def test_each_python_that_is_asked_for_has_an_environment_of_its_own(environment_of, version):
+def test_each_requested_python_has_its_own_environment(environment_of, version):
     assert environment_of(f"python{version}").stdout == f".venv-{version}\n"
 
 
-def test_a_python_that_is_not_served_or_not_there_is_one_clear_error(environment_of):
+def test_an_unsupported_or_missing_python_is_one_clear_error(environment_of):
     for python, found in (
         ("python3.13", "Python 3.13"),
         ("no/python", "not an interpreter that starts"),

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minimind.chat import check_chattable
+from minimind.commands.chat import check_chattable
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.stage_directory import load_model, read_stage, require_stage, weights_hash
@@ -240,10 +240,12 @@ def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(
 ):
     sent = []
     monkeypatch.setattr(
-        "minimind.chat.decode", lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0]))
+        "minimind.generation.decode",
+        lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0])),
     )
     monkeypatch.setattr(
-        "minimind.chat.parse_message", lambda *_: [{"role": "assistant", "content": "(reply)"}]
+        "minimind.data.messages.parse_message",
+        lambda *_: [{"role": "assistant", "content": "(reply)"}],
     )
     lines = "/help\n/system be brief\n /home is it\n/etc/passwd?\n/new\nlast\n/exit\nnot read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))

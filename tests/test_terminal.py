@@ -34,20 +34,14 @@ class Terminal:
         termios.tcsetwinsize(slave, (24, 80))
         environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
         command = [sys.executable, "-c", CODE, *map(str, arguments)]
-        self.program = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-        )
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        self.program = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         os.close(slave)
         self.cells, self.row, self.column, self.unread = {}, 0, 0, b""
 
     def type(self, keys, *shown, column=None):
-        """Type, and read until `shown` is what the rows down to the cursor's end with, and its
-        column is right."""
+        """Type, and read until the rows down to the cursor end with `shown`, and its column is
+        right."""
         os.write(self.master, keys.encode())
         column = width(shown[-1]) if column is None else column
         while self.column != column or self.rows()[-len(shown) :] != [
@@ -69,11 +63,12 @@ class Terminal:
         ]
 
     def draw(self):
-        """Draw what was read, but for the beginning of a character or a control."""
+        """Draw what was read, except the beginning of a character or a control."""
         text = self.unread.decode(errors="ignore")
-        whole = text[: text.rfind("\x1b")] if re.search(r"\x1b(\[[\d;?]*)?$", text) else text
-        self.unread = self.unread[len(whole.encode()) :]
-        for number, control, character in ((m[1], m[2], m[0]) for m in self.TOKEN.finditer(whole)):
+        complete = text[: text.rfind("\x1b")] if re.search(r"\x1b(\[[\d;?]*)?$", text) else text
+        self.unread = self.unread[len(complete.encode()) :]
+        for token in self.TOKEN.finditer(complete):
+            character, number, control = token[0], token[1], token[2]
             if control in self.MOVES:
                 self.row, self.column = (
                     at + step * int(number or 1)
@@ -144,7 +139,7 @@ def test_a_paste_of_several_lines_is_one_message(terminal):
     line.type(ENTER, "got 'one\\n两行\\n\\n/new'", "> ")
 
 
-def test_ctrl_c_drops_the_line_and_on_an_empty_one_tells_how_to_end(terminal):
+def test_ctrl_c_drops_the_line_and_on_an_empty_one_shows_how_to_end(terminal):
     line = terminal()
     line.type("", "> ")
     line.type("abc", "> abc")
@@ -153,7 +148,7 @@ def test_ctrl_c_drops_the_line_and_on_an_empty_one_tells_how_to_end(terminal):
     line.type(f"d{ENTER}", "got 'd'", "> ")
 
 
-def test_the_arrow_reaches_the_messages_of_an_earlier_chat_which_only_their_writer_may_read(
+def test_the_arrow_reaches_messages_of_an_earlier_chat_which_only_this_user_may_read(
     terminal, tmp_path
 ):
     history = tmp_path / "cache" / "chat_history"
@@ -182,7 +177,7 @@ def test_without_a_history_nothing_is_kept(terminal, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_history_that_cannot_be_written_costs_the_history_and_not_the_chat(terminal, tmp_path):
+def test_a_history_that_cannot_be_written_does_not_end_the_chat(terminal, tmp_path):
     line = terminal(tmp_path)  # a directory
     line.type("", "> ")
     assert "notice: what you type is not remembered" in " ".join(line.rows())

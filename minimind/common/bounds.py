@@ -1,5 +1,4 @@
-"""What the numbers among the options may be, of commands and stages alike. Loads neither torch nor
-transformers."""
+"""The values that options of commands and stages may have. Loads neither torch nor transformers."""
 
 import argparse
 import json
@@ -9,9 +8,9 @@ from typing import Any
 
 from minimind.common.errors import UserError
 
-MOST = 2**31 - 1  # what counts something stays within what every library takes for a count
+MOST = 2**31 - 1  # the largest count that every library accepts
 
-# Intervals in the notation of mathematics: "[0, 1)" is at least 0 and below 1. "most" is MOST.
+# Options by interval, in the notation of mathematics: "[0, 1)" is at least 0 and below 1.
 INTERVALS = {
     "[0, 1)": "adam_beta1 adam_beta2 eval_ratio label_smoothing_factor lora_dropout",
     "[0, 0.5)": "label_smoothing",
@@ -56,28 +55,16 @@ INTERVALS = {
 }
 BOUNDS = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 BOUNDS["evaluate max_new_tokens"] = "[0, most]"  # a command's own
-# Options of the libraries that take a word, and would say so in the first step.
+# Choices of library options that the libraries themselves check only in the first step.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CHOICES = {
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
-    "torch_compile_mode": (
-        "default",
-        "reduce-overhead",
-        "max-autotune",
-        "max-autotune-no-cudagraphs",
-    ),
+    "torch_compile_mode": COMPILE_MODES,
 }
-# Options that the libraries read, write or send themselves.
-FOR_LIBRARIES = (
-    "adapter",
-    "destination",
-    "directories",
-    "directory",
-    "model",
-    "model_name_or_path",
-    "out",
-)
-FOR_LIBRARIES += ("output_dir", "project", "run_name", "source", "tokenizer")
-WORDS = {
+# Options that the libraries read, write or send, and that have to be UTF-8.
+FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "model", "out", "output_dir")
+FOR_LIBRARIES += ("model_name_or_path", "project", "run_name", "source", "tokenizer")
+EXPECTED = {  # by the brackets of an interval
     "[": "at least {}",
     "(": "above {}",
     "[]": "at least {} and at most {}",
@@ -89,17 +76,16 @@ WORDS = {
 def check_options(
     actions: Iterable[argparse.Action], options: argparse.Namespace, command: str = ""
 ) -> None:
-    """Raises UserError where an option that was given is a number out of its bounds, or no text for
-    a name or path.
+    """Raise UserError for a number out of its bounds, or a text that cannot be a name or path.
 
-    `command`: the last word of its name, for bounds of its own.
+    `command`: the last word of the command's name, which may have bounds of its own.
     """
     for action in actions:
         value = getattr(options, action.dest, None)
         if not isinstance(value, int | float | str | list) or value == action.default:
             continue
         name = f"--{action.dest}" if action.option_strings else action.dest
-        interval = BOUNDS.get(f"{command} {action.dest}", BOUNDS.get(action.dest))
+        interval = BOUNDS.get(f"{command} {action.dest}") or BOUNDS.get(action.dest)
         for each in value if isinstance(value, list) else [value]:
             if action.dest.endswith("_kwargs"):
                 check_object(name, each)
@@ -108,53 +94,50 @@ def check_options(
                 if action.dest in FOR_LIBRARIES:
                     check_encoding(name, each)
                 if each not in (choices := CHOICES.get(action.dest, (each,))):
-                    raise UserError(f"{name} {shown(each)}: expected one of {', '.join(choices)}.")
+                    expected = ", ".join(choices)
+                    raise UserError(f"{name} {shorten(each)}: expected one of {expected}.")
             elif isinstance(each, int | float) and not isinstance(each, bool):
                 check_number(name, each, interval or "(-inf, inf)")
 
 
 def check_numbers(place: str, fields: dict[str, Any]) -> None:
-    """`check_number` of each number in a JSON object, nested ones included."""
+    """`check_number` for each number in a JSON object and the objects in it."""
     for name, value in fields.items():
         if isinstance(value, dict):
             check_numbers(f"{place}: {name}", value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             check_number(f"{place}: {name}", value, BOUNDS.get(name, "(-inf, inf)"))
         elif name in BOUNDS and value is not None:
-            raise UserError(f"{place}: {name} {shown(value)}: expected a number.")
+            raise UserError(f"{place}: {name} {shorten(value)}: expected a number.")
 
 
 def check_number(name: str, value: float, interval: str) -> None:
-    """Raises UserError where a number is not in an interval, such as "[0, 1)"; NaN and infinity are
-    in none."""
+    """Raise UserError for a number outside an interval such as "[0, 1)"; NaN and infinity are in
+    none."""
     low, high = (float(MOST if end == "most" else end) for end in interval[1:-1].split(", "))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    # Also without bounds of its own: beyond 2**63 an integer fits in no tensor, database or JSON of
-    # others.
-    usual = math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-    if above and below and usual:
+    is_above = value >= low if interval[0] == "[" else value > low
+    is_below = value <= high if interval[-1] == "]" else value < high
+    # Without bounds too: an integer beyond 2**63 fits in no tensor, database or other tool's JSON.
+    is_usual = math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    if is_above and is_below and is_usual:
         return
     brackets = interval[0]
-    if math.isfinite(high) and (high != MOST or not below):
+    if math.isfinite(high) and (high != MOST or not is_below):
         brackets += interval[-1]
-    expected = (
-        WORDS[brackets].format(f"{low:,.10g}", f"{high:,.10g}")
-        if math.isfinite(low)
-        else "a finite number"
-    )
-    raise UserError(f"{name} {shown(value)}: expected {expected}.")
+    expected = "a finite number"
+    if math.isfinite(low):
+        expected = EXPECTED[brackets].format(f"{low:,.10g}", f"{high:,.10g}")
+    raise UserError(f"{name} {shorten(value)}: expected {expected}.")
 
 
-def shown(value: Any) -> str:
-    """A value as it was given, if it is short."""
+def shorten(value: Any) -> str:
+    """A value for a message; a long one as its beginning and length."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 80 else f"{text[:20]}... ({len(text):,} characters)"
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises UserError for a text that can be neither a name nor a path, but in a --prompt or
-    --system."""
+    """Raise UserError for a text that can be neither a name nor a path; a prompt may be empty."""
     if name not in ("--prompt", "--system", "--columns", "--unread_columns") and not text.strip():
         raise UserError(f"{name}: found an empty text. Give a value, or leave the option out.")
     if "\0" in text:
@@ -164,22 +147,23 @@ def check_text(name: str, text: str) -> None:
 
 
 def check_encoding(name: str, path: str) -> None:
-    """Raises UserError for a path that is not UTF-8, which tokenizers and safetensors neither read
-    nor write."""
+    """Raise UserError for a path that is not UTF-8: tokenizers and safetensors cannot open it."""
     try:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{name} {path}: found a name that is not UTF-8, perhaps of an archive from Windows."
-            " Rename it."
+            f"{name} {path}: found a name that is not UTF-8, perhaps from a Windows archive. Rename"
+            " it."
         ) from None
 
 
 def check_object(name: str, text: str) -> None:
-    """Raises UserError for arguments of something that are no JSON object."""
+    """Raise UserError for keyword arguments that are not a JSON object."""
     try:
         if isinstance(value := json.loads(text), dict):
             return check_numbers(name, value)
     except (ValueError, RecursionError):
         pass
-    raise UserError(f"""{name} {shown(text)}: expected a JSON object, such as '{{"name": 0.1}}'.""")
+    raise UserError(
+        f"""{name} {shorten(text)}: expected a JSON object, such as '{{"name": 0.1}}'."""
+    )

@@ -1,5 +1,4 @@
-"""Our own small files: written at once and to the disk, read with one message about what is wrong
-with them.
+"""Our own small files: written atomically and to the disk, read with one message about a problem.
 
 Loads no torch.
 """
@@ -7,6 +6,7 @@ Loads no torch.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,22 +14,16 @@ import xxhash
 
 from minimind.common.errors import UserError
 
-# JSON's kinds of values, by what Python makes of them.
-KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "a whole number",
-    float: "a number",
-}
-KINDS |= {bool: "true or false", type(None): "null"}
+# JSON's kinds of values, by their Python types
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+KINDS |= {int: "a whole number", float: "a number", type(None): "null"}
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file so that it appears complete or not at all, also after a power loss.
+    """Write a file so that it appears complete or not at all, even after a power loss.
 
     Raises:
-        OSError: it cannot be written; what was there before is unchanged.
+        OSError: it cannot be written; an earlier file is unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -46,24 +40,23 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_bytes` of a text; what UTF-8 cannot say, such as half a surrogate pair, is escaped."""
+    """`write_bytes` for text; what UTF-8 cannot encode, such as a lone surrogate, is escaped."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_text` of a value as JSON."""
+    """`write_text` for a value as JSON."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def sync_file(path: str | Path) -> None:
-    """Wait until a file that was written and closed is on the disk; raises OSError."""
+    """Wait until a closed file is on the disk; raises OSError."""
     with Path(path).open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def sync_files(directory: Path) -> None:
-    """Wait until all files of a directory are on the disk: a library has written them, and it does
-    not wait."""
+    """Wait until all files of a directory, which a library wrote, are on the disk."""
     for path in (directory, *directory.rglob("*")):
         if path.is_dir():
             sync_directory(path)
@@ -72,39 +65,38 @@ def sync_files(directory: Path) -> None:
 
 
 def check_output(path: str | Path, directory: bool = False) -> None:
-    """Look whether a file, or a `directory` of files, can be written, before the work that it is to
-    hold.
+    """Check that a file, or a `directory` of files, can be written, before its content is computed.
 
     Raises:
         UserError: something else is there or in the way, it may not be written, or no file can have
         such a name.
     """
-    place = Path(path).expanduser().absolute()
+    output = Path(path).expanduser().absolute()
     try:
-        # The name and what stands there until it is whole
-        for name in (place.name, f".{place.name}.partial"):
-            place.with_name(name).exists()
-        missing = [each for each in (place, *place.parents) if not each.exists()]
-        found = missing[-1].parent if missing else place if directory else place.parent
-        if missing and place.is_symlink():
+        # `exists` raises for an impossible name; the second is the file's until it is complete.
+        for name in (output.name, f".{output.name}.partial"):
+            output.with_name(name).exists()
+        missing = [each for each in (output, *output.parents) if not each.exists()]
+        nearest = missing[-1].parent if missing else output if directory else output.parent
+        if missing and output.is_symlink():
             problem = "it is a link to nothing"
-        elif not found.is_dir():
-            problem = f"{found} is no directory"
-        elif not os.access(found, os.W_OK | os.X_OK):
-            problem = f"{found} may not be written"
-        elif place.is_dir() and not directory:
+        elif not nearest.is_dir():
+            problem = f"{nearest} is not a directory"
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            problem = f"{nearest} may not be written"
+        elif output.is_dir() and not directory:
             problem = "it is a directory"
-        elif place.exists() and not os.access(place, os.W_OK):
+        elif output.exists() and not os.access(output, os.W_OK):
             problem = "it may not be written"
         else:
             return
-    except (OSError, ValueError) as error:  # a name too long, a loop of links; a NUL in it
+    except (OSError, ValueError) as error:  # too long a name, a loop of links; a NUL
         problem = getattr(error, "strerror", None) or str(error)
-    raise UserError(f"{path} cannot be written: {problem}. Give another place.")
+    raise UserError(f"{path} cannot be written: {problem}. Give another path.")
 
 
 def hash_file(path: str | Path) -> str:
-    """The xxh3 (128 bits) of a file's bytes, always read anew; raises OSError."""
+    """The xxh3 (128 bits) of a file's bytes; raises OSError."""
     hasher = xxhash.xxh3_128()
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -114,50 +106,47 @@ def hash_file(path: str | Path) -> str:
 
 def sync_directory(directory: Path) -> None:
     """Wait until the names in a directory are on the disk, where the file system can do that."""
-    try:
+    with suppress(OSError):  # Windows opens no directories
         descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:  # Windows opens no directories
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_file(path: str | Path, remedy: str) -> bytes:
-    """What a file of texts holds; raises UserError where it cannot be read, or holds zeros and
-    white space alone."""
+    """The content of a text file; raises UserError if it cannot be read, or holds only zeros and
+    white space."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            found = "a directory" if path.is_dir() else "a device or a pipe"
-            raise UserError(f"{path}: found {found}, expected a file. {remedy}")
+        if path.exists() and not path.is_file():  # reading a pipe would wait
+            problem = "a directory" if path.is_dir() else "a device or a pipe"
+            raise UserError(f"{path}: found {problem}, expected a file. {remedy}")
         content = path.read_bytes()
     except FileNotFoundError:
-        found = "a link to a file that is not there" if path.is_symlink() else "no such file"
-        raise UserError(f"{path}: {found}. {remedy}") from None
+        problem = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{path}: {problem}. {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
     if not content.strip(b"\0 \t\r\n"):
-        found = f"{len(content):,} bytes without any text" if content else "an empty file"
-        raise UserError(f"{path}: found {found}, expected its content. {remedy}")
+        problem = f"{len(content):,} bytes without any text" if content else "an empty file"
+        raise UserError(f"{path}: found {problem}, expected its content. {remedy}")
     return content
 
 
 def read_json(
     path: str | Path, remedy: str, kind: type = dict, fields: Mapping[str, Any] | None = None
 ) -> Any:
-    """The JSON value in a file of ours, which has to be of a `kind`; `fields`: the types of values
-    in an object.
+    """The JSON value in a file of ours.
 
-    A type such as `int | None` is that of a value that may be null or absent. Names that are not
-    among `fields` may have any value.
+    Args:
+        remedy: the sentence of an error that says what to do.
+        kind: the type of the value.
+        fields: types of an object's values, such as `int | None` for one that may be null or
+            absent. Other names may have any value.
 
     Raises:
-        UserError: there is none, it cannot be read, or it is something else; `remedy` says what to
-        do then.
+        UserError: there is no such file, it cannot be read, or it holds something else.
     """
     try:
         value = json.loads(read_file(path, remedy))
@@ -169,11 +158,11 @@ def read_json(
     return value
 
 
-def beside(file: Path, name: Any) -> Path:
-    """The path of a `name` that stands in a file and means one in the same directory.
+def sibling_path(file: Path, name: Any) -> Path:
+    """The path of the file in `file`'s directory that `file` names.
 
     Raises:
-        UserError: it would lead elsewhere.
+        UserError: the name leads elsewhere.
     """
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise UserError(
@@ -183,44 +172,36 @@ def beside(file: Path, name: Any) -> Path:
 
 
 def require_fields(where: str | Path, value: dict, fields: Mapping[str, Any], remedy: str) -> None:
-    """Raises UserError where an object's values are of other types than `fields` names; see
-    `read_json`."""
-    for name, expected in fields.items():
-        kinds = get_args(expected) or (expected,)
-        if type(value.get(name)) not in kinds:
-            found = KINDS[type(value[name])] if name in value else "missing"
-            wanted = " or ".join(KINDS[each] for each in kinds)
-            raise UserError(f"{where}: {name} is {found}, expected {wanted}. {remedy}")
+    """Raise UserError if an object's values are not of the types in `fields`; see `read_json`."""
+    for name, type_ in fields.items():
+        types = get_args(type_) or (type_,)
+        if type(value.get(name)) not in types:
+            actual = KINDS[type(value[name])] if name in value else "missing"
+            expected = " or ".join(KINDS[each] for each in types)
+            raise UserError(f"{where}: {name} is {actual}, expected {expected}. {remedy}")
 
 
 def json_lines(path: str | Path) -> Iterator[dict]:
-    """The objects in a JSON Lines file of ours; lines that a killed process left unfinished are
-    left out.
+    """The objects in a JSON Lines file of ours, without lines that a killed process left
+    unfinished.
 
-    Only a line feed ends a line: U+2028 and its like stand in texts.
-
-    Raises:
-        OSError: the file cannot be read; one that does not exist has no lines.
+    Only a line feed ends a line: texts may contain U+2028 and the like. A file that does not exist
+    has no lines; raises OSError for one that cannot be read.
     """
     if not Path(path).exists():
         return
     with Path(path).open("rb") as file:
         for line in file:
-            try:
+            entry = None
+            with suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
             if isinstance(entry, dict):
                 yield entry
 
 
 def append_json(path: str | Path, value: Any) -> None:
-    """Add a value to a JSON Lines file of ours, on a line of its own also where the last one was
-    cut off.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Add a value to a JSON Lines file of ours, on a new line even if the last one was cut off;
+    raises OSError."""
     with Path(path).open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))

@@ -1,9 +1,9 @@
-"""What the program says, in Chinese too: under MINIMIND_LANG=zh, or where the locale is Chinese.
+"""Messages in Chinese: under MINIMIND_LANG=zh, or in a Chinese locale.
 
-The code speaks English. What is meant for a person goes through `translated` on its way out, which
-looks it up in one table, messages_zh.yaml: English templates, with {} for what changes, and their
-Chinese. A text that is not in it stays English. A test holds every template against the texts in
-the code, so that none is left behind when they change.
+The code is written in English. Each message for a person goes through `translated` on its way out,
+which looks it up in one table, messages_zh.yaml: English templates, with {} for what changes, and
+their Chinese. A message without a template stays English. A test compares the templates with the
+code, so that none is left behind when a message changes.
 """
 
 import os
@@ -15,18 +15,18 @@ from pathlib import Path
 from minimind.common.streams import printable
 
 TABLE = Path(__file__).with_name("messages_zh.yaml")
-# Where texts are put together from several: lines and indents; a place or a name, and sentences;
-# the items of a list.
+# Where a message may be put together from parts: lines and indents; a place or a name, and
+# sentences; the items of a list.
 BORDERS = re.compile(r"\n|^ +"), re.compile(r": |\. "), re.compile(r"; |, ")
-MESSAGE = 2**12  # characters; what is longer is a list, or no message
+MESSAGE = 2**12  # characters; a longer text is a list, or no message
 CHINESE_MARKS = {": ": "：", ". ": "。", "\n": "\n", "; ": "；", ", ": "，"}
 
 
 def is_chinese() -> bool:
-    """Whether the user asked for Chinese, or the locale does, and the terminal can show it."""
+    """Whether the user's variables or locale choose Chinese, and the terminal can show it."""
     names = ("MINIMIND_LANG", "LC_ALL", "LC_MESSAGES", "LANG")
-    asked = next((os.environ[name] for name in names if os.environ.get(name)), "")
-    return asked.lower().startswith("zh") and _can_show("中")
+    language = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return language.lower().startswith("zh") and _can_show("中")
 
 
 def _can_show(text: str) -> bool:
@@ -39,53 +39,50 @@ def _can_show(text: str) -> bool:
 
 @cache
 def table() -> dict[str, str]:
-    """English templates and their Chinese, in the order of the file: the first that fits is
-    taken."""
+    """English templates and their Chinese, in the order of the file: the first match counts."""
     import yaml
 
     return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 
 
-def _fit(template: str, text: str) -> re.Match | None:
-    """What fills the gaps of a template that the text is an instance of.
+def _match(template: str, text: str) -> re.Match | None:
+    """Match a text with a template; the groups are what fills its gaps.
 
-    It is within one line, unless the template itself has several, and begins no text with an
+    A gap stays within one line, unless the template itself has several, and does not begin with an
     indent.
     """
     words = template.split("{}")
     if not all(word in text for word in words) or (text[0].isspace() and not words[0]):
         return None
-    return re.fullmatch(
-        "(.*?)".join(map(re.escape, words)), text, re.DOTALL if "\n" in template else 0
-    )
+    pattern = "(.*?)".join(map(re.escape, words))
+    return re.fullmatch(pattern, text, re.DOTALL if "\n" in template else 0)
 
 
 def translated(text: str) -> str:
-    """A text for a person, in the user's language as far as the table has it, what fills its gaps
-    included."""
+    """A message in the user's language, as far as the table has it and what fills its gaps."""
     if len(text) > MESSAGE or not is_chinese():
         return text
     done = ""
-    while text.strip():  # a list may have thousands of borders
+    while text.strip():  # not recursive: a list may have thousands of borders
         for english, chinese in table().items():
-            if match := _fit(english, text):
+            if match := _match(english, text):
                 return done + chinese.format(*map(translated, match.groups()))
         border = next(filter(None, (borders.search(text) for borders in BORDERS)), None)
         if border is None:
             break
         first, mark = text[: border.start()], border.group()
-        said = translated(first)
-        done += said + (mark if said == first else CHINESE_MARKS[mark])
+        chinese = translated(first)
+        done += chinese + (mark if chinese == first else CHINESE_MARKS[mark])
         text = text[border.end() :]
     return done + text
 
 
 def say(text: str, **options) -> None:
-    """Print a text for a person, at once; `options` are those of `print`.
+    """Print a message in the user's language and flush it; `options` are those of `print`.
 
-    Words that nobody can take, since the log's disk is full or its reader gone, end nothing.
+    A full disk behind the log, or a reader that is gone, is no error.
     """
     try:
         print(printable(translated(text)), **{"flush": True, **options})
-    except (OSError, ValueError):  # the latter of a stream that is closed
+    except (OSError, ValueError):  # ValueError: the stream is closed
         return

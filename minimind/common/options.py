@@ -1,12 +1,14 @@
-"""What the parsers of the commands and of the stages have in common. Loads neither torch nor
-transformers."""
+"""What the parsers of commands and stages share. Loads neither torch nor transformers."""
 
 import argparse
 import difflib
 import platform
 from collections.abc import Iterable
 
-# Our options, and what other tools and MiniMind's first scripts call them.
+# The stages in the order of a pipeline, for parsers that answer without loading torch
+STAGE_NAMES = ("pretrain", "sft", "lora", "dpo")
+
+# Our options, and their names in other tools and in MiniMind's first scripts.
 OTHER_NAMES = {
     "bf16": {"dtype", "precision"},
     "chat_template": {"template", "prompt_template"},
@@ -43,29 +45,26 @@ OTHER_NAMES = {
 
 
 def suggestion(unknown: Iterable[str], known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message: what may have been meant by unknown names, or nothing."""
-    known, meant = set(known), set()
+    """The end of a message about unknown names: the known ones that may be meant, if any."""
+    known, candidates = set(known), set()
     for word in unknown:
         name = word.lstrip("-").replace("-", "_")
-        ours = {each for each in known if name in OTHER_NAMES.get(each, ())}
-        if len(name) > 2:  # what older versions of argparse took for it
-            ours |= {each for each in known if each.startswith(name)}
-        meant |= ours or set(difflib.get_close_matches(name, known, n=1, cutoff=0.75))
-    return f" Did you mean {', '.join(prefix + name for name in sorted(meant))}?" if meant else ""
+        synonyms = {each for each in known if name in OTHER_NAMES.get(each, ())}
+        if len(name) > 2:  # abbreviations, which argparse accepts by default
+            synonyms |= {each for each in known if each.startswith(name)}
+        candidates |= synonyms or set(difflib.get_close_matches(name, known, n=1, cutoff=0.75))
+    names = ", ".join(prefix + name for name in sorted(candidates))
+    return f" Did you mean {names}?" if names else ""
 
 
 def option_names(parser: argparse.ArgumentParser) -> set[str]:
     """The names of a parser's options, without those that only print, such as --help."""
-    return {
-        each.dest
-        for each in parser._actions
-        if each.option_strings and each.default != argparse.SUPPRESS
-    }
+    options = (each for each in parser._actions if each.option_strings)
+    return {each.dest for each in options if each.default != argparse.SUPPRESS}
 
 
 class OptionFormatter(argparse.HelpFormatter):
-    """Of each option one spelling, what it takes, and its default where the description does not
-    tell it."""
+    """Shows one spelling of each option, its values, and a default that the description omits."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
@@ -77,22 +76,23 @@ class OptionFormatter(argparse.HelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         option = next(each for each in action.option_strings if each.startswith("--"))
-        return f"{option} {_values(action)}".strip()
+        return f"{option} {_value_format(action)}".strip()
 
     def _expand_help(self, action: argparse.Action) -> str:
         # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent
         # sign.
         text = (action.help or "").replace("%%", "%")
-        hidden = (
-            any(action.default is each for each in (None, False, argparse.SUPPRESS))
-            or action.default == []
-        )
-        told = hidden or not action.option_strings or "default" in text.lower()
-        return text if told else f"{text} (default: {_shown(action.default)})"
+        default = action.default
+        is_unset = default in (None, [], argparse.SUPPRESS) or default is False
+        if is_unset or not action.option_strings or "default" in text.lower():
+            return text
+        values = default if isinstance(default, list) else [default]
+        words = " ".join(str(getattr(value, "value", value)) for value in values)
+        return f"{text} (default: {words})"
 
 
-def _values(action: argparse.Action) -> str:
-    """What stands after an option: its choices if they are few."""
+def _value_format(action: argparse.Action) -> str:
+    """The words after an option in its help: its choices if they are few."""
     if action.nargs in (0, "?"):
         return ""
     choices = "{" + ",".join(map(str, action.choices or ())) + "}"
@@ -100,16 +100,17 @@ def _values(action: argparse.Action) -> str:
     return f"{value} ..." if action.nargs == "+" else value
 
 
-def _shown(default) -> str:
-    values = default if isinstance(default, list) else [default]
-    return " ".join(str(getattr(value, "value", value)) for value in values)
+class PrintAndExit(argparse.Action):
+    """An option that prints something and exits."""
+
+    def __init__(self, option_strings, dest):
+        super().__init__(option_strings, dest, 0, default=argparse.SUPPRESS, help=self.description)
 
 
-class Version(argparse.Action):
-    """`--version`: of the package and of what it stands on, read from the packages' metadata."""
+class Version(PrintAndExit):
+    """`--version`: the versions of the package and its libraries, from their metadata."""
 
-    def __init__(self, option_strings, dest, help="show the versions and exit"):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+    description = "show the versions and exit"
 
     def __call__(self, parser, namespace, values, option_string=None):
         from importlib.metadata import PackageNotFoundError, version
@@ -123,11 +124,10 @@ class Version(argparse.Action):
         parser.exit()
 
 
-class HelpAll(argparse.Action):
-    """`--help_all`: what `print_all_help` of the parser prints."""
+class HelpAll(PrintAndExit):
+    """`--help_all`: calls the parser's `print_all_help`."""
 
-    def __init__(self, option_strings, dest, help="show every option there is and exit"):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+    description = "show every option there is and exit"
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.print_all_help(namespace)

@@ -1,5 +1,4 @@
-"""The standard streams: what goes through them cannot control a terminal, and nothing that happens
-to them ends a run.
+"""The standard streams: output cannot control a terminal, and a failing stream does not end a run.
 
 Loads no torch.
 """
@@ -18,14 +17,14 @@ from traceback import format_exception
 from typing import Any
 from warnings import formatwarning as format_warning
 
-# Control characters but tab and line feed (C0 and C1 of ECMA-48), marks that reorder text, half
+# Control characters (C0 and C1 of ECMA-48) except tab and line feed, marks that reorder text, half
 # surrogate pairs.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""A text as a terminal may have it: what could control the terminal, turn the direction of
-    writing or not be encoded is shown as an escape.
+    r"""A text that is safe in a terminal: what could control it, reorder the text or not be encoded
+    becomes an escape.
 
     >>> print(printable("a\x1b[2J\u202e\ud83d"))
     a\x1b[2J\u202e\ud83d
@@ -34,8 +33,7 @@ def printable(text: str) -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    r"""A value as JSON that a terminal may have: what `printable` escapes is escaped as JSON reads
-    it back.
+    r"""A value as JSON that is safe in a terminal: what `printable` escapes becomes a JSON escape.
 
     >>> print(json_text({"a": "中\x9b"}))
     {"a": "中\u009b"}
@@ -45,17 +43,15 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 class PrintableRecord(logging.LogRecord):
-    """A line of a log, this package's or a library's: what it names of files and data cannot
-    control the terminal."""
+    """A log record whose message, with names of files and data in it, is `printable`."""
 
     def getMessage(self) -> str:  # noqa: N802 (the library's name)
-        """The line."""
+        """The message."""
         return printable(super().getMessage())
 
 
 def make_output_printable() -> None:
-    """Let what libraries say of this process, log lines, warnings and tracebacks, be `printable`
-    from here on."""
+    """Make log lines, warnings and tracebacks of all libraries `printable` from here on."""
     logging.setLogRecordFactory(PrintableRecord)
     warnings.formatwarning = lambda *args, **options: printable(format_warning(*args, **options))
     sys.excepthook = lambda *error: print(
@@ -64,25 +60,23 @@ def make_output_printable() -> None:
 
 
 def prepare_streams() -> None:
-    """Let the standard streams exist, also where the process was started without them, and take any
-    text."""
+    """Open standard streams that the process was started without, and let all accept any text."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 (as long as the process)
     for stream in (sys.stdout, sys.stderr):
-        # A file's name may be no text, and a terminal know no Chinese
+        # A file's name may not be valid text, and a terminal may not support Chinese
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     make_output_printable()
-    outlive_full_disks()
+    ignore_full_disks()
 
 
 class Output(io.FileIO):
-    """A file that output goes to: what its full disk does not take is lost. A reader that is gone
-    stays an error."""
+    """An output file: what a full disk rejects is lost; a reader that is gone stays an error."""
 
     def write(self, data) -> int | None:
-        """`io.FileIO.write`, except that an error of the disk counts as written."""
+        """`io.FileIO.write`, except that data lost to an error of the disk counts as written."""
         try:
             return super().write(data)
         except OSError as error:
@@ -91,29 +85,28 @@ class Output(io.FileIO):
             return len(data)
 
 
-def outlive_full_disks() -> None:
-    """Let no full disk behind `> run.log` end the program, in the midst of a run or with a code of
-    its own."""
+def ignore_full_disks() -> None:
+    """Keep a full disk behind `> run.log` from ending the program or changing its exit code."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or stream is not getattr(sys, f"__{name}__") or stream.isatty():
             continue
         stream.flush()
         file = io.BufferedWriter(Output(stream.fileno(), "wb", closefd=False))
-        options = {"errors": stream.errors, "line_buffering": stream.line_buffering}
-        setattr(
-            sys,
-            name,
-            io.TextIOWrapper(file, stream.encoding, write_through=stream.write_through, **options),
-        )
+        names = ("encoding", "errors", "line_buffering", "write_through")
+        options = {each: getattr(stream, each) for each in names}
+        setattr(sys, name, io.TextIOWrapper(file, **options))
 
 
 def keep_output_writable() -> None:
-    """Send output nowhere where nobody takes it: the Ctrl-C that reaches a run also ends the `tee`
-    behind it, a closed terminal takes no more lines, nor does a log on a full disk. A print must
-    cost neither the checkpoint nor, in the interpreter's last flush, the exit code."""
+    """Discard the output of streams that accept none.
+
+    The Ctrl-C that reaches a run also ends the `tee` behind it; a closed terminal, or a log on a
+    full disk, accepts no more lines. A print must cost neither the checkpoint nor, in the
+    interpreter's last flush, the exit code.
+    """
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        if stream is None:  # closed from the beginning: the number may be another file's by now
+        if stream is None:  # closed from the start: the number may be another file's by now
             continue
         if has_no_reader(number) or not _flushes(stream):
             with Path(os.devnull).open("w") as nowhere:

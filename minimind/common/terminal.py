@@ -1,5 +1,4 @@
-"""A terminal: what is shown in it, and what somebody types, or a pipe delivers, message by message.
-Loads no torch."""
+"""Terminal output, and messages typed in a terminal or read from a pipe. Loads no torch."""
 
 import sys
 from collections.abc import Iterator
@@ -16,24 +15,24 @@ HOW_TO_END = "Ctrl-D or /exit ends the chat."
 
 
 class Terminal(Console):
-    """rich's console, except: no text in it can control the terminal, and nothing of it is taken
-    for a number to colour or the name of a smiley."""
+    """rich's console, except: text in it cannot control the terminal, and is neither coloured as
+    numbers nor read as names of emoji."""
 
     def __init__(self, **options):
         super().__init__(highlight=False, emoji=False, **options)
 
     def render(self, renderable, options=None):
-        """The segments of what is printed; only rich's own control it."""
+        """The segments to print; only rich's own may control the terminal."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def read_messages(history: Path | None = None) -> Iterator[str]:
-    """Messages from standard input until its end: the lines of a pipe or, from a terminal, what was
-    typed and edited.
+    """Yield messages from standard input until its end: the lines of a pipe, or the edited input of
+    a terminal.
 
-    In a terminal the arrows reach earlier messages, with a `history` file those of earlier chats
-    too; a paste of several lines is one message; Ctrl-C drops the line.
+    In a terminal the arrows reach earlier messages, those of earlier chats too if there is a
+    `history` file; pasting several lines makes one message; Ctrl-C drops the line.
     """
     if not sys.stdin.isatty():
         yield from (line.rstrip("\r\n") for line in sys.stdin)
@@ -41,21 +40,21 @@ def read_messages(history: Path | None = None) -> Iterator[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory
 
-    class Remembered(FileHistory):
+    class History(FileHistory):
         def store_string(self, string: str) -> None:
-            with suppress(OSError):  # a full disk costs the memory, not the chat
+            with suppress(OSError):  # a full disk does not end the chat
                 super().store_string(string)
 
     if history:
         try:
             history.parent.mkdir(parents=True, exist_ok=True)
             history.touch(mode=0o600)
-            history.chmod(0o600)  # for this user's eyes only, also where another program made it
+            history.chmod(0o600)  # for this user only, even if another program created it
             history.open("rb").close()
         except OSError as error:
             say(f"notice: what you type is not remembered: {error}", file=sys.stderr)
             history = None
-    session = PromptSession(history=Remembered(str(history)) if history else None)
+    session = PromptSession(history=History(str(history)) if history else None)
     while True:
         try:
             message = session.prompt("> ", prompt_continuation="  ")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind.common.errors import UserError
-from minimind.common.files import beside
+from minimind.common.files import sibling_path
 from minimind.common.language import translated
 from minimind.data.columns import Columns, Fields
 from minimind.data.formats import KNOWN, TEXT_UNITS, Parsable, Progress, format_of, read_file
@@ -311,7 +311,7 @@ def _saved_shards(directory: Path) -> list[Path]:
     state = directory / SAVED_DATASET
     try:
         return [
-            _regular(beside(state, shard["filename"]))
+            _regular(sibling_path(state, shard["filename"]))
             for shard in json.loads(state.read_bytes())["_data_files"]
         ]
     except (ValueError, KeyError, TypeError) as error:

@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minimind.common.bounds import shown
 from minimind.common.errors import UserError
 from minimind.common.launch import prepare_launch
 from minimind.common.options import option_names, suggestion
 from minimind.common.recipes import read_deepspeed, read_recipe
+from minimind.data.rows import shown
 from minimind.training.arguments import StageConfig
 from minimind.training.output_directory import check_output_directory
 from minimind.training.parser import StageParser

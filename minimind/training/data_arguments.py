@@ -9,10 +9,16 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 from minimind.cleaning import cache_key, clean, finished_report
-from minimind.common.cache import cache_directory, discard, lock, places, refusing
+from minimind.common.cache import (
+    cache_directory,
+    cache_locations,
+    remove_invalid,
+    report_disk_errors,
+)
 from minimind.common.errors import UserError
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
+from minimind.common.locks import wait_for_lock
 from minimind.data.columns import NAMES, Columns
 from minimind.data.files import TEXT_UNITS, File, expand
 from minimind.data.markers import POLICIES
@@ -102,14 +108,14 @@ class DataArguments:
         again."""
         reading = {"text_unit": self.text_unit, "columns": self.columns}
         key = cache_key(paths, self.clean_recipe, **reading)
-        for place in places("clean"):
+        for place in cache_locations("clean"):
             with suppress(UserError, OSError):
                 if report := finished_report(place / key, key):
                     return place / key, report
 
         directory = cache_directory("clean") / key
-        with refusing(directory), lock(f"{directory}.lock"):
-            discard(directory, partial(finished_report, key=key, remedy=""))
+        with report_disk_errors(directory), wait_for_lock(f"{directory}.lock"):
+            remove_invalid(directory, partial(finished_report, key=key, remedy=""))
             report = clean(
                 paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading
             )
@@ -121,7 +127,7 @@ class DataArguments:
         if self.train_files:
             return self
         directory = cache_directory("world")
-        with refusing(directory), lock(directory / ".lock"):
+        with report_disk_errors(directory), wait_for_lock(directory / ".lock"):
             paths = write_world(directory)
         train_files = [str(paths[name])]
         eval_files = self.eval_files or [str(paths[f"{name}_eval"])]

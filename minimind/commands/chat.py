@@ -1,21 +1,15 @@
-"""Talking to a model in the terminal."""
+"""`minimind chat`: talk to a model in the terminal."""
 
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerFast, set_seed
-
-from minimind.common.cache import cache_directory
+from minimind.commands.options import add_decoding
 from minimind.common.errors import UserError
 from minimind.common.language import say
 from minimind.common.streams import printable
 from minimind.common.terminal import read_messages
-from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.messages import parse_message
-from minimind.generation import decode, load_for_generation
-from minimind.stage_directory import read_stage
 
 HELP = """Enter sends a message; a paste of several lines is one. The arrows reach earlier messages.
 Ctrl-C drops the line, or stops an answer.
@@ -25,48 +19,42 @@ A message that begins with / needs a space before it."""
 COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 
 
-def generate(
-    directory: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
-    """Print `prompt` and its continuation."""
-    model, tokenizer = load_for_generation(directory)
-    set_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
-    if not ids.numel():  # an empty prompt starts a new document, as after the end of another
-        ids = torch.tensor([[tokenizer.eos_token_id]])
-    print(printable(prompt), end="", flush=True)
-    decode(model, tokenizer, ids, max_new_tokens, temperature, top_p)
+def add_parser(commands) -> None:
+    parser = commands.add_parser("chat", help="talk to a chat model in the terminal")
+    parser.set_defaults(run=run)
+    add_decoding(parser)
+    parser.add_argument("--system", help="system prompt")
+    history = "do not remember messages for the next chat"
+    parser.add_argument("--no_history", action="store_true", help=history)
 
 
-def chat(
-    directory: str,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    keep_history: bool = True,
-) -> None:
+def run(args: Namespace) -> None:
     """Read messages from standard input until its end and answer each, with all turns so far as the
     prompt.
 
     When the conversation fills the model's window, the oldest turns are left out of the prompt.
     """
-    model, tokenizer = load_for_generation(directory)
-    check_chattable(directory, tokenizer)
-    set_seed(seed)
+    import torch
+    from transformers import set_seed
+
+    from minimind.data.chat_encoder import ChatEncoder, encode_prompts
+    from minimind.data.messages import parse_message
+    from minimind.generation import decode, load_for_generation
+
+    model, tokenizer = load_for_generation(args.directory)
+    check_chattable(args.directory, tokenizer)
+    set_seed(args.seed)
     interactive = sys.stdin.isatty()
     if interactive:
-        say(
-            f"{directory}: {model.num_parameters() / 1e6:.1f} M parameters. Type a message, or"
-            " /help."
-        )
+        millions = f"{model.num_parameters() / 1e6:.1f}"
+        say(f"{args.directory}: {millions} M parameters. Type a message, or /help.")
     encoder = ChatEncoder(tokenizer)
-    window = max(1, model.config.max_position_embeddings - max_new_tokens)
-    opening = [{"role": "system", "content": system}] if system else []
+    window = max(1, model.config.max_position_embeddings - args.max_new_tokens)
+    opening = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(opening)
 
-    for text in read_messages(history_file() if keep_history and interactive else None):
+    for text in read_messages(None if args.no_history or not interactive else history_file()):
+        # A command is answered here.
         command = COMMAND.fullmatch(text)
         if command and command[1] in ("/exit", "/quit"):
             return
@@ -77,6 +65,7 @@ def chat(
         if command or not text.strip():
             continue
 
+        # The prompt: all turns that fit into the window.
         if not interactive:
             print(f"> {printable(text.strip())}")
         messages.append({"role": "user", "content": text.strip()})
@@ -84,9 +73,12 @@ def chat(
         while ids.shape[1] > window and len(messages) > len(opening) + 1:
             del messages[len(opening) : len(opening) + 2]
             ids = torch.tensor(encode_prompts([messages], encoder))
+
+        # The answer, printed as it is generated; Ctrl-C drops it, and the conversation continues.
+        sampling = (args.max_new_tokens, args.temperature, args.top_p)
         try:
-            reply = decode(model, tokenizer, ids[:, -window:], max_new_tokens, temperature, top_p)
-        except KeyboardInterrupt:  # this answer is enough; the conversation continues without it
+            reply = decode(model, tokenizer, ids[:, -window:], *sampling)
+        except KeyboardInterrupt:
             print()
             messages.pop()
             continue
@@ -95,22 +87,25 @@ def chat(
 
 
 def history_file() -> Path | None:
-    """Where what is typed is remembered; where it cannot be, that is said, and None."""
+    """The file that remembers typed messages; None, with a notice, where it cannot be kept."""
+    from minimind.common.cache import cache_directory
+
     try:
-        return cache_directory(kept=True) / "chat_history"
+        return cache_directory(permanent=True) / "chat_history"
     except UserError as problem:
         say(f"notice: what you type is not remembered: {problem}", file=sys.stderr)
         return None
 
 
-def check_chattable(directory: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say on stderr that a pretrained model has not learned to answer; raises UserError where there
-    is no template."""
+def check_chattable(directory: str, tokenizer) -> None:
+    """Raise UserError if there is no chat template; warn if the model is only pretrained."""
+    from minimind.stage_directory import read_stage
+
     if not tokenizer.chat_template:
         raise UserError(
-            f"{directory}: its tokenizer has no chat template, which tells messages from replies."
-            " `minimind generate` continues texts; finetune_sft.py --chat_template chatml makes a"
-            " chat model of it."
+            f"{directory}: its tokenizer has no chat template, which separates messages from"
+            " replies. `minimind generate` continues texts; finetune_sft.py --chat_template chatml"
+            " turns it into a chat model."
         )
     if read_stage(directory).get("stage") == "pretrain":
         say(

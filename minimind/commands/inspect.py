@@ -1,0 +1,95 @@
+"""`minimind inspect`."""
+
+import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from minimind.commands.options import add_bad_rows, add_columns, add_json, select
+from minimind.common.errors import UserError
+from minimind.common.files import check_output, write_bytes, write_text
+from minimind.common.options import STAGE_NAMES
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="see what a run would train on: tokens by role, loss mask, lengths, findings",
+        description=(
+            "Reads and tokenises as the stage does and reports on the finished rows. Exit code 1 if"
+            " a finding is an error."
+        ),
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    files = "files, directories or globs of conversations, pairs or documents"
+    add("files", nargs="+", help=files)
+    add("--tokenizer", help="directory of a tokenizer or a stage; default: the package's")
+    stages = [name for name in STAGE_NAMES if name != "lora"]  # which trains on the rows of sft
+    add("--stage", choices=stages, help="default: recognised from the first rows")
+    add("--eval_files", nargs="+", help="held-out files, compared with the others")
+    length = "tokens per row, as in the stage; for pretrain the block size"
+    add("--max_length", type=int, default=512, help=length)
+    policies = ("split", "keep", "error")
+    add("--boundary_markers", choices=policies, default="split", help="as in pretrain.py")
+    template = "as in the stage: the name of a template, or a .jinja file"
+    add("--chat_template", help=template)
+    add("--long_conversations", default="keep_last", help="as in the stage")
+    add("--train_turns", default="all", help="as in the stage")
+    add("--weighted_loss", choices=("true", "false"), help="as in the stage")
+    add_bad_rows(parser, "what a run would do with bad rows; here they are findings")
+    add_columns(parser)
+    rows = "rows to show; default: 3 in the terminal, 100 on the page, all in --json"
+    add("--rows", type=int, help=rows)
+    add("--row", metavar="FILE:LINE", help="show this row instead of the first ones")
+    add("--html", metavar="FILE", help="also write the report as one HTML page")
+    add("--png", metavar="FILE", help="also write the length histogram as a picture")
+    add_json(parser)
+
+
+def run(args: Namespace) -> None:
+    """Inspect the files; exits with code 1 if a finding is an error."""
+    from minimind import inspection
+    from minimind.data.chats import ChatArguments
+    from minimind.inspection import display
+    from minimind.tokenizer import load_tokenizer
+    from minimind.training.data_arguments import DataArguments
+
+    outputs = [file for file in (args.html, args.png) if file]
+    for file in outputs:
+        check_output(file)
+    weighted = None if args.weighted_loss is None else args.weighted_loss == "true"
+    try:
+        chat_args = ChatArguments(
+            args.chat_template, args.long_conversations, args.train_turns, weighted_loss=weighted
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    options = select(args, "on_bad_rows", "columns", "unread_columns", "boundary_markers")
+    data_args = DataArguments(args.files, args.eval_files, eval_ratio=0.0, **options)
+
+    # Standard output is for the report alone.
+    with redirect_stdout(sys.stderr):
+        tokenizer = load_tokenizer(args.tokenizer)
+        stage = args.stage or inspection.recognise_stage(args.files, data_args.reading())
+        inspected = inspection.inspect_files(
+            stage, data_args, tokenizer, args.max_length, chat_args
+        )
+    rows = inspected.find(args.row) if args.row else range(len(inspected.tokens))
+
+    def shown(default: int) -> list[int]:
+        return list(rows[: default if args.rows is None else args.rows])
+
+    for file in outputs:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    if args.html:
+        page = display.page(inspected, shown(100), tokenizer, " ".join(args.files))
+        write_text(args.html, page)
+    if args.png:
+        write_bytes(args.png, display.length_png(inspected.report["lengths"]))
+    if args.json:
+        display.print_json(inspected, shown(len(rows)))
+    else:
+        display.print_inspection(inspected, shown(3), tokenizer)
+    if inspected.errors():
+        sys.exit(1)
