@@ -10,11 +10,12 @@ from pipeline import assistant, result, user
 
 from minimind.cleaning import clean
 from minimind.cleaning.texts import Texts, check_row
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.columns import NAMES, Columns
 from minimind.data.conversations import to_conversation, to_messages
-from minimind.data.files import BadRowError, expand, read_rows, to_document
+from minimind.data.files import read_rows, to_document
 from minimind.data.preferences import to_preference
+from minimind.data.sources import expand
 
 TALK = [user("hi"), assistant("hello")]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

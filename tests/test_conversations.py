@@ -3,9 +3,9 @@ import json
 import pytest
 from pipeline import assistant, result, user
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.conversations import Conversation, to_conversation, to_messages, to_text
-from minimind.data.files import BadRowError, read_rows
+from minimind.data.files import read_rows
 
 
 def system(content):

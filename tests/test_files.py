@@ -14,23 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from minimind.common.cache import content_hash
-from minimind.common.errors import UserError
-from minimind.data import formats, json_rows
-from minimind.data.files import (
-    BadRowError,
-    BadRows,
-    expand,
-    read_documents,
-    read_rows,
-    total_size,
-)
+from minimind.common.errors import BadRowError, UserError
+from minimind.data import formats, json_files
+from minimind.data.bad_rows import BadRows
+from minimind.data.files import read_documents, read_rows
+from minimind.data.sources import expand, total_size
 
 GOOD = '{"text": "good"}\n'
 
 
 def set_limit(monkeypatch, name, value):
     """Set ROW_LIMIT or BUFFER of all readers."""
-    for module in (formats, json_rows):
+    for module in (formats, json_files):
         monkeypatch.setattr(module, name, value)
 
 

@@ -3,8 +3,8 @@ import json
 import pytest
 from pipeline import assistant, user
 
-from minimind.common.errors import UserError
-from minimind.data.files import BadRowError, read_rows
+from minimind.common.errors import BadRowError, UserError
+from minimind.data.files import read_rows
 from minimind.data.preferences import to_preference
 
 

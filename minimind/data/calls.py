@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from minimind.data.json_rows import count_keys
-from minimind.data.rows import BadRowError, shown
+from minimind.common.errors import BadRowError
+from minimind.data.bad_rows import shown
+from minimind.data.json_objects import count_keys
 
 EMPTY = (None, "", "[]", "{}", [], {})
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)

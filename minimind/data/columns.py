@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from minimind.common.errors import UserError
-from minimind.data.rows import BadRowError, shown
+from minimind.common.errors import BadRowError, UserError
+from minimind.data.bad_rows import shown
 
 # What a column means -> its usual names, in lower case; the first one that holds something is read.
 NAMES = {

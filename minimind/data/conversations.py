@@ -9,19 +9,16 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from minimind.common.errors import BadRowError
+from minimind.data.bad_rows import check_text, shown
 from minimind.data.calls import EMPTY, find_tools, parse_literal
 from minimind.data.columns import NAMES, Fields, as_text
+from minimind.data.content import parse_content
+from minimind.data.dialogues import split_dialogue
 from minimind.data.files import to_document
-from minimind.data.messages import (
-    Message,
-    check_order,
-    parse_content,
-    parse_message,
-    parse_messages,
-    parse_weight,
-    split_dialogue,
-)
-from minimind.data.rows import BadRowError, check_text, shown
+from minimind.data.marks import check_verdict, parse_weight
+from minimind.data.message_order import check_order
+from minimind.data.messages import Message, parse_message, parse_messages
 
 FORMATS = (
     "'messages' or 'conversations' (a list), 'instruction' and 'output', or a pair such as 'prompt'"
@@ -29,50 +26,6 @@ FORMATS = (
 )
 TURNS = ("user", "assistant")
 LETTERS = "ABCDEFGHIJ"
-# Columns that say whether anybody should learn the reply, and those that say the opposite.
-VERDICTS = (
-    *(
-        "label",
-        "kto_tag",
-        "desirable",
-        "is_desirable",
-        "accept",
-        "accepted",
-        "is_accepted",
-        "chosen",
-        "is_chosen",
-        "preferred",
-    ),
-    *(
-        "is_preferred",
-        "approved",
-        "is_approved",
-        "correct",
-        "is_correct",
-        "good",
-        "is_good",
-        "thumbs_up",
-        "liked",
-    ),
-)
-REJECTIONS = ("rejected", "is_rejected", "bad", "is_bad", "undesirable", "thumbs_down", "disliked")
-# 0 is the worst of all
-SCORES = ("score", "rating", "reward", "verdict", "judgement", "judgment", "overall_score")
-VOTES = ("vote", "votes", "feedback", "preference")  # 0 says nothing
-MARKS = {*VERDICTS, *REJECTIONS, *SCORES, *VOTES}
-NO_WORDS = (
-    "rejected",
-    "negative",
-    "bad",
-    "undesirable",
-    "dispreferred",
-    "dislike",
-    "thumbs_down",
-    "downvote",
-    "-1",
-)
-NO = (False, "false", "no", "0", *NO_WORDS)
-YES = (True, "true", "yes", "1")
 # Values of a column "reasoning" or "thinking" that switch it and are no thoughts.
 SWITCHES = {
     "on",
@@ -98,29 +51,6 @@ class Conversation(NamedTuple):
     messages: list[Message]
     tools: list[dict] | None = None
     weight: float = 1.0
-
-
-# What a row says beside its messages
-
-
-def check_verdict(row: Fields) -> None:
-    """Refuse (BadRowError) a row that is marked as one that nobody should learn, as KTO's data has
-    them."""
-    for name in sorted(row.columns.keys() & MARKS):
-        value = row[name]
-        if isinstance(value, list | dict):
-            continue
-        word = value.strip().lower() if isinstance(value, str) else value
-        # 0 and 1 are booleans
-        rejected = word in (YES if name in REJECTIONS else NO_WORDS if name in VOTES else NO)
-        # A negative fraction may be a reward model's
-        if name not in REJECTIONS and isinstance(word, int):
-            rejected = rejected or word < 0
-        if rejected:
-            raise BadRowError(
-                f"found {name!r}: {shown(value)}, the mark of a rejected reply, expected replies to"
-                f" learn from (--unread_columns {name} takes them all the same)"
-            )
 
 
 def open_template_kwargs(row: Fields) -> None:

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from minimind.common.errors import UserError
-from minimind.data.json_rows import (
+from minimind.common.errors import BadRowError, UserError
+from minimind.data.bad_rows import decoded
+from minimind.data.json_files import (
     BOM,
     BUFFER,
     ROW_LIMIT,
@@ -30,7 +31,6 @@ from minimind.data.json_rows import (
     read_lines,
     too_long,
 )
-from minimind.data.rows import BadRowError, decoded
 
 # Buffered column by column; by default a whole row group, which may be the whole file, is read
 # ahead.

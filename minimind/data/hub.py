@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from minimind.common.errors import UserError
-from minimind.data.formats import Parsable
+from minimind.data.json_files import Parsable
 
 PREFIX = "hf://datasets/"
 SPELLING = "hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]"

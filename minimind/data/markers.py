@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from minimind.common.errors import UserError
-from minimind.data.formats import BadRowError
+from minimind.common.errors import BadRowError, UserError
 
 POLICIES = ("split", "keep", "error")
 ROLES = "(?:system|developer|user|assistant|model|tool|ipython|observation)"

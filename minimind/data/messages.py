@@ -7,9 +7,11 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+from minimind.common.errors import BadRowError
+from minimind.data.bad_rows import shown
 from minimind.data.calls import (
     EMPTY,
     bare_calls,
@@ -19,7 +21,8 @@ from minimind.data.calls import (
     split_results,
 )
 from minimind.data.columns import FACTS, NAMES, Fields
-from minimind.data.rows import BadRowError, check_text, shown
+from minimind.data.content import CONTENTS, Content, parse_content, split_reasoning
+from minimind.data.marks import FLAGS, MASKS, WEIGHTS, parse_weight
 
 Message = dict[str, Any]
 
@@ -31,30 +34,8 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's: the text of the message is the call
-CONTENTS = ("content", "value", "text", "parts")
 CALLS = ("tool_calls", "function_call")
 REASONING = NAMES["reasoning_content"]
-FLAGS = (  # whether a reply is trained
-    *(
-        "train",
-        "training",
-        "trainable",
-        "train_on_turn",
-        "loss",
-        "learn",
-        "loss_mask",
-        "compute_loss",
-        "supervised",
-    ),
-    *("include_in_loss", "use_for_training"),
-)
-MASKS = ("mask", "masked", "skip", "ignore", "exclude", "mask_loss", "no_loss")  # the opposite
-WEIGHTS = ("weight", "loss_weight")
-MARKS = {*FLAGS, *MASKS, *WEIGHTS, "train_detail"}
-WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-TEXT_PARTS = ("text", "input_text", "output_text", None)
-REASONING_PARTS = ("reasoning", "thinking")
-CALL_PARTS = ("tool_use", "tool_call", "function_call")
 UNREAD = {
     *ROLES,
     "role",
@@ -69,128 +50,11 @@ UNREAD = {
     "tools",
 }
 LEADING = re.compile(r"\A(?:[^\S\n]*\n)+|\A (?=\S)")  # not an indentation
-VOICES = {
-    "user": "human|user|用户|人类|问",
-    "assistant": "assistant|ai|bot|gpt|chatgpt|助手|助理|答",
-}
-VOICE = re.compile(
-    r"(?:(?:^|\n)[ \t]*(?:#{2,3}[ \t]*)?|#{3}[ \t]*)"
-    + rf"(?:(?P<user>{VOICES['user']})|(?P<assistant>{VOICES['assistant']}))[ \t]*[:：]",
-    re.IGNORECASE,
-)
-
-
-class Content(NamedTuple):
-    """What stands in the content of one message."""
-
-    text: str
-    reasoning: str = ""
-    calls: tuple = ()
-    results: tuple = ()  # of tools, in a user's message as Anthropic writes them
 
 
 def without_nulls(data: Mapping) -> dict:
     """A row or message -> itself without the null fields that HF datasets add."""
     return {key: value for key, value in data.items() if value is not None}
-
-
-# Marks of what is trained
-
-
-def parse_weight(message: Mapping, name: str) -> float | None:
-    """The weight that marks of a row or message give it, 0 for "not trained"; None where there is
-    none.
-
-    Raises:
-        BadRowError: a mark that is not understood.
-    """
-    if MARKS.isdisjoint(message):
-        return None
-    if message.get("train_detail") not in EMPTY:
-        raise BadRowError(
-            f"{name}: found 'train_detail', marks of parts of a reply, expected whole replies"
-        )
-    given = [
-        (key, message[key])
-        for key in (*FLAGS, *MASKS, *WEIGHTS)
-        if message.get(key) not in (None, "")
-    ]
-    weights = [_parse_mark(key, value, name) for key, value in given]
-    return 0.0 if 0.0 in weights else weights[-1] if weights else None
-
-
-def _parse_mark(key: str, value: Any, name: str) -> float:
-    value = WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
-    if key not in WEIGHTS:
-        if value not in (0, 1):  # also True and False
-            raise BadRowError(f"{name}: found {key!r}: {shown(value)}, expected true or false")
-        return float(value if key in FLAGS else not value)
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = -1.0
-    if not 0 <= weight < float("inf"):
-        raise BadRowError(f"{name}: found {key!r}: {shown(value)}, expected a number from 0 up")
-    return weight
-
-
-# Reasoning and content
-
-
-def split_reasoning(content: str) -> tuple[str, str]:
-    """A reply -> the reasoning in the <think> block that opens it, and what follows.
-
-    The opening tag may be missing, as in completions of DeepSeek-R1, whose prompt ends with it; a
-    blank line then follows the closing one, unlike in a text about the tag.
-
-    >>> split_reasoning("<think>\\n1 + 1\\n</think>\\n\\n2")
-    ('1 + 1', '2')
-    """
-    text = content.lstrip()
-    closing = "</think>" if text.startswith("<think>") else "</think>\n\n"
-    if closing not in text or ("<think>" in text and not text.startswith("<think>")):
-        return "", content
-    reasoning, _, answer = text.removeprefix("<think>").partition("</think>")
-    return reasoning.strip("\n"), answer.lstrip("\n")
-
-
-def parse_content(content: Any, name: str, separator: str = "") -> Content:
-    """The content of a message: a string, or a list of typed parts; raises BadRowError."""
-    if isinstance(content, str):
-        return Content(content)
-    if not isinstance(content, list) or not content:
-        raise BadRowError(
-            f"{name}: found the content {shown(content)}, expected 'content' (or 'value'): a string"
-        )
-    texts, reasoning, calls, results = [], [], [], []
-    for part in content:
-        part = {"text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind in CALL_PARTS:
-            calls += parse_calls(part.get("value", part), name)
-        elif kind == "tool_result":
-            inside = part.get("content", "")
-            results.append(
-                (
-                    inside if isinstance(inside, str) else parse_content(inside, name, "\n").text,
-                    part,
-                )
-            )
-        elif kind in TEXT_PARTS or kind in REASONING_PARTS:
-            text = next(
-                (part[key] for key in (kind, *CONTENTS) if isinstance(part.get(key), str)), None
-            )
-            if text is None:
-                raise BadRowError(
-                    f"{name}: found the content {shown(content)}, expected a string or parts of"
-                    " text"
-                )
-            (reasoning if kind in REASONING_PARTS else texts).append(text)
-        else:
-            raise BadRowError(
-                f"{name}: found a part of type {shown(kind)} in the content, expected text only"
-            )
-    return Content(separator.join(texts), "\n".join(reasoning), tuple(calls), tuple(results))
 
 
 # Messages
@@ -441,94 +305,3 @@ def _joined(before: Message, message: Message) -> Message:
     joined["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
     weights = [part["weight"] for part in (before, message) if "weight" in part]
     return joined | ({"weight": min(weights)} if weights else {})
-
-
-def split_dialogue(text: str, name: str) -> list[Message] | None:
-    """One string with both voices, "Human: ... Assistant: ...", -> its messages; None where it is
-    no dialogue.
-
-    A last, empty reply, which asks to be continued, is left out.
-
-    Raises:
-        BadRowError: the text begins as a dialogue, and its voices do not alternate.
-    """
-    found = list(VOICE.finditer(text))
-    if (
-        not found
-        or text[: found[0].start()].strip()
-        or not {"user", "assistant"} <= {m.lastgroup for m in found}
-    ):
-        return None
-    ends = [*(match.start() for match in found[1:]), len(text)]
-    messages = [
-        {"role": match.lastgroup, "content": text[match.end() : end].strip()}
-        for match, end in zip(found, ends, strict=True)
-    ]
-    expected = ("user", "assistant")
-    if any(message["role"] != expected[index % 2] for index, message in enumerate(messages)):
-        voices = ", ".join(match.group().strip() for match in found[:6])
-        raise BadRowError(
-            f"{name}: found a dialogue in one string with the voices {voices}, expected them in"
-            " turn"
-        )
-    return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
-
-
-def check_order(messages: Sequence[Message], name: str = "messages") -> None:
-    """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ...,
-    replies with text.
-
-    A reply may call tools instead; their results follow it, then the assistant again.
-    """
-    for index, message in enumerate(messages):
-        for text in (message["content"], message.get("reasoning_content", "")):
-            if "\0" in text:  # before the name is made, since there are many messages
-                check_text(text, f"{name}[{index}]")
-    first = 1 if messages and messages[0]["role"] == "system" else 0
-    expected = ("user",)
-    ids = set()
-    for index, message in enumerate(messages[first:], first):
-        role = message["role"]
-        if role not in expected:
-            wanted = " or ".join(map(repr, expected))
-            found = f"the role {role!r}"
-            if index:
-                found = f"the role {role!r} after {_understood(messages[index - 1])}"
-            raise BadRowError(f"{name}[{index}]: found {found}, expected {wanted} ({ORDER})")
-        if role == "assistant":
-            calls = message.get("tool_calls", [])
-            if not message["content"].strip() and not calls:
-                raise BadRowError(
-                    f"{name}[{index}]: found an empty reply, expected text from the assistant"
-                )
-            ids = {call["id"] for call in calls if "id" in call}
-            expected = ("tool",) if calls else ("user",)
-        elif role == "tool":
-            if ids and message.get("tool_call_id", next(iter(ids))) not in ids:
-                found = f"found the tool_call_id {message['tool_call_id']!r}"
-                raise BadRowError(
-                    f"{name}[{index}]: {found}, expected one of the calls before: {', '.join(ids)}"
-                )
-            expected = ("tool", "assistant")
-        else:
-            expected = ("assistant",)
-    if messages[-1]["role"] != "assistant":
-        found = f"found the role {messages[-1]['role']!r} last"
-        raise BadRowError(
-            f"{name}[{len(messages) - 1}]: {found}, expected that the last message is the"
-            " assistant's"
-        )
-
-
-ORDER = (
-    "an optional system message, then user and assistant in turn, tool results after the calls they"
-    " answer"
-)
-
-
-def _understood(message: Message) -> str:
-    """What a message was taken for."""
-    if calls := message.get("tool_calls"):
-        return f"a call of {', '.join(call['function']['name'] for call in calls)}"
-    kind = {"tool": "a tool's result", "assistant": "a reply that calls no tool"}
-    return kind.get(message["role"], f"the role {message['role']!r}")

@@ -3,6 +3,7 @@ messages, as in TRL."""
 
 from collections.abc import Mapping
 
+from minimind.common.errors import BadRowError
 from minimind.data.calls import EMPTY
 from minimind.data.columns import NAMES, Fields
 from minimind.data.conversations import (
@@ -14,8 +15,9 @@ from minimind.data.conversations import (
     read_tools,
     without_empty_system,
 )
-from minimind.data.messages import Message, check_order, parse_messages, split_dialogue
-from minimind.data.rows import BadRowError
+from minimind.data.dialogues import split_dialogue
+from minimind.data.message_order import check_order
+from minimind.data.messages import Message, parse_messages
 
 PROMPTS = (
     "prompt",

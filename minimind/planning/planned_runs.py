@@ -18,7 +18,7 @@ from trl import get_peft_config, pack_dataset
 
 from minimind import MiniMindConfig
 from minimind.common.cache import find
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.common.options import option_names
 from minimind.common.recipes import read_deepspeed, read_recipe
 from minimind.data.chat_encoder import ChatEncoder, set_chat_template
@@ -32,10 +32,11 @@ from minimind.data.chats import (
 from minimind.data.columns import Columns
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks, preparation
-from minimind.data.files import BadRowError, read_rows, to_document, total_size
+from minimind.data.files import read_rows, to_document
 from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preferences import to_preference
+from minimind.data.sources import total_size
 from minimind.stage_directory import check_kind, load_config
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.encoding import DocumentEncoder

@@ -28,10 +28,11 @@ from minimind.common.launch import bf16_is_fast, is_main_process, prepare_launch
 from minimind.common.options import suggestion
 from minimind.common.recipes import read_deepspeed
 from minimind.data.columns import NAMES, Columns
-from minimind.data.files import TEXT_UNITS, File, expand
+from minimind.data.files import TEXT_UNITS
 from minimind.data.markers import POLICIES
 from minimind.data.mixing import STOPPING
 from minimind.data.packing import STRATEGIES
+from minimind.data.sources import File, expand
 from minimind.data.world import write_world
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, check_output_directory, checkpoints
