@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import xxhash
@@ -38,7 +38,6 @@ from minimind.common.files import (
     write_text,
 )
 from minimind.common.language import say
-from minimind.data.hub import HubDataset
 
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 MANIFEST = "manifest.json"
@@ -169,15 +168,21 @@ def lock(path: Path | str) -> Iterator[bool]:
 # Hashes
 
 
+class Dataset(Protocol):
+    """Data that is not a file, such as a dataset of the Hub; its fingerprint changes with it."""
+
+    fingerprint: str
+
+
 class Contents:
     """What is in some files, or datasets of the Hub, when this is made: one `hash` over all, in
     their order."""
 
-    def __init__(self, files: Iterable[Path | HubDataset]):
+    def __init__(self, files: Iterable[Path | Dataset]):
         self.known = []  # of each file on the disk
         hashes = []
         for file in files:
-            if isinstance(file, HubDataset):
+            if not isinstance(file, Path):
                 hashes.append(file.fingerprint)
                 continue
             status = _status(file)
@@ -200,7 +205,7 @@ class Contents:
                 )
 
 
-def content_hash(files: Iterable[Path | HubDataset]) -> str:
+def content_hash(files: Iterable[Path | Dataset]) -> str:
     """One hash over the contents of some files, in their order; for a dataset of the Hub over its
     revision."""
     return Contents(files).hash
