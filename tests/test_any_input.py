@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import re
-from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from malformed import arrow_bytes, packed, parquet_bytes
 
 from minimind.common.errors import BadRowError, UserError
-from minimind.data import formats, json_files
+from minimind.data import formats, json_files, lines, tables
 from minimind.data.conversations import to_messages, to_text
 from minimind.data.files import read_rows, to_document
 from minimind.data.messages import ROLES
@@ -229,7 +228,9 @@ def test_every_json_value_in_a_list_comes_out_as_it_is_or_is_reported(
         text.encode()
     except UnicodeEncodeError:
         text = json.dumps(given_values, indent=indent)
-    with mock.patch.object(json_files, "BUFFER", size), mock.patch.object(formats, "BUFFER", size):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (formats, json_files, lines, tables):
+            patch.setattr(module, "BUFFER", size)
         found, reported = read(tmp_path / "a.json", text.encode())
     usable = [as_floats(value) for value in given_values if is_usable(value)]
     assert [row.data for row in found] == usable

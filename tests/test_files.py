@@ -15,7 +15,7 @@ import pytest
 
 from minimind.common.cache import content_hash
 from minimind.common.errors import BadRowError, UserError
-from minimind.data import formats, json_files
+from minimind.data import formats, json_files, lines, tables
 from minimind.data.bad_rows import BadRows
 from minimind.data.files import read_documents, read_rows
 from minimind.data.sources import expand, total_size
@@ -25,8 +25,8 @@ GOOD = '{"text": "good"}\n'
 
 def set_limit(monkeypatch, name, value):
     """Set ROW_LIMIT or BUFFER of all readers."""
-    for module in (formats, json_files):
-        monkeypatch.setattr(module, name, value)
+    for module in (formats, json_files, lines, tables):
+        monkeypatch.setattr(module, name, value, raising=False)
 
 
 def write(path, content):
@@ -304,7 +304,7 @@ def test_a_csv_row_over_several_lines_has_the_number_of_its_first_line(tmp_path)
             2,
             ["0xd6", "offset 10", "UTF-8", "iconv"],
         ),
-        ("a.jsonl", GOOD + '{"text": "\\ud83d"}', 2, ["surrogate", "expected whole characters"]),
+        ("a.jsonl", GOOD + '{"text": "\\ud83d"}', 2, ["surrogate", "expected complete characters"]),
         ("a.jsonl", GOOD + "[" * 100_000, 2, ["not JSON", "expected"]),
         ("a.jsonl", GOOD + "1" * 5_000, 2, ["found the number", "expected one within"]),
         ("a.json", "{\n" + GOOD, 1, ["not JSON", "one list of objects"]),

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: the policy for them, and how their values are shown."""
+"""Rows that cannot be used: when they stop a run, and how messages describe them."""
 
 import json
 import logging
@@ -12,15 +12,16 @@ logger = logging.getLogger(__name__)
 
 BAD_ROW_SHARE = 0.001  # without a policy, more bad rows than this are an error
 BAD_ROWS_NAMED = 5
-REASONS = 100  # different ones told apart
+REASONS = 100  # kinds of problems that are counted separately
+# The parts of a problem that differ from row to row
 PARTICULARS = re.compile(r"\d[\d,]*|'[^']*'|\"[^\"]*\"|[\[{].*?[\]}]")
 
 
 class BadRows:
-    """The bad rows of one reading and the policy for them, one of `"error"`, `"skip"` and None.
+    """The bad rows of one reading and the policy for them: "error", "skip" or None.
 
-    "error" refuses the first; "skip" leaves out all; None leaves them out while they are at most
-    0.1 % of the rows.
+    "error" refuses the first bad row; "skip" leaves out all; None leaves them out as long as they
+    are at most 0.1 % of the rows.
     """
 
     def __init__(self, policy: str | None = None):
@@ -30,11 +31,10 @@ class BadRows:
                 " 0.1 %)"
             )
         self.policy = policy
-        self.count = self.total = 0  # `total` rows, the good ones included, once they are read
-        # A problem without its particulars -> how often, the first time with particulars, and the
-        # first places.
+        self.count = self.total = 0  # `total` counts good rows too, and is known at the end
+        self.first: list[tuple[str, str]] = []  # places and problems
+        # A problem without its particulars -> its count, its first full text and its first places
         self.reasons: dict[str, tuple[int, str, list[str]]] = {}
-        self.first: list[tuple[str, str]] = []
 
     def add(self, where: str, problem: str) -> None:
         """Count one bad row; raises UserError at once if the policy is "error"."""
@@ -42,19 +42,14 @@ class BadRows:
         if len(self.first) < BAD_ROWS_NAMED:
             self.first.append((where, problem))
         reason = PARTICULARS.sub("…", problem)
-        count, first, places = self.reasons.get(reason, (0, problem, []))
-        if count or len(self.reasons) < REASONS:
-            self.reasons[reason] = (
-                count + 1,
-                first,
-                [*places, where] if count < BAD_ROWS_NAMED else places,
-            )
+        if reason in self.reasons or len(self.reasons) < REASONS:
+            count, example, places = self.reasons.get(reason, (0, problem, []))
+            self.reasons[reason] = count + 1, example, [*places, where][:BAD_ROWS_NAMED]
         if self.policy == "error":
-            raise UserError(f"{self}\nMend the row, or leave out bad rows with --on_bad_rows skip.")
+            raise UserError(f"{self}\nFix the row, or leave out bad rows with --on_bad_rows skip.")
 
     def finish(self, total: int) -> None:
-        """Judge the bad rows among `total`: one warning where they may be skipped, UserError where
-        not."""
+        """Log how many of `total` rows were skipped; raises UserError if they were too many."""
         self.total = total
         if self.count and self.count == total:
             raise UserError(
@@ -63,13 +58,13 @@ class BadRows:
         if self.policy is None and self.count > BAD_ROW_SHARE * total:
             raise UserError(
                 f"{self}\n{self.count:,} of {total:,} rows are bad, and without --on_bad_rows at"
-                f" most {BAD_ROW_SHARE:.1%} are left out. Mend them, or leave them out with"
+                f" most {BAD_ROW_SHARE:.1%} are left out. Fix them, or leave them out with"
                 " --on_bad_rows skip."
             )
         self.warn(total)
 
     def warn(self, total: int) -> None:
-        """Say in one warning how many of `total` rows were skipped; nothing if none was."""
+        """Log one warning with the number of rows that were skipped, if any."""
         if self.count:
             logger.warning("%s", translated(f"skipped {self.count:,} of {total:,} rows: {self}"))
 
@@ -77,31 +72,26 @@ class BadRows:
         (where, problem), *others = self.first
         if not others:
             return f"{where}: {problem}"
+        places = ", ".join(place for place, _ in others)
         ellipsis = ", ..." if self.count > len(self.first) else ""
-        return (
-            f"{where}: {problem} (and {self.count - 1:,} more:"
-            f" {', '.join(w for w, _ in others)}{ellipsis})"
-        )
+        return f"{where}: {problem} (and {self.count - 1:,} more: {places}{ellipsis})"
 
 
 def check_text(text: str, name: str) -> None:
-    """Refuse (BadRowError) a text that holds a NUL: it is binary data, or was cut out of it."""
+    """Raise BadRowError for a text with a NUL character, which comes from binary data."""
     if (position := text.find("\0")) >= 0:
         raise BadRowError(f"{name}: found a NUL character at offset {position}, expected text")
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value -> the start of its JSON, for messages."""
-    text = (
-        json.dumps(value, ensure_ascii=False, default=str)
-        .encode("utf-8", "backslashreplace")
-        .decode("utf-8")
-    )
+    """The start of a value's JSON, for messages."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def decoded(raw: bytes) -> str:
-    """UTF-8 bytes -> text; raises BadRowError naming the first byte that is not UTF-8."""
+    """The text of UTF-8 bytes; raises BadRowError with the first byte that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -9,8 +9,7 @@ T = TypeVar("T")
 def batches(
     items: Iterable[T], size: Callable[[T], int], count: int, limit: int = 2**22
 ) -> Iterator[list[T]]:
-    """Items in lists of `count`, shorter ones where their sizes (in characters, say) add up to
-    `limit`."""
+    """Items in lists of `count`, or fewer where their sizes (such as characters) reach `limit`."""
     batch, total = [], 0
     for item in items:
         batch.append(item)

@@ -1,6 +1,7 @@
-"""A dialogue in one string -> its messages."""
+"""A dialogue in one string, "Human: ... Assistant: ...", -> its messages."""
 
 import re
+from itertools import cycle
 
 from minimind.common.errors import BadRowError
 from minimind.data.messages import Message
@@ -17,31 +18,26 @@ VOICE = re.compile(
 
 
 def split_dialogue(text: str, name: str) -> list[Message] | None:
-    """One string with both voices, "Human: ... Assistant: ...", -> its messages; None where it is
-    no dialogue.
+    """The messages of a string that begins with a voice and has both; None for any other string.
 
-    A last, empty reply, which asks to be continued, is left out.
+    An empty reply at the end, which asks to be continued, is left out.
 
     Raises:
-        BadRowError: the text begins as a dialogue, and its voices do not alternate.
+        BadRowError: the voices do not alternate, beginning with the user's.
     """
-    found = list(VOICE.finditer(text))
-    if (
-        not found
-        or text[: found[0].start()].strip()
-        or not {"user", "assistant"} <= {m.lastgroup for m in found}
-    ):
+    voices = list(VOICE.finditer(text))
+    roles = [voice.lastgroup for voice in voices]
+    if not {"user", "assistant"} <= set(roles) or text[: voices[0].start()].strip():
         return None
-    ends = [*(match.start() for match in found[1:]), len(text)]
-    messages = [
-        {"role": match.lastgroup, "content": text[match.end() : end].strip()}
-        for match, end in zip(found, ends, strict=True)
-    ]
-    expected = ("user", "assistant")
-    if any(message["role"] != expected[index % 2] for index, message in enumerate(messages)):
-        voices = ", ".join(match.group().strip() for match in found[:6])
+    if any(
+        role != expected
+        for role, expected in zip(roles, cycle(("user", "assistant")), strict=False)
+    ):
+        names = ", ".join(voice.group().strip() for voice in voices[:6])
         raise BadRowError(
-            f"{name}: found a dialogue in one string with the voices {voices}, expected them in"
-            " turn"
+            f"{name}: found a dialogue in one string with the voices {names}, expected them in turn"
         )
+    ends = [*(voice.start() for voice in voices[1:]), len(text)]
+    contents = [text[v.end() : end].strip() for v, end in zip(voices, ends, strict=True)]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages

@@ -1,6 +1,11 @@
 """Raw data files -> rows, each with the place it came from.
 
-A row that cannot be used is a *bad row*: named as `file:line` with what was found and what was
+    sources.py   paths, globs, names of datasets    -> files
+    formats.py   a file's bytes                     -> its rows, each parsed on its own
+    columns.py   a row                              -> fields, under our names
+    `convert`    fields                             -> a document, a conversation, a pair
+
+A row that cannot be used is a *bad row*: reported as `file:line` with what was found and what was
 expected, then refused or skipped as `--on_bad_rows` says. Only a file whose structure is lost (a
 broken JSON list, an unclosed CSV quote, a damaged archive) is refused whatever the policy, because
 nobody can say how many rows would be lost with it.
@@ -19,8 +24,8 @@ from minimind.data.sources import File, expand
 
 
 class Row(NamedTuple):
-    """One row of a data file: `where` is "file:line" ("file:row N" for parquet, arrow and datasets
-    of the Hub)."""
+    """One row of a data file: `where` is "file:line", or "file:row N" for parquet, arrow and
+    datasets of the Hub."""
 
     where: str
     data: Any
@@ -34,21 +39,23 @@ def read_rows(
     progress: Progress | None = None,
     columns: Columns | None = None,
 ) -> Iterator[Row]:
-    """Files, directories, globs and datasets of the Hub -> their rows, streamed.
+    """Stream the rows of files, directories, globs and datasets of the Hub.
 
     Args:
-        paths: what `expand` takes.
-        on_bad_rows: the policy of `BadRows`, or one of these, which then counts them.
-        convert: makes `Row.data` of a row's columns, which remember what it read of them. A row that it refuses with
-            BadRowError is a bad row like one that cannot be parsed. Without it `Row.data` is the row's dict.
-        text_unit: what one row of a txt file is: the whole "file", a "paragraph" (blank lines around it), or a "line".
-        progress: called with the bytes read since its last call, as they lie on the disk (compressed, if the file is);
-            in all the size of the files.
+        paths: see `expand`.
+        on_bad_rows: the policy of `BadRows`, or an instance of it, which then counts them.
+        convert: turns a row's fields into `Row.data`; the fields remember what it read. A row that
+            it refuses with BadRowError is a bad row like one that cannot be parsed. Without it
+            `Row.data` is the row's dict.
+        text_unit: what one row of a txt file is: the complete "file", a "paragraph" (between blank
+            lines), or a "line".
+        progress: called with the bytes read since its last call, as they are on the disk
+            (compressed, if the file is); they add up to the size of the files.
         columns: renames and leaves out columns, and counts those that `convert` did not read.
 
     Raises:
         UserError: at once for what `expand` refuses; while reading for a broken file, one without
-            rows, and bad rows, as `BadRows` says. Without a policy bad rows are judged at the end,
+            rows, and bad rows, see `BadRows`. Without a policy the bad rows are judged at the end,
             so do not act on the rows before the iteration is over.
     """
     if text_unit not in TEXT_UNITS:
@@ -58,7 +65,7 @@ def read_rows(
 
 
 def _rows(
-    files: list[File], bad, convert, text_unit: str, progress, columns: Columns
+    files: list[File], bad: BadRows, convert, text_unit: str, progress, columns: Columns
 ) -> Iterator[Row]:
     total = 0
     try:
@@ -69,7 +76,7 @@ def _rows(
                 where = f"{file}:{place}"
                 try:
                     fields = columns.fields(parse())
-                    row = Row(where, convert(fields) if convert else fields.given)
+                    row = Row(where, convert(fields) if convert else fields.data)
                 except BadRowError as problem:
                     bad.add(where, str(problem))
                 else:
@@ -81,7 +88,7 @@ def _rows(
                     f"{file}: found no rows, expected at least one. Remove the file or create it"
                     " again."
                 )
-    except GeneratorExit:  # the caller had enough; what was skipped is still said
+    except GeneratorExit:  # the caller stopped early
         bad.warn(total)
         raise
     columns.finish()
@@ -89,21 +96,21 @@ def _rows(
 
 
 def parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
-    """The rows of one of `expand`'s files, each as its place and a function that parses it or
-    raises BadRowError."""
+    """The rows of one file or dataset, each as its place and a function that parses it or raises
+    BadRowError."""
     return file.rows() if isinstance(file, HubDataset) else read_file(file, text_unit, progress)
 
 
 def to_document(data: Mapping) -> str:
-    """A row -> the text of its field "text", or "content" if it has no "text"; raises BadRowError.
+    """The text of a row's field "text", or "content" if it has no "text"; raises BadRowError.
 
     Rows of other kinds may have such a field too: one message of a conversation, or a reply beside
-    its reasoning.
+    its reasoning. They are refused.
     """
     row = Fields.of(data)
     name = "text" if row.get("text") is not None or row.get("content") is None else "content"
     if name not in row:
-        found = f"{name!r}: null" if name in row.given else f"keys {row.names}"
+        found = f"{name!r}: null" if name in row.data else f"keys {row.names}"
         raise BadRowError(f"found {found}, expected 'text': a string")
     if "role" in row or "from" in row:
         raise BadRowError(
@@ -113,7 +120,7 @@ def to_document(data: Mapping) -> str:
         raise BadRowError(
             f"found keys {row.names}, a reply and its reasoning, expected a document's 'text'"
         )
-    (text,) = row.take(name)
+    text = row.take(name)
     if not isinstance(text, str):
         raise BadRowError(f"found {name!r}: {shown(text)}, expected a string")
     if not text.strip():
@@ -131,7 +138,7 @@ def read_documents(
     boundaries: Boundaries | None = None,
     check: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
-    """Files, directories, globs and datasets of the Hub -> the documents in them, as `read_rows`.
+    """Stream the documents of files, directories, globs and datasets of the Hub; see `read_rows`.
 
     `boundaries` splits rows at the boundary markers spelled out in them, and counts; by default it
     splits. `check` raises BadRowError for a document that cannot be used.

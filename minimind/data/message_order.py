@@ -1,4 +1,4 @@
-"""The order of messages that training expects."""
+"""The order of the messages of a conversation."""
 
 from collections.abc import Sequence
 
@@ -6,27 +6,32 @@ from minimind.common.errors import BadRowError
 from minimind.data.bad_rows import check_text
 from minimind.data.messages import Message
 
+ORDER = (
+    "an optional system message, then user and assistant in turn, tool results after the calls they"
+    " answer"
+)
+
 
 def check_order(messages: Sequence[Message], name: str = "messages") -> None:
-    """Refuse (BadRowError) messages other than system?, user, assistant, user, assistant ...,
+    """Raise BadRowError unless messages are system?, user, assistant, user, assistant ..., the
     replies with text.
 
     A reply may call tools instead; their results follow it, then the assistant again.
     """
     for index, message in enumerate(messages):
         for text in (message["content"], message.get("reasoning_content", "")):
-            if "\0" in text:  # before the name is made, since there are many messages
+            if "\0" in text:  # formatting the name of every message would take time
                 check_text(text, f"{name}[{index}]")
+
     first = 1 if messages and messages[0]["role"] == "system" else 0
-    expected = ("user",)
-    ids = set()
+    expected, ids = ("user",), set()
     for index, message in enumerate(messages[first:], first):
         role = message["role"]
         if role not in expected:
-            wanted = " or ".join(map(repr, expected))
             found = f"the role {role!r}"
             if index:
-                found = f"the role {role!r} after {_understood(messages[index - 1])}"
+                found = f"the role {role!r} after {_description(messages[index - 1])}"
+            wanted = " or ".join(map(repr, expected))
             raise BadRowError(f"{name}[{index}]: found {found}, expected {wanted} ({ORDER})")
         if role == "assistant":
             calls = message.get("tool_calls", [])
@@ -53,15 +58,9 @@ def check_order(messages: Sequence[Message], name: str = "messages") -> None:
         )
 
 
-ORDER = (
-    "an optional system message, then user and assistant in turn, tool results after the calls they"
-    " answer"
-)
-
-
-def _understood(message: Message) -> str:
-    """What a message was taken for."""
+def _description(message: Message) -> str:
+    """What a message was understood as, for a message."""
     if calls := message.get("tool_calls"):
         return f"a call of {', '.join(call['function']['name'] for call in calls)}"
-    kind = {"tool": "a tool's result", "assistant": "a reply that calls no tool"}
-    return kind.get(message["role"], f"the role {message['role']!r}")
+    kinds = {"tool": "a tool's result", "assistant": "a reply that calls no tool"}
+    return kinds.get(message["role"], f"the role {message['role']!r}")
