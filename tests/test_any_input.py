@@ -247,7 +247,7 @@ pairs = st.lists(
 
 @given(pairs)
 @deterministic
-def test_a_key_is_found_twice_exactly_where_it_is_there_twice(tmp_path, pairs):
+def test_a_key_is_reported_as_repeated_exactly_where_it_is_repeated(tmp_path, pairs):
     line = "{" + ",".join(f"{key}:{value}" for key, value in pairs) + "}"
     names = [json.loads(key) for key, _ in pairs]
     twice = len(set(names)) < len(names) or any(value.count('"a"') == 2 for _, value in pairs)
