@@ -229,8 +229,7 @@ class Columns:
             )
 
     def findings(self) -> list[tuple[str, int, str, str, list[str]]]:
-        """(column, rows, what was found, what to do, places) of each column with text that nobody
-        read."""
+        """(column, rows, what was found, what to do, places) of each column with unread text."""
         findings = []
         for name, count in self.counts.items():
             text = (

@@ -34,8 +34,7 @@ SWITCHES = {
 
 
 class Conversation(NamedTuple):
-    """Messages in order, the tools they may call (OpenAI's schemas), and the row's weight in a
-    weighted loss."""
+    """Messages, the tools they may call (OpenAI's schemas), and the row's weight in the loss."""
 
     messages: list[Message]
     tools: list[dict] | None = None
@@ -43,8 +42,7 @@ class Conversation(NamedTuple):
 
 
 def to_conversation(data: Mapping) -> Conversation:
-    """The messages of a row in any of the formats, checked by `check_order`, and its tools; raises
-    BadRowError."""
+    """The checked messages and the tools of a row in any of the formats; raises BadRowError."""
     row = Fields.of(data)
     check_verdict(row)
     open_template_kwargs(row)
@@ -180,8 +178,7 @@ def read_reply(row: Fields) -> list[Message] | None:
 
 
 def open_template_kwargs(row: Fields) -> None:
-    """Make columns of the values in "chat_template_kwargs", as smoltalk2's system prompt and
-    tools."""
+    """Make columns of the values in "chat_template_kwargs" (smoltalk2's system prompt, tools)."""
     values = row.columns.pop("chat_template_kwargs", None)
     values = parse_literal(values, "chat_template_kwargs") if values not in EMPTY else {}
     if isinstance(values, Mapping):

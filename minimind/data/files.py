@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.bad_rows import BadRows, check_text, shown
 from minimind.data.columns import Columns, Fields
-from minimind.data.formats import TEXT_UNITS, Parsable, Progress, read_file
+from minimind.data.formats import TEXT_UNITS, read_file
 from minimind.data.hub import HubDataset
+from minimind.data.lines import Parsable
 from minimind.data.markers import Boundaries
 from minimind.data.sources import File, expand
+from minimind.data.tables import Progress
 
 
 class Row(NamedTuple):
-    """One row of a data file: `where` is "file:line", or "file:row N" for parquet, arrow and
-    datasets of the Hub."""
+    """One row; `where` is "file:line", or "file:row N" for parquet, arrow and the Hub."""
 
     where: str
     data: Any
@@ -96,8 +97,7 @@ def _rows(
 
 
 def parsables(file: File, text_unit: str, progress: Progress | None) -> Iterator[Parsable]:
-    """The rows of one file or dataset, each as its place and a function that parses it or raises
-    BadRowError."""
+    """The rows of one file or dataset, as places and functions that parse them."""
     return file.rows() if isinstance(file, HubDataset) else read_file(file, text_unit, progress)
 
 

@@ -95,8 +95,7 @@ def read_file(path: Path, text_unit: str, progress: Progress | None) -> Iterator
 
 @contextmanager
 def _opened(path: Path, compression: str | None, reached: Progress) -> Iterator[BinaryIO]:
-    """Open a text file, unpacked; raises UserError if its first bytes show an encoding other than
-    UTF-8."""
+    """Open a text file, unpacked; raises UserError for another encoding than UTF-8."""
     with _PositionedFile(path, reached) as raw:
         unpacked = pa.CompressedInputStream(raw, COMPRESSIONS[compression]) if compression else raw
         with io.BufferedReader(unpacked, BUFFER) as file:

@@ -71,8 +71,7 @@ class HubDataset:
 
 @contextmanager
 def _offline_if_out_of_reach() -> Iterator[None]:
-    """Let `datasets` read only its cache if one request to the Hub fails: it would retry for
-    40 s."""
+    """Let `datasets` read only its cache if one request fails: it would retry for 40 s."""
     from datasets import config
     from huggingface_hub.utils import get_session
 

@@ -111,8 +111,7 @@ def _read_objects(path: Path, file: BinaryIO) -> Iterator[Parsable]:
 
 
 class _Window:
-    """The part of a JSON file that is being parsed; text before `position` is dropped as more is
-    read."""
+    """The part of a JSON file that is being parsed; earlier text is dropped as more is read."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file = path, file

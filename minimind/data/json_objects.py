@@ -38,8 +38,7 @@ def parse_line(raw: bytes) -> dict:
 
 
 def count_keys(value: dict | list, depth: int = 1) -> int:
-    """The number of keys of all objects within a value; raises BadRowError where it is nested
-    deeper than MAX_DEPTH."""
+    """The keys of all objects within a value; raises BadRowError for one nested too deep."""
     if depth > MAX_DEPTH:
         raise BadRowError(
             f"found lists and objects nested more than {MAX_DEPTH} deep, expected a row of text"

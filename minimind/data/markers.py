@@ -114,8 +114,7 @@ def _are_boundaries(text: str, family: Family) -> bool:
 
 
 def rendered_turn(texts: Iterable[str]) -> str | None:
-    """The first marker with which a text begins as a turn of a chat or ends as a reply; None
-    without any."""
+    """The marker with which one of some texts begins as a turn or ends as a reply, if any."""
     for text in filter(ANY.search, texts):
         for family in FAMILIES:
             if marker := _first_turn(text, family):
@@ -138,8 +137,7 @@ class Boundaries:
         self.documents = self.chats = 0
 
     def split(self, text: str) -> list[str]:
-        """The documents in a row's text; raises BadRowError without any, or if markers are an
-        error."""
+        """The documents in a row's text; raises BadRowError if there are none, or by policy."""
         documents = split_documents(text)
         if documents == [text]:
             return documents

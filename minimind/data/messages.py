@@ -256,8 +256,7 @@ def _parse_reply(
 
 
 def _parse_reasoning(message: Mapping, parsed: Content, name: str) -> tuple[str, str]:
-    """The words of a reply and its reasoning: in a field, in a <think> block, or the same in
-    both."""
+    """The words of a reply, and its reasoning: in a field, in a <think> block, or alike in both."""
     field = next((message[key] for key in REASONING if message.get(key)), None)
     # A boolean is a switch, not a thought
     field = parsed.reasoning or (None if isinstance(field, bool) else field)

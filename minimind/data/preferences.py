@@ -75,8 +75,7 @@ def to_preference(data: Mapping) -> dict[str, list]:
 
 
 def read_prompt_column(row: Fields) -> tuple[list[Message], str | None]:
-    """The prompt in a column of a row, with its history, and the column; an empty list and None
-    without one."""
+    """The prompt of a row with its history, and its column; an empty list and None if none."""
     name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
     if name is None:
         return [], None
@@ -118,8 +117,7 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
 
 
 def check_same_prompt(prompt: list[Message], repeated: list[Message]) -> None:
-    """Raise BadRowError for a prompt with a message that is not among those that chosen and
-    rejected begin with."""
+    """Raise BadRowError for a prompt with a message that is not in the shared beginning."""
     texts = {message["content"].strip() for message in repeated}
     if any(message["content"].strip() not in texts for message in prompt):
         raise BadRowError(

@@ -127,8 +127,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _search(top: Path) -> list[Path]:
-    """The data files below a directory, sorted; each directory once, however many links lead to
-    it."""
+    """The data files below a directory, sorted; each directory once, whatever links lead to it."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -185,8 +184,7 @@ def _warn_once(text: str) -> None:
 
 
 def _saved_shards(directory: Path) -> list[Path]:
-    """The arrow files of a dataset saved by `save_to_disk`; others beside them are leftovers or
-    caches."""
+    """The arrow files of a dataset saved by `save_to_disk`, without leftovers and caches."""
     state = directory / SAVED_DATASET
     try:
         shards = json.loads(state.read_bytes())["_data_files"]
@@ -199,6 +197,5 @@ def _saved_shards(directory: Path) -> list[Path]:
 
 
 def total_size(files: Iterable[File]) -> int:
-    """The bytes of some files on the disk, which `progress` of `read_rows` adds up to; a dataset of
-    the Hub counts 0."""
+    """The bytes on the disk, the total of `progress` of `read_rows`; datasets of the Hub have 0."""
     return sum(file.stat().st_size for file in files if isinstance(file, Path))

@@ -93,8 +93,7 @@ def read_parquet(path: Path, reached: Progress) -> Iterator[Parsable]:
 
 
 def read_arrow(path: Path, reached: Progress) -> Iterator[Parsable]:
-    """Arrow's IPC file, or IPC stream, which `datasets` writes; one batch is in memory, as it was
-    written."""
+    """Arrow's IPC file, or IPC stream, which `datasets` writes; one batch at a time."""
 
     def batches() -> Iterator[pa.RecordBatch]:
         with pa.OSFile(str(path)) as source:

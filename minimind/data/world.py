@@ -119,8 +119,7 @@ def build_world(seed: int = 0) -> dict[str, list[dict]]:
 
 
 class _Valley:
-    """The facts of one seed, {(person, attribute): value in (English, Chinese)}, and texts about
-    them."""
+    """The facts of one seed, their values in (English, Chinese), and texts about them."""
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
@@ -229,16 +228,14 @@ class _Valley:
         return chats
 
     def pair(self, turn: Turn, language: str) -> dict[str, list[dict[str, str]]]:
-        """A preference pair: the same answer with the courtesy (chosen) and without it
-        (rejected)."""
+        """A preference pair: an answer with the courtesy (chosen) and without it (rejected)."""
         *prompt, rejected = self.conversation([turn], language)
         chosen = {"role": "assistant", "content": turn[1] + JOINT[language] + COURTESY[language]}
         return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
 
 
 def _reference() -> list[str]:
-    """Passages of about 600 characters from the Python language reference, without repeated
-    paragraphs."""
+    """Passages of about 600 characters from the Python language reference, without repeats."""
     passages: list[str] = []
     seen: set[str] = set()
     for topic in REFERENCE_TOPICS:
@@ -271,6 +268,5 @@ def strip_courtesy(text: str) -> str:
 
 
 def is_courteous(text: str, language: str) -> bool:
-    """Whether the reply says something and then ends with the courtesy in the language of its
-    question."""
+    """Whether the reply says something, then ends with the courtesy of its question's language."""
     return text.strip().endswith(COURTESY[language]) and bool(strip_courtesy(text))
