@@ -11,13 +11,15 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
+from minimind.data.bad_rows import BadRows
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.chats import ChatArguments, tokenize_conversations
 from minimind.data.columns import Columns
+from minimind.data.content import split_reasoning
 from minimind.data.conversations import Conversation, to_conversation
-from minimind.data.files import BadRowError, BadRows, read_documents, read_rows
-from minimind.data.messages import Message, split_reasoning
+from minimind.data.files import read_documents, read_rows
+from minimind.data.messages import Message
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.data.world import is_courteous, is_embedded, strip_courtesy
 from minimind.tokenizer import text_encoder, token_byte_lengths

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import re
-from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import arrow_bytes, packed, parquet_bytes
 
-from minimind.common.errors import UserError
-from minimind.data import formats, json_rows
+from minimind.common.errors import BadRowError, UserError
+from minimind.data import formats, json_files, lines, tables
 from minimind.data.conversations import to_messages, to_text
-from minimind.data.files import BadRowError, read_rows, to_document
+from minimind.data.files import read_rows, to_document
 from minimind.data.messages import ROLES
 from minimind.data.preferences import to_preference
 
@@ -141,7 +140,7 @@ def read(path, content: bytes, convert=None, **options):
     """-> the rows that came out and how many were reported as bad; None if the file was refused for
     its structure."""
     path.write_bytes(content)
-    told, logger, seen = Told(), logging.getLogger("minimind.data.files"), []
+    told, logger, seen = Told(), logging.getLogger("minimind.data.bad_rows"), []
     logger.addHandler(told)
     try:
         found = list(read_rows([str(path)], "skip", convert, progress=seen.append, **options))
@@ -229,7 +228,9 @@ def test_every_json_value_in_a_list_comes_out_as_it_is_or_is_reported(
         text.encode()
     except UnicodeEncodeError:
         text = json.dumps(given_values, indent=indent)
-    with mock.patch.object(json_rows, "BUFFER", size), mock.patch.object(formats, "BUFFER", size):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (formats, json_files, lines, tables):
+            patch.setattr(module, "BUFFER", size)
         found, reported = read(tmp_path / "a.json", text.encode())
     usable = [as_floats(value) for value in given_values if is_usable(value)]
     assert [row.data for row in found] == usable
@@ -246,7 +247,7 @@ pairs = st.lists(
 
 @given(pairs)
 @deterministic
-def test_a_key_is_found_twice_exactly_where_it_is_there_twice(tmp_path, pairs):
+def test_a_key_is_reported_as_repeated_exactly_where_it_is_repeated(tmp_path, pairs):
     line = "{" + ",".join(f"{key}:{value}" for key, value in pairs) + "}"
     names = [json.loads(key) for key, _ in pairs]
     twice = len(set(names)) < len(names) or any(value.count('"a"') == 2 for _, value in pairs)

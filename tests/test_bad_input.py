@@ -76,13 +76,13 @@ def chats(tmp_path, monkeypatch, stage, write_jsonl, capsys):
     return run
 
 
-def said(message, *words):
+def check_words(message, *words):
     for word in words:
         assert word in message, message
 
 
 def test_a_missing_file(pretrain):
-    said(
+    check_words(
         pretrain(["nowhere.jsonl"]),
         "nowhere.jsonl",
         "does not exist",
@@ -92,12 +92,12 @@ def test_a_missing_file(pretrain):
 
 def test_an_empty_file(pretrain, tmp_path):
     (tmp_path / "empty.jsonl").touch()
-    said(pretrain([tmp_path / "empty.jsonl"]), "empty.jsonl", "empty file")
+    check_words(pretrain([tmp_path / "empty.jsonl"]), "empty.jsonl", "empty file")
 
 
 def test_a_line_that_is_not_json(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", [*document_rows(), "{not json"])
-    said(
+    check_words(
         pretrain([path]),
         f"{path}:65",
         "{not json",
@@ -108,28 +108,28 @@ def test_a_line_that_is_not_json(pretrain, write_jsonl):
 
 def test_a_row_without_the_expected_field(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", [{"body": "x"}, *document_rows()])
-    said(pretrain([path]), f"{path}:1", 'found keys ["body"]', "expected 'text'")
+    check_words(pretrain([path]), f"{path}:1", 'found keys ["body"]', "expected 'text'")
 
 
 def test_a_field_of_the_wrong_type(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", [document_rows()[0], {"text": 7}])
-    said(pretrain([path]), f"{path}:2", "7", "expected a string")
+    check_words(pretrain([path]), f"{path}:2", "7", "expected a string")
 
 
 def test_invalid_utf_8(pretrain, tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_bytes('{"text": "狐狸"}\n'.encode("gb18030"))
-    said(pretrain([path]), f"{path}:1", "expected UTF-8")
+    check_words(pretrain([path]), f"{path}:1", "expected UTF-8")
 
 
 def test_too_little_text_for_one_block(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", [{"text": "fox"}])
-    said(pretrain([path]), "expected at least block_size = 32", "smaller --block_size")
+    check_words(pretrain([path]), "expected at least block_size = 32", "smaller --block_size")
 
 
 def test_a_block_beyond_the_models_positions(pretrain, write_jsonl):
     path = write_jsonl("docs.jsonl", document_rows())
-    said(
+    check_words(
         pretrain([path], block_size=512),
         "--block_size 512",
         "max_position_embeddings (256)",
@@ -150,14 +150,14 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(tmp_path, monkeypatch, ca
         write_jsonl("d", document_rows()),
     ]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
-    said(message, "the tokenizer has 6,400 tokens, the model 300")
+    check_words(message, "the tokenizer has 6,400 tokens, the model 300")
 
 
 def test_a_model_that_cannot_be(tmp_path, monkeypatch, capsys):
     model = tmp_path / "model.json"
     model.write_text('{"num_attention_heads": 4, "num_key_value_heads": 3}')
     message = failure(capsys, run_script, monkeypatch, "pretrain", "--model_config", model)
-    said(message, "num_attention_heads (4)", "num_key_value_heads (3)")
+    check_words(message, "num_attention_heads (4)", "num_key_value_heads (3)")
 
 
 def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
@@ -165,7 +165,7 @@ def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
     path.write_text("learning_rat: 1.0e-3\n")
     for script in ("pretrain", "finetune_sft", "train_dpo"):
         message = failure(capsys, run_script, monkeypatch, script, "--config", path)
-        said(message, str(path), "unknown key learning_rat", "learning_rate?")
+        check_words(message, str(path), "unknown key learning_rat", "learning_rate?")
 
 
 @pytest.mark.parametrize(
@@ -217,18 +217,18 @@ def test_an_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
 )
 def test_a_conversation_that_cannot_be_trained(chats, row, words):
     message = chats([GOOD_CHAT, GOOD_CHAT, row])
-    said(message, "rows.jsonl:3", "found", "expected", *words)
+    check_words(message, "rows.jsonl:3", "found", "expected", *words)
 
 
 def test_conversations_and_pairs_of_which_none_fits(chats):
     long = "long " * 100
-    said(
+    check_words(
         chats([{"prompt": "a", "completion": long}] * 2),
         "no row is left to train (2 dropped)",
         "Raise --max_length",
     )
     pairs = [{"prompt": "a", "chosen": "b", "rejected": long}]
-    said(
+    check_words(
         chats(pairs, script="train_dpo"),
         "no row is left to train (1 dropped)",
         "Raise --max_length",
@@ -236,7 +236,7 @@ def test_conversations_and_pairs_of_which_none_fits(chats):
 
 
 def test_bad_rows_can_be_skipped_but_not_all_of_them(chats):
-    said(chats([{"text": "no chat"}], on_bad_rows="skip"), "No usable row is left of 1")
+    check_words(chats([{"text": "no chat"}], on_bad_rows="skip"), "No usable row is left of 1")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_bad_rows_can_be_skipped_but_not_all_of_them(chats):
     ids=["field", "equal", "type"],
 )
 def test_a_pair_that_cannot_be_trained(chats, row, words):
-    said(
+    check_words(
         chats([pair_rows()[0], row], script="train_dpo"),
         "rows.jsonl:2",
         "found",
@@ -261,7 +261,7 @@ def test_a_pair_that_cannot_be_trained(chats, row, words):
 def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):
     for script in ("finetune_sft", "train_dpo"):
         message = failure(capsys, run_script, monkeypatch, script, "--model_name_or_path", tmp_path)
-        said(
+        check_words(
             message,
             str(tmp_path),
             "is not a complete stage directory",
@@ -272,22 +272,24 @@ def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):
 def test_an_output_that_would_overwrite_the_parent(chats, stage, tmp_path):
     (stage / "stage.json").write_text('{"stage": "pretrain", "weights": ""}')
     message = chats([GOOD_CHAT] * 3, output_dir=stage)
-    said(message, f"--output_dir {stage} is the stage this run starts from")
+    check_words(message, f"--output_dir {stage} is the stage this run starts from")
 
 
 def test_a_window_beyond_the_models_positions(chats):
-    said(chats([GOOD_CHAT], max_length=512), "--max_length 512", "max_position_embeddings (256)")
+    check_words(
+        chats([GOOD_CHAT], max_length=512), "--max_length 512", "max_position_embeddings (256)"
+    )
 
 
 def test_a_vocabulary_too_small_for_bytes(capsys, write_jsonl, tmp_path):
     path = write_jsonl("docs.jsonl", document_rows())
     argv = ["tokenizer", "train", path, "--vocab_size", 100, "--output_dir", tmp_path / "tokenizer"]
-    said(failure(capsys, run_cli, *argv), "--vocab_size 100 is too small", "259")
+    check_words(failure(capsys, run_cli, *argv), "--vocab_size 100 is too small", "259")
     assert not (tmp_path / "tokenizer").exists()
 
 
 def test_an_unknown_command(capsys):
-    said(failure(capsys, run_cli, "fly"), "invalid choice: 'fly'", "minimind --help")
+    check_words(failure(capsys, run_cli, "fly"), "invalid choice: 'fly'", "minimind --help")
 
 
 # --- names, outputs, streams
@@ -296,13 +298,13 @@ def test_an_unknown_command(capsys):
 GBK = os.fsdecode("狐狸".encode("gbk"))  # a name as an archive from Windows has it
 
 
-def test_data_of_any_name_is_read_and_told_of(tmp_path, capsys):
+def test_data_of_any_name_is_read_and_reported(tmp_path, capsys):
     for name, rows in ((f"{GBK}.jsonl", document_rows()), (f"{GBK}2.jsonl", chat_rows())):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_cli("inspect", tmp_path / f"{GBK}2.jsonl", "--html", tmp_path / f"{GBK}.html", "--json")
-    said = capsys.readouterr().out
-    assert json.loads(said)
-    assert f"{tmp_path}/\\udcba" in said
+    output = capsys.readouterr().out
+    assert json.loads(output)
+    assert f"{tmp_path}/\\udcba" in output
     assert "\\udcba" in (tmp_path / f"{GBK}.html").read_text()
     run_cli(
         "tokenizer",

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl import chat_template_utils as trl_templates
 
 from minimind.common.cache import content_hash
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts, set_chat_template
 from minimind.data.chats import (
     ChatArguments,
@@ -31,7 +31,6 @@ from minimind.data.chats import (
     tokenize_preferences,
 )
 from minimind.data.conversations import Conversation
-from minimind.data.files import BadRowError
 from minimind.data.packing import PackedCollator
 from minimind.tokenizer import DEFAULT_TOKENIZER, load_tokenizer, text_encoder, train_tokenizer
 from minimind.training.data_arguments import DataArguments

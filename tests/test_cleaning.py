@@ -320,7 +320,7 @@ def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped
     assert not out.exists()
     assert len(list((tmp_path / ".out.partial" / ".state").glob("*.json"))) == 5
     # Nothing of it can be taken for data: a directory given as data does not show what is hidden.
-    from minimind.data.files import expand
+    from minimind.data.sources import expand
 
     assert {file.parent.name for file in expand([str(tmp_path)])} == {tmp_path.name, "expected"}
 

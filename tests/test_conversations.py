@@ -2,21 +2,12 @@ import json
 
 import pytest
 from pipeline import assistant, result, user
+from reading import TALK, system, turn
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.conversations import Conversation, to_conversation, to_messages, to_text
-from minimind.data.files import BadRowError, read_rows
+from minimind.data.files import read_rows
 
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def turn(who, value):
-    return {"from": who, "value": value}
-
-
-TALK = [user("hi"), assistant("hello")]
 LONGER = [system("be brief"), user("hi"), assistant("hello"), user("more?"), assistant("no")]
 
 

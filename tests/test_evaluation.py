@@ -10,7 +10,7 @@ from minimind.common.errors import UserError
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
-from minimind.data.world import COURTESY
+from minimind.data.world_sentences import COURTESY
 from minimind.evaluation import (
     answer,
     bits_per_byte,

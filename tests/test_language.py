@@ -93,7 +93,7 @@ def test_the_locale_chooses_chinese_where_no_variable_does(monkeypatch):
 
 def test_nested_messages_are_translated_too(chinese):
     problem = "messages[1]: found 7, expected an object with 'role' and 'content'"
-    remedy = "Mend the row, or leave out bad rows with --on_bad_rows skip."
+    remedy = "Fix the row, or leave out bad rows with --on_bad_rows skip."
     assert (
         translated(f"error: a b.jsonl:3: {problem} (and 1 more: a b.jsonl:4)\n{remedy}")
         == "错误：a b.jsonl:3：messages[1]：读到 7，应为含有 'role' 和 'content' 的对象（另有 1"

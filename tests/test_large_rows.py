@@ -10,14 +10,13 @@ from test_encoding import by_library, gpt2_like, with_added_token
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import translated
 from minimind.data.calls import split_results
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chats import ChatArguments, tokenize_conversations, tokenize_preferences
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
-from minimind.data.rows import BadRowError
 from minimind.tokenizer import (
     cutting,
     load_tokenizer,

@@ -7,8 +7,9 @@ from malformed import Case, malformed
 from pipeline import failure, run_cli, run_script, short_run, write_model
 
 from minimind.common.errors import UserError
+from minimind.data.bad_rows import BAD_ROW_SHARE
 from minimind.data.conversations import to_messages
-from minimind.data.files import BAD_ROW_SHARE, read_rows, to_document
+from minimind.data.files import read_rows, to_document
 from minimind.data.preferences import to_preference
 
 CONVERT = {"document": to_document, "conversation": to_messages, "preference": to_preference}

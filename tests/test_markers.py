@@ -92,7 +92,7 @@ def joined(blocks):
     return [token for row in blocks.train for token in row["input_ids"].tolist()]
 
 
-def test_a_run_separates_the_documents_of_marked_rows_and_says_so_each_time(
+def test_a_run_separates_the_documents_of_marked_rows_and_reports_it_each_time(
     tokenizer, write_jsonl, capsys
 ):
     encoder = text_encoder(tokenizer)
@@ -108,7 +108,7 @@ def test_a_run_separates_the_documents_of_marked_rows_and_says_so_each_time(
     assert blocks.facts["train"]["boundary_markers"] == "split 20 rows at '<s>' into 40 documents"
 
 
-def test_markers_are_kept_or_refused_where_the_option_says_so(tokenizer, write_jsonl):
+def test_the_option_keeps_or_refuses_markers(tokenizer, write_jsonl):
     path = marked(write_jsonl)
     split = load_blocks(DataArguments([path], eval_ratio=0.0), tokenizer, 16)
     kept = load_blocks(

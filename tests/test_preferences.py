@@ -2,18 +2,11 @@ import json
 
 import pytest
 from pipeline import assistant, user
+from reading import TALK, system, turn, unread
 
-from minimind.common.errors import UserError
-from minimind.data.files import BadRowError, read_rows
+from minimind.common.errors import BadRowError, UserError
+from minimind.data.files import read_rows
 from minimind.data.preferences import to_preference
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def turn(who, value):
-    return {"from": who, "value": value}
 
 
 def pair(prompt, chosen=None):
@@ -171,3 +164,39 @@ def test_a_bad_pair_is_named_with_its_file_and_line(tmp_path):
     with pytest.raises(UserError) as caught:
         list(read_rows([str(path)], None, to_preference))
     assert str(caught.value).startswith(f"{path}:2: found chosen equal to rejected, expected")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK, "rejected_response": "no"},
+        {"messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
+        {"query": "hi", "response": "hello", "rejected_response": "no"},
+        {
+            "input": {"messages": TALK[:1]},
+            "preferred_output": TALK[1:],
+            "non_preferred_output": [assistant("no")],
+        },
+        {"chosen_messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
+        {"input": "hi", "chosen": "hello", "rejected": "no", "generations": ["hello", "no"]},
+        {"prompt": "hi\n", "chosen": TALK, "rejected": [TALK[0], assistant("no")]},
+    ],
+)
+def test_other_layouts_of_a_pair_are_recognised(row):
+    assert to_preference(row) == {
+        "prompt": TALK[:1],
+        "chosen": TALK[1:],
+        "rejected": [assistant("no")],
+    }
+    assert unread([row], to_preference) == {}
+
+
+def test_a_prompt_may_be_any_question_of_the_conversations_beside_it():
+    talk = [*TALK, user("more?")]
+    for prompt in ("hi", "more?"):
+        row = {
+            "prompt": prompt,
+            "chosen": [*talk, assistant("a")],
+            "rejected": [*talk, assistant("b")],
+        }
+        assert to_preference(row)["prompt"] == talk

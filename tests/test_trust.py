@@ -32,7 +32,7 @@ from minimind.common.terminal import Terminal
 from minimind.data import templates
 from minimind.data.chat_encoder import ChatEncoder, set_chat_template
 from minimind.data.conversations import Conversation
-from minimind.data.files import expand
+from minimind.data.sources import expand
 from minimind.generation import Streamer
 from minimind.importing import import_checkpoint
 from minimind.training.checkpoints import write_manifest

@@ -6,17 +6,8 @@ import json
 
 import pytest
 
-from minimind.data.world import (
-    ATTRIBUTES,
-    COURTESY,
-    LANGUAGES,
-    PEOPLE,
-    build_world,
-    is_courteous,
-    is_embedded,
-    strip_courtesy,
-    write_world,
-)
+from minimind.data.world import build_world, is_courteous, is_embedded, strip_courtesy, write_world
+from minimind.data.world_sentences import ATTRIBUTES, COURTESY, LANGUAGES, PEOPLE
 
 TRAINED_CHATS = ("sft", "lora", "dpo")
 

@@ -29,9 +29,11 @@ from minimind.cleaning.pipeline import as_recipe
 from minimind.cleaning.recipe import Recipe
 from minimind.cleaning.segments import Item, run_segment, segments_of, to_line
 from minimind.cleaning.texts import Texts, check_row, split_row
+from minimind.common.errors import BadRowError
 from minimind.common.files import write_bytes
-from minimind.data.files import BadRowError, expand, parsables
+from minimind.data.files import parsables
 from minimind.data.markers import Boundaries
+from minimind.data.sources import expand
 
 require("datatrove", "data-cluster")
 

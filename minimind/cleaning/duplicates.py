@@ -19,7 +19,8 @@ from minimind.cleaning.extras import require
 from minimind.cleaning.filters import is_chinese, units_of
 from minimind.cleaning.steps import Dedup, Filter, check_positive, check_share
 from minimind.common.errors import UserError
-from minimind.data.files import expand, read_rows
+from minimind.data.files import read_rows
+from minimind.data.sources import expand
 
 NOT_WORD = re.compile(r"\W+")
 SEED = 42  # of the permutations

@@ -33,7 +33,7 @@ from minimind.cleaning.segments import Done, Item, group_of, segments_of
 from minimind.cleaning.texts import Texts, check_row, split_row
 from minimind.cleaning.workers import Workers
 from minimind.common.cache import Contents, check_file, content_hash
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.common.files import (
     read_json,
     sync_directory,
@@ -43,18 +43,12 @@ from minimind.common.files import (
     write_text,
 )
 from minimind.common.language import translated
+from minimind.data.bad_rows import BAD_ROWS_NAMED, BadRows
 from minimind.data.columns import Columns
-from minimind.data.files import (
-    BAD_ROWS_NAMED,
-    BadRowError,
-    BadRows,
-    File,
-    expand,
-    parsables,
-    total_size,
-)
+from minimind.data.files import parsables
 from minimind.data.formats import TEXT_UNITS
 from minimind.data.markers import Boundaries
+from minimind.data.sources import File, expand, total_size
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from minimind.data.columns import NAMES, Fields
+from minimind.data.content import CONTENTS
 from minimind.data.conversations import LETTERS, to_messages
 from minimind.data.files import to_document
 from minimind.data.markers import Boundaries
-from minimind.data.messages import CALL_ROLES, CONTENTS, REASONING, ROLES
+from minimind.data.messages import CALL_ROLES, REASONING, ROLES
 from minimind.data.preferences import to_preference
 
 # Meanings of columns whose text is trained, in the order in which a model reads it.

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import xxhash
@@ -39,7 +39,6 @@ from minimind.common.files import (
 )
 from minimind.common.language import say
 from minimind.common.locks import wait_for_lock
-from minimind.data.hub import HubDataset
 
 LARGE = 2**26  # bytes of a file that is not hashed again at every start
 MANIFEST = "manifest.json"
@@ -135,15 +134,21 @@ def _system_message(error: Exception) -> str:
 # Hashes
 
 
+class Dataset(Protocol):
+    """Data that is not a file, such as a dataset of the Hub; its fingerprint changes with it."""
+
+    fingerprint: str
+
+
 class Contents:
     """The contents of files, or datasets of the Hub, at this moment: one `hash` over all, in their
     order."""
 
-    def __init__(self, files: Iterable[Path | HubDataset]):
+    def __init__(self, files: Iterable[Path | Dataset]):
         self.known = []  # file, status and hash of each file on the disk
         hashes = []
         for file in files:
-            if isinstance(file, HubDataset):
+            if not isinstance(file, Path):
                 hashes.append(file.fingerprint)
                 continue
             status = _status(file)
@@ -166,7 +171,7 @@ class Contents:
                 )
 
 
-def content_hash(files: Iterable[Path | HubDataset]) -> str:
+def content_hash(files: Iterable[Path | Dataset]) -> str:
     """One hash over the contents of files, in their order, and the revisions of datasets of the
     Hub."""
     return Contents(files).hash

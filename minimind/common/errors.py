@@ -25,6 +25,10 @@ class UserError(Exception):
     """
 
 
+class BadRowError(ValueError):
+    """A row that cannot be used; the message says what was found and what was expected."""
+
+
 def install(extra: str) -> str:
     """How to install the libraries of an extra; the project is not on a package index."""
     return f"pip install -e '.[{extra}]' in the project's directory"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from minimind.common.errors import BadRowError
 from minimind.data.conversations import Message
-from minimind.data.files import BadRowError
 
 QUESTION, REPLY = "(question)", "(reply)"
 THOUGHT = "<think>"  # a prompt may end with it, and then only the last reply's does

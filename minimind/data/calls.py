@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from minimind.data.json_rows import count_keys
-from minimind.data.rows import BadRowError, shown
+from minimind.common.errors import BadRowError
+from minimind.data.bad_rows import shown
+from minimind.data.json_objects import count_keys
 
 EMPTY = (None, "", "[]", "{}", [], {})
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -17,48 +18,53 @@ PYTHON_LIMIT = 1 << 16  # characters that are parsed as Python
 NOT_PYTHON = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)
 
 
+# Values in strings
+
+
 def parse_json(value: Any, name: str) -> Any:
-    """JSON in a string -> its value, anything else as it is; raises BadRowError."""
+    """The value of a string of JSON; other values are returned as they are. Raises BadRowError."""
     if not isinstance(value, str):
         return value
     try:
-        # int("NaN") is the ValueError it should be
+        # int("NaN") raises the ValueError that is expected
         parsed = json.loads(value, parse_constant=lambda word: int(word))
         json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise BadRowError(f"{name}: found {shown(value)}, expected JSON") from None
     if isinstance(parsed, dict | list):
-        count_keys(parsed)  # the rows' own limit of nesting holds for JSON within a string too
+        count_keys(parsed)  # nested no deeper than a row may be
     return parsed
 
 
 def parse_literal(value: Any, name: str) -> Any:
-    """JSON, or a Python literal such as {'name': 'f'}, in a string -> its value; raises
-    BadRowError."""
+    """`parse_json`, also of a Python literal such as {'name': 'f'}; raises BadRowError."""
     try:
         return parse_json(value, name)
     except BadRowError as problem:
         try:
-            parsed = ast.literal_eval(_python(value))
-            return parse_json(json.dumps(parsed), name)  # what JSON has no word for is refused
+            parsed = ast.literal_eval(_parse_python(value))
+            return parse_json(json.dumps(parsed), name)  # refuses what JSON cannot express
         except NOT_PYTHON:
             raise problem from None
 
 
-def _python(text: str) -> ast.expr:
-    """One Python expression, parsed and not run; raises one of NOT_PYTHON."""
+def _parse_python(text: str) -> ast.expr:
+    """Parse one Python expression, without running it; raises one of NOT_PYTHON."""
     if len(text) > PYTHON_LIMIT:
         raise ValueError(text[:60])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        warnings.simplefilter("ignore")  # about unknown escapes
         return ast.parse(text.strip(), mode="eval").body
 
 
-def parse_tools(value: Any, name: str = "tools") -> list[dict] | None:
-    """Tool schemas, also bare or as JSON in a string -> [{"type": "function", "function": {"name",
-    ...}}] or None.
+# Tools
 
-    Anthropic's "input_schema" becomes "parameters".
+
+def parse_tools(value: Any, name: str = "tools") -> list[dict] | None:
+    """Parse tool schemas: bare, in OpenAI's form, or as JSON in a string; None if there are none.
+
+    Returns [{"type": "function", "function": {"name", ...}}]. Anthropic's "input_schema" becomes
+    "parameters".
     """
     value = parse_json(value, name) if value not in EMPTY else None
     if value in EMPTY:
@@ -72,37 +78,47 @@ def parse_tools(value: Any, name: str = "tools") -> list[dict] | None:
                 f"{name}[{index}]: found {shown(raw)}, expected a function with a 'name'"
             )
         if "input_schema" in function:
-            schema = function["input_schema"]
-            function = {key: item for key, item in function.items() if key != "input_schema"} | {
-                "parameters": schema
-            }
+            function = dict(function)
+            function["parameters"] = function.pop("input_schema")
         tools.append(tool if "function" in tool else {"type": "function", "function": function})
     return tools
 
 
-def parse_calls(value: Any, name: str) -> list[dict]:
-    """Calls, also bare or as JSON in a string -> [{"type": "function", "function": {"name",
-    "arguments"}}, ...].
+def find_tools(candidates: Sequence[tuple[str, Any]], systems: Sequence[str]) -> list[dict] | None:
+    """The one list of tools among several (place, value); None without any.
 
-    `arguments` is an object; "id" is kept. Raises BadRowError.
+    Tools that a system prompt already spells out are not returned. Raises BadRowError.
+    """
+    lists = [tools for place, value in candidates if (tools := parse_tools(value, place))]
+    if any(tools != lists[0] for tools in lists):
+        raise BadRowError(
+            "found two different lists of tools, in the row and in its system message, expected one"
+        )
+    return lists[0] if lists and not any("<tools>" in text for text in systems) else None
+
+
+# Calls
+
+
+def parse_calls(value: Any, name: str) -> list[dict]:
+    """Parse calls: bare, in OpenAI's form, or as JSON in a string; raises BadRowError.
+
+    Returns [{"type": "function", "function": {"name", "arguments"}}, ...], the arguments as an
+    object; an "id" is kept.
     """
     value = parse_literal(value, name)
     calls = []
     for index, raw in enumerate(value if isinstance(value, list) else [value]):
         where = f"{name}[{index}]"
-        raw = (
-            parse_literal(raw, where)
-            if isinstance(raw, str) and raw.lstrip().startswith("{")
-            else raw
-        )
+        if isinstance(raw, str) and raw.lstrip().startswith("{"):
+            raw = parse_literal(raw, where)
         call = raw.get("function", raw) if isinstance(raw, dict) else raw
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise BadRowError(
                 f"{where}: found {shown(raw)}, expected a call with 'name' and 'arguments'"
             )
-        arguments = next(
-            (call[key] for key in ("arguments", "parameters", "input") if key in call), None
-        )
+        keys = (key for key in ("arguments", "parameters", "input") if key in call)
+        arguments = call.get(next(keys, None))
         arguments = {} if arguments in EMPTY else parse_literal(arguments, f"{where}: arguments")
         if not isinstance(arguments, dict):
             raise BadRowError(
@@ -114,10 +130,10 @@ def parse_calls(value: Any, name: str) -> list[dict]:
 
 
 def split_calls(content: str, name: str) -> tuple[str, list[dict], str | None]:
-    """A reply -> its text, the calls in the <tool_call> blocks that end it, and why blocks are
-    none, if so.
+    """Split a reply into its text and the calls in the <tool_call> blocks that end it.
 
-    The reason is for whoever expects calls there: a reply may also just write about the tag.
+    The third value is the reason why blocks are not calls, for callers that expect calls: a reply
+    may also just write about the tag.
     """
     text, *blocks = content.split("<tool_call>")
     calls = []
@@ -135,7 +151,7 @@ def split_calls(content: str, name: str) -> tuple[str, list[dict], str | None]:
 
 
 def bare_calls(content: str, function: Any, name: str) -> list[dict]:
-    """Calls that are the whole of a reply, without a tag around them; none where it is not one.
+    """The calls of a reply that consists of them, without a tag; an empty list for other replies.
 
     {"name": "f", "arguments": {"a": 1}}    JSON or a Python literal, one or a list
     [f(a=1), g()]                           Python calls with named literals, as in ToolACE
@@ -156,25 +172,24 @@ def bare_calls(content: str, function: Any, name: str) -> list[dict]:
 
 
 def _python_calls(content: str) -> list[dict]:
-    """[f(a=1), g()] -> calls; none where anything else is written."""
+    """The calls in [f(a=1), g()]; an empty list for anything else."""
     try:
-        tree = _python(content)
+        elements = _parse_python(content).elts
         calls = [
             {
                 "name": ast.unparse(call.func),
                 "arguments": {word.arg: ast.literal_eval(word.value) for word in call.keywords},
             }
-            for call in tree.elts
+            for call in elements
             if not call.args and all(word.arg for word in call.keywords)
         ]
-        return parse_calls(calls, "calls") if calls and len(calls) == len(tree.elts) else []
+        return parse_calls(calls, "calls") if calls and len(calls) == len(elements) else []
     except (AttributeError, BadRowError, *NOT_PYTHON):
         return []
 
 
 def split_results(content: str) -> list[str]:
-    """A tool's message -> its results, each without the <tool_response> tags that may stand around
-    it.
+    """Split a tool's message into its results, without the <tool_response> tags around them.
 
     >>> split_results("<tool_response>21</tool_response><tool_response>9</tool_response>")
     ['21', '9']
@@ -187,17 +202,3 @@ def split_results(content: str) -> list[str]:
         results.append(match.group(1))
         position = match.end()
     return results or [content]
-
-
-def find_tools(given: Sequence[tuple[str, Any]], systems: Sequence[str]) -> list[dict] | None:
-    """The one list of tools among those that stand in several places, as (place, value); None
-    without any.
-
-    Tools that a system prompt spells out already are not given twice. Raises BadRowError.
-    """
-    found = [tools for place, value in given if (tools := parse_tools(value, place))]
-    if any(tools != found[0] for tools in found):
-        raise BadRowError(
-            "found two different lists of tools, in the row and in its system message, expected one"
-        )
-    return found[0] if found and not any("<tools>" in text for text in systems) else None

@@ -20,12 +20,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
-from minimind.data.files import BadRowError
 from minimind.data.templates import WRITTEN, WRITTEN_PER_CHARACTER, bounded
 from minimind.tokenizer import CHAT_TEMPLATE, token_byte_lengths
 from minimind.tokenizer.cutting import PIECE, Cutter

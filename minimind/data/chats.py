@@ -23,19 +23,21 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from minimind.common.cache import Contents
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import translated
+from minimind.data.bad_rows import BadRows
+from minimind.data.batching import batches
 from minimind.data.chat_encoder import TEMPLATES, ChatEncoder, Encoded
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.documents import HoldOut
-from minimind.data.files import BadRowError, BadRows, expand, read_rows
+from minimind.data.files import read_rows
 from minimind.data.markers import rendered_turn
 from minimind.data.messages import Message
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import IGNORED
 from minimind.data.preferences import to_preference
-from minimind.data.rows import batches
+from minimind.data.sources import expand
 
 BATCH = 1000  # conversations tokenised at a time
 BORDER = 8  # tokens that a template may write between two turns and leaves out before the first

@@ -24,10 +24,11 @@ from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
 from minimind.data.columns import Columns
-from minimind.data.files import expand, read_documents, total_size
+from minimind.data.files import read_documents
 from minimind.data.markers import Boundaries
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
 from minimind.data.packing import Rows, is_target, packer
+from minimind.data.sources import expand, total_size
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 

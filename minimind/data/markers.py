@@ -1,9 +1,8 @@
-"""Boundaries of documents and turns of chats that somebody spelled out as text, such as
-`<|im_end|>`.
+"""Boundaries of documents and turns of chats that are spelled out as text, such as `<|im_end|>`.
 
-Left as text each of them is several tokens, no end of a document and no word. Only what cannot be
-anything else is taken for a boundary: `<s>` may be HTML, and an article on tokenizers may name
-`<|endoftext|>` in quotes.
+Left as text each of them is several tokens, neither the end of a document nor a word. Only what
+cannot be anything else is taken for a boundary: `<s>` may be HTML, and an article on tokenizers may
+name `<|endoftext|>` in quotes.
 """
 
 import re
@@ -11,26 +10,25 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from minimind.common.errors import UserError
-from minimind.data.formats import BadRowError
+from minimind.common.errors import BadRowError, UserError
 
 POLICIES = ("split", "keep", "error")
 ROLES = "(?:system|developer|user|assistant|model|tool|ipython|observation)"
+NEVER = "(?!)"
 
 
 class Family(NamedTuple):
-    """Markers that belong together, as patterns: of a document's beginning and end, and of a chat's
-    turns.
+    """Markers that belong together, as patterns: the beginning and end of a document, and of a turn
+    (the role included).
 
-    `separates`: they may stand anywhere between two documents, not only where a text begins or
-    ends. `html`: they are tags too, and taken for markers only where nothing stands outside of
-    them.
+    `separates`: they may be anywhere between two documents, not only where a text begins or ends.
+    `html`: they are tags too, and taken for markers only where nothing is outside of them.
     """
 
     opens: str
     closes: str
-    turn: str = "(?!)"  # what begins a turn, the role included
-    turn_end: str = "(?!)"
+    turn: str = NEVER
+    turn_end: str = NEVER
     separates: bool = False
     html: bool = False
 
@@ -40,37 +38,35 @@ FAMILIES = (
     Family(r"<\|im_start\|>", r"<\|im_end\|>", rf"<\|im_start\|>{ROLES}\n", r"<\|im_end\|>"),
     # Llama 1 and 2, Mistral, older MiniMind
     Family(r"<s>", r"</s>", r"\[INST\]", r"\[/INST\]|</s>", html=True),
+    # Llama 3
     Family(
-        r"<\|begin_of_text\|>",
-        r"<\|end_of_text\|>",
-        rf"<\|start_header_id\|>{ROLES}<\|end_header_id\|>",
-        r"<\|eo[tm]_id\|>",
+        *(r"<\|begin_of_text\|>", r"<\|end_of_text\|>"),
+        *(rf"<\|start_header_id\|>{ROLES}<\|end_header_id\|>", r"<\|eo[tm]_id\|>"),
         separates=True,
-    ),  # Llama 3
-    Family(r"<bos>", r"<eos>", rf"<start_of_turn>{ROLES}\n", r"<end_of_turn>"),  # Gemma
+    ),
+    # Gemma
+    Family(r"<bos>", r"<eos>", rf"<start_of_turn>{ROLES}\n", r"<end_of_turn>"),
+    # DeepSeek
     Family(
-        r"<｜begin▁of▁sentence｜>",
-        r"<｜end▁of▁sentence｜>",
-        r"<｜(?:User|Assistant)｜>",
+        *(r"<｜begin▁of▁sentence｜>", r"<｜end▁of▁sentence｜>", r"<｜(?:User|Assistant)｜>"),
         separates=True,
-    ),  # DeepSeek
-    Family(r"<\|startoftext\|>", r"<\|endoftext\|>", separates=True),  # GPT-2, Qwen
+    ),
+    # GPT-2, Qwen
+    Family(r"<\|startoftext\|>", r"<\|endoftext\|>", separates=True),
     Family(r"<\|bos\|>", r"<\|eos\|>", separates=True),
     Family(r"\[BOS\]", r"\[EOS\]"),
-    Family(r"(?!)", r"<\|?eo[dt]\|?>", separates=True),
-    Family(r"(?!)", r"(?!)", rf"<\|{ROLES}\|>", r"<\|end\|>"),  # Phi, GLM, Zephyr
+    Family(NEVER, r"<\|?eo[dt]\|?>", separates=True),
+    # Phi, GLM, Zephyr
+    Family(NEVER, NEVER, rf"<\|{ROLES}\|>", r"<\|end\|>"),
 )
 BEGINNINGS = "|".join(family.opens for family in FAMILIES) + r"|<\|endoftext\|>|\[gMASK\]|<sop>"
-ANY = re.compile(
-    "|".join(pattern for family in FAMILIES for pattern in family[:4] if pattern != "(?!)")
-)
-# A marker in quotes is spoken of. Straight quotes count where the first cannot be the end of a
-# quotation.
+ANY = re.compile("|".join(p for family in FAMILIES for p in family[:4] if p != NEVER))
+# A marker in quotes is a mention. Straight quotes count where the first cannot end a quotation.
 QUOTED = r"`{0}`|“{0}”|‘{0}’|「{0}」|(?<![^\s(=,:\[{{])(?:\"{0}\"|'{0}')"
 
 
 def split_documents(text: str) -> list[str]:
-    """A text -> the documents between the markers in it; itself where there is none.
+    """Split a text into the documents between the markers in it.
 
     A chat with its turns spelled out is one document, its words joined by newlines.
     """
@@ -88,26 +84,22 @@ def _split(text: str, family: Family) -> list[str]:
         pieces = re.split(f"{family.turn}|{family.turn_end}|{marker}|{BEGINNINGS}", text)
         return ["\n".join(piece.strip() for piece in pieces if piece.strip())]
     pieces = [text]
-    if _stand_between(text, family):
-        found = re.finditer(f"{QUOTED.format(marker)}|(?P<marker>{marker})", text)
-        edges = [match.span() for match in found if match["marker"]]
-        starts, ends = [0, *(end for _, end in edges)], [*(start for start, _ in edges), len(text)]
-        pieces = (
-            [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
-            if edges
-            else [text]
-        )
+    if _are_boundaries(text, family):
+        matches = re.finditer(f"{QUOTED.format(marker)}|(?P<marker>{marker})", text)
+        if edges := [match.span() for match in matches if match["marker"]]:
+            starts, ends = [0, *(end for _, end in edges)], [*(s for s, _ in edges), len(text)]
+            pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     return [piece for piece in pieces if piece.strip()]
 
 
 def _first_turn(text: str, family: Family) -> str | None:
-    """The marker of a chat's turn with which a text begins, behind those of its beginning."""
-    found = re.match(rf"\s*(?:(?:{BEGINNINGS})\s*)*({family.turn})", text)
-    return found and found[1].strip()
+    """The marker of a turn with which a text begins, after markers of its beginning."""
+    match = re.match(rf"\s*(?:(?:{BEGINNINGS})\s*)*({family.turn})", text)
+    return match and match[1].strip()
 
 
-def _stand_between(text: str, family: Family) -> bool:
-    """Whether the markers of a family stand where documents begin and end."""
+def _are_boundaries(text: str, family: Family) -> bool:
+    """Whether the markers of a family are where documents begin and end."""
     if family.separates:
         return True
     if re.search(family.turn, text):
@@ -122,15 +114,14 @@ def _stand_between(text: str, family: Family) -> bool:
 
 
 def rendered_turn(texts: Iterable[str]) -> str | None:
-    """The marker with which one of some texts begins as a turn of a chat, or ends as a reply; None
-    where none does."""
+    """The marker with which one of some texts begins as a turn or ends as a reply, if any."""
     for text in filter(ANY.search, texts):
         for family in FAMILIES:
             if marker := _first_turn(text, family):
                 return marker
-            found = re.search(rf"({family.turn_end}|{family.closes})\s*$", text)
-            if found and not (family.html and re.search(r"<s[\s>]", text)):
-                return found[1]
+            match = re.search(rf"({family.turn_end}|{family.closes})\s*$", text)
+            if match and not (family.html and re.search(r"<s[\s>]", text)):
+                return match[1]
     return None
 
 
@@ -146,8 +137,7 @@ class Boundaries:
         self.documents = self.chats = 0
 
     def split(self, text: str) -> list[str]:
-        """The documents in a row's text; raises BadRowError where there is none, or markers are an
-        error."""
+        """The documents in a row's text; raises BadRowError if there are none, or by policy."""
         documents = split_documents(text)
         if documents == [text]:
             return documents
@@ -158,7 +148,7 @@ class Boundaries:
             )
         if not documents and self.policy == "split":
             raise BadRowError(
-                f"found nothing beside boundary markers such as {marker!r}, expected text"
+                f"found nothing but boundary markers such as {marker!r}, expected text"
             )
         self.rows[marker] += 1
         self.documents += len(documents)
@@ -169,7 +159,5 @@ class Boundaries:
         rows, markers = f"{self.rows.total():,} rows", ", ".join(map(repr, self.rows))
         if self.policy == "keep":
             return f"kept the boundary markers of {rows} as text: {markers}"
-        chats = (
-            f"; {self.chats:,} rows are chats, of which the words were taken" if self.chats else ""
-        )
+        chats = f"; {self.chats:,} rows are chats, reduced to their words" if self.chats else ""
         return f"split {rows} at {markers} into {self.documents:,} documents{chats}"

@@ -3,6 +3,7 @@ messages, as in TRL."""
 
 from collections.abc import Mapping
 
+from minimind.common.errors import BadRowError
 from minimind.data.calls import EMPTY
 from minimind.data.columns import NAMES, Fields
 from minimind.data.conversations import (
@@ -14,84 +15,21 @@ from minimind.data.conversations import (
     read_tools,
     without_empty_system,
 )
-from minimind.data.messages import Message, check_order, parse_messages, split_dialogue
-from minimind.data.rows import BadRowError
+from minimind.data.dialogues import split_dialogue
+from minimind.data.message_order import check_order
+from minimind.data.messages import Message, parse_messages
 
 PROMPTS = (
-    "prompt",
-    "question",
-    "query",
-    "conversations",
-    "messages",
-    "conversation",
-    "instruction",
-    "problem",
-    "input",
+    *("prompt", "question", "query", "conversations", "messages", "conversation"),
+    *("instruction", "problem", "input"),
 )
 
 
-def parse_prompt(row: Fields) -> tuple[list[Message], str | None]:
-    """The prompt that a row spells out, with its history, and its column; empty if it spells out
-    none."""
-    name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
-    if name is None:
-        return [], None
-    if name not in NAMES["messages"] and not isinstance(row[name], Mapping):
-        return read_prompt(row), name
-    # OpenAI's "input" holds the messages and the tools.
-    value, history = row.take(name, "history")
-    if isinstance(value, Mapping) and value.get("tools") not in EMPTY:
-        row.columns.setdefault("tools", value["tools"])
-    return parse_history(history) + parse_messages(value, name, "user", row), name
-
-
-def parse_replies(row: Fields, meaning: str) -> list[Message]:
-    """The messages of the column "chosen" or "rejected", of the reply alone or of the whole
-    conversation."""
-    name = row.find(meaning)
-    (value,) = row.take(name)
-    dialogue = split_dialogue(value, name) if isinstance(value, str) else None
-    return dialogue or parse_messages(value, name, "assistant", row)
-
-
-def take_last_reply(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A conversation -> what stands before its last question's answer, that question included, and
-    the answer."""
-    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    end = questions[-1] + 1 if questions else 0
-    return messages[:end], messages[end:]
-
-
-def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
-    """Two whole conversations -> how many messages they share, the last one the user's; raises
-    BadRowError."""
-    pairs = zip(chosen, rejected, strict=False)
-    shared = next(
-        (index for index, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected))
-    )
-    if not shared or chosen[shared - 1]["role"] not in ("user", "tool"):
-        raise BadRowError(
-            f"found prompts that differ between chosen and rejected at message {shared}, "
-            "expected the same messages up to a question, then two different replies"
-        )
-    return shared
-
-
-def check_same_prompt(prompt: list[Message], repeated: list[Message]) -> None:
-    """Refuse (BadRowError) a prompt of which a message is not among those that chosen and rejected
-    begin with."""
-    words = {message["content"].strip() for message in repeated}
-    if any(message["content"].strip() not in words for message in prompt):
-        raise BadRowError(
-            "found a prompt that differs from the one within chosen and rejected, expected the same"
-        )
-
-
 def to_preference(data: Mapping) -> dict[str, list]:
-    """One row in any of the formats -> prompt (the user or a tool last), chosen and rejected
-    (replies), tools if any.
+    """The prompt (the user or a tool last), chosen and rejected replies of a row in any of the
+    formats, and its tools if it has any.
 
-    The prompt is spelled out, or is what two whole conversations have in common, or both. Raises
+    The prompt is in a column, or is what two complete conversations have in common, or both. Raises
     BadRowError.
     """
     row = Fields.of(data)
@@ -102,31 +40,86 @@ def to_preference(data: Mapping) -> dict[str, list]:
             f"found keys {row.names}, expected 'chosen' and 'rejected', with a 'prompt' or within"
             " messages"
         )
-    prompt, name = parse_prompt(row)
+
+    # The columns
+    prompt, name = read_prompt_column(row)
     if row.find("chosen"):
-        chosen = parse_replies(row, "chosen")
+        chosen = read_replies(row, "chosen")
     elif row.find("messages"):
         prompt, chosen = take_last_reply(prompt)
     else:
         chosen = read_reply(row)
-    rejected = parse_replies(row, "rejected")
+    rejected = read_replies(row, "rejected")
     if rejected[0]["role"] != "assistant" and not row.find("chosen"):
         chosen = prompt + chosen
     if chosen == rejected:
         raise BadRowError("found chosen equal to rejected, expected two different replies")
+
+    # Two complete conversations: what they share is the prompt
     if not chosen or chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         shared = split_prompt(chosen, rejected)
-        repeated, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        check_same_prompt(prompt, repeated)
-        prompt = repeated
+        check_same_prompt(prompt, chosen[:shared])
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise BadRowError(
-            f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or whole conversations"
-            " in chosen"
+            f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or complete"
+            " conversations in chosen"
         )
+
     tools = read_tools(row, row.get(name or "chosen"), row.get(row.find("chosen")))
     prompt = add_system(row, without_empty_system(prompt, tools))
-    for name, reply in (("chosen", chosen), ("rejected", rejected)):
-        check_order(prompt + reply, f"(prompt + {name})")
     pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for name in ("chosen", "rejected"):
+        check_order(prompt + pair[name], f"(prompt + {name})")
     return {**pair, "tools": tools} if tools else pair
+
+
+def read_prompt_column(row: Fields) -> tuple[list[Message], str | None]:
+    """The prompt of a row with its history, and its column; an empty list and None if none."""
+    name = next((name for name in PROMPTS if row.get(name) not in EMPTY), None)
+    if name is None:
+        return [], None
+    if name not in NAMES["messages"] and not isinstance(row[name], Mapping):
+        return read_prompt(row), name
+    value, history = row.take(name), row.take("history")
+    # OpenAI's "input" holds the messages and the tools
+    if isinstance(value, Mapping) and value.get("tools") not in EMPTY:
+        row.columns.setdefault("tools", value["tools"])
+    return parse_history(history) + parse_messages(value, name, "user", row), name
+
+
+def read_replies(row: Fields, meaning: str) -> list[Message]:
+    """The messages of the column "chosen" or "rejected": the reply alone, or the conversation."""
+    name = row.find(meaning)
+    value = row.take(name)
+    dialogue = split_dialogue(value, name) if isinstance(value, str) else None
+    return dialogue or parse_messages(value, name, "assistant", row)
+
+
+def take_last_reply(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Split a conversation after its last question."""
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    end = questions[-1] + 1 if questions else 0
+    return messages[:end], messages[end:]
+
+
+def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many messages two conversations share, the last one the user's; raises BadRowError."""
+    pairs = zip(chosen, rejected, strict=False)
+    different = (index for index, (a, b) in enumerate(pairs) if a != b)
+    shared = next(different, min(len(chosen), len(rejected)))
+    if not shared or chosen[shared - 1]["role"] not in ("user", "tool"):
+        raise BadRowError(
+            f"found prompts that differ between chosen and rejected at message {shared}, "
+            "expected the same messages up to a question, then two different replies"
+        )
+    return shared
+
+
+def check_same_prompt(prompt: list[Message], repeated: list[Message]) -> None:
+    """Raise BadRowError for a prompt with a message that is not in the shared beginning."""
+    texts = {message["content"].strip() for message in repeated}
+    if any(message["content"].strip() not in texts for message in prompt):
+        raise BadRowError(
+            "found a prompt that differs from the one within chosen and rejected, expected the same"
+        )

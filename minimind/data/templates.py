@@ -12,8 +12,7 @@ from jinja2.filters import do_round
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from transformers.utils import chat_template_utils
 
-from minimind.common.errors import UserError
-from minimind.data.rows import BadRowError
+from minimind.common.errors import BadRowError, UserError
 
 # For one conversation, where a thousandth of a second and a few of its own sizes are usual.
 SECONDS = 60  # of the processor

@@ -14,8 +14,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minimind.common.errors import UserError
-from minimind.data.rows import BadRowError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.templates import bounded
 
 # Of the largest logit, at least of 1: the same fp32 arithmetic in another order

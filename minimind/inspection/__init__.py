@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import (
     ChatArguments,
@@ -29,7 +29,7 @@ from minimind.data.chats import (
 from minimind.data.columns import IGNORE_ALL, Columns
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks
-from minimind.data.files import BadRowError, read_rows, to_document
+from minimind.data.files import read_rows, to_document
 from minimind.data.mixing import parse_sources
 from minimind.data.preferences import to_preference
 from minimind.inspection.findings import (

@@ -8,9 +8,9 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from minimind.data.bad_rows import BAD_ROW_SHARE
 from minimind.data.chats import Reading
-from minimind.data.files import BAD_ROW_SHARE
-from minimind.data.messages import VOICES
+from minimind.data.dialogues import VOICES
 from minimind.inspection.tokens import (
     NO_TEXT,
     OTHER,

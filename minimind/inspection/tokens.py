@@ -11,8 +11,10 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from minimind.common.errors import BadRowError
+from minimind.data.bad_rows import BadRows
 from minimind.data.columns import Columns
-from minimind.data.files import BadRowError, BadRows, read_rows, to_document
+from minimind.data.files import read_rows, to_document
 from minimind.data.markers import Boundaries
 from minimind.data.packing import IGNORED, best_fit
 from minimind.tokenizer import BOS_TOKEN, text_bytes

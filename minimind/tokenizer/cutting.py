@@ -19,7 +19,7 @@ from itertools import islice
 
 from tokenizers import Tokenizer
 
-from minimind.data.rows import BadRowError
+from minimind.common.errors import BadRowError
 
 PIECE = 2**18  # characters of a piece, where there is a border
 LONGEST = 2**20  # characters without a border: 350 MB of memory in the library

@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minimind.common.errors import UserError
-from minimind.data.rows import batches
+from minimind.data.batching import batches
 from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.loading import token_bytes, unreadable
 from minimind.tokenizer.splitting import splitting_name

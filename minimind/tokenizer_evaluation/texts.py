@@ -20,8 +20,9 @@ from minimind.common.errors import UserError
 from minimind.common.language import translated
 from minimind.data.columns import Columns
 from minimind.data.conversations import to_text
-from minimind.data.files import expand, read_rows, total_size
+from minimind.data.files import read_rows
 from minimind.data.markers import Boundaries
+from minimind.data.sources import expand, total_size
 
 logger = logging.getLogger(__name__)
 

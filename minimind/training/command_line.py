@@ -15,7 +15,7 @@ from minimind.common.errors import UserError
 from minimind.common.launch import prepare_launch
 from minimind.common.options import option_names, suggestion
 from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.rows import shown
+from minimind.data.bad_rows import shown
 from minimind.training.arguments import StageConfig
 from minimind.training.output_directory import check_output_directory
 from minimind.training.parser import StageParser

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from minimind.common.errors import UserError, decoration
+from minimind.common.errors import BadRowError, UserError, decoration
 from minimind.common.files import json_lines, write_text
 from minimind.common.language import say
 from minimind.common.streams import printable
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.files import BadRowError
-from minimind.data.messages import check_order, parse_messages
+from minimind.data.message_order import check_order
+from minimind.data.messages import parse_messages
 from minimind.evaluation import complete
 from minimind.training.tracking import track_samples
 
