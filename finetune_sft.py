@@ -15,8 +15,9 @@ from transformers import set_seed
 
 from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
-from minimind.data.chat_encoder import set_chat_template
-from minimind.data.chats import ChatArguments, load_conversations
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chats import load_conversations
+from minimind.data.template_choice import set_chat_template
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import has_roles, inspect_chats
 from minimind.inspection.display import print_inspection

@@ -14,8 +14,9 @@ from transformers import set_seed
 
 from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
-from minimind.data.chat_encoder import set_chat_template
-from minimind.data.chats import ChatArguments, load_preferences
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chats import load_preferences
+from minimind.data.template_choice import set_chat_template
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection

@@ -17,7 +17,8 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")
 from side_by_side import device_name, side_by_side
 
 from minimind.data.chat_encoder import ChatEncoder
-from minimind.data.chats import BATCH, tokenize_conversations
+from minimind.data.chat_rows import tokenize_conversations
+from minimind.data.chats import BATCH
 from minimind.data.conversations import to_conversation
 from minimind.data.files import BadRowError, read_rows
 from minimind.tokenizer import load_tokenizer

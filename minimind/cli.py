@@ -608,7 +608,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from minimind import inspection
-    from minimind.data.chats import ChatArguments
+    from minimind.data.chat_arguments import ChatArguments
     from minimind.inspection import display
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments

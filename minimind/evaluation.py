@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.common.errors import UserError
+from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.chats import ChatArguments, tokenize_conversations
+from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.files import BadRowError, BadRows, read_documents, read_rows

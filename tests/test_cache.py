@@ -20,7 +20,7 @@ from minimind.cleaning import pipeline
 from minimind.common import cache
 from minimind.common.cache import cache_directory, content_hash
 from minimind.common.errors import UserError
-from minimind.data import chats, documents
+from minimind.data import block_writer, chats, documents
 from minimind.data.chats import load_conversations
 from minimind.data.documents import load_blocks
 from minimind.training import run as stages
@@ -45,7 +45,7 @@ def data(write_jsonl):
 def load(tokenizer, data, monkeypatch):
     """Load the rows of `data`, all of them."""
     # characters, so that the files have several record batches
-    monkeypatch.setattr(documents, "BATCH", 200)
+    monkeypatch.setattr(block_writer, "BATCH", 200)
 
     def load():
         blocks = load_blocks(DataArguments([str(data)], eval_ratio=0.1), tokenizer, 16)
@@ -440,7 +440,7 @@ def test_a_disk_that_is_full_is_one_error_and_nothing_of_the_rows_is_left(
     def fill(part, rows):
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
-    monkeypatch.setattr(documents.Part, "_write", fill)
+    monkeypatch.setattr(block_writer.BlockWriter, "_write", fill)
     with pytest.raises(
         UserError,
         match=r"nothing can be kept there \(No space left on device\). Set MINIMIND_CACHE",

@@ -19,20 +19,16 @@ from trl import chat_template_utils as trl_templates
 
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
-from minimind.data.chat_encoder import ChatEncoder, encode_prompts, set_chat_template
-from minimind.data.chats import (
-    ChatArguments,
-    TooLongError,
-    load_conversations,
-    load_preferences,
-    preference_labels,
-    tokenize_conversation,
-    tokenize_conversations,
-    tokenize_preferences,
-)
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_encoder import ChatEncoder, encode_prompts
+from minimind.data.chat_rows import tokenize_conversation, tokenize_conversations
+from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.conversations import Conversation
 from minimind.data.files import BadRowError
+from minimind.data.long_conversations import TooLongError
 from minimind.data.packing import PackedCollator
+from minimind.data.preference_rows import preference_labels, tokenize_preferences
+from minimind.data.template_choice import set_chat_template
 from minimind.tokenizer import DEFAULT_TOKENIZER, load_tokenizer, text_encoder, train_tokenizer
 from minimind.training.arguments import DataArguments
 from minimind.training.trainers import ChatSFTTrainer, PreferenceTrainer

@@ -9,8 +9,9 @@ from conftest import CHINESE, ENGLISH
 from pipeline import PATIENCE
 
 from minimind.common.errors import UserError
-from minimind.data import documents
-from minimind.data.documents import HoldOut, load_blocks
+from minimind.data import block_writer, documents
+from minimind.data.documents import load_blocks
+from minimind.data.held_out import HoldOut
 from minimind.tokenizer import text_encoder, train_tokenizer
 from minimind.training.arguments import DataArguments
 
@@ -20,7 +21,7 @@ DOCUMENTS = [f"{number}: {text}" for number in range(12) for text in (ENGLISH, C
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(documents, "BATCH", 50)
+    monkeypatch.setattr(block_writer, "BATCH", 50)
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_a_preparation_that_died_is_started_again(load, tokenizer, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(documents.Part, "finish", die)
+        patch.setattr(block_writer.BlockWriter, "finish", die)
         load()
     ids = joined(load().train)
     assert ids == stream(DOCUMENTS, tokenizer)[: len(ids)]

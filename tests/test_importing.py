@@ -25,7 +25,7 @@ from transformers import (
 
 from minimind import MiniMindForCausalLM
 from minimind.cli import build_parser
-from minimind.data.chats import tokenize_conversation
+from minimind.data.chat_rows import tokenize_conversation
 from minimind.importing import MINIMIND_1, MINIMIND_2, MINIMIND_2_OLD, MINIMIND_3, import_checkpoint
 from minimind.stage_directory import check_vocabulary, read_stage, require_stage
 from minimind.tokenizer import load_tokenizer

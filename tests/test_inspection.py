@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from pipeline import failure, run_cli, run_script, short_run
 
-from minimind.data.chats import tokenize_conversation
+from minimind.data.chat_rows import tokenize_conversation
 from minimind.data.packing import IGNORED
 from minimind.data.world import write_world
 from minimind.inspection import display, inspect_documents, inspect_rows

@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from minimind.common.errors import UserError
 from minimind.common.language import translated
 from minimind.data.calls import split_results
+from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chat_encoder import ChatEncoder
-from minimind.data.chats import ChatArguments, tokenize_conversations, tokenize_preferences
+from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
+from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.rows import BadRowError
 from minimind.tokenizer import (
     cutting,

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from minimind.common.errors import UserError
-from minimind.common.language import say
-from minimind.common.launch import is_main_process
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation, Message
 from minimind.data.files import BadRowError
@@ -426,81 +423,11 @@ def _bytes_until(text: str, characters: Sequence[int]) -> list[int]:
     return list(accumulate(len(text[a:b].encode()) for a, b in pairwise([0, *characters])))
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) -> None:
-    """Make a tokenizer ready to train chats: with a shipped template by its name, or the one in a
-    .jinja file.
-
-    None leaves the tokenizer's own template. The token with which the template ends replies becomes
-    the end token.
-
-    Raises:
-        UserError: there is no such template, it cannot render, or does not show what the assistant
-        emits.
-    """
-    before = tokenizer.chat_template
-    if choice is not None:
-        tokenizer.chat_template = _read_template(choice)
-    try:
-        end = _end_of_replies(tokenizer)
-    except BadRowError as problem:
-        tokenizer.chat_template = before
-        given = (
-            "the chat template of the tokenizer" if choice is None else f"--chat_template {choice}"
-        )
-        advice = f" Choose another with --chat_template ({', '.join(TEMPLATES)} or a .jinja file)."
-        raise UserError(f"{given}: {problem}.{advice}") from None
-    if end != tokenizer.eos_token:
-        if is_main_process():
-            say(
-                f"replies end with {end!r}, which replaces {tokenizer.eos_token!r} as the end token"
-            )
-        tokenizer.eos_token = end
-
-
-def _read_template(choice: str) -> str:
-    path = TEMPLATES.get(choice, Path(choice))
-    if not path.is_file():
-        raise UserError(
-            f"--chat_template {choice}: found no such file, expected {' or '.join(TEMPLATES)}, or a"
-            " file."
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--chat_template {path}: found bytes that are not UTF-8 ({error}), expected text."
-        ) from None
-
-
-def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The control token that ends each reply of a tokenizer's template; raises BadRowError."""
-    example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    encoder = ChatEncoder(tokenizer)
-    (encoded,) = encoder.encode([Conversation(example)])
-    if isinstance(encoded, BadRowError):
-        raise BadRowError(f"a question and its answer fail, {encoded}")
-    last = encoded.ids[encoded.replies[0][1] - 1]
-    if last in encoder.control_ids.values():
-        return tokenizer.convert_ids_to_tokens(last)
-    text, spans = encoder.render(Conversation(example))
-    if written := TOKEN.search(text[: spans[0][1]]):
-        raise BadRowError(
-            f"replies end with {written.group()!r}, which is no token of this tokenizer: it has"
-            f" {', '.join(map(repr, encoder.controls)) or 'none'}. The model would have to spell"
-            " it out"
-        )
-    raise BadRowError(
-        f"the generation block does not end with an end token such as {tokenizer.eos_token!r}, so"
-        " the model would never learn to stop. Put it before {% endgeneration %}"
-    )
-
-
 NO_TEMPLATE = (
     "the tokenizer has no chat template, so there is no form to ask the model in. A base model"
     " continues text ('minimind generate'); fine-tuning gives it a template with --chat_template"
     f" {' or '.join(TEMPLATES)}."
 )
-TOKEN = re.compile(r"<[^<>\s]+>$")  # what looks like a control token at the end of a text
 BLURRED = (
     "found a reply that shares a token with what stands before or after it, expected a border"
     " between tokens"

@@ -5,12 +5,10 @@ Arrow files that are mapped into memory, so that a corpus may be larger than it.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from heapq import heappush, heappushpop
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +21,18 @@ from minimind.common.cache import Contents, find_or_build
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
+from minimind.data.block_writer import BlockWriter
 from minimind.data.columns import Columns
 from minimind.data.files import expand, read_documents, total_size
+from minimind.data.held_out import HoldOut
 from minimind.data.markers import Boundaries
 from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
-from minimind.data.packing import Rows, is_target, packer
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
 # Rows after which columns that nobody reads stop the preparation, and not only at its end
 EARLY = 10_000
-BATCH = 2**18  # characters tokenised at a time by one thread
-AHEAD = 2**24  # characters that may wait for it, unless one document has more
 
 
 class Blocks(NamedTuple):
@@ -44,39 +41,6 @@ class Blocks(NamedTuple):
     train: Dataset
     eval: Dataset | None
     facts: dict
-
-
-class HoldOut:
-    """Chooses the held-out rows by a hash of their content: the `limit` smallest among a share
-    `ratio` of all hashes.
-
-    So the choice is spread over all sources, depends on nothing but the rows, and copies lie on one
-    side.
-    """
-
-    def __init__(self, ratio: float, limit: int):
-        self.threshold, self.limit = ratio * 2**64, limit
-        self.rows: dict[int, list] = {}
-        self.largest: list[int] = []  # a heap of the negated hashes that are held out
-
-    def offer(self, text: str, row: Any) -> Sequence:
-        """The rows that are certain now to be trained on: mostly this one."""
-        digest = xxhash.xxh3_64_intdigest(text.encode())
-        if digest in self.rows:
-            self.rows[digest].append(row)
-            return ()
-        full = len(self.largest) >= self.limit
-        if digest >= self.threshold or self.limit == 0 or (full and digest > -self.largest[0]):
-            return (row,)
-        self.rows[digest] = [row]
-        if full:
-            return self.rows.pop(-heappushpop(self.largest, -digest))
-        heappush(self.largest, -digest)
-        return ()
-
-    def chosen(self) -> list:
-        """The held-out rows, copies beside each other."""
-        return [row for copies in self.rows.values() for row in copies]
 
 
 class Preparation(NamedTuple):
@@ -247,8 +211,10 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
         ) as progress,
     ):
 
-        def part(name: str) -> Part:
-            return Part(directory / f"{name}.arrow", encoder, pool, threads, bytes_of, options)
+        def part(name: str) -> BlockWriter:
+            return BlockWriter(
+                directory / f"{name}.arrow", encoder, pool, threads, bytes_of, options
+            )
 
         parts = [part(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):
@@ -298,77 +264,3 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
         "sources": counts,
         "eval_sources": held_out_counts,
     }
-
-
-class Part:
-    """An Arrow file in the making: documents are tokenised by the threads of `pool`, packed and
-    written in order."""
-
-    def __init__(
-        self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict
-    ):
-        self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
-        self.packer = packer(
-            options["packing_strategy"], options["block_size"], encoder.eos_token_id
-        )
-        self.block_size, self.document_mask, self.bytes_of = (
-            options["block_size"],
-            options["document_mask"],
-            bytes_of,
-        )
-        self.texts: list[str] = []
-        self.characters = self.waiting = 0
-        self.pending: deque[tuple[int, Future]] = deque()
-        self.counts = dict.fromkeys(("documents", "tokens", "blocks", "targets", "target_bytes"), 0)
-        self.packed = 0
-        self.schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(encoder.dtype))})
-        self.sink = pa.OSFile(str(path), "wb")
-        self.writer = pa.ipc.new_stream(self.sink, self.schema)
-
-    def add(self, text: str) -> None:
-        """Take one document."""
-        self.texts.append(text)
-        self.characters += len(text)
-        if self.characters >= BATCH:
-            self._submit()
-
-    def finish(self) -> dict:
-        """Write what is left and close the file; returns the counts."""
-        self._submit(ahead=0)
-        self._write(self.packer.finish())
-        self.writer.close()
-        self.sink.close()
-        padding = self.counts["blocks"] * self.block_size - self.packed
-        return {
-            **self.counts,
-            "padding": padding,
-            "dropped_tokens": self.counts["tokens"] - self.packed,
-        }
-
-    def _submit(self, ahead: int | None = None) -> None:
-        if self.texts:
-            self.counts["documents"] += len(self.texts)
-            self.pending.append((self.characters, self.pool.submit(self.encoder, self.texts)))
-            self.waiting += self.characters
-            self.texts, self.characters = [], 0
-        while self.pending and (
-            len(self.pending) > (self.ahead if ahead is None else ahead) or self.waiting > AHEAD
-        ):
-            characters, future = self.pending.popleft()
-            self.waiting -= characters
-            ids = future.result()
-            self.counts["tokens"] += len(ids)
-            self._write(self.packer.add(ids))
-
-    def _write(self, rows: Rows) -> None:
-        if not len(rows.lengths):
-            return
-        offsets = np.concatenate(([0], np.cumsum(rows.lengths))).astype(np.int32)
-        ids = rows.ids.astype(self.encoder.dtype, copy=False)
-        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))
-        self.writer.write_batch(pa.record_batch([column], schema=self.schema))
-        targets = is_target(rows, self.document_mask, self.encoder.eos_token_id)
-        self.counts["blocks"] += len(rows.lengths)
-        self.counts["targets"] += int(targets.sum())
-        self.counts["target_bytes"] += int(self.bytes_of[ids[targets]].sum())
-        self.packed += len(ids)

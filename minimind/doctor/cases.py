@@ -11,10 +11,10 @@ from trl import pack_dataset
 
 from minimind.common.errors import UserError
 from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
+from minimind.data.template_choice import set_chat_template
 from minimind.doctor.checks import RENAMED, Case, is_known
 from minimind.inspection import data_paths, has_roles
 from minimind.planning.planned_runs import STAGES, Recipe, stage_of

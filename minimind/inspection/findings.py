@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from minimind.data.chats import Reading
+from minimind.data.chat_summary import Reading
 from minimind.data.files import BAD_ROW_SHARE
 from minimind.data.messages import VOICES
 from minimind.inspection.tokens import (

@@ -21,21 +21,19 @@ from minimind.common.cache import find
 from minimind.common.errors import UserError
 from minimind.common.options import option_names
 from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.chat_encoder import ChatEncoder, set_chat_template
-from minimind.data.chats import (
-    ChatArguments,
-    load_conversations,
-    load_preferences,
-    tokenize_conversations,
-    tokenize_preferences,
-)
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_encoder import ChatEncoder
+from minimind.data.chat_rows import tokenize_conversations
+from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.columns import Columns
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks, preparation
 from minimind.data.files import BadRowError, read_rows, to_document, total_size
 from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
+from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
+from minimind.data.template_choice import set_chat_template
 from minimind.stage_directory import check_kind, load_config
 from minimind.tokenizer import load_tokenizer
 from minimind.tokenizer.encoding import DocumentEncoder
