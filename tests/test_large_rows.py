@@ -192,9 +192,9 @@ class Counting(ChatEncoder):
 
     characters = 0
 
-    def _write(self, conversation, prompt=False):
+    def apply_template(self, conversation, prompt=False):
         self.characters += sum(len(message["content"]) for message in conversation.messages)
-        return super()._write(conversation, prompt)
+        return super().apply_template(conversation, prompt)
 
 
 def work(turns, policy):
@@ -230,7 +230,7 @@ def test_replies_are_found_where_transformers_finds_them():
     tokenizer = load_tokenizer()
     chat = reasoning_chat(30)
     chat.messages[3]["content"] = "中文 <|im_end|> é"
-    text, spans = ChatEncoder(tokenizer)._write(chat)
+    text, spans = ChatEncoder(tokenizer).apply_template(chat)
     assert [text[start:end] for start, end in spans[:-1]] == [
         m["content"] + "<|im_end|>" for m in chat.messages[1:-1:2]
     ]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from minimind.data.chat_encoder import TEMPLATES
+from minimind.data.templates import TEMPLATES
 
 CHOICES = {
     "long_conversations": ("keep_last", "keep_first", "split", "drop"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.chat_arguments import ChatArguments
-from minimind.data.chat_encoder import ChatEncoder, Encoded
+from minimind.data.chat_encoder import ChatEncoder, EncodedChat
 from minimind.data.conversations import Conversation
 from minimind.data.files import BadRowError
 from minimind.data.long_conversations import BORDER, Part, TooLongError, shorten, tokens_until
@@ -66,7 +66,7 @@ def tokenize_conversations(
 
 
 def _shortened(
-    conversation: Conversation, result: Encoded, encoder: ChatEncoder, max_length, args, roles
+    conversation: Conversation, result: EncodedChat, encoder: ChatEncoder, max_length, args, roles
 ) -> tuple[list[Part], TooLongError | None]:
     """The parts of a conversation that fit, or why there is none."""
     if max_length is None or len(result.ids) <= max_length:
@@ -83,7 +83,7 @@ def _shortened(
 class _Group:
     """The pieces of one conversation on their way to rows; `whole` is the last of them, encoded."""
 
-    def __init__(self, pieces: Pieces, whole: Encoded, shortening: partial):
+    def __init__(self, pieces: Pieces, whole: EncodedChat, shortening: partial):
         self.pieces, self.whole, self.shortening = pieces, whole, shortening
         self.pattern = shortening.keywords["encoder"].pattern
         self.last, self.problem = shortening(pieces.piece(-1), whole)
@@ -104,7 +104,7 @@ class _Group:
         """What of the pieces before the last is to be encoded."""
         return [self.pieces.piece(n, *window) for n, window in enumerate(self.windows) if window]
 
-    def tokenized(self, encoded: Iterator[Encoded | BadRowError]) -> Tokenized | BadRowError:
+    def tokenized(self, encoded: Iterator[EncodedChat | BadRowError]) -> Tokenized | BadRowError:
         """The rows; `encoded` goes on with what `wanted` became, all of which is taken."""
         results = [next(encoded) if window else None for window in self.windows]
         kept, counts = [], Counter(reasoning_rows=int(bool(results)))

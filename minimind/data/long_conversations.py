@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from minimind.data.chat_encoder import ChatEncoder, Encoded
+from minimind.data.chat_encoder import ChatEncoder, EncodedChat
 from minimind.data.conversations import Conversation
 from minimind.data.files import BadRowError
 from minimind.data.messages import Message
@@ -21,7 +21,7 @@ class Part(NamedTuple):
     (exclusive)."""
 
     conversation: Conversation
-    encoded: Encoded
+    encoded: EncodedChat
     first: int = 0
     last: int = 0
 
@@ -32,7 +32,7 @@ def turns(messages: Sequence[Message]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(messages)], strict=True))
 
 
-def tokens_until(messages: Sequence[Message], encoded: Encoded) -> list[int]:
+def tokens_until(messages: Sequence[Message], encoded: EncodedChat) -> list[int]:
     """Turn -> tokens before it (from the second on those of the system prompt too), and of all
     turns at last."""
     # Message -> replies before it
@@ -43,7 +43,7 @@ def tokens_until(messages: Sequence[Message], encoded: Encoded) -> list[int]:
 def shorten(
     encoder: ChatEncoder,
     long: Conversation,
-    encoded: Encoded,
+    encoded: EncodedChat,
     max_length: int,
     policy: str,
     roles: bool,

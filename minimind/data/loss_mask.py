@@ -1,7 +1,7 @@
 """Which tokens of a conversation are trained, and how much each counts."""
 
 from minimind.data.chat_arguments import ChatArguments
-from minimind.data.chat_encoder import Encoded
+from minimind.data.chat_encoder import EncodedChat
 from minimind.data.conversations import Conversation
 from minimind.data.files import BadRowError
 from minimind.data.packing import IGNORED
@@ -38,7 +38,7 @@ def with_weights(conversation: Conversation, args: ChatArguments) -> Conversatio
     )
 
 
-def to_row(conversation: Conversation, encoded: Encoded, args: ChatArguments) -> dict | None:
+def to_row(conversation: Conversation, encoded: EncodedChat, args: ChatArguments) -> dict | None:
     """input_ids and labels (-100: not trained), with loss_weights where they may differ; None:
     nothing is trained.
 

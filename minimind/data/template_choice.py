@@ -1,4 +1,4 @@
-"""The chat template with which a tokenizer is trained."""
+"""The chat template that a tokenizer is trained with: chosen, tried, and its end token set."""
 
 import re
 from pathlib import Path
@@ -8,21 +8,23 @@ from transformers import PreTrainedTokenizerFast
 from minimind.common.errors import UserError
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
-from minimind.data.chat_encoder import TEMPLATES, ChatEncoder
+from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.conversations import Conversation
-from minimind.data.files import BadRowError
+from minimind.data.rows import BadRowError
+from minimind.data.templates import TEMPLATES
+
+CONTROL_LIKE = re.compile(r"<[^<>\s]+>$")  # what looks like a control token at the end of a text
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) -> None:
-    """Make a tokenizer ready to train chats: with a shipped template by its name, or the one in a
-    .jinja file.
+    """Give a tokenizer a chat template to be trained with, and the end token of its replies.
 
-    None leaves the tokenizer's own template. The token with which the template ends replies becomes
-    the end token.
+    Args:
+        choice: the name of a shipped template or a .jinja file; None keeps the tokenizer's own.
 
     Raises:
-        UserError: there is no such template, it cannot render, or does not show what the assistant
-        emits.
+        UserError: there is no such template, it cannot be rendered, or it does not show what the
+            assistant emits.
     """
     before = tokenizer.chat_template
     if choice is not None:
@@ -31,11 +33,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, choice: str | None) ->
         end = _end_of_replies(tokenizer)
     except BadRowError as problem:
         tokenizer.chat_template = before
-        given = (
+        source = (
             "the chat template of the tokenizer" if choice is None else f"--chat_template {choice}"
         )
         advice = f" Choose another with --chat_template ({', '.join(TEMPLATES)} or a .jinja file)."
-        raise UserError(f"{given}: {problem}.{advice}") from None
+        raise UserError(f"{source}: {problem}.{advice}") from None
     if end != tokenizer.eos_token:
         if is_main_process():
             say(
@@ -60,19 +62,26 @@ def _read_template(choice: str) -> str:
 
 
 def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The control token that ends each reply of a tokenizer's template; raises BadRowError."""
-    example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    """Return the control token that ends each reply in a tokenizer's template.
+
+    Raises:
+        BadRowError: the template cannot render a question and its reply, or no control token ends
+            the reply.
+    """
     encoder = ChatEncoder(tokenizer)
+    example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     (encoded,) = encoder.encode([Conversation(example)])
     if isinstance(encoded, BadRowError):
         raise BadRowError(f"a question and its answer fail, {encoded}")
-    last = encoded.ids[encoded.replies[0][1] - 1]
-    if last in encoder.control_ids.values():
+    ((_, end),) = encoded.replies
+    if (last := encoded.ids[end - 1]) in encoder.control_ids.values():
         return tokenizer.convert_ids_to_tokens(last)
+
+    # No control token of this tokenizer: say what the template writes instead
     text, spans = encoder.render(Conversation(example))
-    if written := TOKEN.search(text[: spans[0][1]]):
+    if unknown := CONTROL_LIKE.search(text[: spans[0][1]]):
         raise BadRowError(
-            f"replies end with {written.group()!r}, which is no token of this tokenizer: it has"
+            f"replies end with {unknown.group()!r}, which is no token of this tokenizer: it has"
             f" {', '.join(map(repr, encoder.controls)) or 'none'}. The model would have to spell"
             " it out"
         )
@@ -80,6 +89,3 @@ def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
         f"the generation block does not end with an end token such as {tokenizer.eos_token!r}, so"
         " the model would never learn to stop. Put it before {% endgeneration %}"
     )
-
-
-TOKEN = re.compile(r"<[^<>\s]+>$")  # what looks like a control token at the end of a text
