@@ -1,40 +1,47 @@
-"""Documents -> packed rows in an Arrow file."""
+"""Documents -> packed rows in an Arrow file: tokenised in threads, packed and written in order."""
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from minimind.data.packing import Rows, is_target, packer
+from minimind.data.packing import PackedRows, is_target, packer
 
-BATCH = 2**18  # characters tokenised at a time by one thread
-AHEAD = 2**24  # characters that may wait for it, unless one document has more
+BATCH = 2**18  # characters that one thread tokenises at a time
+AHEAD = 2**24  # characters that may wait to be written, unless one document has more
 
 
 class BlockWriter:
-    """An Arrow file in the making: documents are tokenised by the threads of `pool`, packed and
-    written in order."""
+    """Writes one Arrow file of rows, and counts what is in it.
+
+    Args:
+        encoder: texts -> their ids in one array, each text followed by EOS.
+        pool, threads: where `encoder` runs.
+        bytes_of: token id -> its bytes of UTF-8.
+        options: block_size, packing_strategy and document_mask.
+    """
 
     def __init__(
-        self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict
+        self,
+        path: Path,
+        encoder: Callable,
+        pool: Executor,
+        threads: int,
+        bytes_of: np.ndarray,
+        options: dict,
     ):
         self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
-        self.packer = packer(
-            options["packing_strategy"], options["block_size"], encoder.eos_token_id
-        )
-        self.block_size, self.document_mask, self.bytes_of = (
-            options["block_size"],
-            options["document_mask"],
-            bytes_of,
-        )
+        self.block_size, self.document_mask = options["block_size"], options["document_mask"]
+        self.packer = packer(options["packing_strategy"], self.block_size, encoder.eos_token_id)
+        self.bytes_of = bytes_of
         self.texts: list[str] = []
         self.characters = self.waiting = 0
         self.pending: deque[tuple[int, Future]] = deque()
         self.counts = dict.fromkeys(("documents", "tokens", "blocks", "targets", "target_bytes"), 0)
-        self.packed = 0
+        self.packed = 0  # tokens
         self.schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(encoder.dtype))})
         self.sink = pa.OSFile(str(path), "wb")
         self.writer = pa.ipc.new_stream(self.sink, self.schema)
@@ -44,37 +51,33 @@ class BlockWriter:
         self.texts.append(text)
         self.characters += len(text)
         if self.characters >= BATCH:
-            self._submit()
+            self._submit(self.ahead)
 
-    def finish(self) -> dict:
-        """Write what is left and close the file; returns the counts."""
+    def finish(self) -> dict[str, int]:
+        """Write what is left, close the file and return the counts."""
         self._submit(ahead=0)
         self._write(self.packer.finish())
         self.writer.close()
         self.sink.close()
         padding = self.counts["blocks"] * self.block_size - self.packed
-        return {
-            **self.counts,
-            "padding": padding,
-            "dropped_tokens": self.counts["tokens"] - self.packed,
-        }
+        dropped = self.counts["tokens"] - self.packed
+        return {**self.counts, "padding": padding, "dropped_tokens": dropped}
 
-    def _submit(self, ahead: int | None = None) -> None:
+    def _submit(self, ahead: int) -> None:
+        """Have the texts tokenised, and write the oldest results until at most `ahead` are left."""
         if self.texts:
             self.counts["documents"] += len(self.texts)
             self.pending.append((self.characters, self.pool.submit(self.encoder, self.texts)))
             self.waiting += self.characters
             self.texts, self.characters = [], 0
-        while self.pending and (
-            len(self.pending) > (self.ahead if ahead is None else ahead) or self.waiting > AHEAD
-        ):
+        while self.pending and (len(self.pending) > ahead or self.waiting > AHEAD):
             characters, future = self.pending.popleft()
             self.waiting -= characters
             ids = future.result()
             self.counts["tokens"] += len(ids)
             self._write(self.packer.add(ids))
 
-    def _write(self, rows: Rows) -> None:
+    def _write(self, rows: PackedRows) -> None:
         if not len(rows.lengths):
             return
         offsets = np.concatenate(([0], np.cumsum(rows.lengths))).astype(np.int32)

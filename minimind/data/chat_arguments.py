@@ -1,6 +1,7 @@
-"""How conversations become rows: the options that SFT and DPO share."""
+"""The options by which conversations become rows, of SFT, LoRA and DPO."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from minimind.data.templates import TEMPLATES
 
@@ -11,64 +12,43 @@ CHOICES = {
 }
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ChatArguments:
     """How conversations become rows."""
 
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                f"{', '.join(TEMPLATES)}, or a .jinja file. Default: the tokenizer's own (chatml)."
-            )
-        },
+    chat_template: str | None = _option(
+        None, f"{', '.join(TEMPLATES)}, or a .jinja file. Default: the tokenizer's own (chatml)."
     )
-    long_conversations: str = field(
-        default="keep_last",
-        metadata={
-            "help": (
-                "What of a conversation longer than --max_length is used. keep_last: system prompt"
-                " and the last turns that fit; keep_first: the first replies that fit; split: all"
-                " turns, as several rows, each with the system prompt; drop: nothing. Replies are"
-                " never cut; a conversation of which no turn fits is dropped."
-            )
-        },
+    long_conversations: str = _option(
+        "keep_last",
+        "What of a conversation longer than --max_length is used. keep_last: system prompt and the"
+        " last turns that fit; keep_first: the first replies that fit; split: all turns, as several"
+        " rows, each with the system prompt; drop: nothing. Replies are never cut; a conversation"
+        " of which no turn fits is dropped.",
     )
-    train_turns: str = field(
-        default="all",
-        metadata={
-            "help": (
-                "Which replies are trained. all; last: the last one of each conversation; flags:"
-                " those with 'train': true or a 'weight' above 0. 'train': false and 'weight': 0"
-                " are obeyed always."
-            )
-        },
+    train_turns: str = _option(
+        "all",
+        "Which replies are trained. all; last: the last one of each conversation; flags: those with"
+        " 'train': true or a 'weight' above 0. 'train': false and 'weight': 0 are obeyed always.",
     )
-    loss_normalization: str = field(
-        default="token",
-        metadata={
-            "help": (
-                "token: each trained token of a step counts alike; conversation: each conversation"
-                " does."
-            )
-        },
+    loss_normalization: str = _option(
+        "token",
+        "token: each trained token of a step counts alike; conversation: each conversation does.",
     )
-    weighted_loss: bool | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Multiply losses by the 'weight' of rows and messages; false: ignore it. Default:"
-                " an error where a weight is other than 0 and 1."
-            )
-        },
+    weighted_loss: bool | None = _option(
+        None,
+        "Multiply losses by the 'weight' of rows and messages; false: ignore it. Default: an error"
+        " where a weight is other than 0 and 1.",
     )
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)}: expected one of {', '.join(choices)}"
-                )
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}")
 
     @property
     def needs_weights(self) -> bool:

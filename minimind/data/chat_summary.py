@@ -1,9 +1,9 @@
-"""What became of the conversations that were read."""
+"""What became of the conversations and pairs that were read, for the report of an inspection."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from minimind.data.chat_rows import Tokenized
+from minimind.data.chat_rows import Outcome
 from minimind.data.columns import Columns
 from minimind.data.files import BadRows
 from minimind.data.markers import rendered_turn
@@ -11,14 +11,15 @@ from minimind.data.messages import Message
 
 
 class Reading:
-    """What became of the conversations that were read for training, for the report of an
-    inspection.
+    """The facts of one reading.
 
-    `bad` are the bad rows of each source, `columns` what was read of its rows, and `too_long` those
-    of which nothing fits; `lengths` the tokens of every conversation before any cut, also of one
-    that is dropped; `counts` and `places` what became of how many, and where the first of them
-    stand; `held_out` where the held-out rows do; `marker` the first of those that a chat template
-    writes and that stand in the words ("rendered" in `counts`).
+    bad, columns   per source: its bad rows, and which columns were read
+    too_long       per source: the rows of which nothing fits
+    lengths        the tokens of each conversation before any cut, dropped ones included
+    counts         how many were truncated, split, dropped ... (see `Outcome`)
+    places         where the first few of each count are, as "file:line"
+    held_out       where the held-out rows are
+    marker         the first marker of a chat template found in the words ("rendered" in `counts`)
     """
 
     NAMED = 5
@@ -33,12 +34,12 @@ class Reading:
         self.held_out: list[str] = []
         self.marker: str | None = None
 
-    def add(self, where: str, result: "Tokenized", messages: Sequence[Message] = ()) -> None:
-        """Note one conversation, or pair with all its `messages`."""
-        self.lengths.append(result.length)
+    def add(self, where: str, outcome: Outcome, messages: Sequence[Message]) -> None:
+        """Note what became of one conversation, or of a pair with all its `messages`."""
+        self.lengths.append(outcome.length)
         marker = rendered_turn(message["content"] for message in messages)
         self.marker = self.marker or marker
-        for name in [*result.counts, *(["rendered"] if marker else [])]:
+        for name in [*outcome.counts, *(["rendered"] if marker else [])]:
             self.counts[name] += 1
             if self.counts[name] <= self.NAMED:
                 self.places.setdefault(name, []).append(where)

@@ -1,16 +1,12 @@
-"""Conversations and preference pairs -> token ids with a loss mask.
+"""Files of conversations or preference pairs -> rows for a trainer, read and tokenised in batches.
 
-The mask is the template's: what stands between its generation tags (all that the assistant emits,
-the end token included) is trained, nothing else. Only what the template itself writes becomes a
-control token; the same characters in somebody's words are plain text.
-
-    load_conversations, load_preferences     files -> rows for a trainer
-    tokenize_conversation(s)                 -> {"input_ids", "labels"} and, if asked for, "roles" and "loss_weights"
-    ChatEncoder                              -> ids, and where in them the assistant speaks; also prompts to answer
+chat_rows.py and preference_rows.py make the rows, loss_mask.py decides what of them is trained, and
+held_out.py which of them are held out.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,27 +19,28 @@ from minimind.common.errors import UserError
 from minimind.common.language import translated
 from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chat_encoder import ChatEncoder
-from minimind.data.chat_rows import Tokenized, tokenize_conversations
+from minimind.data.chat_rows import Outcome, tokenize_conversations
 from minimind.data.chat_summary import Reading
 from minimind.data.conversations import to_conversation
-from minimind.data.files import BadRowError, BadRows, expand, read_rows
+from minimind.data.files import BadRows, expand, read_rows
 from minimind.data.held_out import HoldOut
 from minimind.data.markers import rendered_turn
 from minimind.data.messages import Message
-from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
+from minimind.data.mixing import add_counts, epoch_rows, parse_sources, source_facts
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
-from minimind.data.rows import batches
+from minimind.data.rows import BadRowError, batches
 
 BATCH = 1000  # conversations tokenised at a time
 EXPECTED = 'expected its turns without markers, each as {"role", "content"} in "messages"'
+TYPES = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}  # else int32
 
 
 class ChatRows(NamedTuple):
-    """Rows for a trainer; `facts`: files, rows and what became of the conversations, of both parts.
+    """Rows for a trainer.
 
-    `where` names the place ("file:line") of each training row, `lengths` its conversation's tokens
-    before any cut.
+    `facts` are the files, rows and counts of both parts; `where` is the place ("file:line") of each
+    training row, `lengths` the tokens of its conversation before any cut.
     """
 
     train: Dataset
@@ -54,20 +51,22 @@ class ChatRows(NamedTuple):
     reading: Reading
 
 
-# What of a conversation is trained, and in which rows
+class _Kind(NamedTuple):
+    """How to read conversations or pairs.
+
+    `parse` makes one of a row's columns, `tokenize` rows of several, `key` the text that copies
+    share, and `messages` a list of all its messages.
+    """
+
+    parse: Callable[[dict], Any]
+    tokenize: Callable[[list], list[Outcome | BadRowError]]
+    key: Callable[[Any], str]
+    messages: Callable[[Any], list[Message]]
 
 
-# Preference pairs
-
-
-# Files
-
-
-class _Unjudged(BadRows):
-    """Bad rows of a reading whose rows may turn out bad later, when they are tokenised: `judge`
-    comes after that."""
-
-    total = 0
+class _BadRowsOfBothSteps(BadRows):
+    """Identical to BadRows except: not judged when all is read, because a row may also turn out bad
+    when it is tokenised; call `judge` after that."""
 
     def finish(self, total: int) -> None:
         self.total = total
@@ -84,16 +83,15 @@ def load_conversations(
     roles: bool = False,
     seed: int = 42,
 ) -> ChatRows:
-    """Conversations in the files of `data_args` -> rows with input_ids, labels and, if needed,
-    loss_weights and roles.
+    """Return the rows of the conversations in the files of `data_args`.
+
+    They have input_ids and labels, and if needed loss_weights and roles.
 
     Raises:
-        UserError: bad rows, or none is left to train.
+        UserError: too many rows are bad, or none is left to train.
     """
     encoder = ChatEncoder(tokenizer)
-    return _load(
-        data_args,
-        seed,
+    kind = _Kind(
         to_conversation,
         lambda conversations: tokenize_conversations(
             conversations, encoder, max_length, args, roles
@@ -101,6 +99,7 @@ def load_conversations(
         lambda conversation: str(conversation.messages),
         lambda conversation: conversation.messages,
     )
+    return _load(data_args, kind, seed)
 
 
 def load_preferences(
@@ -110,16 +109,18 @@ def load_preferences(
     args: ChatArguments | None = None,
     seed: int = 42,
 ) -> ChatRows:
-    """Preference pairs in the files of `data_args` -> the rows of `tokenize_preferences`; raises
-    UserError."""
+    """Return the rows of the preference pairs in the files of `data_args`; see
+    `tokenize_preferences`.
+
+    Raises:
+        UserError: too many rows are bad, none is left to train, or an option is not for pairs.
+    """
     args = args or ChatArguments()
-    for name, choices in {
-        "long_conversations": ("keep_last", "drop"),
-        "train_turns": ("all",),
-    }.items():
-        if (given := getattr(args, name)) not in choices:
+    allowed = {"long_conversations": ("keep_last", "drop"), "train_turns": ("all",)}
+    for name, choices in allowed.items():
+        if (value := getattr(args, name)) not in choices:
             raise UserError(
-                f"--{name} {given}: expected {' or '.join(choices)} for preference pairs."
+                f"--{name} {value}: expected {' or '.join(choices)} for preference pairs."
             )
     if args.needs_weights:
         raise UserError(
@@ -127,76 +128,40 @@ def load_preferences(
             " pairs."
         )
     encoder = ChatEncoder(tokenizer)
-    return _load(
-        data_args,
-        seed,
+    kind = _Kind(
         to_preference,
         lambda pairs: tokenize_preferences(pairs, encoder, max_length, args),
         lambda pair: str(pair["prompt"]),
         lambda pair: pair["prompt"] + pair["chosen"] + pair["rejected"],
     )
+    return _load(data_args, kind, seed)
 
 
-def _load(
-    data_args,
-    seed: int,
-    parse: Callable,
-    tokenize: Callable,
-    key: Callable,
-    messages: Callable[[Any], list[Message]],
-) -> ChatRows:
-    def unrendered(data: dict) -> Any:
-        try:
-            return parse(data)
-        except BadRowError:
-            if marker := rendered_turn(value for value in data.values() if isinstance(value, str)):
-                raise BadRowError(
-                    f"found a chat that is rendered already, with {marker!r}, {EXPECTED}"
-                ) from None
-            raise
-
-    def read(files, reading: Reading) -> Iterator[tuple[str, str, Tokenized]]:
-        bad, too_long = _Unjudged(data_args.on_bad_rows), BadRows("skip")
-        columns = data_args.reading()
-        reading.bad.append(bad)
-        reading.columns.append(columns)
-        reading.too_long.append(too_long)
-        found = read_rows(files, bad, unrendered, columns=columns)
-        rows = tqdm(found, unit=" rows", desc=translated("tokenising"), disable=None)
-        for batch in batches(
-            rows, lambda row: sum(len(m["content"]) for m in messages(row.data)), BATCH
-        ):
-            for row, result in zip(batch, tokenize([row.data for row in batch]), strict=True):
-                if isinstance(result, BadRowError):
-                    bad.add(row.where, str(result))
-                    continue
-                if result.problem:
-                    too_long.add(row.where, result.problem)
-                reading.add(row.where, result, messages(row.data))
-                yield key(row.data), row.where, result
-        bad.judge()
-        too_long.warn(bad.total)
-
-    temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
-    sources = parse_sources(data_args.train_files, temperature)
+def _load(data_args, kind: _Kind, seed: int) -> ChatRows:
+    sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
-    hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
-    parts, held_out = [_Collected() for _ in sources], _Collected()
     everything = [path for paths in files for path in paths]
     contents, held_out_contents = Contents(everything), Contents(held_out_files)
-    reading, apart = Reading(), Reading()
+
+    # Read all sources; the rows to hold out are known only at the end
+    parts, held_out = [_Collector() for _ in sources], _Collector()
+    hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
+    reading = Reading()
     for part, paths in zip(parts, files, strict=True):
-        for text, where, result in read(paths, reading):
-            for owner, *certain in hold_out.offer(text, (part, where, result)):
-                owner.add(*certain)
-    for _, where, result in hold_out.chosen():
-        held_out.add(where, result)
-    for number, (_, where, result) in enumerate(
-        read(held_out_files, apart) if held_out_files else ()
-    ):
-        if number < data_args.max_eval_rows:  # and read on, since bad rows are judged at the end
-            held_out.add(where, result)
+        for text, where, outcome in _read(paths, kind, data_args, reading):
+            for owner, *trained in hold_out.offer(text, (part, where, outcome)):
+                owner.add(*trained)
+    for _, where, outcome in hold_out.chosen():
+        held_out.add(where, outcome)
+
+    # Read held-out files to their end, since bad rows are judged there
+    if held_out_files:
+        rows = _read(held_out_files, kind, data_args, Reading())
+        for _, where, outcome in islice(rows, data_args.max_eval_rows):
+            held_out.add(where, outcome)
+        for _ in rows:
+            pass
     contents.check()
     held_out_contents.check()
     for part, paths in zip(parts, files, strict=True):
@@ -206,28 +171,26 @@ def _load(
                 f" ({part.counted() or 'all are held out'}). Raise --max_length, lower"
                 " --eval_ratio, give more rows, or choose another --train_turns."
             )
-    counted = [part.facts() for part in parts]
+
+    # Join the sources as an epoch takes them
+    facts = [part.facts() for part in parts]
     train = concatenate_datasets([part.dataset() for part in parts])
-    where, lengths = (
-        [each for part in parts for each in getattr(part, name)] for name in ("where", "lengths")
-    )
-    sizes = [len(part.where) for part in parts]
-    wanted = rows_per_epoch(sources, sizes, temperature, stopping)
-    if wanted != sizes:
-        chosen = mixture(sizes, wanted, seed)
+    where = [place for part in parts for place in part.where]
+    lengths = [length for part in parts for length in part.lengths]
+    counts, mixture = epoch_rows(data_args, sources, [len(part.where) for part in parts], seed)
+    if mixture is not None:
         train, where, lengths = (
-            train.select(chosen),
-            [where[i] for i in chosen],
-            [lengths[i] for i in chosen],
+            train.select(mixture),
+            [where[index] for index in mixture],
+            [lengths[index] for index in mixture],
         )
-    facts = {
+    reading.held_out = held_out.where
+    all_facts = {
         "train": {
             "files": list(map(str, everything)),
             "hash": contents.hash,
-            **{
-                name: sum(each.get(name, 0) for each in counted)
-                for name in {n: None for each in counted for n in each}
-            },
+            **add_counts(facts),
+            **source_facts(sources, facts, counts),
         },
         "eval": {
             "files": list(map(str, held_out_files)),
@@ -235,20 +198,52 @@ def _load(
             **held_out.facts(),
         },
     }
-    if len(sources) > 1:
-        facts["train"]["rows_per_epoch"] = sum(wanted)
-        facts["train"]["sources"] = [
-            {"files": source.paths, **each, "rows_per_epoch": want}
-            for source, each, want in zip(sources, counted, wanted, strict=True)
-        ]
-    reading.held_out = held_out.where
-    return ChatRows(train, held_out.dataset(), facts, where, lengths, reading)
+    return ChatRows(train, held_out.dataset(), all_facts, where, lengths, reading)
 
 
-class _Collected:
-    """Collects rows as Arrow tables, a list of Python integers taking many times the memory."""
+def _read(files, kind: _Kind, data_args, reading: Reading) -> Iterator[tuple[str, str, Outcome]]:
+    """Yield the key, the place and the outcome of each usable row, and note all in `reading`."""
 
-    types = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}  # noqa: RUF012
+    def parse(data: dict) -> Any:
+        try:
+            return kind.parse(data)
+        except BadRowError:
+            if marker := rendered_turn(value for value in data.values() if isinstance(value, str)):
+                raise BadRowError(
+                    f"found a chat that is rendered already, with {marker!r}, {EXPECTED}"
+                ) from None
+            raise
+
+    def characters(row) -> int:
+        return sum(len(message["content"]) for message in kind.messages(row.data))
+
+    bad, too_long = _BadRowsOfBothSteps(data_args.on_bad_rows), BadRows("skip")
+    columns = data_args.reading()
+    reading.bad.append(bad)
+    reading.columns.append(columns)
+    reading.too_long.append(too_long)
+    rows = tqdm(
+        read_rows(files, bad, parse, columns=columns),
+        unit=" rows",
+        desc=translated("tokenising"),
+        disable=None,
+    )
+    for batch in batches(rows, characters, BATCH):
+        outcomes = kind.tokenize([row.data for row in batch])
+        for row, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, BadRowError):
+                bad.add(row.where, str(outcome))
+                continue
+            if outcome.problem:
+                too_long.add(row.where, outcome.problem)
+            reading.add(row.where, outcome, kind.messages(row.data))
+            yield kind.key(row.data), row.where, outcome
+    bad.judge()
+    too_long.warn(bad.total)
+
+
+class _Collector:
+    """Collects rows as Arrow tables: lists of Python integers take many times the memory."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -257,22 +252,13 @@ class _Collected:
         self.lengths: list[int] = []
         self.counts = Counter()
 
-    def add(self, where: str, result: Tokenized) -> None:
-        self.rows += result.rows
-        self.where += [where] * len(result.rows)
-        self.lengths += [result.length] * len(result.rows)
-        self.counts += result.counts
+    def add(self, where: str, outcome: Outcome) -> None:
+        self.rows += outcome.rows
+        self.where += [where] * len(outcome.rows)
+        self.lengths += [outcome.length] * len(outcome.rows)
+        self.counts += outcome.counts
         if len(self.rows) >= BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.rows:
-            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
-            kind = {name: self.types.get(name, pa.list_(pa.int32())) for name in columns}
-            self.tables.append(
-                pa.table({name: pa.array(values, kind[name]) for name, values in columns.items()})
-            )
-            self.rows = []
+            self._flush()
 
     def counted(self) -> str:
         return ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
@@ -281,5 +267,16 @@ class _Collected:
         return {"rows": len(self.where), "truncated": 0, **self.counts}
 
     def dataset(self) -> Dataset | None:
-        self.flush()
+        self._flush()
         return Dataset(pa.concat_tables(self.tables)) if self.tables else None
+
+    def _flush(self) -> None:
+        if self.rows:
+            columns = {
+                name: pa.array(
+                    [row[name] for row in self.rows], TYPES.get(name, pa.list_(pa.int32()))
+                )
+                for name in self.rows[0]
+            }
+            self.tables.append(pa.table(columns))
+            self.rows = []

@@ -1,4 +1,4 @@
-"""Which rows are held out."""
+"""Which rows are held out for evaluation, where no files are given for it."""
 
 from collections.abc import Sequence
 from heapq import heappush, heappushpop
@@ -8,20 +8,25 @@ import xxhash
 
 
 class HoldOut:
-    """Chooses the held-out rows by a hash of their content: the `limit` smallest among a share
-    `ratio` of all hashes.
+    """Chooses rows by a hash of their content: the `limit` smallest below `ratio` of the range.
 
-    So the choice is spread over all sources, depends on nothing but the rows, and copies lie on one
-    side.
+        0 ..... h3 .. h1 ......... h5 | ..... h2 ......... h4 ..... 2^64      ratio 0.4, limit 2:
+                -------                                                       rows 3 and 1
+
+    The choice is spread over all sources, depends on nothing but the rows, and puts all copies of a
+    row on one side.
     """
 
     def __init__(self, ratio: float, limit: int):
         self.threshold, self.limit = ratio * 2**64, limit
-        self.rows: dict[int, list] = {}
-        self.largest: list[int] = []  # a heap of the negated hashes that are held out
+        self.rows: dict[int, list] = {}  # hash -> the rows held out so far
+        self.largest: list[int] = []  # a heap of the negated hashes
 
     def offer(self, text: str, row: Any) -> Sequence:
-        """The rows that are certain now to be trained on: mostly this one."""
+        """Take a row with its text, and return the rows that are now certain to be trained on.
+
+        Mostly this is the row itself; rows of a hash that a smaller one displaces come later.
+        """
         digest = xxhash.xxh3_64_intdigest(text.encode())
         if digest in self.rows:
             self.rows[digest].append(row)
@@ -36,5 +41,5 @@ class HoldOut:
         return ()
 
     def chosen(self) -> list:
-        """The held-out rows, copies beside each other."""
+        """Return the held-out rows, copies beside each other."""
         return [row for copies in self.rows.values() for row in copies]

@@ -21,7 +21,7 @@ IGNORED = -100
 STRATEGIES = ("wrapped", "bfd_split")
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """Rows one after the other: `ids` (tokens,) and how many of them each row has, `lengths`
     (rows,)."""
 
@@ -41,16 +41,16 @@ class Wrapped:
         self.block_size = block_size
         self.rest: np.ndarray | None = None
 
-    def add(self, stream: np.ndarray) -> Rows:
+    def add(self, stream: np.ndarray) -> PackedRows:
         """The rows that are full now; `stream` itself is not copied where nothing was left over."""
         stream = stream if self.rest is None else np.concatenate((self.rest, stream))
         count = len(stream) // self.block_size
         self.rest = stream[count * self.block_size :] if len(stream) % self.block_size else None
-        return Rows(stream[: count * self.block_size], np.full(count, self.block_size))
+        return PackedRows(stream[: count * self.block_size], np.full(count, self.block_size))
 
-    def finish(self) -> Rows:
+    def finish(self) -> PackedRows:
         """No row."""
-        return Rows(np.empty(0, dtype=int), np.empty(0, dtype=int))
+        return PackedRows(np.empty(0, dtype=int), np.empty(0, dtype=int))
 
 
 class BestFit:
@@ -66,20 +66,22 @@ class BestFit:
         self.window: list[np.ndarray] = []
         self.size = 0
 
-    def add(self, stream: np.ndarray) -> Rows:
+    def add(self, stream: np.ndarray) -> PackedRows:
         """Rows of all that waits, once that is a window."""
         self.window.append(stream)
         self.size += len(stream)
-        return self.finish() if self.size >= WINDOW else Rows(stream[:0], np.empty(0, dtype=int))
+        return (
+            self.finish() if self.size >= WINDOW else PackedRows(stream[:0], np.empty(0, dtype=int))
+        )
 
-    def finish(self) -> Rows:
+    def finish(self) -> PackedRows:
         """Rows of all that waits."""
         stream = np.concatenate(self.window) if self.window else np.empty(0, dtype=int)
         self.window, self.size = [], 0
         return (
             _fill(stream, self.block_size, self.eos_token_id)
             if len(stream)
-            else Rows(stream, stream)
+            else PackedRows(stream, stream)
         )
 
 
@@ -90,7 +92,7 @@ def packer(strategy: str, block_size: int, eos_token_id: int) -> Wrapped | BestF
     return Wrapped(block_size) if strategy == "wrapped" else BestFit(block_size, eos_token_id)
 
 
-def _fill(stream: np.ndarray, block_size: int, eos_token_id: int) -> Rows:
+def _fill(stream: np.ndarray, block_size: int, eos_token_id: int) -> PackedRows:
     ends = np.flatnonzero(stream == eos_token_id) + 1
     starts = np.concatenate(([0], ends[:-1]))
     pieces = -(-(ends - starts) // block_size)  # pieces of each document, all full but the last
@@ -107,7 +109,7 @@ def _fill(stream: np.ndarray, block_size: int, eos_token_id: int) -> Rows:
         places = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         ids[done : done + len(places)] = stream[np.repeat(starts[some], sizes) + places]
         done += len(places)
-    return Rows(ids, np.array([lengths[row].sum() for row in bins]))
+    return PackedRows(ids, np.array([lengths[row].sum() for row in bins]))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -137,7 +139,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-def is_target(rows: Rows, document_mask: bool, eos_token_id: int) -> np.ndarray:
+def is_target(rows: PackedRows, document_mask: bool, eos_token_id: int) -> np.ndarray:
     """Which tokens of the rows are predicted, (tokens,): not the first of a row; with
     `document_mask` not the first of a document either."""
     target = np.ones(len(rows.ids), dtype=bool)
@@ -148,7 +150,7 @@ def is_target(rows: Rows, document_mask: bool, eos_token_id: int) -> np.ndarray:
 
 
 class BlockCollator:
-    """Rows -> input_ids and labels, both (batch, longest row); the model shifts the labels itself.
+    """PackedRows -> input_ids and labels, both (batch, longest row); the model shifts the labels itself.
 
     With `document_mask` also position_ids (batch, longest row) that restart with every document, by
     which the model keeps documents apart on every attention back-end. Then a document's first token

@@ -1,71 +1,21 @@
-"""Preference pairs -> rows."""
+"""Preference pairs -> rows of token ids and masks, as TRL's trainer expects them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chat_encoder import ChatEncoder
-from minimind.data.chat_rows import Tokenized
+from minimind.data.chat_rows import Outcome
 from minimind.data.conversations import Conversation
-from minimind.data.files import BadRowError
-from minimind.data.long_conversations import BORDER, tokens_until, turns
-from minimind.data.packing import IGNORED
+from minimind.data.long_conversations import BORDER, tokens_before_turns, turns
+from minimind.data.loss_mask import completion_mask
+from minimind.data.rows import BadRowError
 
 
-def tokenize_preferences(
-    pairs: Sequence[dict],
-    encoder: ChatEncoder,
-    max_length: int | None = None,
-    args: ChatArguments | None = None,
-) -> list[Tokenized | BadRowError]:
-    """Each pair -> one row of prompt_ids, chosen_ids and rejected_ids, as TRL's trainer makes them,
-    and of chosen_mask and rejected_mask, 1 where the assistant speaks; or why it cannot be used.
-
-    A pair longer than `max_length` loses the oldest turns of its prompt (keep_last) or is left out
-    (drop).
-    """
-    args = args or ChatArguments()
-    results = []
-    for pair in pairs:
-        try:
-            results.append(_tokenized_pair(pair, encoder, max_length, args))
-        except BadRowError as problem:
-            results.append(problem)
-    return results
-
-
-def _tokenized_pair(
-    pair: dict, encoder: ChatEncoder, max_length: int | None, args: ChatArguments
-) -> Tokenized:
-    prompt, tools = pair["prompt"], pair.get("tools")
-    starts, whole = [start for start, _ in turns(prompt)], None
-    for turn, start in enumerate(starts):
-        is_last = turn == len(starts) - 1
-        if turn and not is_last and whole.length - whole.until[turn] > max_length + BORDER:
-            continue
-        head = [message for message in prompt[:start] if message["role"] == "system"]
-        messages = head + prompt[start:] if turn else prompt
-        found = _encoded_pair(Conversation(messages, tools), pair, encoder)
-        whole = whole or found
-        if max_length is None or found.length <= max_length:
-            return Tokenized(
-                [found.row],
-                +Counter(truncated=int(turn > 0), escaped=int(found.escaped)),
-                whole.length,
-            )
-        if args.long_conversations == "drop":
-            break
-    problem = (
-        f"found {found.length:,} tokens of prompt and {found.longest} reply, expected at most"
-        f" --max_length {max_length:,}"
-    )
-    return Tokenized([], Counter(dropped=1), whole.length, problem)
-
-
-class _EncodedPair(NamedTuple):
-    """A pair as a row; the tokens of its `longest` conversation, and of it before each turn of the
-    prompt."""
+class EncodedPair(NamedTuple):
+    """A pair as a row; the name and length of its longer conversation, and the tokens of that
+    before each turn of the prompt."""
 
     row: dict
     longest: str
@@ -74,47 +24,78 @@ class _EncodedPair(NamedTuple):
     escaped: bool
 
 
-def _encoded_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> _EncodedPair:
-    (start,) = encoder.encode([prompt], prompt=True)
-    names = ("chosen", "rejected")
-    wholes = encoder.encode(
-        [prompt._replace(messages=prompt.messages + pair[name]) for name in names]
+def tokenize_preferences(
+    pairs: Sequence[dict],
+    encoder: ChatEncoder,
+    max_length: int | None = None,
+    args: ChatArguments | None = None,
+) -> list[Outcome | BadRowError]:
+    """Return one row for each pair, or why it has none.
+
+    A row has prompt_ids, chosen_ids and rejected_ids, identical to those of TRL's trainer, and
+    chosen_mask and rejected_mask, 1 where the assistant speaks. A pair longer than `max_length`
+    loses the oldest turns of its prompt (keep_last) or is left out (drop).
+    """
+    policy = (args or ChatArguments()).long_conversations
+    results: list[Outcome | BadRowError] = []
+    for pair in pairs:
+        try:
+            results.append(_tokenize_pair(pair, encoder, max_length, policy))
+        except BadRowError as problem:
+            results.append(problem)
+    return results
+
+
+def _tokenize_pair(
+    pair: dict, encoder: ChatEncoder, max_length: int | None, policy: str
+) -> Outcome:
+    prompt, tools = pair["prompt"], pair.get("tools")
+    complete = encoded = _encode_pair(Conversation(prompt, tools), pair, encoder)
+    starts = [start for start, _ in turns(prompt)]
+    for turn, start in enumerate(starts):
+        if turn:
+            tokens = complete.length - complete.until[turn]
+            if start != starts[-1] and tokens > max_length + BORDER:
+                continue
+            system = [message for message in prompt[:start] if message["role"] == "system"]
+            encoded = _encode_pair(Conversation(system + prompt[start:], tools), pair, encoder)
+        if max_length is None or encoded.length <= max_length:
+            counts = Counter(truncated=int(turn > 0), escaped=int(encoded.escaped))
+            return Outcome([encoded.row], +counts, complete.length)
+        if policy == "drop":
+            break
+    problem = (
+        f"found {encoded.length:,} tokens of prompt and {encoded.longest} reply, expected at most"
+        f" --max_length {max_length:,}"
     )
-    for result in (start, *wholes):
+    return Outcome([], Counter(dropped=1), complete.length, problem)
+
+
+def _encode_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> EncodedPair:
+    """Return the row of a pair after a prompt.
+
+    Raises:
+        BadRowError: it cannot be encoded, or the prompt reads differently before a reply.
+    """
+    names = ("chosen", "rejected")
+    results = encoder.encode([prompt], prompt=True)
+    results += encoder.encode([prompt._replace(messages=prompt.messages + pair[n]) for n in names])
+    for result in results:
         if isinstance(result, BadRowError):
             raise result
-    asked = sum(message["role"] == "assistant" for message in prompt.messages)
-    row, lengths = {"prompt_ids": start.ids}, {}
-    for name, whole in zip(names, wholes, strict=True):
-        if list(whole.ids[: len(start.ids)]) != list(start.ids):
+    start, *answered = results
+    length = len(start.ids)
+    earlier = sum(message["role"] == "assistant" for message in prompt.messages)
+    row = {"prompt_ids": start.ids}
+    for name, encoded in zip(names, answered, strict=True):
+        if list(encoded.ids[:length]) != list(start.ids):
             raise BadRowError(
                 f"the chat template renders the prompt differently before the {name} reply than"
                 " alone"
             )
-        mask = [0] * len(whole.ids)
-        for begin, end in whole.replies[asked:]:
-            mask[begin:end] = [1] * (end - begin)
-        row |= {f"{name}_ids": whole.ids[len(start.ids) :], f"{name}_mask": mask[len(start.ids) :]}
-        lengths[name] = len(whole.ids)
-    longest = max(lengths, key=lengths.get)
-    until = tokens_until([*prompt.messages, *pair[longest]], wholes[names.index(longest)])
-    return _EncodedPair(
-        row, longest, lengths[longest], until, any(whole.escaped for whole in wholes)
-    )
-
-
-def preference_labels(rows: Iterable[dict]) -> list[dict]:
-    """Rows of `tokenize_preferences` -> one row of input_ids and labels for each reply."""
-    labelled = []
-    for row in rows:
-        for name in ("chosen", "rejected"):
-            reply = row[f"{name}_ids"]
-            labels = [
-                token if mask else IGNORED
-                for token, mask in zip(reply, row[f"{name}_mask"], strict=True)
-            ]
-            ids = row["prompt_ids"] + reply
-            labelled.append(
-                {"input_ids": ids, "labels": [IGNORED] * len(row["prompt_ids"]) + labels}
-            )
-    return labelled
+        mask = completion_mask(len(encoded.ids), encoded.replies[earlier:])
+        row |= {f"{name}_ids": encoded.ids[length:], f"{name}_mask": mask[length:]}
+    name, longest = max(zip(names, answered, strict=True), key=lambda named: len(named[1].ids))
+    until = tokens_before_turns([*prompt.messages, *pair[name]], longest)
+    escaped = any(encoded.escaped for encoded in answered)
+    return EncodedPair(row, name, len(longest.ids), until, escaped)

@@ -1,80 +1,102 @@
-"""Conversations that reason in several turns."""
+"""Conversations that reason in several turns, for a template that shows only the newest reasoning.
+
+The shipped template and Qwen3's leave the reasoning of a turn out once the next question is asked.
+Each reply is trained once, after exactly the text that the model sees when it generates it. So each
+turn with reasoning r ends a piece of its own, and what is trained in it (*) is not trained again:
+
+    conversation   q1 (r1) a1    q2 a2    q3 (r3) a3    q4 a4
+    piece 0        q1 (r1) a1*
+    piece 1        q1 a1         q2 a2*   q3 (r3) a3*
+    piece 2        q1 a1         q2 a2    q3 a3         q4 a4*
+"""
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 
+from minimind.data.chat_encoder import EncodedChat
 from minimind.data.conversations import Conversation
-from minimind.data.long_conversations import turns
+from minimind.data.long_conversations import (
+    BORDER,
+    Fragment,
+    Shortener,
+    tokens_before_turns,
+    turns,
+)
+
+Window = tuple[int, int]  # turns of a piece, from and to (exclusive)
 
 
-class Pieces:
-    """For a template that leaves out the reasoning of earlier turns: one conversation for each turn
-    that reasons.
+class ReasoningPieces:
+    """The pieces of one conversation; a single one with `undivided`, or without such reasoning.
 
-    Each reply is trained once, after exactly the text that the model will see when it generates it.
-    Only the last piece, which holds all turns, is encoded as a whole; of the others, just the turns
-    that may become rows. With `whole` there is one piece.
+    Only the last piece, which holds all turns, is encoded in full. Of the others, only the windows
+    that may become rows are, so that the work grows with the turns and not with their square.
     """
 
-    def __init__(self, conversation: Conversation, whole: bool = False):
+    def __init__(self, conversation: Conversation, undivided: bool = False):
         self.conversation, messages = conversation, conversation.messages
         self.borders = turns(messages)
-        counted = [
-            sum(m["role"] == "assistant" for m in messages[start:end])
-            for start, end in self.borders
-        ]
-        self.replies = [0, *accumulate(counted)]  # turn -> replies before it
-        reasons = [
-            any(m.get("reasoning_content") for m in messages[start:end])
-            for start, end in self.borders
-        ]
-        several = any(reasons[:-1]) and not whole
-        # Of pieces, in turns
-        self.ends = [turn for turn, reasoned in enumerate(reasons, 1) if reasoned and several]
-        if self.ends[-1:] != [len(self.borders)]:
-            self.ends.append(len(self.borders))
-        # The first turn of each that is not trained in the one before
-        self.begins = [0, *self.ends[:-1]]
-        self.plain = (
-            [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
-            if several
-            else []
-        )
+        groups = [messages[start:end] for start, end in self.borders]
+        replies = (sum(m["role"] == "assistant" for m in group) for group in groups)
+        self.replies = [0, *accumulate(replies)]  # before each turn, and of all
+        reasons = [any(m.get("reasoning_content") for m in group) for group in groups]
 
-    def piece(self, number: int, first: int = 0, last: int | None = None) -> Conversation:
-        """A piece, or its turns from `first` to `last` (exclusive) after the system prompt."""
-        end, messages = self.ends[number], self.conversation.messages
+        # The turn at which each piece ends, and the first that it trains
+        is_divided = any(reasons[:-1]) and not undivided
+        last = len(self.borders)
+        self.ends = [turn for turn in range(1, last) if reasons[turn - 1] and is_divided] + [last]
+        self.begins = [0, *self.ends[:-1]]
+
+        # The messages as later turns show them
+        self.plain = [
+            {name: value for name, value in message.items() if name != "reasoning_content"}
+            for message in (messages if is_divided else ())
+        ]
+
+    def piece(self, number: int, window: Window | None = None) -> Conversation:
+        """Return a piece, or a window of it behind the system prompt."""
         if len(self.ends) == 1:
             return self.conversation
-        last = last or end
-        done, own = self.borders[self.begins[number]][0], self.borders[end - 1][0]
+        end, messages = self.ends[number], self.conversation.messages
+        first, last = window or (0, end)
+        trained_before = self.borders[self.begins[number]][0]
+        with_reasoning = self.borders[end - 1][0]
         head, start = self.borders[0][0], self.borders[first][0] if first else 0
-        chosen = [*range(head if start else 0), *range(start, self.borders[last - 1][1])]
-        kept = [messages[index] if index >= own else self.plain[index] for index in chosen]
-        for place, index in enumerate(chosen):
-            if index < done and kept[place]["role"] == "assistant":
-                kept[place] = {**kept[place], "weight": 0.0}
-        return self.conversation._replace(messages=kept)
+        piece = []
+        for index in [*range(head if start else 0), *range(start, self.borders[last - 1][1])]:
+            message = messages[index] if index >= with_reasoning else self.plain[index]
+            if index < trained_before and message["role"] == "assistant":
+                message = {**message, "weight": 0.0}
+            piece.append(message)
+        return self.conversation._replace(messages=piece)
 
-    def window(
-        self, number: int, until: list[int], policy: str, room: int, split: list
-    ) -> tuple[int, int] | None:
-        """The turns of a piece of which rows may be made, from and to; None where nothing to train
-        is left of it.
+    def windows(
+        self, encoded: EncodedChat, fragments: Sequence[Fragment], shortener: Shortener
+    ) -> list[Window | None]:
+        """Return the turns of each piece before the last that may become rows, None for none.
 
         Args:
-            until: turn -> tokens before it, in the last piece, whose turns have no reasoning but
-            the last. room: what is longer than this does not fit. split: the turns of the parts
-            into which the last piece was split.
+            encoded, fragments: the last piece, and what is used of it. Its turns have no reasoning
+                but the last, so they tell about how many tokens the windows have.
         """
-        end, begin = self.ends[number], self.begins[number]
-        if until[end] <= room:
-            return 0, end
-        if policy == "keep_last":
-            return min(bisect_left(until, until[end] - room), end - 1), end
-        if policy == "keep_first":
-            last = min(bisect_right(until, room), end)
-            return (0, last) if last > begin else None
-        if policy == "split":
-            return next((first for first, last in split if first <= begin < last), begin), end
-        return None
+        if shortener.max_length is None:
+            return [(0, end) for end in self.ends[:-1]]
+        until = tokens_before_turns(self.conversation.messages, encoded)
+        room = shortener.max_length + BORDER
+        windows: list[Window | None] = []
+        for begin, end in zip(self.begins, self.ends[:-1], strict=False):
+            window = None
+            if until[end] <= room:
+                window = 0, end
+            elif shortener.policy == "keep_last":
+                window = min(bisect_left(until, until[end] - room), end - 1), end
+            elif shortener.policy == "keep_first":
+                last = min(bisect_right(until, room), end)
+                window = (0, last) if last > begin else None
+            elif shortener.policy == "split":
+                # From the start of the fragment in which the first trained turn is
+                starts = (part.first for part in fragments if part.first <= begin < part.last)
+                window = next(starts, begin), end
+            windows.append(window)
+        return windows

@@ -25,7 +25,7 @@ from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks
 from minimind.data.files import BadRowError, read_rows, to_document
 from minimind.data.mixing import parse_sources
-from minimind.data.preference_rows import preference_labels
+from minimind.data.loss_mask import preference_labels
 from minimind.data.preferences import to_preference
 from minimind.data.template_choice import set_chat_template
 from minimind.inspection.findings import (
