@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +19,13 @@ class BlockWriter:
 
     Args:
         encoder: texts -> their ids in one array, each text followed by EOS.
-        pool, threads: where `encoder` runs.
+        pool, threads: the executor in which `encoder` runs, and how many threads it has.
         bytes_of: token id -> its bytes of UTF-8.
         options: block_size, packing_strategy and document_mask.
     """
 
     def __init__(
-        self,
-        path: Path,
-        encoder: Callable,
-        pool: Executor,
-        threads: int,
-        bytes_of: np.ndarray,
-        options: dict,
+        self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict
     ):
         self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
         self.block_size, self.document_mask = options["block_size"], options["document_mask"]

@@ -221,18 +221,13 @@ class ChatEncoder(ChatRenderer):
             position += len(piece)
 
     def _finish(
-        self,
-        rendered: Rendered,
-        ids: array | np.ndarray,
-        begins: array | np.ndarray,
-        roles: bool,
-        units: Callable[[list[int]], list[int]] = list,
+        self, rendered: Rendered, ids, begins, roles: bool, units: Callable = list
     ) -> EncodedChat:
         """Find the replies, and the roles if requested, among the ids of a conversation.
 
         Args:
-            begins: where each token begins, then where the text ends.
-            units: positions in characters -> in the units of `begins`.
+            ids, begins: of each token, an array or numpy's; last in `begins` is the text's end.
+            units: ascending positions in characters -> in the units of `begins`.
         """
         conversation, text, spans = rendered
         begins = np.asarray(begins)

@@ -78,13 +78,7 @@ def tokenize_conversations(
 class _RowMaker:
     """Makes the rows of one conversation whose last piece is encoded."""
 
-    def __init__(
-        self,
-        pieces: ReasoningPieces,
-        encoded: EncodedChat,
-        shortener: Shortener,
-        args: ChatArguments,
-    ):
+    def __init__(self, pieces: ReasoningPieces, encoded: EncodedChat, shortener, args):
         self.pieces, self.encoded, self.shortener, self.args = pieces, encoded, shortener, args
         self.fragments, self.problem = shortener(pieces.piece(-1), encoded)
         self.windows = pieces.windows(encoded, self.fragments, shortener)

@@ -14,7 +14,7 @@ class Reading:
     """The facts of one reading.
 
     bad, columns   per source: its bad rows, and which columns were read
-    too_long       per source: the rows of which nothing fits
+    too_long       per source: the rows too long for anything to fit
     lengths        the tokens of each conversation before any cut, dropped ones included
     counts         how many were truncated, split, dropped ... (see `Outcome`)
     places         where the first few of each count are, as "file:line"

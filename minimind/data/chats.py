@@ -33,7 +33,8 @@ from minimind.data.rows import BadRowError, batches
 
 BATCH = 1000  # conversations tokenised at a time
 EXPECTED = 'expected its turns without markers, each as {"role", "content"} in "messages"'
-TYPES = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}  # else int32
+IDS = pa.list_(pa.int32())  # the type of a column, but for these:
+TYPES = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}
 
 
 class ChatRows(NamedTuple):
@@ -52,16 +53,12 @@ class ChatRows(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """How to read conversations or pairs.
+    """How to read conversations, or pairs."""
 
-    `parse` makes one of a row's columns, `tokenize` rows of several, `key` the text that copies
-    share, and `messages` a list of all its messages.
-    """
-
-    parse: Callable[[dict], Any]
+    parse: Callable[[dict], Any]  # a row's columns -> one
     tokenize: Callable[[list], list[Outcome | BadRowError]]
-    key: Callable[[Any], str]
-    messages: Callable[[Any], list[Message]]
+    key: Callable[[Any], str]  # the text that copies share
+    messages: Callable[[Any], list[Message]]  # all its messages
 
 
 class _BadRowsOfBothSteps(BadRows):
@@ -91,11 +88,10 @@ def load_conversations(
         UserError: too many rows are bad, or none is left to train.
     """
     encoder = ChatEncoder(tokenizer)
+    options = encoder, max_length, args, roles
     kind = _Kind(
         to_conversation,
-        lambda conversations: tokenize_conversations(
-            conversations, encoder, max_length, args, roles
-        ),
+        lambda conversations: tokenize_conversations(conversations, *options),
         lambda conversation: str(conversation.messages),
         lambda conversation: conversation.messages,
     )
@@ -179,25 +175,14 @@ def _load(data_args, kind: _Kind, seed: int) -> ChatRows:
     lengths = [length for part in parts for length in part.lengths]
     counts, mixture = epoch_rows(data_args, sources, [len(part.where) for part in parts], seed)
     if mixture is not None:
-        train, where, lengths = (
-            train.select(mixture),
-            [where[index] for index in mixture],
-            [lengths[index] for index in mixture],
-        )
+        train = train.select(mixture)
+        where, lengths = [where[i] for i in mixture], [lengths[i] for i in mixture]
     reading.held_out = held_out.where
-    all_facts = {
-        "train": {
-            "files": list(map(str, everything)),
-            "hash": contents.hash,
-            **add_counts(facts),
-            **source_facts(sources, facts, counts),
-        },
-        "eval": {
-            "files": list(map(str, held_out_files)),
-            "hash": held_out_contents.hash if held_out_files else None,
-            **held_out.facts(),
-        },
-    }
+    train_facts = {"files": list(map(str, everything)), "hash": contents.hash, **add_counts(facts)}
+    train_facts |= source_facts(sources, facts, counts)
+    held_out_hash = held_out_contents.hash if held_out_files else None
+    held_out_facts = {"files": list(map(str, held_out_files)), "hash": held_out_hash}
+    all_facts = {"train": train_facts, "eval": held_out_facts | held_out.facts()}
     return ChatRows(train, held_out.dataset(), all_facts, where, lengths, reading)
 
 
@@ -222,12 +207,8 @@ def _read(files, kind: _Kind, data_args, reading: Reading) -> Iterator[tuple[str
     reading.bad.append(bad)
     reading.columns.append(columns)
     reading.too_long.append(too_long)
-    rows = tqdm(
-        read_rows(files, bad, parse, columns=columns),
-        unit=" rows",
-        desc=translated("tokenising"),
-        disable=None,
-    )
+    rows = read_rows(files, bad, parse, columns=columns)
+    rows = tqdm(rows, unit=" rows", desc=translated("tokenising"), disable=None)
     for batch in batches(rows, characters, BATCH):
         outcomes = kind.tokenize([row.data for row in batch])
         for row, outcome in zip(batch, outcomes, strict=True):
@@ -272,11 +253,7 @@ class _Collector:
 
     def _flush(self) -> None:
         if self.rows:
-            columns = {
-                name: pa.array(
-                    [row[name] for row in self.rows], TYPES.get(name, pa.list_(pa.int32()))
-                )
-                for name in self.rows[0]
-            }
-            self.tables.append(pa.table(columns))
+            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
+            arrays = [pa.array(values, TYPES.get(name, IDS)) for name, values in columns.items()]
+            self.tables.append(pa.table(arrays, names=list(columns)))
             self.rows = []

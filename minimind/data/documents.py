@@ -33,6 +33,9 @@ from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 FORMAT_VERSION = 3  # part of the cache key: raise it when the same input results in other rows
+# Options of the data that decide the rows
+DECISIVE = ("eval_ratio", "max_eval_rows", "on_bad_rows", "text_unit", "boundary_markers")
+DECISIVE += ("columns", "unread_columns")
 EARLY = 10_000  # rows after which unread columns stop the preparation, not only at its end
 
 
@@ -71,11 +74,7 @@ def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Pre
     held_out = [expand([word]) for word in data_args.eval_files or ()]
     contents = [Contents(paths) for paths in (*files, *held_out)]
     hashes = [each.hash for each in contents]
-    names = (
-        *("eval_ratio", "max_eval_rows", "on_bad_rows", "text_unit", "columns", "unread_columns"),
-        "boundary_markers",
-    )
-    options = {**packing, **{name: getattr(data_args, name) for name in names}}
+    options = {**packing, **{name: getattr(data_args, name) for name in DECISIVE}}
     if held_out:
         options["eval_ratio"] = 0.0
     # The hash of a tokenizer does not depend on which of its tokens is the end token
@@ -186,13 +185,8 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
     reading |= {"columns": columns, "check": encoder.cut.check}
     boundaries, held_out_boundaries = (Boundaries(options["boundary_markers"]) for _ in range(2))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    progress = tqdm(
-        total=total_size(everything),
-        unit="B",
-        unit_scale=True,
-        desc=translated("packing"),
-        disable=None,
-    )
+    size, title = total_size(everything), translated("packing")
+    progress = tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None)
     with ThreadPoolExecutor(threads) as pool, progress:
 
         def writer(name: str) -> BlockWriter:
@@ -237,14 +231,8 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
                 f" block_size = {options['block_size']:,}. Give more text or a smaller"
                 " --block_size."
             )
-    totals = [add_counts(counts), add_counts(held_out_counts)]
-    for total, each in zip(totals, (boundaries, held_out_boundaries), strict=True):
+    facts = {"train": add_counts(counts), "eval": add_counts(held_out_counts)}
+    for total, each in zip(facts.values(), (boundaries, held_out_boundaries), strict=True):
         if each.rows:
             total["boundary_markers"] = str(each)
-    train, evaluated = totals
-    return {
-        "train": train,
-        "eval": evaluated,
-        "sources": counts,
-        "eval_sources": held_out_counts,
-    }
+    return {**facts, "sources": counts, "eval_sources": held_out_counts}

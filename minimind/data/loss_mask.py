@@ -8,8 +8,8 @@
 
 1.  `weigh_replies` decides which replies are trained: --train_turns, and what the data says of a
     message or row ("train", "weight").
-2.  The chat template decides where each reply stands: what is between its {% generation %} marks,
-    the end token included. For a template without marks, borders.py finds the same.
+2.  The chat template decides where each reply is: between its {% generation %} marks, the end token
+    included. For a template without marks, borders.py finds the same.
 3.  `masked_row` joins the two: a token is trained if its reply has a weight. The rest is -100.
 """
 

@@ -1,6 +1,6 @@
 """Conversations that reason in several turns, for a template that shows only the newest reasoning.
 
-The shipped template and Qwen3's leave the reasoning of a turn out once the next question is asked.
+The shipped template, like Qwen3's, leaves out the reasoning of a turn after the next question.
 Each reply is trained once, after exactly the text that the model sees when it generates it. So each
 turn with reasoning r ends a piece of its own, and what is trained in it (*) is not trained again:
 
@@ -16,13 +16,7 @@ from itertools import accumulate
 
 from minimind.data.chat_encoder import EncodedChat
 from minimind.data.conversations import Conversation
-from minimind.data.long_conversations import (
-    BORDER,
-    Fragment,
-    Shortener,
-    tokens_before_turns,
-    turns,
-)
+from minimind.data.long_conversations import BORDER, Fragment, Shortener, tokens_before_turns, turns
 
 Window = tuple[int, int]  # turns of a piece, from and to (exclusive)
 

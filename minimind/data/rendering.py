@@ -19,13 +19,7 @@ from minimind.common.errors import UserError
 from minimind.data.borders import Borders, find_borders
 from minimind.data.conversations import Conversation
 from minimind.data.rows import BadRowError
-from minimind.data.templates import (
-    SHIPPED,
-    TEMPLATES,
-    WRITTEN,
-    WRITTEN_PER_CHARACTER,
-    bounded,
-)
+from minimind.data.templates import SHIPPED, TEMPLATES, WRITTEN, WRITTEN_PER_CHARACTER, bounded
 
 Span = tuple[int, int]  # start and end (exclusive)
 
@@ -195,8 +189,7 @@ def all_words(conversation: Conversation) -> str:
 
 
 def check_rendering(conversation: Conversation, text: str, spans: Sequence[Span]) -> None:
-    """Raise BadRowError if the text lacks words, tools, calls or reasoning, or marks not each reply
-    once."""
+    """Raise BadRowError if a text lacks words, tools, calls, reasoning or the mark of a reply."""
     replies = sum(message["role"] == "assistant" for message in conversation.messages)
     if len(spans) != replies:
         raise BadRowError(
