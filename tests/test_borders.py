@@ -91,7 +91,7 @@ def test_a_template_without_marks_trains_exactly_what_it_writes_between_its_prom
     talk = chat("who?", "the fox", "<|im_start|>assistant\nI<|im_end|>", "<|im_end|> is a token")
     results = encoder.encode([Conversation(talk), Conversation(SHORT)] * (20 if fast else 1))
     found = results[0]
-    plain = ChatEncoder(tokenizer).plain
+    plain = ChatEncoder(tokenizer).cut_plain.library
     expected, labels = [], []
     for message in talk:
         header = [START, *plain.encode(f"{message['role']}\n").ids]

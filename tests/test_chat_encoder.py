@@ -202,7 +202,7 @@ def test_added_tokens_that_the_template_writes_are_control_tokens_too(tokenizer,
     assert row["input_ids"] == [
         *by_hand(tokenizer, START, "user\n"),
         *ChatEncoder(tokenizer)
-        .plain.encode("user\n<think>")
+        .cut_plain.library.encode("user\n<think>")
         .ids[len(by_hand(tokenizer, "user\n")) :],
         *(END, *by_hand(tokenizer, "\n"), START, *by_hand(tokenizer, "assistant\n"), think),
         *by_hand(tokenizer, "\nb\n"),

@@ -64,20 +64,15 @@ class ChatEncoder(ChatRenderer):
             self.bytes_of[index] = len(token.encode())
 
     @cached_property
-    def plain(self) -> Tokenizer:
-        """The library's tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
-        state = {**json.loads(self.library.to_str()), "added_tokens": []}
-        return Tokenizer.from_str(json.dumps(state))
-
-    @cached_property
     def cut(self) -> Cutter:
         """Cuts long texts for the library's tokenizer."""
         return Cutter(self.library)
 
     @cached_property
     def cut_plain(self) -> Cutter:
-        """Cuts long texts for the tokenizer without added tokens."""
-        return Cutter(self.plain)
+        """The same for a tokenizer without added tokens: to it "<|im_end|>" is ten characters."""
+        state = {**json.loads(self.library.to_str()), "added_tokens": []}
+        return Cutter(Tokenizer.from_str(json.dumps(state)))
 
     @cached_property
     def segments(self) -> DocumentEncoder:
@@ -138,7 +133,7 @@ class ChatEncoder(ChatRenderer):
     ) -> list[EncodedChat | BadRowError]:
         """Encode conversations without control tokens in their words, all by one call of the fast
         engine."""
-        # Its input: what stands between the control tokens, and a mark (-1) after each conversation
+        # Its input: the text between control tokens, and a mark (-1) after each conversation
         segments, controls = [], []
         for _, text, _ in batch:
             segments += self.pattern.split(text)

@@ -1,10 +1,12 @@
-"""Conversations -> rows of token ids and labels: the steps in order.
+"""Conversations -> rows of token ids and labels. The steps, in order:
 
-weigh_replies     loss_mask.py             which replies are trained
-ReasoningPieces   reasoning.py             a piece for each turn that reasons
-ChatEncoder       chat_encoder.py          ids, and the place of each reply
-Shortener         long_conversations.py    at most --max_length tokens
-masked_row        loss_mask.py             input_ids and labels
+    weigh_replies     loss_mask.py             which replies are trained
+    ReasoningPieces   reasoning.py             a piece for each turn that reasons
+    ChatEncoder       chat_encoder.py          ids, and the place of each reply
+    Shortener         long_conversations.py    at most --max_length tokens
+    masked_row        loss_mask.py             input_ids and labels
+
+All conversations of a call are encoded together, which is faster.
 """
 
 from collections import Counter

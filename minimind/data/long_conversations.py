@@ -1,9 +1,9 @@
 """What is used of a conversation longer than a row: --long_conversations.
 
-It is cut between turns, never within a reply. A turn is a question and all until the next one.
+It is cut between messages, never within a reply. A turn is a question and all until the next one.
 
-    keep_last    system         turn 3 turn 4
-    keep_first   system turn 1 turn 2                       perhaps only the first replies of a turn
+    keep_last    system               turn 3 turn 4
+    keep_first   system turn 1 turn 2                   perhaps not all replies of its last turn
     split        system turn 1 turn 2 | system turn 3 turn 4
     drop         nothing
 """

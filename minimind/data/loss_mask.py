@@ -1,16 +1,16 @@
 """Which tokens of a conversation are trained, and how much each counts in the loss.
 
-    messages   user hi      assistant hello       user more?    assistant no
-    weights                 1                                   0               weigh_replies
-    ids        <|im_start|>user\\nhi<|im_end|> ... hello <|im_end|> ... no <|im_end|>
-    replies                                       [-------------)      [-----------)
-    labels     -100 -100 -100 ...                 hello <|im_end|> -100 -100 ...      masked_row
+    messages    user        assistant     user        assistant
+    weights                 1                         0                 weigh_replies
+    ids         u u u u u   a a a a end   u u u u u   a a end
+    replies                 [---------)               [-----)           the chat template
+    labels      - - - - -   a a a a end   - - - - -   - - -             masked_row
 
 1.  `weigh_replies` decides which replies are trained: --train_turns, and what the data says of a
     message or row ("train", "weight").
 2.  The chat template decides where each reply is: between its {% generation %} marks, the end token
     included. For a template without marks, borders.py finds the same.
-3.  `masked_row` joins the two: a token is trained if its reply has a weight. The rest is -100.
+3.  `masked_row` joins the two: the tokens of a reply with a weight are labels, all others -100.
 """
 
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ def masked_row(
     """Return a row of input_ids and labels, or None if nothing in it is trained.
 
     If tokens may count differently, the row has loss_weights too: (row weight) x (message weight),
-    with --loss_normalization conversation divided by the row's sum of message weights.
+    with --loss_normalization conversation divided by the sum of message weights over the row.
     """
     weights = [m["weight"] for m in conversation.messages if m["role"] == "assistant"]
     spans = zip(encoded.replies, weights, strict=True)
@@ -77,7 +77,7 @@ def masked_row(
 
 
 def completion_mask(length: int, replies: Iterable[Span]) -> list[int]:
-    """Return 1 for the tokens of the replies of a preference pair, 0 for others, as TRL has it."""
+    """Return 1 for each token of the replies in a preference pair and 0 for others, as in TRL."""
     mask = [0] * length
     for start, end in replies:
         mask[start:end] = [1] * (end - start)
