@@ -43,7 +43,7 @@ def find_borders(render: Callable[[list[Message], bool], str], controls: re.Patt
         controls: matches a control token.
 
     Raises:
-        BadRowError: the renderings do not show the borders, or no control token ends a reply.
+        BadRowError: they do not show the borders, or no control token ends the reply.
     """
     question = [{"role": "user", "content": QUESTION}]
     before, prompt = render(question, False), render(question, True)

@@ -81,8 +81,7 @@ class ChatEncoder(ChatRenderer):
 
     @cached_property
     def fast(self) -> bool:
-        """Whether the text between two control tokens can be encoded by itself, as in byte-level
-        BPE."""
+        """Whether text between two control tokens can be encoded alone, as in byte-level BPE."""
         added = self.tokenizer.added_tokens_decoder.values()
         is_greedy = any(token.lstrip or token.rstrip or token.single_word for token in added)
         return self.segments.engine is not None and not is_greedy
@@ -120,18 +119,15 @@ class ChatEncoder(ChatRenderer):
             self.fast = False
             return self.encode(conversations, prompt, roles)
         except BadRowError as problem:  # in one of them a word is too long for the tokenizer
-            if len(batch) == 1:
-                encoded = [problem]
-            else:
+            encoded = [problem]
+            if len(batch) > 1:
                 encoded = [self.encode([each], prompt, roles)[0] for each, *_ in batch.values()]
         for index, result in zip(batch, encoded, strict=True):
             results[index] = result
         return results
 
-    def _encode_batch(
-        self, batch: Sequence[Rendered], roles: bool
-    ) -> list[EncodedChat | BadRowError]:
-        """Encode conversations without control tokens in their words, all by one call of the fast
+    def _encode_batch(self, batch: list[Rendered], roles: bool) -> list[EncodedChat | BadRowError]:
+        """Encode conversations without control tokens in their words by one call of the fast
         engine."""
         # Its input: the text between control tokens, and a mark (-1) after each conversation
         segments, controls = [], []
@@ -206,9 +202,8 @@ class ChatEncoder(ChatRenderer):
         encoded = self._finish((conversation, text, spans), ids, begins, roles)
         return encoded._replace(escaped=len(covers.findall(covered)))
 
-    def _append(self, cut: Cutter, text: str, ids: array, begins: array, position: int = 0) -> None:
-        """Append a text's ids, by a tokenizer of the library, and the character at which each
-        begins."""
+    def _append(self, cut: Cutter, text: str, ids: array, begins: array, position=0) -> None:
+        """Append a text's ids by the library's tokenizer, and the character where each begins."""
         for piece in cut(text):
             encoding = cut.library.encode(piece, add_special_tokens=False)
             ids.extend(encoding.ids)
@@ -256,11 +251,8 @@ def _bytes_until(text: str, first: int, characters: Sequence[int]) -> list[int]:
 def encode_prompts(
     prompts: Sequence[Conversation | Sequence[Message]], encoder: ChatEncoder
 ) -> list[list[int]]:
-    """Return the ids of conversations that end with a question, ready for the answer.
-
-    Raises:
-        UserError: the template cannot render one.
-    """
+    """Return the ids of conversations that end with a question, ready for the answer; raises
+    UserError where the template cannot render one."""
     conversations = [p if isinstance(p, Conversation) else Conversation(list(p)) for p in prompts]
     results = encoder.encode(conversations, prompt=True)
     for number, result in enumerate(results, 1):

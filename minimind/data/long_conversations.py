@@ -115,14 +115,9 @@ class Shortener:
     def _fits(self, part: Fragment) -> bool:
         return len(part.encoded.ids) <= self.max_length
 
-    def _cut(
-        self, long: Conversation, start: int, end: int, first: int = 0, last: int = 0
-    ) -> Fragment:
-        """Return the messages from `start` to `end` (exclusive) behind the system prompt, encoded.
-
-        Raises:
-            BadRowError: they cannot be encoded.
-        """
+    def _cut(self, long: Conversation, start: int, end: int, first=0, last=0) -> Fragment:
+        """Return the messages from `start` to `end` (exclusive) behind the system prompt, encoded;
+        raises BadRowError."""
         head = long.messages[:1] if start and long.messages[0]["role"] == "system" else []
         conversation = long._replace(messages=[*head, *long.messages[start:end]])
         (encoded,) = self.encoder.encode([conversation], roles=self.roles)

@@ -48,26 +48,24 @@ def weigh_replies(conversation: Conversation, args: ChatArguments) -> Conversati
     return conversation._replace(messages=messages, weight=row_weight)
 
 
-def masked_row(
-    conversation: Conversation, encoded: EncodedChat, args: ChatArguments
-) -> dict | None:
+def masked_row(chat: Conversation, encoded: EncodedChat, args: ChatArguments) -> dict | None:
     """Return a row of input_ids and labels, or None if nothing in it is trained.
 
     If tokens may count differently, the row has loss_weights too: (row weight) x (message weight),
     with --loss_normalization conversation divided by the sum of message weights over the row.
     """
-    weights = [m["weight"] for m in conversation.messages if m["role"] == "assistant"]
+    weights = [m["weight"] for m in chat.messages if m["role"] == "assistant"]
     spans = zip(encoded.replies, weights, strict=True)
     trained = [(start, end, weight) for (start, end), weight in spans if weight]
     total = sum(weight * (end - start) for start, end, weight in trained)
-    if not total * conversation.weight:
+    if not total * chat.weight:
         return None
     labels = [IGNORED] * len(encoded.ids)
     for start, end, _ in trained:
         labels[start:end] = encoded.ids[start:end]
     row = {"input_ids": encoded.ids, "labels": labels}
     if args.needs_weights:
-        scale = conversation.weight / (total if args.loss_normalization == "conversation" else 1.0)
+        scale = chat.weight / (total if args.loss_normalization == "conversation" else 1.0)
         row["loss_weights"] = [0.0] * len(encoded.ids)
         for start, end, weight in trained:
             row["loss_weights"][start:end] = [weight * scale] * (end - start)

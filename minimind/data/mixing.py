@@ -128,8 +128,7 @@ def epoch_rows(
 ) -> tuple[list[int], np.ndarray | None]:
     """Return how many rows an epoch takes of each source by the options of `data_args`, and which;
     None for each once and in order."""
-    options = data_args.mixing_temperature, data_args.mixing_stop
-    counts = rows_per_epoch(sources, rows, *options)
+    counts = rows_per_epoch(sources, rows, data_args.mixing_temperature, data_args.mixing_stop)
     return counts, mixture(rows, counts, seed) if counts != rows else None
 
 

@@ -72,11 +72,7 @@ def _tokenize_pair(
 
 
 def _encode_pair(prompt: Conversation, pair: dict, encoder: ChatEncoder) -> EncodedPair:
-    """Return the row of a pair after a prompt.
-
-    Raises:
-        BadRowError: it cannot be encoded, or the prompt reads differently before a reply.
-    """
+    """Return the row of a pair after a prompt; raises BadRowError where it cannot be encoded."""
     names = ("chosen", "rejected")
     results = encoder.encode([prompt], prompt=True)
     results += encoder.encode([prompt._replace(messages=prompt.messages + pair[n]) for n in names])

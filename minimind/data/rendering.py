@@ -22,6 +22,7 @@ from minimind.data.rows import BadRowError
 from minimind.data.templates import SHIPPED, TEMPLATES, WRITTEN, WRITTEN_PER_CHARACTER, bounded
 
 Span = tuple[int, int]  # start and end (exclusive)
+Text = tuple[str, list[Span]]  # and where in it the assistant speaks
 
 GENERATION = re.compile(r"{%-?\s*generation\b")
 # Private characters, put around a message's words to find them in the rendered text
@@ -72,7 +73,7 @@ class ChatRenderer:
             self.pattern,
         )
 
-    def render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
+    def render(self, conversation: Conversation, prompt: bool = False) -> Text:
         """Return the text and the span of each reply; no words may contain a control token.
 
         With `prompt` the text ends with the header of the next reply.
@@ -88,9 +89,7 @@ class ChatRenderer:
             check_rendering(conversation, text, spans)
         return text, spans
 
-    def apply_template(
-        self, conversation: Conversation, prompt: bool = False
-    ) -> tuple[str, list[Span]]:
+    def apply_template(self, conversation: Conversation, prompt: bool = False) -> Text:
         """Return the template's text and the spans that it marks, unchecked."""
         characters = sum(len(message["content"]) for message in conversation.messages)
         with bounded(characters, self.template in SHIPPED):
@@ -102,13 +101,13 @@ class ChatRenderer:
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
-        written = len(texts[0])
-        if written > WRITTEN and written > WRITTEN_PER_CHARACTER * (
-            length := len(all_words(conversation))
-        ):
-            raise BadRowError(
-                f"the chat template writes {written:,} characters for a conversation of {length:,}"
-            )
+        if (written := len(texts[0])) > WRITTEN:
+            length = len(all_words(conversation))
+            if written > WRITTEN_PER_CHARACTER * length:
+                raise BadRowError(
+                    f"the chat template writes {written:,} characters for a conversation of"
+                    f" {length:,}"
+                )
         return texts[0], spans[0] if spans else []
 
     def _find_replies(self, conversation: Conversation, text: str) -> list[Span]:
@@ -228,10 +227,7 @@ def check_rendering(conversation: Conversation, text: str, spans: Sequence[Span]
 
 
 def _missing(names: Sequence[str], text: str, start: int, end: int) -> str | None:
-    """Return the first name that a stretch of text lacks.
-
-    Looks for each behind the one before, so that names in order take one pass.
-    """
+    """Return the first name that a stretch of text lacks; names in order take one pass."""
     position = start
     for name in names:
         place = text.find(name, position, end)

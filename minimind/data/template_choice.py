@@ -62,12 +62,8 @@ def _read_template(choice: str) -> str:
 
 
 def _end_of_replies(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the control token that ends each reply in a tokenizer's template.
-
-    Raises:
-        BadRowError: the template cannot render a question and its reply, or no control token ends
-            the reply.
-    """
+    """Return the control token that ends replies in a tokenizer's template; raises BadRowError
+    where none does, or the template fails."""
     encoder = ChatEncoder(tokenizer)
     example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     (encoded,) = encoder.encode([Conversation(example)])

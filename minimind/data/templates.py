@@ -32,10 +32,8 @@ STATUS = Path("/proc/self/statm")  # Linux
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Identical to the library's except: integers stay small.
-
-    One operation on large integers can take hours, and nothing in this process could interrupt it.
-    """
+    """Identical to the library's except: integers stay small, because one operation on large ones
+    can take hours, and nothing in this process could interrupt it."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -96,8 +94,7 @@ def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory(size: int) -> Iterator[None]:
-    """A block in which the process may take at most `size` more bytes, where the system reports
-    its use."""
+    """A block with at most `size` more bytes, where the system reports what is in use."""
     if not STATUS.exists():
         yield
         return
@@ -113,8 +110,7 @@ def _limited_memory(size: int) -> Iterator[None]:
 
 @contextmanager
 def _limited_time() -> Iterator[None]:
-    """A block that OutOfTimeError interrupts after SECONDS; only a main thread can be
-    interrupted."""
+    """A block that OutOfTimeError ends after SECONDS; only a main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
