@@ -217,7 +217,7 @@ def test_the_chat_trainer_gives_the_loss_and_gradients_of_trls_own(
     assert_same_gradients(actual, expected)
 
 
-def test_the_trainer_keeps_every_label_and_packing_keeps_every_conversation_whole(sft, tokenizer):
+def test_the_trainer_keeps_every_label_and_packing_cuts_no_conversation(sft, tokenizer):
     rows = tokenized(CONVERSATIONS, tokenizer, 192)
     assert list(sft(ChatSFTTrainer, rows, packing=False).train_dataset) == rows
     unpacked = []

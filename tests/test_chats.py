@@ -116,7 +116,7 @@ def test_held_out_files_are_the_held_out_rows(tokenizer, write_jsonl):
     assert list(rows.eval) == tokenized([LONG, SHORT], tokenizer)
 
 
-def test_sources_are_mixed_by_what_is_asked_of_each(tokenizer, write_jsonl):
+def test_sources_are_mixed_by_their_numbers(tokenizer, write_jsonl):
     paths = [
         write_jsonl(f"{name}.jsonl", [{"messages": chat(name, "x")}] * 3) for name in ("a", "b")
     ]

@@ -6,7 +6,7 @@ from minimind.data.held_out import HoldOut
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
-def test_about_the_asked_share_is_held_out_and_it_does_not_depend_on_the_order(ratio):
+def test_about_the_requested_share_is_held_out_whatever_the_order_of_the_rows(ratio):
     texts = [f"row {number}" for number in range(2000)]
     chosen = []
     for order in (texts, texts[::-1]):

@@ -48,11 +48,11 @@ def test_split_leaves_out_the_turns_that_fit_nowhere_and_counts_that(either):
     assert counts == {"split": 1, "truncated": 1}
 
 
-def test_drop_leaves_out_the_whole_conversation_and_counts_it(either):
+def test_drop_leaves_out_the_entire_conversation_and_counts_it(either):
     assert rows_of(LONG, either, 40, long_conversations="drop") == ([], {"dropped": 1})
 
 
-def test_a_conversation_as_long_as_the_window_is_whole(either):
+def test_a_conversation_as_long_as_the_window_is_complete(either):
     whole = tokenized([LONG], either)
     assert rows_of(LONG, either, fits(LONG, either)) == (whole, {})
 
@@ -66,7 +66,7 @@ def test_a_conversation_as_long_as_the_window_is_whole(either):
         ("split", SHORT, SHORT, "in the last turn with the system prompt"),
     ],
 )
-def test_a_conversation_of_which_no_turn_fits_is_dropped_with_both_numbers(
+def test_a_conversation_without_a_turn_that_fits_is_dropped_with_both_numbers(
     either, policy, messages, needed, what
 ):
     needed = fits(needed, either)

@@ -52,14 +52,14 @@ def test_all_the_last_or_the_flagged_replies_are_trained(tokenizer):
     assert rows_of(LONG, tokenizer, train_turns="flags") == ([], {"untrained": 1})
 
 
-def test_the_last_reply_is_that_of_the_conversation_not_of_each_row_it_is_split_into(tokenizer):
+def test_the_last_reply_is_the_last_of_the_conversation_not_of_each_row_of_a_split(tokenizer):
     window = fits(LONG[:4], tokenizer)
     assert trained(
         LONG, tokenizer, max_length=window, long_conversations="split", train_turns="last"
     ) == ["home."]
 
 
-def test_weights_other_than_0_and_1_must_be_asked_for_or_given_up(tokenizer):
+def test_weights_other_than_0_and_1_must_be_used_or_ignored_explicitly(tokenizer):
     weighted = [user("a"), assistant("b", weight=0.5)]
     for conversation in (Conversation(weighted), Conversation(SHORT, weight=2.0)):
         with pytest.raises(

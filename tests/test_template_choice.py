@@ -38,7 +38,7 @@ def test_tools_and_reasoning_are_written_as_in_the_published_qwen3_template(toke
         assert ours == theirs.replace("<think>\n\n</think>\n\n", "").removesuffix("\n")
 
 
-def test_a_template_of_ones_own_is_taken_from_its_file(tokenizer, tmp_path):
+def test_a_template_is_read_from_a_file_of_the_user(tokenizer, tmp_path):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content +"
         " eos_token }}{% endgeneration %}{% else %}{{ m.role }}:{{ m.content }};{% endif %}{%"
@@ -137,7 +137,7 @@ def test_the_token_that_ends_replies_becomes_the_end_token_of_a_base_models_toke
     assert not capsys.readouterr().out
 
 
-def test_a_tokenizer_without_the_tokens_of_a_template_is_told_of_one_that_it_can_have():
+def test_a_tokenizer_without_the_tokens_of_a_template_is_refused_and_can_use_another():
     state = json.loads(train_tokenizer([""], vocab_size=259).backend_tokenizer.to_str())
     state["added_tokens"] = state["added_tokens"][:1]
     gpt2 = PreTrainedTokenizerFast(
