@@ -18,7 +18,8 @@ from side_by_side import device_name, side_by_side
 
 from minimind.common.errors import BadRowError
 from minimind.data.chat_encoder import ChatEncoder
-from minimind.data.chats import BATCH, tokenize_conversations
+from minimind.data.chat_rows import tokenize_conversations
+from minimind.data.chats import BATCH
 from minimind.data.conversations import to_conversation
 from minimind.data.files import read_rows
 from minimind.tokenizer import load_tokenizer

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.bad_rows import BadRows
+from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-from minimind.data.chats import ChatArguments, tokenize_conversations
+from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.columns import Columns
 from minimind.data.content import split_reasoning
 from minimind.data.conversations import Conversation, to_conversation

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minimind.data.chat_encoder import set_chat_template
-from minimind.data.chats import ChatArguments, load_conversations, load_preferences
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
+from minimind.data.template_choice import set_chat_template
 from minimind.inspection import has_roles
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer

@@ -21,7 +21,8 @@ import torch
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common import errors
-from minimind.tokenizer import save_tokenizer, train_tokenizer
+from minimind.data.template_choice import set_chat_template
+from minimind.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
@@ -56,6 +57,24 @@ def tokenizer_dir(tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(tokenizer, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def default():
+    """The shipped tokenizer."""
+    return load_tokenizer()
+
+
+@pytest.fixture(params=["default", "tiny"])
+def either(request, tokenizer, default):
+    return default if request.param == "default" else tokenizer
+
+
+@pytest.fixture
+def llama2():
+    tokenizer = load_tokenizer()
+    set_chat_template(tokenizer, "llama2")
+    return tokenizer
 
 
 @pytest.fixture

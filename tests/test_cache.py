@@ -20,7 +20,7 @@ from minimind.commands import chat
 from minimind.common import cache
 from minimind.common.cache import cache_directory, content_hash
 from minimind.common.errors import UserError
-from minimind.data import chats, documents
+from minimind.data import block_writer, chats, documents
 from minimind.data.chats import load_conversations
 from minimind.data.documents import load_blocks
 from minimind.training import run
@@ -45,7 +45,7 @@ def data(write_jsonl):
 def load(tokenizer, data, monkeypatch):
     """Load the rows of `data`, all of them."""
     # characters, so that the files have several record batches
-    monkeypatch.setattr(documents, "BATCH", 200)
+    monkeypatch.setattr(block_writer, "BATCH", 200)
 
     def load():
         blocks = load_blocks(DataArguments([str(data)], eval_ratio=0.1), tokenizer, 16)
@@ -425,7 +425,7 @@ def test_a_full_disk_is_one_error_and_leaves_no_rows(load, tmp_path, monkeypatch
     def fill(part, rows):
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
-    monkeypatch.setattr(documents.Part, "_write", fill)
+    monkeypatch.setattr(block_writer.BlockWriter, "_write", fill)
     expected = r"nothing can be kept there \(No space left on device\). Set MINIMIND_CACHE"
     with pytest.raises(UserError, match=expected):
         load()

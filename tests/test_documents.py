@@ -9,8 +9,8 @@ from conftest import CHINESE, ENGLISH
 from pipeline import PATIENCE
 
 from minimind.common.errors import UserError
-from minimind.data import documents
-from minimind.data.documents import HoldOut, load_blocks
+from minimind.data import block_writer, documents
+from minimind.data.documents import load_blocks
 from minimind.tokenizer import text_encoder, train_tokenizer
 from minimind.training.data_arguments import DataArguments
 
@@ -20,7 +20,7 @@ DOCUMENTS = [f"{number}: {text}" for number in range(12) for text in (ENGLISH, C
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(documents, "BATCH", 50)
+    monkeypatch.setattr(block_writer, "BATCH", 50)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_preparation_that_died_is_started_again(load, tokenizer, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(documents.Part, "finish", die)
+        patch.setattr(block_writer.BlockWriter, "finish", die)
         load()
     ids = joined(load().train)
     assert ids == stream(DOCUMENTS, tokenizer)[: len(ids)]
@@ -200,20 +200,6 @@ def test_held_out_documents_and_their_copies_are_in_no_training_block(load, toke
         found[part] = [tokenizer.decode(document[:-1].tolist()) for document in documents]
     assert sorted(found["eval"]) == sorted(text for text in texts if text in held_out)
     assert sorted(found["train"]) == sorted(text for text in texts if text not in held_out)
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
-def test_about_the_asked_share_is_held_out_and_it_does_not_depend_on_the_order(ratio):
-    texts = [f"row {number}" for number in range(2000)]
-    chosen = []
-    for order in (texts, texts[::-1]):
-        hold_out = HoldOut(ratio, 300)
-        trained = [row for text in order for row in hold_out.offer(text, text)]
-        chosen.append(set(hold_out.chosen()))
-        assert sorted([*trained, *hold_out.chosen()]) == sorted(texts)
-    assert chosen[0] == chosen[1]
-    assert abs(len(chosen[0]) - min(ratio * 2000, 300)) < 80
-    assert len(chosen[0]) <= 300
 
 
 def test_held_out_files_are_evaluated_on_and_nothing_of_the_training_files_is_held_out(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_chats import tokenize_conversation
 from pipeline import failure, run_cli
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu, softmax
@@ -25,7 +26,6 @@ from transformers import (
 
 from minimind import MiniMindForCausalLM
 from minimind.cli import build_parser
-from minimind.data.chats import tokenize_conversation
 from minimind.importing import MINIMIND_1, MINIMIND_2, MINIMIND_2_OLD, MINIMIND_3, import_checkpoint
 from minimind.stage_directory import check_vocabulary, read_stage, require_stage
 from minimind.tokenizer import load_tokenizer

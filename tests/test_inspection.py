@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from example_chats import tokenize_conversation
 from pipeline import failure, run_cli, run_script, short_run
 
-from minimind.data.chats import tokenize_conversation
 from minimind.data.packing import IGNORED
 from minimind.data.world import write_world
 from minimind.inspection import display, inspect_documents, inspect_rows

@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import translated
 from minimind.data.calls import split_results
+from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chat_encoder import ChatEncoder
-from minimind.data.chats import ChatArguments, tokenize_conversations, tokenize_preferences
+from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
+from minimind.data.preference_rows import tokenize_preferences
 from minimind.tokenizer import (
     cutting,
     load_tokenizer,
@@ -189,9 +191,9 @@ class Counting(ChatEncoder):
 
     characters = 0
 
-    def _write(self, conversation, prompt=False):
+    def apply_template(self, conversation, prompt=False):
         self.characters += sum(len(message["content"]) for message in conversation.messages)
-        return super()._write(conversation, prompt)
+        return super().apply_template(conversation, prompt)
 
 
 def work(turns, policy):
@@ -227,7 +229,7 @@ def test_replies_are_found_where_transformers_finds_them():
     tokenizer = load_tokenizer()
     chat = reasoning_chat(30)
     chat.messages[3]["content"] = "中文 <|im_end|> é"
-    text, spans = ChatEncoder(tokenizer)._write(chat)
+    text, spans = ChatEncoder(tokenizer).apply_template(chat)
     assert [text[start:end] for start, end in spans[:-1]] == [
         m["content"] + "<|im_end|>" for m in chat.messages[1:-1:2]
     ]

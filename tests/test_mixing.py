@@ -16,7 +16,7 @@ from minimind.data.mixing import Source, mixture, parse_sources, rows_per_epoch
         (["*.jsonl:3"], [Source(["*.jsonl"], weight=3)]),
     ],
 )
-def test_what_is_asked_of_a_source_stands_behind_its_path(words, sources):
+def test_the_weight_or_passes_of_a_source_follow_its_path(words, sources):
     assert parse_sources(words) == sources
 
 
@@ -39,7 +39,7 @@ def test_a_file_whose_name_ends_like_a_weight_is_that_file(tmp_path):
         (["a", "b"], 0.0, "--mixing_temperature 0: expected a number above 0"),
     ],
 )
-def test_a_mixture_that_cannot_be_is_refused(words, temperature, message):
+def test_an_impossible_mixture_is_refused(words, temperature, message):
     with pytest.raises(UserError, match=message):
         parse_sources(words, temperature)
 
@@ -48,7 +48,7 @@ def shares(counts):
     return [count / sum(counts) for count in counts]
 
 
-def test_weights_are_shares_and_no_row_comes_twice_unless_asked_for():
+def test_weights_are_shares_and_no_row_is_repeated_unless_requested():
     sources = parse_sources(["a:0.7", "b:0.3"])
     counts = rows_per_epoch(sources, [1000, 9000])
     assert counts == [1000, 429]
@@ -65,7 +65,7 @@ def test_a_temperature_of_one_mixes_by_size_and_a_high_one_all_alike():
     assert rows_per_epoch(sources, [100, 900], 2) == [100, 300]  # the square roots are 10 and 30
 
 
-def test_epochs_take_a_source_so_many_times():
+def test_an_epoch_passes_over_a_source_as_often_as_its_number_says():
     assert rows_per_epoch(parse_sources(["a", "b:2.5x"]), [100, 10]) == [100, 25]
 
 
@@ -74,7 +74,7 @@ def test_an_unknown_way_to_stop_is_refused():
         rows_per_epoch([Source(["a"], weight=1)], [1], stopping="never")
 
 
-def test_a_mixture_takes_whole_passes_and_a_random_part_of_one_more():
+def test_a_mixture_takes_complete_passes_and_a_random_part_of_one_more():
     rows = mixture([4, 3], [10, 2], seed=1)
     first, second = rows[rows < 4], rows[rows >= 4]
     counts = np.bincount(first, minlength=4)

@@ -6,7 +6,15 @@ import torch
 
 from minimind.common.errors import UserError
 from minimind.data import packing
-from minimind.data.packing import BestFit, BlockCollator, Rows, Wrapped, best_fit, is_target, packer
+from minimind.data.packing import (
+    BestFit,
+    BlockCollator,
+    PackedRows,
+    Wrapped,
+    best_fit,
+    is_target,
+    packer,
+)
 
 EOS = 2
 
@@ -120,7 +128,7 @@ def test_an_unknown_strategy_is_refused_with_those_there_are():
 
 
 def test_the_targets_are_counted_by_hand():
-    rows = Rows(np.array([5, 6, EOS, 7, 8, EOS, 9]), np.array([5, 2]))
+    rows = PackedRows(np.array([5, 6, EOS, 7, 8, EOS, 9]), np.array([5, 2]))
     assert is_target(rows, False, EOS).tolist() == [False, True, True, True, True, False, True]
     assert is_target(rows, True, EOS).tolist() == [False, True, True, False, True, False, False]
 

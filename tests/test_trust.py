@@ -30,9 +30,10 @@ from minimind.common.launch import open_meeting_point, refuse_code_in_pickles
 from minimind.common.streams import json_text
 from minimind.common.terminal import Terminal
 from minimind.data import templates
-from minimind.data.chat_encoder import ChatEncoder, set_chat_template
+from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.conversations import Conversation
 from minimind.data.sources import expand
+from minimind.data.template_choice import set_chat_template
 from minimind.generation import Streamer
 from minimind.importing import import_checkpoint
 from minimind.training.checkpoints import write_manifest

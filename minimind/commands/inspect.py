@@ -50,7 +50,7 @@ def add_parser(commands) -> None:
 def run(args: Namespace) -> None:
     """Inspect the files; exits with code 1 if a finding is an error."""
     from minimind import inspection
-    from minimind.data.chats import ChatArguments
+    from minimind.data.chat_arguments import ChatArguments
     from minimind.inspection import display
     from minimind.tokenizer import load_tokenizer
     from minimind.training.data_arguments import DataArguments

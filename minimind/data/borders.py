@@ -1,9 +1,10 @@
-"""Where the assistant speaks in the text of a chat template that does not mark it with {%
-generation %}.
+r"""Where the assistant speaks in the text of a chat template without {% generation %} marks.
 
-A reply begins where the template's own prompt for one ends, and ends with the token that the
-template writes after one. Both are read off the template's renderings, so the text stays the
-template's to the last character.
+A reply begins where the template's own prompt for a reply ends, and ends with the token that the
+template writes after a reply. Both are read from what the template renders:
+
+    <|im_start|>user\n(question)<|im_end|>\n<|im_start|>assistant\n(reply)<|im_end|>\n
+                                            ------- header -------        -- end --
 """
 
 import re
@@ -11,17 +12,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minimind.common.errors import BadRowError
-from minimind.data.conversations import Message
+from minimind.data.messages import Message
 
 QUESTION, REPLY = "(question)", "(reply)"
-THOUGHT = "<think>"  # a prompt may end with it, and then only the last reply's does
+THOUGHT = "<think>"  # a prompt may end with it although earlier replies do not begin with it
 
 
 class Borders(NamedTuple):
-    """What a template writes before each reply, and `end`, the token that it writes after it.
+    """What a template writes before each reply, and the token it writes after it.
 
-    `header` ends each prompt; `opening`, perhaps empty, is the part of it that earlier replies do
-    without.
+    `header` ends each prompt; `opening`, often empty, is the part of it that earlier replies lack.
     """
 
     header: str
@@ -29,32 +29,37 @@ class Borders(NamedTuple):
     end: str
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """From where to where the assistant speaks, each end token included; `text` is as the
-        template wrote it."""
-        opening = f"(?:{re.escape(self.opening)})?" if self.opening else ""
-        reply = re.compile(
-            f"{re.escape(self.header)}{opening}(.*?{re.escape(self.end)})", re.DOTALL
-        )
+        """Return the (start, end) of each reply in a rendered text, its end token included."""
+        header, opening, end = map(re.escape, self)
+        reply = re.compile(f"{header}(?:{opening})?(.*?{end})", re.DOTALL)
         return [match.span(1) for match in reply.finditer(text)]
 
 
 def find_borders(render: Callable[[list[Message], bool], str], controls: re.Pattern) -> Borders:
-    """The borders of a template, whose text of messages, and with true of a prompt, is `render`'s.
+    """Read the borders of a template from renderings of a question and its reply.
+
+    Args:
+        render: messages -> the template's text; with True, followed by the prompt for a reply.
+        controls: matches a control token.
 
     Raises:
-        BadRowError: the template does not show them, or ends replies with what is no control token.
+        BadRowError: they do not show the borders, or no control token ends the reply.
     """
     question = [{"role": "user", "content": QUESTION}]
     before, prompt = render(question, False), render(question, True)
-    whole = render([*question, {"role": "assistant", "content": REPLY}], False)
+    answered = render([*question, {"role": "assistant", "content": REPLY}], False)
+
+    # The header: what a prompt adds to the question, without an opening <think>
     header = prompt.removeprefix(before) if prompt.startswith(before) else ""
     header, thought, rest = (header or prompt.rpartition(QUESTION)[2]).partition(THOUGHT)
-    if not header.strip() or not whole.startswith(prompt.removesuffix(thought + rest)):
+    if not header.strip() or not answered.startswith(prompt.removesuffix(thought + rest)):
         raise BadRowError(
-            f"a reply does not begin where the template's prompt for one ends: {shown_end(prompt)}"
-            f" before a reply, {shown_end(whole)} with it"
+            f"a reply does not begin where the template's prompt for one ends: {_ending(prompt)}"
+            f" before a reply, {_ending(answered)} with it"
         )
-    after = whole.rpartition(REPLY)[2].lstrip()
+
+    # The end: the control tokens behind the reply
+    after = answered.rpartition(REPLY)[2].lstrip()
     if not (end := re.match(f"(?:{controls.pattern})+", after)):
         raise BadRowError(
             f"the template writes {after[:40]!r} after a reply, expected a control token of this"
@@ -63,6 +68,5 @@ def find_borders(render: Callable[[list[Message], bool], str], controls: re.Patt
     return Borders(header, thought + rest, end.group())
 
 
-def shown_end(text: str) -> str:
-    """The last characters of a text, for a message."""
+def _ending(text: str) -> str:
     return repr(text if len(text) <= 60 else f"...{text[-60:]}")

@@ -1,16 +1,16 @@
 """Documents -> packed rows on disk, prepared once and found again.
 
-Every document is followed by EOS, tokenised in threads, packed (see packing.py) and written to
-Arrow files that are mapped into memory, so that a corpus may be larger than it.
+    files -> documents -> held out or not -> ids, each document ended by EOS -> rows -> Arrow files
+                          held_out.py        block_writer.py                   packing.py
+
+The files are mapped into memory, so a corpus may be larger than it.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from heapq import heappush, heappushpop
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,77 +23,53 @@ from minimind.common.cache import Contents, find_or_build
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
+from minimind.data.block_writer import BlockWriter
 from minimind.data.columns import Columns
 from minimind.data.files import read_documents
+from minimind.data.held_out import HoldOut
 from minimind.data.markers import Boundaries
-from minimind.data.mixing import mixture, parse_sources, rows_per_epoch
-from minimind.data.packing import Rows, is_target, packer
+from minimind.data.mixing import (
+    add_counts,
+    epoch_rows,
+    parse_sources,
+    source_facts,
+)
 from minimind.data.sources import expand, total_size
 from minimind.tokenizer import token_byte_lengths, tokenizer_hash
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
-FORMAT_VERSION = 3  # part of the cache key: raise it when the same input gives other rows
-# Rows after which columns that nobody reads stop the preparation, and not only at its end
-EARLY = 10_000
-BATCH = 2**18  # characters tokenised at a time by one thread
-AHEAD = 2**24  # characters that may wait for it, unless one document has more
+FORMAT_VERSION = 3  # part of the cache key: raise it when the same input results in other rows
+# Options of the data that decide the rows
+DECISIVE = ("eval_ratio", "max_eval_rows", "on_bad_rows", "text_unit", "boundary_markers")
+DECISIVE += ("columns", "unread_columns")
+EARLY = 10_000  # rows after which unread columns stop the preparation, not only at its end
 
 
 class Blocks(NamedTuple):
-    """Packed data on disk. `facts`: files, documents, tokens, dropped tokens, of both parts."""
+    """Packed rows on disk. `facts`: files, documents, tokens, dropped tokens, of both parts."""
 
     train: Dataset
     eval: Dataset | None
     facts: dict
 
 
-class HoldOut:
-    """Chooses the held-out rows by a hash of their content: the `limit` smallest among a share
-    `ratio` of all hashes.
-
-    So the choice is spread over all sources, depends on nothing but the rows, and copies lie on one
-    side.
-    """
-
-    def __init__(self, ratio: float, limit: int):
-        self.threshold, self.limit = ratio * 2**64, limit
-        self.rows: dict[int, list] = {}
-        self.largest: list[int] = []  # a heap of the negated hashes that are held out
-
-    def offer(self, text: str, row: Any) -> Sequence:
-        """The rows that are certain now to be trained on: mostly this one."""
-        digest = xxhash.xxh3_64_intdigest(text.encode())
-        if digest in self.rows:
-            self.rows[digest].append(row)
-            return ()
-        full = len(self.largest) >= self.limit
-        if digest >= self.threshold or self.limit == 0 or (full and digest > -self.largest[0]):
-            return (row,)
-        self.rows[digest] = [row]
-        if full:
-            return self.rows.pop(-heappushpop(self.largest, -digest))
-        heappush(self.largest, -digest)
-        return ()
-
-    def chosen(self) -> list:
-        """The held-out rows, copies beside each other."""
-        return [row for copies in self.rows.values() for row in copies]
-
-
 class Preparation(NamedTuple):
-    """Rows to be made of some files. `key`: contents of the files, tokenizer and options, all that
-    decides them."""
+    """What is to be prepared: the files of each source, and the `key` of everything that decides
+    the rows (contents of the files, tokenizer, options)."""
 
     key: dict
     sources: list
     files: list[list]
-    held_out: list
+    held_out: list[list]
     contents: list[Contents]
 
 
 def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Preparation:
-    """What `load_blocks` prepares or finds; raises UserError for what `expand` and `parse_sources`
-    refuse, and for a tokenizer without an end token."""
+    """Return what `load_blocks` prepares or finds.
+
+    Raises:
+        UserError: the tokenizer has no end token, or `expand` or `parse_sources` refuses the files.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no eos_token, so documents cannot be separated. Name one of its"
@@ -102,24 +78,16 @@ def preparation(data_args, tokenizer: PreTrainedTokenizerFast, **packing) -> Pre
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     held_out = [expand([word]) for word in data_args.eval_files or ()]
-    options = {
-        **packing,
-        "eval_ratio": 0.0 if held_out else data_args.eval_ratio,
-        "max_eval_rows": data_args.max_eval_rows,
-        "on_bad_rows": data_args.on_bad_rows,
-        "text_unit": data_args.text_unit,
-        "columns": data_args.columns,
-        "unread_columns": data_args.unread_columns,
-        "boundary_markers": data_args.boundary_markers,
-        # The hash of a tokenizer leaves out which of its tokens ends
-        "eos_token_id": tokenizer.eos_token_id,
-    }
     contents = [Contents(paths) for paths in (*files, *held_out)]
     hashes = [each.hash for each in contents]
-    hashes = {"train": hashes[: len(files)], "eval": hashes[len(files) :]}
+    options = {**packing, **{name: getattr(data_args, name) for name in DECISIVE}}
+    if held_out:
+        options["eval_ratio"] = 0.0
+    # The hash of a tokenizer does not depend on which of its tokens is the end token
+    options["eos_token_id"] = tokenizer.eos_token_id
     key = {
         "version": FORMAT_VERSION,
-        "files": hashes,
+        "files": {"train": hashes[: len(files)], "eval": hashes[len(files) :]},
         "tokenizer": tokenizer_hash(tokenizer),
         "options": options,
     }
@@ -134,13 +102,12 @@ def load_blocks(
     document_mask: bool = False,
     seed: int = 42,
 ) -> Blocks:
-    """Documents -> packed rows, prepared once and found again by the content of files, tokenizer
-    and options.
+    """Return the packed rows of documents, found by the content of files, tokenizer and options, or
+    prepared.
 
-    Of several processes the first prepares under a file lock and the others find the result, so no
-    collective waits. Prepared rows that are not what was written are prepared again; see cache.py.
-    The mixture of the sources is made from the prepared rows, so that other weights prepare nothing
-    anew.
+    Of several processes, the first prepares under a file lock and the others find the result, so
+    that none waits in a collective operation. Damaged rows are prepared again; see cache.py. The
+    sources are mixed after the preparation, so that other weights need no new one.
 
     Raises:
         UserError: see `files.read_documents`, `mixing.parse_sources` and `cache.find_or_build`;
@@ -152,133 +119,117 @@ def load_blocks(
         "document_mask": document_mask,
     }
     key, sources, files, held_out, contents = preparation(data_args, tokenizer, **packing)
-    temperature, stopping = data_args.mixing_temperature, data_args.mixing_stop
-    options, hashes = key["options"], key["files"]
 
     def build(directory: Path) -> dict:
+        arguments = directory, files, held_out, tokenizer, key["options"]
         try:
-            parts = _prepare(directory, files, held_out, tokenizer, options)
+            facts = _prepare(*arguments)
         except WrongIdsError as error:
             say(f"{error}; beginning again with tokenizers alone")
-            parts = _prepare(directory, files, held_out, tokenizer, options, fast=False)
+            facts = _prepare(*arguments, fast=False)
         for each in contents:
             each.check()
-        return parts
+        return facts
 
-    directory, parts = find_or_build("blocks", key, build)
+    directory, prepared = find_or_build("blocks", key, build)
     train = [_open(directory / f"train-{index}.arrow") for index in range(len(files))]
-    wanted = rows_per_epoch(sources, [len(dataset) for dataset in train], temperature, stopping)
     rows = concatenate_datasets(train)
-    if wanted != [len(dataset) for dataset in train]:
-        rows = rows.select(mixture([len(dataset) for dataset in train], wanted, seed))
+    counts, mixture = epoch_rows(data_args, sources, [len(dataset) for dataset in train], seed)
+    if mixture is not None:
+        rows = rows.select(mixture)
     evaluation = concatenate_datasets(
-        [_open(directory / f"eval-{index}.arrow") for index in range(len(parts["eval_sources"]))]
+        [_open(directory / f"eval-{index}.arrow") for index in range(len(prepared["eval_sources"]))]
     ).with_format("numpy")
-    for part, each in (("train", files), ("eval", held_out)):
-        # The same content may lie elsewhere today.
-        paths = [str(path) for paths in each for path in paths]
-        parts[part] = {"files": paths, "hash": _joined(hashes[part]), **parts[part]}
-    if len(sources) > 1:
-        for source, counts, want in zip(sources, parts["sources"], wanted, strict=True):
-            counts |= {"files": source.paths, "rows_per_epoch": want}
-        parts["train"]["rows_per_epoch"] = sum(wanted)
-        parts["train"]["sources"] = parts["sources"]
-    if len(parts["eval_sources"]) > 1:
+
+    # The same content may be in other files today
+    facts = {}
+    for part, groups in (("train", files), ("eval", held_out)):
+        paths = [str(path) for paths in groups for path in paths]
+        facts[part] = {"files": paths, "hash": _join(key["files"][part]), **prepared[part]}
+    facts["train"] |= source_facts(sources, prepared["sources"], counts)
+    if len(prepared["eval_sources"]) > 1:
         names = source_names(data_args.eval_files or [" ".join(source.paths) for source in sources])
-        parts["eval"]["sources"] = [
-            {"name": name, **counts}
-            for name, counts in zip(names, parts["eval_sources"], strict=True)
-        ]
-    facts = {"train": parts["train"], "eval": parts["eval"]}
+        parts = zip(names, prepared["eval_sources"], strict=True)
+        facts["eval"]["sources"] = [{"name": name, **count} for name, count in parts]
     if is_main_process() and "boundary_markers" in facts["train"]:
         say(facts["train"]["boundary_markers"])
     return Blocks(rows, evaluation if len(evaluation) else None, facts)
 
 
 def source_names(words: Sequence[str]) -> list[str]:
-    """Short names of sources, each once: that of the file or directory, and a number where it is
+    """Return a short name for each source: that of the file or directory, with a number if it is
     not the first.
 
     >>> source_names(["data/zh.jsonl", "data/en/", "more/zh.jsonl"])
     ['zh', 'en', 'zh-2']
     """
     names = [Path(word).name.split(".")[0] or "source" for word in words]
-    return [
-        name if name not in names[:index] else f"{name}-{1 + names[:index].count(name)}"
-        for index, name in enumerate(names)
-    ]
+    earlier = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{n}-{1 + count}" if count else n for n, count in zip(names, earlier, strict=True)]
 
 
-def _joined(hashes: Sequence[str]) -> str | None:
-    if not hashes:
-        return None
-    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("".join(hashes).encode())
+def _join(hashes: Sequence[str]) -> str | None:
+    if len(hashes) < 2:
+        return hashes[0] if hashes else None
+    return xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
 def _open(path: Path) -> Dataset:
     try:
         return Dataset.from_file(str(path)).with_format("numpy")
-    except (OSError, pa.ArrowException) as error:  # somebody empties the cache just now
+    except (OSError, pa.ArrowException) as error:  # somebody empties the cache at this moment
         raise UserError(f"{path}: cannot be opened ({error}). Run the command again.") from error
 
 
 def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: bool = True) -> dict:
-    """Write the Arrow files of all parts into `directory`; returns what was counted."""
+    """Write the Arrow files of all parts into `directory` and return their counts."""
     everything = [path for paths in files for path in paths]
     say(f"preparing {', '.join(map(str, everything))} (once; kept in {directory.parent})")
-    hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
-    reading = {
-        "on_bad_rows": options["on_bad_rows"],
-        "text_unit": options["text_unit"],
-        "columns": columns,
-    }
-    reading["check"] = encoder.cut.check
+    reading = {name: options[name] for name in ("on_bad_rows", "text_unit")}
+    reading |= {"columns": columns, "check": encoder.cut.check}
     boundaries, held_out_boundaries = (Boundaries(options["boundary_markers"]) for _ in range(2))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(
-            total=total_size(everything),
-            unit="B",
-            unit_scale=True,
-            desc=translated("packing"),
-            disable=None,
-        ) as progress,
-    ):
+    size, title = total_size(everything), translated("packing")
+    progress = tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None)
+    with ThreadPoolExecutor(threads) as pool, progress:
 
-        def part(name: str) -> Part:
-            return Part(directory / f"{name}.arrow", encoder, pool, threads, bytes_of, options)
+        def writer(name: str) -> BlockWriter:
+            path = directory / f"{name}.arrow"
+            return BlockWriter(path, encoder, pool, threads, bytes_of, options)
 
-        parts = [part(f"train-{index}") for index in range(len(files))]
+        # Training documents, but for those that are held out
+        reading["progress"] = progress.update
+        hold_out = HoldOut(options["eval_ratio"], options["max_eval_rows"])
+        writers = [writer(f"train-{index}") for index in range(len(files))]
         for index, paths in enumerate(files):
-            for text in read_documents(
-                paths, **reading, progress=progress.update, boundaries=boundaries
-            ):
+            for text in read_documents(paths, **reading, boundaries=boundaries):
                 if columns.total == EARLY:
                     columns.stop()
                 for owner, document in hold_out.offer(text, (index, text)):
-                    parts[owner].add(document)
+                    writers[owner].add(document)
         columns.stop()
-        counts = [each.finish() for each in parts]
-        # Bad rows are judged at the end of a reading, so it goes on beyond the rows that are taken.
+        counts = [each.finish() for each in writers]
+
+        # Held-out documents; files are read to their end, since bad rows are judged there
         limit = options["max_eval_rows"] // max(1, len(held_out))
-        given = [
+        del reading["progress"]
+        groups = [
             list(read_documents(paths, **reading, boundaries=held_out_boundaries))[:limit]
             for paths in held_out
         ]
-        if not any(given):
-            given = [
-                [text for owner, text in hold_out.chosen() if owner == index]
-                for index in range(len(files))
-            ]
+        if not any(groups):
+            groups = [[] for _ in files]
+            for owner, text in hold_out.chosen():
+                groups[owner].append(text)
         held_out_counts = []
-        for index, texts in enumerate(given):
-            evaluation = part(f"eval-{index}")
+        for index, texts in enumerate(groups):
+            evaluation = writer(f"eval-{index}")
             for text in texts:
                 evaluation.add(text)
             held_out_counts.append(evaluation.finish())
+
     for paths, count in zip(files, counts, strict=True):
         if not count["blocks"]:
             raise UserError(
@@ -286,90 +237,8 @@ def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: b
                 f" block_size = {options['block_size']:,}. Give more text or a smaller"
                 " --block_size."
             )
-    totals = [
-        {name: sum(count[name] for count in each) for name in each[0]}
-        for each in (counts, held_out_counts)
-    ]
-    for total, found in zip(totals, (boundaries, held_out_boundaries), strict=True):
-        if found.rows:
-            total["boundary_markers"] = str(found)
-    return {
-        "train": totals[0],
-        "eval": totals[1],
-        "sources": counts,
-        "eval_sources": held_out_counts,
-    }
-
-
-class Part:
-    """An Arrow file in the making: documents are tokenised by the threads of `pool`, packed and
-    written in order."""
-
-    def __init__(
-        self, path: Path, encoder: Callable, pool, threads: int, bytes_of: np.ndarray, options: dict
-    ):
-        self.encoder, self.pool, self.ahead = encoder, pool, 2 * threads
-        self.packer = packer(
-            options["packing_strategy"], options["block_size"], encoder.eos_token_id
-        )
-        self.block_size, self.document_mask, self.bytes_of = (
-            options["block_size"],
-            options["document_mask"],
-            bytes_of,
-        )
-        self.texts: list[str] = []
-        self.characters = self.waiting = 0
-        self.pending: deque[tuple[int, Future]] = deque()
-        self.counts = dict.fromkeys(("documents", "tokens", "blocks", "targets", "target_bytes"), 0)
-        self.packed = 0
-        self.schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(encoder.dtype))})
-        self.sink = pa.OSFile(str(path), "wb")
-        self.writer = pa.ipc.new_stream(self.sink, self.schema)
-
-    def add(self, text: str) -> None:
-        """Take one document."""
-        self.texts.append(text)
-        self.characters += len(text)
-        if self.characters >= BATCH:
-            self._submit()
-
-    def finish(self) -> dict:
-        """Write what is left and close the file; returns the counts."""
-        self._submit(ahead=0)
-        self._write(self.packer.finish())
-        self.writer.close()
-        self.sink.close()
-        padding = self.counts["blocks"] * self.block_size - self.packed
-        return {
-            **self.counts,
-            "padding": padding,
-            "dropped_tokens": self.counts["tokens"] - self.packed,
-        }
-
-    def _submit(self, ahead: int | None = None) -> None:
-        if self.texts:
-            self.counts["documents"] += len(self.texts)
-            self.pending.append((self.characters, self.pool.submit(self.encoder, self.texts)))
-            self.waiting += self.characters
-            self.texts, self.characters = [], 0
-        while self.pending and (
-            len(self.pending) > (self.ahead if ahead is None else ahead) or self.waiting > AHEAD
-        ):
-            characters, future = self.pending.popleft()
-            self.waiting -= characters
-            ids = future.result()
-            self.counts["tokens"] += len(ids)
-            self._write(self.packer.add(ids))
-
-    def _write(self, rows: Rows) -> None:
-        if not len(rows.lengths):
-            return
-        offsets = np.concatenate(([0], np.cumsum(rows.lengths))).astype(np.int32)
-        ids = rows.ids.astype(self.encoder.dtype, copy=False)
-        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))
-        self.writer.write_batch(pa.record_batch([column], schema=self.schema))
-        targets = is_target(rows, self.document_mask, self.encoder.eos_token_id)
-        self.counts["blocks"] += len(rows.lengths)
-        self.counts["targets"] += int(targets.sum())
-        self.counts["target_bytes"] += int(self.bytes_of[ids[targets]].sum())
-        self.packed += len(ids)
+    facts = {"train": add_counts(counts), "eval": add_counts(held_out_counts)}
+    for total, each in zip(facts.values(), (boundaries, held_out_boundaries), strict=True):
+        if each.rows:
+            total["boundary_markers"] = str(each)
+    return {**facts, "sources": counts, "eval_sources": held_out_counts}

@@ -1,11 +1,14 @@
-"""Chat templates as what they are, programs of somebody else: bounded in time, memory and what they
-write."""
+"""The shipped chat templates, and limits on all others: a template is somebody else's program.
+
+A program from a stranger's tokenizer may loop, allocate or write without end. `bounded` limits its
+time and memory, `BoundedSandbox` the size of its numbers, and the renderer the size of its text.
+"""
 
 import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from jinja2.filters import do_round
@@ -13,19 +16,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from transformers.utils import chat_template_utils
 
 from minimind.common.errors import BadRowError, UserError
+from minimind.tokenizer import CHAT_TEMPLATE
 
-# For one conversation, where a thousandth of a second and a few of its own sizes are usual.
-SECONDS = 60  # of the processor
-MEMORY, PER_CHARACTER = 2**31, 64  # bytes beyond what the process has already
+TEMPLATES = {path.stem: path for path in sorted(CHAT_TEMPLATE.parent.glob("*.jinja"))}
+SHIPPED = frozenset(path.read_text(encoding="utf-8") for path in TEMPLATES.values())
+
+# Limits for one conversation, which usually takes a millisecond and a few times its own size
+SECONDS = 60  # of processor time
+MEMORY, PER_CHARACTER = 2**31, 64  # bytes beyond what the process already uses
 WRITTEN, WRITTEN_PER_CHARACTER = 2**20, 64  # characters
-BITS = 4096  # of a whole number
+BITS = 4096  # of an integer
 ADVICE = "Give the tokenizer another one, or fine-tune with --chat_template."
 STATUS = Path("/proc/self/statm")  # Linux
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Identical to the library's except: whole numbers stay small. With large ones a single
-    operation takes hours, and nothing in this process could interrupt it."""
+    """Identical to the library's except: integers stay small, because one operation on large ones
+    can take hours, and nothing in this process could interrupt it."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -38,11 +45,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         """Called for each of the operators above; raises SecurityError."""
         if isinstance(left, int) and isinstance(right, int):
-            bits = (
-                left.bit_length() * right
-                if operator == "**"
-                else left.bit_length() + right.bit_length()
-            )
+            size = left.bit_length()
+            bits = size * right if operator == "**" else size + right.bit_length()
             if bits > BITS:
                 raise SecurityError(f"found a number of more than {BITS:,} bits")
         return super().call_binop(context, operator, left, right)
@@ -52,26 +56,27 @@ chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox  # templates 
 
 
 class OutOfTimeError(BaseException):
-    """Past `except Exception`, which jinja has around what it computes when it compiles."""
+    """Not an Exception, because jinja catches those around constants that it evaluates early."""
 
 
 @contextmanager
 def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
-    """A block in which a template runs on a conversation of so many characters, whatever the
-    template does.
+    """A block that renders a conversation of so many characters within limits.
 
-    A `shipped` one has no limits, whose setting takes a tenth of a millisecond; its failures are
-    told all the same.
+    A `shipped` template has no limits, because setting them takes a tenth of a millisecond; its
+    failures are reported like any other's.
 
     Raises:
-        BadRowError: the template refuses the conversation, or fails. UserError: it takes more time
-        or memory than any template needs, and would for other conversations.
+        BadRowError: the template refuses the conversation, or fails.
+        UserError: it takes more time or memory than any template needs, so it would also do so for
+            other conversations.
     """
     memory = MEMORY + PER_CHARACTER * characters
     try:
-        with ExitStack() as limits:
-            for limited in () if shipped else (_limited_memory(memory), _limited_time()):
-                limits.enter_context(limited)
+        with (
+            nullcontext() if shipped else _limited_memory(memory),
+            nullcontext() if shipped else _limited_time(),
+        ):
             yield
     except MemoryError:
         raise UserError(
@@ -88,8 +93,7 @@ def bounded(characters: int = 0, shipped: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory(size: int) -> Iterator[None]:
-    """Let the process take `size` bytes more and no others, where the system can say what it
-    has."""
+    """A block with at most `size` more bytes, where the system reports what is in use."""
     if not STATUS.exists():
         yield
         return
@@ -105,19 +109,18 @@ def _limited_memory(size: int) -> Iterator[None]:
 
 @contextmanager
 def _limited_time() -> Iterator[None]:
-    """Raise OutOfTimeError after SECONDS of the processor; only the main thread can be
-    interrupted."""
+    """A block that OutOfTimeError ends after SECONDS; only a main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _stop) or signal.SIG_DFL
+
+    def stop(number, frame) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGVTALRM, stop) or signal.SIG_DFL
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def _stop(number, frame) -> None:
-    raise OutOfTimeError

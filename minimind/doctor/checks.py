@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from minimind.common.errors import UserError
 from minimind.common.launch import bf16_is_fast
-from minimind.data.chats import ChatArguments
+from minimind.data.chat_arguments import ChatArguments
 from minimind.inspection import Inspection, data_paths, inspect_chats, inspect_documents
 from minimind.inspection.tokens import Texts
 from minimind.stage_directory import read_stage

@@ -17,21 +17,17 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from minimind.common.errors import BadRowError, UserError
-from minimind.data.chat_encoder import set_chat_template
-from minimind.data.chats import (
-    ChatArguments,
-    ChatRows,
-    Reading,
-    load_conversations,
-    load_preferences,
-    preference_labels,
-)
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_summary import Reading
+from minimind.data.chats import ChatRows, load_conversations, load_preferences
 from minimind.data.columns import IGNORE_ALL, Columns
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import load_blocks
 from minimind.data.files import read_rows, to_document
+from minimind.data.loss_mask import preference_labels
 from minimind.data.mixing import parse_sources
 from minimind.data.preferences import to_preference
+from minimind.data.template_choice import set_chat_template
 from minimind.inspection.findings import (
     CUT_SHARE,
     LEFT_OUT,

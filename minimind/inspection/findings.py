@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.bad_rows import BAD_ROW_SHARE
-from minimind.data.chats import Reading
+from minimind.data.chat_summary import Reading
 from minimind.data.dialogues import VOICES
 from minimind.inspection.tokens import (
     NO_TEXT,

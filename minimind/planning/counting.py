@@ -12,15 +12,18 @@ from trl import pack_dataset
 
 from minimind.common.cache import find
 from minimind.common.errors import BadRowError
-from minimind.data.chat_encoder import ChatEncoder, set_chat_template
-from minimind.data.chats import ChatArguments, tokenize_conversations, tokenize_preferences
+from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_encoder import ChatEncoder
+from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import preparation
 from minimind.data.files import read_rows, to_document
 from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
+from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
 from minimind.data.sources import total_size
+from minimind.data.template_choice import set_chat_template
 from minimind.stages import StageSpec, load_rows
 from minimind.tokenizer.encoding import DocumentEncoder
 from minimind.training.data_arguments import DataArguments

@@ -17,7 +17,7 @@ from minimind import MiniMindConfig
 from minimind.common.errors import UserError
 from minimind.common.options import option_names
 from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.chats import ChatArguments
+from minimind.data.chat_arguments import ChatArguments
 from minimind.data.columns import Columns
 from minimind.inspection import recognise_stage
 from minimind.planning.counting import RowCounts, count_rows

@@ -49,7 +49,7 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
     package.
 
     What a tokenizer lacks is judged where it is needed: the end token by `documents.preparation`,
-    the chat template by `chat_encoder.set_chat_template`.
+    the chat template by `template_choice.set_chat_template`.
 
     Raises:
         UserError: there is no tokenizer, or it cannot be read.

@@ -20,7 +20,7 @@ from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.common.locks import wait_for_lock
 from minimind.data.columns import NAMES, Columns
-from minimind.data.files import TEXT_UNITS
+from minimind.data.formats import TEXT_UNITS
 from minimind.data.markers import POLICIES
 from minimind.data.mixing import STOPPING
 from minimind.data.sources import File, expand

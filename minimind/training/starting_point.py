@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl import ModelConfig, get_peft_config
 
 from minimind import MiniMindConfig
-from minimind.common.errors import UserError
+from minimind.common.errors import UserError, reason
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.costs.step import empty_model
-from minimind.stage_directory import check_kind, check_vocabulary, load_model, reason, require_stage
+from minimind.stage_directory import check_kind, check_vocabulary, load_model, require_stage
 from minimind.tokenizer import load_tokenizer
 from minimind.training.model_arguments import load_model_config_file
 
