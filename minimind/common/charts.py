@@ -22,9 +22,10 @@ SIZE = 520 / 72, 200 / 72  # of a chart on a page, in inches; the page stretches
 LABELS = 9  # beneath a histogram, at most
 # Families with Chinese glyphs, as Linux distributions, macOS and Windows name them.
 CHINESE = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
-    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Heiti SC",
-    "Heiti TC", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+    "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
+    "PingFang SC", "Hiragino Sans GB", "Heiti SC", "Heiti TC", "Microsoft YaHei", "SimHei",
+    "Arial Unicode MS",
 )  # fmt: skip
 SETTINGS = {
     "axes.autolimit_mode": "round_numbers",  # an axis begins and ends at a tick
@@ -96,11 +97,11 @@ def line_chart(
     """Curves over the steps from 0 to `last`, or as far as there are points, as an inline SVG."""
     with canvas(*SIZE) as figure:
         axes = _axes(figure)
+        if from_zero:
+            axes.update_datalim([(0, 0)])
         for points, colour in zip(series.values(), COLOURS * len(series), strict=False):
             draw_line(axes, points, color=colour, linewidth=1.7)
-        axes.set_xlim(0, max(last, *(x for points in series.values() for x, _ in points)))
-        if from_zero:
-            axes.set_ylim(min(0, axes.get_ylim()[0]), None)
+        axes.set_xlim(0, max(last, *(x for points in series.values() for x, _ in points)) or 1)
         return to_svg(figure, label)
 
 
@@ -114,13 +115,11 @@ def bar_chart(
 
 
 def draw_bars(axes: Any, counts: Sequence[int], edges: Sequence[float], **style: Any) -> None:
-    """Draw a histogram, its bars of one width whatever their edges: the last one may hold a tail."""
+    """Draw a histogram with bars of equal width, since the last one may hold a long tail."""
     bars = axes.bar(range(len(counts)), counts, width=0.95, align="edge", **style)
     for number, bar in enumerate(bars):
         bar.set(gid=f"bar{number}", clip_on=False)
-    places = range(
-        len(edges) - 1, -1, -len(edges) // LABELS
-    )  # from the last edge, a step rounded up
+    places = range(len(edges) - 1, -1, -len(edges) // LABELS)  # the last edge has a label
     axes.set_xticks(places, [f"{edges[place]:,.6g}" for place in places])
     axes.set_xlim(0, len(counts))
 

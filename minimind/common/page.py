@@ -3,22 +3,27 @@
 Texts that come from data are escaped: here in titles and tables, elsewhere with `html.escape`.
 """
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from typing import Any
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 1340px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; }
+body { max-width: 1340px; margin: 2em auto; padding: 0 1em; }
 h2 { margin-top: 1.6em; }
 table { border-collapse: collapse; margin: .6em 0; }
-th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #8884; vertical-align: top; }
-td { overflow-wrap: anywhere; } .number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .8em; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid #8884; } td { overflow-wrap: anywhere; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.text { white-space: pre-wrap; }
 figure { margin: 0; } figcaption { font-weight: 600; }
-svg { width: 100%; max-width: 100%; height: auto; } svg text { fill: currentColor; font-family: inherit !important; }
+svg { width: 100%; max-width: 100%; height: auto; }
+svg text { fill: currentColor; font-family: inherit !important; }
 summary { cursor: pointer; } small { opacity: .75; overflow-wrap: anywhere; }
 """
+NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?%?")
 
 
 def page(title: str, body: str, style: str = "") -> str:
@@ -52,7 +57,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], texts: Collection[
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip("+-%").replace(",", "").replace(".", "").isdecimal()
+        return bool(NUMBER.fullmatch(value))
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
