@@ -610,6 +610,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     from minimind import inspection
     from minimind.data.chats import ChatArguments
     from minimind.inspection import display
+    from minimind.inspection.page import inspection_page, length_png
     from minimind.tokenizer import load_tokenizer
     from minimind.training.arguments import DataArguments
 
@@ -643,12 +644,12 @@ def run_inspect(args: argparse.Namespace) -> None:
         return list(chosen[: default if args.rows is None else args.rows])
 
     if args.html:
-        page = display.page(inspected, shown(100), tokenizer, " ".join(args.files))
+        page = inspection_page(inspected, shown(100), tokenizer, " ".join(args.files))
         Path(args.html).parent.mkdir(parents=True, exist_ok=True)
         write_text(args.html, page)
     if args.png:
         Path(args.png).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(args.png, display.length_png(inspected.report["lengths"]))
+        write_bytes(args.png, length_png(inspected.report["lengths"]))
     if args.json:
         display.print_json(inspected, shown(len(chosen)))
     else:

@@ -19,6 +19,7 @@ Points = Sequence[tuple[float, float]]
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0489a", "#8a7a2f", "#c9453b")
 GRID = "#88888840"
 SIZE = 520 / 72, 200 / 72  # of a chart on a page, in inches; the page stretches it
+PLACE = 0.12, 0.14, 0.83, 0.78  # of its axes within it
 LABELS = 9  # beneath a histogram, at most
 # Families with Chinese glyphs, as Linux distributions, macOS and Windows name them.
 CHINESE = (
@@ -70,7 +71,8 @@ def to_svg(figure: Any, label: str, tips: Mapping[str, str] | None = None) -> st
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"')
     for gid, tip in (tips or {}).items():
         svg = svg.replace(f'<g id="{gid}">', f"<g><title>{escape(tip)}</title>")
-    svg = re.sub(r' id="[^"]*"', "", svg)  # the charts of a page would share them
+    # The charts of a page would share their ids, and HTML needs no XML names.
+    svg = re.sub(r' (?:id|xmlns[:\w]*)="[^"]*"', "", svg)
     return re.sub(r"\s*\n\s*", " ", svg)
 
 
@@ -96,7 +98,7 @@ def line_chart(
 ) -> str:
     """Curves over the steps from 0 to `last`, or as far as there are points, as an inline SVG."""
     with canvas(*SIZE) as figure:
-        axes = _axes(figure)
+        axes = plain(figure.add_axes(PLACE))
         if from_zero:
             axes.update_datalim([(0, 0)])
         for points, colour in zip(series.values(), COLOURS * len(series), strict=False):
@@ -110,7 +112,7 @@ def bar_chart(
 ) -> str:
     """A histogram of bars, each with its tip, as an inline SVG; see `draw_bars`."""
     with canvas(*SIZE) as figure:
-        draw_bars(_axes(figure), counts, edges, color=COLOURS[0])
+        draw_bars(plain(figure.add_axes(PLACE)), counts, edges, color=COLOURS[0])
         return to_svg(figure, label, {f"bar{number}": tip for number, tip in enumerate(tips)})
 
 
@@ -124,9 +126,11 @@ def draw_bars(axes: Any, counts: Sequence[int], edges: Sequence[float], **style:
     axes.set_xlim(0, len(counts))
 
 
-def _axes(figure: Any) -> Any:
-    """The axes of a chart on a page: lines at round numbers, and nothing else around the values."""
-    axes = figure.add_axes((0.12, 0.14, 0.83, 0.78))
+def plain(axes: Any) -> Any:
+    """The axes with lines at round numbers and nothing else around the values.
+
+    Marks at the ticks would refer to shapes by their ids, which `to_svg` removes.
+    """
     axes.grid(axis="y", color=GRID, clip_on=False)
     axes.tick_params(left=False, bottom=False, labelsize=12)
     axes.spines[:].set_visible(False)
