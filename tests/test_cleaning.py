@@ -17,9 +17,9 @@ from malformed import malformed
 from pipeline import PATIENCE
 from test_cleaning_steps import CHINESE, ENGLISH, POEM, STATUTE
 
-from minimind.cleaning import Recipe, cache_key, clean, load_recipe
-from minimind.cleaning.recipe import STEPS
-from minimind.cleaning.texts import Texts
+from minimind.cleaning import Procedure, cache_key, clean, load_procedure
+from minimind.cleaning.procedure import STEPS
+from minimind.cleaning.row_texts import RowTexts
 from minimind.cli import main
 from minimind.common.errors import UserError
 
@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 
 
-def recipe(*steps, **settings):
-    return Recipe.from_dict({"steps": list(steps), **settings})
+def procedure(*steps, **settings):
+    return Procedure.from_dict({"steps": list(steps), **settings})
 
 
-ALL = load_recipe(ROOT / "configs" / "data" / "pretrain.yaml")
+ALL = load_procedure(ROOT / "configs" / "data" / "pretrain.yaml")
 
 
 def corpus(count=300):
@@ -73,8 +73,7 @@ def refusal(action):
     return str(caught.value)
 
 
-# --- rows
-# ------------------------------------------------------------------------------------------------------------
+# Rows
 
 
 def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_jsonl):
@@ -84,7 +83,9 @@ def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_
         {"text": "same"},
     ]
     report = clean(
-        [write_jsonl("a.jsonl", rows)], tmp_path / "out", recipe("control_characters", "whitespace")
+        [write_jsonl("a.jsonl", rows)],
+        tmp_path / "out",
+        procedure("control_characters", "whitespace"),
     )
     rows[0]["content"], rows[1]["text"] = "a b", "cd"
     assert output(tmp_path / "out") == rows
@@ -170,10 +171,10 @@ CHAT = {
 def test_every_text_of_chats_and_pairs_is_cleaned_and_all_else_stays(
     tmp_path, write_jsonl, row, cleaned
 ):
-    steps = recipe("remove_markup", "control_characters", "whitespace", "mask_pii")
+    steps = procedure("remove_markup", "control_characters", "whitespace", "mask_pii")
     clean([write_jsonl("a.jsonl", [row])], tmp_path / "out", steps)
     (result,) = output(tmp_path / "out")
-    assert [slot.text for slot in Texts(result).slots] == cleaned
+    assert [slot.text for slot in RowTexts(result).slots] == cleaned
 
     def shape(value):
         if isinstance(value, dict):
@@ -202,7 +203,7 @@ def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
             },
         ]
     }
-    texts = Texts(row)
+    texts = RowTexts(row)
     for step in (STEPS["remove_markup"](), STEPS["mask_pii"]()):
         (texts.mask if step.machine else texts.replace)(step)
     user, call, result, other, reply = row["messages"]
@@ -225,7 +226,7 @@ def test_a_row_that_loses_the_text_of_a_message_is_dropped_and_counted(tmp_path,
     path = write_jsonl(
         "a.jsonl", [emptied, empty_before, {"text": "\u200b\u200b x"}, {"text": "\u200b"}]
     )
-    report = clean([path], tmp_path / "out", recipe("remove_markup", "control_characters"))
+    report = clean([path], tmp_path / "out", procedure("remove_markup", "control_characters"))
     assert output(tmp_path / "out") == [empty_before, {"text": " x"}]
     assert [step["reasons"] for step in report["steps"]] == [
         {"no text left": 1},
@@ -239,7 +240,7 @@ def test_filters_judge_a_pair_without_its_rejected_reply_and_duplicates_with_it(
     pair = {"prompt": "问题是什么？", "chosen": CHINESE, "rejected": "买买买优惠" * 40}
     other = {**pair, "rejected": "另一个不好的回答"}
     path = write_jsonl("a.jsonl", [pair, pair, other])
-    report = clean([path], tmp_path / "out", recipe("quality", "exact_dedup"))
+    report = clean([path], tmp_path / "out", procedure("quality", "exact_dedup"))
     assert output(tmp_path / "out") == [pair, other]
     assert [step["rows_removed"] for step in report["steps"]] == [0, 1]
 
@@ -248,7 +249,7 @@ def test_parquet_with_dates_and_several_inputs_become_one_directory(tmp_path, wr
     table = pa.table({"text": ["a  b"], "day": pa.array([19000], pa.date32())})
     pq.write_table(table, tmp_path / "a.parquet")
     paths = [str(tmp_path / "a.parquet"), write_jsonl("b.jsonl", [{"text": "c"}])]
-    clean(paths, tmp_path / "out", recipe("whitespace", rows_per_shard=1))
+    clean(paths, tmp_path / "out", procedure("whitespace", rows_per_shard=1))
     assert output(tmp_path / "out") == [{"text": "a b", "day": "2022-01-08"}, {"text": "c"}]
     assert sorted(tree(tmp_path / "out")) == [
         "data-00000.jsonl",
@@ -258,8 +259,7 @@ def test_parquet_with_dates_and_several_inputs_become_one_directory(tmp_path, wr
     ]
 
 
-# --- determinism, resume, atomicity
-# ----------------------------------------------------------------------------------
+# Determinism, resume, atomicity
 
 
 def small_shards(tmp_path):
@@ -330,7 +330,7 @@ def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped
     assert tree(out) == tree(tmp_path / "expected")
     assert report["run"]["rows_found_finished"] == 40 * 5
     assert (out / last_shard.name).stat().st_mtime_ns == before  # not written again
-    assert "going on behind" in caplog.text
+    assert "resuming after" in caplog.text
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -398,46 +398,45 @@ def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, monkeypatch):
 
 def test_the_same_cleaning_again_finds_itself_done_and_another_is_refused(tmp_path, write_jsonl):
     path, out = write_jsonl("a.jsonl", corpus(50)), tmp_path / "out"
-    first = clean([path], out, recipe("whitespace"))
+    first = clean([path], out, procedure("whitespace"))
     written = tree(out)
-    again = clean([path], out, recipe("whitespace"))
+    again = clean([path], out, procedure("whitespace"))
     assert again["run"]["rows_found_finished"] == 50
     assert {**again, "run": None} == {**first, "run": None}
     assert "the result of another recipe or input" in refusal(
-        lambda: clean([path], out, recipe("length"))
+        lambda: clean([path], out, procedure("length"))
     )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     assert "holds something, expected a new" in refusal(
-        lambda: clean([path], tmp_path / "full", recipe("length"))
+        lambda: clean([path], tmp_path / "full", procedure("length"))
     )
     assert tree(out) == written
     (tmp_path / "empty").mkdir()
-    clean([path], tmp_path / "empty", recipe("whitespace"))
+    clean([path], tmp_path / "empty", procedure("whitespace"))
     assert tree(tmp_path / "empty") == written
 
 
 def test_the_cache_key_follows_content_and_options_not_names(tmp_path, write_jsonl):
     a, b = write_jsonl("a.jsonl", corpus(5)), write_jsonl("b.jsonl", corpus(5))
     c = write_jsonl("c.jsonl", corpus(6))
-    key = cache_key([a], recipe("length"))
-    assert key == cache_key([b], recipe({"length": {"min_chars": 20}}))
+    key = cache_key([a], procedure("length"))
+    assert key == cache_key([b], procedure({"length": {"min_chars": 20}}))
     assert (
         len(
             {
                 key,
-                cache_key([c], recipe("length")),
-                cache_key([a], recipe({"length": {"min_chars": 21}})),
+                cache_key([c], procedure("length")),
+                cache_key([a], procedure({"length": {"min_chars": 21}})),
             }
         )
         == 3
     )
-    first = cache_key([a], recipe({"decontaminate": {"against": [b]}}))
-    assert first != cache_key([a], recipe({"decontaminate": {"against": [c]}}))
+    first = cache_key([a], procedure({"decontaminate": {"against": [b]}}))
+    assert first != cache_key([a], procedure({"decontaminate": {"against": [c]}}))
 
 
-# --- bad input
-# -------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 def test_bad_rows_follow_the_policy_and_leave_no_destination(tmp_path, write_jsonl):
@@ -445,10 +444,10 @@ def test_bad_rows_follow_the_policy_and_leave_no_destination(tmp_path, write_jso
     path = write_jsonl("a.jsonl", rows)
     for policy, words in [("error", f"{path}:31: found"), (None, "2 of 32 rows are bad")]:
         assert words in refusal(
-            lambda policy=policy: clean([path], tmp_path / "out", recipe("length"), 1, policy)
+            lambda policy=policy: clean([path], tmp_path / "out", procedure("length"), 1, policy)
         )
         assert not (tmp_path / "out").exists()
-    report = clean([path], tmp_path / "out", recipe("length"), 1, "skip")
+    report = clean([path], tmp_path / "out", procedure("length"), 1, "skip")
     assert report["rows"]["bad"] == 2
     assert [row["where"] for row in report["bad_rows"]] == [f"{path}:31", f"{path}:32"]
 
@@ -457,7 +456,7 @@ def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_wh
     tmp_path, write_jsonl
 ):
     path = write_jsonl("a.jsonl", [{"text": "short"}, {"text": "brief"}])
-    message = refusal(lambda: clean([path], tmp_path / "out", recipe("whitespace", "length")))
+    message = refusal(lambda: clean([path], tmp_path / "out", procedure("whitespace", "length")))
     assert "no row is left of 2: bad 0, whitespace 0, length 2" in message
     assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", ".out.lock"}
 
@@ -497,13 +496,13 @@ def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_wh
 def test_a_mistake_in_a_recipe_is_named_with_its_place(tmp_path, text, words):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    message = refusal(lambda: load_recipe(path))
+    message = refusal(lambda: load_procedure(path))
     assert message.startswith(str(path))
     assert all(word in message for word in words), message
 
 
 def test_a_missing_recipe_is_named():
-    assert "nowhere.yaml: cannot be read" in refusal(lambda: load_recipe("nowhere.yaml"))
+    assert "nowhere.yaml: cannot be read" in refusal(lambda: load_procedure("nowhere.yaml"))
 
 
 def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jsonl, monkeypatch):
@@ -518,7 +517,7 @@ def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jso
         _language_model.cache_clear()
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, module, None)
-            message = refusal(lambda step=step: clean([path], tmp_path / "out", recipe(step)))
+            message = refusal(lambda step=step: clean([path], tmp_path / "out", procedure(step)))
         assert module in message
         assert "pip install -e '.[data]' in the project's directory" in message
 
@@ -538,8 +537,7 @@ def test_the_shipped_recipes_say_what_they_are_for_and_keep_good_text(tmp_path, 
     assert len(output(tmp_path / "out")) == len(documents) + len(chats)
 
 
-# --- the report and the command
-# --------------------------------------------------------------------------------------
+# The report and the command
 
 
 class Page(HTMLParser):
@@ -566,7 +564,7 @@ def test_the_report_asks_for_nothing_from_outside_and_shows_hostile_text_as_text
     report = clean(
         [path],
         tmp_path / "out",
-        recipe("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"),
+        procedure("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"),
         1,
         "skip",
     )
@@ -597,7 +595,9 @@ def test_examples_are_chosen_by_content_not_by_place(tmp_path, write_jsonl):
     chosen = []
     for name, order in [("a", rows), ("b", rows[::-1])]:
         report = clean(
-            [write_jsonl(f"{name}.jsonl", order)], tmp_path / name, recipe("whitespace", examples=4)
+            [write_jsonl(f"{name}.jsonl", order)],
+            tmp_path / name,
+            procedure("whitespace", examples=4),
         )
         examples = report["steps"][0]["examples"]["changed"]
         chosen.append([(example["before"], example["after"]) for example in examples])
@@ -653,7 +653,7 @@ def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtest
         with subtests.test(case.name):
             try:
                 report = clean(
-                    case.paths, out, recipe("control_characters", "whitespace"), 1, "skip"
+                    case.paths, out, procedure("control_characters", "whitespace"), 1, "skip"
                 )
             except UserError as error:
                 assert case.expected == "error" or not case.kept
@@ -678,4 +678,4 @@ def test_the_guides_show_the_same_commands_and_name_every_step():
     for guide in (english, chinese):
         assert re.findall(r"^\| `(\w+)` \|", guide, re.MULTILINE) == list(STEPS)
     (example,) = (text for language, text in blocks[0] if language == "yaml")
-    assert len(Recipe.from_dict(yaml.safe_load(example)).steps) == 4
+    assert len(Procedure.from_dict(yaml.safe_load(example)).steps) == 4

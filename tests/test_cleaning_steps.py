@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -9,7 +10,6 @@ from minimind.cleaning.duplicates import Decontaminate, ExactDedup, NearDedup
 from minimind.cleaning.filters import Language, Length, Quality, detect_language
 from minimind.cleaning.normalization import ControlCharacters, FixUnicode, RemoveMarkup, Whitespace
 from minimind.cleaning.personal import MaskPersonalData, is_card_number, is_id_number
-from minimind.cleaning.steps import options_of
 from minimind.common.errors import UserError
 
 CHINESE = (
@@ -56,8 +56,7 @@ def test_good_text_is_kept_by_the_filters(text):
     assert [step.reason(text) for step in (Length(), Language(), Quality())] == [None] * 3
 
 
-# --- Unicode and characters
-# ------------------------------------------------------------------------------------------
+# Unicode and characters
 
 
 @pytest.mark.parametrize(
@@ -105,8 +104,7 @@ def test_whitespace_is_tidied_and_code_keeps_its_indent():
     assert Whitespace()(CODE) == CODE
 
 
-# --- markup
-# ----------------------------------------------------------------------------------------------------------
+# Markup
 
 
 @pytest.mark.parametrize(
@@ -225,8 +223,7 @@ def test_time_is_linear_in_the_length_of_hostile_text(piece):
     assert any(cost(200_000) < 24 * cost(25_000) for _ in range(3))
 
 
-# --- personal data
-# ---------------------------------------------------------------------------------------------------
+# Personal data
 
 
 @pytest.mark.parametrize(
@@ -292,8 +289,7 @@ def test_only_the_kinds_asked_for_are_masked():
     assert MaskPersonalData(kinds=["phone"])("a@b.com 13812345678") == "a@b.com [PHONE]"
 
 
-# --- filters
-# ---------------------------------------------------------------------------------------------------------
+# Filters
 
 
 def test_length_counts_characters_and_bytes():
@@ -365,11 +361,10 @@ def test_junk_is_removed_for_its_reason(text, reason):
     assert Quality(**dict.fromkeys(RULES)).reason(text) is None
 
 
-RULES = [name for name in options_of(Quality()) if name not in ("min_units", "min_lines")]
+RULES = [name for name in asdict(Quality()) if name not in ("min_units", "min_lines")]
 
 
-# --- duplicates
-# ------------------------------------------------------------------------------------------------------
+# Duplicates
 
 
 def kept(step, texts):

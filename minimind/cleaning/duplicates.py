@@ -1,10 +1,11 @@
-"""Steps that remove rows for what they share with other rows: exact copies, near copies, evaluation
-sets.
+"""Steps that remove rows for what they share with other rows: exact copies, near copies, texts of
+evaluation sets.
 
 Memory, kept in the main process for each row that stays (measured on 40,000 rows): exact_dedup
 about 160 bytes, near_dedup about 2.6 kB with 128 values and 16 bands. Texts are not kept.
 """
 
+import io
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import xxhash
 
 from minimind.cleaning.extras import require
 from minimind.cleaning.filters import is_chinese, units_of
-from minimind.cleaning.steps import Dedup, Filter, check_positive, check_share
+from minimind.cleaning.options import check_positive, check_share
+from minimind.cleaning.steps import Dedup, Filter
 from minimind.common.errors import UserError
 from minimind.data.files import expand, read_rows
 
@@ -34,19 +36,20 @@ class ExactIndex:
 
     def find_or_add(self, key: int, number: int) -> int | None:
         """See `steps.Index`."""
-        found = self.first.setdefault(key, number)
-        if found != number:
-            return found
-        self.new.append(key)
-        return None
+        first = self.first.setdefault(key, number)
+        if first == number:
+            self.new.append(key)
+            return None
+        return first
 
     def take_new(self) -> dict[str, np.ndarray]:
         """Arrays `hashes` (rows, 16) of bytes and `numbers` (rows,)."""
         new, self.new = self.new, []
-        hashes = np.frombuffer(
-            b"".join(key.to_bytes(16, "little") for key in new), np.uint8
-        ).reshape(-1, 16)
-        return {"hashes": hashes, "numbers": np.array([self.first[key] for key in new], np.int64)}
+        hashes = b"".join(key.to_bytes(16, "little") for key in new)
+        return {
+            "hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 16),
+            "numbers": np.array([self.first[key] for key in new], np.int64),
+        }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """See `steps.Index`."""
@@ -71,8 +74,8 @@ class ExactDedup(Dedup):
 
 
 class NearIndex:
-    """MinHash signatures in rensa's LSH; what shares a band is compared, and only a similar one
-    counts."""
+    """MinHash signatures in rensa's LSH: rows that share a band are compared, and only similar ones
+    count."""
 
     def __init__(self, threshold: float, num_perm: int, bands: int):
         self.rensa = require("rensa")
@@ -81,12 +84,11 @@ class NearIndex:
         self.signatures: dict[int, Any] = {}
         self.new: list[tuple[int, bytes]] = []
 
-    def _add(self, state: bytes, number: int) -> None:
-        signature = self._signature(state)
+    def _add(self, signature: Any, number: int) -> None:
         self.lsh.insert(number, signature)
         self.signatures[number] = signature
 
-    def _signature(self, state: bytes):
+    def _signature(self, state: bytes) -> Any:
         signature = self.rensa.RMinHash(self.num_perm, SEED)
         signature.__setstate__(state)
         return signature
@@ -95,15 +97,16 @@ class NearIndex:
         """The most similar earlier row at or above the threshold, the earliest of equals; see
         `steps.Index`."""
         signature = self._signature(key)
-        found = [
-            (signature.jaccard(self.signatures[other]), -other)
-            for other in self.lsh.query(signature)
-        ]
-        similarity, other = max(found, default=(0.0, 0))
+        similarity, other = max(
+            (
+                (signature.jaccard(self.signatures[other]), -other)
+                for other in self.lsh.query(signature)
+            ),
+            default=(0.0, 0),
+        )
         if similarity >= self.threshold:
             return -other
-        self.lsh.insert(number, signature)
-        self.signatures[number] = signature
+        self._add(signature, number)
         self.new.append((number, key))
         return None
 
@@ -119,12 +122,10 @@ class NearIndex:
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """See `steps.Index`."""
-        states, start = arrays["states"].tobytes(), 0
-        for number, length in zip(
-            arrays["numbers"].tolist(), arrays["lengths"].tolist(), strict=True
-        ):
-            self._add(states[start : start + length], number)
-            start += length
+        states = io.BytesIO(arrays["states"].tobytes())
+        numbers, lengths = arrays["numbers"].tolist(), arrays["lengths"].tolist()
+        for number, length in zip(numbers, lengths, strict=True):
+            self._add(self._signature(states.read(length)), number)
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,9 @@ class Decontaminate(Filter):
     their rows).
 
     13 words as for GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) and 20 Chinese
-    characters, which are about 13 words; a shorter evaluation text counts as a whole from
-    `min_words` words or `min_characters` characters on, still shorter ones (such as single answers)
-    are not looked for.
+    characters, which are about 13 words. A shorter evaluation text is looked for in full from
+    `min_words` words or `min_characters` characters on; still shorter ones (such as single answers)
+    are not.
     """
 
     name: ClassVar[str] = "decontaminate"
@@ -268,12 +269,9 @@ class Decontaminate(Filter):
         for row in read_rows(self.against, "error"):
             for text in _strings(row.data):
                 units = units_of(text.casefold())
-                chinese = is_chinese(text, len(units))
-                shortest, n = (
-                    (self.min_characters, self.characters)
-                    if chinese
-                    else (self.min_words, self.words)
-                )
+                shortest, n = self.min_words, self.words
+                if is_chinese(text, len(units)):
+                    shortest, n = self.min_characters, self.characters
                 if len(units) >= shortest:
                     index.add(units, n)
         if not index.ngrams:
