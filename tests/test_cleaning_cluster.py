@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datatrove", reason="the extra data-cluster is not installed")
 
-from test_cleaning import ALL, corpus, output, procedure
+from cleaning_corpus import ALL, corpus, output, procedure
 
 from minimind.cleaning import clean
 from minimind.cleaning.cluster import clean_with_datatrove, jobs_of

@@ -32,9 +32,10 @@ class Inspection:
             number for number, place in enumerate(places) if place.endswith(where)
         ]
         if not numbers:
+            known = f"{places[0]} to {places[-1]}"
             raise UserError(
-                f"--row {where}: found no such row among {places[0]} to {places[-1]}. It may be"
-                " left out: see the findings."
+                f"--row {where}: found no such row among {known}. It may be left out: see the"
+                " findings."
             )
         return numbers
 
