@@ -2,6 +2,7 @@
 
 import json
 
+from datasets import Dataset
 from pipeline import run_cli
 
 from minimind.data.chats import tokenize_conversation
@@ -30,10 +31,14 @@ def tokenized(conversations, tokenizer, max_length=4096):
     return [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
 
 
-def inspected(rows, tokenizer, stage="sft", where=None, **options):
-    held_out = options.pop("held_out", None)
-    held_out = None if held_out is None else Tokens(held_out)
-    return inspect_rows(stage, Tokens(rows, where), tokenizer, held_out=held_out, **options).report
+def tokens_of(rows, where=None):
+    return Tokens(Dataset.from_list(rows), where)
+
+
+def inspected(rows, tokenizer, stage="sft", where=None, held_out=None, **options):
+    held_out = held_out and tokens_of(held_out)
+    tokens = tokens_of(rows, where)
+    return inspect_rows(stage, tokens, tokenizer, held_out=held_out, **options).report
 
 
 def names(report, severity=None):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from inspecting import CONVERSATIONS, chat, rows_of, tokenized
+from inspecting import CONVERSATIONS, chat, rows_of, tokenized, tokens_of
 from pipeline import run_cli
 
 from minimind.data.packing import IGNORED
@@ -14,7 +14,6 @@ from minimind.data.world import write_world
 from minimind.inspection import inspect_rows
 from minimind.inspection.display import row_text
 from minimind.inspection.readable import ReadableRows
-from minimind.inspection.tokens import Tokens
 from minimind.tokenizer import load_tokenizer, text_bytes
 
 HOSTILE = (
@@ -78,7 +77,7 @@ def test_the_page_holds_hostile_text_as_text_and_asks_nothing_of_the_network(
 def test_the_terminal_shows_each_token_once_and_trained_ones_on_colour():
     tokenizer = load_tokenizer()
     rows = tokenized([chat("你好 [bold]x[/bold]\n", "晒 done")], tokenizer)
-    inspection = inspect_rows("sft", Tokens(rows), tokenizer)
+    inspection = inspect_rows("sft", tokens_of(rows), tokenizer)
     text = row_text(ReadableRows(inspection, tokenizer), 0)
     plain = text.plain.replace("⏎\n", "⏎")
     parts = [

@@ -4,11 +4,20 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from inspecting import CONVERSATIONS, END, START, chat, finding, inspected, names, tokenized
+from inspecting import (
+    CONVERSATIONS,
+    END,
+    START,
+    chat,
+    finding,
+    inspected,
+    names,
+    tokenized,
+    tokens_of,
+)
 
 from minimind.data.packing import IGNORED
 from minimind.inspection.messages import Messages
-from minimind.inspection.tokens import Tokens
 from minimind.tokenizer import load_tokenizer, text_bytes, text_encoder, train_tokenizer
 
 
@@ -42,7 +51,7 @@ def test_roles_and_replies_are_those_counted_by_hand(bytewise):
 
 def test_a_message_spans_its_header_its_words_and_its_end(bytewise):
     rows = tokenized(CONVERSATIONS, bytewise)
-    tokens = Tokens(rows)
+    tokens = tokens_of(rows)
     found = Messages(tokens, bytewise)
     flat = [message for messages in CONVERSATIONS for message in messages]
     assert found.names[found.role].tolist() == [message["role"] for message in flat]

@@ -52,7 +52,6 @@ class ExactIndex:
         }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """See `steps.Index`."""
         for digest, number in zip(arrays["hashes"], arrays["numbers"].tolist(), strict=True):
             self.first[int.from_bytes(digest.tobytes(), "little")] = number
 
@@ -64,12 +63,10 @@ class ExactDedup(Dedup):
     name: ClassVar[str] = "exact_dedup"
 
     def key(self, text: str) -> int:
-        """A text -> 128 bits."""
         reduced = " ".join(unicodedata.normalize("NFC", text).casefold().split())
         return xxhash.xxh3_128_intdigest(reduced.encode())
 
     def index(self) -> ExactIndex:
-        """An empty index."""
         return ExactIndex()
 
 
@@ -97,13 +94,9 @@ class NearIndex:
         """The most similar earlier row at or above the threshold, the earliest of equals; see
         `steps.Index`."""
         signature = self._signature(key)
-        similarity, other = max(
-            (
-                (signature.jaccard(self.signatures[other]), -other)
-                for other in self.lsh.query(signature)
-            ),
-            default=(0.0, 0),
-        )
+        others = self.lsh.query(signature)
+        similarities = [(signature.jaccard(self.signatures[other]), -other) for other in others]
+        similarity, other = max(similarities, default=(0.0, 0))
         if similarity >= self.threshold:
             return -other
         self._add(signature, number)
@@ -121,7 +114,6 @@ class NearIndex:
         }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """See `steps.Index`."""
         states = io.BytesIO(arrays["states"].tobytes())
         numbers, lengths = arrays["numbers"].tolist(), arrays["lengths"].tolist()
         for number, length in zip(numbers, lengths, strict=True):
@@ -155,7 +147,6 @@ class NearDedup(Dedup):
             )
 
     def prepare(self) -> None:
-        """Import rensa; raises UserError."""
         require("rensa")
 
     def shingles(self, text: str) -> list[str]:
@@ -166,13 +157,11 @@ class NearDedup(Dedup):
         return [reduced[start : start + self.ngram] for start in range(last + 1)]
 
     def key(self, text: str) -> bytes:
-        """A text -> its MinHash signature, as rensa stores it (about 670 bytes)."""
         signature = require("rensa").RMinHash(self.num_perm, SEED)
         signature.update(self.shingles(text))
         return signature.__getstate__()
 
     def index(self) -> NearIndex:
-        """An empty index."""
         return NearIndex(self.threshold, self.num_perm, self.bands)
 
 
@@ -256,11 +245,9 @@ class Decontaminate(Filter):
         check_positive(self, "words", "characters", "min_words", "min_characters")
 
     def files(self) -> list[str]:
-        """The evaluation files."""
         return [str(path) for path in expand(self.against)]
 
     def prepare(self) -> None:
-        """Read the evaluation files; raises UserError."""
         _ = self._index
 
     @cached_property
@@ -284,5 +271,4 @@ class Decontaminate(Filter):
         return index
 
     def reason(self, text: str) -> str | None:
-        """Why a text is removed, or None."""
         return "in an evaluation set" if self._index.contains(units_of(text.casefold())) else None

@@ -56,7 +56,6 @@ class Length(Filter):
         check_positive(self, "min_chars", "max_chars", "min_bytes", "max_bytes")
 
     def reason(self, text: str) -> str | None:
-        """Why a text is removed, or None."""
         sizes = {"chars": len(text)}
         if self.min_bytes or self.max_bytes:
             sizes["bytes"] = len(text.encode())
@@ -123,11 +122,9 @@ class Language(Filter):
                 )
 
     def prepare(self) -> None:
-        """Load the model; raises UserError."""
         _language_model()
 
     def reason(self, text: str) -> str | None:
-        """Why a text is removed, or None."""
         if len(text) < self.min_chars:
             return None
         language, score = detect_language(text)

@@ -57,11 +57,9 @@ class FixUnicode(Transform):
             )
 
     def prepare(self) -> None:
-        """Import ftfy; raises UserError."""
         require("ftfy")
 
     def __call__(self, text: str) -> str:
-        """A text -> the text with its characters as they were meant."""
         import ftfy
         from ftfy.badness import is_bad
 
@@ -270,7 +268,6 @@ class RemoveMarkup(Transform):
     markdown: bool = True
 
     def __call__(self, text: str) -> str:
-        """A text -> the text without markup."""
         if self.html and "<" in text:
             text = strip_html(text)
         if self.entities and "&" in text:
@@ -304,7 +301,6 @@ class ControlCharacters(Transform):
     name: ClassVar[str] = "control_characters"
 
     def __call__(self, text: str) -> str:
-        """A text -> the text without control characters."""
         # A quick way out for most; characters to remove are not printable
         if text.replace("\n", "").isprintable():
             return text
@@ -333,7 +329,6 @@ class Whitespace(Transform):
             raise ValueError(f"max_blank_lines: found {self.max_blank_lines}, expected at least 0")
 
     def __call__(self, text: str) -> str:
-        """A text -> the text with plain whitespace."""
         text = LINE_BREAKS.sub("\n", SPACES.sub(" ", text))
         text = TRAILING.sub("", INDENT.sub("", text))
         if "  " in text or "\t" in text or "\u3000" in text:

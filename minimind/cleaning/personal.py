@@ -138,7 +138,6 @@ class MaskPersonalData(Transform):
                 )
 
     def __call__(self, text: str) -> str:
-        """A text -> the text with placeholders."""
         if "email" in self.kinds and "@" in text:
             text = _mask(EMAIL, _is_email, "email", text)
         if not SIX_DIGITS.search(text):

@@ -98,6 +98,7 @@ def clean(
         raise UserError(f"text_unit: found {text_unit!r}, expected {', '.join(TEXT_UNITS)}.")
     processes = num_proc or os.cpu_count() or 1
     procedure.prepare()
+    bad, renaming = BadRows(on_bad_rows), Columns(columns)
     contents = [Contents([file]) for file in inputs]
     key = procedure.key([*(each.hash for each in contents), text_unit, *(columns or ())])
     place = Path.cwd() / Path(destination).expanduser()
@@ -105,16 +106,7 @@ def clean(
     lock = place.with_name(f".{place.name}.lock")
     with FileLock(lock):
         report = finished_report(place, key)
-        cleaning = Cleaning(
-            procedure,
-            inputs,
-            contents,
-            key,
-            place,
-            BadRows(on_bad_rows),
-            text_unit,
-            Columns(columns),
-        )
+        cleaning = Cleaning(procedure, inputs, contents, key, place, bad, text_unit, renaming)
         if is_finished := report is not None:
             cleaning.resumed_rows = report["rows"]["in"]
         else:

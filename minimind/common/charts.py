@@ -87,10 +87,11 @@ def draw_line(axes: Any, points: Points, **style: Any) -> None:
     """Draw a curve, with gaps where it is not finite; a point between two gaps is a dot."""
     for is_finite, run in groupby(points, key=lambda point: math.isfinite(point[1])):
         if is_finite:
-            places = list(run)
-            width = {} if len(places) > 1 else {"linewidth": 6}
-            xs, ys = zip(*places, *places[:1] * (len(places) == 1), strict=True)
-            axes.plot(xs, ys, solid_capstyle="round", clip_on=False, **{**style, **width})
+            places, width = list(run), {}
+            if len(places) == 1:
+                places, width = places * 2, {"linewidth": 6}
+            options = {**style, **width, "solid_capstyle": "round", "clip_on": False}
+            axes.plot(*zip(*places, strict=True), **options)
 
 
 def line_chart(

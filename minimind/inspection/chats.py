@@ -7,18 +7,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from minimind.data.chats import ChatRows, preference_labels
+from minimind.inspection import mask_checks, row_checks, text_checks
 from minimind.inspection.findings import Findings
 from minimind.inspection.inspection import REPLIES, Inspection
 from minimind.inspection.lengths import describe_lengths, percentiles
-from minimind.inspection.mask_checks import (
-    check_mask,
-    check_replies,
-    check_structure,
-    check_tokenizer,
-)
 from minimind.inspection.messages import Messages, Replies, count_roles
-from minimind.inspection.row_checks import check_copies, check_cuts, check_left_out, check_pairs
-from minimind.inspection.text_checks import check_dialogues, check_rendered, check_text
 from minimind.inspection.tokens import Tokens, ratio
 from minimind.tokenizer import BOS_TOKEN
 
@@ -41,12 +34,12 @@ def inspect_chats(
     size = len(REPLIES) if stage == "dpo" else 1
 
     def flat(part: Dataset, where: Sequence[str]) -> Tokens:
-        part = preference_labels(part) if stage == "dpo" else part
+        part = Dataset.from_list(preference_labels(part)) if stage == "dpo" else part
         return Tokens(part, np.repeat(where, size).tolist())
 
     findings = Findings()
-    check_left_out(findings, rows.reading, on_bad_rows)
-    check_rendered(findings, rows.reading)
+    row_checks.check_left_out(findings, rows.reading, on_bad_rows)
+    text_checks.check_rendered(findings, rows.reading)
     return inspect_rows(
         stage,
         flat(rows.train, rows.where),
@@ -89,21 +82,21 @@ def inspect_rows(
     before = tokens.lengths if lengths_before is None else lengths_before
     read = tokens.lengths.reshape(-1, size).max(1) if lengths_read is None else lengths_read
 
-    check_tokenizer(findings, tokenizer)
+    mask_checks.check_tokenizer(findings, tokenizer)
     every_reply = every_reply and stage == "sft"
-    check_mask(findings, tokens, messages, replies, tokenizer, every_reply)
-    check_structure(findings, tokens, messages, tokenizer)
-    check_text(findings, tokens, messages, tokenizer)
-    check_dialogues(findings, tokens, messages, tokenizer)
-    check_replies(findings, tokens, replies)
-    cut, lost = check_cuts(findings, tokens, before, size)
-    check_copies(findings, tokens, held_out, size)
+    mask_checks.check_mask(findings, tokens, messages, replies, tokenizer, every_reply)
+    mask_checks.check_structure(findings, tokens, messages, tokenizer)
+    text_checks.check_text(findings, tokens, messages, tokenizer)
+    text_checks.check_dialogues(findings, tokens, messages, tokenizer)
+    mask_checks.check_replies(findings, tokens, replies)
+    cut, lost = row_checks.check_cuts(findings, tokens, before, size)
+    row_checks.check_copies(findings, tokens, held_out, size)
 
     trained = np.diff(tokens.trained_before[tokens.starts])
     unit = "pair (its longer side)" if stage == "dpo" else "conversation"
     lengths = describe_lengths(read, unit)
     if stage == "dpo":
-        check_pairs(findings, tokens)
+        row_checks.check_pairs(findings, tokens)
         for start, name in enumerate(REPLIES):
             side = trained[start::2]
             mean = round(float(side.mean()), 1)

@@ -1,8 +1,7 @@
 """Rows of token ids and labels as flat arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,13 +24,10 @@ class Tokens:
     (tokens,) are indices into `role_names`, otherwise `roles` is None.
     """
 
-    def __init__(
-        self, rows: Dataset | Sequence[Mapping[str, Any]], where: Sequence[str] | None = None
-    ):
-        columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
+    def __init__(self, rows: Dataset, where: Sequence[str] | None = None):
         self.ids, self.starts = _flat(rows, "input_ids")
         self.labels, starts = self.ids, self.starts  # in blocks every token is trained
-        if "labels" in columns:
+        if "labels" in rows.column_names:
             self.labels, starts = _flat(rows, "labels")
         if not np.array_equal(self.starts, starts):
             raise ValueError("a row's input_ids and labels differ in length")
@@ -39,7 +35,7 @@ class Tokens:
         names = (f"row {number}" for number in range(1, len(self) + 1))
         self.where = list(names if where is None else where)
         self.roles, self.role_names = None, []
-        if "roles" in columns and isinstance(rows, Dataset):
+        if "roles" in rows.column_names:
             roles = pc.list_flatten(rows.with_format("arrow")[:]["roles"]).combine_chunks()
             encoded = roles.dictionary_encode()
             self.roles, self.role_names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
@@ -72,13 +68,9 @@ class Tokens:
         return [xxhash.xxh3_128_intdigest(self.ids[start:end].tobytes()) for start, end in edges]
 
 
-def _flat(rows: Dataset | Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _flat(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A column of lists -> all its values in one array, and where each list begins in it (and the
     last one ends)."""
-    if not isinstance(rows, Dataset):
-        starts = np.cumsum([0, *(len(row[name]) for row in rows)])
-        values = (value for row in rows for value in row[name])
-        return np.fromiter(values, np.int64, starts[-1]), starts
     chunks = rows.with_format("arrow")[:][name].chunks
     lengths = np.concatenate([[0], *(pc.list_value_length(chunk).to_numpy() for chunk in chunks)])
     values = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
