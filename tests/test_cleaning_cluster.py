@@ -11,7 +11,7 @@ pytest.importorskip("datatrove", reason="the extra data-cluster is not installed
 from cleaning_corpus import ALL, corpus, output, procedure
 
 from minimind.cleaning import clean
-from minimind.cleaning.cluster import clean_with_datatrove, jobs_of
+from minimind.cleaning.cluster import clean_with_datatrove, stages
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_near_dedup_finds_the_copies_across_tasks(tmp_path, write_jsonl):
 
 def test_the_jobs_name_their_tasks_and_bad_rows_are_left_out(tmp_path, write_jsonl):
     path = write_jsonl("a.jsonl", ["bad", {"text": "a  good row"}, {"text": "short"}])
-    jobs = jobs_of([path], tmp_path / "working", tmp_path / "out", ALL, tasks=3)
+    jobs = stages([path], tmp_path / "working", tmp_path / "out", ALL, tasks=3)
     assert [(job.name, job.tasks) for job in jobs] == [
         ("rows-0", 3),
         ("exact_dedup-1", 3),

@@ -1,6 +1,6 @@
 """The same cleaning as datatrove pipelines, for several machines (the extra `data-cluster`).
 
-`jobs_of` returns pipelines to run one after the other, each with any of datatrove's executors
+`stages` returns pipelines to run one after the other, each with any of datatrove's executors
 (Local, Slurm, Ray, Jobs); `clean_with_datatrove` runs them with the local one. Files are read by
 this project's readers, and the steps for single rows are those of `minimind clean` with the same
 result. The dedup steps are datatrove's, which work through files rather than memory, and differ:
@@ -56,7 +56,7 @@ HASH = HashConfig(precision=64, hash_fc="sha1")  # datatrove 0.10's xxhash needs
 
 
 class ReadRows(PipelineStep):
-    """Files of any format -> documents that carry their whole row; bad rows are counted and left
+    """Files of any format -> documents that carry their row; bad rows are counted and left
     out."""
 
     type, name = "📖 - READER", "minimind rows"
@@ -79,7 +79,7 @@ class ReadRows(PipelineStep):
                     self.stat_update("rows")
                     for row in rows:
                         yield Document(
-                            text=RowTexts(row).whole, id=f"{file}:{place}", metadata={"row": row}
+                            text=RowTexts(row).all_text, id=f"{file}:{place}", metadata={"row": row}
                         )
 
 
@@ -100,7 +100,7 @@ class ReadShard(PipelineStep):
             for number, line in enumerate(lines):
                 row = json.loads(line)
                 yield Document(
-                    text=RowTexts(row).whole, id=f"{rank}/{number}", metadata={"row": row}
+                    text=RowTexts(row).all_text, id=f"{rank}/{number}", metadata={"row": row}
                 )
 
 
@@ -149,7 +149,7 @@ class RunSteps(PipelineStep):
                 result = run_segment(procedure, self.segment, [item], as_lines=False)
             counts.merge(result.counts, 0)
             for item in result.items:
-                document.text, document.metadata["row"] = RowTexts(item.row).whole, item.row
+                document.text, document.metadata["row"] = RowTexts(item.row).all_text, item.row
                 yield document
         for label, step in counts.steps.items():
             for reason, count in step.reasons.items():
@@ -185,7 +185,7 @@ class ClusterJob(NamedTuple):
     tasks: int
 
 
-def jobs_of(
+def stages(
     files: Sequence[str],
     working: str | Path,
     output: str | Path,
@@ -261,6 +261,6 @@ def clean_with_datatrove(
     workers: int = -1,
 ) -> None:
     """Run the jobs on this machine, `workers` tasks at a time; finished tasks are not run again."""
-    for job in jobs_of(files, working, output, recipe, tasks):
+    for job in stages(files, working, output, recipe, tasks):
         logs = str(Path(working) / "logs" / job.name)
         LocalPipelineExecutor(job.pipeline, job.tasks, workers, logging_dir=logs).run()

@@ -232,7 +232,7 @@ class Decontaminate(Filter):
     """
 
     name: ClassVar[str] = "decontaminate"
-    whole: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
     against: list[str] = field(default_factory=list)
     words: int = 13
     characters: int = 20

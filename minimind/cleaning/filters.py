@@ -46,7 +46,7 @@ class Length(Filter):
     """Rows outside of the bounds, in characters and in UTF-8 bytes; null sets no bound."""
 
     name: ClassVar[str] = "length"
-    whole: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
     min_chars: int | None = 20
     max_chars: int | None = 1_000_000
     min_bytes: int | None = None

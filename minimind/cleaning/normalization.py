@@ -167,7 +167,7 @@ def is_about_markup(text: str) -> bool:
     for match in tags:
         start, end, name = match.start(), match.end(), match["name"].lower()
         if not match["name"].islower() and not match["name"].isupper():
-            # Java's and TypeScript's generics are no components: they stand at the end of a word.
+            # Java's and TypeScript's generics are no components: they follow a word.
             if not (start and text[start - 1].isascii() and text[start - 1].isalnum()):
                 return True
         elif name in ELEMENTS:

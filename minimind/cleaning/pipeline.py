@@ -259,7 +259,7 @@ class Cleaning:
             self.bad.add(where, str(problem))
         else:
             batch.items += [Item(self.rows, where, row) for row in rows]
-            batch.characters += sum(len(RowTexts(row).whole) for row in rows)
+            batch.characters += sum(len(RowTexts(row).all_text) for row in rows)
             batch.counts.rows_added += len(rows) - 1
             add(batch.counts.markers, dict.fromkeys(boundaries.rows, 1))
 
@@ -284,7 +284,7 @@ class Cleaning:
             counts = result.counts.step(label)
             batch.items = []
             for item, key in zip(result.items, result.keys, strict=True):
-                text = RowTexts(item.row).whole
+                text = RowTexts(item.row).all_text
                 counts.rows_in += 1
                 counts.characters_in += len(text)
                 earlier = index.find_or_add(key, item.number)
@@ -363,6 +363,6 @@ class Cleaning:
             if len(rows) == len(numbers):
                 break
             if number in numbers:
-                text = RowTexts(dict(self.columns.rename(parse()))).whole
+                text = RowTexts(dict(self.columns.rename(parse()))).all_text
                 rows[number] = {"where": f"{file}:{place}", "text": excerpt(text)}
         return rows

@@ -86,7 +86,7 @@ class RowTexts:
         return "\n".join(slot.text for slot in self.slots if not slot.machine and not slot.rejected)
 
     @cached_property
-    def whole(self) -> str:
+    def all_text(self) -> str:
         """All texts joined by newlines, for lengths, duplicates and evaluation sets."""
         return "\n".join(slot.text for slot in self.slots)
 
@@ -113,7 +113,7 @@ class RowTexts:
                 changes.append((before, after))
         if changes:
             self.__dict__.pop("prose", None)
-            self.__dict__.pop("whole", None)
+            self.__dict__.pop("all_text", None)
         return changes
 
 

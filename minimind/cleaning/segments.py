@@ -73,7 +73,7 @@ def run_segment(
         texts, group = RowTexts(item.row), group_of(procedure, item.row)
         if number == 0 and group is not None:
             counts.group(group)["rows_in"] += 1
-            counts.group(group)["characters_in"] += len(texts.whole)
+            counts.group(group)["characters_in"] += len(texts.all_text)
         if not all(
             _apply(label, step, item, texts, group, counts, limit) for label, step in segment.steps
         ):
@@ -81,12 +81,12 @@ def run_segment(
         if segment.dedup or not as_lines:
             result.items.append(item)
             if as_lines:
-                result.keys.append(segment.dedup[1].key(texts.whole))
+                result.keys.append(segment.dedup[1].key(texts.all_text))
         else:
             result.lines.append(to_line(item.row))
             if group is not None:
                 counts.group(group)["rows_out"] += 1
-                counts.group(group)["characters_out"] += len(texts.whole)
+                counts.group(group)["characters_out"] += len(texts.all_text)
     return result
 
 
@@ -100,7 +100,7 @@ def _apply(
     limit: int,
 ) -> bool:
     """Put one row through one step, counted; returns whether it stays."""
-    before, step_counts = texts.whole, counts.step(label)
+    before, step_counts = texts.all_text, counts.step(label)
     example = {"number": item.number, "where": item.where, "before": before}
     step_counts.rows_in += 1
     step_counts.characters_in += len(before)
@@ -109,13 +109,13 @@ def _apply(
         reason = NOTHING_LEFT if emptied else None
         if changed and not emptied:
             step_counts.rows_changed += 1
-            step_counts.add_example(CHANGED, limit, **example, after=texts.whole)
+            step_counts.add_example(CHANGED, limit, **example, after=texts.all_text)
     else:
-        reason = step.reason(before if step.whole else texts.prose)
+        reason = step.reason(before if step.reads_all else texts.prose)
     if reason is not None:
         counts.remove(label, reason, group, limit, **example)
         return False
-    step_counts.characters_out += len(texts.whole)
+    step_counts.characters_out += len(texts.all_text)
     return True
 
 

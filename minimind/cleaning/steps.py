@@ -40,8 +40,8 @@ class Transform(CleaningStep):
 class Filter(CleaningStep):
     """Removes rows."""
 
-    # Judges all texts of the row; default: its prose, without tool calls and rejected replies
-    whole: ClassVar[bool] = False
+    # Reads all texts of the row; default: its prose, without tool calls and rejected replies
+    reads_all: ClassVar[bool] = False
 
     def reason(self, text: str) -> str | None:
         """Why a row with these joined texts is removed, in a few words that many rows share; None

@@ -42,7 +42,7 @@ def recognise_stage(words: Sequence[str], columns: Columns | None = None) -> str
                 return stage
     lines = "\n".join(f"  as {stage}: {problem}" for stage, problem in problems.items())
     raise UserError(
-        f"the stage cannot be told from the first {RECOGNISED} rows:\n{lines}\nMend them, or name"
+        f"the stage cannot be told from the first {RECOGNISED} rows:\n{lines}\nFix them, or name"
         " the --stage."
     )
 

@@ -21,7 +21,7 @@ BAD_ROWS = (  # part of a bad row's problem, name of the finding, advice
         "They have no preference to learn. Remove them.",
     ),
     ("an empty reply", "empty_replies", "The model would learn to say nothing. Remove them."),
-    ("", "bad_rows", "Mend them."),
+    ("", "bad_rows", "Fix them."),
 )
 LEFT_OUT = {"too_long_rows", "rows_without_trained_token", *(name for _, name, _ in BAD_ROWS)}
 
