@@ -109,3 +109,9 @@ def write_jsonl(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def bytewise():
+    """A tokenizer in which each byte is a token, so that tokens can be counted by hand."""
+    return train_tokenizer([""], vocab_size=259)

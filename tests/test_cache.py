@@ -197,15 +197,15 @@ def test_a_cleaned_copy_that_was_damaged_is_cleaned_again(
     assert capsys.readouterr().err.count("preparing it again") == (damage != "one more")
 
 
-def test_a_damaged_result_of_clean_in_a_directory_of_the_user_is_refused(tmp_path, data):
-    recipe = cleaning.Recipe.from_dict({"steps": ["exact_dedup"]})
-    cleaning.clean([data], tmp_path / "out", recipe, num_proc=1)
+def test_a_damaged_result_of_clean_is_refused_where_the_user_put_it(tmp_path, data):
+    procedure = cleaning.Procedure.from_dict({"steps": ["exact_dedup"]})
+    cleaning.clean([data], tmp_path / "out", procedure, num_proc=1)
     shard = tmp_path / "out" / "data-00000.jsonl"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(
         UserError, match=r"data-00000.jsonl has 100 bytes, was .* is damaged. Remove it"
     ):
-        cleaning.clean([data], tmp_path / "out", recipe, num_proc=1)
+        cleaning.clean([data], tmp_path / "out", procedure, num_proc=1)
     assert shard.stat().st_size == 100
 
 
@@ -274,7 +274,7 @@ def test_a_file_that_changes_while_it_is_cleaned_is_refused_and_nothing_is_kept(
         cleaning.clean(
             [data],
             tmp_path / "out",
-            cleaning.Recipe.from_dict({"steps": ["exact_dedup"]}),
+            cleaning.Procedure.from_dict({"steps": ["exact_dedup"]}),
             num_proc=1,
         )
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and "out" in path.name]

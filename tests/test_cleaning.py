@@ -1,70 +1,37 @@
-"""`minimind clean`: counts that add up, the same bytes whatever the processes, resume after a kill,
-a safe report."""
+"""`minimind clean`: counts that add up, mistakes that are named, a safe report."""
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from cleaning_corpus import (
+    ALL,
+    CHINESE,
+    ENGLISH,
+    POEM,
+    ROOT,
+    STATUTE,
+    corpus,
+    output,
+    procedure,
+    small_shards,
+    tree,
+)
 from malformed import malformed
-from pipeline import PATIENCE
-from test_cleaning_steps import CHINESE, ENGLISH, POEM, STATUTE
 
-from minimind.cleaning import Recipe, cache_key, clean, load_recipe
-from minimind.cleaning.recipe import STEPS
-from minimind.cleaning.texts import Texts
+from minimind.cleaning import Procedure, clean, load_procedure
+from minimind.cleaning.procedure import STEPS
+from minimind.cleaning.row_texts import RowTexts
 from minimind.cli import main
 from minimind.common.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs" / "data").glob("*.yaml"))
-
-
-def recipe(*steps, **settings):
-    return Recipe.from_dict({"steps": list(steps), **settings})
-
-
-ALL = load_recipe(ROOT / "configs" / "data" / "pretrain.yaml")
-
-
-def corpus(count=300):
-    """Rows of which it is known what becomes of them; every tenth is the same as the row before."""
-    kinds = [
-        lambda n: f"第{n}号记录。{CHINESE}编号{n * 7919}，共{n * 104729}件。",
-        lambda n: f"Entry {n * 7919} of the log. {ENGLISH} It was day {n * 104729}.",
-        lambda n: f"<p>{STATUTE[n % 50 :]}</p>&nbsp;{n * 15485863}{'号文件、' * (n % 3)}",
-        lambda n: f"No. {n}",
-    ]
-    rows = []
-    for n in range(count):
-        text = rows[-1]["text"].upper() if n % 10 == 9 else kinds[n % 4](n)
-        rows.append(
-            {
-                "id": n,
-                "text": text,
-                "source": f"source {n % 3}",
-                "meta": {"tags": [n], "none": None},
-            }
-        )
-    return rows
-
-
-def output(directory):
-    paths = sorted(Path(directory).glob("data-*.jsonl"))
-    return [
-        json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-
-
-def tree(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 def refusal(action):
@@ -73,8 +40,7 @@ def refusal(action):
     return str(caught.value)
 
 
-# --- rows
-# ------------------------------------------------------------------------------------------------------------
+# Rows
 
 
 def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_jsonl):
@@ -84,7 +50,9 @@ def test_rows_keep_their_order_and_fields_and_only_text_changes(tmp_path, write_
         {"text": "same"},
     ]
     report = clean(
-        [write_jsonl("a.jsonl", rows)], tmp_path / "out", recipe("control_characters", "whitespace")
+        [write_jsonl("a.jsonl", rows)],
+        tmp_path / "out",
+        procedure("control_characters", "whitespace"),
     )
     rows[0]["content"], rows[1]["text"] = "a b", "cd"
     assert output(tmp_path / "out") == rows
@@ -170,10 +138,10 @@ CHAT = {
 def test_every_text_of_chats_and_pairs_is_cleaned_and_all_else_stays(
     tmp_path, write_jsonl, row, cleaned
 ):
-    steps = recipe("remove_markup", "control_characters", "whitespace", "mask_pii")
+    steps = procedure("remove_markup", "control_characters", "whitespace", "mask_pii")
     clean([write_jsonl("a.jsonl", [row])], tmp_path / "out", steps)
     (result,) = output(tmp_path / "out")
-    assert [slot.text for slot in Texts(result).slots] == cleaned
+    assert [slot.text for slot in RowTexts(result).slots] == cleaned
 
     def shape(value):
         if isinstance(value, dict):
@@ -202,7 +170,7 @@ def test_tool_calls_are_masked_inside_and_otherwise_left_as_they_are():
             },
         ]
     }
-    texts = Texts(row)
+    texts = RowTexts(row)
     for step in (STEPS["remove_markup"](), STEPS["mask_pii"]()):
         (texts.mask if step.machine else texts.replace)(step)
     user, call, result, other, reply = row["messages"]
@@ -225,7 +193,7 @@ def test_a_row_that_loses_the_text_of_a_message_is_dropped_and_counted(tmp_path,
     path = write_jsonl(
         "a.jsonl", [emptied, empty_before, {"text": "\u200b\u200b x"}, {"text": "\u200b"}]
     )
-    report = clean([path], tmp_path / "out", recipe("remove_markup", "control_characters"))
+    report = clean([path], tmp_path / "out", procedure("remove_markup", "control_characters"))
     assert output(tmp_path / "out") == [empty_before, {"text": " x"}]
     assert [step["reasons"] for step in report["steps"]] == [
         {"no text left": 1},
@@ -239,7 +207,7 @@ def test_filters_judge_a_pair_without_its_rejected_reply_and_duplicates_with_it(
     pair = {"prompt": "问题是什么？", "chosen": CHINESE, "rejected": "买买买优惠" * 40}
     other = {**pair, "rejected": "另一个不好的回答"}
     path = write_jsonl("a.jsonl", [pair, pair, other])
-    report = clean([path], tmp_path / "out", recipe("quality", "exact_dedup"))
+    report = clean([path], tmp_path / "out", procedure("quality", "exact_dedup"))
     assert output(tmp_path / "out") == [pair, other]
     assert [step["rows_removed"] for step in report["steps"]] == [0, 1]
 
@@ -248,7 +216,7 @@ def test_parquet_with_dates_and_several_inputs_become_one_directory(tmp_path, wr
     table = pa.table({"text": ["a  b"], "day": pa.array([19000], pa.date32())})
     pq.write_table(table, tmp_path / "a.parquet")
     paths = [str(tmp_path / "a.parquet"), write_jsonl("b.jsonl", [{"text": "c"}])]
-    clean(paths, tmp_path / "out", recipe("whitespace", rows_per_shard=1))
+    clean(paths, tmp_path / "out", procedure("whitespace", rows_per_shard=1))
     assert output(tmp_path / "out") == [{"text": "a b", "day": "2022-01-08"}, {"text": "c"}]
     assert sorted(tree(tmp_path / "out")) == [
         "data-00000.jsonl",
@@ -258,186 +226,7 @@ def test_parquet_with_dates_and_several_inputs_become_one_directory(tmp_path, wr
     ]
 
 
-# --- determinism, resume, atomicity
-# ----------------------------------------------------------------------------------
-
-
-def small_shards(tmp_path):
-    settings = yaml.safe_load((ROOT / "configs" / "data" / "pretrain.yaml").read_text()) | {
-        "rows_per_shard": 40
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
-
-
-def test_output_is_the_same_byte_by_byte_for_any_number_of_processes(tmp_path, write_jsonl):
-    path, steps = write_jsonl("a.jsonl", corpus(700)), small_shards(tmp_path)
-    for processes in (1, 2, 3):
-        clean([path], tmp_path / str(processes), steps, processes)
-    assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "3")
-    assert len(tree(tmp_path / "1")) > 10
-
-
-# Of a process that kills itself, once the fifth part is finished and its workers are told.
-KILLED = """
-import os, psutil, signal
-from minimind.cleaning.pipeline import Cleaning
-finish = Cleaning._finish_part
-
-def finish_and_die(self, part):
-    finish(self, part)
-    if part == 4:
-        print(*(child.pid for child in psutil.Process().children()), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Cleaning._finish_part = finish_and_die
-"""
-
-
-def start(arguments, before=""):
-    """`minimind clean` as a process of its own."""
-    command = [sys.executable, "-c", before + "from minimind.cli import main; main()", "clean"]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_a_killed_run_leaves_nothing_whole_and_the_next_goes_on_where_it_stopped(
-    tmp_path, write_jsonl, caplog
-):
-    path, steps, out = write_jsonl("a.jsonl", corpus(600)), small_shards(tmp_path), tmp_path / "out"
-    clean([path], tmp_path / "expected", steps, 1)
-    process = start([path, out, "--recipe", steps, "--num_proc", 2], KILLED)
-    # Until the workers are gone too, which hold the same stderr
-    workers, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == -signal.SIGKILL
-    assert len(workers.split()) == 2
-    assert not out.exists()
-    assert len(list((tmp_path / ".out.partial" / ".state").glob("*.json"))) == 5
-    # Nothing of it can be taken for data: a directory given as data does not show what is hidden.
-    from minimind.data.sources import expand
-
-    assert {file.parent.name for file in expand([str(tmp_path)])} == {tmp_path.name, "expected"}
-
-    last_shard = sorted((tmp_path / ".out.partial").glob("data-*.jsonl"))[0]
-    before = last_shard.stat().st_mtime_ns
-    report = clean([path], out, steps, 2)
-    assert tree(out) == tree(tmp_path / "expected")
-    assert report["run"]["rows_found_finished"] == 40 * 5
-    assert (out / last_shard.name).stat().st_mtime_ns == before  # not written again
-    assert "going on behind" in caplog.text
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_two_cleanings_into_one_directory_wait_for_each_other(tmp_path, write_jsonl):
-    path, steps = write_jsonl("a.jsonl", corpus(300)), small_shards(tmp_path)
-    clean([path], tmp_path / "expected", steps, 1)
-    both = [
-        start([path, tmp_path / "out", "--recipe", steps, "--num_proc", 1, "--json"])
-        for _ in range(2)
-    ]
-    outputs = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    found = sorted(json.loads(output)["run"]["rows_found_finished"] for output, _ in outputs)
-    assert found[0] == 0 and found[1] in (0, 300)
-    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
-
-
-def interrupted(monkeypatch, path, out, steps, parts=3):
-    """Clean in this process and fail after some parts."""
-    from minimind.cleaning.pipeline import Cleaning
-
-    finish = Cleaning._finish_part
-
-    def failing(self, part):
-        if part == parts:
-            raise KeyboardInterrupt
-        finish(self, part)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Cleaning, "_finish_part", failing)
-        clean([path], out, steps, 1, "skip")
-
-
-def test_a_changed_recipe_or_input_starts_anew(tmp_path, write_jsonl, monkeypatch):
-    rows, steps, out = corpus(200), small_shards(tmp_path), tmp_path / "out"
-    path = write_jsonl("a.jsonl", rows)
-    interrupted(monkeypatch, path, out, steps)
-    path = write_jsonl("a.jsonl", [*rows[1:], rows[0]])
-    assert clean([path], out, steps)["run"]["rows_found_finished"] == 0
-    assert output(out)[0]["id"] == 1
-
-    other = tmp_path / "other"
-    interrupted(monkeypatch, path, other, steps)
-    Path(steps).write_text(Path(steps).read_text().replace("min_chars: 20", "min_chars: 1"))
-    assert clean([path], other, steps)["run"]["rows_found_finished"] == 0
-    assert any(row["text"].startswith("No. ") for row in output(other))
-
-
-def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, monkeypatch):
-    path, steps = write_jsonl("a.jsonl", ["bad", *corpus(200)]), small_shards(tmp_path)
-    clean([path], tmp_path / "expected", steps, 1, "skip")
-    for name, damaged in [
-        ("a", "data-00001.jsonl"),
-        ("b", ".state/00001.json"),
-        ("c", ".state/00001-1.npz"),
-    ]:
-        interrupted(monkeypatch, path, tmp_path / name, steps)
-        partial = tmp_path / f".{name}.partial"
-        (partial / damaged).write_bytes((partial / damaged).read_bytes()[:-20])
-        report = clean([path], tmp_path / name, steps, 2, "skip")
-        assert report["run"]["rows_found_finished"] == 40
-        assert report["rows"]["bad"] == 1
-        assert tree(tmp_path / name) == tree(tmp_path / "expected")
-
-
-def test_the_same_cleaning_again_finds_itself_done_and_another_is_refused(tmp_path, write_jsonl):
-    path, out = write_jsonl("a.jsonl", corpus(50)), tmp_path / "out"
-    first = clean([path], out, recipe("whitespace"))
-    written = tree(out)
-    again = clean([path], out, recipe("whitespace"))
-    assert again["run"]["rows_found_finished"] == 50
-    assert {**again, "run": None} == {**first, "run": None}
-    assert "the result of another recipe or input" in refusal(
-        lambda: clean([path], out, recipe("length"))
-    )
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("precious")
-    assert "holds something, expected a new" in refusal(
-        lambda: clean([path], tmp_path / "full", recipe("length"))
-    )
-    assert tree(out) == written
-    (tmp_path / "empty").mkdir()
-    clean([path], tmp_path / "empty", recipe("whitespace"))
-    assert tree(tmp_path / "empty") == written
-
-
-def test_the_cache_key_follows_content_and_options_not_names(tmp_path, write_jsonl):
-    a, b = write_jsonl("a.jsonl", corpus(5)), write_jsonl("b.jsonl", corpus(5))
-    c = write_jsonl("c.jsonl", corpus(6))
-    key = cache_key([a], recipe("length"))
-    assert key == cache_key([b], recipe({"length": {"min_chars": 20}}))
-    assert (
-        len(
-            {
-                key,
-                cache_key([c], recipe("length")),
-                cache_key([a], recipe({"length": {"min_chars": 21}})),
-            }
-        )
-        == 3
-    )
-    first = cache_key([a], recipe({"decontaminate": {"against": [b]}}))
-    assert first != cache_key([a], recipe({"decontaminate": {"against": [c]}}))
-
-
-# --- bad input
-# -------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 def test_bad_rows_follow_the_policy_and_leave_no_destination(tmp_path, write_jsonl):
@@ -445,10 +234,10 @@ def test_bad_rows_follow_the_policy_and_leave_no_destination(tmp_path, write_jso
     path = write_jsonl("a.jsonl", rows)
     for policy, words in [("error", f"{path}:31: found"), (None, "2 of 32 rows are bad")]:
         assert words in refusal(
-            lambda policy=policy: clean([path], tmp_path / "out", recipe("length"), 1, policy)
+            lambda policy=policy: clean([path], tmp_path / "out", procedure("length"), 1, policy)
         )
         assert not (tmp_path / "out").exists()
-    report = clean([path], tmp_path / "out", recipe("length"), 1, "skip")
+    report = clean([path], tmp_path / "out", procedure("length"), 1, "skip")
     assert report["rows"]["bad"] == 2
     assert [row["where"] for row in report["bad_rows"]] == [f"{path}:31", f"{path}:32"]
 
@@ -457,7 +246,7 @@ def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_wh
     tmp_path, write_jsonl
 ):
     path = write_jsonl("a.jsonl", [{"text": "short"}, {"text": "brief"}])
-    message = refusal(lambda: clean([path], tmp_path / "out", recipe("whitespace", "length")))
+    message = refusal(lambda: clean([path], tmp_path / "out", procedure("whitespace", "length")))
     assert "no row is left of 2: bad 0, whitespace 0, length 2" in message
     assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", ".out.lock"}
 
@@ -497,13 +286,13 @@ def test_a_cleaning_that_leaves_nothing_is_an_error_that_says_which_step_took_wh
 def test_a_mistake_in_a_recipe_is_named_with_its_place(tmp_path, text, words):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    message = refusal(lambda: load_recipe(path))
+    message = refusal(lambda: load_procedure(path))
     assert message.startswith(str(path))
     assert all(word in message for word in words), message
 
 
 def test_a_missing_recipe_is_named():
-    assert "nowhere.yaml: cannot be read" in refusal(lambda: load_recipe("nowhere.yaml"))
+    assert "nowhere.yaml: cannot be read" in refusal(lambda: load_procedure("nowhere.yaml"))
 
 
 def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jsonl, monkeypatch):
@@ -518,7 +307,7 @@ def test_a_missing_library_is_one_error_that_names_the_extra(tmp_path, write_jso
         _language_model.cache_clear()
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, module, None)
-            message = refusal(lambda step=step: clean([path], tmp_path / "out", recipe(step)))
+            message = refusal(lambda step=step: clean([path], tmp_path / "out", procedure(step)))
         assert module in message
         assert "pip install -e '.[data]' in the project's directory" in message
 
@@ -538,8 +327,7 @@ def test_the_shipped_recipes_say_what_they_are_for_and_keep_good_text(tmp_path, 
     assert len(output(tmp_path / "out")) == len(documents) + len(chats)
 
 
-# --- the report and the command
-# --------------------------------------------------------------------------------------
+# The report and the command
 
 
 class Page(HTMLParser):
@@ -566,7 +354,7 @@ def test_the_report_asks_for_nothing_from_outside_and_shows_hostile_text_as_text
     report = clean(
         [path],
         tmp_path / "out",
-        recipe("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"),
+        procedure("whitespace", {"length": {"max_chars": 170}}, "exact_dedup"),
         1,
         "skip",
     )
@@ -597,7 +385,9 @@ def test_examples_are_chosen_by_content_not_by_place(tmp_path, write_jsonl):
     chosen = []
     for name, order in [("a", rows), ("b", rows[::-1])]:
         report = clean(
-            [write_jsonl(f"{name}.jsonl", order)], tmp_path / name, recipe("whitespace", examples=4)
+            [write_jsonl(f"{name}.jsonl", order)],
+            tmp_path / name,
+            procedure("whitespace", examples=4),
         )
         examples = report["steps"][0]["examples"]["changed"]
         chosen.append([(example["before"], example["after"]) for example in examples])
@@ -653,7 +443,7 @@ def test_malformed_files_are_refused_or_their_bad_rows_counted(tmp_path, subtest
         with subtests.test(case.name):
             try:
                 report = clean(
-                    case.paths, out, recipe("control_characters", "whitespace"), 1, "skip"
+                    case.paths, out, procedure("control_characters", "whitespace"), 1, "skip"
                 )
             except UserError as error:
                 assert case.expected == "error" or not case.kept
@@ -678,4 +468,4 @@ def test_the_guides_show_the_same_commands_and_name_every_step():
     for guide in (english, chinese):
         assert re.findall(r"^\| `(\w+)` \|", guide, re.MULTILINE) == list(STEPS)
     (example,) = (text for language, text in blocks[0] if language == "yaml")
-    assert len(Recipe.from_dict(yaml.safe_load(example)).steps) == 4
+    assert len(Procedure.from_dict(yaml.safe_load(example)).steps) == 4

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("datatrove", reason="the extra data-cluster is not installed")
 
-from test_cleaning import ALL, corpus, output, recipe
+from cleaning_corpus import ALL, corpus, output, procedure
 
 from minimind.cleaning import clean
 from minimind.cleaning.cluster import clean_with_datatrove, stages
@@ -37,9 +37,9 @@ def texts(rows):
 
 def test_steps_for_single_rows_and_exact_dedup_give_the_same_rows(tmp_path, files):
     steps = [{step.name: None} for step in ALL.steps if step.name != "near_dedup"]
-    clean(files, tmp_path / "here", recipe(*steps), 1)
+    clean(files, tmp_path / "here", procedure(*steps), 1)
     clean_with_datatrove(
-        files, tmp_path / "working", tmp_path / "there", recipe(*steps), tasks=2, workers=1
+        files, tmp_path / "working", tmp_path / "there", procedure(*steps), tasks=2, workers=1
     )
     assert texts(output(tmp_path / "there")) == texts(output(tmp_path / "here"))
     assert len(list((tmp_path / "there").iterdir())) == 2
@@ -56,17 +56,17 @@ def test_near_dedup_finds_the_copies_across_tasks(tmp_path, write_jsonl):
         files,
         tmp_path / "working",
         tmp_path / "out",
-        recipe("near_dedup", "length"),
+        procedure("near_dedup", "length"),
         tasks=2,
         workers=1,
     )
     assert sorted(row["id"] % 100 for row in output(tmp_path / "out")) == list(range(20))
 
 
-def test_the_stages_name_their_tasks_and_bad_rows_are_left_out(tmp_path, write_jsonl):
+def test_the_jobs_name_their_tasks_and_bad_rows_are_left_out(tmp_path, write_jsonl):
     path = write_jsonl("a.jsonl", ["bad", {"text": "a  good row"}, {"text": "short"}])
-    work = stages([path], tmp_path / "working", tmp_path / "out", ALL, tasks=3)
-    assert [(stage.name, stage.tasks) for stage in work] == [
+    jobs = stages([path], tmp_path / "working", tmp_path / "out", ALL, tasks=3)
+    assert [(job.name, job.tasks) for job in jobs] == [
         ("rows-0", 3),
         ("exact_dedup-1", 3),
         ("exact_dedup-2", 1),
@@ -76,7 +76,7 @@ def test_the_stages_name_their_tasks_and_bad_rows_are_left_out(tmp_path, write_j
         ("near_dedup-3", 1),
         ("rows-2", 3),
     ]
-    steps = recipe("whitespace", {"length": {"min_chars": 8}})
+    steps = procedure("whitespace", {"length": {"min_chars": 8}})
     clean_with_datatrove([path], tmp_path / "working", tmp_path / "out", steps, tasks=2, workers=1)
     assert output(tmp_path / "out") == [{"text": "a good row"}]
     # None for the idle task

@@ -2,37 +2,20 @@
 
 import random
 import time
+from dataclasses import asdict
 
 import pytest
+from cleaning_corpus import CHINESE, ENGLISH, POEM, STATUTE
 
 from minimind.cleaning.duplicates import Decontaminate, ExactDedup, NearDedup
 from minimind.cleaning.filters import Language, Length, Quality, detect_language
 from minimind.cleaning.normalization import ControlCharacters, FixUnicode, RemoveMarkup, Whitespace
 from minimind.cleaning.personal import MaskPersonalData, is_card_number, is_id_number
-from minimind.cleaning.steps import options_of
 from minimind.common.errors import UserError
 
-CHINESE = (
-    "春天来了，公园里的花都开了。小明和妈妈一起去散步，"
-    "他们在湖边看见一只白色的鸭子带着五只小鸭子游过来。小明问妈妈，"
-    "为什么小鸭子总是跟着它们的妈妈？妈妈说，因为小鸭子还小，要跟着妈妈学会找食物和躲避危险。"
-    "回家以后，小明把看到的画了下来。"
-)
-ENGLISH = (
-    "The river was high after the rain, and the old ferryman would not take his boat across until"
-    " the water had gone down. So we waited in the little house on the bank, where his wife gave us"
-    " bread and tea and told us how the bridge had been carried away in the great flood, long"
-    " before any of us was born."
-)
 CLASSICAL = (
     "子曰：学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？"
     "有子曰：其为人也孝弟，而好犯上者，鲜矣。"
-)
-POEM = "床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。"
-STATUTE = (
-    "第一条　为了保护民事主体的合法权益，调整民事关系，维护社会和经济秩序，根据宪法，制定本法。\n"
-    "第二条　民法调整平等主体的自然人、法人和非法人组织之间的人身关系和财产关系。\n"
-    "第三条　民事主体的人身权利、财产权利以及其他合法权益受法律保护，任何组织或者个人不得侵犯。"
 )
 CODE = (
     "The function returns a list of pairs:\n\n```python\ndef pairs(xs: List[int]) -> Dict[str,"
@@ -56,8 +39,7 @@ def test_good_text_is_kept_by_the_filters(text):
     assert [step.reason(text) for step in (Length(), Language(), Quality())] == [None] * 3
 
 
-# --- Unicode and characters
-# ------------------------------------------------------------------------------------------
+# Unicode and characters
 
 
 @pytest.mark.parametrize(
@@ -105,8 +87,7 @@ def test_whitespace_is_tidied_and_code_keeps_its_indent():
     assert Whitespace()(CODE) == CODE
 
 
-# --- markup
-# ----------------------------------------------------------------------------------------------------------
+# Markup
 
 
 @pytest.mark.parametrize(
@@ -225,8 +206,7 @@ def test_time_is_linear_in_the_length_of_hostile_text(piece):
     assert any(cost(200_000) < 24 * cost(25_000) for _ in range(3))
 
 
-# --- personal data
-# ---------------------------------------------------------------------------------------------------
+# Personal data
 
 
 @pytest.mark.parametrize(
@@ -292,8 +272,7 @@ def test_only_the_kinds_asked_for_are_masked():
     assert MaskPersonalData(kinds=["phone"])("a@b.com 13812345678") == "a@b.com [PHONE]"
 
 
-# --- filters
-# ---------------------------------------------------------------------------------------------------------
+# Filters
 
 
 def test_length_counts_characters_and_bytes():
@@ -365,11 +344,10 @@ def test_junk_is_removed_for_its_reason(text, reason):
     assert Quality(**dict.fromkeys(RULES)).reason(text) is None
 
 
-RULES = [name for name in options_of(Quality()) if name not in ("min_units", "min_lines")]
+RULES = [name for name in asdict(Quality()) if name not in ("min_units", "min_lines")]
 
 
-# --- duplicates
-# ------------------------------------------------------------------------------------------------------
+# Duplicates
 
 
 def kept(step, texts):

@@ -10,7 +10,7 @@ from pipeline import assistant, user
 from reading import TALK, system, unread
 
 from minimind.cleaning import clean
-from minimind.cleaning.texts import Texts, check_row
+from minimind.cleaning.row_texts import RowTexts, check_row
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.columns import NAMES, Columns
 from minimind.data.conversations import to_conversation, to_messages
@@ -290,5 +290,5 @@ def test_a_cleaning_writes_rows_under_the_names_that_they_are_read_by(tmp_path):
     ],
 )
 def test_a_cleaning_changes_the_texts_of_every_layout(row, texts):
-    assert Texts(check_row(row)).replace(str.upper) == (True, False)
+    assert RowTexts(check_row(row)).replace(str.upper) == (True, False)
     assert row == texts

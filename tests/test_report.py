@@ -1,4 +1,4 @@
-"""report.html: one page, nothing from outside, every text escaped; and what it draws."""
+"""report.html: one page that loads nothing, every text escaped; and what it draws."""
 
 import json
 import re
@@ -12,19 +12,10 @@ import pytest
 import torch
 from pipeline import PATIENCE
 
+from minimind.common.charts import font_families, line_chart
 from minimind.evaluation import token_loss_distribution
-from minimind.training.plots import font_families, plot_loss
-from minimind.training.report import (
-    chart,
-    curve,
-    histogram,
-    nice_ticks,
-    read_log,
-    report_page,
-    thin,
-    title_of,
-    write_report,
-)
+from minimind.training.plots import chart, curve, plot_loss, read_log, thin
+from minimind.training.report import histogram, report_page, title_of, write_report
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\" '"
@@ -133,7 +124,7 @@ def stage(tmp_path):
     return directory
 
 
-def test_the_page_is_whole_html_and_asks_for_nothing_from_outside(stage):
+def test_the_page_is_valid_html_and_loads_nothing(stage):
     text = write_report(stage).read_text()
     page = Page(text)
     assert not {
@@ -170,7 +161,7 @@ def test_the_lineage_leads_back_to_the_raw_text(stage):
     assert "feed" in lineage
 
 
-def test_a_parent_that_holds_other_weights_by_now_is_told(stage):
+def test_a_parent_that_holds_other_weights_by_now_is_reported(stage):
     record = json.loads((stage.parent / "base" / "stage.json").read_text())
     (stage.parent / "base" / "stage.json").write_text(json.dumps(record | {"weights": "new"}))
     assert "holds other weights by now" in write_report(stage).read_text()
@@ -178,12 +169,12 @@ def test_a_parent_that_holds_other_weights_by_now_is_told(stage):
     assert "no longer there" in write_report(stage).read_text()
 
 
-@pytest.mark.parametrize("said", ["running", "interrupted"])
-def test_a_run_that_is_not_complete_says_so_and_when(stage, said):
+@pytest.mark.parametrize("status", ["running", "interrupted"])
+def test_a_run_that_is_not_complete_says_so_and_when(stage, status):
     record = json.loads((stage / "stage.json").read_text())
     del record["metrics"]
-    page = report_page(stage, record | {"steps": 10, "max_steps": 40, "state": said})
-    assert f"<b>{said}</b>" in page
+    page = report_page(stage, record | {"steps": 10, "max_steps": 40, "state": status})
+    assert f"<b>{status}</b>" in page
     assert "10 of 40" in page
     assert re.search(r"written<b>\d{4}-\d\d-\d\d \d\d:\d\d</b>", page)
     assert "<b>complete</b>" in write_report(stage).read_text()
@@ -255,30 +246,57 @@ def test_rare_logs_do_not_lift_training_above_a_held_out_loss_that_is_higher():
         assert abs(value - loss[int(step)]) < abs(value - loss[int(step) + 50])
 
 
+def ticks_beside(svg):
+    """The numbers at the vertical axis of a chart, which has no other text aligned to its end."""
+    texts = re.findall(r"text-anchor: end[^>]*>([^<]*)<", svg)
+    return [float(text.replace(",", "").replace("\u2212", "-")) for text in texts]
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (1e-9, 5e-4), (-3, 12), (2, 2), (0, 0), (99_000, 101_000)]
 )
 def test_ticks_are_round_and_cover_the_values(low, high):
-    ticks = nice_ticks(low, high)
+    ticks = ticks_beside(line_chart("x", {"a": [(0, low), (1, high)]}))
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 8
     steps = [b - a for a, b in pairwise(ticks)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 
+def test_an_axis_that_begins_at_zero_does_so_whatever_the_values():
+    ticks = ticks_beside(line_chart("x", {"a": [(0, 3.2), (1, 3.3)]}, from_zero=True))
+    assert ticks[0] == 0
+    assert ticks[-1] >= 3.3
+
+
+def lines(svg):
+    """The points of each curve of a chart."""
+    paths = re.findall(r'<path d="(M [^"]*)" style="[^"]*stroke: (?!#888888)#', svg)
+    return [
+        [tuple(map(float, pair.split())) for pair in re.split("[ML]", path)[1:]] for path in paths
+    ]
+
+
 def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
     points = [(1, 1.0), (2, 2.0), (3, float("nan")), (4, 3.0), (5, 2.0)]
-    assert chart("Loss", "", {"loss": points}).count("<polyline") == 2
+    assert list(map(len, lines(chart("Loss", "", {"loss": points})))) == [2, 2]
     assert "no finite value" in chart("Loss", "", {"loss": [(1, float("inf"))]})
 
 
+def test_a_point_between_two_gaps_is_drawn_too():
+    ((first, second),) = lines(chart("Loss", "", {"loss": [(1, 1.0), (2, float("nan"))]}))
+    assert first == second
+
+
 def test_a_curve_rises_where_its_values_do():
-    drawn = chart("x", "", {"a": [(0, 0.0), (1, 1.0)]})
-    (x0, y0), (x1, y1) = (
-        map(float, pair.split(",")) for pair in drawn.split('points="')[1].split('"')[0].split()
-    )
+    (((x0, y0), (x1, y1)),) = lines(chart("x", "", {"a": [(0, 0.0), (1, 1.0)]}))
     assert x0 < x1
     assert y0 > y1  # the origin of SVG is at the top
+
+
+def test_the_same_values_give_the_same_picture_to_the_byte():
+    drawn = {chart("x", "", {"a": [(0, 0.0), (n, 1.0)]}) for n in (1, 2, 1)}
+    assert len(drawn) == 2
 
 
 def test_the_distribution_of_token_losses_counts_every_token_once():
@@ -291,18 +309,18 @@ def test_the_distribution_of_token_losses_counts_every_token_once():
     assert found["counts"][-1] == 3
     assert found["mean"] == pytest.approx(losses.mean().item())
     assert found["median"] == pytest.approx(1.0)
-    assert histogram(found).count("<rect") == 32
+    assert histogram(found).count(" tokens</title>") == 32
 
 
 def test_the_labels_of_a_histogram_lie_within_it():
     drawn = histogram(token_loss_distribution(torch.rand(1000) * 20))
     width = float(re.search(r'viewBox="0 0 (\d+)', drawn)[1])
-    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)">([\d,.]+)<', drawn)
-    beneath = [(float(x), text) for x, anchor, text in labels if anchor == "middle"]
+    labels = re.findall(r'text-anchor: middle" x="([\d.]+)"[^>]*>([^<]*)<', drawn)
+    beneath = sorted((float(x), text) for x, text in labels)
     assert beneath[0][1] == "0"
     assert beneath[-1][1] == "16"
     assert beneath[-1][0] + 8 * len("16") / 2 <= width  # a digit is at most 8 wide at this size
-    beside = [float(text.replace(",", "")) for _, anchor, text in labels if anchor == "end"]
+    beside = ticks_beside(drawn)
     assert beside[0] > 0 or beside[-1] > 0  # the axis of counts
     assert len(beside) >= 3
 
@@ -366,6 +384,6 @@ def test_a_real_browser_shows_the_page_and_runs_nothing_of_it(stage, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     dom = done.stdout
     assert f"<title>{stage.parent.name}/sft</title>" in dom  # no script has changed it
-    assert dom.count("<polyline") >= 4
+    assert len(lines(dom)) >= 4
     assert "CONSOLE" not in done.stderr  # no refused request, no error of a script
     assert Path(picture).stat().st_size > 20_000

@@ -2,6 +2,6 @@
 each step did."""
 
 from minimind.cleaning.pipeline import cache_key, clean, finished_report
-from minimind.cleaning.recipe import Recipe, load_recipe
+from minimind.cleaning.procedure import Procedure, load_procedure
 
-__all__ = ["Recipe", "cache_key", "clean", "finished_report", "load_recipe"]
+__all__ = ["Procedure", "cache_key", "clean", "finished_report", "load_procedure"]

@@ -1,15 +1,15 @@
-"""The same recipe as datatrove pipelines, for more than one machine (the extra `data-cluster`).
+"""The same cleaning as datatrove pipelines, for several machines (the extra `data-cluster`).
 
-`stages` gives pipelines to run one after the other, each with any of datatrove's executors (Local,
-Slurm, Ray, Jobs); `clean_with_datatrove` runs them with the local one. Files are read by this
-project's readers and the steps for single rows are the very ones of `minimind clean`, so those give
-the same result. The dedup steps are datatrove's, which work through files rather than memory, and
-differ in this:
+`stages` returns pipelines to run one after the other, each with any of datatrove's executors
+(Local, Slurm, Ray, Jobs); `clean_with_datatrove` runs them with the local one. Files are read by
+this project's readers, and the steps for single rows are those of `minimind clean` with the same
+result. The dedup steps are datatrove's, which work through files rather than memory, and differ:
 
-- exact_dedup: datatrove's exact dedup over the hash of the same reduced text; of equal rows the one it meets first in
-  the order of ranks stays.
-- near_dedup: datatrove's MinHash over the same character n-grams and the same number of bands and values in a band; it
-  clusters what shares a band and does not verify the candidates, so it removes more near the threshold.
+- exact_dedup: datatrove's exact dedup over the hash of the same reduced text; of equal rows the
+  first one in the order of ranks stays.
+- near_dedup: datatrove's MinHash over the same character n-grams, with as many bands and values in
+  a band; it clusters what shares a band without verifying the candidates, so it removes more near
+  the threshold.
 
 Ranks take the input files in turn, so give at least as many files as tasks. All tasks must see the
 same file system.
@@ -25,10 +25,9 @@ import numpy as np
 from minimind.cleaning.counts import Counts
 from minimind.cleaning.duplicates import ExactDedup, NearDedup
 from minimind.cleaning.extras import require
-from minimind.cleaning.pipeline import as_recipe
-from minimind.cleaning.recipe import Recipe
+from minimind.cleaning.procedure import Procedure, load_procedure
+from minimind.cleaning.row_texts import RowTexts, check_row, split_row
 from minimind.cleaning.segments import Item, run_segment, segments_of, to_line
-from minimind.cleaning.texts import Texts, check_row, split_row
 from minimind.common.errors import BadRowError
 from minimind.common.files import write_bytes
 from minimind.data.files import parsables
@@ -59,7 +58,7 @@ HASH = HashConfig(precision=64, hash_fc="sha1")  # datatrove 0.10's xxhash needs
 
 
 class ReadRows(PipelineStep):
-    """Files of any format -> documents that carry their whole row; bad rows are counted and left
+    """Files of any format -> documents that carry their row; bad rows are counted and left
     out."""
 
     type, name = "📖 - READER", "minimind rows"
@@ -82,7 +81,7 @@ class ReadRows(PipelineStep):
                     self.stat_update("rows")
                     for row in rows:
                         yield Document(
-                            text=Texts(row).whole, id=f"{file}:{place}", metadata={"row": row}
+                            text=RowTexts(row).all_text, id=f"{file}:{place}", metadata={"row": row}
                         )
 
 
@@ -102,12 +101,13 @@ class ReadShard(PipelineStep):
         with _shard(self.directory, rank).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 row = json.loads(line)
-                yield Document(text=Texts(row).whole, id=f"{rank}/{number}", metadata={"row": row})
+                yield Document(
+                    text=RowTexts(row).all_text, id=f"{rank}/{number}", metadata={"row": row}
+                )
 
 
 class WriteShard(PipelineStep):
-    """Rows -> `data-RANK.jsonl`, there whole or not at all; the `final` one only if it has a
-    row."""
+    """Rows -> `data-RANK.jsonl`, complete or not at all; a `final` one only if it has a row."""
 
     type, name = "💽 - WRITER", "minimind shard"
 
@@ -131,27 +131,27 @@ def _shard(directory: str, rank: int) -> Path:
 
 
 class RunSteps(PipelineStep):
-    """The steps for single rows between two dedup steps of a recipe; removals are counted by step
-    and reason."""
+    """The steps for single rows between two dedup steps; removals are counted by step and
+    reason."""
 
     type, name = "🔻 - FILTER", "minimind steps"
 
-    def __init__(self, recipe: Recipe, segment: int):
+    def __init__(self, procedure: Procedure, segment: int):
         super().__init__()
-        self.recipe, self.segment = recipe.as_dict(), segment
+        self.procedure, self.segment = procedure.as_dict(), segment
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """The documents that stay, changed."""
-        recipe = Recipe.from_dict(self.recipe)
-        recipe.prepare()
+        procedure = Procedure.from_dict(self.procedure)
+        procedure.prepare()
         counts = Counts()
         for document in data:
             item = Item(0, document.id, document.metadata["row"])
             with self.track_time():
-                done = run_segment(recipe, self.segment, [item], as_lines=False)
-            counts.merge(done.counts, 0)
-            for item in done.items:
-                document.text, document.metadata["row"] = Texts(item.row).whole, item.row
+                result = run_segment(procedure, self.segment, [item], as_lines=False)
+            counts.merge(result.counts, 0)
+            for item in result.items:
+                document.text, document.metadata["row"] = RowTexts(item.row).all_text, item.row
                 yield document
         for label, step in counts.steps.items():
             for reason, count in step.reasons.items():
@@ -179,7 +179,7 @@ class CharacterSignature(MinhashDedupSignature):
         return np.fromiter(hashes, dtype=np.uint64).reshape(-1, 1)
 
 
-class Stage(NamedTuple):
+class ClusterJob(NamedTuple):
     """A pipeline, and the number of tasks it must be run with."""
 
     name: str
@@ -191,87 +191,78 @@ def stages(
     files: Sequence[str],
     working: str | Path,
     output: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Procedure,
     tasks: int,
-) -> list[Stage]:
-    """The pipelines of a recipe, in their order; each starts when the one before is done.
+) -> list[ClusterJob]:
+    """The jobs of a recipe, in their order; each starts when the one before is done.
 
     Args:
         files: files, directories and globs.
-        working: a directory for what lies between the stages; can be removed afterwards.
+        working: a directory for what lies between the jobs; can be removed afterwards.
         output: gets one `data-RANK.jsonl` for each task.
-        recipe: a YAML file, or a Recipe.
+        recipe: a YAML file, or a Procedure.
         tasks: parts the work is cut into.
 
     Raises:
-        UserError: for the files and the recipe; datatrove is missing.
+        UserError: unusable files or recipe.
     """
-    recipe, working, files = as_recipe(recipe), Path(working), list(map(str, expand(files)))
-    segments = segments_of(recipe)
-    result: list[Stage] = []
-    start: list[PipelineStep] = [ReadRows(files)]
-    for number, segment in enumerate(segments):
-        last = segment.dedup is None
-        rows = Path(output) if last else working / f"rows-{number}"
-        result.append(
-            Stage(
-                f"rows-{number}", [*start, RunSteps(recipe, number), WriteShard(rows, last)], tasks
-            )
-        )
-        if not last:
+    procedure, working = load_procedure(recipe), Path(working)
+    jobs: list[ClusterJob] = []
+    start: list[PipelineStep] = [ReadRows(list(map(str, expand(files))))]
+    for number, segment in enumerate(segments_of(procedure)):
+        is_last = segment.dedup is None
+        rows = Path(output) if is_last else working / f"rows-{number}"
+        pipeline = [*start, RunSteps(procedure, number), WriteShard(rows, is_last)]
+        jobs.append(ClusterJob(f"rows-{number}", pipeline, tasks))
+        if not is_last:
             label, step = segment.dedup
-            builder = _exact_stages if isinstance(step, ExactDedup) else _near_stages
-            between, keep = builder(label, step, rows, working / label, tasks)
-            result += between
+            dedup_jobs = _exact_jobs if isinstance(step, ExactDedup) else _near_jobs
+            between, keep = dedup_jobs(label, step, rows, working / label, tasks)
+            jobs += between
             start = [ReadShard(rows), keep]
-    return result
+    return jobs
 
 
-def _exact_stages(label: str, step: ExactDedup, rows: Path, folder: Path, tasks: int):
+def _exact_jobs(label: str, step: ExactDedup, rows: Path, folder: Path, tasks: int):
     def content(document: Document) -> str:
         return f"{step.key(document.text):032x}"
 
     config = ExactDedupConfig(content_getter=content, hash_config=HASH)
     signatures, duplicates = str(folder / "signatures"), str(folder / "duplicates")
-    between = [
-        Stage(f"{label}-1", [ReadShard(rows), ExactDedupSignature(signatures, config)], tasks),
-        Stage(f"{label}-2", [ExactFindDedups(signatures, duplicates, config)], 1),
-    ]
-    return between, ExactDedupFilter(duplicates, config)
+    sign = [ReadShard(rows), ExactDedupSignature(signatures, config)]
+    find = [ExactFindDedups(signatures, duplicates, config)]
+    jobs = [ClusterJob(f"{label}-1", sign, tasks), ClusterJob(f"{label}-2", find, 1)]
+    return jobs, ExactDedupFilter(duplicates, config)
 
 
-def _near_stages(label: str, step: NearDedup, rows: Path, folder: Path, tasks: int):
+def _near_jobs(label: str, step: NearDedup, rows: Path, folder: Path, tasks: int):
     config = MinhashConfig(
         n_grams=step.ngram,
         num_buckets=step.bands,
         hashes_per_bucket=step.num_perm // step.bands,
         hash_config=HASH,
     )
-    signatures, buckets, removed = (
-        str(folder / name) for name in ("signatures", "buckets", "removed")
-    )
-    between = [
-        Stage(f"{label}-1", [ReadShard(rows), CharacterSignature(signatures, config, step)], tasks),
-        Stage(f"{label}-2", [MinhashDedupBuckets(signatures, buckets, config=config)], step.bands),
-        Stage(f"{label}-3", [MinhashDedupCluster(buckets, removed, config=config)], 1),
+    signatures, buckets, removed = (str(folder / n) for n in ("signatures", "buckets", "removed"))
+    sign = [ReadShard(rows), CharacterSignature(signatures, config, step)]
+    band = [MinhashDedupBuckets(signatures, buckets, config=config)]
+    cluster = [MinhashDedupCluster(buckets, removed, config=config)]
+    jobs = [
+        ClusterJob(f"{label}-1", sign, tasks),
+        ClusterJob(f"{label}-2", band, step.bands),
+        ClusterJob(f"{label}-3", cluster, 1),
     ]
-    return between, MinhashDedupFilter(removed)
+    return jobs, MinhashDedupFilter(removed)
 
 
 def clean_with_datatrove(
     files: Sequence[str],
     working: str | Path,
     output: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Procedure,
     tasks: int = 1,
     workers: int = -1,
 ) -> None:
-    """Run `stages` on this machine, `workers` tasks at a time; finished tasks are not run again."""
-    for stage in stages(files, working, output, recipe, tasks):
-        executor = LocalPipelineExecutor(
-            pipeline=stage.pipeline,
-            tasks=stage.tasks,
-            workers=workers,
-            logging_dir=str(Path(working) / "logs" / stage.name),
-        )
-        executor.run()
+    """Run the jobs on this machine, `workers` tasks at a time; finished tasks are not run again."""
+    for job in stages(files, working, output, recipe, tasks):
+        logs = str(Path(working) / "logs" / job.name)
+        LocalPipelineExecutor(job.pipeline, job.tasks, workers, logging_dir=logs).run()

@@ -1,10 +1,11 @@
-"""Steps that remove rows for what they share with other rows: exact copies, near copies, evaluation
-sets.
+"""Steps that remove rows for what they share with other rows: exact copies, near copies, texts of
+evaluation sets.
 
 Memory, kept in the main process for each row that stays (measured on 40,000 rows): exact_dedup
 about 160 bytes, near_dedup about 2.6 kB with 128 values and 16 bands. Texts are not kept.
 """
 
+import io
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import xxhash
 
 from minimind.cleaning.extras import require
 from minimind.cleaning.filters import is_chinese, units_of
-from minimind.cleaning.steps import Dedup, Filter, check_positive, check_share
+from minimind.cleaning.options import check_positive, check_share
+from minimind.cleaning.steps import Dedup, Filter
 from minimind.common.errors import UserError
 from minimind.data.files import read_rows
 from minimind.data.sources import expand
@@ -35,22 +37,22 @@ class ExactIndex:
 
     def find_or_add(self, key: int, number: int) -> int | None:
         """See `steps.Index`."""
-        found = self.first.setdefault(key, number)
-        if found != number:
-            return found
-        self.new.append(key)
-        return None
+        first = self.first.setdefault(key, number)
+        if first == number:
+            self.new.append(key)
+            return None
+        return first
 
     def take_new(self) -> dict[str, np.ndarray]:
         """Arrays `hashes` (rows, 16) of bytes and `numbers` (rows,)."""
         new, self.new = self.new, []
-        hashes = np.frombuffer(
-            b"".join(key.to_bytes(16, "little") for key in new), np.uint8
-        ).reshape(-1, 16)
-        return {"hashes": hashes, "numbers": np.array([self.first[key] for key in new], np.int64)}
+        hashes = b"".join(key.to_bytes(16, "little") for key in new)
+        return {
+            "hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 16),
+            "numbers": np.array([self.first[key] for key in new], np.int64),
+        }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """See `steps.Index`."""
         for digest, number in zip(arrays["hashes"], arrays["numbers"].tolist(), strict=True):
             self.first[int.from_bytes(digest.tobytes(), "little")] = number
 
@@ -62,18 +64,16 @@ class ExactDedup(Dedup):
     name: ClassVar[str] = "exact_dedup"
 
     def key(self, text: str) -> int:
-        """A text -> 128 bits."""
         reduced = " ".join(unicodedata.normalize("NFC", text).casefold().split())
         return xxhash.xxh3_128_intdigest(reduced.encode())
 
     def index(self) -> ExactIndex:
-        """An empty index."""
         return ExactIndex()
 
 
 class NearIndex:
-    """MinHash signatures in rensa's LSH; what shares a band is compared, and only a similar one
-    counts."""
+    """MinHash signatures in rensa's LSH: rows that share a band are compared, and only similar ones
+    count."""
 
     def __init__(self, threshold: float, num_perm: int, bands: int):
         self.rensa = require("rensa")
@@ -82,12 +82,11 @@ class NearIndex:
         self.signatures: dict[int, Any] = {}
         self.new: list[tuple[int, bytes]] = []
 
-    def _add(self, state: bytes, number: int) -> None:
-        signature = self._signature(state)
+    def _add(self, signature: Any, number: int) -> None:
         self.lsh.insert(number, signature)
         self.signatures[number] = signature
 
-    def _signature(self, state: bytes):
+    def _signature(self, state: bytes) -> Any:
         signature = self.rensa.RMinHash(self.num_perm, SEED)
         signature.__setstate__(state)
         return signature
@@ -96,15 +95,12 @@ class NearIndex:
         """The most similar earlier row at or above the threshold, the earliest of equals; see
         `steps.Index`."""
         signature = self._signature(key)
-        found = [
-            (signature.jaccard(self.signatures[other]), -other)
-            for other in self.lsh.query(signature)
-        ]
-        similarity, other = max(found, default=(0.0, 0))
+        others = self.lsh.query(signature)
+        similarities = [(signature.jaccard(self.signatures[other]), -other) for other in others]
+        similarity, other = max(similarities, default=(0.0, 0))
         if similarity >= self.threshold:
             return -other
-        self.lsh.insert(number, signature)
-        self.signatures[number] = signature
+        self._add(signature, number)
         self.new.append((number, key))
         return None
 
@@ -119,13 +115,10 @@ class NearIndex:
         }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """See `steps.Index`."""
-        states, start = arrays["states"].tobytes(), 0
-        for number, length in zip(
-            arrays["numbers"].tolist(), arrays["lengths"].tolist(), strict=True
-        ):
-            self._add(states[start : start + length], number)
-            start += length
+        states = io.BytesIO(arrays["states"].tobytes())
+        numbers, lengths = arrays["numbers"].tolist(), arrays["lengths"].tolist()
+        for number, length in zip(numbers, lengths, strict=True):
+            self._add(self._signature(states.read(length)), number)
 
 
 @dataclass(frozen=True)
@@ -155,7 +148,6 @@ class NearDedup(Dedup):
             )
 
     def prepare(self) -> None:
-        """Import rensa; raises UserError."""
         require("rensa")
 
     def shingles(self, text: str) -> list[str]:
@@ -166,13 +158,11 @@ class NearDedup(Dedup):
         return [reduced[start : start + self.ngram] for start in range(last + 1)]
 
     def key(self, text: str) -> bytes:
-        """A text -> its MinHash signature, as rensa stores it (about 670 bytes)."""
         signature = require("rensa").RMinHash(self.num_perm, SEED)
         signature.update(self.shingles(text))
         return signature.__getstate__()
 
     def index(self) -> NearIndex:
-        """An empty index."""
         return NearIndex(self.threshold, self.num_perm, self.bands)
 
 
@@ -237,13 +227,13 @@ class Decontaminate(Filter):
     their rows).
 
     13 words as for GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C) and 20 Chinese
-    characters, which are about 13 words; a shorter evaluation text counts as a whole from
-    `min_words` words or `min_characters` characters on, still shorter ones (such as single answers)
-    are not looked for.
+    characters, which are about 13 words. A shorter evaluation text is looked for in full from
+    `min_words` words or `min_characters` characters on; still shorter ones (such as single answers)
+    are not.
     """
 
     name: ClassVar[str] = "decontaminate"
-    whole: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
     against: list[str] = field(default_factory=list)
     words: int = 13
     characters: int = 20
@@ -256,11 +246,9 @@ class Decontaminate(Filter):
         check_positive(self, "words", "characters", "min_words", "min_characters")
 
     def files(self) -> list[str]:
-        """The evaluation files."""
         return [str(path) for path in expand(self.against)]
 
     def prepare(self) -> None:
-        """Read the evaluation files; raises UserError."""
         _ = self._index
 
     @cached_property
@@ -269,12 +257,9 @@ class Decontaminate(Filter):
         for row in read_rows(self.against, "error"):
             for text in _strings(row.data):
                 units = units_of(text.casefold())
-                chinese = is_chinese(text, len(units))
-                shortest, n = (
-                    (self.min_characters, self.characters)
-                    if chinese
-                    else (self.min_words, self.words)
-                )
+                shortest, n = self.min_words, self.words
+                if is_chinese(text, len(units)):
+                    shortest, n = self.min_characters, self.characters
                 if len(units) >= shortest:
                     index.add(units, n)
         if not index.ngrams:
@@ -287,5 +272,4 @@ class Decontaminate(Filter):
         return index
 
     def reason(self, text: str) -> str | None:
-        """Why a text is removed, or None."""
         return "in an evaluation set" if self._index.contains(units_of(text.casefold())) else None

@@ -1,10 +1,10 @@
-"""Steps that judge a row by itself: length, language, quality heuristics.
+"""Steps that judge a single row: length, language, quality heuristics.
 
 The quality rules are those of Gopher (Rae et al. 2021, arXiv:2112.11446, Table A1 and section A1.1)
 with thresholds loosened where short pieces of good text broke them. Gopher counts words, which
 Chinese does not separate: here a unit is a Latin word or one Chinese character, and where most
 units are Chinese, n-grams are twice as long, the stop words are function characters, and mean word
-length is not asked.
+length is not checked.
 """
 
 import re
@@ -12,10 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
+from statistics import fmean
 from typing import ClassVar
 
 from minimind.cleaning.extras import require
-from minimind.cleaning.steps import Filter, check_positive, check_share
+from minimind.cleaning.options import check_positive, check_share
+from minimind.cleaning.steps import Filter
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 HAN_CHARACTER = re.compile(f"[{HAN}]")
@@ -43,7 +46,7 @@ class Length(Filter):
     """Rows outside of the bounds, in characters and in UTF-8 bytes; null sets no bound."""
 
     name: ClassVar[str] = "length"
-    whole: ClassVar[bool] = True
+    reads_all: ClassVar[bool] = True
     min_chars: int | None = 20
     max_chars: int | None = 1_000_000
     min_bytes: int | None = None
@@ -53,7 +56,6 @@ class Length(Filter):
         check_positive(self, "min_chars", "max_chars", "min_bytes", "max_bytes")
 
     def reason(self, text: str) -> str | None:
-        """Why a text is removed, or None."""
         sizes = {"chars": len(text)}
         if self.min_bytes or self.max_bytes:
             sizes["bytes"] = len(text.encode())
@@ -88,10 +90,10 @@ def detect_language(text: str) -> tuple[str, float]:
         return "unknown", 0.0
     if is_chinese(text, words) and 50 * len(KANA.findall(text)) <= words:
         return "zh", 1.0
-    found = _language_model().detect(text, k=1)
-    if not found:
+    guesses = _language_model().detect(text, k=1)
+    if not guesses:
         return "unknown", 0.0
-    language, score = found[0]["lang"], min(float(found[0]["score"]), 1.0)
+    language, score = guesses[0]["lang"], min(float(guesses[0]["score"]), 1.0)
     return "zh" if language in ("wuu", "yue") else language, score
 
 
@@ -120,43 +122,21 @@ class Language(Filter):
                 )
 
     def prepare(self) -> None:
-        """Load the model; raises UserError."""
         _language_model()
 
     def reason(self, text: str) -> str | None:
-        """Why a text is removed, or None."""
         if len(text) < self.min_chars:
             return None
         language, score = detect_language(text)
-        return (
-            f"language {language}"
-            if language not in (*self.keep, "unknown") and score >= self.threshold
-            else None
-        )
+        is_kept = language in (*self.keep, "unknown") or score < self.threshold
+        return None if is_kept else f"language {language}"
 
 
-ENGLISH_STOP_WORDS = frozenset(
-    (
-        "the",
-        "be",
-        "to",
-        "of",
-        "and",
-        "that",
-        "have",
-        "with",
-        "a",
-        "in",
-        "is",
-        "it",
-        "for",
-        "as",
-        "was",
-        "on",
-        "you",
-    )
-)
-# Modern and classical function characters, since poems and statutes are to pass too.
+ENGLISH_STOP_WORDS = {
+    "the", "be", "to", "of", "and", "that", "have", "with", "a", "in", "is", "it", "for", "as",
+    "was", "on", "you",
+}  # fmt: skip
+# Modern and classical function characters, since poems and statutes should pass too.
 CHINESE_STOP_CHARACTERS = frozenset(
     "的了在是不有我他她它这那个一和与或以为之也而其于者所乃则此何无自上下中人来去到就都要会可能对从把被让将又还很"
     "应当及并等时后前相如若即已未莫谁岂兮矣哉乎焉"
@@ -173,8 +153,9 @@ ELLIPSIS = re.compile(r"(?:…|\.\.\.|。。。)$")
 
 @dataclass(frozen=True)
 class Quality(Filter):
-    """Rows that break a heuristic rule; null turns a rule off. `min_units`: shorter texts are not
-    asked the rules on words and n-grams, `min_lines`: nor those on lines.
+    """Rows that break a heuristic rule; null turns a rule off.
+
+    The rules on words and n-grams hold from `min_units` units on, those on lines from `min_lines`.
     """
 
     name: ClassVar[str] = "quality"
@@ -197,22 +178,14 @@ class Quality(Filter):
     min_lines: int = 6
 
     def __post_init__(self):
-        check_share(
-            self,
-            *(name for name in self.__dataclass_fields__ if name.endswith(("_share", "_shares"))),
-        )
+        names = self.__dataclass_fields__
+        check_share(self, *(name for name in names if name.endswith(("_share", "_shares"))))
         check_positive(self, "min_units", "min_lines")
 
     def reason(self, text: str) -> str | None:
         """The first rule a text breaks, or None."""
-        return next(
-            (
-                reason
-                for rule in (self._characters, self._lines, self._words)
-                for reason in rule(text)
-            ),
-            None,
-        )
+        rules = self._characters(text), self._lines(text), self._words(text)
+        return next(chain.from_iterable(rules), None)
 
     def _characters(self, text: str) -> Iterator[str]:
         size = max(len(text), 1)
@@ -227,17 +200,11 @@ class Quality(Filter):
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         if len(lines) < self.min_lines:
             return
-        if _above(
-            sum(1 for line in lines if BULLET.match(line)) / len(lines), self.max_bullet_line_share
-        ):
+        if _above(fmean(map(bool, map(BULLET.match, lines))), self.max_bullet_line_share):
             yield "bullet lines"
-        if _above(
-            sum(1 for line in lines if ELLIPSIS.search(line)) / len(lines),
-            self.max_ellipsis_line_share,
-        ):
+        if _above(fmean(map(bool, map(ELLIPSIS.search, lines))), self.max_ellipsis_line_share):
             yield "lines that end in an ellipsis"
-        # Shorter ones are names of speakers, labels and closing brackets, which come again in good
-        # text.
+        # Shorter ones are names of speakers, labels and closing brackets, which good text repeats.
         lines = [line for line in lines if len(line) >= (16 if line.isascii() else 8)]
         repeats = Counter(lines)
         if len(repeats) == len(lines):
@@ -276,15 +243,13 @@ class Quality(Filter):
             yield "short words"
         if _above(mean, self.max_mean_word_length):
             yield "long words"
-        if _above(
-            self.min_stop_words,
-            len(ENGLISH_STOP_WORDS.intersection(word.lower() for word in words)),
-        ):
+        stop_words = ENGLISH_STOP_WORDS.intersection(word.lower() for word in words)
+        if _above(self.min_stop_words, len(stop_words)):
             yield "no stop words"
 
 
-def _above(found: float | None, limit: float | None) -> bool:
-    return found is not None and limit is not None and found > limit
+def _above(value: float | None, limit: float | None) -> bool:
+    return value is not None and limit is not None and value > limit
 
 
 def _ngrams(units: list[str], n: int) -> list[tuple[str, ...]]:

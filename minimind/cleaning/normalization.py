@@ -32,8 +32,7 @@ def sub_outside_code(pattern: str, replacement, text: str) -> str:
     )
 
 
-# --- Unicode
-# -------------------------------------------------------------------------------------------------------
+# Unicode
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,9 @@ class FixUnicode(Transform):
             )
 
     def prepare(self) -> None:
-        """Import ftfy; raises UserError."""
         require("ftfy")
 
     def __call__(self, text: str) -> str:
-        """A text -> the text with its characters as they were meant."""
         import ftfy
         from ftfy.badness import is_bad
 
@@ -90,8 +87,7 @@ def _ftfy_config(fix_encoding: bool):
     )
 
 
-# --- markup
-# --------------------------------------------------------------------------------------------------------
+# Markup
 
 
 def _words(names: str) -> frozenset[str]:
@@ -133,7 +129,7 @@ OPENING = re.compile(
 def _without_dropped(text: str) -> str:
     """Cut comments, scripts, styles and the like with their contents; linear in the length of any
     text."""
-    kept, position, unclosed = [], 0, set()
+    parts, position, unclosed = [], 0, set()
     while match := OPENING.search(text, position):
         name = "--" if match[0] == "<!--" else (match["name"] or "").lower()
         end = None
@@ -141,13 +137,13 @@ def _without_dropped(text: str) -> str:
             end = match.end()
         elif match["code"] is None and name not in unclosed:
             closing = "-->" if name == "--" else rf"</{name}\s*+>"
-            found = re.compile(closing, re.IGNORECASE).search(text, match.end())
-            end = found.end() if found else None
+            close = re.compile(closing, re.IGNORECASE).search(text, match.end())
+            end = close.end() if close else None
             if end is None:
                 unclosed.add(name)
-        kept.append(text[position : match.end() if end is None else match.start()])
+        parts.append(text[position : match.end() if end is None else match.start()])
         position = match.end() if end is None else end
-    return "".join([*kept, text[position:]])
+    return "".join([*parts, text[position:]])
 
 
 # A word for it beside a tag, a tag alone in brackets, a fragment, or an attribute in braces: it is
@@ -161,8 +157,8 @@ MENTION = re.compile(r"[(（]</?[A-Za-z][^<>]*>[)）]|</?>|<[A-Za-z][^<>]*=\{")
 def is_about_markup(text: str) -> bool:
     """Whether the tags in a text are what it is about, as in the documentation of HTML or React.
 
-    Signs: a word such as 标签 or element next to a tag, a component (`<Link />`), an opening tag that
-    nothing closes (`<div>` in a sentence), and what `MENTION` finds.
+    Signs: a word such as 标签 or element next to a tag, a component (`<Link />`), an opening tag
+    that nothing closes (`<div>` in a sentence), and what `MENTION` finds.
     """
     if MENTION.search(text):
         return True
@@ -171,19 +167,13 @@ def is_about_markup(text: str) -> bool:
     for match in tags:
         start, end, name = match.start(), match.end(), match["name"].lower()
         if not match["name"].islower() and not match["name"].isupper():
-            # Java's and TypeScript's generics are no components: they stand at the end of a word.
+            # Java's and TypeScript's generics are no components: they follow a word.
             if not (start and text[start - 1].isascii() and text[start - 1].isalnum()):
                 return True
         elif name in ELEMENTS:
-            closed = (
-                match["slash"]
-                or (True, name) in pairs
-                or name in BARE
-                or "=" in match["attributes"]
-            )
-            if not closed or ABOUT.search(
-                text[max(start - 12, 0) : start] + "\n" + text[end : end + 12]
-            ):
+            is_closed = match["slash"] or (True, name) in pairs or name in BARE
+            around = text[max(start - 12, 0) : start] + "\n" + text[end : end + 12]
+            if not (is_closed or "=" in match["attributes"]) or ABOUT.search(around):
                 return True
     return False
 
@@ -223,7 +213,10 @@ WIKI_EVIDENCE = re.compile(
     r"\[\[[^\[\]{}|\n]{1,200}\|[^\[\]{}\n]{1,400}\]\]|^(={2,6})[ \t]*\w[^=\n]*\1[ \t]*$",
     re.MULTILINE,
 )
-WIKI_FILE = r"\[\[(?i:file|image|category|文件|图像|檔案|分类|分類):(?>[^\[\]\n]|\[\[[^\[\]\n]*\]\]|\[[^\[\]\n]*\])*+\]\]"
+WIKI_FILE = (
+    r"\[\[(?i:file|image|category|文件|图像|檔案|分类|分類):"
+    r"(?>[^\[\]\n]|\[\[[^\[\]\n]*\]\]|\[[^\[\]\n]*\])*+\]\]"
+)
 WIKI_LINK = r"\[\[(?:[^\[\]{}|\n]{1,200}\|)?(?P<wiki>[^\W\d][^\[\]{}|\n]{0,200})\]\]"
 WIKI_HEADING = r"(?m:^(?P<level>={2,6})[ \t]*(?P<heading>\w[^=\n]*?)[ \t]*(?P=level)[ \t]*$)"
 WIKI_BOLD = r"(?P<quotes>'{2,5})(?P<bold>[^'\n]+)(?P=quotes)"
@@ -235,23 +228,16 @@ def strip_wiki(text: str) -> str:
     """MediaWiki links, headings, bold, templates and categories -> plain text, in texts that show
     wiki markup.
 
-    A link with a label or a `== heading ==` is taken for evidence, since `[[a, b]]`, quotes and
-    braces alone are code.
+    The evidence is a link with a label or a `== heading ==`: `[[a, b]]`, quotes and braces alone
+    are code.
     """
     text = re.sub(WIKI_EDIT, "", text) if "[" in text else text
     if ("[[" not in text and "==" not in text) or not WIKI_EVIDENCE.search(text):
         return text
-    for pattern, group in [
-        (WIKI_TEMPLATE, None),
-        (WIKI_TEMPLATE, None),  # of nested ones the outer
-        (WIKI_FILE, None),
-        (WIKI_LINK, "wiki"),
-        (WIKI_HEADING, "heading"),
-        (WIKI_BOLD, "bold"),
-    ]:
-        text = sub_outside_code(
-            pattern, lambda match, group=group: match[group] if group else "", text
-        )
+    for pattern in (WIKI_TEMPLATE, WIKI_TEMPLATE, WIKI_FILE):  # twice, for templates in templates
+        text = sub_outside_code(pattern, lambda match: "", text)
+    for pattern, group in ((WIKI_LINK, "wiki"), (WIKI_HEADING, "heading"), (WIKI_BOLD, "bold")):
+        text = sub_outside_code(pattern, lambda match, group=group: match[group], text)
     return text
 
 
@@ -282,7 +268,6 @@ class RemoveMarkup(Transform):
     markdown: bool = True
 
     def __call__(self, text: str) -> str:
-        """A text -> the text without markup."""
         if self.html and "<" in text:
             text = strip_html(text)
         if self.entities and "&" in text:
@@ -292,8 +277,7 @@ class RemoveMarkup(Transform):
         return strip_markdown(text) if self.markdown else text
 
 
-# --- control characters and whitespace
-# -----------------------------------------------------------------------------
+# Control characters and whitespace
 
 LINE_BREAKS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 # A flag such as England's is a black flag followed by tag characters; elsewhere these only hide
@@ -317,7 +301,6 @@ class ControlCharacters(Transform):
     name: ClassVar[str] = "control_characters"
 
     def __call__(self, text: str) -> str:
-        """A text -> the text without control characters."""
         # A quick way out for most; characters to remove are not printable
         if text.replace("\n", "").isprintable():
             return text
@@ -346,7 +329,6 @@ class Whitespace(Transform):
             raise ValueError(f"max_blank_lines: found {self.max_blank_lines}, expected at least 0")
 
     def __call__(self, text: str) -> str:
-        """A text -> the text with plain whitespace."""
         text = LINE_BREAKS.sub("\n", SPACES.sub(" ", text))
         text = TRAILING.sub("", INDENT.sub("", text))
         if "  " in text or "\t" in text or "\u3000" in text:
@@ -355,6 +337,5 @@ class Whitespace(Transform):
         if allowed + "\n" in text:
             text = re.sub(rf"\n{{{len(allowed) + 1},}}", allowed, text)
         # The indent of a first line means something only among other indented lines.
-        return (
-            text.strip() if "\n " not in text and "\n\t" not in text else text.strip("\n").rstrip()
-        )
+        is_indented = "\n " in text or "\n\t" in text
+        return text.strip("\n").rstrip() if is_indented else text.strip()

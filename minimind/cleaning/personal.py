@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import ClassVar
 
-from minimind.cleaning.steps import Transform, closest
+from minimind.cleaning.options import closest
+from minimind.cleaning.steps import Transform
 
 PLACEHOLDERS = {
     "email": "[EMAIL]",
@@ -76,9 +77,8 @@ def is_id_number(number: str) -> bool:
         date(int(number[6:10]), int(number[10:12]), int(number[12:14]))
     except ValueError:
         return False
-    total = sum(
-        int(digit) * (2 ** (17 - position) % 11) for position, digit in enumerate(number[:17])
-    )
+    weights = (2 ** (17 - position) % 11 for position in range(17))
+    total = sum(int(digit) * weight for digit, weight in zip(number[:17], weights, strict=True))
     return "10X98765432"[total % 11] == number[17].upper()
 
 
@@ -93,29 +93,29 @@ def is_card_number(number: str) -> bool:
     return sum(digit // 10 + digit % 10 for digit in doubled) % 10 == 0
 
 
-def _email(match: re.Match) -> bool:
+def _is_email(match: re.Match) -> bool:
     return not RESERVED_DOMAINS.search(match["domain"])
 
 
-def _phone(match: re.Match) -> bool:
+def _is_phone(match: re.Match) -> bool:
     digits = sum(character.isdigit() for character in match[0])
     # Written without a gap, more digits are a number: E.164 allows 15, but hardly a country uses
     # more than 13.
     return 9 <= digits <= (21 if digits < len(match[0].removeprefix("+")) else 13)
 
 
-def _bank_card(match: re.Match) -> bool:
+def _is_bank_card(match: re.Match) -> bool:
     return is_card_number(re.sub("[ -]", "", match[0]))
 
 
-def _ip_address(match: re.Match) -> bool:
+def _is_ip_address(match: re.Match) -> bool:
     octets = match[0].split(".")
     if any(octet != str(int(octet)) or int(octet) > 255 for octet in octets):
         return False
     # 1.2.3.4 and 4.10.2.1 are versions or section numbers far more often than addresses of people.
-    if sum(int(octet) >= 10 for octet in octets) < 2 or VERSION_WORD.search(
-        match.string, max(0, match.start() - 12), match.start()
-    ):
+    start = match.start()
+    is_version = VERSION_WORD.search(match.string, max(0, start - 12), start)
+    if is_version or sum(int(octet) >= 10 for octet in octets) < 2:
         return False
     return ipaddress.ip_address(match[0]).is_global
 
@@ -138,21 +138,20 @@ class MaskPersonalData(Transform):
                 )
 
     def __call__(self, text: str) -> str:
-        """A text -> the text with placeholders."""
         if "email" in self.kinds and "@" in text:
-            text = _mask(EMAIL, _email, "email", text)
+            text = _mask(EMAIL, _is_email, "email", text)
         if not SIX_DIGITS.search(text):
             return text
         # Longer numbers first, so that no phone number is seen inside of them.
         if "id_number" in self.kinds:
             text = _mask(ID_NUMBER, lambda match: is_id_number(match[0]), "id_number", text)
         if "bank_card" in self.kinds:
-            text = _mask(BANK_CARD, _bank_card, "bank_card", text)
+            text = _mask(BANK_CARD, _is_bank_card, "bank_card", text)
         if "phone" in self.kinds:
             for pattern in PHONES:
-                text = _mask(pattern, _phone, "phone", text)
+                text = _mask(pattern, _is_phone, "phone", text)
         if "ip_address" in self.kinds:
-            text = _mask(IP_ADDRESS, _ip_address, "ip_address", text)
+            text = _mask(IP_ADDRESS, _is_ip_address, "ip_address", text)
         return text
 
 
@@ -163,8 +162,8 @@ def _mask(
         if not is_personal(match):
             return match[0]
         before = text[max(match.start() - 3, 0) : match.start()]
-        # A number that is a value of JSON, as in a tool call within a reply, must become a string
-        # of it.
-        return f'"{PLACEHOLDERS[kind]}"' if before.rstrip().endswith('":') else PLACEHOLDERS[kind]
+        # A number that is a JSON value, as in a tool call within a reply, must become a string.
+        is_value = before.rstrip().endswith('":')
+        return f'"{PLACEHOLDERS[kind]}"' if is_value else PLACEHOLDERS[kind]
 
     return pattern.sub(replace, text)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minimind.cleaning.counts import CHANGED, Counts
-from minimind.cleaning.recipe import Recipe
+from minimind.cleaning.procedure import Procedure
+from minimind.cleaning.row_texts import RowTexts
 from minimind.cleaning.steps import Dedup, Transform
-from minimind.cleaning.texts import Texts
 
 NOTHING_LEFT = "no text left"
 
@@ -30,10 +30,10 @@ class Segment(NamedTuple):
     dedup: tuple[str, Any] | None
 
 
-def segments_of(recipe: Recipe) -> list[Segment]:
-    """A recipe -> its segments; there is one more than `Dedup` steps."""
+def segments_of(procedure: Procedure) -> list[Segment]:
+    """The segments of a procedure, one more than it has `Dedup` steps."""
     segments, steps = [], []
-    for label, step in zip(recipe.labels, recipe.steps, strict=True):
+    for label, step in zip(procedure.labels, procedure.steps, strict=True):
         if isinstance(step, Dedup):
             segments.append(Segment(steps, (label, step)))
             steps = []
@@ -43,7 +43,7 @@ def segments_of(recipe: Recipe) -> list[Segment]:
 
 
 @dataclass
-class Done:
+class Result:
     """A batch after one segment: what is left, as items with the keys of its dedup step, or as
     lines of JSON."""
 
@@ -53,72 +53,74 @@ class Done:
     counts: Counts = field(default_factory=Counts)
 
 
-def group_of(recipe: Recipe, row: dict) -> str | None:
+def group_of(procedure: Procedure, row: dict) -> str | None:
     """The group a row is counted in, or None."""
-    value = row.get(recipe.settings.group_by) if recipe.settings.group_by else None
+    value = row.get(procedure.settings.group_by) if procedure.settings.group_by else None
     return value if isinstance(value, str) else None
 
 
-def run_segment(recipe: Recipe, number: int, items: list[Item], as_lines: bool = True) -> Done:
-    """Put items through the recipe's segment with this number, changing the rows in place.
+def run_segment(
+    procedure: Procedure, number: int, items: list[Item], as_lines: bool = True
+) -> Result:
+    """Put items through a segment of the procedure, changing the rows in place.
 
-    The last segment gives lines; without `as_lines` each gives items, and no keys.
+    The last segment returns lines; without `as_lines` every segment returns items, and no keys.
     """
-    segments = segments_of(recipe)
-    segment, limit = segments[number], recipe.settings.examples
-    done = Done()
+    segment, limit = segments_of(procedure)[number], procedure.settings.examples
+    result = Result()
+    counts = result.counts
     for item in items:
-        texts, group = Texts(item.row), group_of(recipe, item.row)
+        texts, group = RowTexts(item.row), group_of(procedure, item.row)
         if number == 0 and group is not None:
-            done.counts.group(group)["rows_in"] += 1
-            done.counts.group(group)["characters_in"] += len(texts.whole)
+            counts.group(group)["rows_in"] += 1
+            counts.group(group)["characters_in"] += len(texts.all_text)
         if not all(
-            _apply(label, step, item, texts, group, done.counts, limit)
-            for label, step in segment.steps
+            _apply(label, step, item, texts, group, counts, limit) for label, step in segment.steps
         ):
             continue
-        if not as_lines:
-            done.items.append(item)
-        elif segment.dedup:
-            done.items.append(item)
-            done.keys.append(segment.dedup[1].key(texts.whole))
+        if segment.dedup or not as_lines:
+            result.items.append(item)
+            if as_lines:
+                result.keys.append(segment.dedup[1].key(texts.all_text))
         else:
-            done.lines.append(to_line(item.row))
+            result.lines.append(to_line(item.row))
             if group is not None:
-                done.counts.group(group)["rows_out"] += 1
-                done.counts.group(group)["characters_out"] += len(texts.whole)
-    return done
+                counts.group(group)["rows_out"] += 1
+                counts.group(group)["characters_out"] += len(texts.all_text)
+    return result
 
 
 def _apply(
-    label: str, step: Any, item: Item, texts: Texts, group: str | None, counts: Counts, limit: int
+    label: str,
+    step: Any,
+    item: Item,
+    texts: RowTexts,
+    group: str | None,
+    counts: Counts,
+    limit: int,
 ) -> bool:
     """Put one row through one step, counted; returns whether it stays."""
-    before, step_counts = texts.whole, counts.step(label)
+    before, step_counts = texts.all_text, counts.step(label)
+    example = {"number": item.number, "where": item.where, "before": before}
     step_counts.rows_in += 1
     step_counts.characters_in += len(before)
-    reason = None
     if isinstance(step, Transform):
         changed, emptied = (texts.mask if step.machine else texts.replace)(step)
         reason = NOTHING_LEFT if emptied else None
         if changed and not emptied:
             step_counts.rows_changed += 1
-            step_counts.add_example(
-                CHANGED, limit, item.number, item.where, before, after=texts.whole
-            )
+            step_counts.add_example(CHANGED, limit, **example, after=texts.all_text)
     else:
-        reason = step.reason(before if step.whole else texts.prose)
+        reason = step.reason(before if step.reads_all else texts.prose)
     if reason is not None:
-        counts.remove(
-            label, reason, group, limit, number=item.number, where=item.where, before=before
-        )
+        counts.remove(label, reason, group, limit, **example)
         return False
-    step_counts.characters_out += len(texts.whole)
+    step_counts.characters_out += len(texts.all_text)
     return True
 
 
 def to_line(row: dict) -> bytes:
-    """A row -> its line of JSON, dates as ISO 8601 text."""
+    """A row as its line of JSON, dates as ISO 8601 text."""
     return json.dumps(row, ensure_ascii=False, default=_to_json).encode() + b"\n"
 
 

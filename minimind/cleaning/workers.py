@@ -1,8 +1,8 @@
-"""Worker processes that are plain children and talk over pipes.
+"""Worker processes: plain children that talk over pipes, import only the cleaning, and end with
+their pipe.
 
-`multiprocessing` would fork a process that may hold threads (tokenizers, torch) or import the
-caller's main script again in each child, and its children outlive a killed parent. These import
-only the cleaning, and end with their pipe.
+`multiprocessing` would fork a process that may hold threads (tokenizers, torch), or import the
+caller's main script again in each child; and its children outlive a killed parent.
 """
 
 import os
@@ -13,13 +13,13 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from minimind.cleaning.recipe import Recipe
-from minimind.cleaning.segments import Done, Item, run_segment
+from minimind.cleaning.procedure import Procedure
+from minimind.cleaning.segments import Item, Result, run_segment
 from minimind.common.errors import UserError
 
 AHEAD = 3  # batches in flight for each process
@@ -36,8 +36,8 @@ class Workers:
     """Runs `run_segment` in up to `num_proc` processes (in this one for 1). Use as a context
     manager."""
 
-    def __init__(self, recipe: Recipe, num_proc: int):
-        self.recipe, self.num_proc = recipe, num_proc
+    def __init__(self, procedure: Procedure, num_proc: int):
+        self.procedure, self.num_proc = procedure, num_proc
         self.processes: list[subprocess.Popen] = []
         self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self.threads: ThreadPoolExecutor | None = None
@@ -51,7 +51,7 @@ class Workers:
         command = [sys.executable, "-c", BOOTSTRAP, str(ROOT)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.processes.append(process)
-        pickle.dump(self.recipe.as_dict(), process.stdin)
+        pickle.dump(self.procedure.as_dict(), process.stdin)
         process.stdin.flush()
         return process
 
@@ -63,7 +63,7 @@ class Workers:
             process.wait()
             process.stdout.close()
 
-    def _call(self, segment: int, items: list[Item]) -> Done:
+    def _call(self, segment: int, items: list[Item]) -> Result:
         try:
             process = self.idle.get_nowait()
         except queue.Empty:  # as many threads as processes, so never more than num_proc
@@ -73,9 +73,8 @@ class Workers:
             process.stdin.flush()
             result = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise RuntimeError(
-                f"a worker process ended early (exit code {process.wait()})"
-            ) from None
+            code = process.wait()
+            raise RuntimeError(f"a worker process ended early (exit code {code})") from None
         finally:
             self.idle.put(process)
         if isinstance(result, UserError):
@@ -84,17 +83,15 @@ class Workers:
             raise RuntimeError(f"a worker process failed:\n{result}")
         return result
 
-    def map(
-        self, segment: int, batches: Iterable, items_of: Callable[[Any], list[Item]]
-    ) -> Iterator[tuple[Any, Done]]:
-        """Each batch with its result, in order; a few batches are taken ahead."""
+    def map(self, segment: int, batches: Iterable[Any]) -> Iterator[tuple[Any, Result]]:
+        """Each batch with the result of its `items`, in order; a few batches are read ahead."""
         if self.threads is None:
             for batch in batches:
-                yield batch, run_segment(self.recipe, segment, items_of(batch))
+                yield batch, run_segment(self.procedure, segment, batch.items)
             return
         pending: deque = deque()
         for batch in batches:
-            pending.append((batch, self.threads.submit(self._call, segment, items_of(batch))))
+            pending.append((batch, self.threads.submit(self._call, segment, batch.items)))
             if len(pending) > AHEAD * self.num_proc:
                 batch, future = pending.popleft()
                 yield batch, future.result()
@@ -109,11 +106,11 @@ def serve() -> None:
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not get between the results
     try:
-        recipe = Recipe.from_dict(pickle.load(sys.stdin.buffer))
+        procedure = Procedure.from_dict(pickle.load(sys.stdin.buffer))
         while True:
             segment, items = pickle.load(sys.stdin.buffer)
             try:
-                result = run_segment(recipe, segment, items)
+                result = run_segment(procedure, segment, items)
             except UserError as error:
                 result = error
             except Exception:

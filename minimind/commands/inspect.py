@@ -52,6 +52,7 @@ def run(args: Namespace) -> None:
     from minimind import inspection
     from minimind.data.chat_arguments import ChatArguments
     from minimind.inspection import display
+    from minimind.inspection.page import inspection_page, length_png
     from minimind.tokenizer import load_tokenizer
     from minimind.training.data_arguments import DataArguments
 
@@ -83,10 +84,10 @@ def run(args: Namespace) -> None:
     for file in outputs:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     if args.html:
-        page = display.page(inspected, shown(100), tokenizer, " ".join(args.files))
+        page = inspection_page(inspected, shown(100), tokenizer, " ".join(args.files))
         write_text(args.html, page)
     if args.png:
-        write_bytes(args.png, display.length_png(inspected.report["lengths"]))
+        write_bytes(args.png, length_png(inspected.report["lengths"]))
     if args.json:
         display.print_json(inspected, shown(len(rows)))
     else:

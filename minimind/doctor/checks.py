@@ -25,7 +25,7 @@ from minimind.common.errors import UserError
 from minimind.common.launch import bf16_is_fast
 from minimind.data.chat_arguments import ChatArguments
 from minimind.inspection import Inspection, data_paths, inspect_chats, inspect_documents
-from minimind.inspection.tokens import Texts
+from minimind.inspection.texts import DocumentTexts
 from minimind.stage_directory import read_stage
 from minimind.stages import STAGES
 from minimind.training.definition import flat
@@ -907,9 +907,11 @@ def inspect_rows_of(case: Case) -> Inspection:
         every = case.chat_args.train_turns == "all"
         return inspect_chats(case.stage, case.rows, case.tokenizer, data_args.on_bad_rows, every)
     markers = data_args.boundary_markers
-    texts = Texts(data_paths(data_args.train_files), case.tokenizer, markers)
+    texts = DocumentTexts(data_paths(data_args.train_files), case.tokenizer, markers)
     held_out = (
-        Texts(data_args.eval_files, case.tokenizer, markers) if data_args.eval_files else None
+        DocumentTexts(data_args.eval_files, case.tokenizer, markers)
+        if data_args.eval_files
+        else None
     )
     return inspect_documents(case.train, case.facts["train"], texts, case.tokenizer, held_out)
 

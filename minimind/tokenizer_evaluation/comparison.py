@@ -1,11 +1,10 @@
-"""What a tokenizer makes of a text: how many tokens, of which kinds, and whether the text comes
-back.
+"""What tokenizers make of texts: how many tokens, of which kinds, and whether the text comes back.
 
-    bytes per token     UTF-8 bytes of the texts / their tokens: the more, the less there is to train and to generate
+    bytes per token     UTF-8 bytes / tokens: the more, the less there is to train and generate
     fertility, en       tokens with a Latin letter in the English texts / their words
-    fertility, zh       tokens with a Chinese character or a piece of a character in the Chinese texts / their Chinese
-                        characters
-    pieces              tokens that are not whole characters; "byte" those of them that are one byte
+    fertility, zh       tokens with a Chinese character or a piece of one in the Chinese texts /
+                        their Chinese characters
+    pieces              tokens that are no complete characters; "byte tokens" are one byte of one
 
 A text is always only text: the name of a control token in it is tokenised as characters, as in
 `text_encoder`.
@@ -39,19 +38,12 @@ COVERAGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
 RARE = (1, 10, 100)
 LONGEST = 10
 KINDS = (
-    "Chinese",
-    "English",
-    "mixed",
-    "other letters",
-    "digits",
-    "punctuation",
-    "white space",
-    "piece",
-    "special",
+    *("Chinese", "English", "mixed", "other letters", "digits"),
+    *("punctuation", "white space", "piece", "special"),
 )
 
 
-class Judged:
+class Candidate:
     """A tokenizer of any make, from a directory with `tokenizer.json`; it needs no chat template
     and no end token.
 
@@ -73,16 +65,16 @@ class Judged:
         self.tokenizer.encode_special_tokens = True
         self.cut = Cutter(self.tokenizer)
         self.bytes = token_bytes(self.tokenizer)
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special = {index for index, token in added.items() if token.special}
+        self.added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {index for index, token in self.added.items() if token.special}
         self.kinds = np.array([self._kind(index) for index in range(len(self.bytes))])
 
     def encode(self, texts: Sequence[str]) -> list[list[int] | array]:
-        """Texts -> their ids, nothing added; raises BadRowError for one that `cut` refuses."""
+        """The ids of texts, nothing added; raises BadRowError for a text that `cut` refuses."""
         short = [text for text in texts if len(text) <= PIECE]
-        found = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        encoded = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [
-            next(found).ids if len(text) <= PIECE else self._encode_long(text) for text in texts
+            next(encoded).ids if len(text) <= PIECE else self._encode_long(text) for text in texts
         ]
 
     def _encode_long(self, text: str) -> array:
@@ -92,18 +84,18 @@ class Judged:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text, nothing left out."""
+        """The text of ids, nothing left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def facts(self) -> dict:
-        """What it is: vocabulary, control tokens, tokens that any text can call by name,
-        llama.cpp's rule."""
-        added = self.tokenizer.get_added_tokens_decoder()
+        """Vocabulary, control tokens, tokens that any text can call by name, llama.cpp's rule."""
         return {
             "directory": self.name,
             "vocab_size": self.tokenizer.get_vocab_size(),
-            "control_tokens": [added[index].content for index in sorted(self.special)],
-            "added_tokens": [added[index].content for index in sorted(set(added) - self.special)],
+            "control_tokens": [self.added[index].content for index in sorted(self.special)],
+            "added_tokens": [
+                self.added[index].content for index in sorted(set(self.added) - self.special)
+            ],
             "pre_tokenizer": splitting_name(self.tokenizer),
         }
 
@@ -115,10 +107,8 @@ class Judged:
         except UnicodeDecodeError:
             return "piece"
         chinese, english = HAN_RUN.search(text), WORD.search(text)
-        if chinese and english:
-            return "mixed"
         if chinese or english:
-            return "Chinese" if chinese else "English"
+            return "mixed" if chinese and english else "Chinese" if chinese else "English"
         if OTHER_LETTERS.search(text):
             return "other letters"
         if any(character.isdigit() for character in text):
@@ -134,44 +124,34 @@ class Measurement:
     each id.
     """
 
-    def __init__(self, judged: Sequence[Judged]):
-        self.judged = judged
-        self.groups: dict[tuple[str, str], np.ndarray] = defaultdict(
-            lambda: np.zeros(3 + len(judged), np.int64)
-        )
-        self.uses = [np.zeros((len(LANGUAGES), len(one.bytes)), np.int64) for one in judged]
+    def __init__(self, candidates: Sequence[Candidate]):
+        self.candidates = candidates
+        self.groups: dict[tuple[str, str], np.ndarray] = defaultdict(self._zeros)
+        self.uses = [np.zeros((len(LANGUAGES), len(each.bytes)), np.int64) for each in candidates]
         self.words = self.han = 0  # words of the English, Chinese characters of the Chinese texts
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros(3 + len(self.candidates), np.int64)
 
     def add(self, texts: Sequence[Text]) -> None:
         """Count a batch."""
-        scripts = [script(text.text) for text in texts]
-        languages = [found.language for found in scripts]
-        self.words += sum(found.words for found in scripts if found.language == "en")
-        self.han += sum(found.han for found in scripts if found.language == "zh")
-        encoded = [one.encode([text.text for text in texts]) for one in self.judged]
-        for index, (text, language) in enumerate(zip(texts, languages, strict=True)):
-            sizes = [
-                1,
-                len(text.text),
-                len(text.text.encode()),
-                *(len(lists[index]) for lists in encoded),
-            ]
-            self.groups[language, text.domain] += sizes
+        counts = [script(text.text) for text in texts]
+        languages = np.array([LANGUAGES.index(each.language) for each in counts])
+        self.words += sum(each.words for each in counts if each.language == "en")
+        self.han += sum(each.han for each in counts if each.language == "zh")
+        encoded = [each.encode([text.text for text in texts]) for each in self.candidates]
+        for (text, domain), each, *ids in zip(texts, counts, *encoded, strict=True):
+            sizes = [1, len(text), len(text.encode()), *map(len, ids)]
+            self.groups[each.language, domain] += sizes
         for uses, lists in zip(self.uses, encoded, strict=True):
-            for row, language in enumerate(LANGUAGES):
-                ids = [
-                    np.array(found)
-                    for found, other in zip(lists, languages, strict=True)
-                    if other == language
-                ]
-                if any(map(len, ids)):
-                    uses[row] += np.bincount(
-                        np.concatenate(ids).astype(np.int64), minlength=uses.shape[1]
-                    )
+            rows = np.repeat(languages, list(map(len, lists)))
+            ids = np.concatenate([np.array(ids, np.int64) for ids in lists])
+            flat = np.bincount(rows * uses.shape[1] + ids, minlength=uses.size)
+            uses += flat.reshape(uses.shape)
 
     def sizes(self, part: int | None = None) -> dict[str, np.ndarray]:
         """Sums by language (`part` 0), by domain (1), or of all; the largest first."""
-        sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3 + len(self.judged), np.int64))
+        sums: dict[str, np.ndarray] = defaultdict(self._zeros)
         for key, counts in self.groups.items():
             sums["all" if part is None else key[part]] += counts
         return dict(sorted(sums.items(), key=lambda item: -item[1][2]))
@@ -179,16 +159,16 @@ class Measurement:
 
 def measure(directories: Sequence[str | Path], texts: Iterable[Text]) -> Measurement:
     """Tokenise `texts` with the tokenizers in some directories."""
-    measurement = Measurement([Judged(directory) for directory in directories])
+    measurement = Measurement([Candidate(directory) for directory in directories])
     for batch in batches(texts, lambda text: len(text.text), BATCH):
         measurement.add(batch)
     return measurement
 
 
 def check_of(directories: Iterable[str | Path]) -> Callable[[str], None]:
-    """What raises BadRowError for a text that one of the tokenizers cannot encode; see
+    """A function that raises BadRowError for a text that one of the tokenizers cannot encode; see
     `Cutter.check`."""
-    cutters = [Judged(directory).cut for directory in directories]
+    cutters = [Candidate(directory).cut for directory in directories]
 
     def check(text: str) -> None:
         for cut in cutters:
@@ -198,44 +178,46 @@ def check_of(directories: Iterable[str | Path]) -> Callable[[str], None]:
 
 
 def evaluate(directory: str | Path, texts: Iterable[Text]) -> dict:
-    """Judge one tokenizer on `texts`; the keys are those that `minimind tokenizer evaluate --json`
-    prints."""
-    found = measure([directory], texts)
+    """Evaluate one tokenizer on `texts`; the keys are those that `minimind tokenizer evaluate
+    --json` prints."""
+    measurement = measure([directory], texts)
     return {
-        "tokenizer": found.judged[0].facts(),
-        "total": _figures(found.sizes()["all"]),
-        "languages": {name: _figures(sizes) for name, sizes in found.sizes(0).items()},
-        "domains": {name: _figures(sizes) for name, sizes in found.sizes(1).items()},
-        **_judgement(found, 0),
-        "round_trip": round_trip(found.judged[0]),
+        "tokenizer": measurement.candidates[0].facts(),
+        **_of_all_parts(measurement, _figures),
+        **_vocabulary(measurement, 0),
+        "round_trip": round_trip(measurement.candidates[0]),
     }
 
 
 def compare(directories: Sequence[str | Path], texts: Iterable[Text]) -> dict:
-    """Judge several tokenizers side by side on `texts`.
+    """Evaluate several tokenizers side by side on `texts`.
 
     `total`, `languages` and `domains` hold documents, characters, bytes, and a list with an entry
     for each tokenizer of `tokens`, of `bytes_per_token` and of `ratio`: the tokens of the first /
     its tokens. `winner` is the directory of the one with the fewest tokens, None where several have
     them.
     """
-    found = measure(directories, texts)
-    tokenizers = []
-    for index, judged in enumerate(found.judged):
-        tokenizers.append(
-            {**judged.facts(), **_judgement(found, index), "round_trip": round_trip(judged)}
-        )
+    measurement = measure(directories, texts)
+    tokenizers = [
+        {**each.facts(), **_vocabulary(measurement, index), "round_trip": round_trip(each)}
+        for index, each in enumerate(measurement.candidates)
+    ]
+    parts = _of_all_parts(measurement, lambda sizes: _contest(sizes, directories))
+    return {"tokenizers": tokenizers, **parts}
+
+
+def _of_all_parts(measurement: Measurement, figures: Callable[[np.ndarray], dict]) -> dict:
+    """The figures of all texts, of each language and of each domain."""
     return {
-        "tokenizers": tokenizers,
-        "total": _contest(found.sizes()["all"], directories),
-        "languages": {name: _contest(sizes, directories) for name, sizes in found.sizes(0).items()},
-        "domains": {name: _contest(sizes, directories) for name, sizes in found.sizes(1).items()},
+        "total": figures(measurement.sizes()["all"]),
+        "languages": {name: figures(sizes) for name, sizes in measurement.sizes(0).items()},
+        "domains": {name: figures(sizes) for name, sizes in measurement.sizes(1).items()},
     }
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def _ratio(part: int, total: int) -> float | None:
     """None where a tokenizer without an unknown token made nothing of a text."""
-    return part / whole if whole else None
+    return part / total if total else None
 
 
 def _figures(sizes: np.ndarray) -> dict:
@@ -265,52 +247,45 @@ def _contest(sizes: np.ndarray, directories: Sequence[str | Path]) -> dict:
     }
 
 
-def _judgement(found: Measurement, index: int) -> dict:
-    """Fertility and what was used of the vocabulary."""
-    judged, uses = found.judged[index], found.uses[index]
-    total = uses.sum(axis=0)
-    usable = np.array(
-        [token is not None and i not in judged.special for i, token in enumerate(judged.bytes)]
-    )
-    frequent = np.sort(total)[::-1].cumsum()
-    one_byte = np.array([token is not None and len(token) == 1 for token in judged.bytes]) & (
-        judged.kinds == "piece"
-    )
+def _vocabulary(measurement: Measurement, index: int) -> dict:
+    """Fertility, and how the vocabulary is used."""
+    candidate, uses = measurement.candidates[index], measurement.uses[index]
+    pieces, kinds, total = candidate.bytes, candidate.kinds, uses.sum(axis=0)
     text, zh, en = int(total.sum()), *(uses[LANGUAGES.index(name)] for name in ("zh", "en"))
+    sizes = np.array([0 if piece is None else len(piece) for piece in pieces])
+    usable = np.array(
+        [piece is not None and i not in candidate.special for i, piece in enumerate(pieces)]
+    )
+    used, frequent = total[usable], np.sort(total)[::-1].cumsum()
+    longest = sorted(np.flatnonzero(usable), key=lambda i: (-sizes[i], i))
 
-    def tokens(counts: np.ndarray, *kinds: str) -> int:
-        return int(counts[np.isin(judged.kinds, kinds)].sum())
+    def tokens(counts: np.ndarray, *names: str) -> int:
+        return int(counts[np.isin(kinds, names)].sum())
 
-    longest = sorted(np.flatnonzero(usable), key=lambda i: (-len(judged.bytes[i]), i))
     return {
         "fertility": {
-            "en": _ratio(tokens(en, "English", "mixed"), found.words),
-            "zh": _ratio(tokens(zh, "Chinese", "mixed", "piece"), found.han),
+            "en": _ratio(tokens(en, "English", "mixed"), measurement.words),
+            "zh": _ratio(tokens(zh, "Chinese", "mixed", "piece"), measurement.han),
         },
         "vocabulary": {
             "tokens": int(usable.sum()),
-            "used": float((total[usable] > 0).mean()),
-            "used_fewer_than": {
-                str(times): float((total[usable] < times).mean()) for times in RARE
-            },
+            "used": float((used > 0).mean()),
+            "used_fewer_than": {str(times): float((used < times).mean()) for times in RARE},
             "tokens_that_cover": {
                 str(share): int(np.searchsorted(frequent, share * text) + 1) for share in COVERAGES
             },
         },
         "pieces": _ratio(tokens(total, "piece"), text),
-        "byte_tokens": _ratio(int(total[one_byte].sum()), text),
+        "byte_tokens": _ratio(int(total[(sizes == 1) & (kinds == "piece")].sum()), text),
         "kinds": {
-            kind: {
-                "tokens": int((judged.kinds == kind).sum()),
-                "text": _ratio(tokens(total, kind), text),
-            }
+            kind: {"tokens": int((kinds == kind).sum()), "text": _ratio(tokens(total, kind), text)}
             for kind in KINDS
-            if (judged.kinds == kind).any()
+            if (kinds == kind).any()
         },
         "longest": [
             {
-                "token": judged.bytes[i].decode(errors="replace"),
-                "bytes": len(judged.bytes[i]),
+                "token": pieces[i].decode(errors="replace"),
+                "bytes": len(pieces[i]),
                 "uses": int(total[i]),
             }
             for i in longest[:LONGEST]
@@ -318,23 +293,20 @@ def _judgement(found: Measurement, index: int) -> dict:
     }
 
 
-def round_trip(judged: Judged) -> dict:
+def round_trip(candidate: Candidate) -> dict:
     """Encode and decode the probes: bytes and tokens of each group, and each text that did not come
     back exactly."""
     groups, changed = {}, []
     for name, texts in PROBES.items():
-        ids = judged.encode(texts)
-        back = [judged.decode(found) for found in ids]
-        changed += [
-            {"probe": name, "text": text, "back": found}
-            for text, found in zip(texts, back, strict=True)
-            if found != text
-        ]
+        encoded = candidate.encode(texts)
+        pairs = list(zip(texts, map(candidate.decode, encoded), strict=True))
+        lost = [{"probe": name, "text": text, "back": back} for text, back in pairs if text != back]
+        changed += lost
         groups[name] = {
             "texts": len(texts),
-            "exact": sum(text == found for text, found in zip(texts, back, strict=True)),
+            "exact": len(texts) - len(lost),
             "bytes": sum(len(text.encode()) for text in texts),
-            "tokens": sum(map(len, ids)),
-            "control_tokens": sum(index in judged.special for found in ids for index in found),
+            "tokens": sum(map(len, encoded)),
+            "control_tokens": sum(index in candidate.special for ids in encoded for index in ids),
         }
     return {"exact": not changed, "probes": groups, "changed": changed}

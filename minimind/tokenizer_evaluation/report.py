@@ -18,13 +18,14 @@ LANGUAGE_NAMES = {"zh": "Chinese", "en": "English", "other": "other"}
 
 
 def check_save(save: str | None) -> None:
-    """Raises UserError where the report cannot be written to `save`."""
-    if save and Path(save).suffix not in EXPORTS:
+    """Raise UserError if the report cannot be written to `save`."""
+    if not save:
+        return
+    if Path(save).suffix not in EXPORTS:
         raise UserError(f"--save {save}: expected a name that ends in {', '.join(EXPORTS)}.")
-    if save and not Path(save).parent.is_dir():
+    if not Path(save).parent.is_dir():
         raise UserError(f"--save {save}: the directory {Path(save).parent} does not exist.")
-    if save:
-        check_output(save)
+    check_output(save)
 
 
 def show(
@@ -43,7 +44,7 @@ def show(
 
 
 def evaluation_tables(result: dict) -> list[Table | str]:
-    """The result of `judging.evaluate` -> what is printed."""
+    """The result of `comparison.evaluate` as the tables to print."""
     facts = result["tokenizer"]
     rule = facts["pre_tokenizer"] or "[red]none that a GGUF file can name[/red]"
     lines = [
@@ -65,13 +66,14 @@ def evaluation_tables(result: dict) -> list[Table | str]:
 
 
 def comparison_tables(result: dict) -> list[Table | str]:
-    """The result of `judging.compare` -> what is printed."""
-    judged = result["tokenizers"]
-    names = _short([one["directory"] for one in judged])
+    """The result of `comparison.compare` as the tables to print."""
+    tokenizers = result["tokenizers"]
+    names = _short([each["directory"] for each in tokenizers])
+    trips = [each["round_trip"] for each in tokenizers]
     return [
         _contests(result, names),
-        _side_by_side(judged, names),
-        _round_trip({name: one["round_trip"] for name, one in zip(names, judged, strict=True)}),
+        _side_by_side(tokenizers, names),
+        _round_trip(dict(zip(names, trips, strict=True))),
     ]
 
 
@@ -93,56 +95,46 @@ def _rows(result: dict) -> dict[str, dict]:
     """Sections of rows: all, each language, each domain; of many domains the largest."""
     domains = result["domains"]
     rows = {"all": result["total"]}
-    rows |= {LANGUAGE_NAMES[name]: found for name, found in result["languages"].items()}
+    rows |= {LANGUAGE_NAMES[name]: counts for name, counts in result["languages"].items()}
     return rows | {escape(name): domains[name] for name in list(domains)[:DOMAINS_SHOWN]}
 
 
 def _add_sections(table: Table, result: dict, cells) -> Table:
     breaks = {0, len(result["languages"])}
-    for index, (name, found) in enumerate(_rows(result).items()):
-        table.add_row(name, *cells(found), end_section=index in breaks)
+    for index, (name, counts) in enumerate(_rows(result).items()):
+        table.add_row(name, *cells(counts), end_section=index in breaks)
     if (more := len(result["domains"]) - DOMAINS_SHOWN) > 0:
         table.add_row(f"... {more:,} more (--json has all)")
     return table
 
 
 def _sizes(result: dict) -> Table:
+    def cells(counts: dict) -> list[str]:
+        return [
+            f"{counts['documents']:,}",
+            f"{counts['bytes'] / 1e6:.2f}",
+            f"{counts['tokens']:,}",
+            _figure(counts["bytes_per_token"]),
+            _figure(counts["characters_per_token"]),
+            _figure(counts["tokens_per_document"], ",.1f"),
+        ]
+
     columns = ("documents", "MB", "tokens", "bytes/token", "characters/token", "tokens/document")
-    return _add_sections(
-        _table("Size of the text in tokens", "", *columns),
-        result,
-        lambda found: (
-            f"{found['documents']:,}",
-            f"{found['bytes'] / 1e6:.2f}",
-            f"{found['tokens']:,}",
-            _figure(found["bytes_per_token"]),
-            _figure(found["characters_per_token"]),
-            _figure(found["tokens_per_document"], ",.1f"),
-        ),
-    )
+    return _add_sections(_table("Size of the text in tokens", "", *columns), result, cells)
 
 
 def _contests(result: dict, names: list[str]) -> Table:
-    columns = [
-        "MB",
-        *(f"tokens\n{name}" for name in names),
-        *(f"against\n{name}" for name in names[1:]),
-        "fewest",
-    ]
-
-    def cells(found: dict) -> list[str]:
-        best = min(found["tokens"])
-        tokens = [
-            f"[green]{count:,}[/green]" if count == best else f"{count:,}"
-            for count in found["tokens"]
-        ]
+    def cells(counts: dict) -> list[str]:
+        tokens, best = counts["tokens"], min(counts["tokens"])
         return [
-            f"{found['bytes'] / 1e6:.2f}",
-            *tokens,
-            *(_figure(ratio and ratio - 1, "+.1%") for ratio in found["ratio"][1:]),
-            escape(names[found["tokens"].index(best)] if found["winner"] else "several"),
+            f"{counts['bytes'] / 1e6:.2f}",
+            *(f"[green]{count:,}[/green]" if count == best else f"{count:,}" for count in tokens),
+            *(_figure(ratio and ratio - 1, "+.1%") for ratio in counts["ratio"][1:]),
+            escape(names[tokens.index(best)] if counts["winner"] else "several"),
         ]
 
+    tokens, against = ([f"{word}\n{name}" for name in names] for word in ("tokens", "against"))
+    columns = ("MB", *tokens, *against[1:], "fewest")
     title = "Tokens of the same text; 'against': how many more or fewer the first has"
     return _add_sections(_table(title, "", *columns), result, cells)
 
@@ -151,61 +143,47 @@ def _figure(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _judgement_rows(judged: dict) -> dict[str, str]:
-    fertility, vocabulary = judged["fertility"], judged["vocabulary"]
-    cover = vocabulary["tokens_that_cover"]
-    return {
+def _vocabulary_rows(tokenizer: dict) -> dict[str, str]:
+    fertility, vocabulary = tokenizer["fertility"], tokenizer["vocabulary"]
+    rows = {
         "tokens per English word": _figure(fertility["en"]),
         "tokens per Chinese character": _figure(fertility["zh"]),
-        "pieces of characters in the text": _figure(judged["pieces"], ".3%"),
-        "single bytes of characters in the text": _figure(judged["byte_tokens"], ".3%"),
+        "pieces of characters in the text": _figure(tokenizer["pieces"], ".3%"),
+        "single bytes of characters in the text": _figure(tokenizer["byte_tokens"], ".3%"),
         "tokens never used": _figure(1 - vocabulary["used"], ".1%"),
-        **{
-            f"tokens used fewer than {times} times": _figure(share, ".1%")
-            for times, share in vocabulary["used_fewer_than"].items()
-            if times != "1"
-        },
-        **{
-            f"tokens that make {float(share):.1%} of the text": f"{count:,}"
-            for share, count in cover.items()
-        },
     }
+    for times, share in vocabulary["used_fewer_than"].items():
+        if times != "1":
+            rows[f"tokens used fewer than {times} times"] = _figure(share, ".1%")
+    for share, count in vocabulary["tokens_that_cover"].items():
+        rows[f"tokens that make {float(share):.1%} of the text"] = f"{count:,}"
+    return rows
 
 
 def _vocabulary(result: dict) -> Table:
     table = _table("Vocabulary", "", "")
-    for name, value in _judgement_rows(result).items():
+    for name, value in _vocabulary_rows(result).items():
         table.add_row(name, value)
-    table.add_row(
-        "longest tokens, and how often",
-        escape(" ".join(_used(found) for found in result["longest"])),
-    )
+    longest = " ".join(f"{each['token']!r}\u00a0{each['uses']:,}" for each in result["longest"])
+    table.add_row("longest tokens, and how often", escape(longest))
     return table
 
 
-def _side_by_side(judged: list[dict], names: list[str]) -> Table:
+def _side_by_side(tokenizers: list[dict], names: list[str]) -> Table:
     table = _table("Vocabulary", "", *names)
-    table.add_row("tokens", *(f"{one['vocab_size']:,}" for one in judged))
-    table.add_row(
-        "splitting rule", *(one["pre_tokenizer"] or "[red]not llama.cpp's[/red]" for one in judged)
-    )
-    for name, values in zip(
-        _judgement_rows(judged[0]),
-        zip(*(_judgement_rows(one).values() for one in judged), strict=True),
-        strict=True,
-    ):
-        table.add_row(name, *values)
+    table.add_row("tokens", *(f"{each['vocab_size']:,}" for each in tokenizers))
+    rules = (each["pre_tokenizer"] or "[red]not llama.cpp's[/red]" for each in tokenizers)
+    table.add_row("splitting rule", *rules)
+    columns = [_vocabulary_rows(each) for each in tokenizers]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
     return table
-
-
-def _used(found: dict) -> str:
-    return f"{found['token']!r}\u00a0{found['uses']:,}"
 
 
 def _kinds(result: dict) -> Table:
     table = _table("Tokens by kind", "kind", "in the vocabulary", "share of the text's tokens")
-    for kind, found in result["kinds"].items():
-        table.add_row(kind, f"{found['tokens']:,}", _figure(found["text"], ".2%"))
+    for kind, counts in result["kinds"].items():
+        table.add_row(kind, f"{counts['tokens']:,}", _figure(counts["text"], ".2%"))
     return table
 
 
@@ -218,17 +196,15 @@ def _round_trip(trips: dict[str, dict]) -> Table:
     for probe, first in next(iter(trips.values()))["probes"].items():
         cells = []
         for trip in trips.values():
-            found = trip["probes"][probe]
-            mark = "green" if found["exact"] == found["texts"] else "red"
-            cells += [
-                f"[{mark}]{found['exact']} of {found['texts']}[/{mark}]",
-                f"{found['tokens']:,}",
-            ]
+            counts = trip["probes"][probe]
+            exact, texts = counts["exact"], counts["texts"]
+            colour = "green" if exact == texts else "red"
+            cells += [f"[{colour}]{exact} of {texts}[/{colour}]", f"{counts['tokens']:,}"]
         table.add_row(probe, f"{first['bytes']:,}", *cells)
     lines = [
-        f"{name}: {one['text']!r} came back as {one['back']!r}"
-        for name in trips
-        for one in trips[name]["changed"]
+        f"{name}: {each['text']!r} came back as {each['back']!r}"
+        for name, trip in trips.items()
+        for each in trip["changed"]
     ]
     if lines:
         table.caption = escape("\n".join(lines[:10]))

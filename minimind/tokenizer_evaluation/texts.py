@@ -1,8 +1,8 @@
-"""The texts a tokenizer is trained and judged on: their language, their domain, and how much of
-each domain is taken.
+"""The texts a tokenizer is trained and evaluated on: their language, their domain, and the weight
+of each domain.
 
 The *domain* of a text is the row's field "source" where it has one, else the name of its file. Its
-*language* is that of the writing it holds most of: Chinese characters ("zh"), words in Latin
+*language* is that of most of its writing: Chinese characters ("zh"), words in Latin
 letters ("en"), or letters of other scripts ("other", also for a text without letters). A Chinese
 page about code thus stays Chinese, and Japanese is neither.
 """
@@ -10,6 +10,7 @@ page about code thus stays Chinese, and Japanese is neither.
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ OTHER_LETTERS = re.compile(rf"[^\W\d_{HAN}{LATIN}]+")
 
 
 class Text(NamedTuple):
-    """A document, or what is said in a conversation."""
+    """A document, or the words of a conversation."""
 
     text: str
     domain: str
@@ -67,18 +68,15 @@ def read_texts(
     columns: Sequence[str] | None = None,
     check: Callable[[str], None] | None = None,
 ) -> Iterator[Text]:
-    """Files, directories and globs of documents and conversations -> their texts, with a `title`
+    """The texts in files, directories and globs of documents and conversations; with a `title`
     under a progress bar.
 
     `columns`: words of `--columns`; `check` raises BadRowError for a text that cannot be used.
     Raises UserError as `read_rows`.
     """
-    found = expand(files)
-    hidden = None if title else True
-    with tqdm(
-        total=total_size(found), unit="B", unit_scale=True, desc=title, disable=hidden
-    ) as bar:
-        boundaries = Boundaries()
+    inputs, boundaries = expand(files), Boundaries()
+    options = {"unit": "B", "unit_scale": True, "desc": title, "disable": None if title else True}
+    with tqdm(total=total_size(inputs), **options) as bar:
 
         def convert(data: dict) -> tuple[list[str], Any]:
             texts = boundaries.split(to_text(data))
@@ -86,15 +84,11 @@ def read_texts(
                 check(text)
             return texts, data.get("source")
 
-        for row in read_rows(
-            found, on_bad_rows, convert, progress=bar.update, columns=Columns(columns)
-        ):
+        reading = {"progress": bar.update, "columns": Columns(columns)}
+        for row in read_rows(inputs, on_bad_rows, convert, **reading):
             texts, source = row.data
-            domain = (
-                source
-                if isinstance(source, str) and source
-                else Path(row.where.rsplit(":", 1)[0]).name
-            )
+            is_named = isinstance(source, str) and source
+            domain = source if is_named else Path(row.where.rsplit(":", 1)[0]).name
             yield from (Text(text, domain) for text in texts)
     if boundaries.rows:
         logger.warning("%s", translated(str(boundaries)))
@@ -103,14 +97,13 @@ def read_texts(
 def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Text]:
     """The texts of each domain as often as its weight says, others once.
 
-    Of a domain of weight 0.25 every fourth text is taken, chosen by its hash; of 2.25 each is taken
-    twice, and every fourth once more. Raises UserError for a weight below 0, and at the end for a
-    domain that had no text.
+    A weight of 0.25 takes every fourth text of a domain, chosen by its hash; 2.25 takes each twice,
+    and every fourth once more. Raises UserError for a weight below 0, and at the end for a domain
+    that had no text.
     """
-    if negative := [
-        f"{domain}={weight}" for domain, weight in weights.items() if not 0 <= weight < float("inf")
-    ]:
-        raise UserError(f"--weights {' '.join(negative)}: expected weights of 0 or more.")
+    refused = [f"{name}={weight}" for name, weight in weights.items() if not 0 <= weight < inf]
+    if refused:
+        raise UserError(f"--weights {' '.join(refused)}: expected weights of 0 or more.")
     seen = dict.fromkeys(weights, False)
     for text in texts:
         times, part = divmod(weights.get(text.domain, 1), 1)
@@ -118,5 +111,5 @@ def weighted(texts: Iterable[Text], weights: Mapping[str, float]) -> Iterator[Te
         yield from [text] * int(times)
         seen[text.domain] = True
     if missing := [domain for domain in weights if not seen[domain]]:
-        found = ", ".join(sorted(domain for domain in seen if seen[domain]))
-        raise UserError(f"--weights {' '.join(missing)}: no text has this source. Found {found}.")
+        known = ", ".join(sorted(domain for domain in seen if seen[domain]))
+        raise UserError(f"--weights {' '.join(missing)}: no text has this source. Found {known}.")

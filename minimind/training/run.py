@@ -55,7 +55,8 @@ from minimind.training.elastic import Batch, prepare_checkpoint, share_last_rows
 from minimind.training.guards import install_guards
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.output_directory import unlock_directory
-from minimind.training.report import ReportCallback, loss_unit, read_log, title_of, write_report
+from minimind.training.plots import loss_unit, read_log
+from minimind.training.report import ReportCallback, title_of, write_report
 from minimind.training.resumable_trainer import ResumableTrainer, ResumeCallback
 from minimind.training.resume import begin
 from minimind.training.samples import SampleCallback, prepare_prompts

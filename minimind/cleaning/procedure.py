@@ -1,4 +1,4 @@
-"""Recipes: YAML files that list cleaning steps in their order.
+"""The procedure of a cleaning: its steps in order, as a recipe lists them.
 
 steps:
   - fix_unicode
@@ -6,7 +6,9 @@ steps:
   - near_dedup: {threshold: 0.8}
 """
 
+import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import xxhash
 
 from minimind.cleaning import duplicates, extras, filters, normalization, personal
-from minimind.cleaning.steps import Step, build, check_positive, closest, options_of
+from minimind.cleaning.options import build, check_positive, closest
+from minimind.cleaning.steps import CleaningStep
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.common.recipes import read_recipe
@@ -22,7 +25,7 @@ from minimind.data.markers import POLICIES
 
 FORMAT_VERSION = 2  # part of every key: raise it when the same input and recipe give another output
 
-STEPS: dict[str, type[Step]] = {
+STEPS: dict[str, type[CleaningStep]] = {
     step.name: step
     for step in (
         normalization.FixUnicode,
@@ -42,7 +45,7 @@ STEPS: dict[str, type[Step]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe says besides its steps."""
+    """The options of a recipe besides its steps."""
 
     examples: int = 5  # shown in the report for each step and each reason
     rows_per_shard: int = 20_000  # of the input; also what an interruption costs at most
@@ -61,43 +64,44 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Procedure:
     """The steps of one cleaning, in order, and its settings."""
 
-    steps: list[Step]
+    steps: list[CleaningStep]
     settings: Settings = field(default_factory=Settings)
 
     @property
     def labels(self) -> list[str]:
         """One name for each step; the second step of a kind is "length#2"."""
-        names = [step.name for step in self.steps]
-        counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-        return [
-            name if count == 1 else f"{name}#{count}"
-            for name, count in zip(names, counts, strict=True)
-        ]
+        labels: list[str] = []
+        names: Counter[str] = Counter()
+        for step in self.steps:
+            names[step.name] += 1
+            count = names[step.name]
+            labels.append(step.name if count == 1 else f"{step.name}#{count}")
+        return labels
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages whose versions the output depends on."""
+        return sorted({package for step in self.steps for package in step.packages})
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe with all options spelled out, as `from_dict` takes it."""
-        return {
-            "steps": [{step.name: options_of(step)} for step in self.steps],
-            **options_of(self.settings),
-        }
+        """The procedure with all options spelled out, as `from_dict` reads it."""
+        steps = [{step.name: dataclasses.asdict(step)} for step in self.steps]
+        return {"steps": steps, **dataclasses.asdict(self.settings)}
 
     @classmethod
-    def from_dict(cls, data: Any, where: str = "recipe") -> "Recipe":
-        """What a recipe's YAML holds -> the recipe; raises UserError naming `where`."""
-        if (
-            not isinstance(data, dict)
-            or not isinstance(data.get("steps"), list)
-            or not data["steps"]
-        ):
+    def from_dict(cls, data: Any, where: str = "recipe") -> "Procedure":
+        """The procedure from what a recipe's YAML holds; raises UserError naming `where`."""
+        entries = data.get("steps") if isinstance(data, dict) else None
+        if not isinstance(entries, list) or not entries:
             raise UserError(
                 f"{where}: found no list of steps, expected 'steps:' with at least one of"
                 f" {_known()}."
             )
         steps = []
-        for number, entry in enumerate(data["steps"], 1):
+        for number, entry in enumerate(entries, 1):
             if isinstance(entry, str):
                 entry = {entry: None}
             if not isinstance(entry, dict) or len(entry) != 1:
@@ -122,7 +126,6 @@ class Recipe:
 
     def key(self, hashes: list[str]) -> str:
         """One hash for all that the output depends on, for inputs with these content hashes."""
-        packages = sorted({package for step in self.steps for package in step.packages})
         facts = {
             "version": FORMAT_VERSION,
             "recipe": self.as_dict(),
@@ -130,7 +133,7 @@ class Recipe:
             "step_files": [
                 content_hash(map(Path, step.files())) for step in self.steps if step.files()
             ],
-            "packages": {package: extras.version(package) for package in packages},
+            "packages": {package: extras.version(package) for package in self.packages},
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
@@ -139,7 +142,12 @@ def _known() -> str:
     return ", ".join(STEPS)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """A recipe file -> the recipe; raises UserError for a missing file, broken YAML, unknown steps
-    and options."""
-    return Recipe.from_dict(read_recipe(path), str(path))
+def load_procedure(recipe: str | Path | Procedure) -> Procedure:
+    """The procedure in a recipe file; a procedure is returned as it is.
+
+    Raises:
+        UserError: a missing file, broken YAML, unknown steps or options.
+    """
+    if isinstance(recipe, Procedure):
+        return recipe
+    return Procedure.from_dict(read_recipe(recipe), str(recipe))

@@ -1,5 +1,5 @@
-"""A row of any kind (document, conversation, preference pair) -> the texts inside it, which steps
-read and replace."""
+"""The texts inside a row of any kind (document, conversation, preference pair), which steps read
+and replace."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from minimind.data.markers import Boundaries
 from minimind.data.messages import CALL_ROLES, REASONING, ROLES
 from minimind.data.preferences import to_preference
 
-# Meanings of columns whose text is trained, in the order in which a model reads it.
+# Meanings of columns whose text is trained, in the order in which a model reads them.
 PROMPTS = ("prompt", "input", "context")
 MEANINGS = {
     "conversation": (*PROMPTS, "choices", "reasoning_content", "response"),
@@ -44,98 +44,82 @@ class Slot(NamedTuple):
 
 
 def kind_of(row: dict) -> str:
-    """Which kind of row it is by its columns: "document", "conversation" or "preference"."""
+    """The kind of a row by its columns: "document", "conversation" or "preference"."""
     fields = Fields(row)
-    # Else the mark of a reply
+    # A number or a flag in such a column is the mark of a reply.
     is_pair = isinstance(fields.get(fields.find("rejected")), str | list | dict)
     if is_pair and any(map(fields.find, ("chosen", "messages", "response"))):
         return "preference"
     if fields.get(fields.find("messages")):
         return "conversation"
-    asked = fields.find("prompt") or fields.find("input")
-    if asked and (
-        fields.find("response") or (fields.find("reasoning_content") and "content" in fields)
-    ):
+    has_prompt = fields.find("prompt") or fields.find("input")
+    has_thoughts = fields.find("reasoning_content") and "content" in fields
+    if has_prompt and (fields.find("response") or has_thoughts):
         return "conversation"
     return "conversation" if "instruction" in fields and "text" not in fields else "document"
 
 
 def check_row(row: dict) -> dict:
-    """The row itself if training could use it; raises BadRowError with what was found and
-    expected."""
-    {"document": to_document, "conversation": to_messages, "preference": to_preference}[
-        kind_of(row)
-    ](row)
+    """The row itself if training could use it; otherwise raises BadRowError."""
+    convert = {"document": to_document, "conversation": to_messages, "preference": to_preference}
+    convert[kind_of(row)](row)
     return row
 
 
 def split_row(row: dict, boundaries: Boundaries) -> list[dict]:
-    """A document -> a row for each part between the boundary markers spelled out in it; another row
-    -> itself.
-
-    Raises BadRowError as `Boundaries.split`.
-    """
+    """A row for each part of a document between the boundary markers spelled out in it; any other
+    row stays one. Raises BadRowError as `Boundaries.split`."""
     if kind_of(row) != "document":
         return [row]
     ((_, name, *_),) = _slots(row)
     return [{**row, name: document} for document in boundaries.split(row[name])]
 
 
-class Texts:
-    """The texts of one row; `replace` and `mask` change the row in place, all its other fields stay
-    as they are."""
+class RowTexts:
+    """The texts of one row; `replace` and `mask` change them in place, and no other field."""
 
     def __init__(self, row: dict):
         self.slots = list(_slots(row))
 
     @cached_property
     def prose(self) -> str:
-        """What a reader would read and training shall imitate, joined by newlines: filters judge
-        this."""
+        """What training should imitate, joined by newlines: filters judge this."""
         return "\n".join(slot.text for slot in self.slots if not slot.machine and not slot.rejected)
 
     @cached_property
-    def whole(self) -> str:
-        """All texts joined by newlines: lengths, duplicates and evaluation sets are found in
-        this."""
+    def all_text(self) -> str:
+        """All texts joined by newlines, for lengths, duplicates and evaluation sets."""
         return "\n".join(slot.text for slot in self.slots)
 
     def replace(self, change: Callable[[str], str]) -> tuple[bool, bool]:
-        """Put each text through `change`; returns whether one changed, and whether one lost all its
+        """Put each text through `change`; returns whether any changed, and whether any lost all its
         text."""
-        changed = emptied = False
-        for slot in self.slots:
-            if not slot.machine:
-                before = slot.container[slot.key]
-                after = change(before)
-                if after != before:
-                    slot.container[slot.key] = after
-                    changed = True
-                    self._forget()
-                    emptied = emptied or (not after.strip() and bool(before.strip()))
-        return changed, emptied
+        changes = self._put(change, machine=False)
+        return bool(changes), any(not after.strip() and before.strip() for before, after in changes)
 
     def mask(self, change: Callable[[str], str]) -> tuple[bool, bool]:
-        """As `replace`, the strings inside of machine-written JSON included."""
+        """Identical to `replace`, except that it reaches strings in machine-written JSON too."""
         changed, emptied = self.replace(change)
-        for slot in self.slots:
-            if slot.machine:
-                before = slot.container[slot.key]
-                after = _map_strings(before, change)
-                if after != before:
-                    slot.container[slot.key] = after
-                    changed = True
-                    self._forget()
-        return changed, emptied
+        changes = self._put(lambda value: _map_strings(value, change), machine=True)
+        return changed or bool(changes), emptied
 
-    def _forget(self) -> None:
-        self.__dict__.pop("prose", None)
-        self.__dict__.pop("whole", None)
+    def _put(self, change: Callable[[Any], Any], machine: bool) -> list[tuple[Any, Any]]:
+        """Put the texts that are (not) machine-written through `change`; returns what changed, as
+        pairs of before and after."""
+        changes = []
+        for slot in self.slots:
+            before = slot.container[slot.key]
+            if slot.machine == machine and (after := change(before)) != before:
+                slot.container[slot.key] = after
+                changes.append((before, after))
+        if changes:
+            self.__dict__.pop("prose", None)
+            self.__dict__.pop("all_text", None)
+        return changes
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Put every string of a JSON value through `change`; a string that holds JSON is one of its
-    values."""
+    """Put every string in a JSON value through `change`, also those inside a string of JSON."""
     if isinstance(value, dict):
         return {key: _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list):
@@ -168,13 +152,11 @@ def _slots(row: dict) -> Iterator[Slot]:
     if isinstance(fields.get(system := fields.find("system")), str):
         yield Slot(row, names[system])
     history = row.get("history")
-    if isinstance(history, list):
-        for turn in history:
-            yield from (
-                _message(turn)
-                if isinstance(turn, dict)
-                else (Slot(turn, index) for index in range(len(turn)))
-            )
+    for turn in history if isinstance(history, list) else ():
+        if isinstance(turn, dict):
+            yield from _message(turn)
+        else:
+            yield from (Slot(turn, index) for index in range(len(turn)))
     for name in _read_columns(fields, kind):
         for slot in _value(row, names.get(name, name)):
             yield slot._replace(rejected=kind == "preference" and name in NAMES["rejected"])
@@ -190,8 +172,8 @@ def _read_columns(fields: Fields, kind: str) -> Iterator[str]:
     for meaning in MEANINGS[kind]:
         if name := fields.find(meaning):
             yield name
-        elif meaning == "response":
-            yield from (name for name in ("content",) if name in fields)
+        elif meaning == "response" and "content" in fields:
+            yield "content"
         if meaning == "choices":
             yield from (letter for letter in LETTERS.lower() if letter in fields)
 
@@ -217,12 +199,11 @@ def _message(message: dict) -> Iterator[Slot]:
         value = message.get(name)
         if isinstance(value, str) or (machine and value):
             yield Slot(message, name, machine)
-        elif isinstance(value, list):  # content in parts, of which only text has text
+        elif isinstance(value, list):  # content in parts, some of them texts
             for index, part in enumerate(value):
                 if isinstance(part, dict):
-                    yield from (
-                        Slot(part, key) for key in CONTENTS if isinstance(part.get(key), str)
-                    )
+                    keys = (key for key in CONTENTS if isinstance(part.get(key), str))
+                    yield from (Slot(part, key) for key in keys)
                 elif isinstance(part, str):
                     yield Slot(value, index)
     for name in ("tool_calls", "function_call"):

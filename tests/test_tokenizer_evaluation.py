@@ -1,5 +1,4 @@
-"""The judge of tokenizers, against numbers worked out by hand on vocabularies small enough to see
-through."""
+"""The evaluation of tokenizers, against numbers worked out by hand on tiny vocabularies."""
 
 import json
 from collections import Counter
@@ -16,7 +15,7 @@ from minimind.cli import main
 from minimind.common.errors import UserError
 from minimind.tokenizer import DEFAULT_TOKENIZER, PRE_TOKENIZERS, load_tokenizer, train_tokenizer
 from minimind.tokenizer.loading import BYTE_OF, token_bytes
-from minimind.tokenizer_evaluation.comparison import Judged, compare, evaluate
+from minimind.tokenizer_evaluation.comparison import Candidate, compare, evaluate
 from minimind.tokenizer_evaluation.probes import PROBES
 from minimind.tokenizer_evaluation.report import comparison_tables, evaluation_tables
 from minimind.tokenizer_evaluation.texts import Text, read_texts, script, weighted
@@ -104,7 +103,7 @@ def test_sizes_fertility_and_use_are_those_worked_out_by_hand(directory):
 
 def test_tokens_are_sorted_by_what_they_write(directory):
     kinds = evaluate(directory("tiny", GOOD_CAT + HELLO), TEXTS)["kinds"]
-    # Chinese 你, 好 and 你好; pieces: the 128 bytes above 0x7f and the first two bytes of 你 and of 好.
+    # Chinese 你, 好 and 你好; pieces: the 128 bytes above 0x7f and two first bytes of 你 and 好.
     assert {kind: found["tokens"] for kind, found in kinds.items()} == {
         "Chinese": 3,
         "English": 52 + 5,
@@ -118,9 +117,7 @@ def test_tokens_are_sorted_by_what_they_write(directory):
     }  # fmt: skip
 
 
-def test_the_comparison_counts_the_tokens_of_each_by_language_and_domain_and_names_the_one_with_fewest(
-    directory,
-):
+def test_the_comparison_counts_tokens_by_language_and_domain_and_names_the_winner(directory):
     cat, hello, none = directory("cat", GOOD_CAT), directory("hello", HELLO), directory("none", [])
     found = compare([cat, hello, none], TEXTS)
     assert found["total"]["tokens"] == [6 + 12 + 2, 11 + 5 + 2, 25]
@@ -241,7 +238,8 @@ def test_tokens_that_any_text_can_call_by_name_are_named(directory):
 
 def test_tokens_of_other_makes_stand_for_the_bytes_they_write():
     pieces = {"<unk>": 0, "<0x0A>": 1, "<0xE4>": 2, "▁cat": 3, "好": 4, "s": 6}
-    assert token_bytes(Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>"))) == [
+    tokenizer = Tokenizer(models.BPE(pieces, [], byte_fallback=True, unk_token="<unk>"))
+    assert token_bytes(tokenizer) == [
         b"<unk>", b"\n", b"\xe4", b" cat", "好".encode(), None, b"s"
     ]  # fmt: skip
     assert token_bytes(Tokenizer(models.WordPiece({"cat": 0, "##s": 1}, unk_token="cat"))) == [
@@ -250,7 +248,7 @@ def test_tokens_of_other_makes_stand_for_the_bytes_they_write():
     ]
 
 
-DEFAULT = Judged(DEFAULT_TOKENIZER)
+DEFAULT = Candidate(DEFAULT_TOKENIZER)
 
 
 @settings(
@@ -286,10 +284,10 @@ def test_the_splitting_rule_keeps_signs_and_digits_as_its_table_says(rule):
 def test_every_splitting_rule_trains_a_tokenizer_from_which_all_probes_come_back(rule, tmp_path):
     text = " ".join([ENGLISH, CHINESE] * 3)
     train_tokenizer([text, text], vocab_size=300, pre_tokenizer=rule).save_pretrained(tmp_path)
-    judged = Judged(tmp_path)
-    assert judged.facts()["pre_tokenizer"] == rule
+    candidate = Candidate(tmp_path)
+    assert candidate.facts()["pre_tokenizer"] == rule
     for texts in PROBES.values():
-        assert [judged.decode(ids) for ids in judged.encode(texts)] == list(texts)
+        assert [candidate.decode(ids) for ids in candidate.encode(texts)] == list(texts)
 
 
 def test_a_rare_pair_is_not_merged_and_an_unknown_rule_is_refused():
@@ -368,7 +366,7 @@ def test_train_takes_weights_and_the_rule_and_writes_a_tokenizer(corpus, tmp_pat
     main(["tokenizer", "train", corpus, *options, "--output_dir", str(tmp_path / "out")])
     assert "(the text has no more pairs to merge)" in capsys.readouterr().out
     made = load_tokenizer(tmp_path / "out")
-    assert Judged(tmp_path / "out").facts()["pre_tokenizer"] == "smollm"
+    assert Candidate(tmp_path / "out").facts()["pre_tokenizer"] == "smollm"
     assert made.get_vocab() == train_tokenizer([TEXTS[0].text] * 3, 300, "smollm").get_vocab()
 
 
