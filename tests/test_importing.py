@@ -327,6 +327,7 @@ def test_a_folder_of_each_generation_keeps_its_logits_without_its_code(
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {
         "modeling_minimind.py",
+        "kernels_minimind.py",
         "configuration_minimind.py",
         "model.safetensors",
         "chat_template.jinja",

@@ -29,9 +29,10 @@ from minimind import (
     MiniMindForSequenceClassification,
     MiniMindModel,
 )
-from minimind.model import modeling_minimind
+from minimind.model import kernels_minimind
 
 PAD, EOS = 0, 2
+CODE = {"configuration_minimind.py", "kernels_minimind.py", "modeling_minimind.py"}
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SHAPES = {
     "MHA": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -204,7 +205,7 @@ def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mea
     query, value = torch.zeros(2, 4, 200, 8), torch.ones(2, 2, 200, 8)
 
     def outputs():
-        return modeling_minimind.blocked_attention_forward(
+        return kernels_minimind.blocked_attention_forward(
             layer.train(), query, value, value, None, 1.0, dropout=p
         )[0]
 
@@ -352,12 +353,12 @@ def test_the_loss_and_its_gradient_are_those_of_the_library_piece_by_piece(
     monkeypatch, num_items, dtype
 ):
     # 16 rows in pieces of 3
-    monkeypatch.setattr(modeling_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})
+    monkeypatch.setattr(kernels_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})
     logits = torch.randn(2, 8, 97, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
     labels = random_ids(2, 8)
     labels[0, 2:5] = labels[1, 7] = -100
     found = []
-    for function in (modeling_minimind.causal_lm_loss, ForCausalLMLoss):
+    for function in (kernels_minimind.causal_lm_loss, ForCausalLMLoss):
         leaf = logits.clone().requires_grad_()
         loss = function(logits=leaf, labels=labels, vocab_size=97, num_items_in_batch=num_items)
         (3 * loss).backward()
@@ -545,16 +546,15 @@ def test_every_class_saves_the_code_and_the_names_for_all_auto_classes(tmp_path,
         "AutoModelForSequenceClassification": "modeling_minimind.MiniMindForSequenceClassification",
     }
     if part != "config":
-        assert {"configuration_minimind.py", "modeling_minimind.py"} <= {
-            file.name for file in tmp_path.iterdir()
-        }
+        assert {file.name for file in tmp_path.iterdir()} >= CODE
 
 
 STRANGER = """
 import sys
 sys.modules["minimind"] = None  # importing it raises ModuleNotFoundError
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification
 
 trusted = {"trust_remote_code": True}
 ids = torch.load("ids.pt")
@@ -603,6 +603,7 @@ def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tm
     for logits in results.values():
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
     # What a stranger saved is ours again
+    assert {file.name for file in (tmp_path / "again").iterdir()} >= CODE
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(loaded) is MiniMindForCausalLM
 
@@ -616,7 +617,7 @@ def test_the_auto_classes_build_minimind_without_remote_code(tmp_path):
     assert torch.equal(scorer.model.embed_tokens.weight, build().model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("name", ["configuration_minimind.py", "modeling_minimind.py"])
+@pytest.mark.parametrize("name", sorted(CODE))
 def test_the_files_copied_into_checkpoints_import_only_torch_the_library_and_each_other(name):
     tree = ast.parse((Path(minimind.__file__).parent / "model" / name).read_text(encoding="utf-8"))
     imported = {
@@ -637,6 +638,7 @@ def test_the_files_copied_into_checkpoints_import_only_torch_the_library_and_eac
         "torch",
         "transformers",
         ".configuration_minimind",
+        ".kernels_minimind",
     }
 
 

@@ -93,7 +93,7 @@ def test_a_stage_directory_is_complete(runs, stage):
     names = {path.name for path in (runs / stage).iterdir()}
     weights = {"adapter_config.json", "adapter_model.safetensors"} if stage == "lora" else {
         "config.json", "generation_config.json", "model.safetensors",
-        "configuration_minimind.py", "modeling_minimind.py",
+        "configuration_minimind.py", "kernels_minimind.py", "modeling_minimind.py",
     }  # fmt: skip
     common = {
         "tokenizer.json",

@@ -25,13 +25,8 @@ from transformers import (
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
-from minimind.model.modeling_minimind import (
-    BLOCK,
-    MAX_BLOCKED_LENGTH,
-    PIECE,
-    MiniMindExperts,
-    MiniMindTopKRouter,
-)
+from minimind.model.kernels_minimind import BLOCK, MAX_BLOCKED_LENGTH, PIECE
+from minimind.model.modeling_minimind import MiniMindExperts, MiniMindTopKRouter
 from minimind.stage_directory import told
 
 # Tokens per parameter at which a training budget is best spent (Hoffmann et al., 2022, table 3)

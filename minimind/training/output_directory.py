@@ -33,8 +33,8 @@ RUN_LOGS = ("train_log.jsonl", "samples.jsonl")  # a checkpoint keeps a copy of 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "configuration_minimind.py", "modeling_minimind.py", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "training_args.bin",
+    "configuration_minimind.py", "kernels_minimind.py", "modeling_minimind.py",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin",
 )
 RUN_FILES = (
     RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png", "mask_report.json",
