@@ -1,28 +1,33 @@
-"""Faster routes to the same results: grouped experts, blocked attention, cross-entropy in pieces.
+"""Faster routes to the library's results: grouped experts, blocked attention, cross-entropy.
 
-This file is copied into every checkpoint: it imports torch and transformers only.
+`benchmarks/model_step.py` times them. This file is copied into every checkpoint: it imports torch
+and transformers only.
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 
 BLOCK = 128  # queries per block of `blocked_attention_forward`
-# Logits per piece of `CrossEntropy`: a cache's worth on a CPU, memory elsewhere
-PIECE = {True: 2**19, False: 2**26}
 MAX_BLOCKED_LENGTH = 1024  # beyond it the probabilities take too much memory for the time they save
+# Logits per piece of `CrossEntropy`: on a CPU (True) what fits into a cache, elsewhere (False) more
+PIECE = {True: 2**19, False: 2**26}
+
+
+# Mixture of experts
 
 
 class GroupedLinear(torch.autograd.Function):
-    """states (T, in) sorted by expert, weight (experts, out, in), how many tokens each expert has
-    -> (T, out).
+    """Multiply each expert's slice of the tokens by that expert's matrix.
 
-    Identical to `linear` on slices except: outputs and gradients are written where they belong.
-    Slices of a stacked weight have gradients of their own, which autograd would join at the cost of
-    another pass over all experts.
+    states (T, in) sorted by expert, weight (experts, out, in), tokens per expert -> (T, out).
+
+    Identical to `linear` on slices except: outputs and gradients are written in place. Slices of a
+    stacked weight have separate gradients, which autograd would join in one more pass over all
+    experts.
     """
 
     @staticmethod
@@ -30,17 +35,15 @@ class GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(states, weight)
         ctx.sizes = sizes
         output = states.new_empty(len(states), weight.shape[1])
-        for out, slice_, matrix in zip(
+        for out, group, matrix in zip(
             output.split(sizes), states.split(sizes), weight, strict=True
         ):
-            torch.mm(slice_, matrix.T, out=out)
+            torch.mm(group, matrix.T, out=out)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx, grad_output: torch.Tensor):
         states, weight = ctx.saved_tensors
         grads = grad_output.contiguous().split(ctx.sizes)
         grad_states = grad_weight = None
@@ -50,8 +53,8 @@ class GroupedLinear(torch.autograd.Function):
                 torch.mm(grad, matrix, out=out)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
-            for out, grad, slice_ in zip(grad_weight, grads, states.split(ctx.sizes), strict=True):
-                torch.mm(grad.T, slice_, out=out)
+            for out, grad, group in zip(grad_weight, grads, states.split(ctx.sizes), strict=True):
+                torch.mm(grad.T, group, out=out)
         return grad_states, grad_weight, None
 
 
@@ -61,26 +64,27 @@ def eager_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Sort the visits by expert, so that each expert is one matrix product over a slice; then sort
-    back.
+    """Run each expert as one matrix product over its slice of the sorted visits.
 
-    hidden_states (T, E), indices and weights (T, experts per token) -> (T, E). The slices' sizes go
-    to the host, which costs nothing on a CPU and a synchronisation elsewhere.
+    hidden_states (T, E), indices and weights (T, experts per token) -> (T, E). The sizes of the
+    slices go to the host, which is free on a CPU and a synchronisation elsewhere.
     """
-    device = hidden_states.device.type
-    dtype = (
-        torch.get_autocast_dtype(device)
-        if torch.is_autocast_enabled(device)
-        else hidden_states.dtype
-    )
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+
+    # Sort the visits by expert. embedding(i, x) is x[i], except: its backward is parallel on a CPU,
+    # where that of x[i] is slow.
     visits = top_k_index.flatten()
     order = visits.argsort(stable=True)
     sizes = visits.bincount(minlength=experts.num_experts).tolist()
-    # embedding(i, x) is x[i], except: its backward is parallel on a CPU, where that of x[i] is
-    # slow.
     states = embedding(order // top_k_index.shape[1], hidden_states.to(dtype))
+
+    # SwiGLU of every slice
     gate, up = GroupedLinear.apply(states, experts.gate_up_proj.to(dtype), sizes).chunk(2, dim=-1)
     outputs = GroupedLinear.apply(experts.act_fn(gate) * up, experts.down_proj.to(dtype), sizes)
+
+    # Sort back, and add up each token's experts
     outputs = embedding(order.argsort(), outputs).unflatten(0, top_k_index.shape)
     return (outputs * top_k_weights[..., None]).sum(dim=1)
 
@@ -88,18 +92,17 @@ def eager_experts_forward(
 def fastest_experts_forward(
     experts: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor
 ) -> torch.Tensor:
-    """The sorted slices on a CPU; elsewhere, and in compiled code, grouped_mm, which leaves the
-    sizes on the device.
-
-    The choice is that of `benchmarks/model_step.py`.
-    """
-    on_host = hidden_states.device.type == "cpu" and not is_torchdynamo_compiling()
-    return (eager_experts_forward if on_host else grouped_mm_experts_forward)(
-        experts, hidden_states, *routing
-    )
+    """Sorted slices on a CPU; elsewhere, and in compiled code, grouped_mm, which keeps the sizes on
+    the device."""
+    eager = hidden_states.device.type == "cpu" and not is_torchdynamo_compiling()
+    forward = eager_experts_forward if eager else grouped_mm_experts_forward
+    return forward(experts, hidden_states, *routing)
 
 
 ALL_EXPERTS_FUNCTIONS.register("fastest", fastest_experts_forward)
+
+
+# Attention
 
 
 def blocked_attention_forward(
@@ -112,59 +115,53 @@ def blocked_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of a sequence to itself, a block of queries at a time, each up to the last
-    key it may see.
+    """Causal self-attention of a sequence, one block of queries at a time, each up to the last key
+    that it may see.
 
-    The same sums as SDPA's. For short sequences on a CPU, matrix products over whole blocks are
-    faster than torch's fused kernel, the more so in bf16 (`benchmarks/model_step.py`); the
-    probabilities stay in memory for the backward.
+    The same sums as SDPA's. For short sequences on a CPU, matrix products over entire blocks are
+    faster than torch's fused kernel, especially in bf16; the probabilities stay in memory for the
+    backward.
     """
     (B, H, S, D), K = query.shape, key.shape[1]
-    # Under autocast, value is in its dtype
+    # Under autocast, only `value` has its dtype already
     query = (query * scaling).to(value.dtype).reshape(B * K, H // K, S, D)
-    key, value = (
-        key.to(value.dtype).reshape(B * K, S, D).transpose(1, 2),
-        value.reshape(B * K, S, D),
-    )
-    seen = (
-        attention_mask
-        if attention_mask is not None
-        else query.new_ones(S, S, dtype=torch.bool).tril()[None, None]
-    )
-    bias = torch.zeros_like(seen, dtype=value.dtype).masked_fill_(
-        ~seen, torch.finfo(value.dtype).min
-    )
+    key = key.to(value.dtype).reshape(B * K, S, D).transpose(1, 2)
+    value = value.reshape(B * K, S, D)
+    visible = attention_mask
+    if visible is None:
+        visible = query.new_ones(S, S, dtype=torch.bool).tril()[None, None]
+    bias = torch.zeros_like(visible, dtype=value.dtype)
+    bias.masked_fill_(~visible, torch.finfo(value.dtype).min)
+
     outputs = []
     for start in range(0, S, BLOCK):
-        rows = slice(start, start + BLOCK)
-        end = min(start + BLOCK, S)
-        # A mask given by hand may let a token see what comes after it
-        if seen[:, :, rows, end:].any():
+        rows, end = slice(start, start + BLOCK), min(start + BLOCK, S)
+        if visible[:, :, rows, end:].any():  # a custom mask may let a token see later ones
             end = S
-        weights = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end) + bias[
-            :, :, rows, :end
-        ]
-        weights = nn.functional.dropout(
-            weights.softmax(dim=-1), p=dropout, training=module.training
-        )
+        logits = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end)
+        weights = (logits + bias[:, :, rows, :end]).softmax(dim=-1)
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         outputs.append((weights.view(B * K, -1, end) @ value[:, :end]).view(B, H, -1, D))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether to take `blocked_attention_forward` for SDPA: on a CPU, not in compiled code, without
-    earlier keys."""
+    """Whether `blocked_attention_forward` should replace SDPA: for short sequences on a CPU,
+    without earlier keys, not in compiled code."""
     short = 1 < query.shape[2] == key.shape[2] <= MAX_BLOCKED_LENGTH
     return short and query.device.type == "cpu" and not is_torchdynamo_compiling()
 
 
+# Loss
+
+
 class CrossEntropy(torch.autograd.Function):
-    """logits (N, V), labels (N,) -> the sum of -log p(label) in fp32, labels of `ignore_index` left
-    out.
+    """logits (N, V), labels (N,) -> the sum of -log p(label) in fp32 over all labels but
+    `ignore_index`.
 
     Identical to `nn.functional.cross_entropy(logits.float(), labels, reduction="sum")` except: the
-    gradient is made from the logits, a cache-sized piece at a time, so that neither an fp32 copy of
-    the logits nor their log-softmax is ever held; it is the logits' dtype.
+    gradient is computed from the logits one cache-sized piece at a time, so that neither an fp32
+    copy of the logits nor their log-softmax is ever held, and it has the dtype of the logits.
     """
 
     @staticmethod
@@ -185,9 +182,8 @@ class CrossEntropy(torch.autograd.Function):
         logits, labels, trained, log_sum_exp = ctx.saved_tensors
         scale = (grad_loss * trained)[:, None]
         grad = torch.empty_like(logits)
-        for out, piece, total, factor in zip(
-            *(t.split(ctx.rows) for t in (grad, logits, log_sum_exp, scale)), strict=True
-        ):
+        pieces = (tensor.split(ctx.rows) for tensor in (grad, logits, log_sum_exp, scale))
+        for out, piece, total, factor in zip(*pieces, strict=True):
             torch.mul((piece.float() - total).exp_(), factor, out=out)
         return grad.scatter_add_(1, labels, -scale.to(grad.dtype)), None, None
 
@@ -201,14 +197,12 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> torch.Tensor:
-    """Identical to the library's ForCausalLMLoss except for `CrossEntropy`: less memory, less
+    """Identical to the library's ForCausalLMLoss except: `CrossEntropy`, for less memory and
     time."""
     if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
-    return (
-        CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)
-        / num_items_in_batch
-    )
+    loss = CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)
+    return loss / num_items_in_batch

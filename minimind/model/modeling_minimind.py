@@ -1,19 +1,19 @@
 """MiniMind: a pre-norm decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-With `num_experts > 0` each SwiGLU is a mixture of experts. Tensor names are Qwen3's and
-Qwen3-MoE's. For the same weights the logits are Qwen3's (Qwen3-MoE's) with `qk_norm=True` and
-Llama's with `qk_norm=False`. This file is copied into every checkpoint: it imports torch,
-transformers and its siblings only.
+- With `num_experts > 0` each SwiGLU is a mixture of experts.
+- Tensor names are Qwen3's and Qwen3-MoE's.
+- For the same weights the logits are Qwen3's (Qwen3-MoE's) with `qk_norm=True` and Llama's with
+  `qk_norm=False`.
 
-Shapes: B batch, S sequence, T = B * S tokens, H query heads, K key/value heads, D head_dim, E
-hidden_size, I moe_intermediate_size, V vocabulary.
+This file is copied into every checkpoint: it imports torch, transformers and its siblings only.
+
+Shapes: B batch, S sequence, T = B * S tokens, H query heads, K key/value heads, D head_dim,
+E hidden_size, I moe_intermediate_size, V vocabulary.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, one_hot, rms_norm
+from torch.nn.functional import dropout, linear, one_hot, rms_norm, softmax
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -45,8 +45,7 @@ from .kernels_minimind import (
 
 
 class MiniMindRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019), the statistics in
-    fp32."""
+    """x / rms(x) * weight over the last dimension, statistics in fp32 (Zhang & Sennrich, 2019)."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -54,7 +53,7 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The same in one call; in bf16 it rounds after the weight, not before
+        # The same in one call. In bf16 it would round after the weight, not before.
         if hidden_states.dtype == torch.float:
             return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         states = hidden_states.float()
@@ -76,9 +75,8 @@ class MiniMindMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(
-            self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        )
+        gate = self.act_fn(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states))
 
 
 class MiniMindTopKRouter(nn.Module):
@@ -90,11 +88,8 @@ class MiniMindTopKRouter(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(
-        self, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(T, E) -> logits (T, experts), weights and indices of the chosen experts, each (T,
-        experts per token)."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(T, E) -> logits (T, experts), weights and indices of the chosen experts (T, top k)."""
         router_logits = linear(hidden_states, self.weight)
         routing_weights = router_logits.softmax(dim=-1, dtype=torch.float)
         top_k_weights, top_k_index = routing_weights.topk(self.num_experts_per_tok, dim=-1)
@@ -105,19 +100,15 @@ class MiniMindTopKRouter(nn.Module):
 
 @use_experts_implementation
 class MiniMindExperts(nn.Module):
-    """SwiGLU experts as stacked tensors: gate_up_proj (experts, 2I, E) and down_proj (experts, E,
-    I)."""
+    """SwiGLU experts stacked: gate_up_proj (experts, 2I, E) and down_proj (experts, E, I)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.num_experts = config.num_experts
         self.intermediate_size = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(self.num_experts, 2 * self.intermediate_size, config.hidden_size)
-        )
-        self.down_proj = nn.Parameter(
-            torch.empty(self.num_experts, config.hidden_size, self.intermediate_size)
-        )
+        experts, inner, hidden = self.num_experts, self.intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
@@ -125,8 +116,7 @@ class MiniMindExperts(nn.Module):
 
 
 class MiniMindSparseMoeBlock(nn.Module):
-    """Routed experts (Shazeer et al., 2017), beside shared ones that every token visits
-    (DeepSeekMoE, 2024)."""
+    """Routed experts (Shazeer et al., 2017) and shared ones for every token (DeepSeekMoE, 2024)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
@@ -134,24 +124,23 @@ class MiniMindSparseMoeBlock(nn.Module):
         self.experts = MiniMindExperts(config)
         self.shared_experts = None
         if config.n_shared_experts:
-            self.shared_experts = MiniMindMLP(
-                config, config.n_shared_experts * config.moe_intermediate_size
-            )
+            intermediate_size = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MiniMindMLP(config, intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
         output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-        return (
-            output if self.shared_experts is None else output + self.shared_experts(hidden_states)
-        )
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output
 
 
 class MiniMindRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE (Su et al., 2021). Identical to Llama's.
 
     The buffers are not saved. `from_pretrained` builds on the meta device and fills them again
-    through the library's `_init_weights`, which knows this class by its name and these attributes:
+    through the library's `_init_weights`, which recognises this class by its name and attributes:
     keep both.
     """
 
@@ -166,34 +155,24 @@ class MiniMindRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(
-        config: MiniMindConfig, **kwargs
-    ) -> tuple[torch.Tensor, float]:
-        """theta ** (-2i / D) for i < D/2, shape (D/2,), and the scaling of cos and sin, 1 in plain
-        RoPE."""
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+        """theta ** (-2i / D) for i < D/2, and the scaling of cos and sin, 1 in plain RoPE."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids (B, S) -> cos, sin, each (B, S, D) in the dtype of `x`; the first half of
-        sin is negated."""
-        freqs = position_ids[..., None].float() * self.inv_freq.to(
-            device=x.device, dtype=torch.float
-        )
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """position_ids (B, S) -> cos, sin (B, S, D) in the dtype of `x`; the first half of sin is
+        negated, see `apply_rotary_pos_emb`."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
         cos, sin = freqs.cos() * self.attention_scaling, freqs.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
-def apply_rotary_pos_emb(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """Rotate (B, S, heads, D) by the positions of cos and sin (B, S, D): (x1 cos - x2 sin, x2 cos +
-    x1 sin) over the halves x1, x2 of D. The minus is in sin, so that swapping the halves is one
-    roll."""
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    """Rotate (B, S, heads, D) by cos and sin (B, S, D): with x1, x2 the halves of D, the result is
+    (x1 cos - x2 sin, x2 cos + x1 sin). The minus is in sin, so that one roll swaps the halves."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
@@ -208,25 +187,24 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v, written out: query (B, H, S, D) -> output (B, S, H, D),
-    weights."""
+    """softmax(q k^T * scaling + mask) v: query (B, H, S, D) -> output (B, S, H, D), weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MiniMindAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) through the library's attention interface.
+    r"""Grouped-query attention (Ainslie et al., 2023) through the library's attention interface.
 
     Identical to Qwen3's except: no sliding window; without `qk_norm`, identical to Llama's.
 
         query heads      q0 q1 q2 q3      H = 4
-                          \\ /   \\ /
+                          \ /   \ /
         key/value heads   k0    k1        K = 2, num_key_value_groups = 2
     """
 
@@ -239,34 +217,17 @@ class MiniMindAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(
-            config.hidden_size,
-            config.num_attention_heads * self.head_dim,
-            bias=config.attention_bias,
-        )
-        self.k_proj = nn.Linear(
-            config.hidden_size,
-            config.num_key_value_heads * self.head_dim,
-            bias=config.attention_bias,
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size,
-            config.num_key_value_heads * self.head_dim,
-            bias=config.attention_bias,
-        )
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * self.head_dim,
-            config.hidden_size,
-            bias=config.attention_bias,
-        )
-        # The norm is over D, before the rotation: it bounds the logits whatever the scale of q and
-        # k.
-        self.q_norm = (
-            MiniMindRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            MiniMindRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
+        E, bias = config.hidden_size, config.attention_bias
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(E, query_size, bias=bias)
+        self.k_proj = nn.Linear(E, key_value_size, bias=bias)
+        self.v_proj = nn.Linear(E, key_value_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, E, bias=bias)
+        # Over D, before the rotation: bounds the attention logits whatever the scale of q and k
+        norm = MiniMindRMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -289,13 +250,11 @@ class MiniMindAttention(nn.Module):
                 key_states, value_states, self.layer_idx
             )
 
-        implementation = self.config._attn_implementation
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, eager_attention_forward
-        )
-        if implementation == "sdpa" and blocks_are_faster(query_states, key_states):
-            attention_interface = blocked_attention_forward
-        attn_output, attn_weights = attention_interface(
+        name = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if name == "sdpa" and blocks_are_faster(query_states, key_states):
+            attention = blocked_attention_forward
+        attn_output, attn_weights = attention(
             self,
             query_states,
             key_states,
@@ -314,31 +273,23 @@ class MiniMindDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MiniMindAttention(config, layer_idx)
-        self.mlp = (
-            MiniMindSparseMoeBlock(config)
-            if config.num_experts
-            else MiniMindMLP(config, config.intermediate_size)
-        )
+        if config.num_experts:
+            self.mlp = MiniMindSparseMoeBlock(config)
+        else:
+            self.mlp = MiniMindMLP(config, config.intermediate_size)
         self.input_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_dropout = config.hidden_dropout
 
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = residual + nn.functional.dropout(
-            hidden_states, self.hidden_dropout, self.training
-        )
-
-        residual = hidden_states
-        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return residual + nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + dropout(output, self.hidden_dropout, self.training)
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + dropout(output, self.hidden_dropout, self.training)
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
-    """What MiniMind supports, declared for the library."""
+    """Declares to the library what MiniMind supports."""
 
     config: MiniMindConfig
     config_class = MiniMindConfig
@@ -375,9 +326,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
         pad, ends = config.pad_token_id, config.eos_token_id
-        # Its row is not trained
-        padding = None if pad == ends or (isinstance(ends, list) and pad in ends) else pad
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
+        ends = ends if isinstance(ends, list) else [ends]
+        untrained_id = None if pad in ends else pad
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, untrained_id)
         self.layers = nn.ModuleList(
             [MiniMindDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)]
         )
@@ -398,8 +349,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """`position_ids` (B, S) that restart inside a row, without mask or cache, keep documents
-        apart."""
+        """Without mask and cache, `position_ids` (B, S) that restart in a row separate its
+        documents."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -408,10 +359,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (
-                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-                + past_length
-            )
+            length, device = inputs_embeds.shape[1], inputs_embeds.device
+            position_ids = past_length + torch.arange(length, device=device)[None]
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -420,8 +369,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -444,43 +393,39 @@ def load_balancing_loss(
     mask: torch.Tensor | None,
     seq_aux: bool,
 ) -> torch.Tensor:
-    """experts * sum_i f_i P_i (Switch Transformers, 2021, eq. 4), the mean over layers; `top_k` if
-    perfectly balanced.
+    """experts * sum_i f_i P_i (Switch Transformers, 2021, eq. 4), averaged over the layers; `top_k`
+    if perfectly balanced.
 
-    f_i is the number of visits to expert i per token, P_i its mean probability: over the batch, or
-    with `seq_aux` over each sequence and then averaged (DeepSeekMoE, 2024, eq. 12). For one layer,
-    the batch's is Qwen3-MoE's.
+    f_i is the number of visits to expert i per token, P_i its mean probability, both over the
+    batch. With `seq_aux`, both are over one sequence, and the losses are averaged (DeepSeekMoE,
+    2024, eq. 12). For one layer and without `seq_aux`, this is Qwen3-MoE's.
 
     Args:
-        router_logits: one (T, experts) a layer.
+        router_logits: (T, experts) of each layer.
         mask: (B, S), 0 where a token is padding and does not count.
     """
-    logits = torch.stack(router_logits)  # (layers, T, experts)
+    logits = torch.stack(router_logits).float().unflatten(1, (batch_size, -1))
     num_experts = logits.shape[-1]
-    logits = logits.float().unflatten(1, (batch_size, -1))  # (layers, B, S, experts)
-    probabilities = logits.softmax(dim=-1)
     visits = one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2)
-    counts = (
-        torch.ones(logits.shape[1:3], device=logits.device) if mask is None else mask.to(logits)
-    )
-    shares = (
-        counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        if seq_aux
-        else counts / counts.sum().clamp(min=1)
-    )
-    weighted = "lbse,bs->lbe" if seq_aux else "lbse,bs->le"
-    visits_per_token = torch.einsum(weighted, visits.to(logits), shares)
-    mean_probability = torch.einsum(weighted, probabilities, shares)
+
+    # The share of each token in the mean
+    counts = logits.new_ones(logits.shape[1:3]) if mask is None else mask.to(logits)
+    total = counts.sum(dim=1, keepdim=True) if seq_aux else counts.sum()
+    shares = counts / total.clamp(min=1)
+
+    # l layers, b sequences, s positions, e experts
+    mean = "lbse,bs->lbe" if seq_aux else "lbse,bs->le"
+    visits_per_token = torch.einsum(mean, visits.to(logits), shares)
+    mean_probability = torch.einsum(mean, logits.softmax(dim=-1), shares)
     return num_experts * (visits_per_token * mean_probability).sum(dim=-1).mean()
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
-    """Token ids (B, S) -> logits (B, S, V), and the shifted cross-entropy when `labels` (B, S) are
-    given.
+    """Token ids (B, S) -> logits (B, S, V), and with `labels` (B, S) the shifted cross-entropy.
 
-    In training, a mixture of experts adds `router_aux_loss_coef` times the load-balancing loss; in
-    evaluation the loss stays the cross-entropy, so that it measures the language alone.
-    `output_router_logits` gives both in any mode.
+    In training, a mixture of experts adds `router_aux_loss_coef` times the load-balancing loss. In
+    evaluation the loss is the cross-entropy alone, so that it measures the language;
+    `output_router_logits` returns the load-balancing loss beside it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -507,8 +452,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
-        """Labels are not shifted by the caller; -100 is ignored. `num_items_in_batch` in `kwargs`
-        makes the loss a sum over trained tokens divided by that number, so that gradient
+        """The caller does not shift the labels; -100 is ignored. With `num_items_in_batch` in
+        `kwargs` the loss is the sum over trained tokens divided by that number, so that gradient
         accumulation averages over tokens."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -524,17 +469,17 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         if outputs.router_logits:
+            mask = None if input_ids is None else input_ids != self.config.pad_token_id
             if attention_mask is not None and attention_mask.ndim == 2:
-                # It also covers what the cache holds
+                # It also covers the tokens in the cache
                 mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
-            else:
-                mask = None if input_ids is None else input_ids != self.config.pad_token_id
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
@@ -543,9 +488,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 self.config.seq_aux,
             )
         if train_router:
-            # A trainer sums the losses of its micro-batches and ranks. The cross-entropy is divided
-            # for that by num_items_in_batch; this term has to take its micro-batch's share of the
-            # tokens, or it would count once per micro-batch
+            # A trainer sums the losses of its micro-batches and ranks. The cross-entropy is
+            # therefore divided by num_items_in_batch; this term is weighted by the micro-batch's
+            # share of the tokens, or it would count once per micro-batch
             # (https://github.com/huggingface/transformers/issues/48690).
             share = 1.0
             if kwargs.get("num_items_in_batch") is not None:
@@ -563,12 +508,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 
 class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMindPreTrainedModel):
-    """Token ids (B, S) -> scores (B, num_labels) of the last token that is not padding: a reward
-    model's head."""
+    """Token ids (B, S) -> scores (B, num_labels) of the last token before padding, for reward
+    models."""
 
     def __init__(self, config: MiniMindConfig):
-        # Identical to the library's except: it names the base class, where the library's asks the
-        # Auto classes, which do not know it in a process that loads this file as remote code.
+        # Identical to the library's except: it names the base class. The library's looks it up in
+        # the Auto classes, which do not know it in a process that loads this file as remote code.
         MiniMindPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MiniMindModel(config)
@@ -576,7 +521,7 @@ class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMi
         self.post_init()
 
 
-# Files hold one tensor per expert and projection, as those of Qwen2-MoE and Qwen3-MoE do.
+# In files, each expert and projection is a tensor of its own, as in Qwen2-MoE's and Qwen3-MoE's
 register_checkpoint_conversion_mapping(
     "minimind", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
 )
