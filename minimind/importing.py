@@ -35,9 +35,10 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.common.directories import new_directory
 from minimind.common.errors import UserError, reason
 from minimind.common.files import read_json, write_json
-from minimind.stage_directory import SETTINGS, new_directory, shards_of, weights_hash
+from minimind.stage_directory import GENERATION_FIELDS, shards_of, weights_hash
 from minimind.tokenizer import tokenizer_hash
 from minimind.tokenizer.loading import COPY, check_side_files, unreadable
 
@@ -704,7 +705,9 @@ def read_generation_config(source: Path, model: MiniMindForCausalLM, notes: list
     left out."""
     if not os.path.lexists(source / "generation_config.json"):
         return
-    raw = read_json(source / "generation_config.json", f"{COPY} Or delete it.", fields=SETTINGS)
+    raw = read_json(
+        source / "generation_config.json", f"{COPY} Or delete it.", fields=GENERATION_FIELDS
+    )
     try:
         settings = GenerationConfig.from_dict(raw)
         settings.validate(strict=True)

@@ -488,7 +488,7 @@ def test_going_on_from_a_stage_with_another_tokenizer_is_refused(
         DEFAULT_TOKENIZER,
     ]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
-    assert "is not the tokenizer of the model to go on from" in message
+    assert "is not the tokenizer of the model to continue from" in message
 
 
 def test_a_complete_stage_is_accepted(runs):

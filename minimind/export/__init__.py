@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.gguf import require_gguf, rounded, write_gguf
@@ -45,7 +46,6 @@ from minimind.stage_directory import (
     library_versions,
     load_config,
     load_model,
-    new_directory,
     provenance,
     require_stage,
 )

@@ -14,14 +14,13 @@ from transformers import (
 from trl import ModelConfig, get_peft_config
 
 from minimind import MiniMindConfig
-from minimind.common.errors import UserError
+from minimind.common.errors import UserError, reason
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.stage_directory import (
     check_kind,
     check_vocabulary,
     load_model,
-    reason,
     require_stage,
 )
 from minimind.tokenizer import load_tokenizer

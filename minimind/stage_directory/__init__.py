@@ -1,0 +1,62 @@
+"""The directory a stage writes, as the next one reads it: checks, record, model.
+
+    config.json  generation_config.json  model.safetensors
+    configuration_minimind.py  kernels_minimind.py  modeling_minimind.py
+    tokenizer.json  tokenizer_config.json  chat_template.jinja  training_args.bin
+    stage.json  run.json  report.html  train_log.jsonl  samples.jsonl  loss.png
+    mask_report.json (sft, dpo)
+
+A LoRA stage has adapter_config.json and adapter_model.safetensors instead of configuration, weights
+and code; adapter_config.json names its base. `run.json` is written first (see training/resume.py)
+and `stage.json` last: a directory that has it is complete.
+"""
+
+from minimind.stage_directory.contents import (
+    adapter_base,
+    base_of,
+    count_tensors,
+    is_adapter,
+    require_stage,
+    shards_of,
+)
+from minimind.stage_directory.loading import (
+    GENERATION_FIELDS,
+    check_fit,
+    check_kind,
+    check_same_tokenizer,
+    check_vocabulary,
+    load_adapter,
+    load_config,
+    load_model,
+    loading_errors,
+)
+from minimind.stage_directory.record import (
+    check_unchanged,
+    library_versions,
+    provenance,
+    read_stage,
+    weights_hash,
+)
+
+__all__ = [
+    "GENERATION_FIELDS",
+    "adapter_base",
+    "base_of",
+    "check_fit",
+    "check_kind",
+    "check_same_tokenizer",
+    "check_unchanged",
+    "check_vocabulary",
+    "count_tensors",
+    "is_adapter",
+    "library_versions",
+    "load_adapter",
+    "load_config",
+    "load_model",
+    "loading_errors",
+    "provenance",
+    "read_stage",
+    "require_stage",
+    "shards_of",
+    "weights_hash",
+]
