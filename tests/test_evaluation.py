@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from minimind import evaluation
 from minimind.common.errors import UserError
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
@@ -13,6 +12,7 @@ from minimind.data.packing import BlockCollator
 from minimind.data.world import COURTESY
 from minimind.evaluation import (
     answer,
+    answers,
     bits_per_byte,
     evaluate,
     held_out_metrics,
@@ -188,11 +188,11 @@ def scored(monkeypatch, cases):
     """The score of questions whose replies are given, and what was asked."""
     asked = []
 
-    def answers(model, tokenizer, prompts, *options):
+    def reply(model, tokenizer, prompts, *options):
         asked.extend(prompts)
         return [reply for _, reply in cases]
 
-    monkeypatch.setattr(evaluation, "answer", answers)
+    monkeypatch.setattr(answers, "answer", reply)
     return score(None, None, [case for case, _ in cases]), asked
 
 
