@@ -26,7 +26,8 @@ from transformers import (
 from minimind import MiniMindForCausalLM
 from minimind.cli import build_parser
 from minimind.data.chats import tokenize_conversation
-from minimind.importing import MINIMIND_1, MINIMIND_2, MINIMIND_2_OLD, MINIMIND_3, import_checkpoint
+from minimind.importing import import_checkpoint
+from minimind.importing.layouts import MINIMIND_1, MINIMIND_2, MINIMIND_2_OLD, MINIMIND_3
 from minimind.stage_directory import check_vocabulary, read_stage, require_stage
 from minimind.tokenizer import load_tokenizer
 
@@ -836,7 +837,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(refused, saved, tmp_path):
         ({"epoch": 3}, ["'epoch' is a int"]),
         (
             {"a.weight": torch.ones(2)},
-            ["no layout that is known", "self_attn.q_proj", "found a.weight"],
+            ["unknown layout", "self_attn.q_proj", "found a.weight"],
         ),
         (
             {"model.layers.0.self_attn.q_proj.weight": torch.ones(2).char()},
