@@ -1,6 +1,6 @@
-"""Byte-level BPE with ChatML: training a tokenizer, loading one from a directory, and judging any.
+"""Byte-level BPE with ChatML: train a tokenizer, load one from a directory, encode documents.
 
-Any byte sequence can be tokenised and comes back unchanged; there is no unknown token.
+Any byte sequence can be encoded and decodes to itself; there is no unknown token.
 """
 
 from minimind.tokenizer.loading import (
