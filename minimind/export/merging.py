@@ -1,4 +1,4 @@
-"""`minimind merge`: an adapter and its base as one stage directory, compared with the two before it
+"""`minimind merge`: an adapter and its base as one stage directory, compared with both before it
 appears."""
 
 import sys
@@ -24,12 +24,10 @@ from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def merge(adapter: str | Path, out: str | Path) -> dict:
-    """Write the stage directory of an adapter merged into its base, in fp32, and return its
-    `stage.json`.
+    """Write an adapter merged into its base as a stage directory in fp32; returns its `stage.json`.
 
     Raises:
-        UserError: `adapter` is not an adapter, or the merged model does not answer as adapter and
-        base together do.
+        UserError: `adapter` is not an adapter, or the merged model differs from adapter and base.
     """
     path = require_stage(adapter)
     if not is_adapter(path):

@@ -33,9 +33,9 @@ END = "\U0010ffff end of document \U0010ffff"  # becomes EOS; U+10FFFF is not a 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 FIRST_CHECKED = 100  # documents of a run that both engines encode, before one of each batch
 CHECKED = 2**14  # characters of a document that are checked
-# Options of BPE that tiktoken does not have
-BEYOND_TIKTOKEN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-BEYOND_TIKTOKEN += ("ignore_merges",)
+# Options of BPE that neither tiktoken nor a GGUF file has
+BEYOND_BYTES_AND_MERGES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+BEYOND_BYTES_AND_MERGES += ("byte_fallback", "ignore_merges")
 
 
 class WrongIdsError(Exception):
@@ -133,7 +133,7 @@ def fast_engine(
     bpe, pattern = state["model"], split_pattern(state["pre_tokenizer"])
     if pattern is None or bpe["type"] != "BPE" or state["normalizer"]:
         return none
-    if any(bpe.get(option) for option in BEYOND_TIKTOKEN):
+    if any(bpe.get(option) for option in BEYOND_BYTES_AND_MERGES):
         return none
 
     def to_bytes(token: str) -> bytes:
