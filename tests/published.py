@@ -18,7 +18,6 @@ from transformers import (
 
 VOCAB, HIDDEN, LAYERS, WIDTH, EXPERTS = 300, 64, 2, 48, 3
 IDS = torch.randint(3, VOCAB, (2, 19), generator=torch.Generator().manual_seed(1))
-
 OLD = {  # MiniMind-1, and MiniMind-2 until April 2025
     "embed": "tok_embeddings",
     "head": "output",
@@ -31,7 +30,6 @@ OLD = {  # MiniMind-1, and MiniMind-2 until April 2025
     "down": "w2",
     "up": "w3",
 }
-
 NEW = {  # MiniMind-2 since, and MiniMind-3
     "embed": "model.embed_tokens",
     "head": "lm_head",
@@ -291,18 +289,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 8,
 }
-
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
     "factor": 8.0,
     "original_max_position_embeddings": 16,
 }
-
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-
 LIBRARY = {
     "Llama": (LlamaConfig, LlamaForCausalLM, {}),
     "Llama, tied, biases": (

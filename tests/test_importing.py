@@ -324,19 +324,15 @@ def test_generation_settings_that_contradict_each_other_are_left_out(tmp_path):
 
 # The assistant's branch of the published templates, in a frame of ours.
 TURN = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-
 TOOLS = (
     '{{- \'<|im_end|>\\n\' }}\n    {%- elif message.role == "tool" %}{{- "tool" }}{%- endif %}{%-'
     " endfor %}"
 )
-
 ROLES = (
     "{%- for message in messages %}{%- set content = message.content %}{%- if message.role !="
     " 'assistant' %}"
 )
-
 PROMPT = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-
 TEMPLATES = {
     "2024": (
         "{% for message in messages %}{% set content = message['content'] %}{% if message['role']"

@@ -17,9 +17,7 @@ from minimind import (
 )
 
 PAD, EOS = 0, 2
-
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-
 SHAPES = {
     "MHA": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "GQA": {"num_attention_heads": 4, "num_key_value_heads": 2},
