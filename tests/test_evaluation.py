@@ -330,11 +330,9 @@ def test_bad_rows_of_an_evaluation_follow_the_policy_of_the_other_commands(
     assert (found["questions"], found["bad_rows"]) == (1, 1)
     many = write_jsonl("many.jsonl", [question("who?", "the fox")] * 1999 + [question("who?")])
     found = evaluate(talkative, tokenizer, [many], max_new_tokens=0, max_length=8)
-    assert found == {
-        "without_loss": 1999,
-        "tokens": 0,
-        "bad_rows": 1,
-    }, "no reply fits into 8 tokens, which is said"
+    assert found == {"without_loss": 1999, "tokens": 0, "bad_rows": 1}, (
+        "no reply fits into 8 tokens, which is said"
+    )
 
 
 def test_a_row_that_the_template_cannot_ask_is_a_bad_row(

@@ -10,10 +10,7 @@ import torch
 from pipeline import run_cli
 from published import EXPERTS, IDS, LIBRARY, WIDTH, Published, WithYarn, library_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from minimind import MiniMindForCausalLM
 from minimind.cli import build_parser

@@ -99,10 +99,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(refused, saved, tmp_path):
         ([torch.ones(2)], ["holds a list", "expected a state dict"]),
         ({}, ["expected a state dict"]),
         ({"epoch": 3}, ["'epoch' is a int"]),
-        (
-            {"a.weight": torch.ones(2)},
-            ["unknown layout", "self_attn.q_proj", "found a.weight"],
-        ),
+        ({"a.weight": torch.ones(2)}, ["unknown layout", "self_attn.q_proj", "found a.weight"]),
         (
             {"model.layers.0.self_attn.q_proj.weight": torch.ones(2).char()},
             ["no floating-point numbers"],

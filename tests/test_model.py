@@ -10,11 +10,7 @@ from transformers import (
 )
 
 import minimind
-from minimind import (
-    MiniMindConfig,
-    MiniMindForCausalLM,
-    MiniMindForSequenceClassification,
-)
+from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification
 
 PAD, EOS = 0, 2
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -41,7 +41,6 @@ from minimind.export.verification import (
     make_probes,
 )
 from minimind.stage_directory import (
-    base_of,
     check_vocabulary,
     library_versions,
     load_config,
@@ -69,7 +68,7 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
     path = require_stage(directory)
     if format == "gguf":
         require_gguf()
-    dtype = dtype or saved_dtype(path)
+    dtype = dtype or str(load_config(path).dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPES or (dtype == "q8_0" and format != "gguf"):
         raise UserError(
             f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or"
@@ -95,12 +94,6 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
         }
         write_json(partial / "export.json", record)
     return record
-
-
-def saved_dtype(path: Path) -> str:
-    """The data type of the weights in a stage directory, or of an adapter's base."""
-    dtype = load_config(base_of(path)).dtype
-    return str(dtype or "float32").removeprefix("torch.")
 
 
 def with_weights(

@@ -11,14 +11,9 @@ and code; adapter_config.json names its base. `run.json` is written first (see t
 and `stage.json` last: a directory that has it is complete.
 """
 
-from minimind.stage_directory.contents import (
-    adapter_base,
-    base_of,
-    count_tensors,
-    is_adapter,
-    require_stage,
-    shards_of,
-)
+# ruff: noqa: F401 (the public names of this room)
+
+from minimind.stage_directory.contents import is_adapter, require_stage, shards_of
 from minimind.stage_directory.loading import (
     GENERATION_FIELDS,
     check_fit,
@@ -30,33 +25,4 @@ from minimind.stage_directory.loading import (
     load_model,
     loading_errors,
 )
-from minimind.stage_directory.record import (
-    check_unchanged,
-    library_versions,
-    provenance,
-    read_stage,
-    weights_hash,
-)
-
-__all__ = [
-    "GENERATION_FIELDS",
-    "adapter_base",
-    "base_of",
-    "check_fit",
-    "check_kind",
-    "check_same_tokenizer",
-    "check_unchanged",
-    "check_vocabulary",
-    "count_tensors",
-    "is_adapter",
-    "library_versions",
-    "load_adapter",
-    "load_config",
-    "load_model",
-    "loading_errors",
-    "provenance",
-    "read_stage",
-    "require_stage",
-    "shards_of",
-    "weights_hash",
-]
+from minimind.stage_directory.record import library_versions, provenance, read_stage, weights_hash
