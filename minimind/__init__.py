@@ -1,9 +1,8 @@
-"""MiniMind on the HuggingFace stack. After `import minimind`, AutoConfig and AutoModel... know the
-model.
+"""MiniMind on the HuggingFace stack. After `import minimind`, the Auto classes know the model.
 
-The import takes milliseconds: torch and transformers are loaded with the model, when it is asked
-for by its name here or by transformers' Auto classes. For these the model is announced as
-transformers' own are, by the name of its class, which is looked up in its module on first use.
+The import takes milliseconds: torch and transformers are loaded with the model, on the first use of
+a class of it, here or through transformers' Auto classes. These know the model as they know
+transformers' own: by the name of its configuration class, which they look up on first use.
 """
 
 import importlib
@@ -31,29 +30,27 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def __getattr__(name: str):
-    """A class of the model, which is loaded and registered with the first one."""
+    """A class of the model; the first access loads and registers them all."""
     if name not in __all__:
         raise AttributeError(f"module 'minimind' has no attribute {name!r}")
     return getattr(importlib.import_module("minimind.model"), name)
 
 
 def _announce(auto_config) -> None:
-    """Let the mapping of `AutoConfig` find MiniMindConfig in this package, by the mapping's own
-    lazy look-up."""
+    """Let `AutoConfig` find MiniMindConfig in this package, by its own lazy look-up."""
     auto_config.CONFIG_MAPPING._mapping["minimind"] = "MiniMindConfig"
     auto_config.CONFIG_MAPPING._modules["minimind"] = sys.modules[__name__]
 
 
 class _Announcer(MetaPathFinder):
-    """Waits for transformers' `AutoConfig` to be imported, to announce the model, and then is gone.
+    """Wait until transformers' `AutoConfig` is imported, announce the model, and disappear.
 
-    It only enters a name: the model itself cannot be imported here, in the middle of transformers'
-    own imports.
+    Only a name is entered: the model itself cannot be imported in the middle of transformers' own
+    imports.
     """
 
     def find_spec(self, name, path=None, target=None):
-        """The spec of `AutoConfig`'s module, whose execution ends with the announcement; None for
-        all others."""
+        """The spec of `AutoConfig`'s module, extended by the announcement; None for others."""
         if name != AUTO_CONFIG:
             return None
         sys.meta_path.remove(self)

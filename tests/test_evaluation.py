@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from minimind import evaluation
 from minimind.common.errors import UserError
 from minimind.data.conversations import Conversation
 from minimind.data.documents import load_blocks
@@ -13,6 +12,7 @@ from minimind.data.packing import BlockCollator
 from minimind.data.world_sentences import COURTESY
 from minimind.evaluation import (
     answer,
+    answers,
     bits_per_byte,
     evaluate,
     held_out_metrics,
@@ -188,11 +188,11 @@ def scored(monkeypatch, cases):
     """The score of questions whose replies are given, and what was asked."""
     asked = []
 
-    def answers(model, tokenizer, prompts, *options):
+    def reply(model, tokenizer, prompts, *options):
         asked.extend(prompts)
         return [reply for _, reply in cases]
 
-    monkeypatch.setattr(evaluation, "answer", answers)
+    monkeypatch.setattr(answers, "answer", reply)
     return score(None, None, [case for case, _ in cases]), asked
 
 
@@ -330,11 +330,9 @@ def test_bad_rows_of_an_evaluation_follow_the_policy_of_the_other_commands(
     assert (found["questions"], found["bad_rows"]) == (1, 1)
     many = write_jsonl("many.jsonl", [question("who?", "the fox")] * 1999 + [question("who?")])
     found = evaluate(talkative, tokenizer, [many], max_new_tokens=0, max_length=8)
-    assert found == {
-        "without_loss": 1999,
-        "tokens": 0,
-        "bad_rows": 1,
-    }, "no reply fits into 8 tokens, which is said"
+    assert found == {"without_loss": 1999, "tokens": 0, "bad_rows": 1}, (
+        "no reply fits into 8 tokens, which is said"
+    )
 
 
 def test_a_row_that_the_template_cannot_ask_is_a_bad_row(

@@ -254,6 +254,7 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
     }
     assert names >= {
         "configuration_minimind.py",
+        "kernels_minimind.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",

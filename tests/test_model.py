@@ -1,18 +1,6 @@
-import ast
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -20,16 +8,9 @@ from transformers import (
     Qwen3ForSequenceClassification,
     StaticCache,
 )
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 import minimind
-from minimind import (
-    MiniMindConfig,
-    MiniMindForCausalLM,
-    MiniMindForSequenceClassification,
-    MiniMindModel,
-)
-from minimind.model import modeling_minimind
+from minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForSequenceClassification
 
 PAD, EOS = 0, 2
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -151,70 +132,6 @@ def test_logits_are_those_of_the_library_twin_for_the_same_weights(
         seen = padded.bool() if mask is not None else torch.ones_like(ids).bool()
         assert expected.std() > 0.5
         torch.testing.assert_close(actual[seen], expected[seen], atol=1e-5, rtol=0)
-
-
-def left_padding_mask(ids):
-    mask = torch.ones_like(ids)
-    mask[1, :140] = 0
-    return mask
-
-
-def two_documents_mask(ids):
-    """(B, 1, S, S), causal and block-diagonal: True where a token sees another."""
-    document = torch.arange(ids.shape[1]) >= 170
-    return (document[:, None] == document) & torch.ones(
-        ids.shape[1], ids.shape[1], dtype=torch.bool
-    ).tril()
-
-
-MASKS = {
-    "none": lambda ids: None,
-    "left padding": left_padding_mask,
-    "two documents": lambda ids: two_documents_mask(ids).expand(len(ids), 1, -1, -1),
-    "both ways": lambda ids: torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool),
-}
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("length", [128, 129, 300])
-def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(mask, length):
-    """Lengths of one block of queries, one and a bit, and several; masks that let tokens see less,
-    or more."""
-    ids, found = random_ids(2, length), []
-    mask = MASKS[mask](ids)
-    seen = torch.ones_like(ids).bool() if mask is None or mask.ndim == 4 else mask.bool()
-    for attention in ("eager", "sdpa"):
-        model = build(attn_implementation=attention, max_position_embeddings=512).train()
-        # A mask of shape (B, 1, S, S) goes to the layers as it is; eager attention adds it to the
-        # weights.
-        given = mask
-        if attention == "eager" and mask is not None and mask.ndim == 4:
-            given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float).min)
-        logits = model(ids, attention_mask=given, use_cache=False).logits
-        logits[seen].square().mean().backward()
-        found.append((logits[seen].detach(), gradients(model)))
-    (expected_logits, expected), (logits, actual) = found
-    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
-    assert_gradients_equal(actual, expected)
-
-
-def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():
-    layer = build(attention_dropout=0.25).model.layers[0].self_attn
-    # Flat attention to ones: each output is 1
-    query, value = torch.zeros(2, 4, 200, 8), torch.ones(2, 2, 200, 8)
-
-    def outputs():
-        return modeling_minimind.blocked_attention_forward(
-            layer.train(), query, value, value, None, 1.0, dropout=p
-        )[0]
-
-    torch.manual_seed(0)
-    p = 0.25
-    # The first token sees itself alone
-    assert outputs()[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert outputs().mean() == pytest.approx(1, abs=0.02)
-    p = 0.0
-    torch.testing.assert_close(outputs(), torch.ones(2, 200, 4, 8))
 
 
 def test_hidden_dropout_acts_in_training_only():
@@ -346,29 +263,6 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(trained, num_items):
     torch.testing.assert_close(output.loss, shifted_cross_entropy(output.logits, labels, num_items))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_items", [None, 7])
-def test_the_loss_and_its_gradient_are_those_of_the_library_piece_by_piece(
-    monkeypatch, num_items, dtype
-):
-    # 16 rows in pieces of 3
-    monkeypatch.setattr(modeling_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})
-    logits = torch.randn(2, 8, 97, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
-    labels = random_ids(2, 8)
-    labels[0, 2:5] = labels[1, 7] = -100
-    found = []
-    for function in (modeling_minimind.causal_lm_loss, ForCausalLMLoss):
-        leaf = logits.clone().requires_grad_()
-        loss = function(logits=leaf, labels=labels, vocab_size=97, num_items_in_batch=num_items)
-        (3 * loss).backward()
-        found.append((loss.detach(), leaf.grad))
-    (loss, grad), (expected_loss, expected_grad) = found
-    torch.testing.assert_close(loss, expected_loss)
-    torch.testing.assert_close(grad, expected_grad)
-    assert loss.dtype == torch.float32
-    assert grad.dtype == dtype
-
-
 def test_a_label_of_minus_100_is_ignored_and_the_first_label_is_nobodys_target(trained):
     ids = random_ids(2, 8)
     labels = ids.clone()
@@ -495,149 +389,6 @@ def test_three_adamw_steps_move_every_parameter(qk_norm, tied):
     assert [
         name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])
     ] == []
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_lm_head_is_written_only_where_it_is_not_tied(tmp_path, tied):
-    model = build(tie_word_embeddings=tied)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-    assert ("lm_head.weight" in names) == (not tied)
-    assert names | {"lm_head.weight"} == set(model.state_dict())
-
-
-@pytest.mark.parametrize(
-    "shape", ["wide heads", "one layer, untied", "other eps and theta", "YaRN"]
-)
-def test_from_pretrained_restores_the_logits_and_the_unsaved_rotary_buffers(tmp_path, shape):
-    model = build(**SHAPES[shape])
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is MiniMindForCausalLM
-    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
-    ids = random_ids(2, 11)
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def test_the_rotary_frequencies_are_powers_of_theta_after_from_pretrained(tmp_path):
-    build(
-        head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}
-    ).save_pretrained(tmp_path)
-    loaded = MiniMindForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(
-        loaded.model.rotary_emb.inv_freq, torch.tensor([1.0, 0.1, 0.01, 0.001])
-    )
-
-
-@pytest.mark.parametrize("part", ["config", "base model", "causal model"])
-def test_every_class_saves_the_code_and_the_names_for_all_auto_classes(tmp_path, part):
-    model = build()
-    {"config": model.config, "base model": model.model, "causal model": model}[
-        part
-    ].save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_minimind.MiniMindConfig",
-        "AutoModel": "modeling_minimind.MiniMindModel",
-        "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_minimind.MiniMindForSequenceClassification",
-    }
-    if part != "config":
-        assert {"configuration_minimind.py", "modeling_minimind.py"} <= {
-            file.name for file in tmp_path.iterdir()
-        }
-
-
-STRANGER = """
-import sys
-sys.modules["minimind"] = None  # importing it raises ModuleNotFoundError
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-trusted = {"trust_remote_code": True}
-ids = torch.load("ids.pt")
-with torch.no_grad():
-    config = AutoConfig.from_pretrained("saved", **trusted)
-    model = AutoModelForCausalLM.from_pretrained("saved", **trusted)
-    base = AutoModel.from_pretrained("saved", **trusted)
-    scorer = AutoModelForSequenceClassification.from_pretrained("scorer", **trusted)
-    model.save_pretrained("again")
-    reloaded = AutoModelForCausalLM.from_pretrained("again", **trusted)
-    names = [type(thing).__name__ for thing in (config, model, base, reloaded)]
-    results = {"names": names, "model": model(ids).logits, "reloaded": reloaded(ids).logits}
-    results["scores"] = scorer(ids).logits
-    results["base"] = model.lm_head(base(ids).last_hidden_state)
-torch.save(results, "results.pt")
-"""
-
-
-@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
-def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tmp_path, experts):
-    model, ids = build(num_experts=experts), random_ids(2, 9)
-    scorer = MiniMindForSequenceClassification(model.config).eval()
-    model.save_pretrained(tmp_path / "saved")
-    scorer.save_pretrained(tmp_path / "scorer")
-    torch.save(ids, tmp_path / "ids.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", STRANGER],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    results = torch.load(tmp_path / "results.pt")
-    assert results.pop("names") == [
-        "MiniMindConfig",
-        "MiniMindForCausalLM",
-        "MiniMindModel",
-        "MiniMindForCausalLM",
-    ]
-    with torch.no_grad():
-        expected = model(ids).logits
-        torch.testing.assert_close(results.pop("scores"), scorer(ids).logits, atol=1e-6, rtol=0)
-    for logits in results.values():
-        torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
-    # What a stranger saved is ours again
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert type(loaded) is MiniMindForCausalLM
-
-
-def test_the_auto_classes_build_minimind_without_remote_code(tmp_path):
-    build().save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is MiniMindConfig
-    assert type(AutoModel.from_pretrained(tmp_path)) is MiniMindModel
-    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
-    assert type(scorer) is MiniMindForSequenceClassification
-    assert torch.equal(scorer.model.embed_tokens.weight, build().model.embed_tokens.weight)
-
-
-@pytest.mark.parametrize("name", ["configuration_minimind.py", "modeling_minimind.py"])
-def test_the_files_copied_into_checkpoints_import_only_torch_the_library_and_each_other(name):
-    tree = ast.parse((Path(minimind.__file__).parent / "model" / name).read_text(encoding="utf-8"))
-    imported = {
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    imported |= {
-        "." * node.level + node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-    }
-    roots = {module if module.startswith(".") else module.split(".")[0] for module in imported}
-    assert roots <= {
-        "collections",
-        "huggingface_hub",
-        "torch",
-        "transformers",
-        ".configuration_minimind",
-    }
 
 
 def test_all_names_are_sorted_and_importable():

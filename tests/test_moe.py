@@ -70,7 +70,7 @@ def test_logits_and_gradients_are_those_of_qwen3_moe_for_the_same_weights(varian
     assert_gradients_equal(actual, expected)
 
 
-def test_one_expert_per_token_is_not_normalised_unless_asked_so_that_the_language_loss_trains_the_router():
+def test_one_expert_per_token_is_not_normalised_by_default_so_that_the_loss_trains_the_router():
     assert MiniMindConfig(num_experts=4, num_experts_per_tok=1).norm_topk_prob is False
     assert MiniMindConfig(num_experts=4, num_experts_per_tok=2).norm_topk_prob is True
 
@@ -112,7 +112,7 @@ def test_the_batch_loss_of_one_layer_is_that_of_qwen3_moe(padded):
     torch.testing.assert_close(actual, load_balancing_loss_func((logits,), 4, 2, mask))
 
 
-def test_the_sequence_loss_is_the_mean_of_each_sequences_batch_loss_and_both_are_means_over_layers():
+def test_the_sequence_loss_is_the_mean_of_each_sequences_loss_and_both_are_means_over_layers():
     layers = tuple(torch.randn(3, 15, 4, generator=torch.Generator().manual_seed(0)))
     mask = torch.ones(3, 5, dtype=torch.long)
     mask[1, 2:] = 0

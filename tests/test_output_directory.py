@@ -13,9 +13,10 @@ import pytest
 from pipeline import document_rows, failure, run_cli, run_script, write_model
 from test_resume import KilledError, command, kill_at, log_of, run
 
+from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.locks import lock, unlock
-from minimind.stage_directory import new_directory, read_stage, weights_hash
+from minimind.stage_directory import read_stage, weights_hash
 from minimind.training.definition import changed
 from minimind.training.output_directory import (
     CHECKPOINT_FILES,
@@ -198,7 +199,7 @@ def test_a_foreign_checkpoint_in_the_way_is_refused_before_anything_is_deleted(
 def test_a_leftover_is_replaced_and_a_foreign_directory_of_that_name_is_not(tmp_path):
     write(tmp_path / ".out.partial", {"mine": "x"})
     with (
-        pytest.raises(UserError, match="is in the way, and not of ours"),
+        pytest.raises(UserError, match="is in the way, and not one of ours"),
         new_directory(tmp_path / "out"),
     ):
         pass

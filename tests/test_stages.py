@@ -93,7 +93,7 @@ def test_a_stage_directory_is_complete(runs, stage):
     names = {path.name for path in (runs / stage).iterdir()}
     weights = {"adapter_config.json", "adapter_model.safetensors"} if stage == "lora" else {
         "config.json", "generation_config.json", "model.safetensors",
-        "configuration_minimind.py", "modeling_minimind.py",
+        "configuration_minimind.py", "kernels_minimind.py", "modeling_minimind.py",
     }  # fmt: skip
     common = {
         "tokenizer.json",
@@ -490,7 +490,7 @@ def test_going_on_from_a_stage_with_another_tokenizer_is_refused(
         DEFAULT_TOKENIZER,
     ]
     message = failure(capsys, run_script, monkeypatch, "pretrain", *argv)
-    assert "is not the tokenizer of the model to go on from" in message
+    assert "is not the tokenizer of the model to continue from" in message
 
 
 def test_a_complete_stage_is_accepted(runs):

@@ -255,7 +255,9 @@ def test_a_damaged_file_of_a_stage_is_named_to_each_reader(world, copy, capsys, 
                 assert said and name in said, (corruption, said)
             if name not in {*UNREAD, "chat_template.jinja"}:
                 assert (
-                    said is None or str(stage) in said or "is a whole model, no adapter" in said
+                    said is None
+                    or str(stage) in said
+                    or "is a complete model, not an adapter" in said
                 ), (corruption, said)
 
 

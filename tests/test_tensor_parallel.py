@@ -29,7 +29,8 @@ import minimind
 
 ids = torch.arange(3, 69).view(2, 33)
 for path in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2)).train()
+    config = DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config).train()
     output = model(ids, labels=ids)
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -89,6 +89,7 @@ def plant(directory, marker):
     for name in (
         "evil.py",
         "configuration_minimind.py",
+        "kernels_minimind.py",
         "modeling_minimind.py",
         "custom_generate/generate.py",
     ):

@@ -71,14 +71,14 @@ def run_train(args: Namespace) -> None:
     """`minimind tokenizer train`."""
     from minimind.tokenizer import check_destination, save_tokenizer, train_tokenizer
     from minimind.tokenizer.cutting import Cutter
-    from minimind.tokenizer.training import untrained
+    from minimind.tokenizer.training import new_bpe
     from minimind.tokenizer_evaluation.texts import read_texts, weighted
 
     check_output(args.output_dir, directory=True)
     check_destination(Path(args.output_dir))
     say(f"training a tokenizer of {args.vocab_size:,} tokens on {' '.join(args.files)}")
     start = time.perf_counter()
-    check = Cutter(untrained(args.pre_tokenizer)).check
+    check = Cutter(new_bpe(args.pre_tokenizer)).check
     texts = read_texts(args.files, args.on_bad_rows, columns=args.columns, check=check)
     words = (text.text for text in weighted(texts, dict(args.weights)))
     tokenizer = train_tokenizer(words, args.vocab_size, args.pre_tokenizer, args.min_frequency)

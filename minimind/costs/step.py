@@ -25,14 +25,9 @@ from transformers import (
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
-from minimind.model.modeling_minimind import (
-    BLOCK,
-    MAX_BLOCKED_LENGTH,
-    PIECE,
-    MiniMindExperts,
-    MiniMindTopKRouter,
-)
-from minimind.stage_directory import told
+from minimind.model.kernels_minimind import BLOCK, MAX_BLOCKED_LENGTH, PIECE
+from minimind.model.modeling_minimind import MiniMindExperts, MiniMindTopKRouter
+from minimind.stage_directory import loading_errors
 
 # Tokens per parameter at which a training budget is best spent (Hoffmann et al., 2022, table 3)
 CHINCHILLA = 20
@@ -105,7 +100,7 @@ def empty_model(
     Raises:
         UserError: the configuration makes no model, or the adapter does not fit it.
     """
-    with told(Path(config.name_or_path or "this recipe")), torch.device("meta"):
+    with loading_errors(Path(config.name_or_path or "this recipe")), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         if adapter is None:
             return model

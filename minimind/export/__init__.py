@@ -1,4 +1,4 @@
-"""`minimind export`: a stage directory in a stock layout, compared with the source before it
+"""`minimind export`: a stage directory in another format, compared with the source before it
 appears."""
 
 import copy
@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.gguf import require_gguf, rounded, write_gguf
@@ -40,12 +41,10 @@ from minimind.export.verification import (
     make_probes,
 )
 from minimind.stage_directory import (
-    base_of,
     check_vocabulary,
     library_versions,
     load_config,
     load_model,
-    new_directory,
     provenance,
     require_stage,
 )
@@ -55,21 +54,21 @@ DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 
 def export(directory: str | Path, out: str | Path, format: str, dtype: str | None = None) -> dict:
-    """Write the model of a stage directory to directory `out`, in `format`; returns the record in
-    its `export.json`.
+    """Write the model of a stage directory to directory `out`, and return its `export.json`.
 
     Args:
-        format: one of FORMATS; "gguf" writes `model.gguf`. dtype: one of DTYPES, "q8_0" for GGUF
-        alone. Default: that of the saved weights (of an adapter: its base's).
+        format: one of FORMATS; "gguf" writes `model.gguf`.
+        dtype: one of DTYPES, "q8_0" only for GGUF; by default that of the saved weights, or of an
+            adapter's base.
 
     Raises:
-        UserError: the format cannot express the model, or what was written is not the source; `out`
-        is not there then.
+        UserError: the format cannot express the model, or the written model differs from the
+            source. `out` does not appear then.
     """
     path = require_stage(directory)
     if format == "gguf":
         require_gguf()
-    dtype = dtype or saved_dtype(path)
+    dtype = dtype or str(load_config(path).dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPES or (dtype == "q8_0" and format != "gguf"):
         raise UserError(
             f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or"
@@ -77,12 +76,13 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
         )
     source, tokenizer = load_model(path).eval(), load_tokenizer(path)
     check_vocabulary(source, tokenizer, path)
-    if found := obstacles(source.config, format):
+    if reasons := obstacles(source.config, format):
         fitting = [name for name in FORMATS if not obstacles(source.config, name)]
         raise UserError(
-            f"--format {format} cannot express this model: {'; '.join(found)}. Possible:"
+            f"--format {format} cannot express this model: {'; '.join(reasons)}. Possible:"
             f" {', '.join(fitting)}."
         )
+
     with new_directory(out) as partial:
         write = write_gguf_directory if format == "gguf" else write_layout
         record = {
@@ -96,16 +96,10 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
     return record
 
 
-def saved_dtype(path: Path) -> str:
-    """The data type of the weights of a stage directory, of an adapter those of its base."""
-    dtype = load_config(base_of(path)).dtype
-    return str(dtype or "float32").removeprefix("torch.")
-
-
 def with_weights(
     source: PreTrainedModel, change: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> PreTrainedModel:
-    """A copy of a model with each parameter `change`d; the buffers stay as they are, in fp32."""
+    """A copy of a model with `change` applied to each parameter; the buffers stay in fp32."""
     model = copy.deepcopy(source)
     for name, parameter in model.named_parameters():
         parameter.data = change(name, parameter.data)
@@ -115,8 +109,8 @@ def with_weights(
 def write_layout(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str, out: Path
 ) -> dict:
-    """Write a layout of the library, or our own with its code, and compare; returns what was
-    compared."""
+    """Write a layout of the library, or our own with its code; returns the results of the
+    comparison."""
     target = getattr(torch, dtype)
     reference = with_weights(source, lambda name, weight: weight.to(target).float())
     probes = make_probes(reference, tokenizer)
@@ -131,32 +125,27 @@ def write_layout(
         model.config.use_cache = True
         model.to(target).save_pretrained(out)
         tokenizer.save_pretrained(out)
-        # The code in the directory itself: the Auto classes would take the package's.
-        shipped_class = get_class_from_dynamic_module(
-            f"modeling_minimind.{type(model).__name__}", out
-        )
+        # The code in the directory itself; the Auto classes would load the package's.
+        name = f"modeling_minimind.{type(model).__name__}"
+        shipped_class = get_class_from_dynamic_module(name, out)
         reloaded = shipped_class.from_pretrained(out, dtype=torch.float32)
     reloaded_tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     compared = compare(source, probes, tensors, reloaded, tokenizer, reloaded_tokenizer)
-    if format not in STOCK:
-        shutil.rmtree(
-            Path(inspect.getfile(shipped_class)).parents[1]
-        )  # the library's copy of a directory soon renamed
+    if format not in STOCK:  # remove the library's copy of the code, as the directory is temporary
+        shutil.rmtree(Path(inspect.getfile(shipped_class)).parents[1])
     return compared
 
 
 def write_gguf_directory(
     source: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, format: str, dtype: str, out: Path
 ) -> dict:
-    """Write `model.gguf`, and compare what transformers and, where it is installed, llama.cpp read
-    in it."""
+    """Write `model.gguf`; returns how transformers and, if installed, llama.cpp read it."""
     layout, file = natural_layout(source.config), out / "model.gguf"
     model = stock_model(source, layout)
     write_gguf(model, source.model.rotary_emb.attention_scaling, layout, tokenizer, dtype, file)
     reference = with_weights(source, lambda name, weight: rounded(name, weight, dtype))
     probes = make_probes(reference, tokenizer)
-    # The library takes a head_dim of 128, and no RoPE scaling, from a GGUF file that comes without
-    # a config.
+    # Without a config, the library assumes a head_dim of 128 and no RoPE scaling for a GGUF file.
     with redirect_stderr(io.StringIO()):  # a progress bar
         reloaded = type(model).from_pretrained(
             out, gguf_file=file.name, config=model.config, dtype=torch.float32
@@ -178,15 +167,13 @@ def compare(
     tokenizer: PreTrainedTokenizerFast,
     reloaded_tokenizer: PreTrainedTokenizerFast,
 ) -> dict:
-    """Raises UserError unless what was read back is what was to be written; returns what was
-    compared."""
+    """Raises UserError unless what was read back equals what was written; returns the figures."""
     check_tensors(tensors, reloaded.state_dict())
+    rounding = largest_difference(logits_of(source, probes.sequences), probes.logits)
     return {
         "read_back_by": f"{type(reloaded).__module__.split('.')[0]}.{type(reloaded).__name__}",
         "tensors_bitwise_equal": len(tensors),
         **check_model(probes, reloaded),
         **check_tokenizer(tokenizer, reloaded_tokenizer),
-        "max_logit_change_by_rounding": largest_difference(
-            logits_of(source, probes.sequences), probes.logits
-        ),
+        "max_logit_change_by_rounding": rounding,
     }

@@ -1,8 +1,7 @@
-"""GGUF, the file format of llama.cpp and ollama: one file with weights, config, tokenizer and chat
-template.
+"""GGUF, the format of llama.cpp and ollama: weights, config, tokenizer and template in one file.
 
-Matrices have the data type asked for; norms, biases and routers are fp32, as llama.cpp's own
-converter leaves them.
+Matrices have the requested data type; norms, biases and routers are fp32, as in files of
+llama.cpp's own converter.
 """
 
 import importlib.util
@@ -16,22 +15,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import UserError, install
+from minimind.tokenizer.encoding import BEYOND_BYTES_AND_MERGES
 from minimind.tokenizer.splitting import PRE_TOKENIZERS, splitting_name
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3-moe": "qwen3moe", "llama": "llama"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 Q8_BLOCK = 32  # weights that share a scale
-BEYOND_GGUF = (
-    "dropout",
-    "continuing_subword_prefix",
-    "end_of_word_suffix",
-    "byte_fallback",
-    "ignore_merges",
-)
 
 
 def require_gguf() -> None:
-    """Raises UserError where the `gguf` package is missing."""
+    """Raises UserError if the `gguf` package is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
             f"--format gguf needs the package gguf, which is not installed: {install('gguf')}"
@@ -39,25 +32,21 @@ def require_gguf() -> None:
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
-    """llama.cpp's name of a tokenizer's splitting rule. A wrong one gives other tokens without any
-    error.
+    """llama.cpp's name of a tokenizer's splitting rule.
 
     Raises:
-        UserError: the rule has no name here, or the tokenizer does more than a GGUF file can say.
+        UserError: the rule has no name, or a GGUF file cannot express the tokenizer.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = state["model"]
-    beyond = [key for key in BEYOND_GGUF if bpe.get(key)]
-    for reason, found in {
+    adds_tokens = tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False)
+    features = {option: bpe.get(option) for option in BEYOND_BYTES_AND_MERGES} | {
         f"a model of type {bpe['type']}": bpe["type"] != "BPE",
         "no merges": not bpe.get("merges"),
         "a normalizer": state["normalizer"],
-        "tokens added to every text": (
-            tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False)
-        ),
-    }.items():
-        beyond += [reason] if found else []
-    if beyond:
+        "tokens added to every text": adds_tokens,
+    }
+    if beyond := [feature for feature, present in features.items() if present]:
         raise UserError(f"a GGUF file cannot express this tokenizer: it has {', '.join(beyond)}.")
     if name := splitting_name(tokenizer.backend_tokenizer):
         return name
@@ -69,7 +58,7 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def to_ggml(name: str, tensor: torch.Tensor, dtype: str):
-    """A tensor's ggml type and its values in it; `name` is the library's."""
+    """The ggml type of a tensor, and its values in that type; `name` is the library's."""
     from gguf import GGMLQuantizationType, quantize
 
     exact = tensor.ndim == 1 or name.endswith("mlp.gate.weight")
@@ -83,7 +72,7 @@ def to_ggml(name: str, tensor: torch.Tensor, dtype: str):
 
 
 def rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """What a reader gets back of a tensor, in fp32."""
+    """A tensor as it is read back from a file, in fp32."""
     from gguf import dequantize
 
     kind, values = to_ggml(name, tensor, dtype)
@@ -93,7 +82,7 @@ def rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 def named_tensors(model: PreTrainedModel, layout: str) -> dict[str, tuple[str, torch.Tensor]]:
     """A stock model's tensors under their GGUF names, each with the library's name.
 
-    For Llama, llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... where the library rotates the
+    For Llama, llama.cpp rotates neighbouring rows (0, 1), (2, 3), ... and the library rotates the
     halves of a head, so the rows of q and k are interleaved.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
@@ -107,10 +96,8 @@ def named_tensors(model: PreTrainedModel, layout: str) -> dict[str, tuple[str, t
         parts = {name: tensor}
         if name.endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
-            parts = {
-                name.replace("gate_up_proj", "gate_proj"): gate,
-                name.replace("gate_up_proj", "up_proj"): up,
-            }
+            prefix = name.removesuffix("gate_up_proj")
+            parts = {f"{prefix}gate_proj": gate, f"{prefix}up_proj": up}
         elif layout == "llama" and re.search(r"\.[qk]_proj\.", name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             parts = {name: tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)}
@@ -131,16 +118,15 @@ def write_gguf(
     """Write a stock model in fp32 and its tokenizer as a GGUF file.
 
     Args:
-        attention_scaling: by what YaRN multiplies cosines and sines; 1 in plain RoPE.
+        attention_scaling: YaRN's factor of cosines and sines; 1 in plain RoPE.
     """
     from gguf import GGUFWriter, LlamaFileType, RopeScalingType
 
     config, rope = model.config, model.config.rope_parameters
     writer = GGUFWriter(path, ARCHITECTURES[layout])
     writer.add_name("MiniMind")
-    writer.add_file_type(
-        LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{TYPES[dtype]}"]
-    )
+    share = "ALL" if dtype == "float32" else "MOSTLY"
+    writer.add_file_type(LlamaFileType[f"{share}_{TYPES[dtype]}"])
     if dtype == "q8_0":
         writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)
@@ -164,10 +150,9 @@ def write_gguf(
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        # llama.cpp multiplies by YaRN's own factor of attention; this key is what stands beside it.
-        writer.add_rope_scaling_attn_factors(
-            attention_scaling / (1 + 0.1 * math.log(rope["factor"]))
-        )
+        # llama.cpp multiplies by YaRN's own attention factor; this key is an additional one.
+        factor = attention_scaling / (1 + 0.1 * math.log(rope["factor"]))
+        writer.add_rope_scaling_attn_factors(factor)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for name, (library_name, tensor) in named_tensors(model, layout).items():
         kind, values = to_ggml(library_name, tensor, dtype)
@@ -179,7 +164,7 @@ def write_gguf(
 
 
 def add_tokenizer(writer, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Write vocabulary, merges, special tokens and chat template; ids that no token has become
+    """Write vocabulary, merges, special tokens and chat template; ids without a token become
     unused ones."""
     from gguf import TokenType
 
@@ -191,14 +176,13 @@ def add_tokenizer(writer, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -
         types[index] = TokenType.NORMAL
         if index in added:
             types[index] = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    pairs = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
     writer.add_tokenizer_model("gpt2")  # any byte-level BPE
     writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(
-        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    )
+    writer.add_token_merges(merges)
     for name in ("bos", "eos", "pad"):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(index)

@@ -1,9 +1,10 @@
-"""`minimind merge`: an adapter and its base as one stage directory, compared with the two before it
+"""`minimind merge`: an adapter and its base as one stage directory, compared with both before it
 appears."""
 
 import sys
 from pathlib import Path
 
+from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.verification import check_model, make_probes
@@ -13,33 +14,30 @@ from minimind.stage_directory import (
     library_versions,
     load_adapter,
     load_model,
-    new_directory,
+    loading_errors,
     provenance,
     read_stage,
     require_stage,
-    told,
     weights_hash,
 )
 from minimind.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def merge(adapter: str | Path, out: str | Path) -> dict:
-    """Write the stage directory of an adapter merged into its base, in fp32, and return its
-    `stage.json`.
+    """Write an adapter merged into its base as a stage directory in fp32; returns its `stage.json`.
 
     Raises:
-        UserError: `adapter` is not an adapter, or the merged model does not answer as adapter and
-        base together do.
+        UserError: `adapter` is not an adapter, or the merged model differs from adapter and base.
     """
     path = require_stage(adapter)
     if not is_adapter(path):
-        raise UserError(f"{path} is a whole model, no adapter: there is nothing to merge.")
+        raise UserError(f"{path} is a complete model, not an adapter: there is nothing to merge.")
     tokenizer = load_tokenizer(path)
     model = load_adapter(path).eval()
     check_vocabulary(model, tokenizer, path)
     probes = make_probes(model, tokenizer)
     with new_directory(out) as partial:
-        with told(path):
+        with loading_errors(path):
             merged = model.merge_and_unload()
         merged.config.use_cache = True
         merged.save_pretrained(partial)

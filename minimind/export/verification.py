@@ -1,8 +1,7 @@
-"""Is a written model the model it was made from? Tensors, logits, greedy tokens and token ids,
-compared.
+"""Compare a written model with its source: tensors, logits, greedy tokens and token ids.
 
-The yardstick is the source with its weights rounded as the file rounds them, so that half precision
-and quantisation do not blunt the comparison: what is left is the order of additions.
+The reference is the source with its weights rounded as the file rounds them, so that only the order
+of additions differs, in half precision and quantised too.
 """
 
 import importlib.util
@@ -17,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.templates import bounded
 
-# Of the largest logit, at least of 1: the same fp32 arithmetic in another order
+# Relative to the largest logit, or to 1: the same fp32 arithmetic in another order
 LOGIT_TOLERANCE = 1e-5
-# llama.cpp also rounds the activations to the type of the matrix, in q8_0 to 8 bits. Of the
-# differences the median counts, in standard deviations of the logits: a single token that goes to
-# another expert makes the largest one large.
+# Of the median difference, in standard deviations of the logits: llama.cpp also rounds the
+# activations to the type of the matrix, in q8_0 to 8 bits, and a single token that goes to another
+# expert makes the largest difference large.
 LLAMA_CPP_TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 0.03, "q8_0": 0.1}
 NEW_TOKENS = 16
 PROMPTS = (
@@ -39,46 +38,35 @@ CHATS = (
         {"role": "user", "content": "And in words? 用中文回答"},
     ],
 )
+CODE = """def f(x: int) -> str:
+    return f"{x!r}"  # 返回
+
+
+if __name__ == '__main__':
+\tprint(f(0x1F))"""
+# fmt: off
 TEXTS = (
-    *PROMPTS,
-    *(
-        "",
-        " ",
-        "a",
-        "  two  spaces\t\ttabs \n\n\nlines\r\nend ",
-        "It's I'LL we've DON'T",
-        "3.14159 1,000,000 2026年",
-    ),
-    (
-        'def f(x: int) -> str:\n    return f"{x!r}"  # 返回\n\n\nif __name__ =='
-        " '__main__':\n\tprint(f(0x1F))"
-    ),
-    *(
-        "😀👍🏽👨‍👩‍👧🇨🇳",
-        "naïve café e\u0301 ﬁ Ω ß ½",
-        "日本語のテキスト、한국어 Русский عربى",
-        "“引号”，（括号）；——",
-    ),
-    *(
-        "\x00\x7f\ufeff\u200b\u3000",
-        "https://example.org/a?b=c&d=%20",
-        "<|im_start|>user\nhi<|im_end|><|endoftext|>",
-    ),
+    *PROMPTS, CODE, "", " ", "a", "  two  spaces\t\ttabs \n\n\nlines\r\nend ",
+    "It's I'LL we've DON'T", "3.14159 1,000,000 2026年", "😀👍🏽👨‍👩‍👧🇨🇳",
+    "naïve café e\u0301 ﬁ Ω ß ½", "日本語のテキスト、한국어 Русский عربى",
+    "“引号”，（括号）；——", "\x00\x7f\ufeff\u200b\u3000", "https://example.org/a?b=c&d=%20",
+    "<|im_start|>user\nhi<|im_end|><|endoftext|>",
 )
+# fmt: on
 
 
 @dataclass
 class Probes:
-    """What every model is asked, and the answers of the source model with rounded weights."""
+    """Inputs for every model, and the outputs of the source with rounded weights."""
 
     prompts: list[torch.Tensor]  # (1, S) each
-    sequences: list[torch.Tensor]  # (1, S + N) each: the prompts and their greedy continuations
+    sequences: list[torch.Tensor]  # (1, S + N) each: prompt and greedy continuation
     logits: list[torch.Tensor]  # (S + N, V) each, of the sequences
 
 
 def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probes:
-    """Prompts in Chinese and English, raw and as chats, cut where the model's window leaves no room
-    to continue."""
+    """Prompts in Chinese and English, raw and as chats, cut so that the model's window has room to
+    continue."""
     room = max(1, model.config.max_position_embeddings - NEW_TOKENS)
     prompts = [
         torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:room]])
@@ -89,8 +77,8 @@ def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> P
 
 
 def continuations(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each prompt and the NEW_TOKENS that greedy decoding adds, past an end token; one batch,
-    padded on the left."""
+    """Each prompt with the NEW_TOKENS of greedy decoding, which an end token does not stop; in one
+    batch with padding on the left."""
     width = max(ids.shape[1] for ids in prompts)
     ids = torch.cat([pad(row, (width - row.shape[1], 0)) for row in prompts])
     mask = torch.cat([pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in prompts])
@@ -112,35 +100,35 @@ def tokenisations(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 def chats_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The probe chats as the tokenizer's template writes them; without those it refuses, and none
-    without one."""
+    """The probe chats in the tokenizer's template, if it has one, except those it refuses."""
     texts = []
     for chat in CHATS if tokenizer.chat_template else ():
         try:
             with bounded():
-                texts.append(
-                    tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+                text = tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=False
                 )
-        except BadRowError:  # a system prompt, say
+        except BadRowError:  # such as a system prompt
             continue
+        texts.append(text)
     return texts
 
 
-def fail(what: str) -> NoReturn:
-    """Raises UserError: what was written is not the source."""
+def fail(problem: str) -> NoReturn:
+    """Raises UserError: the written model is not the source."""
     raise UserError(
-        f"the verification failed, so nothing was written: {what}. Please report it with the"
+        f"the verification failed, so nothing was written: {problem}. Please report it with the"
         " config.json."
     )
 
 
 def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-    """Over all logits of all probes; NaN where one is."""
+    """The largest difference between two lists of logits; NaN if one of them is."""
     return torch.stack([(a - b).abs().max() for a, b in zip(left, right, strict=True)]).max().item()
 
 
 def check_tensors(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
-    """Raises UserError unless both hold the same names with bitwise equal values."""
+    """Raises UserError unless both have the same names with bitwise equal values."""
     if different := sorted(expected.keys() ^ actual.keys()):
         fail(f"{', '.join(different[:3])} on one side only")
     for name, tensor in expected.items():
@@ -149,7 +137,7 @@ def check_tensors(expected: dict[str, torch.Tensor], actual: dict[str, torch.Ten
 
 
 def check_model(probes: Probes, model: PreTrainedModel) -> dict:
-    """Raises UserError unless `model` answers as the source; returns what was compared."""
+    """Raises UserError unless `model` computes what the source does; returns the figures."""
     difference = largest_difference(probes.logits, logits_of(model, probes.sequences))
     tolerance = LOGIT_TOLERANCE * max(1.0, *(logits.abs().max().item() for logits in probes.logits))
     if not difference <= tolerance:
@@ -165,12 +153,10 @@ def check_model(probes: Probes, model: PreTrainedModel) -> dict:
 
 
 def check_tokenizer(source: PreTrainedTokenizerFast, exported: PreTrainedTokenizerFast) -> dict:
-    """Raises UserError unless both give the same ids and have the same special tokens; returns what
-    was compared."""
+    """Raises UserError unless both return the same ids and have the same special tokens."""
     texts = [*TEXTS, *chats_of(source)]
-    for text, left, right in zip(
-        texts, tokenisations(source), tokenisations(exported), strict=True
-    ):
+    both = tokenisations(source), tokenisations(exported)
+    for text, left, right in zip(texts, *both, strict=True):
         if left != right:
             fail(f"the tokenizer splits {text[:40]!r} in another way")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -182,11 +168,10 @@ def check_tokenizer(source: PreTrainedTokenizerFast, exported: PreTrainedTokeniz
 def check_llama_cpp(
     probes: Probes, tokenizer: PreTrainedTokenizerFast, file: Path, dtype: str
 ) -> dict | None:
-    """Raises UserError unless llama.cpp reads in `file` what the source is; None where it is not
-    installed.
+    """Raises UserError unless llama.cpp computes from `file` what the source does; returns the
+    figures, or None if it is not installed.
 
-    Its greedy tokens are compared in fp32 only: elsewhere it computes in lower precision than the
-    source.
+    Greedy tokens are compared only in fp32: otherwise its precision is lower than the source's.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return None
@@ -194,9 +179,8 @@ def check_llama_cpp(
 
     longest = max(ids.shape[1] for ids in probes.sequences)
     fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-    llama = llama_cpp.Llama(
-        str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False, **fp32
-    )
+    sizes = {"n_ctx": longest, "n_batch": longest}
+    llama = llama_cpp.Llama(str(file), logits_all=True, verbose=False, **sizes, **fp32)
     for text in TEXTS:
         if llama.tokenize(text.encode(), add_bos=False, special=True) != tokenizer(text).input_ids:
             fail(f"llama.cpp splits {text[:40]!r} in another way")
@@ -227,31 +211,25 @@ def check_llama_cpp(
 
 
 def report(compared: dict) -> str:
-    """What was compared, in a few lines."""
+    """The figures of a comparison, in a few lines."""
     lines = [
         "verified: logits of {prompts} prompts differ by up to {max_logit_difference:.2g}"
-        " ({tolerance:.2g} tolerated)"
+        " ({tolerance:.2g} tolerated)",
+        "  {greedy_tokens_equal} greedy tokens are equal",
     ]
-    lines.append("  {greedy_tokens_equal} greedy tokens are equal")
     if "read_back_by" in compared:
-        lines.append(
-            "  {tensors_bitwise_equal} tensors are bitwise equal, read back by {read_back_by}"
-        )
-        lines.append("  {texts_tokenised_equally} texts are tokenised equally")
-        lines.append(
-            "  rounding to the data type moves logits by up to {max_logit_change_by_rounding:.2g}"
-        )
+        lines += [
+            "  {tensors_bitwise_equal} tensors are bitwise equal, read back by {read_back_by}",
+            "  {texts_tokenised_equally} texts are tokenised equally",
+            "  rounding to the data type moves logits by up to {max_logit_change_by_rounding:.2g}",
+        ]
     lines = [line.format(**compared) for line in lines]
-    if found := compared.get("llama.cpp"):
-        differ = (
-            f"logits differ by {found['median_logit_difference']:.2g} standard deviations (median)"
-        )
+    if figures := compared.get("llama.cpp"):
+        median, equal = figures["median_logit_difference"], figures["greedy_tokens_equal"]
         lines.append(
-            f"  llama.cpp {found['version']}: {differ}, {found['greedy_tokens_equal']} greedy"
-            " tokens are equal"
+            f"  llama.cpp {figures['version']}: logits differ by {median:.2g} standard deviations"
+            f" (median), {equal} greedy tokens are equal"
         )
     elif "llama.cpp" in compared:
-        lines.append(
-            "  llama.cpp was not asked: it is not installed (pip install llama-cpp-python)"
-        )
+        lines.append("  llama.cpp: not installed (pip install llama-cpp-python), so not compared")
     return "\n".join(lines)

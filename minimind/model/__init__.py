@@ -14,14 +14,14 @@ from minimind.model.modeling_minimind import (
     MiniMindModel,
 )
 
-# Announced already, see minimind/__init__.py
+# exist_ok: announced already, see minimind/__init__.py
 AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
 AutoModel.register(MiniMindConfig, MiniMindModel)
 AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM)
 AutoModelForSequenceClassification.register(MiniMindConfig, MiniMindForSequenceClassification)
 
-# The second registration makes every `save_pretrained` copy the model's code into the checkpoint;
-# with the first alone, a saved checkpoint would name files that are not there.
+# The second registration makes each `save_pretrained` copy the model's code into the checkpoint.
+# Without it, a checkpoint would name files that it does not have.
 MiniMindConfig.register_for_auto_class()
 MiniMindModel.register_for_auto_class("AutoModel")
 MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,53 +1,48 @@
-"""MiniMind configuration. This file is copied into every checkpoint: it imports transformers
-only."""
+"""MiniMind configuration. This file is copied into every checkpoint: it imports only
+transformers."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# What each kind of RoPE takes beside rope_type and rope_theta.
+# The parameters of each kind of RoPE, besides rope_type and rope_theta
+EXTENSION = {"factor", "original_max_position_embeddings"}
 ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "dynamic": {"factor", "original_max_position_embeddings"},
-    "yarn": {
-        *(
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-        ),
-        *("mscale", "mscale_all_dim", "truncate"),
-    },
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "dynamic": EXTENSION,
+    "yarn": EXTENSION
+    | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "llama3": EXTENSION | {"low_freq_factor", "high_freq_factor"},
 }
 
 
 @strict
 class MiniMindConfig(PreTrainedConfig):
-    """Shape of a MiniMind decoder; field names are the library's, so every tool finds what it looks
-    for.
+    """Shape of a MiniMind decoder, under the library's field names so that every tool finds them.
 
-    For the same weights the model computes what Qwen3 computes with `qk_norm=True`, what Llama
-    computes with `qk_norm=False`, and what Qwen3-MoE computes with `num_experts > 0`. What is left
-    at None is derived: `intermediate_size` is 8/3 of `hidden_size`, rounded up to a multiple of 64,
-    as Llama's; `head_dim` is `hidden_size / num_attention_heads`; `moe_intermediate_size` is
-    `intermediate_size`; `norm_topk_prob` is true for several experts per token and false for one,
-    whose weight would else be 1 whatever the router says, so that the language loss could not train
-    the router.
+    For the same weights the model computes what Qwen3 computes (`qk_norm=True`), what Llama
+    computes (`qk_norm=False`), or what Qwen3-MoE computes (`num_experts > 0`).
 
-    Every layer is a mixture of experts when `num_experts > 0`: `num_experts` routed ones of
-    `moe_intermediate_size`, of which a token visits `num_experts_per_tok`, beside
-    `n_shared_experts` that every token visits. `router_aux_loss_coef` weighs the load-balancing
-    loss, taken over the batch or, with `seq_aux`, over each sequence.
+    Fields left at None are derived:
+
+    - `head_dim` is `hidden_size / num_attention_heads`.
+    - `intermediate_size` is 8/3 of `hidden_size`, rounded up to a multiple of 64, as in Llama.
+    - `moe_intermediate_size` is `intermediate_size`.
+    - `norm_topk_prob` is true for several experts per token and false for one: normalised, its
+      weight would always be 1, and the language loss could not train the router.
+
+    With `num_experts > 0` every layer is a mixture of experts: each token visits
+    `num_experts_per_tok` of `num_experts` routed experts of `moe_intermediate_size`, and all
+    `n_shared_experts`. `router_aux_loss_coef` is the weight of the load-balancing loss, which is
+    computed over the batch or, with `seq_aux`, over each sequence.
 
     `rope_parameters` is the library's: `{"rope_type": "default" | "linear" | "dynamic" | "yarn" |
     "llama3", "rope_theta": ..., "factor": ..., ...}`; YaRN also needs
     `original_max_position_embeddings`.
 
     Raises:
-        StrictDataclassError: (of huggingface_hub, with the reason as its cause) for a wrong type or
-            a shape that cannot be.
+        StrictDataclassError: from huggingface_hub, with the reason as its cause, for a wrong type
+            or an impossible shape.
     """
 
     model_type = "minimind"
@@ -87,12 +82,9 @@ class MiniMindConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if (
-            self.head_dim is None
-            and self.num_attention_heads > 0
-            and not self.hidden_size % self.num_attention_heads
-        ):
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        heads = self.num_attention_heads
+        if self.head_dim is None and heads > 0 and self.hidden_size % heads == 0:
+            self.head_dim = self.hidden_size // heads
         if self.intermediate_size is None:
             self.intermediate_size = 64 * -(-self.hidden_size * 8 // (3 * 64))
         if self.moe_intermediate_size is None:
@@ -100,63 +92,54 @@ class MiniMindConfig(PreTrainedConfig):
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.num_experts_per_tok > 1
         if not self.num_experts:
-            self.router_aux_loss_coef = 0.0  # TRL takes any other value for a sign of routers
-        # `save_pretrained` of one class lists only that class: name them all, so that a checkpoint
+            self.router_aux_loss_coef = 0.0  # TRL would look for routers at any other value
+
+        # `save_pretrained` of one class lists only that class. List them all, so that a checkpoint
         # saved from any of them opens through every Auto class.
-        self.auto_map = {
-            "AutoConfig": "configuration_minimind.MiniMindConfig",
-            "AutoModel": "modeling_minimind.MiniMindModel",
-            "AutoModelForCausalLM": "modeling_minimind.MiniMindForCausalLM",
-            "AutoModelForSequenceClassification": (
-                "modeling_minimind.MiniMindForSequenceClassification"
-            ),
+        models = {
+            "AutoModel": "MiniMindModel",
+            "AutoModelForCausalLM": "MiniMindForCausalLM",
+            "AutoModelForSequenceClassification": "MiniMindForSequenceClassification",
         }
+        self.auto_map = {"AutoConfig": "configuration_minimind.MiniMindConfig"}
+        self.auto_map |= {auto: f"modeling_minimind.{name}" for auto, name in models.items()}
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the layers: attention by heads, each SwiGLU by its inner
-        width.
+        """How tensor parallelism splits the layers: attention by heads, SwiGLU by its inner width.
 
-        A property, since what there is to split depends on the configuration, and the plan must
-        name nothing else.
+        A property, because the plan must name only modules that this configuration has.
         """
         swiglu = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
         plan = {f"self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
-        plan |= {"self_attn.o_proj": "rowwise"}
+        plan["self_attn.o_proj"] = "rowwise"
         if self.qk_norm:
-            # Each process normalises its own heads with the whole weight, whose gradient is the sum
+            # Each process normalises its own heads with the same weight, whose gradient is the sum
             # over all heads.
-            plan |= {
-                f"self_attn.{name}": "replicated_with_grad_allreduce"
-                for name in ("q_norm", "k_norm")
-            }
+            norms = ("self_attn.q_norm", "self_attn.k_norm")
+            plan |= dict.fromkeys(norms, "replicated_with_grad_allreduce")
         if self.num_experts:
-            experts = {
-                ".gate_up_proj": "packed_colwise",
-                ".down_proj": "rowwise",
-                "": "moe_tp_experts",
-            }
-            plan |= {f"mlp.experts{name}": style for name, style in experts.items()}
+            plan["mlp.experts.gate_up_proj"] = "packed_colwise"
+            plan["mlp.experts.down_proj"] = "rowwise"
+            plan["mlp.experts"] = "moe_tp_experts"
         if not self.num_experts or self.n_shared_experts:
             prefix = "mlp.shared_experts" if self.num_experts else "mlp"
             plan |= {f"{prefix}.{name}": style for name, style in swiglu.items()}
         return {f"layers.*.{name}": style for name, style in plan.items()}
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the rules between fields."""
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        moe_sizes = ("num_experts_per_tok", "moe_intermediate_size") if self.num_experts else ()
-        for name in (*sizes, "num_key_value_heads", "max_position_embeddings", *moe_sizes):
+        """Called by the validation of `@strict`: ranges, and the rules between fields."""
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        sizes += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+        sizes += ["num_experts_per_tok", "moe_intermediate_size"] if self.num_experts else []
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        for name in ("num_experts", "n_shared_experts", "router_aux_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0.")
         if self.head_dim is None:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
@@ -168,23 +151,15 @@ class MiniMindConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of dimensions."
             )
-        if (
-            self.num_key_value_heads > self.num_attention_heads
-            or self.num_attention_heads % self.num_key_value_heads
-        ):
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
                 f" num_key_value_heads ({self.num_key_value_heads}): each key/value head serves a"
                 " whole group of query heads."
             )
-        for name in ("num_experts", "n_shared_experts", "router_aux_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0.")
         for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected a probability below 1."
-                )
+            if not 0 <= (rate := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {rate}, expected a probability below 1.")
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) is above num_experts"
@@ -193,13 +168,13 @@ class MiniMindConfig(PreTrainedConfig):
         if self.n_shared_experts and not self.num_experts:
             raise ValueError(
                 f"n_shared_experts is {self.n_shared_experts} and num_experts is 0: shared experts"
-                " stand beside routed ones. Give num_experts, or a larger intermediate_size for a"
-                " dense model."
+                " are used beside routed ones. Give num_experts, or a larger intermediate_size for"
+                " a dense model."
             )
 
     def validate_rope(self):
-        """The library warns of some RoPE mistakes that would compute something else in silence:
-        refuse them."""
+        """Refuse RoPE mistakes of which the library only warns, and then computes something
+        else."""
         rope = self.rope_parameters
         kind, factor = rope["rope_type"], rope.get("factor")
         if kind not in ROPE_KEYS:

@@ -1,19 +1,19 @@
 """MiniMind: a pre-norm decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU.
 
-With `num_experts > 0` each SwiGLU is a mixture of experts. Tensor names are Qwen3's and
-Qwen3-MoE's. For the same weights the logits are Qwen3's (Qwen3-MoE's) with `qk_norm=True` and
-Llama's with `qk_norm=False`. This file is copied into every checkpoint: it imports torch,
-transformers and its sibling only.
+- With `num_experts > 0` each SwiGLU is a mixture of experts.
+- Tensor names are Qwen3's and Qwen3-MoE's.
+- For the same weights the logits are Qwen3's (Qwen3-MoE's) with `qk_norm=True` and Llama's with
+  `qk_norm=False`.
 
-Shapes: B batch, S sequence, T = B * S tokens, H query heads, K key/value heads, D head_dim, E
-hidden_size, I moe_intermediate_size, V vocabulary.
+This file is copied into every checkpoint: it imports torch, transformers and its siblings only.
+
+Shapes: B batch, S sequence, T = B * S tokens, H query heads, K key/value heads, D head_dim,
+E hidden_size, I moe_intermediate_size, V vocabulary.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear, one_hot, rms_norm
+from torch.nn.functional import dropout, linear, one_hot, rms_norm, softmax
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,7 +22,6 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -32,21 +31,21 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_minimind import MiniMindConfig
-
-BLOCK = 128  # queries per block of `blocked_attention_forward`
-# Logits per piece of `CrossEntropy`: a cache's worth on a CPU, memory elsewhere
-PIECE = {True: 2**19, False: 2**26}
-MAX_BLOCKED_LENGTH = 1024  # beyond it the probabilities take too much memory for the time they save
+from .kernels_minimind import (
+    blocked_attention_forward,
+    blocks_are_faster,
+    causal_lm_loss,
+    eager_experts_forward,
+)
 
 
 class MiniMindRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019), the statistics in
-    fp32."""
+    """x / rms(x) * weight over the last dimension, statistics in fp32 (Zhang & Sennrich, 2019)."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -54,7 +53,7 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The same in one call; in bf16 it rounds after the weight, not before
+        # The same in one call. In bf16 it would round after the weight, not before.
         if hidden_states.dtype == torch.float:
             return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         states = hidden_states.float()
@@ -65,11 +64,83 @@ class MiniMindRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+class MiniMindMLP(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, config: MiniMindConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states))
+
+
+class MiniMindTopKRouter(nn.Module):
+    """The experts that each token visits, and the weight of each. Identical to Qwen3-MoE's."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(T, E) -> logits (T, experts), weights and indices of the chosen experts (T, top k)."""
+        router_logits = linear(hidden_states, self.weight)
+        routing_weights = router_logits.softmax(dim=-1, dtype=torch.float)
+        top_k_weights, top_k_index = routing_weights.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
+
+
+@use_experts_implementation
+class MiniMindExperts(nn.Module):
+    """SwiGLU experts stacked: gate_up_proj (experts, 2I, E) and down_proj (experts, E, I)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.intermediate_size = config.moe_intermediate_size
+        experts, inner, hidden = self.num_experts, self.intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        return eager_experts_forward(self, hidden_states, *routing)
+
+
+class MiniMindSparseMoeBlock(nn.Module):
+    """Routed experts (Shazeer et al., 2017) and shared ones for every token (DeepSeekMoE, 2024)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate = MiniMindTopKRouter(config)
+        self.experts = MiniMindExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            intermediate_size = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MiniMindMLP(config, intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output
+
+
 class MiniMindRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE (Su et al., 2021). Identical to Llama's.
 
     The buffers are not saved. `from_pretrained` builds on the meta device and fills them again
-    through the library's `_init_weights`, which knows this class by its name and these attributes:
+    through the library's `_init_weights`, which recognises this class by its name and attributes:
     keep both.
     """
 
@@ -84,238 +155,26 @@ class MiniMindRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(
-        config: MiniMindConfig, **kwargs
-    ) -> tuple[torch.Tensor, float]:
-        """theta ** (-2i / D) for i < D/2, shape (D/2,), and the scaling of cos and sin, 1 in plain
-        RoPE."""
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+        """theta ** (-2i / D) for i < D/2, and the scaling of cos and sin, 1 in plain RoPE."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids (B, S) -> cos, sin, each (B, S, D) in the dtype of `x`; the first half of
-        sin is negated."""
-        freqs = position_ids[..., None].float() * self.inv_freq.to(
-            device=x.device, dtype=torch.float
-        )
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """position_ids (B, S) -> cos, sin (B, S, D) in the dtype of `x`; the first half of sin is
+        negated, see `apply_rotary_pos_emb`."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
         cos, sin = freqs.cos() * self.attention_scaling, freqs.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
-def apply_rotary_pos_emb(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """Rotate (B, S, heads, D) by the positions of cos and sin (B, S, D): (x1 cos - x2 sin, x2 cos +
-    x1 sin) over the halves x1, x2 of D. The minus is in sin, so that swapping the halves is one
-    roll."""
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    """Rotate (B, S, heads, D) by cos and sin (B, S, D): with x1, x2 the halves of D, the result is
+    (x1 cos - x2 sin, x2 cos + x1 sin). The minus is in sin, so that one roll swaps the halves."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
-
-
-class MiniMindMLP(nn.Module):
-    """SwiGLU: down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
-
-    def __init__(self, config: MiniMindConfig, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(
-            self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        )
-
-
-class MiniMindTopKRouter(nn.Module):
-    """The experts that each token visits, and the weight of each. Identical to Qwen3-MoE's."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(
-        self, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(T, E) -> logits (T, experts), weights and indices of the chosen experts, each (T,
-        experts per token)."""
-        router_logits = linear(hidden_states, self.weight)
-        routing_weights = router_logits.softmax(dim=-1, dtype=torch.float)
-        top_k_weights, top_k_index = routing_weights.topk(self.num_experts_per_tok, dim=-1)
-        if self.norm_topk_prob:
-            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-        return router_logits, top_k_weights.to(router_logits.dtype), top_k_index
-
-
-class GroupedLinear(torch.autograd.Function):
-    """states (T, in) sorted by expert, weight (experts, out, in), how many tokens each expert has
-    -> (T, out).
-
-    Identical to `linear` on slices except: outputs and gradients are written where they belong.
-    Slices of a stacked weight have gradients of their own, which autograd would join at the cost of
-    another pass over all experts.
-    """
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        ctx.save_for_backward(states, weight)
-        ctx.sizes = sizes
-        output = states.new_empty(len(states), weight.shape[1])
-        for out, slice_, matrix in zip(
-            output.split(sizes), states.split(sizes), weight, strict=True
-        ):
-            torch.mm(slice_, matrix.T, out=out)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        states, weight = ctx.saved_tensors
-        grads = grad_output.contiguous().split(ctx.sizes)
-        grad_states = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_states = torch.empty_like(states)
-            for out, grad, matrix in zip(grad_states.split(ctx.sizes), grads, weight, strict=True):
-                torch.mm(grad, matrix, out=out)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-            for out, grad, slice_ in zip(grad_weight, grads, states.split(ctx.sizes), strict=True):
-                torch.mm(grad.T, slice_, out=out)
-        return grad_states, grad_weight, None
-
-
-def eager_experts_forward(
-    experts: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """Sort the visits by expert, so that each expert is one matrix product over a slice; then sort
-    back.
-
-    hidden_states (T, E), indices and weights (T, experts per token) -> (T, E). The slices' sizes go
-    to the host, which costs nothing on a CPU and a synchronisation elsewhere.
-    """
-    device = hidden_states.device.type
-    dtype = (
-        torch.get_autocast_dtype(device)
-        if torch.is_autocast_enabled(device)
-        else hidden_states.dtype
-    )
-    visits = top_k_index.flatten()
-    order = visits.argsort(stable=True)
-    sizes = visits.bincount(minlength=experts.num_experts).tolist()
-    # embedding(i, x) is x[i], except: its backward is parallel on a CPU, where that of x[i] is
-    # slow.
-    states = embedding(order // top_k_index.shape[1], hidden_states.to(dtype))
-    gate, up = GroupedLinear.apply(states, experts.gate_up_proj.to(dtype), sizes).chunk(2, dim=-1)
-    outputs = GroupedLinear.apply(experts.act_fn(gate) * up, experts.down_proj.to(dtype), sizes)
-    outputs = embedding(order.argsort(), outputs).unflatten(0, top_k_index.shape)
-    return (outputs * top_k_weights[..., None]).sum(dim=1)
-
-
-def fastest_experts_forward(
-    experts: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor
-) -> torch.Tensor:
-    """The sorted slices on a CPU; elsewhere, and in compiled code, grouped_mm, which leaves the
-    sizes on the device.
-
-    The choice is that of `benchmarks/model_step.py`.
-    """
-    on_host = hidden_states.device.type == "cpu" and not is_torchdynamo_compiling()
-    return (eager_experts_forward if on_host else grouped_mm_experts_forward)(
-        experts, hidden_states, *routing
-    )
-
-
-@use_experts_implementation
-class MiniMindExperts(nn.Module):
-    """SwiGLU experts as stacked tensors: gate_up_proj (experts, 2I, E) and down_proj (experts, E,
-    I)."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.intermediate_size = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(self.num_experts, 2 * self.intermediate_size, config.hidden_size)
-        )
-        self.down_proj = nn.Parameter(
-            torch.empty(self.num_experts, config.hidden_size, self.intermediate_size)
-        )
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-        return eager_experts_forward(self, hidden_states, *routing)
-
-
-class MiniMindSparseMoeBlock(nn.Module):
-    """Routed experts (Shazeer et al., 2017), beside shared ones that every token visits
-    (DeepSeekMoE, 2024)."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.gate = MiniMindTopKRouter(config)
-        self.experts = MiniMindExperts(config)
-        self.shared_experts = None
-        if config.n_shared_experts:
-            self.shared_experts = MiniMindMLP(
-                config, config.n_shared_experts * config.moe_intermediate_size
-            )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, top_k_weights, top_k_index = self.gate(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
-        return (
-            output if self.shared_experts is None else output + self.shared_experts(hidden_states)
-        )
-
-
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...],
-    top_k: int,
-    batch_size: int,
-    mask: torch.Tensor | None,
-    seq_aux: bool,
-) -> torch.Tensor:
-    """experts * sum_i f_i P_i (Switch Transformers, 2021, eq. 4), the mean over layers; `top_k` if
-    perfectly balanced.
-
-    f_i is the number of visits to expert i per token, P_i its mean probability: over the batch, or
-    with `seq_aux` over each sequence and then averaged (DeepSeekMoE, 2024, eq. 12). For one layer,
-    the batch's is Qwen3-MoE's.
-
-    Args:
-        router_logits: one (T, experts) a layer.
-        mask: (B, S), 0 where a token is padding and does not count.
-    """
-    logits = torch.stack(router_logits)  # (layers, T, experts)
-    num_experts = logits.shape[-1]
-    logits = logits.float().unflatten(1, (batch_size, -1))  # (layers, B, S, experts)
-    probabilities = logits.softmax(dim=-1)
-    visits = one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2)
-    counts = (
-        torch.ones(logits.shape[1:3], device=logits.device) if mask is None else mask.to(logits)
-    )
-    shares = (
-        counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        if seq_aux
-        else counts / counts.sum().clamp(min=1)
-    )
-    weighted = "lbse,bs->lbe" if seq_aux else "lbse,bs->le"
-    visits_per_token = torch.einsum(weighted, visits.to(logits), shares)
-    mean_probability = torch.einsum(weighted, probabilities, shares)
-    return num_experts * (visits_per_token * mean_probability).sum(dim=-1).mean()
 
 
 def eager_attention_forward(
@@ -328,81 +187,24 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T * scaling + mask) v, written out: query (B, H, S, D) -> output (B, S, H, D),
-    weights."""
+    """softmax(q k^T * scaling + mask) v: query (B, H, S, D) -> output (B, S, H, D), weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def blocked_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of a sequence to itself, a block of queries at a time, each up to the last
-    key it may see.
-
-    The same sums as SDPA's. For short sequences on a CPU, matrix products over whole blocks are
-    faster than torch's fused kernel, the more so in bf16 (`benchmarks/model_step.py`); the
-    probabilities stay in memory for the backward.
-    """
-    (B, H, S, D), K = query.shape, key.shape[1]
-    # Under autocast, value is in its dtype
-    query = (query * scaling).to(value.dtype).reshape(B * K, H // K, S, D)
-    key, value = (
-        key.to(value.dtype).reshape(B * K, S, D).transpose(1, 2),
-        value.reshape(B * K, S, D),
-    )
-    seen = (
-        attention_mask
-        if attention_mask is not None
-        else query.new_ones(S, S, dtype=torch.bool).tril()[None, None]
-    )
-    bias = torch.zeros_like(seen, dtype=value.dtype).masked_fill_(
-        ~seen, torch.finfo(value.dtype).min
-    )
-    outputs = []
-    for start in range(0, S, BLOCK):
-        rows = slice(start, start + BLOCK)
-        end = min(start + BLOCK, S)
-        # A mask given by hand may let a token see what comes after it
-        if seen[:, :, rows, end:].any():
-            end = S
-        weights = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end) + bias[
-            :, :, rows, :end
-        ]
-        weights = nn.functional.dropout(
-            weights.softmax(dim=-1), p=dropout, training=module.training
-        )
-        outputs.append((weights.view(B * K, -1, end) @ value[:, :end]).view(B, H, -1, D))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether to take `blocked_attention_forward` for SDPA: on a CPU, not in compiled code, without
-    earlier keys."""
-    short = 1 < query.shape[2] == key.shape[2] <= MAX_BLOCKED_LENGTH
-    return short and query.device.type == "cpu" and not is_torchdynamo_compiling()
-
-
 class MiniMindAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) through the library's attention interface.
+    r"""Grouped-query attention (Ainslie et al., 2023) through the library's attention interface.
 
     Identical to Qwen3's except: no sliding window; without `qk_norm`, identical to Llama's.
 
         query heads      q0 q1 q2 q3      H = 4
-                          \\ /   \\ /
+                          \ /   \ /
         key/value heads   k0    k1        K = 2, num_key_value_groups = 2
     """
 
@@ -415,34 +217,17 @@ class MiniMindAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(
-            config.hidden_size,
-            config.num_attention_heads * self.head_dim,
-            bias=config.attention_bias,
-        )
-        self.k_proj = nn.Linear(
-            config.hidden_size,
-            config.num_key_value_heads * self.head_dim,
-            bias=config.attention_bias,
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size,
-            config.num_key_value_heads * self.head_dim,
-            bias=config.attention_bias,
-        )
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * self.head_dim,
-            config.hidden_size,
-            bias=config.attention_bias,
-        )
-        # The norm is over D, before the rotation: it bounds the logits whatever the scale of q and
-        # k.
-        self.q_norm = (
-            MiniMindRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            MiniMindRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
+        E, bias = config.hidden_size, config.attention_bias
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(E, query_size, bias=bias)
+        self.k_proj = nn.Linear(E, key_value_size, bias=bias)
+        self.v_proj = nn.Linear(E, key_value_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, E, bias=bias)
+        # Over D, before the rotation: bounds the attention logits whatever the scale of q and k
+        norm = MiniMindRMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -465,13 +250,11 @@ class MiniMindAttention(nn.Module):
                 key_states, value_states, self.layer_idx
             )
 
-        implementation = self.config._attn_implementation
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, eager_attention_forward
-        )
-        if implementation == "sdpa" and blocks_are_faster(query_states, key_states):
-            attention_interface = blocked_attention_forward
-        attn_output, attn_weights = attention_interface(
+        name = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if name == "sdpa" and blocks_are_faster(query_states, key_states):
+            attention = blocked_attention_forward
+        attn_output, attn_weights = attention(
             self,
             query_states,
             key_states,
@@ -490,31 +273,23 @@ class MiniMindDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MiniMindAttention(config, layer_idx)
-        self.mlp = (
-            MiniMindSparseMoeBlock(config)
-            if config.num_experts
-            else MiniMindMLP(config, config.intermediate_size)
-        )
+        if config.num_experts:
+            self.mlp = MiniMindSparseMoeBlock(config)
+        else:
+            self.mlp = MiniMindMLP(config, config.intermediate_size)
         self.input_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MiniMindRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_dropout = config.hidden_dropout
 
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = residual + nn.functional.dropout(
-            hidden_states, self.hidden_dropout, self.training
-        )
-
-        residual = hidden_states
-        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return residual + nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + dropout(output, self.hidden_dropout, self.training)
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + dropout(output, self.hidden_dropout, self.training)
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
-    """What MiniMind supports, declared for the library."""
+    """Declares to the library what MiniMind supports."""
 
     config: MiniMindConfig
     config_class = MiniMindConfig
@@ -551,9 +326,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
         pad, ends = config.pad_token_id, config.eos_token_id
-        # Its row is not trained
-        padding = None if pad == ends or (isinstance(ends, list) and pad in ends) else pad
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
+        ends = ends if isinstance(ends, list) else [ends]
+        untrained_id = None if pad in ends else pad
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, untrained_id)
         self.layers = nn.ModuleList(
             [MiniMindDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)]
         )
@@ -574,8 +349,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """`position_ids` (B, S) that restart inside a row, without mask or cache, keep documents
-        apart."""
+        """Without mask and cache, `position_ids` (B, S) that restart in a row separate its
+        documents."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -584,10 +359,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (
-                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-                + past_length
-            )
+            length, device = inputs_embeds.shape[1], inputs_embeds.device
+            position_ids = past_length + torch.arange(length, device=device)[None]
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -596,8 +369,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -613,69 +386,46 @@ class MiniMindModel(MiniMindPreTrainedModel):
         )
 
 
-class CrossEntropy(torch.autograd.Function):
-    """logits (N, V), labels (N,) -> the sum of -log p(label) in fp32, labels of `ignore_index` left
-    out.
-
-    Identical to `nn.functional.cross_entropy(logits.float(), labels, reduction="sum")` except: the
-    gradient is made from the logits, a cache-sized piece at a time, so that neither an fp32 copy of
-    the logits nor their log-softmax is ever held; it is the logits' dtype.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-        rows = max(1, PIECE[logits.device.type == "cpu"] // logits.shape[1])
-        trained = labels != ignore_index
-        labels = labels.where(trained, 0)[:, None]
-        log_sum_exp = torch.cat(
-            [piece.float().logsumexp(dim=-1, keepdim=True) for piece in logits.split(rows)]
-        )
-        ctx.save_for_backward(logits, labels, trained, log_sum_exp)
-        ctx.rows = rows
-        return ((log_sum_exp - logits.gather(1, labels).float()).squeeze(1) * trained).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logits, labels, trained, log_sum_exp = ctx.saved_tensors
-        scale = (grad_loss * trained)[:, None]
-        grad = torch.empty_like(logits)
-        for out, piece, total, factor in zip(
-            *(t.split(ctx.rows) for t in (grad, logits, log_sum_exp, scale)), strict=True
-        ):
-            torch.mul((piece.float() - total).exp_(), factor, out=out)
-        return grad.scatter_add_(1, labels, -scale.to(grad.dtype)), None, None
-
-
-def causal_lm_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs: Unpack[TransformersKwargs],
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    top_k: int,
+    batch_size: int,
+    mask: torch.Tensor | None,
+    seq_aux: bool,
 ) -> torch.Tensor:
-    """Identical to the library's ForCausalLMLoss except for `CrossEntropy`: less memory, less
-    time."""
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    shift_labels = shift_labels.reshape(-1).to(logits.device)
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != ignore_index).sum()
-    return (
-        CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)
-        / num_items_in_batch
-    )
+    """experts * sum_i f_i P_i (Switch Transformers, 2021, eq. 4), averaged over the layers; `top_k`
+    if perfectly balanced.
+
+    f_i is the number of visits to expert i per token, P_i its mean probability, both over the
+    batch. With `seq_aux`, both are over one sequence, and the losses are averaged (DeepSeekMoE,
+    2024, eq. 12). For one layer and without `seq_aux`, this is Qwen3-MoE's.
+
+    Args:
+        router_logits: (T, experts) of each layer.
+        mask: (B, S), 0 where a token is padding and does not count.
+    """
+    logits = torch.stack(router_logits).float().unflatten(1, (batch_size, -1))
+    num_experts = logits.shape[-1]
+    visits = one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2)
+
+    # The share of each token in the mean
+    counts = logits.new_ones(logits.shape[1:3]) if mask is None else mask.to(logits)
+    total = counts.sum(dim=1, keepdim=True) if seq_aux else counts.sum()
+    shares = counts / total.clamp(min=1)
+
+    # l layers, b sequences, s positions, e experts
+    mean = "lbse,bs->lbe" if seq_aux else "lbse,bs->le"
+    visits_per_token = torch.einsum(mean, visits.to(logits), shares)
+    mean_probability = torch.einsum(mean, logits.softmax(dim=-1), shares)
+    return num_experts * (visits_per_token * mean_probability).sum(dim=-1).mean()
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
-    """Token ids (B, S) -> logits (B, S, V), and the shifted cross-entropy when `labels` (B, S) are
-    given.
+    """Token ids (B, S) -> logits (B, S, V), and with `labels` (B, S) the shifted cross-entropy.
 
-    In training, a mixture of experts adds `router_aux_loss_coef` times the load-balancing loss; in
-    evaluation the loss stays the cross-entropy, so that it measures the language alone.
-    `output_router_logits` gives both in any mode.
+    In training, a mixture of experts adds `router_aux_loss_coef` times the load-balancing loss. In
+    evaluation the loss is the cross-entropy alone, so that it measures the language;
+    `output_router_logits` returns the load-balancing loss beside it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -702,8 +452,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
-        """Labels are not shifted by the caller; -100 is ignored. `num_items_in_batch` in `kwargs`
-        makes the loss a sum over trained tokens divided by that number, so that gradient
+        """The caller does not shift the labels; -100 is ignored. With `num_items_in_batch` in
+        `kwargs` the loss is the sum over trained tokens divided by that number, so that gradient
         accumulation averages over tokens."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -719,17 +469,17 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         if outputs.router_logits:
+            mask = None if input_ids is None else input_ids != self.config.pad_token_id
             if attention_mask is not None and attention_mask.ndim == 2:
-                # It also covers what the cache holds
+                # It also covers the tokens in the cache
                 mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
-            else:
-                mask = None if input_ids is None else input_ids != self.config.pad_token_id
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
@@ -738,9 +488,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 self.config.seq_aux,
             )
         if train_router:
-            # A trainer sums the losses of its micro-batches and ranks. The cross-entropy is divided
-            # for that by num_items_in_batch; this term has to take its micro-batch's share of the
-            # tokens, or it would count once per micro-batch
+            # A trainer sums the losses of its micro-batches and ranks. The cross-entropy is
+            # therefore divided by num_items_in_batch; this term is weighted by the micro-batch's
+            # share of the tokens, or it would count once per micro-batch
             # (https://github.com/huggingface/transformers/issues/48690).
             share = 1.0
             if kwargs.get("num_items_in_batch") is not None:
@@ -758,12 +508,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 
 class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMindPreTrainedModel):
-    """Token ids (B, S) -> scores (B, num_labels) of the last token that is not padding: a reward
-    model's head."""
+    """Token ids (B, S) -> scores (B, num_labels) of the last token before padding, for reward
+    models."""
 
     def __init__(self, config: MiniMindConfig):
-        # Identical to the library's except: it names the base class, where the library's asks the
-        # Auto classes, which do not know it in a process that loads this file as remote code.
+        # Identical to the library's except: it names the base class. The library's looks it up in
+        # the Auto classes, which do not know it in a process that loads this file as remote code.
         MiniMindPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MiniMindModel(config)
@@ -771,8 +521,7 @@ class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMi
         self.post_init()
 
 
-ALL_EXPERTS_FUNCTIONS.register("fastest", fastest_experts_forward)
-# Files hold one tensor per expert and projection, as those of Qwen2-MoE and Qwen3-MoE do.
+# In files, each expert and projection is a tensor of its own, as in Qwen2-MoE's and Qwen3-MoE's
 register_checkpoint_conversion_mapping(
     "minimind", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
 )

@@ -1,18 +1,17 @@
 """Documents -> token ids, fast and exact: tiktoken's engine on the vocabulary and merges of
 tokenizer.json.
 
-The ids are those of the library's tokenizer, which stays the only truth. Two things make them so,
-and a third watches:
+The ids must be those of the library's tokenizer. Two rules ensure that, and a third checks it:
 
-*   tiktoken merges any two neighbours whose bytes are a token, BPE only the listed pairs. What stands between the
-    borders of a final token was merged without regard to anything outside, hence as that token alone would be. So if
-    tiktoken builds each token of a text, alone, from listed pairs only, it has merged that text by listed pairs only,
-    each time the first of them: what BPE does. The other tokens are known beforehand (`unsure`), and a document that
-    holds one is encoded by the library.
-*   Tokens that are added but not special ("<think>", say) are cut out of any text before it is split: documents that
-    hold the text of one go to the library too.
-*   In every run the library encodes a sample beside it. (That both split text alike, whatever the character, is tested
-    on all of Unicode by benchmarks/data_preparation.py --unicode.)
+*   tiktoken merges any two neighbours whose bytes are a token, BPE only listed pairs. What lies
+    within a final token was merged without regard to anything outside, just like that token alone.
+    If tiktoken builds each token of a text, alone, from listed pairs only, then it has merged the
+    text by listed pairs only, the first of them each time, as BPE does. All other tokens are known
+    beforehand (`unsure`), and the library encodes the documents in which one occurs.
+*   Added tokens that are not special (such as "<think>") are cut out of a text before it is split.
+    The library also encodes the documents that contain the text of one.
+*   In every run the library encodes a sample for comparison. (benchmarks/data_preparation.py
+    --unicode tests on all of Unicode that both split text alike.)
 
 Both encode long texts in pieces (cutting.py).
 """
@@ -30,20 +29,23 @@ from transformers import PreTrainedTokenizerFast
 from minimind.tokenizer.cutting import PIECE, Cutter
 from minimind.tokenizer.loading import BYTE_OF, text_encoder
 
-END = "\U0010ffff end of document \U0010ffff"  # becomes EOS; U+10FFFF is no character
+END = "\U0010ffff end of document \U0010ffff"  # becomes EOS; U+10FFFF is not a character
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-FIRST_CHECKED = 100  # documents of a run that both engines encode, and then one of each batch
+FIRST_CHECKED = 100  # documents of a run that both engines encode, before one of each batch
 CHECKED = 2**14  # characters of a document that are checked
+# Options of BPE that neither tiktoken nor a GGUF file has
+BEYOND_BYTES_AND_MERGES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+BEYOND_BYTES_AND_MERGES += ("byte_fallback", "ignore_merges")
 
 
 class WrongIdsError(Exception):
-    """The fast engine gave other ids than the library."""
+    """The fast engine returned other ids than the library."""
 
 
 class DocumentEncoder:
     """Texts -> one flat array of their ids, each text followed by EOS.
 
-    Can be called from several threads at once; the engines leave Python's lock to the others.
+    Can be called from several threads at once; the engines release Python's lock.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, fast: bool = True):
@@ -51,14 +53,14 @@ class DocumentEncoder:
         self.cut = Cutter(self.library)
         self.eos_token_id = tokenizer.eos_token_id
         self.dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-        self.engine, self.unsure, self.added = (
-            fast_engine(self.library, self.eos_token_id) if fast else (None,) * 3
-        )
+        self.engine = self.unsure = self.added = None
+        if fast:
+            self.engine, self.unsure, self.added = fast_engine(self.library, self.eos_token_id)
         self.unchecked = FIRST_CHECKED
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Raises BadRowError for a text that `cut` refuses, and WrongIdsError where the engines
-        differ: begin again with `fast=False`."""
+        """Raises BadRowError for a text that `cut` refuses, and WrongIdsError if the engines
+        differ: start again with `fast=False`."""
         parts = []
         for is_long, group in groupby(texts, lambda text: len(text) > PIECE):
             if is_long:
@@ -75,21 +77,26 @@ class DocumentEncoder:
         text = END.join(texts) + END
         try:
             ids = self.engine.encode_to_numpy(text, allowed_special={END})
-        except ValueError:  # its splitting has too small a stack for very long white space
+        except ValueError:  # its stack is too small to split very long white space
             return self._by_library(texts)
         ends = np.flatnonzero(ids == self.eos_token_id)
-        if len(ends) != len(texts):  # a text that holds the mark itself
+        if len(ends) != len(texts):  # a text contains the mark itself
             return self._by_library(texts)
+
+        # The documents that the library has to encode
         doubtful = np.unique(np.searchsorted(ends, np.flatnonzero(self.unsure[ids])))
         if self.added and self.added.search(text):
-            found = [index for index, each in enumerate(texts) if self.added.search(each)]
-            doubtful = np.union1d(doubtful, found).astype(int)
+            added = [index for index, each in enumerate(texts) if self.added.search(each)]
+            doubtful = np.union1d(doubtful, added).astype(int)
+
+        # A sample of the others is checked
         checked = range(min(max(self.unchecked, 1), len(texts)))
         self.unchecked -= len(checked)
         parts = np.split(ids, ends[:-1] + 1)
         for index in checked:
             if index not in doubtful:
                 self._check(texts[index], parts[index])
+
         if len(doubtful):
             for index in doubtful:
                 parts[index] = self._by_library([texts[index]])
@@ -115,66 +122,53 @@ class DocumentEncoder:
 def fast_engine(
     library: Tokenizer, eos_token_id: int
 ) -> tuple[tiktoken.Encoding | None, np.ndarray | None, re.Pattern | None]:
-    """tiktoken's engine, by id whether the library has to be asked about a token, and the added
+    """tiktoken's engine; for each id, whether the library has to decide; a pattern of the added
     tokens' text.
 
-    The engine is None where it would not do what tokenizer.json says: for anything but byte-level
+    All are None where tiktoken would not do what tokenizer.json says: for anything but byte-level
     BPE whose merges are numbered in their order, without normalizer and dropout.
     """
+    none = (None, None, None)
     state = json.loads(library.to_str())
     bpe, pattern = state["model"], split_pattern(state["pre_tokenizer"])
-    beyond = (
-        "dropout",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "byte_fallback",
-        "ignore_merges",
-    )
-    if (
-        pattern is None
-        or bpe["type"] != "BPE"
-        or state["normalizer"]
-        or any(bpe.get(key) for key in beyond)
-    ):
-        return None, None, None
-    added = {token["content"] for token in state["added_tokens"]}
+    if pattern is None or bpe["type"] != "BPE" or state["normalizer"]:
+        return none
+    if any(bpe.get(option) for option in BEYOND_BYTES_AND_MERGES):
+        return none
+
+    def to_bytes(token: str) -> bytes:
+        return bytes(BYTE_OF[character] for character in token)
+
+    added = {token["content"]: token["special"] for token in state["added_tokens"]}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"])
     try:
-        vocabulary = {
-            bytes(map(BYTE_OF.__getitem__, t)): i for t, i in bpe["vocab"].items() if t not in added
-        }
-        merges = [
-            tuple(bytes(map(BYTE_OF.__getitem__, part)) for part in _pair(merge))
-            for merge in bpe["merges"]
-        ]
-        merged = [vocabulary[left + right] for left, right in merges]
-    except KeyError:  # tokens that are no bytes, or merges into an added token
-        return None, None, None
+        vocabulary = {to_bytes(token): i for token, i in bpe["vocab"].items() if token not in added}
+        merges = [(to_bytes(left), to_bytes(right)) for left, right in pairs]
+        results = [vocabulary[left + right] for left, right in merges]
+    except KeyError:  # tokens that are not bytes, or merges into an added token
+        return none
     every_byte = all(bytes([value]) in vocabulary for value in range(256))
-    if not every_byte or any(a >= b for a, b in pairwise(merged)):
-        return None, None, None
+    if not every_byte or any(a >= b for a, b in pairwise(results)):
+        return none
+
+    special = {END: eos_token_id}
     engine = tiktoken.Encoding(
-        "minimind", pat_str=pattern, mergeable_ranks=vocabulary, special_tokens={END: eos_token_id}
+        "minimind", pat_str=pattern, mergeable_ranks=vocabulary, special_tokens=special
     )
     listed = set(merges)
     unsure = np.ones(max(*vocabulary.values(), eos_token_id) + 1, dtype=bool)
     unsure[eos_token_id] = False
     for token, index in vocabulary.items():
-        unsure[index] = not built_from(token, vocabulary, listed)
-    literal = [
-        re.escape(token["content"]) for token in state["added_tokens"] if not token["special"]
-    ]
+        unsure[index] = not is_built_from(token, vocabulary, listed)
+    literal = [re.escape(text) for text, is_special in added.items() if not is_special]
     return engine, unsure, re.compile("|".join(literal)) if literal else None
 
 
-def _pair(merge: str | list[str]) -> Sequence[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def built_from(
+def is_built_from(
     token: bytes, vocabulary: dict[bytes, int], listed: set[tuple[bytes, bytes]]
 ) -> bool:
-    """Whether merging the first of all mergeable neighbours in `token`, again and again, ends in
-    one token and uses listed pairs only."""
+    """Whether repeatedly merging the first of all mergeable neighbours in `token` ends in one token
+    and uses listed pairs only."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         ranks = [vocabulary.get(a + b, len(vocabulary) + 10**9) for a, b in pairwise(parts)]

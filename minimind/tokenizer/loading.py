@@ -1,4 +1,4 @@
-"""A tokenizer's directory: writing it and loading it; and what stages read off a tokenizer."""
+"""Write and load a tokenizer's directory; its hash, and the bytes of its tokens."""
 
 import json
 import os
@@ -21,7 +21,8 @@ COPY = "Copy the file again from where it is complete, or write the directory ag
 
 
 def check_destination(directory: Path) -> None:
-    """Raises UserError where a tokenizer would replace that of a model, or another program's."""
+    """Raises UserError for a directory whose tokenizer belongs to a model, or to another
+    program."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--output_dir {directory} is a file. Give a directory.")
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
@@ -35,8 +36,7 @@ def check_destination(directory: Path) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write a tokenizer's files whole, `tokenizer.json` last, so that a directory that has it is
-    complete."""
+    """Write a tokenizer's files, `tokenizer.json` last: a directory that has it is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".partial") as partial:
         tokenizer.save_pretrained(partial)
@@ -45,11 +45,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Load the tokenizer in directory `path`, by default the 6,400-token one that ships with the
-    package.
+    """Load the tokenizer in directory `path`, by default the 6,400-token one of the package.
 
     What a tokenizer lacks is judged where it is needed: the end token by `documents.preparation`,
     the chat template by `template_choice.set_chat_template`.
+    It may lack an end token or a chat template; those who need one check that.
 
     Raises:
         UserError: there is no tokenizer, or it cannot be read.
@@ -65,16 +65,16 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise unreadable(path, error) from error
-    if isinstance(tokenizer.chat_template, dict):  # several by name, for chats, for tools ...
+    if isinstance(tokenizer.chat_template, dict):  # several by name: for chats, for tools, ...
         tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if tokenizer.pad_token_id is None:  # padding is masked by its place, so any token may pad
+    if tokenizer.pad_token_id is None:  # padding is masked by position, so any token may pad
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def check_side_files(path: Path) -> None:
-    """Raises UserError for files beside a tokenizer.json that are there and do not read: the
-    library goes without."""
+    """Raises UserError for unreadable files beside a tokenizer.json, which the library would
+    ignore."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if os.path.lexists(path / name):
             read_json(path / name, COPY, fields={"model_max_length": int | float | None})
@@ -87,8 +87,8 @@ def check_side_files(path: Path) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """What to say of a tokenizer that a library cannot load; raises UserError where a file it reads
-    is no JSON."""
+    """The error for a tokenizer that a library cannot load; raises a more exact UserError if one of
+    its files is not JSON."""
     for name in ("tokenizer.json", "config.json"):
         if os.path.lexists(path / name):
             read_json(path / name, COPY)
@@ -97,15 +97,15 @@ def unreadable(path: Path, error: Exception) -> UserError:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of what decides the ids: vocabulary, merges and splitting, not the padding last asked
-    for."""
+    """A hash of what decides the ids: vocabulary, merges and splitting, but not the padding last
+    used."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.update(truncation=None, padding=None)
     return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The Rust tokenizer for raw text, in which "<|im_end|>" is ten characters and not the end of a
+    """The Rust tokenizer for raw text, in which "<|im_end|>" is ten characters, not the end of a
     document."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_padding()
@@ -115,7 +115,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """The bytes of text that each id stands for; None for an id without a token."""
+    """The bytes of text of each id; None for an id without a token."""
     state = json.loads(tokenizer.to_str())
     byte_level = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["decoder"]])
     added = {token["id"] for token in state["added_tokens"]}
@@ -125,7 +125,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
         if index in added:
             result[index] = token.encode()
         elif byte_level and all(character in BYTE_OF for character in token):
-            result[index] = bytes(BYTE_OF[character] for character in token)
+            result[index] = bytes(map(BYTE_OF.get, token))
         elif state["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x"):
             result[index] = bytes.fromhex(token[3:5])
         else:  # SentencePiece and WordPiece
@@ -134,15 +134,13 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
 
 
 def text_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The bytes of text that each token id stands for; special tokens stand for none."""
+    """The bytes of text of each id; a special token has none."""
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = token_bytes(tokenizer.backend_tokenizer)
-    return [
-        b"" if piece is None or index in special else piece for index, piece in enumerate(pieces)
-    ]
+    return [b"" if index in special else piece or b"" for index, piece in enumerate(pieces)]
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """How many bytes of text each token id stands for; special tokens stand for none."""
+    """The number of bytes in `text_bytes` of each id."""
     return [len(piece) for piece in text_bytes(tokenizer)]

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer with ChatML."""
+"""Train a byte-level BPE tokenizer with ChatML."""
 
 import sys
 from collections.abc import Iterable
@@ -11,16 +11,15 @@ from minimind.common.errors import UserError
 from minimind.tokenizer.cutting import Cutter
 from minimind.tokenizer.splitting import PRE_TOKENIZERS
 
-# The order fixes the ids 0, 1, 2. Padding is its own token, never the end token: were they one,
-# masking the padding would mask the end of every reply, and the model would never learn to stop.
+# The order fixes the ids 0, 1, 2. Padding must not be the end token: masking the padding would then
+# mask the end of every reply, and the model would never learn to stop.
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
-
 CHAT_TEMPLATE = Path(__file__).parent / "chatml.jinja"
 
 
-def untrained(pre_tokenizer: str) -> Tokenizer:
-    """What is trained: BPE without a vocabulary; raises UserError for a name that is not in
+def new_bpe(pre_tokenizer: str) -> Tokenizer:
+    """BPE without a vocabulary, to be trained; raises UserError for a name that is not in
     PRE_TOKENIZERS."""
     if pre_tokenizer not in PRE_TOKENIZERS:
         raise UserError(
@@ -37,16 +36,17 @@ def train_tokenizer(
     pre_tokenizer: str = "qwen2",
     min_frequency: int = 0,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`, ready for chat; the same texts give the same
-    tokenizer.
+    """Train a byte-level BPE tokenizer for chat on `texts`; the same texts give the same tokenizer.
 
-    `pre_tokenizer` is one of `splitting.PRE_TOKENIZERS`; pairs seen fewer than `min_frequency`
-    times are not merged. The result may hold fewer tokens than `vocab_size` where the texts have no
-    more pairs to merge.
+    The result has fewer tokens than `vocab_size` if the texts have no more pairs to merge.
+
+    Args:
+        pre_tokenizer: one of `splitting.PRE_TOKENIZERS`.
+        min_frequency: pairs that occur less often are not merged.
 
     Raises:
-        UserError: `vocab_size` leaves no room beside the 256 bytes and the special tokens,
-            `pre_tokenizer` is none of them, or `min_frequency` is below 0.
+        UserError: `vocab_size` has no room for the 256 bytes and the special tokens,
+            `pre_tokenizer` is unknown, or `min_frequency` is below 0.
         BadRowError: a text that `Cutter` refuses.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
@@ -57,15 +57,15 @@ def train_tokenizer(
         )
     if min_frequency < 0:
         raise UserError(f"--min_frequency {min_frequency}: expected 0 or more.")
-    bpe = untrained(pre_tokenizer)
-    cut = Cutter(untrained(pre_tokenizer))  # another one: what is in training answers nobody
+    bpe = new_bpe(pre_tokenizer)
+    cut = Cutter(new_bpe(pre_tokenizer))  # another one: a tokenizer in training cannot be used
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        # The trainer draws its own bars, of reading and of merging
+        # The trainer's own bars, for reading and for merging
         show_progress=sys.stderr.isatty(),
     )
     bpe.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)

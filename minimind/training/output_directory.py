@@ -30,9 +30,10 @@ RUN_LOGS = ("train_log.jsonl", "samples.jsonl")  # a checkpoint keeps a copy of 
 # (guards.py) are not among them: they are kept.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "configuration_minimind.py"),
-    *("modeling_minimind.py", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_args.bin"),
+    *("kernels_minimind.py", "modeling_minimind.py", "model.safetensors"),
+    *("model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_config.json"),
+    *("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "training_args.bin"),
 )
 RUN_FILES = (
     *(RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png"),

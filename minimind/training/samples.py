@@ -15,7 +15,7 @@ from minimind.common.streams import printable
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.message_order import check_order
 from minimind.data.messages import parse_messages
-from minimind.evaluation import complete
+from minimind.generation import complete
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")

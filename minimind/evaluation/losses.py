@@ -1,0 +1,165 @@
+"""Losses of a model: held-out metrics of a trainer, bits per byte, the loss of each token."""
+
+import math
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+
+from minimind.data.packing import IGNORED, PackedCollator
+from minimind.tokenizer import token_byte_lengths
+
+MAX_LOGITS = 2**26  # of one batch of `row_metrics`
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # the entries of a batch for the model
+# What `Trainer.evaluate` returns besides metrics
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+# Of a trainer
+
+
+def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """The trainer's held-out metrics "before" its first step (needs `eval_on_start`) and "after"
+    its last; both are empty without held-out rows.
+
+    "before" comes from the log: under ZeRO-1 and 2 a trainer cannot evaluate before it trains.
+    """
+    if trainer.eval_dataset is None:
+        return {"before": {}, "after": {}}
+    after = trainer.evaluate()
+    before = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), {})
+    return {
+        moment: {
+            name: round(float(value), 6)
+            for key, value in metrics.items()
+            if key.startswith("eval_") and (name := key.removeprefix("eval_")) not in TIMES
+        }
+        for moment, metrics in (("before", before), ("after", after))
+    }
+
+
+def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str, float]]:
+    """`held_out_metrics` with perplexity per token and bits per byte."""
+    metrics = held_out_metrics(trainer)
+    for values in filter(None, metrics.values()):
+        values["perplexity"] = round(perplexity(values["loss"]), 4)
+        values["bits_per_byte"] = round(bits_per_byte(values["loss"], counts), 6)
+    return metrics
+
+
+def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
+    """Loss in nats of each trained token of the first held-out rows, (tokens,), on the main
+    process.
+
+    The trainer's collator must turn the rows into input_ids and labels.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    dataset, size = trainer.eval_dataset, trainer.args.eval_batch_size
+    rows = min(rows, len(dataset))
+    training, losses = model.training, [torch.empty(0)]
+    model.eval()
+    try:
+        for start in range(0, rows, size):
+            chosen = [dataset[index] for index in range(start, min(start + size, rows))]
+            losses.append(label_losses(model, trainer.data_collator(chosen)))
+    finally:
+        model.train(training)
+    return torch.cat(losses)
+
+
+# Units
+
+
+def perplexity(loss: float) -> float:
+    """Mean loss in nats per token -> perplexity, which stays finite."""
+    return math.exp(min(loss, 100))
+
+
+def bits_per_byte(loss: float, counts: dict) -> float:
+    """Mean loss in nats per predicted token -> bits per byte of text, which compares models across
+    tokenizers.
+
+    Total loss / (ln 2 * bytes of the predicted tokens). `counts` has the number of "targets" and of
+    "target_bytes", see `documents.load_blocks`.
+    """
+    return loss * counts["targets"] / (math.log(2) * counts["target_bytes"])
+
+
+def bits_per_nat(counts: dict) -> float | None:
+    """The factor from the loss of a batch to bits per byte, the mean over an epoch's targets; None
+    if unknown.
+
+    Each source has the weight of its rows in an epoch; see `documents.load_blocks`.
+    """
+    if "target_bytes" not in counts:
+        return None
+    sources = counts.get("sources", [{**counts, "rows_per_epoch": counts["blocks"]}])
+    epoch = {
+        name: sum(source[name] * source["rows_per_epoch"] / source["blocks"] for source in sources)
+        for name in ("targets", "target_bytes")
+    }
+    return bits_per_byte(1, epoch)
+
+
+# Of rows
+
+
+def label_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A collated batch -> loss in nats of each of its labels, (labels,), on the CPU."""
+    inputs = {key: value.to(model.device) for key, value in batch.items() if key in INPUTS}
+    targets = batch["labels"][:, 1:].flatten().to(model.device)
+    with torch.inference_mode():
+        logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        return cross_entropy(logits, targets, reduction="none")[targets != IGNORED].cpu()
+
+
+def token_loss_distribution(losses: torch.Tensor, bars: int = 32, top: float = 16.0) -> dict:
+    """Losses in nats (tokens,) -> a histogram and its mean, median, 90th and 99th percentile.
+
+    `edges` are equal steps from 0 to `top`; the last bar also counts all losses beyond.
+    """
+    counts = torch.histc(losses.clamp(max=top), bins=bars, min=0, max=top)
+    shares = torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
+    quantiles = torch.quantile(losses[: 2**24].double(), shares).tolist()  # its limit
+    return {
+        "tokens": len(losses),
+        "mean": round(losses.double().mean().item(), 6),
+        **{
+            name: round(value, 6)
+            for name, value in zip(("median", "p90", "p99"), quantiles, strict=True)
+        },
+        "edges": [index * top / bars for index in range(bars + 1)],
+        "counts": counts.long().tolist(),
+    }
+
+
+def row_metrics(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], batch_size: int
+) -> dict:
+    """Rows of input_ids and labels -> the number of `tokens` with a label, their mean `loss` in
+    nats, `perplexity` and `bits_per_byte`; without labels, only `tokens`."""
+    byte_lengths = torch.tensor(token_byte_lengths(tokenizer))
+    collate = PackedCollator(tokenizer.pad_token_id or 0)
+    limit = MAX_LOGITS // model.config.vocab_size
+    # Little padding, and the largest batch first
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    nats = tokens = size = 0
+    with tqdm(total=len(rows), unit=" rows", desc="loss", disable=None) as progress:
+        while rows:
+            count = max(1, min(batch_size, limit // len(rows[0]["input_ids"])))
+            chosen, rows = rows[:count], rows[count:]
+            batch = collate(chosen)
+            losses = label_losses(model, batch)
+            targets = batch["labels"][:, 1:]
+            nats += losses.double().sum().item()
+            tokens += len(losses)
+            size += int(byte_lengths[targets[targets != IGNORED]].sum())
+            progress.update(len(chosen))
+    if not tokens:
+        return {"tokens": 0}
+    loss = nats / tokens
+    metrics = {"loss": loss, "perplexity": perplexity(loss)}
+    if size:
+        metrics["bits_per_byte"] = bits_per_byte(loss, {"targets": tokens, "target_bytes": size})
+    return {"tokens": tokens} | {name: round(value, 6) for name, value in metrics.items()}

@@ -1,0 +1,208 @@
+"""Faster routes to the library's results: grouped experts, blocked attention, cross-entropy.
+
+`benchmarks/model_step.py` times them. This file is copied into every checkpoint: it imports torch
+and transformers only.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding, pad
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
+
+BLOCK = 128  # queries per block of `blocked_attention_forward`
+MAX_BLOCKED_LENGTH = 1024  # beyond it the probabilities take too much memory for the time they save
+# Logits per piece of `CrossEntropy`: on a CPU (True) what fits into a cache, elsewhere (False) more
+PIECE = {True: 2**19, False: 2**26}
+
+
+# Mixture of experts
+
+
+class GroupedLinear(torch.autograd.Function):
+    """Multiply each expert's slice of the tokens by that expert's matrix.
+
+    states (T, in) sorted by expert, weight (experts, out, in), tokens per expert -> (T, out).
+
+    Identical to `linear` on slices except: outputs and gradients are written in place. Slices of a
+    stacked weight have separate gradients, which autograd would join in one more pass over all
+    experts.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.sizes = sizes
+        output = states.new_empty(len(states), weight.shape[1])
+        for out, group, matrix in zip(
+            output.split(sizes), states.split(sizes), weight, strict=True
+        ):
+            torch.mm(group, matrix.T, out=out)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor):
+        states, weight = ctx.saved_tensors
+        grads = grad_output.contiguous().split(ctx.sizes)
+        grad_states = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_states = torch.empty_like(states)
+            for out, grad, matrix in zip(grad_states.split(ctx.sizes), grads, weight, strict=True):
+                torch.mm(grad, matrix, out=out)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            for out, grad, group in zip(grad_weight, grads, states.split(ctx.sizes), strict=True):
+                torch.mm(grad.T, group, out=out)
+        return grad_states, grad_weight, None
+
+
+def eager_experts_forward(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Run each expert as one matrix product over its slice of the sorted visits.
+
+    hidden_states (T, E), indices and weights (T, experts per token) -> (T, E). The sizes of the
+    slices go to the host, which is free on a CPU and a synchronisation elsewhere.
+    """
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+
+    # Sort the visits by expert. embedding(i, x) is x[i], except: its backward is parallel on a CPU,
+    # where that of x[i] is slow.
+    visits = top_k_index.flatten()
+    order = visits.argsort(stable=True)
+    sizes = visits.bincount(minlength=experts.num_experts).tolist()
+    states = embedding(order // top_k_index.shape[1], hidden_states.to(dtype))
+
+    # SwiGLU of every slice
+    gate, up = GroupedLinear.apply(states, experts.gate_up_proj.to(dtype), sizes).chunk(2, dim=-1)
+    outputs = GroupedLinear.apply(experts.act_fn(gate) * up, experts.down_proj.to(dtype), sizes)
+
+    # Sort back, and add up each token's experts
+    outputs = embedding(order.argsort(), outputs).unflatten(0, top_k_index.shape)
+    return (outputs * top_k_weights[..., None]).sum(dim=1)
+
+
+def fastest_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor
+) -> torch.Tensor:
+    """Sorted slices on a CPU; elsewhere, and in compiled code, grouped_mm, which keeps the sizes on
+    the device."""
+    eager = hidden_states.device.type == "cpu" and not is_torchdynamo_compiling()
+    forward = eager_experts_forward if eager else grouped_mm_experts_forward
+    return forward(experts, hidden_states, *routing)
+
+
+ALL_EXPERTS_FUNCTIONS.register("fastest", fastest_experts_forward)
+
+
+# Attention
+
+
+def blocked_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """Causal self-attention of a sequence, one block of queries at a time, each up to the last key
+    that it may see.
+
+    The same sums as SDPA's. For short sequences on a CPU, matrix products over entire blocks are
+    faster than torch's fused kernel, especially in bf16; the probabilities stay in memory for the
+    backward.
+    """
+    (B, H, S, D), K = query.shape, key.shape[1]
+    # Under autocast, only `value` has its dtype already
+    query = (query * scaling).to(value.dtype).reshape(B * K, H // K, S, D)
+    key = key.to(value.dtype).reshape(B * K, S, D).transpose(1, 2)
+    value = value.reshape(B * K, S, D)
+    visible = attention_mask
+    if visible is None:
+        visible = query.new_ones(S, S, dtype=torch.bool).tril()[None, None]
+    bias = torch.zeros_like(visible, dtype=value.dtype)
+    bias.masked_fill_(~visible, torch.finfo(value.dtype).min)
+
+    outputs = []
+    for start in range(0, S, BLOCK):
+        rows, end = slice(start, start + BLOCK), min(start + BLOCK, S)
+        if visible[:, :, rows, end:].any():  # a custom mask may let a token see later ones
+            end = S
+        logits = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end)
+        weights = (logits + bias[:, :, rows, :end]).softmax(dim=-1)
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        outputs.append((weights.view(B * K, -1, end) @ value[:, :end]).view(B, H, -1, D))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether `blocked_attention_forward` should replace SDPA: for short sequences on a CPU,
+    without earlier keys, not in compiled code."""
+    short = 1 < query.shape[2] == key.shape[2] <= MAX_BLOCKED_LENGTH
+    return short and query.device.type == "cpu" and not is_torchdynamo_compiling()
+
+
+# Loss
+
+
+class CrossEntropy(torch.autograd.Function):
+    """logits (N, V), labels (N,) -> the sum of -log p(label) in fp32 over all labels but
+    `ignore_index`.
+
+    Identical to `nn.functional.cross_entropy(logits.float(), labels, reduction="sum")` except: the
+    gradient is computed from the logits one cache-sized piece at a time, so that neither an fp32
+    copy of the logits nor their log-softmax is ever held, and it has the dtype of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        rows = max(1, PIECE[logits.device.type == "cpu"] // logits.shape[1])
+        trained = labels != ignore_index
+        labels = labels.where(trained, 0)[:, None]
+        log_sum_exp = torch.cat(
+            [piece.float().logsumexp(dim=-1, keepdim=True) for piece in logits.split(rows)]
+        )
+        ctx.save_for_backward(logits, labels, trained, log_sum_exp)
+        ctx.rows = rows
+        return ((log_sum_exp - logits.gather(1, labels).float()).squeeze(1) * trained).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, labels, trained, log_sum_exp = ctx.saved_tensors
+        scale = (grad_loss * trained)[:, None]
+        grad = torch.empty_like(logits)
+        pieces = (tensor.split(ctx.rows) for tensor in (grad, logits, log_sum_exp, scale))
+        for out, piece, total, factor in zip(*pieces, strict=True):
+            torch.mul((piece.float() - total).exp_(), factor, out=out)
+        return grad.scatter_add_(1, labels, -scale.to(grad.dtype)), None, None
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> torch.Tensor:
+    """Identical to the library's ForCausalLMLoss except: `CrossEntropy`, for less memory and
+    time."""
+    if shift_labels is None:
+        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.reshape(-1).to(logits.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != ignore_index).sum()
+    loss = CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)
+    return loss / num_items_in_batch

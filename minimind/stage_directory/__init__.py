@@ -1,0 +1,28 @@
+"""The directory a stage writes, as the next one reads it: checks, record, model.
+
+    config.json  generation_config.json  model.safetensors
+    configuration_minimind.py  kernels_minimind.py  modeling_minimind.py
+    tokenizer.json  tokenizer_config.json  chat_template.jinja  training_args.bin
+    stage.json  run.json  report.html  train_log.jsonl  samples.jsonl  loss.png
+    mask_report.json (sft, dpo)
+
+A LoRA stage has adapter_config.json and adapter_model.safetensors instead of configuration, weights
+and code; adapter_config.json names its base. `run.json` is written first (see training/resume.py)
+and `stage.json` last: a directory that has it is complete.
+"""
+
+# ruff: noqa: F401 (the public names of this room)
+
+from minimind.stage_directory.contents import is_adapter, require_stage, shards_of
+from minimind.stage_directory.loading import (
+    GENERATION_FIELDS,
+    check_fit,
+    check_kind,
+    check_same_tokenizer,
+    check_vocabulary,
+    load_adapter,
+    load_config,
+    load_model,
+    loading_errors,
+)
+from minimind.stage_directory.record import library_versions, provenance, read_stage, weights_hash

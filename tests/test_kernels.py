@@ -1,0 +1,95 @@
+"""The CPU kernels compute what the library computes."""
+
+import pytest
+import torch
+from test_model import assert_gradients_equal, build, gradients, random_ids
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from minimind.model import kernels_minimind
+
+
+def left_padding_mask(ids):
+    mask = torch.ones_like(ids)
+    mask[1, :140] = 0
+    return mask
+
+
+def two_documents_mask(ids):
+    """(B, 1, S, S), causal and block-diagonal: True where a token sees another."""
+    document = torch.arange(ids.shape[1]) >= 170
+    return (document[:, None] == document) & torch.ones(
+        ids.shape[1], ids.shape[1], dtype=torch.bool
+    ).tril()
+
+
+MASKS = {
+    "none": lambda ids: None,
+    "left padding": left_padding_mask,
+    "two documents": lambda ids: two_documents_mask(ids).expand(len(ids), 1, -1, -1),
+    "both ways": lambda ids: torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", [128, 129, 300])
+def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(mask, length):
+    """Lengths of one block of queries, one and a bit, and several; masks that let tokens see less,
+    or more."""
+    ids, found = random_ids(2, length), []
+    mask = MASKS[mask](ids)
+    seen = torch.ones_like(ids).bool() if mask is None or mask.ndim == 4 else mask.bool()
+    for attention in ("eager", "sdpa"):
+        model = build(attn_implementation=attention, max_position_embeddings=512).train()
+        # A mask of shape (B, 1, S, S) goes to the layers as it is; eager attention adds it to the
+        # weights.
+        given = mask
+        if attention == "eager" and mask is not None and mask.ndim == 4:
+            given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float).min)
+        logits = model(ids, attention_mask=given, use_cache=False).logits
+        logits[seen].square().mean().backward()
+        found.append((logits[seen].detach(), gradients(model)))
+    (expected_logits, expected), (logits, actual) = found
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
+    assert_gradients_equal(actual, expected)
+
+
+def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():
+    layer = build(attention_dropout=0.25).model.layers[0].self_attn
+    # Flat attention to ones: each output is 1
+    query, value = torch.zeros(2, 4, 200, 8), torch.ones(2, 2, 200, 8)
+
+    def outputs():
+        return kernels_minimind.blocked_attention_forward(
+            layer.train(), query, value, value, None, 1.0, dropout=p
+        )[0]
+
+    torch.manual_seed(0)
+    p = 0.25
+    # The first token sees itself alone
+    assert outputs()[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert outputs().mean() == pytest.approx(1, abs=0.02)
+    p = 0.0
+    torch.testing.assert_close(outputs(), torch.ones(2, 200, 4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_the_loss_and_its_gradient_are_those_of_the_library_piece_by_piece(
+    monkeypatch, num_items, dtype
+):
+    # 16 rows in pieces of 3
+    monkeypatch.setattr(kernels_minimind, "PIECE", {True: 3 * 97, False: 3 * 97})
+    logits = torch.randn(2, 8, 97, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
+    labels = random_ids(2, 8)
+    labels[0, 2:5] = labels[1, 7] = -100
+    found = []
+    for function in (kernels_minimind.causal_lm_loss, ForCausalLMLoss):
+        leaf = logits.clone().requires_grad_()
+        loss = function(logits=leaf, labels=labels, vocab_size=97, num_items_in_batch=num_items)
+        (3 * loss).backward()
+        found.append((loss.detach(), leaf.grad))
+    (loss, grad), (expected_loss, expected_grad) = found
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(grad, expected_grad)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == dtype
