@@ -26,7 +26,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common.files import write_json
-from minimind.costs.devices import find_device
+from minimind.costs.this_machine import find_device
 from minimind.data.packing import BlockCollator
 from minimind.doctor import budget, cases, checks, doctor, examine
 from minimind.doctor.checks import (
@@ -37,7 +37,7 @@ from minimind.doctor.checks import (
     usual_learning_rates,
 )
 from minimind.planning.planned_runs import read_recipes
-from minimind.planning.plans import make_plan
+from minimind.planning.computing import make_plan
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
 from minimind.training.definition import flat
 from minimind.training.trainers import ScheduledTrainer

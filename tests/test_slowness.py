@@ -9,7 +9,7 @@ from pipeline import document_rows, run_script, short_run, write_model
 
 from minimind.costs import slowness
 from minimind.costs.slowness import Usage, explain, seen_reasons
-from minimind.planning import measuring
+from minimind.training import step_meter
 
 QUIET = Usage(moment=0.0, busy=100.0, own=50.0, swapped=0.0)
 # 10 s, in which this run took both cores
@@ -93,8 +93,8 @@ def test_the_busiest_process_beside_this_run_is_found(monkeypatch):
 def test_a_run_much_slower_than_planned_is_warned_of(
     monkeypatch, tmp_path, tokenizer_dir, write_jsonl, capsys, limit, warned
 ):
-    monkeypatch.setattr(measuring, "SLOW", limit)
-    monkeypatch.setattr(measuring, "LOST", -1.0)
+    monkeypatch.setattr(step_meter, "SLOW", limit)
+    monkeypatch.setattr(step_meter, "LOST", -1.0)
     words = [
         "--train_files",
         write_jsonl("docs.jsonl", document_rows()),

@@ -7,12 +7,12 @@ from statistics import fmean
 import torch
 from peft import PeftModel
 
-from minimind.costs.devices import find_device
-from minimind.costs.step import CHINCHILLA
+from minimind.costs.this_machine import find_device
 from minimind.costs.units import duration, gib
 from minimind.doctor.checks import Case, check, sample, seconds_of_step, value_of
 from minimind.planning.planned_runs import Rows, padded_length, sequence_lengths
-from minimind.planning.plans import Plan, advice, make_plan
+from minimind.planning.computing import make_plan
+from minimind.planning.plan import CHINCHILLA, Plan
 from minimind.training.trainers import ScheduledTrainer
 
 SCHEDULE_SAMPLE = 1000  # steps whose rates are added up
@@ -140,7 +140,7 @@ def memory(case: Case) -> tuple:
     found = f"{gib(needed)} planned, {gib(plan.device.usable)} usable on {plan.device.name}"
     if plan.fits:
         return "ok", found
-    return "error", found, "room for the tensors of a step", advice(plan).partition(". ")[2]
+    return "error", found, "room for the tensors of a step", plan.advice().partition(". ")[2]
 
 
 @check("recipe", "model", "train", "collator", quick=False)

@@ -114,7 +114,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
     """The adapter that the options ask for, or None; raises UserError where it does not fit the
     model."""
-    from minimind.costs.step import empty_model  # it plans stages, and so imports this module
+    from minimind.costs.parameters import empty_model  # it plans stages, and so imports this module
 
     config = get_peft_config(args)
     if config is not None:

@@ -14,9 +14,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
-from minimind.costs.devices import Device, this_device
+from minimind.costs.devices import Device
+from minimind.costs.flops import flops
+from minimind.costs.memory import memory
+from minimind.costs.parameters import core, empty_model
 from minimind.costs.slowness import explain, usage
-from minimind.costs.step import Step, core, empty_model, flops, memory
+from minimind.costs.step import Step
+from minimind.costs.this_machine import this_device
 from minimind.costs.units import gib
 
 MEASURED_STEPS = 5
@@ -169,7 +173,7 @@ class PlanCallback(StepMeter):
         log."""
         device, found = this_device(), self.results()
         step, padded = step_of(self.trainer, device)
-        device = device.running(step)
+        device = device.with_gaps(step.checkpointing)
         real = self.trainer.accelerator.unwrap_model(self.trainer.model)
         adapter = real.peft_config[real.active_adapter] if isinstance(real, PeftModel) else None
         # The real one's weights may be divided among processes
