@@ -10,19 +10,24 @@ from transformers.trainer_utils import align_special_tokens
 from trl import pack_dataset
 
 from minimind.common.errors import UserError
-from minimind.common.recipes import read_deepspeed, read_recipe
+from minimind.common.recipes import read_deepspeed
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
-from minimind.doctor.checks import RENAMED, Case, is_known
+from minimind.doctor.registry import Case
 from minimind.inspection import data_paths, has_roles
 from minimind.planning.planned_runs import STAGES, Recipe, stage_of
 from minimind.stage_directory import require_stage
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import parse
 from minimind.training.parser import StageParser, with_recipe
-from minimind.training.starting_point import check_attention, new_model, starting_point
+from minimind.training.starting_point import (
+    check_attention,
+    check_length,
+    new_model,
+    starting_point,
+)
 from minimind.training.trainers import PreferenceCollator
 
 
@@ -36,13 +41,8 @@ def read_case(
     """
     if world < 1:
         raise UserError(f"--processes {world}: expected at least 1.")
-    written = read_recipe(recipe)
-    keys = [*written] if isinstance(written, dict) else []
-    keys += [word[2:].split("=")[0] for word in options if word.startswith("--")]
     stage = stage or stage_of(Path(recipe), options)
-    case = Case("sft" if stage == "lora" else stage, keys=keys, world=world)
-    if any(key in RENAMED and not is_known(stage, key) for key in keys):
-        return case  # nothing else can be read
+    case = Case("sft" if stage == "lora" else stage, world=world)
     types = STAGES[stage][1]
     case.recipe = Recipe(Path(recipe), stage, ["--config", str(recipe), *options])
     words = with_recipe(StageParser(types), case.recipe.words)
@@ -58,6 +58,9 @@ def read_case(
         case.lora, corpus = model_args, "lora"
     case.data_args = data_args.or_embedded(corpus)
     load_model_of(case, model_args)
+    if case.model is not None:
+        name = "block_size" if case.stage == "pretrain" else "max_length"
+        check_length(name, getattr(case.args, name), case.base.config)
     load_rows_of(case)
     return case
 
