@@ -75,9 +75,9 @@ def _card(
 
 
 # From the makers' documents: dense products (no sparsity) of bf16 or fp16 with fp32 accumulation,
-# which on a GeForce are half as fast as with fp16 accumulation. If a data sheet has no such peak, it
-# is the document's rate of an SM (512 FLOP a clock) x SMs x boost clock. `--device measured` replaces
-# peak and utilisation.
+# which on a GeForce are half as fast as with fp16 accumulation. If a data sheet has no such peak,
+# it is the document's rate of an SM (512 FLOP a clock) x SMs x boost clock. `--device measured`
+# replaces peak and utilisation.
 GA102, ADA = "NVIDIA Ampere GA102 whitepaper", "NVIDIA Ada architecture whitepaper"
 RTX3060 = f"{GA102}; GeForce RTX 3060 page: 28 SMs, 1.78 GHz"
 RTX4090D = f"{ADA}; GeForce RTX 4090 D page: 114 SMs, 2.52 GHz"
