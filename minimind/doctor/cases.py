@@ -1,4 +1,4 @@
-"""A recipe -> the case that the checks look at, with all of the run that is there to be loaded."""
+"""A recipe -> what the checks examine, with all of the run that can be loaded."""
 
 import os
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from minimind.training.trainers import PreferenceCollator
 def read_case(
     recipe: str, options: Sequence[str] = (), stage: str | None = None, world: int = 1
 ) -> Case:
-    """A recipe and further options -> the case, with all that is there to be loaded.
+    """A recipe and further options -> the case, with all that can be loaded.
 
     Raises:
         UserError: what a run would be refused for.
