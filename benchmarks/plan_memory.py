@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.common.errors import reports_user_errors
-from minimind.costs.devices import this_device
+from minimind.costs.this_machine import this_device
+from minimind.planning.computing import make_plan
 from minimind.planning.measuring import measure
 from minimind.planning.planned_runs import read_recipes
-from minimind.planning.plans import make_plan
 
 CHECKPOINTING = "--activation_checkpointing true"
 TINY = "configs/pretrain/26m.yaml --model_config configs/model/tiny.json --block_size 256"

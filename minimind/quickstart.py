@@ -32,73 +32,66 @@ from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 VOCABULARY = 1200  # as the script trains it
-# That the script starts one after another, each with the same libraries: data, tokenizer, stages,
-# end
+# What the script starts, each with the same libraries: data, tokenizer, four stages, summary
 PROCESSES = 7
 
 
 def processor() -> str:
-    """The name of the processor, or of the first GPU where there is one."""
+    """The name of the first GPU, or of the processor if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def kind_of_machine() -> str:
     """Processor, cores, memory and precision in one sentence."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory().total / 2**30
-    kind = (
-        "with bf16: training computes in bf16"
-        if bf16_is_fast()
-        else "without bf16: training computes in fp32"
-    )
+    kind = "without bf16: training computes in fp32"
+    if bf16_is_fast():
+        kind = "with bf16: training computes in bf16"
     return f"{processor()}, {cores} cores, {memory:.0f} GiB of memory, {kind}"
 
 
 def seconds_of_a_step(recipe: dict, seconds: float = 1.0) -> float:
-    """The fastest of the training steps that fit into a second, two at least, after a first one."""
+    """The fastest of the training steps that fit into some seconds, at least two after the first.
+
+    The first step does not count: it warms up.
+    """
     args = PretrainConfig(optim=recipe["optim"], report_to=[])
     config = MiniMindConfig(**load_model_config_file(recipe["model_config"]), vocab_size=VOCABULARY)
     model = AutoModelForCausalLM.from_config(config).to(args.device)
     optimizer = build_optimizer(model, args)
-    ids = torch.randint(
-        3,
-        VOCABULARY,
-        (recipe["per_device_train_batch_size"], recipe["block_size"]),
-        device=args.device,
-    )
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken[1:]) < seconds:
+    shape = (recipe["per_device_train_batch_size"], recipe["block_size"])
+    ids = torch.randint(3, VOCABULARY, shape, device=args.device)
+    times: list[float] = []
+    while len(times) < 3 or sum(times[1:]) < seconds:
         began = time.perf_counter()
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        taken.append(time.perf_counter() - began + 0 * loss.item())
-    return min(taken[1:])
+        loss.item()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def steps_in_all(recipes: dict[str, dict]) -> float:
     """All stages' tokens in steps of the pretraining; a pair counts as two rows."""
-    tokens = {
-        name: (
-            recipe["max_steps"]
-            * recipe["per_device_train_batch_size"]
-            * recipe.get("block_size", recipe.get("max_length"))
-            * (2 if name == "dpo" else 1)
-        )
-        for name, recipe in recipes.items()
-    }
+    tokens = {}
+    for name, recipe in recipes.items():
+        rows = recipe["max_steps"] * recipe["per_device_train_batch_size"]
+        length = recipe.get("block_size", recipe.get("max_length"))
+        tokens[name] = rows * length * (2 if name == "dpo" else 1)
     return sum(tokens.values()) / tokens["pretrain"] * recipes["pretrain"]["max_steps"]
 
 
 def introduce(started: float) -> None:
-    """Print what this machine is, and about how long the script takes on it; `started`: when this
+    """Print what this machine is, and about how long the script will take; `started`: when this
     process began."""
     starting = time.time() - started
     prepare_launch(uses_deepspeed=False)
@@ -111,9 +104,8 @@ def introduce(started: float) -> None:
         f"A pretraining step takes {step:.2g} s just now, and all stages are worth {steps:.0f} of"
         f" them: about {max(1, round(minutes))} min in all."
     )
-    for reason in seen_reasons(
-        before, usage(), "cuda" if torch.cuda.is_available() else "cpu", "fp32"
-    ):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for reason in seen_reasons(before, usage(), device, "fp32"):
         say(f"It could be faster: {reason}.")
 
 
@@ -133,61 +125,44 @@ def read_measured(stage: Path) -> dict:
 
 
 def summarise(run: Path) -> dict:
-    """Measure the finished stages of a quickstart on its held-out rows; see `main` for what the
-    names mean."""
+    """Measure the finished stages of a quickstart on its held-out rows."""
     facts = read_questions([str(run / "data" / "sft_eval.jsonl")])
     skill = read_questions([str(run / "data" / "lora_eval.jsonl")])
     records = {name: read_measured(run / name) for name in STAGES}
     models = {name: load_for_generation(str(run / name)) for name in STAGES}
     on_facts = {name: score(*models[name], facts) for name in STAGES}
     on_skill = {name: score(*models[name], skill) for name in ("sft", "lora")}
-    bits = {
-        when: records["pretrain"]["metrics"][when]["bits_per_byte"] for when in ("before", "after")
-    }
+
+    def change(scores: dict, before: str, after: str, measure: str = "exact_match") -> dict:
+        return {"before": scores[before][measure], "after": scores[after][measure]}
+
+    timing = ("seconds", "tokens_seen", "tokens_per_second")
     return {
-        "bits_per_byte": bits,
-        "exact_match": {
-            "before": on_facts["pretrain"]["exact_match"],
-            "after": on_facts["sft"]["exact_match"],
-        },
+        "bits_per_byte": change(records["pretrain"]["metrics"], "before", "after", "bits_per_byte"),
+        "exact_match": change(on_facts, "pretrain", "sft"),
         "exact_match_by": on_facts["sft"]["exact_match_by"],
         "lora": {
-            "new_skill": {
-                "before": on_skill["sft"]["exact_match"],
-                "after": on_skill["lora"]["exact_match"],
-            },
-            "kept": {
-                "before": on_facts["sft"]["exact_match"],
-                "after": on_facts["lora"]["exact_match"],
-            },
+            "new_skill": change(on_skill, "sft", "lora"),
+            "kept": change(on_facts, "sft", "lora"),
         },
         "dpo": {
-            "preferred": {
-                "before": on_facts["sft"]["courteous"],
-                "after": on_facts["dpo"]["courteous"],
-            },
-            "kept": {
-                "before": on_facts["sft"]["exact_match"],
-                "after": on_facts["dpo"]["exact_match"],
-            },
+            "preferred": change(on_facts, "sft", "dpo", "courteous"),
+            "kept": change(on_facts, "sft", "dpo"),
         },
         "questions": {"facts": len(facts), "new_skill": len(skill)},
-        "stages": {
-            name: {key: record[key] for key in ("seconds", "tokens_seen", "tokens_per_second")}
-            for name, record in records.items()
-        },
+        "stages": {name: {key: record[key] for key in timing} for name, record in records.items()},
         "chat": sample_chat(*models["dpo"], facts),
     }
 
 
 def sample_chat(model, tokenizer, questions: list[dict]) -> list[dict]:
-    """One conversation over several turns: held-out questions in both languages, and a greeting."""
-    asked = [
-        next(q["messages"][-2]["content"] for q in questions if q["language"] == name)
-        for name in ("en", "zh")
-    ]
+    """One conversation over several turns: a greeting, and held-out questions in both languages."""
+    texts = ["Who are you?"]
+    for language in ("en", "zh"):
+        question = next(q for q in questions if q["language"] == language)
+        texts.append(question["messages"][-2]["content"])
     messages = []
-    for text in ("Who are you?", *asked):
+    for text in texts:
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": answer(model, tokenizer, [messages])[0]})
     return messages
@@ -195,32 +170,24 @@ def sample_chat(model, tokenizer, questions: list[dict]) -> list[dict]:
 
 def show(summary: dict, console: Terminal) -> None:
     """Print the summary as one table, and the conversation."""
-    table = Table(
-        title=translated(
-            "quickstart: what each stage changed, measured on rows no stage was trained on"
-        )
-    )
+    title = "quickstart: what each stage changed, measured on rows no stage was trained on"
+    table = Table(title=translated(title))
     for column in ("stage", "measure", "before", "after", "seconds", "tokens/s"):
-        table.add_column(
-            translated(column), justify="left" if column in ("stage", "measure") else "right"
-        )
+        justify = "left" if column in ("stage", "measure") else "right"
+        table.add_column(translated(column), justify=justify)
 
-    def row(stage: str, measure: str, values: dict, form: str, timed: bool = True) -> None:
+    def row(stage: str, measure: str, values: dict, form: str, first: bool = True) -> None:
         timing = summary["stages"][stage]
-        times = (
-            [f"{timing['seconds']:.0f}", f"{timing['tokens_per_second']:,.0f}"]
-            if timed
-            else ["", ""]
-        )
-        shown = [format(values[when], form) for when in ("before", "after")]
-        table.add_row(stage if timed else "", translated(measure), *shown, *times)
+        times = [f"{timing['seconds']:.0f}", f"{timing['tokens_per_second']:,.0f}"]
+        cells = [translated(measure), *(format(values[when], form) for when in ("before", "after"))]
+        table.add_row(*((stage, *cells, *times) if first else ("", *cells, "", "")))
 
     row("pretrain", "bits per byte", summary["bits_per_byte"], ".3f")
     row("sft", "held-out questions right", summary["exact_match"], ".1%")
     row("lora", "new skill right", summary["lora"]["new_skill"], ".1%")
-    row("lora", "held-out questions right", summary["lora"]["kept"], ".1%", timed=False)
+    row("lora", "held-out questions right", summary["lora"]["kept"], ".1%", first=False)
     row("dpo", "courteous answers", summary["dpo"]["preferred"], ".1%")
-    row("dpo", "held-out questions right", summary["dpo"]["kept"], ".1%", timed=False)
+    row("dpo", "held-out questions right", summary["dpo"]["kept"], ".1%", first=False)
     console.print(table)
     for message in summary["chat"]:
         mark = ">" if message["role"] == "user" else " "
@@ -229,8 +196,8 @@ def show(summary: dict, console: Terminal) -> None:
 
 @reports_user_errors
 def main() -> None:
-    """Introduce the script; given its finished run, write summary.json into that directory and show
-    it."""
+    """Introduce the script; given the directory of its finished run, write summary.json into it and
+    show it."""
     if len(sys.argv) == 1:
         introduce(psutil.Process().create_time())
         return

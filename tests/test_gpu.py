@@ -3,11 +3,13 @@ elsewhere."""
 
 import pytest
 import torch
+from test_costs import configuration, real_model
 from test_model import build, gradients, random_ids
-from test_planning import configuration, real_model
 from transformers.utils import is_flash_attn_2_available
 
-from minimind.costs.step import Step, empty_model, memory
+from minimind.costs.memory import memory
+from minimind.costs.parameters import empty_model
+from minimind.costs.step import Step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VARIANTS = {"dense": {}, "no qk_norm": {"qk_norm": False}, "MoE": {"num_experts": 4}}

@@ -13,7 +13,7 @@ import torch
 from pipeline import document_rows, run_script, short_run, write_model
 from transformers import TrainerState, TrainingArguments
 
-from minimind.costs import devices
+from minimind.costs import this_machine
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.evaluation import bits_per_nat
@@ -182,8 +182,8 @@ def peaks_measured(monkeypatch, *peaks):
     """Let the machine show these peaks one after another; returns those that were not measured."""
     found, left = [peaks[0]], list(peaks[1:])
     device = SimpleNamespace(peak=lambda precision: max(found))
-    monkeypatch.setattr(devices, "this_device", lambda: device)
-    monkeypatch.setattr(devices, "measure_again", lambda precision: found.append(left.pop(0)))
+    monkeypatch.setattr(this_machine, "this_device", lambda: device)
+    monkeypatch.setattr(this_machine, "measure_again", lambda precision: found.append(left.pop(0)))
     return left
 
 
@@ -230,13 +230,13 @@ def test_measuring_the_peak_costs_a_run_one_hundredth_of_its_time(progress, monk
 
 
 def test_the_peak_of_a_cpu_is_the_best_that_was_ever_measured(monkeypatch):
-    monkeypatch.setattr(devices, "FASTEST", {})
-    first = devices.this_cpu()
-    devices.measure_again("fp32")
-    assert devices.this_cpu().peak_fp32 >= first.peak_fp32
-    devices.FASTEST["cpu", torch.float32] = 1e18  # as a quieter moment would have shown
-    devices.measure_again("fp32")
-    assert devices.this_cpu().peak_fp32 == 1e18
+    monkeypatch.setattr(this_machine, "FASTEST", {})
+    first = this_machine.this_cpu()
+    this_machine.measure_again("fp32")
+    assert this_machine.this_cpu().peak_fp32 >= first.peak_fp32
+    this_machine.FASTEST["cpu", torch.float32] = 1e18  # as a quieter moment would have shown
+    this_machine.measure_again("fp32")
+    assert this_machine.this_cpu().peak_fp32 == 1e18
 
 
 def test_on_windows_which_has_no_resource_module_memory_is_what_the_system_says(monkeypatch):

@@ -46,7 +46,7 @@ def device(name: str) -> str:
 
 def price(text: str):
     """A device's price for an hour."""
-    from minimind.costs.devices import parse_price
+    from minimind.costs.prices import parse_price
 
     return parse_price(text)
 

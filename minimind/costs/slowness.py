@@ -17,7 +17,7 @@ HELD = 2 * 2**30  # bytes of a card beside our own: less is the driver's
 
 @dataclass(frozen=True)
 class Usage:
-    """What the machine has done until a moment: its cores' busy seconds, those of this run's
+    """What the machine has done up to a moment: its cores' busy seconds, those of this run's
     processes, and the bytes swapped."""
 
     moment: float
@@ -27,7 +27,7 @@ class Usage:
 
 
 def processes_of_this_run() -> list[psutil.Process]:
-    """This process and its children; of a run of several processes the launcher and all that it
+    """This process and its children; for a run of several processes the launcher and all that it
     started."""
     process = psutil.Process()
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -50,8 +50,8 @@ def usage() -> Usage:
 
 
 def busiest(seconds: float = 0.2) -> str:
-    """Name and pid of the process beside this run that takes most of the processor; empty where
-    none is seen."""
+    """Name and pid of the process outside this run that uses most of the processor; empty if there
+    is none."""
     ours = {process.pid for process in processes_of_this_run()}
     others = [process for process in psutil.process_iter(["name"]) if process.pid not in ours]
     shares = {}
@@ -71,55 +71,54 @@ def busiest(seconds: float = 0.2) -> str:
 
 def seen_reasons(before: Usage, after: Usage, device: str, precision: str) -> list[str]:
     """The likely reasons that the machine shows, each with what to try; may be empty."""
-    found = []
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    others = (after.busy - before.busy - (after.own - before.own)) / max(
-        after.moment - before.moment, 1e-9
-    )
+    reasons = []
+    allowed = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
+
+    # Other processes, an emulated precision, swapping
+    busy = after.busy - before.busy - (after.own - before.own)
+    others = busy / max(after.moment - before.moment, 1e-9)
     if others > BUSY:
-        found.append(
+        reasons.append(
             f"other processes or machines kept {others:.1f} of {os.cpu_count()} cores"
             f" busy{busiest()}: end them, wait for them, or set OMP_NUM_THREADS to the number of"
             " cores that are left"
         )
     if precision == "bf16" and not bf16_is_fast(device):
-        found.append("bf16 is emulated here, much slower than fp32: leave out --bf16")
+        reasons.append("bf16 is emulated here, much slower than fp32: leave out --bf16")
     if (swapped := after.swapped - before.swapped) > SWAPPED:
-        found.append(
+        reasons.append(
             f"the machine swapped {swapped / 2**20:,.0f} MiB: lower --per_device_train_batch_size"
             " (and raise --gradient_accumulation_steps), or close other programs"
         )
+
+    # Threads that do not fit the cores, if nothing else explains it
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     threads = torch.get_num_threads() * processes
-    if device == "cpu" and threads != cores and not found:
-        given = os.environ.get("OMP_NUM_THREADS")
-        advice = (
-            f"leave out OMP_NUM_THREADS={given}"
-            if given
-            else f"set OMP_NUM_THREADS={cores // processes or 1}"
-        )
-        found.append(f"{threads} threads compute on {cores} cores: {advice}")
+    if device == "cpu" and threads != cores and not reasons:
+        advice = f"set OMP_NUM_THREADS={cores // processes or 1}"
+        if limit := os.environ.get("OMP_NUM_THREADS"):
+            advice = f"leave out OMP_NUM_THREADS={limit}"
+        reasons.append(f"{threads} threads compute on {cores} cores: {advice}")
+
+    # Another process on the card
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         held = total - free - torch.cuda.memory_reserved()
         if held > HELD:
-            found.append(
+            reasons.append(
                 f"another process holds {held / 2**30:.1f} GiB of this card (see nvidia-smi):"
                 " end it"
             )
-    return found
+    return reasons
 
 
 def explain(before: Usage, after: Usage, device: str, precision: str) -> str:
     """The likely reasons as lines."""
-    found = seen_reasons(before, after, device, precision)
-    if not found:
-        found = [
-            "neither another process nor an emulated precision, swapping or the number of threads"
-            " is to be seen here; perhaps the processor is slowed down by heat, battery or power"
-            " saving, or the steps are too small for the device: a larger"
-            " --per_device_train_batch_size shows it"
-        ]
-    return "".join(f"\n  - {reason}" for reason in found)
+    reasons = seen_reasons(before, after, device, precision) or [
+        "neither another process nor an emulated precision, swapping or the number of threads is"
+        " to be seen here; perhaps the processor is slowed down by heat, battery or power saving,"
+        " or the steps are too small for the device: a larger --per_device_train_batch_size shows"
+        " it"
+    ]
+    return "".join(f"\n  - {reason}" for reason in reasons)

@@ -1,6 +1,6 @@
 """Numbers for a reader: counts, bytes, hours."""
 
-from minimind.costs.devices import GIB
+GIB = 2**30
 
 
 def millions(count: int) -> str:
@@ -22,7 +22,7 @@ def gib(value: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """Hours, minutes or seconds, whichever says it shortest."""
+    """Hours, minutes or seconds, whichever is shortest."""
     if hours >= 1:
         return f"{hours:,.1f} h"
     return f"{hours * 60:.0f} min" if hours * 60 >= 2 else f"{max(hours * 3600, 1):.0f} s"

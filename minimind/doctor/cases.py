@@ -12,7 +12,7 @@ from trl import pack_dataset
 
 from minimind.common.errors import UserError
 from minimind.common.recipes import read_deepspeed
-from minimind.doctor.checks import Case
+from minimind.doctor.registry import Case
 from minimind.inspection import data_paths
 from minimind.planning.planned_runs import PlannedRun, stage_of
 from minimind.stage_directory import require_stage
@@ -20,7 +20,7 @@ from minimind.stages import StageSpec, load_rows, load_start
 from minimind.tokenizer import load_tokenizer
 from minimind.training.command_line import parse, with_recipe
 from minimind.training.parser import StageParser
-from minimind.training.starting_point import check_attention
+from minimind.training.starting_point import check_attention, check_length
 
 
 def read_case(
@@ -52,6 +52,8 @@ def read_case(
 
     case.data_args = data_args.or_embedded(spec.corpus)
     load_model_of(case, spec, model_args)
+    if case.model is not None:
+        check_length(spec.length_option, getattr(case.args, spec.length_option), case.base.config)
     load_rows_of(case, spec)
     return case
 

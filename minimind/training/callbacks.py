@@ -166,7 +166,7 @@ class ProgressCallback(TrainerCallback):
 
     def _mfu(self, rate: float) -> float:
         """FLOP/s -> their share of the peak, 1 at most."""
-        from minimind.costs.devices import measure_again, this_device
+        from minimind.costs.this_machine import measure_again, this_device
 
         if self.measuring < MEASURING_SHARE * self.seconds:
             began = time.perf_counter()
@@ -210,8 +210,8 @@ def peak_memory() -> int:
 
 def work_of(trainer: Trainer) -> tuple[float, str]:
     """FLOPs of one device for each token that all of them train, and the precision of a run."""
-    from minimind.costs.devices import this_device
-    from minimind.costs.step import flops
+    from minimind.costs.flops import flops
+    from minimind.costs.this_machine import this_device
     from minimind.training.step_meter import step_of
 
     step, _ = step_of(trainer, this_device())

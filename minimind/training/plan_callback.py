@@ -9,9 +9,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
-from minimind.costs.devices import this_device
+from minimind.costs.flops import flops
+from minimind.costs.memory import memory
+from minimind.costs.parameters import core, empty_model
 from minimind.costs.slowness import explain, usage
-from minimind.costs.step import core, empty_model, flops, memory
+from minimind.costs.this_machine import this_device
 from minimind.costs.units import gib
 from minimind.training.step_meter import MEASURED_STEPS, StepMeter, step_of
 
@@ -81,7 +83,7 @@ class PlanCallback(StepMeter):
         # The plan, of an empty model: the weights of the real one may be divided among processes
         device, measured = this_device(), self.results()
         step, padded = step_of(self.trainer, device)
-        device = device.running(step)
+        device = device.with_gaps(step.checkpointing)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
         model = empty_model(core(model).config, adapter)

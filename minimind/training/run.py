@@ -34,7 +34,7 @@ from minimind.common.files import sync_files, write_json
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process, leave_process_group
 from minimind.common.streams import keep_output_writable
-from minimind.costs.step import active_parameters
+from minimind.costs.parameters import active_parameters
 from minimind.evaluation import bits_per_nat, token_loss_distribution, token_losses
 from minimind.stage_directory import (
     library_versions,

@@ -13,7 +13,7 @@ from minimind import MiniMindConfig
 from minimind.common.errors import UserError, reason
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
-from minimind.costs.step import empty_model
+from minimind.costs.parameters import empty_model
 from minimind.stage_directory import check_kind, check_vocabulary, load_model, require_stage
 from minimind.tokenizer import load_tokenizer
 from minimind.training.model_arguments import load_model_config_file
@@ -104,6 +104,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
     """The adapter that the options configure, or None; raises UserError where it does not fit the
     model."""
+
     config = get_peft_config(args)
     if config is not None:
         empty_model(copy.deepcopy(model.config), config)

@@ -1,0 +1,72 @@
+"""The parameters of a model, from its configuration alone.
+
+The model is built on the meta device, which allocates nothing, so that parameters, adapters and
+tied weights are those of the real model.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from minimind import MiniMindConfig
+from minimind.common.errors import UserError
+from minimind.stage_directory import loading_errors
+
+
+def empty_model(
+    config: MiniMindConfig, adapter: PeftConfig | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model on the meta device; with an adapter, as peft wraps it.
+
+    Raises:
+        UserError: no model can be built from the configuration, or the adapter does not fit it.
+    """
+    with loading_errors(Path(config.name_or_path or "this recipe")), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if adapter is None:
+            return model
+        targets = {
+            "--lora_modules_to_save": (adapter.modules_to_save, model.named_modules()),
+            "--lora_target_parameters": (adapter.target_parameters, model.named_parameters()),
+        }
+        for option, (wanted, named) in targets.items():
+            names = tuple(f".{name}" for name, _ in named)
+            missing = [w for w in wanted or () if not any(n.endswith(f".{w}") for n in names)]
+            if missing:
+                raise UserError(f"{option} {' '.join(missing)}: the model has none of that name.")
+        try:
+            return get_peft_model(model, copy.deepcopy(adapter))
+        except Exception as error:  # peft raises a different one for each option
+            raise UserError(
+                f"--use_peft and the --lora_... options do not fit the model: {error}"
+            ) from error
+
+
+def core(model: nn.Module) -> PreTrainedModel:
+    """The MiniMind inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: total, active, embedding and trained; a tied head counts once."""
+    parameters = list(model.parameters())
+    return {
+        "total": sum(p.numel() for p in parameters),
+        "active": active_parameters(model),
+        "embedding": core(model).get_input_embeddings().weight.numel(),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that one token passes: of a layer's routed experts only those it visits."""
+    config, named = model.config, list(model.named_parameters())
+    total = sum(p.numel() for _, p in named)
+    if not config.num_experts:
+        return total
+    routed = sum(p.numel() for name, p in named if ".experts." in name)
+    return round(total - routed * (1 - config.num_experts_per_tok / config.num_experts))
