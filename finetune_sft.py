@@ -17,6 +17,7 @@ from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
 from minimind.data.chat_encoder import set_chat_template
 from minimind.data.chats import ChatArguments, load_conversations
+from minimind.doctor import examine_run
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import has_roles, inspect_chats
 from minimind.inspection.display import print_inspection
@@ -59,6 +60,7 @@ def main() -> None:
     stage = Stage(
         "sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
     )
+    stage.begin()
     start_tracking(stage, inspection.report)
     trainer = ChatSFTTrainer(
         model=model,
@@ -68,6 +70,8 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, model),
     )
+    stage.attach(trainer)
+    examine_run(stage.name, trainer, stage.facts, parent)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

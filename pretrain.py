@@ -13,6 +13,7 @@ from transformers import set_seed
 from minimind.common.errors import reports_user_errors
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
+from minimind.doctor import examine_run
 from minimind.evaluation import language_model_metrics
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
@@ -43,6 +44,7 @@ def main() -> None:
     blocks = load_blocks(data_args.or_embedded("pretrain"), tokenizer, **training_args.packing)
 
     stage = Stage("pretrain", training_args, blocks, model, tokenizer, parent, options=[model_args])
+    stage.begin()
     start_tracking(stage)
     trainer = BlockTrainer(
         model=model,
@@ -56,6 +58,8 @@ def main() -> None:
         optimizers=(build_optimizer(model, training_args), None),
         eval_counts=blocks.facts["eval"] if blocks.eval else None,
     )
+    stage.attach(trainer)
+    examine_run(stage.name, trainer, stage.facts, parent)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

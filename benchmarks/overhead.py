@@ -30,7 +30,7 @@ from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DataArguments, PretrainConfig, PretrainModelArguments, parse
-from minimind.training.run import Stage
+from minimind.training.run import ADDITIONAL
 from minimind.training.starting_point import new_model
 
 WARM_UP = 5
@@ -105,13 +105,7 @@ def main() -> None:
         10,
     ]
     common += ["--model_config", given.model_config, "--save_strategy", "no"]
-    announce = Stage.announce
-
-    def announce_and_time(stage: Stage, trainer: Trainer) -> None:
-        announce(stage, trainer)
-        trainer.add_callback(turns["ours"])
-
-    Stage.announce = announce_and_time
+    ADDITIONAL.append(lambda trainer: turns["ours"])
     with tempfile.TemporaryDirectory() as directory:
         words = {
             name: [

@@ -22,26 +22,23 @@ from transformers import Trainer, TrainerCallback, get_cosine_with_min_lr_schedu
 from minimind import MiniMindForCausalLM
 from minimind.common.errors import UserError
 from minimind.data.packing import BlockCollator
-from minimind.training import guards, saving
+from minimind.training import guards, memory_growth, saving
 from minimind.training.arguments import PretrainConfig
-from minimind.training.callbacks import ProgressCallback
+from minimind.training.callback_handler import Decoration
+from minimind.training.checkpointing_trainer import DueCheckpointCallback
 from minimind.training.checkpoints import (
-    last_whole_checkpoint,
+    last_complete_checkpoint,
     problem_of,
     read_manifest,
     write_manifest,
 )
-from minimind.training.guards import (
-    GuardCallback,
-    MemoryCallback,
-    growth,
-    install_guards,
-    read_batch,
-    shield,
-)
+from minimind.training.guards import GuardCallback
+from minimind.training.kept_batches import read_batch
+from minimind.training.memory_growth import MemoryCallback, growth
 from minimind.training.optimizers import build_optimizer
+from minimind.training.progress import ProgressCallback
 from minimind.training.run import Stage
-from minimind.training.saving import NotWrittenError, SaveCallback, check_writable, checkpoint_bytes
+from minimind.training.saving import NotWrittenError, check_writable, checkpoint_bytes
 from minimind.training.trainers import BlockTrainer
 
 STEPS = 6
@@ -109,7 +106,10 @@ def make_trainer(config, tokenizer, tmp_path):
         )
         Path(args.output_dir).mkdir(exist_ok=True)
         if guarded:
-            install_guards(trainer, Path(args.output_dir), ProgressCallback)
+            trainer.guard = GuardCallback(trainer) if args.max_nonfinite_steps else None
+            for callback in (DueCheckpointCallback(trainer), trainer.guard, MemoryCallback()):
+                if callback:
+                    trainer.add_callback(callback)
         trainer.witness = Witness(trainer)
         trainer.add_callback(trainer.witness)
         return trainer
@@ -267,12 +267,13 @@ def test_weights_that_are_not_finite_end_the_run_before_they_push_out_the_good_c
         max_nonfinite_steps=0, save_strategy="steps", save_steps=1, save_total_limit=2
     )
     with pytest.raises(
-        UserError, match=r"after step 3 the weights are not finite.*goes on from \S+checkpoint-2\."
+        UserError,
+        match=r"after step 3 the weights are not finite.*continues from \S+checkpoint-2\.",
     ):
         trainer.train()
     assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2"}
     assert all(map(is_finite, (tmp_path / "run").glob("checkpoint-*")))
-    assert last_whole_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", [])
+    assert last_complete_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", [])
 
 
 def test_final_weights_that_are_not_finite_are_no_complete_stage(make_trainer):
@@ -283,7 +284,7 @@ def test_final_weights_that_are_not_finite_are_no_complete_stage(make_trainer):
     stage = object.__new__(Stage)
     with pytest.raises(
         UserError,
-        match=r"not finite: model.embed_tokens.weight.*There is no checkpoint from before",
+        match=r"not finite: model.embed_tokens.weight.*There is no earlier checkpoint",
     ):
         stage.finish(trainer, None, {})
 
@@ -312,9 +313,9 @@ def test_after_too_many_bad_steps_the_same_command_goes_back_behind_the_weights_
             UserError,
             match=r"the 2 steps that followed were not finite\. There is no checkpoint before",
         ):
-            last_whole_checkpoint(tmp_path / "run")
+            last_complete_checkpoint(tmp_path / "run")
     else:
-        found, (problem,) = last_whole_checkpoint(tmp_path / "run")
+        found, (problem,) = last_complete_checkpoint(tmp_path / "run")
         assert found.name == f"checkpoint-{left}"
         assert problem.startswith(f"skipped {met}: ")
 
@@ -331,30 +332,30 @@ def test_a_checkpoint_of_an_older_version_is_looked_at_for_weights_that_are_not_
     weights["model.norm.weight"][7] = float("nan")
     save_file(weights, checkpoint / "model.safetensors")
     write_manifest(checkpoint, step=6, processes=1)
-    found, (problem,) = last_whole_checkpoint(tmp_path / "run")
+    found, (problem,) = last_complete_checkpoint(tmp_path / "run")
     assert found.name == "checkpoint-3"
     assert "model.norm.weight, holds weights that are not finite" in problem
 
 
 def test_a_loss_far_above_the_last_ones_is_noticed_once(make_trainer, capsys):
     trainer = make_trainer()
-    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback))
+    guard = trainer.guard
     generator = torch.Generator().manual_seed(0)
     for step in range(60):
-        guard._watch(step, 2.0 + 0.1 * torch.randn(1, generator=generator).item())
+        guard._compare(step, 2.0 + 0.1 * torch.randn(1, generator=generator).item())
     assert "notice" not in capsys.readouterr().err
-    guard._watch(60, 4.0)
-    guard._watch(61, 4.1)
+    guard._compare(60, 4.0)
+    guard._compare(61, 4.1)
     assert capsys.readouterr().err.count("notice: step 60: loss 4.0000") == 1
     assert guard.spike > guards.SPIKE
 
 
 def test_a_falling_or_slowly_rising_loss_is_no_spike(make_trainer, capsys):
-    guard = GuardCallback(make_trainer(guarded=False), Path(), 5)
+    guard = GuardCallback(make_trainer(guarded=False))
     for step in range(200):
-        guard._watch(step, 8.0 - 0.03 * step)
+        guard._compare(step, 8.0 - 0.03 * step)
     for step in range(100):
-        guard._watch(step, 2.0 + 0.005 * step)
+        guard._compare(step, 2.0 + 0.005 * step)
     assert capsys.readouterr().err == ""
 
 
@@ -366,7 +367,7 @@ def test_a_checkpoint_without_room_is_left_out_and_training_goes_on(
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    assert "step 3: no checkpoint, training goes on. " in capsys.readouterr().err
+    assert "step 3: no checkpoint, training continues. " in capsys.readouterr().err
 
 
 def full(*args, **kwargs):
@@ -407,7 +408,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_it_and_not_the_ru
         "checkpoint-4",
         "checkpoint-6",
     }
-    assert "step 2: no checkpoint, training goes on" in capsys.readouterr().err
+    assert "step 2: no checkpoint, training continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -447,18 +448,17 @@ def test_a_real_limit_of_the_size_of_files_costs_a_checkpoint_and_not_the_run(
 def test_a_best_checkpoint_that_found_no_room_is_not_the_best_one(
     make_trainer, monkeypatch, tmp_path
 ):
-    trainer = make_trainer(save_strategy="steps", save_steps=2)
-    state, seen = trainer.state, []
+    trainer = make_trainer(save_strategy="steps", save_steps=2, metric_for_best_model="loss")
 
     class Evaluation(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step in (2, 4):
-                state.best_metric, state.best_global_step = -state.global_step, state.global_step
+                trainer._determine_best_metric({"eval_loss": -state.global_step}, None)
             if state.global_step == 4:
+                assert state.best_global_step == 4
                 monkeypatch.setattr(
                     saving.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1)
                 )
-            seen.append((state.best_metric, state.best_global_step, state.best_model_checkpoint))
 
     trainer.add_callback(Evaluation())
     trainer.train()
@@ -558,7 +558,6 @@ def test_a_tracker_that_loses_its_network_does_not_end_the_run(make_trainer, mon
     trainer = make_trainer(guarded=False)
     lost = Lost()
     trainer.add_callback(lost)
-    shield(trainer.callback_handler)
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert lost.calls == 1
@@ -573,22 +572,24 @@ def test_a_tracker_that_loses_its_network_does_not_end_the_run(make_trainer, mon
 def test_a_log_file_that_cannot_be_written_does_not_end_the_run(make_trainer, tmp_path, capsys):
     trainer = make_trainer(guarded=False)
     trainer.add_callback(ProgressCallback(tmp_path / "gone"))
-    shield(trainer.callback_handler, ProgressCallback)
     trainer.train()
     assert capsys.readouterr().err.count("notice: progress failed (FileNotFoundError: ") == 1
 
 
 def test_a_decoration_that_fails_is_asked_again_and_nothing_else_is_forgiven(make_trainer, capsys):
-    class Broken(ProgressCallback):
-        calls = 0
-
+    class Failing:
         def on_log(self, *args, **kwargs):
             Broken.calls += 1
             raise KeyError("loss")
 
+    class Broken(Failing, Decoration):
+        calls = 0
+
+    class NoDecoration(Failing, TrainerCallback):
+        pass
+
     trainer = make_trainer(guarded=False)
-    trainer.add_callback(Broken(Path()))
-    shield(trainer.callback_handler, ProgressCallback)
+    trainer.add_callback(Broken())
     trainer.train()
     assert Broken.calls == STEPS + 1
     assert (
@@ -597,8 +598,7 @@ def test_a_decoration_that_fails_is_asked_again_and_nothing_else_is_forgiven(mak
     )
 
     trainer = make_trainer(guarded=False)
-    trainer.add_callback(Broken(Path()))
-    shield(trainer.callback_handler, MemoryCallback)
+    trainer.add_callback(NoDecoration())
     with pytest.raises(KeyError):
         trainer.train()
 
@@ -612,9 +612,9 @@ def test_growing_memory_is_noticed_and_a_filling_cache_is_not():
 
 
 def test_the_memory_watch_reads_the_real_memory_of_the_process(make_trainer, monkeypatch, capsys):
-    monkeypatch.setattr(guards, "SAMPLES", 6)
-    monkeypatch.setattr(guards, "GROWN_BYTES", 20e6)
-    monkeypatch.setattr(guards, "GROWTH", 0.0)
+    monkeypatch.setattr(memory_growth, "SAMPLES", 6)
+    monkeypatch.setattr(memory_growth, "GROWN_BYTES", 20e6)
+    monkeypatch.setattr(memory_growth, "GROWTH", 0.0)
     held, private = [], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
     class Leak(TrainerCallback):
@@ -634,14 +634,13 @@ def test_the_memory_watch_reads_the_real_memory_of_the_process(make_trainer, mon
 
 def test_the_size_of_a_checkpoint_is_foreseen(make_trainer, tmp_path):
     trainer = make_trainer(save_strategy="steps", save_steps=3, max_steps=3, optim="adamw_torch")
-    disk = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SaveCallback))
     foreseen = checkpoint_bytes(trainer.model, deepspeed=False)
     trainer.train()
     files = [
         tmp_path / "run" / "checkpoint-3" / name for name in ("model.safetensors", "optimizer.pt")
     ]
     assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.15)
-    assert disk.needed >= foreseen
+    assert trainer.needed >= foreseen
 
 
 def test_the_counts_reach_the_log_of_a_whole_run(monkeypatch, tmp_path, write_jsonl):

@@ -23,16 +23,18 @@ from transformers import Trainer, TrainerCallback
 
 from minimind.common.errors import UserError
 from minimind.stage_directory import read_stage, weights_hash
-from minimind.training import checkpoints as resume
-from minimind.training import run as stages
-from minimind.training.callbacks import reproducible
+from minimind.training import checkpointing_trainer
+from minimind.training import run as training_run
 from minimind.training.checkpoints import (
-    MANIFEST,
-    last_whole_checkpoint,
+    best_of,
+    last_complete_checkpoint,
     problem_of,
     rotate,
     write_manifest,
 )
+from minimind.training.output_directory import INCOMPLETE, MANIFEST, checkpoints
+from minimind.training.progress import reproducible
+from minimind.training.resumable_trainer import ResumableTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
@@ -108,12 +110,7 @@ def kill_at(monkeypatch, step, event="on_step_end"):
             raise KilledError
 
     setattr(Kill, event, strike)
-    original = stages.ResumeCallback
-    monkeypatch.setattr(
-        stages,
-        "ResumeCallback",
-        lambda trainer: (trainer.add_callback(Kill()), original(trainer))[1],
-    )
+    monkeypatch.setattr(training_run, "ADDITIONAL", [lambda trainer: Kill()])
 
 
 def run(words):
@@ -312,7 +309,7 @@ DAMAGES = {
         "manifest.json: not JSON, or cut off",
     ),
     "sentinel": (
-        lambda path: (path / resume.INCOMPLETE).touch(),
+        lambda path: (path / INCOMPLETE).touch(),
         "marked incomplete by the library",
     ),
 }
@@ -321,9 +318,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(unfinished, damage):
     spoil, words = DAMAGES[damage]
-    assert last_whole_checkpoint(unfinished) == (unfinished / "checkpoint-6", [])
+    assert last_complete_checkpoint(unfinished) == (unfinished / "checkpoint-6", [])
     spoil(unfinished / "checkpoint-6")
-    found, problems = last_whole_checkpoint(unfinished)
+    found, problems = last_complete_checkpoint(unfinished)
     assert found == unfinished / "checkpoint-4"
     assert len(problems) == 1
     assert problems[0].startswith(f"skipped {unfinished / 'checkpoint-6'}: {words}")
@@ -345,7 +342,7 @@ def test_a_run_goes_on_past_a_broken_checkpoint_to_the_same_end(
 def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(
     world, cache, tokenizer_dir, unfinished, capsys
 ):
-    for checkpoint in resume.checkpoints(unfinished):
+    for checkpoint in checkpoints(unfinished):
         truncate(checkpoint)
     words = command(world, "pretrain", unfinished, tokenizer_dir, save_total_limit=9)
     message = failure(capsys, run, (*words, "--resume_from_checkpoint", "true"))
@@ -368,9 +365,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_not_whole(
                 raise KilledError
             write_manifest(checkpoint, **facts)
 
-        patch.setattr(resume, "write_manifest", killed)
+        patch.setattr(checkpointing_trainer, "write_manifest", killed)
         run_script(patch, *words)
-    found, problems = last_whole_checkpoint(tmp_path / "cut")
+    found, problems = last_complete_checkpoint(tmp_path / "cut")
     assert found.name == "checkpoint-2"
     assert "checkpoint-4: it was never finished" in problems[0]
 
@@ -430,27 +427,27 @@ def test_the_best_checkpoint_is_found_beside_its_run_wherever_that_is(tmp_path):
     best = str(tmp_path / "old" / "checkpoint-1")
     state_of(tmp_path / "run", 1, log[:1], best)
     last = state_of(tmp_path / "run", 2, log, best)
-    assert resume.best_of(last) == str(tmp_path / "run" / "checkpoint-1")
+    assert best_of(last) == str(tmp_path / "run" / "checkpoint-1")
     # A run that branched off another finds it there; one of another history is not it, nor one that
     # is gone.
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
-    assert resume.best_of(last) is None
+    assert best_of(last) is None
     state_of(tmp_path / "old", 1, [{"step": 1, "eval_loss": 1.0}], best)
-    assert resume.best_of(last) is None
+    assert best_of(last) is None
     (tmp_path / "old" / "checkpoint-1" / "trainer_state.json").write_text(
         json.dumps({"log_history": log[:1]})
     )
-    assert resume.best_of(last) == best
+    assert best_of(last) == best
 
 
-def test_the_librarys_rotation_would_have_deleted_the_last_whole_checkpoint(tmp_path):
+def test_the_librarys_rotation_would_have_deleted_the_last_complete_checkpoint(tmp_path):
     """Why it is replaced: by its count the two broken ones are the two to keep."""
     from transformers.trainer_utils import rotate_checkpoints
 
     for step, whole in ((2, True), (4, False), (6, False)):
         checkpoint_of(tmp_path, step, whole)
     rotate_checkpoints(str(tmp_path), save_total_limit=2)
-    assert last_whole_checkpoint(tmp_path)[0] is None
+    assert last_complete_checkpoint(tmp_path)[0] is None
 
 
 def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
@@ -490,17 +487,15 @@ def test_a_changed_rate_is_the_next_step_s_whatever_it_was(monkeypatch, old, new
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     schedule.last_epoch = 5
     monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
-    trainer = resume.ResumableTrainer.__new__(resume.ResumableTrainer)
+    trainer = ResumableTrainer.__new__(ResumableTrainer)
     trainer.optimizer, trainer.lr_scheduler = optimizer, schedule
     trainer.args = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0)
-    trainer.stage = SimpleNamespace(changes={"learning_rate": (old, new)})
+    trainer.changes = {"learning_rate": (old, new)}
     trainer._load_optimizer_and_scheduler("checkpoint-5")
     assert optimizer.param_groups[0]["lr"] == pytest.approx(new / 2)
     assert schedule.get_last_lr() == pytest.approx([new / 2])
-    trainer.stage = SimpleNamespace(
-        changes={"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")}
-    )
-    with pytest.raises(UserError, match="cannot be resumed with it that had linear"):
+    trainer.changes = {"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")}
+    with pytest.raises(UserError, match="that had linear cannot be resumed with it"):
         trainer._load_optimizer_and_scheduler("checkpoint-5")
 
 
@@ -514,7 +509,7 @@ def test_what_does_not_decide_the_result_may_change(world, cache, tokenizer_dir,
     run(command(world, "pretrain", unfinished, tokenizer_dir, **options))
     assert weights_hash(unfinished) == weights_hash(whole)
     assert [line["step"] for line in log_of(unfinished) if "loss" in line] == [1, 3, 6, 7, 8]
-    assert [path.name for path in resume.checkpoints(unfinished)] == ["checkpoint-8"]
+    assert [path.name for path in checkpoints(unfinished)] == ["checkpoint-8"]
 
 
 def test_changed_data_or_another_model_is_refused_whatever_is_accepted(
@@ -560,9 +555,9 @@ def test_not_resuming_leaves_an_unfinished_run_alone_unless_told_to_delete_it(
         "false",
     )
     assert "holds an unfinished run (checkpoint-6)" in failure(capsys, run, words)
-    assert last_whole_checkpoint(unfinished)[0].name == "checkpoint-6"
+    assert last_complete_checkpoint(unfinished)[0].name == "checkpoint-6"
     run((*words, "--overwrite_output_dir", "true"))
-    assert [path.name for path in resume.checkpoints(unfinished)] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints(unfinished)] == ["checkpoint-1"]
 
 
 def test_a_directory_that_is_no_run_is_refused_before_anything_runs(

@@ -16,13 +16,19 @@ from minimind.common.errors import UserError
 from minimind.common.files import read_json, write_json
 from minimind.planning.planned_runs import Recipe
 from minimind.tokenizer import DEFAULT_TOKENIZER
+from minimind.training.run import ADDITIONAL
 from minimind.training.step_meter import MEASURED_STEPS, StepMeter
 
 
 class StopAndReport(StepMeter):
-    """Writes the results and ends the process."""
+    """Writes the results of the first steps and ends the process."""
 
-    report: Path
+    def __init__(self, trainer: Trainer, report: Path):
+        super().__init__(trainer, trainer.args.max_steps)
+        self.report = report
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.eval_on_start = False
 
     def finished(self, state) -> None:
         write_json(self.report, self.results())
@@ -79,18 +85,7 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
 
 def main(script: str, report: str, *words: str) -> None:
     """Run a stage's script up to its first steps; see `measure`."""
-    from minimind.training.run import Stage
-
-    announce = Stage.announce
-
-    def announce_and_measure(stage: Stage, trainer: Trainer) -> None:
-        announce(stage, trainer)
-        trainer.args.eval_on_start = False
-        meter = StopAndReport(trainer, trainer.args.max_steps)
-        meter.report = Path(report)
-        trainer.add_callback(meter)
-
-    Stage.announce = announce_and_measure
+    ADDITIONAL.append(lambda trainer: StopAndReport(trainer, Path(report)))
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")
 

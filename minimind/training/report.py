@@ -16,13 +16,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import json_lines, read_json, write_text
 from minimind.evaluation import TIMES
 from minimind.stage_directory import read_stage
-from minimind.training.callbacks import clock
+from minimind.training.callback_handler import Decoration
+from minimind.training.progress import clock
 from minimind.training.samples import read_samples
 
 POINTS = 600  # of a curve at most: about one for each pixel
@@ -62,7 +63,7 @@ summary { cursor: pointer; } small { opacity: .75; overflow-wrap: anywhere; }
 """
 
 
-class ReportCallback(TrainerCallback):
+class ReportCallback(Decoration):
     """Writes the report anew at each evaluation and checkpoint. `record`: what stage.json will say
     by then."""
 

@@ -17,7 +17,7 @@ from minimind.common.errors import UserError
 from minimind.common.files import read_json, write_json
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
-from minimind.training.checkpoints import last_whole_checkpoint, problem_of, read_manifest
+from minimind.training.checkpoints import last_complete_checkpoint, problem_of, read_manifest
 from minimind.training.definition import (
     DECISIVE,
     INFORMATION,
@@ -225,7 +225,7 @@ class Start:
             return None, []
         if self.asked not in ("auto", "true"):
             return self.given(), []
-        checkpoint, problems = last_whole_checkpoint(self.output_dir)
+        checkpoint, problems = last_complete_checkpoint(self.output_dir)
         if checkpoint is None and self.source and Path(self.source).is_absolute():
             return self.given(), problems  # nothing of its own yet
         if checkpoint is None and self.asked == "true":
@@ -283,7 +283,7 @@ class Start:
             )
         if self.asked not in ("auto", "true"):
             return self.given()
-        checkpoint, problems = last_whole_checkpoint(self.output_dir)
+        checkpoint, problems = last_complete_checkpoint(self.output_dir)
         if checkpoint is None:
             details = "".join(f"\n  {problem}" for problem in problems)
             raise UserError(

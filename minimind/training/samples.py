@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.errors import UserError, decoration
@@ -16,6 +16,7 @@ from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.files import BadRowError
 from minimind.data.messages import check_order, parse_messages
 from minimind.evaluation import complete
+from minimind.training.callback_handler import Decoration
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")
@@ -147,7 +148,7 @@ def write_samples(
         model.train(training)
 
 
-class SampleCallback(TrainerCallback):
+class SampleCallback(Decoration):
     """Every `every` steps, and when `sample` is called, the greedy continuation of fixed prompts:
     to the terminal, to samples.jsonl and to the trackers' tables.
 

@@ -18,6 +18,7 @@ from minimind.costs.devices import Device, this_device
 from minimind.costs.slowness import explain, usage
 from minimind.costs.step import Step, core, empty_model, flops, memory
 from minimind.costs.units import gib
+from minimind.training.callback_handler import Decoration
 
 MEASURED_STEPS = 5
 WATCHED_STEPS = 20
@@ -108,12 +109,11 @@ class StepMeter(TrainerCallback):
         """What to do with the results."""
 
 
-class PlanCallback(StepMeter):
+class PlanCallback(Decoration, StepMeter):
     """Compares the first steps of a run with what was planned for them: one line, and the numbers
     in the next log; where they are much slower, a warning with the likely reasons.
 
-    It must not end a run: whatever goes wrong in it is said, and the run goes on. It has to stand
-    before the trackers' callbacks, which report the logs as they find them.
+    It must not end a run: an error in it is reported, and the run continues.
     """
 
     def __init__(self, trainer: Trainer):
