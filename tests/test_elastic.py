@@ -11,12 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
 from pipeline import NAMES, short_run, write_model
-from torch.utils.data import BatchSampler
 
 from minimind.common.errors import UserError
-from minimind.training.dataloaders import SharedBatches, share_last_rows
 from minimind.training.elastic import RowSplit, check_world_size, saved_processes
 
 ROOT = Path(__file__).parent.parent
@@ -69,36 +66,6 @@ def test_every_division_that_is_possible_is_found_and_keeps_the_rows():
         if found:
             assert found.rows == saved.rows
             assert found.per_device_train_batch_size <= saved.per_device_train_batch_size
-
-
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 3), (2, 3), (2, 1), (4, 2), (3, 4)])
-def test_every_row_of_an_epoch_is_taken_once_and_in_the_step_of_a_single_process(
-    processes, micro_batch
-):
-    for rows in range(1, 40):
-        inner = BatchSampler(range(rows), micro_batch, drop_last=False)
-        shards = [list(SharedBatches(inner, processes, rank)) for rank in range(processes)]
-        lengths = {len(SharedBatches(inner, processes, rank)) for rank in range(processes)}
-        assert {len(shard) for shard in shards} == lengths
-        taken = [[row for shard in step for row in shard] for step in zip(*shards, strict=True)]
-        size = processes * micro_batch
-        expected = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
-        if len(expected[-1]) < processes:  # somebody has to take a row that another has too
-            assert set(taken.pop()) == set(expected.pop())
-        assert taken == expected
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_the_batches_pass_unchanged_through_the_sampler_of_accelerate(drop_last):
-    for rows, processes in itertools.product(range(1, 20), (2, 3)):
-        for rank in range(processes):
-            inner = BatchSampler(range(rows), 3, drop_last)
-            shard = BatchSamplerShard(inner, processes, rank)
-            share_last_rows(shard)
-            expected = SharedBatches(inner, processes, rank)
-            assert list(shard) == list(expected)
-            assert len(shard) == len(expected) == len(BatchSamplerShard(inner, processes, rank))
-            assert shard.batch_sampler.sampler is inner.sampler  # whose epoch accelerate sets
 
 
 def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(tmp_path):

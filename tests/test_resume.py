@@ -26,10 +26,8 @@ from minimind.stage_directory import read_stage, weights_hash
 from minimind.training import checkpointing_trainer
 from minimind.training import run as training_run
 from minimind.training.checkpoints import (
-    best_of,
     last_complete_checkpoint,
     problem_of,
-    rotate,
     write_manifest,
 )
 from minimind.training.output_directory import INCOMPLETE, MANIFEST, checkpoints
@@ -169,8 +167,12 @@ def assert_same_run(one, two, step):
 
 
 MIXTURE = ["--train_files", "docs.jsonl:0.7", "other.jsonl:0.3"]
+
+
 # Between two checkpoints; all done but the stage directory
 MIDST, SAVED = (5, "on_step_end"), (8, "on_train_end")
+
+
 RUNS = {
     # Also before the first checkpoint, where one falls due, and where the last one does.
     "pretrain": (
@@ -370,84 +372,6 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_not_whole(
     found, problems = last_complete_checkpoint(tmp_path / "cut")
     assert found.name == "checkpoint-2"
     assert "checkpoint-4: it was never finished" in problems[0]
-
-
-def checkpoint_of(directory, step, whole=True):
-    path = directory / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "rng_state.pth").write_bytes(b"x" * step)
-    write_manifest(path, step=step, processes=1)
-    if not whole:
-        (path / "rng_state.pth").write_bytes(b"")
-    return path
-
-
-def test_rotation_keeps_whole_checkpoints_where_newer_ones_are_broken(tmp_path):
-    for step, whole in ((2, True), (4, True), (6, False), (8, False), (10, True)):
-        checkpoint_of(tmp_path, step, whole)
-    rotate(tmp_path, 2, [tmp_path / "checkpoint-10"])
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-10"}
-
-
-def test_rotation_keeps_the_best_and_the_one_just_written_beyond_its_limit(tmp_path):
-    for step in (2, 4, 6):
-        checkpoint_of(tmp_path, step)
-    rotate(tmp_path, 1, [tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"])
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    rotate(tmp_path, None, [])
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_rotation_counts_checkpoints_of_weights_alone(tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        checkpoint = checkpoint_of(tmp_path, step)
-        (checkpoint / "rng_state.pth").rename(checkpoint / "model.safetensors")
-        write_manifest(checkpoint, step=step, processes=1)
-        assert problem_of(checkpoint) == "it holds weights alone (--save_only_model)"
-        rotate(tmp_path, 3, [checkpoint])
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint-3",
-        "checkpoint-4",
-        "checkpoint-5",
-    }
-
-
-def state_of(directory, step, history, best):
-    checkpoint = checkpoint_of(directory, step)
-    state = {"log_history": history, "best_model_checkpoint": best}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    return checkpoint
-
-
-def test_the_best_checkpoint_is_found_beside_its_run_wherever_that_is(tmp_path):
-    log = [
-        {"step": 1, "eval_loss": float("nan"), "eval_runtime": 0.1234},
-        {"step": 2, "eval_loss": 2.0},
-    ]
-    best = str(tmp_path / "old" / "checkpoint-1")
-    state_of(tmp_path / "run", 1, log[:1], best)
-    last = state_of(tmp_path / "run", 2, log, best)
-    assert best_of(last) == str(tmp_path / "run" / "checkpoint-1")
-    # A run that branched off another finds it there; one of another history is not it, nor one that
-    # is gone.
-    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
-    assert best_of(last) is None
-    state_of(tmp_path / "old", 1, [{"step": 1, "eval_loss": 1.0}], best)
-    assert best_of(last) is None
-    (tmp_path / "old" / "checkpoint-1" / "trainer_state.json").write_text(
-        json.dumps({"log_history": log[:1]})
-    )
-    assert best_of(last) == best
-
-
-def test_the_librarys_rotation_would_have_deleted_the_last_complete_checkpoint(tmp_path):
-    """Why it is replaced: by its count the two broken ones are the two to keep."""
-    from transformers.trainer_utils import rotate_checkpoints
-
-    for step, whole in ((2, True), (4, False), (6, False)):
-        checkpoint_of(tmp_path, step, whole)
-    rotate_checkpoints(str(tmp_path), save_total_limit=2)
-    assert last_complete_checkpoint(tmp_path)[0] is None
 
 
 def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
