@@ -1,6 +1,6 @@
 """A few real steps in place of an assumption, and the comparison of a run with its plan.
 
-python -m minimind.planning.measuring SCRIPT REPORT ARGS...    # what `measure` starts: a stage's own script
+python -m minimind.planning.measuring SCRIPT REPORT ARGS...    # started by `measure`
 """
 
 import os
@@ -52,16 +52,8 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
         )
     with tempfile.TemporaryDirectory(prefix="minimind-plan-") as directory:
         report = Path(directory) / "report.json"
-        words = [
-            *recipe.words,
-            "--output_dir",
-            f"{directory}/run",
-            "--max_steps",
-            str(steps),
-            "--report_to",
-            "none",
-        ]
-        words += ["--save_strategy", "no"]
+        words = [*recipe.words, "--output_dir", f"{directory}/run", "--max_steps", str(steps)]
+        words += ["--report_to", "none", "--save_strategy", "no"]
         parent, tokenizer_dir = recipe.parent, getattr(recipe.options, "tokenizer", None)
         if parent and not Path(parent).is_dir():
             config, tokenizer, _ = recipe.starting_point()
@@ -71,15 +63,12 @@ def measure(recipe: Recipe, steps: int = MEASURED_STEPS) -> dict[str, float]:
         elif not parent and tokenizer_dir and not Path(tokenizer_dir).exists():
             words += ["--tokenizer", str(DEFAULT_TOKENIZER)]
         command = [sys.executable, "-m", __name__, str(script), str(report), *words]
-        english = os.environ | {"MINIMIND_LANG": "en"}  # what it says is looked through here
-        done = subprocess.run(command, capture_output=True, text=True, env=english)
-        if done.returncode or not report.is_file():
-            said = (
-                done.stderr.strip().split("error: ")[-1]
-                if "error: " in done.stderr
-                else done.stderr[-2000:]
-            )
-            raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {said}")
+        english = os.environ | {"MINIMIND_LANG": "en"}  # its error message is looked for below
+        process = subprocess.run(command, capture_output=True, text=True, env=english)
+        if process.returncode or not report.is_file():
+            _, found, error = process.stderr.strip().rpartition("error: ")
+            why = error if found else process.stderr[-2000:]
+            raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {why}")
         return read_json(report, "It is written by the steps of --device measured.")
 
 

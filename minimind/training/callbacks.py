@@ -1,6 +1,7 @@
 """Small callbacks of every run: weights that did not change, early stopping, the routers' load."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -93,25 +94,19 @@ class RouterLoadCallback(Decoration):
     layers. Counted on the device, for the main process's tokens."""
 
     def __init__(self, model: nn.Module):
-        self.routers = [
-            module for module in model.modules() if isinstance(module, MiniMindTopKRouter)
-        ]
+        self.routers = [each for each in model.modules() if isinstance(each, MiniMindTopKRouter)]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.visits = [
-            router.weight.new_zeros(len(router.weight), dtype=torch.float)
-            for router in self.routers
-        ]
+        weights = [router.weight for router in self.routers]
+        self.visits = [weight.new_zeros(len(weight), dtype=torch.float) for weight in weights]
         self.hooks = [
-            router.register_forward_hook(
-                lambda module, inputs, outputs, visits=visits: self._count(module, outputs, visits)
-            )
+            router.register_forward_hook(partial(self._count, visits))
             for router, visits in zip(self.routers, self.visits, strict=True)
         ]
 
     @staticmethod
     @torch.no_grad()
-    def _count(router: MiniMindTopKRouter, outputs: tuple, visits: torch.Tensor) -> None:
+    def _count(visits: torch.Tensor, router: MiniMindTopKRouter, inputs, outputs: tuple) -> None:
         if router.training:
             top_k_index = outputs[-1].flatten()
             visits.scatter_add_(0, top_k_index, torch.ones_like(top_k_index, dtype=visits.dtype))
@@ -130,12 +125,8 @@ class RouterLoadCallback(Decoration):
             return
         shares = [(visits / visits.sum()).tolist() for visits in self.visits]
         for layer, experts in enumerate(shares):
-            logs.update(
-                {
-                    f"router_load/layer_{layer}/expert_{i}": round(share, 4)
-                    for i, share in enumerate(experts)
-                }
-            )
+            for expert, share in enumerate(experts):
+                logs[f"router_load/layer_{layer}/expert_{expert}"] = round(share, 4)
         logs["router_load/max"] = max(map(max, shares))
         for visits in self.visits:
             visits.zero_()

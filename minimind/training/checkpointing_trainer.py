@@ -60,7 +60,7 @@ class CheckpointingTrainer(ResumableTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.definition = {}
+        self.definition, self.best_before = {}, {}
         self.callback_handler = RunCallbackHandler(self.callback_handler)
 
     def _determine_best_metric(self, metrics, trial):

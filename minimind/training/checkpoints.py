@@ -59,15 +59,16 @@ logging.getLogger("transformers.trainer").addFilter(
 # Manifest and verification
 
 
+def _facts_of(file: Path) -> dict:
+    return {"size": file.stat().st_size, "xxh3_128": hash_file(file)}
+
+
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """Declare a checkpoint complete: list its files with sizes and hashes, in a file that appears
     at once, after all that it lists is on the disk."""
     sync_files(checkpoint)
     files = {
-        str(file.relative_to(checkpoint)): {
-            "size": file.stat().st_size,
-            "xxh3_128": hash_file(file),
-        }
+        str(file.relative_to(checkpoint)): _facts_of(file)
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }

@@ -226,11 +226,8 @@ class GuardCallback(TrainerCallback):
             save_batch(self.trainer, directory, step.number, step.batches, loss, norm, last)
             self.saved += 1
             is_kept = (directory / "batch.json").is_file()
-            what = (
-                f"{what}; the batch is kept in {directory}"
-                if is_kept
-                else f"{what}; the batch is not kept"
-            )
+            kept = f"{what}; the batch is kept in {directory}"
+            what = kept if is_kept else f"{what}; the batch is not kept"
         if not last:
             notice(f"{what}; step skipped ({self.streak} in a row, the run stops at {self.limit})")
             return

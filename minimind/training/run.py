@@ -138,11 +138,8 @@ class Stage:
         """Parent directory, its weights' hash, and the id that all stages of one pipeline share."""
         if self.parent is None:
             return {"parent": None, "pipeline": self.run["pipeline"]}
-        record = read_stage(self.parent)
-        return {
-            "parent": provenance(self.parent),
-            "pipeline": record.get("pipeline") or self.parent.name,
-        }
+        pipeline = read_stage(self.parent).get("pipeline") or self.parent.name
+        return {"parent": provenance(self.parent), "pipeline": pipeline}
 
     @cached_property
     def description(self) -> dict:
@@ -180,9 +177,8 @@ class Stage:
         """All callbacks of the run, in the order in which each event calls them."""
         args, config = self.args, trainer.model.config
         library = trainer.callback_handler.callbacks
-        self.progress = ProgressCallback(
-            self.output_dir, trainer, bits_per_nat(self.facts["train"])
-        )
+        per_nat = bits_per_nat(self.facts["train"])
+        self.progress = ProgressCallback(self.output_dir, trainer, per_nat)
         self.samples = None
         if args.sample_steps >= 0:
             tokenizer, positions = trainer.processing_class, config.max_position_embeddings

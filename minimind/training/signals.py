@@ -150,12 +150,11 @@ class InterruptCallback(TrainerCallback):
         # The trackers close their runs. Nobody else may take this for the end, to write samples say
         self.left = True
         handler = self.trainer.callback_handler
-        for each in handler.callbacks:
+        callbacks, trackers = handler.callbacks, handler.trackers
+        for each in callbacks:
             if isinstance(each, ReportCallback):
                 each.write(state, "interrupted")
-        handler.callbacks = [
-            each for each in handler.callbacks if isinstance(each, handler.trackers)
-        ]
+        handler.callbacks = [each for each in callbacks if isinstance(each, trackers)]
         handler.on_train_end(args, state, control)
         close_wandb()
 
@@ -165,19 +164,15 @@ class InterruptCallback(TrainerCallback):
             dist.barrier()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        (code,) = broadcast_object_list(
-            [self._report_what_is_saved(args, state) if is_main_process() else None]
-        )
+        code = self._report_what_is_saved(args, state) if is_main_process() else None
+        (code,) = broadcast_object_list([code])
         keep_output_writable()
         sys.exit(code)
 
     def _report_what_is_saved(self, args, state) -> int:
         """Look at the checkpoint and report what there is; returns the exit code."""
-        why = (
-            "its launcher is gone"
-            if self.agreed == LAUNCHER_GONE
-            else signal.Signals(self.agreed).name
-        )
+        is_gone = self.agreed == LAUNCHER_GONE
+        why = "its launcher is gone" if is_gone else signal.Signals(self.agreed).name
         step, steps = f"{state.global_step:,}", f"{state.max_steps:,}"
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if problem_of(checkpoint, hashes=False) is None:
@@ -187,11 +182,9 @@ class InterruptCallback(TrainerCallback):
             )
             return INTERRUPTED
         last = last_good(Path(args.output_dir))
-        left = (
-            f"the same command continues from {last}"
-            if last
-            else "there is no other, the same command begins anew"
-        )
+        left = "there is no other, the same command begins anew"
+        if last:
+            left = f"the same command continues from {last}"
         say(
             f"interrupted ({why}) after step {step} of {steps}, but {checkpoint} could not be"
             f" written: {left}. Exit code {NOT_SAVED}."
