@@ -1,5 +1,5 @@
-"""A run that is told to stop by a signal, a closed terminal or the end of its launcher writes a
-complete checkpoint first.
+"""A run that a signal, a closed terminal or the end of its launcher stops writes a complete
+checkpoint first.
 
 docs/signals.md says what users of `kill`, Ctrl-C and Slurm can rely on. The library's
 `enable_jit_checkpoint` is right for one process: of several, each would save at the step where its

@@ -72,8 +72,8 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(f"the options do not fit together: {error}") from error
-        has_experts = getattr(self.model.config, "num_experts", 0)
-        if getattr(self.args, "router_aux_loss_coef", None) and not has_experts:
+        router_coef = getattr(self.args, "router_aux_loss_coef", None)
+        if router_coef and not getattr(self.model.config, "num_experts", 0):
             raise UserError(
                 "--router_aux_loss_coef is about experts, and the model has none. Leave it out."
             )
@@ -209,7 +209,7 @@ class ChatSFTTrainer(ScheduledTrainer, ModelLossTrainer):
     Rows that have loss_weights keep them, and the loss is sum(w * loss) / sum(w) over all tokens of
     a step: those of its micro-batches and of all processes.
 
-    Packing is best-fit over the whole data, not over each 1,000 rows, and a batch of packed rows
+    Packing is best-fit over all of the data, not over each 1,000 rows, and a batch of packed rows
     stays in rows.
     """
 
