@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
+from minimind.doctor import examine_run
 from minimind.evaluation import held_out_metrics
 from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
@@ -47,6 +48,7 @@ def main() -> None:
     stage = Stage(
         "sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
     )
+    stage.begin()
     start_tracking(stage, inspection.report)
     trainer = ChatSFTTrainer(
         model=model,
@@ -56,6 +58,8 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, model),
     )
+    stage.attach(trainer)
+    examine_run(stage.name, trainer, stage.facts, parent)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -11,6 +11,7 @@ Writes  a stage directory (--output_dir, default runs/pretrain) for finetune_sft
 from transformers import set_seed
 
 from minimind.common.errors import reports_user_errors
+from minimind.doctor import examine_run
 from minimind.evaluation import language_model_metrics
 from minimind.stages import PRETRAIN, load_inputs
 from minimind.training.command_line import parse
@@ -27,6 +28,7 @@ def main() -> None:
     model, tokenizer, parent, blocks = load_inputs(PRETRAIN, training_args, data_args, model_args)
 
     stage = Stage("pretrain", training_args, blocks, model, tokenizer, parent, options=[model_args])
+    stage.begin()
     start_tracking(stage)
     trainer = BlockTrainer(
         model=model,
@@ -38,6 +40,8 @@ def main() -> None:
         optimizers=(build_optimizer(model, training_args), None),
         eval_counts=blocks.facts["eval"] if blocks.eval else None,
     )
+    stage.attach(trainer)
+    examine_run(stage.name, trainer, stage.facts, parent)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -14,7 +14,6 @@ import logging
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +23,11 @@ from transformers import TrainerCallback
 from minimind.data.packing import BlockCollator
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import PretrainConfig
-from minimind.training.callbacks import ProgressCallback
-from minimind.training.guards import GuardCallback, install_guards
+from minimind.training.guards import GuardCallback
 from minimind.training.starting_point import new_model
 from minimind.training.trainers import BlockTrainer
 
 WARM_UP = 10  # steps that are not counted
-WRAPPED = ("compute_loss", "_get_grad_norm")
 
 
 class EveryOther(TrainerCallback):
@@ -38,13 +35,10 @@ class EveryOther(TrainerCallback):
 
     def __init__(self, trainer: BlockTrainer):
         self.trainer = trainer
-        self.guard = next(
-            c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback)
-        )
-        self.guarded = {name: getattr(trainer, name) for name in WRAPPED}
+        self.guard = trainer.guard
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self.inside: list[float] = []
-        for name in ("on_step_begin", "on_optimizer_step"):
+        for name in ("on_step_begin", "check_loss", "check_norm", "on_optimizer_step"):
             setattr(self.guard, name, self._timed(getattr(self.guard, name)))
 
     def _timed(self, function):
@@ -58,8 +52,7 @@ class EveryOther(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         trainer, callbacks = self.trainer, self.trainer.callback_handler.callbacks
         self.on = state.global_step % 2 == 0
-        for name, function in self.guarded.items():
-            setattr(trainer, name, function if self.on else function.__wrapped__)
+        trainer.guard = self.guard if self.on else None
         if self.on and self.guard not in callbacks:
             callbacks.insert(1, self.guard)
         if not self.on and self.guard in callbacks:
@@ -99,7 +92,8 @@ def main() -> None:
             data_collator=BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id),
             processing_class=tokenizer,
         )
-        install_guards(trainer, Path(directory), ProgressCallback)
+        trainer.guard = GuardCallback(trainer)
+        trainer.add_callback(trainer.guard)
         trainer.log = lambda *args, **kwargs: None
         turns = EveryOther(trainer)
         trainer.callback_handler.callbacks.insert(0, turns)

@@ -33,7 +33,7 @@ from minimind.training.arguments import PretrainConfig
 from minimind.training.command_line import parse
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import PretrainModelArguments
-from minimind.training.run import Stage
+from minimind.training.run import ADDITIONAL
 from minimind.training.starting_point import new_model
 
 WARM_UP = 5
@@ -108,13 +108,7 @@ def main() -> None:
         10,
     ]
     common += ["--model_config", given.model_config, "--save_strategy", "no"]
-    announce = Stage.announce
-
-    def announce_and_time(stage: Stage, trainer: Trainer) -> None:
-        announce(stage, trainer)
-        trainer.add_callback(turns["ours"])
-
-    Stage.announce = announce_and_time
+    ADDITIONAL.append(lambda trainer: turns["ours"])
     with tempfile.TemporaryDirectory() as directory:
         words = {
             name: [

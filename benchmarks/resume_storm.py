@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from minimind.data.world import write_world
 from minimind.stage_directory import read_stage, weights_hash
-from minimind.training.callbacks import reproducible
 from minimind.training.checkpoints import MANIFEST
 from minimind.training.output_directory import checkpoints
+from minimind.training.progress import reproducible
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {

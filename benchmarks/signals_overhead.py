@@ -31,8 +31,7 @@ def measure(rank: int, processes: int, steps: int, port: int, results) -> None:
     if gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if gpu else "gloo")
-    trainer = SimpleNamespace(_get_dataloader=None)
-    callback = InterruptCallback(trainer)
+    callback = InterruptCallback(trainer=None)
     args = SimpleNamespace(device=torch.device("cuda" if gpu else "cpu"))
     state, control = (
         SimpleNamespace(global_step=0, max_steps=steps),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import partial
 
 os.environ.update(
     HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", MINIMIND_LANG="en"
@@ -115,3 +116,11 @@ def write_jsonl(tmp_path):
 def bytewise():
     """A tokenizer in which each byte is a token, so that tokens can be counted by hand."""
     return train_tokenizer([""], vocab_size=259)
+
+
+@pytest.fixture
+def make_trainer(config, tokenizer, tmp_path):
+    """Make a small trainer, see `small_run.small_trainer`; other tests need not import it."""
+    from small_run import small_trainer
+
+    return partial(small_trainer, config, tokenizer, tmp_path / "run")

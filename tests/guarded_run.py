@@ -10,6 +10,7 @@ writes what it saw to OUTPUT/seen-RANK.json.
 import json
 import os
 import sys
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -22,8 +23,7 @@ from minimind.common.launch import prepare_launch
 from minimind.data.packing import BlockCollator
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import PretrainConfig
-from minimind.training.callbacks import ProgressCallback
-from minimind.training.guards import install_guards
+from minimind.training.guards import GuardCallback
 from minimind.training.trainers import BlockTrainer
 
 
@@ -62,24 +62,24 @@ def main():
         data_collator=BlockCollator(tokenizer.pad_token_id, tokenizer.eos_token_id),
         processing_class=tokenizer,
     )
-    install_guards(trainer, Path(output), ProgressCallback)
+    trainer.guard = GuardCallback(trainer)
+    trainer.add_callback(trainer.guard)
     witness = Witness(trainer)
     trainer.add_callback(witness)
-    compute_loss = trainer.compute_loss.__wrapped__
-    calls = 0
+    forward, calls = MiniMindForCausalLM.forward, 0
 
+    @wraps(forward)
     def spoilt(*positional, **named):
         nonlocal calls
         step, part = divmod(calls, 2)
         calls += 1
-        loss = compute_loss(*positional, **named)
-        # Its gradient is 0, as that of a mean over no token.
-        return loss * 0 + float("nan") if rank == 1 and step + 1 in bad and part == 0 else loss
+        output = forward(*positional, **named)
+        if rank == 1 and step + 1 in bad and part == 0:
+            # Its gradient is 0, as that of a mean over no token.
+            output.loss = output.loss * 0 + float("nan")
+        return output
 
-    guard = next(
-        c for c in trainer.callback_handler.callbacks if type(c).__name__ == "GuardCallback"
-    )
-    trainer.compute_loss = guard._poisoned(spoilt)
+    MiniMindForCausalLM.forward = spoilt
     stopped = None
     try:
         trainer.train()

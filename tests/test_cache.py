@@ -23,8 +23,9 @@ from minimind.common.errors import UserError
 from minimind.data import block_writer, chats, documents
 from minimind.data.chats import load_conversations
 from minimind.data.documents import load_blocks
-from minimind.training import run
+from minimind.training import run as training_run
 from minimind.training.data_arguments import DataArguments
+from minimind.training.run import check_same_data
 
 TEXTS = [f"{number}: {text}" for number in range(40) for text in (ENGLISH, CHINESE)]
 
@@ -319,10 +320,10 @@ def test_a_broken_record_of_hashes_costs_only_time(data, tmp_path, monkeypatch, 
 
 def test_processes_that_have_read_different_data_do_not_train_together(monkeypatch):
     old, new = ({"train": {"hash": digest}} for digest in "ab")
-    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, old])
-    run.check_same_data(old)
+    monkeypatch.setattr(training_run, "gather_object", lambda mine: [*mine, old])
+    check_same_data(old)
     with pytest.raises(UserError, match="have read different data"):
-        run.check_same_data(new)
+        check_same_data(new)
 
 
 # A cache that cannot be used

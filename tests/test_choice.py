@@ -21,11 +21,11 @@ from transformers import (
 
 from minimind.common.errors import UserError
 from minimind.stage_directory import read_stage, weights_hash
-from minimind.training import run as stages
+from minimind.training import run as training_run
 from minimind.training.arguments import PretrainConfig
 from minimind.training.callbacks import Baseline, EarlyStopping
+from minimind.training.checkpointing_trainer import CheckpointingTrainer
 from minimind.training.command_line import parse
-from minimind.training.resumable_trainer import ResumableTrainer
 from minimind.training.trainers import ScheduledTrainer
 
 STEPS, WARMUP, DECAY, PEAK = 10, 2, 3, 1e-3
@@ -235,9 +235,8 @@ def test_what_is_called_the_best_model_is_what_is_saved_also_in_a_run_that_was_m
         "save_strategy": "steps",
     }
     options |= {"save_steps": 1, "save_total_limit": 9}
-    original = stages.ResumeCallback
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(stages, "ResumeCallback", lambda t: (t.add_callback(Kill()), original(t))[1])
+        patch.setattr(training_run, "ADDITIONAL", [lambda trainer: Kill()])
         pretrain("run", **options)
     recorded = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     best = recorded["best_global_step"]
@@ -266,7 +265,7 @@ def test_a_step_that_is_told_to_stop_and_was_not_saved_is_saved_before_the_best_
 ):
     """Else the weights of the best step would stand in the checkpoint of the last one."""
     done = []
-    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    trainer = CheckpointingTrainer.__new__(CheckpointingTrainer)
     trainer.interrupted, trainer.model, trainer.args, trainer.control = True, None, None, None
     trainer.state = SimpleNamespace(global_step=5, best_model_checkpoint="checkpoint-2")
     trainer._save_checkpoint = lambda model, trial: done.append("saved")

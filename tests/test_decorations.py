@@ -19,10 +19,19 @@ from minimind.common.language import say
 from minimind.doctor import examination
 from minimind.doctor.registry import Check
 from minimind.stage_directory import load_model, read_stage, weights_hash
-from minimind.training import callbacks, guards, report, samples, wandb_tracking
-from minimind.training import checkpoints as resume
-from minimind.training import run as stages
+from minimind.training import (
+    heartbeat,
+    memory_growth,
+    progress,
+    record,
+    report,
+    samples,
+    wandb_tracking,
+)
+from minimind.training import run as training_run
 from minimind.training.callbacks import Baseline
+from minimind.training.checkpoints import problem_of
+from minimind.training.output_directory import RUN_LOGS
 from minimind.training.plots import plot_loss
 from minimind.training.samples import Prompt, SampleCallback, read_samples
 
@@ -79,12 +88,12 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
     for module, name in (
         (samples, "complete"),
         (report, "report_page"),
-        (stages, "token_losses"),
-        (callbacks, "peak_memory"),
-        (callbacks.ProgressCallback, "_line"),
-        (guards, "process_bytes"),
+        (record, "token_losses"),
+        (progress, "peak_memory"),
+        (progress.ProgressCallback, "_line"),
+        (memory_growth, "process_bytes"),
         (wandb_tracking, "open_wandb_run"),
-        (stages.HeartbeatCallback, "on_train_begin"),
+        (heartbeat.HeartbeatCallback, "on_train_begin"),
     ):
         monkeypatch.setattr(module, name, broken)
     monkeypatch.setattr(examination, "CHECKS", [Check("planted", broken, (), quick=True)])
@@ -106,7 +115,7 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
     assert weights_hash(bare) == weights_hash(whole)
     records = [read_stage(stage) for stage in (bare, whole)]
     assert records[0]["metrics"] == records[1]["metrics"]
-    assert resume.problem_of(bare / "checkpoint-3") is None
+    assert problem_of(bare / "checkpoint-3") is None
     assert not (bare / "report.html").exists()
 
 
@@ -136,7 +145,7 @@ def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(
 ):
     class Spoil(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            log, rows = (Path(args.output_dir) / name for name in resume.RUN_LOGS)
+            log, rows = (Path(args.output_dir) / name for name in RUN_LOGS)
             if state.global_step == 2:
                 log.unlink()
                 log.mkdir()
@@ -144,10 +153,7 @@ def test_logs_that_are_gone_broken_or_directories_end_no_run_and_no_resuming(
             if state.global_step == 3 and not args.resume_from_checkpoint:
                 raise KeyboardInterrupt
 
-    original = stages.ResumeCallback
-    monkeypatch.setattr(
-        stages, "ResumeCallback", lambda t: (t.add_callback(Spoil()), original(t))[1]
-    )
+    monkeypatch.setattr(training_run, "ADDITIONAL", [lambda trainer: Spoil()])
     with pytest.raises(SystemExit):
         pretrain()
     assert capsys.readouterr().err.count("notice: progress failed (IsADirectoryError: ") == 1

@@ -12,10 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 from pipeline import NAMES, short_run, write_model
-from torch.utils.data import BatchSampler
 
 from minimind.common.errors import UserError
-from minimind.training.elastic import Batch, SharedBatches, check_world_size, saved_processes
+from minimind.training.elastic import RowSplit, check_world_size, saved_processes
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -61,29 +60,12 @@ def test_back_at_the_first_number_of_processes_a_step_is_shared_as_at_first(tmp_
 
 def test_every_division_that_is_possible_is_found_and_keeps_the_rows():
     for *numbers, now in itertools.product((1, 2, 3, 4), (1, 3, 8), (1, 2, 5), (1, 2, 3, 6)):
-        saved = Batch(*numbers)
+        saved = RowSplit(*numbers)
         found = saved.shared_by(now)
         assert (found is None) == (saved.rows % now != 0)
         if found:
             assert found.rows == saved.rows
             assert found.per_device_train_batch_size <= saved.per_device_train_batch_size
-
-
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 3), (2, 3), (2, 1), (4, 2), (3, 4)])
-def test_every_row_of_an_epoch_is_taken_once_and_in_the_step_of_a_single_process(
-    processes, micro_batch
-):
-    for rows in range(1, 40):
-        inner = BatchSampler(range(rows), micro_batch, drop_last=False)
-        shards = [list(SharedBatches(inner, processes, rank)) for rank in range(processes)]
-        lengths = {len(SharedBatches(inner, processes, rank)) for rank in range(processes)}
-        assert {len(shard) for shard in shards} == lengths
-        taken = [[row for shard in step for row in shard] for step in zip(*shards, strict=True)]
-        size = processes * micro_batch
-        expected = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
-        if len(expected[-1]) < processes:  # somebody has to take a row that another has too
-            assert set(taken.pop()) == set(expected.pop())
-        assert taken == expected
 
 
 def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(tmp_path):
@@ -176,11 +158,11 @@ def assert_continues(losses, undisturbed):
 def test_one_two_and_one_process_again_continue_one_curve(launch):
     undisturbed, one, _ = launch("one", 1, **ROWS)
     losses, two, said = launch("two", 2, "--resume_from_checkpoint", one / "checkpoint-10", **ROWS)
-    assert "and goes on with 4 rows (2 x 1 accumulation x 2 processes)" in said
+    assert "and continues with 4 rows (2 x 1 accumulation x 2 processes)" in said
     assert saved_processes(two / "checkpoint-20") == 2
     assert_continues(losses, undisturbed)
     losses, _, said = launch("again", 1, "--resume_from_checkpoint", two / "checkpoint-30", **ROWS)
-    assert "and goes on with 4 rows (2 x 2 accumulation x 1 process)" in said
+    assert "and continues with 4 rows (2 x 2 accumulation x 1 process)" in said
     assert_continues(losses, undisturbed)
 
 
@@ -193,12 +175,12 @@ def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch):
     losses, one, said = launch(
         "zero1", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS
     )
-    assert "and goes on with 8 rows (2 x 4 accumulation x 1 process)" in said
+    assert "and continues with 8 rows (2 x 4 accumulation x 1 process)" in said
     assert_continues(losses, undisturbed)
     losses, four, said = launch(
         "zero4", 4, *zero, "--resume_from_checkpoint", one / "checkpoint-20", **ROWS
     )
-    assert "and goes on with 8 rows (2 x 1 accumulation x 4 processes)" in said
+    assert "and continues with 8 rows (2 x 1 accumulation x 4 processes)" in said
     assert_continues(losses, undisturbed)
     assert not list(one.glob(".universal*"))  # the converted copy is gone
     assert len(list(four.glob("checkpoint-30/global_step30/*optim_states.pt"))) == 4

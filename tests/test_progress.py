@@ -18,9 +18,9 @@ from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator
 from minimind.evaluation import bits_per_nat
 from minimind.stage_directory import read_stage
-from minimind.training import callbacks
-from minimind.training.callbacks import ProgressCallback, peak_memory
+from minimind.training import progress as progress_module
 from minimind.training.data_arguments import DataArguments
+from minimind.training.progress import ProgressCallback, peak_memory
 from minimind.training.trainers import BlockTrainer
 
 
@@ -182,8 +182,10 @@ def peaks_measured(monkeypatch, *peaks):
     """Let the machine show these peaks one after another; returns those that were not measured."""
     found, left = [peaks[0]], list(peaks[1:])
     device = SimpleNamespace(peak=lambda precision: max(found))
-    monkeypatch.setattr(this_machine, "this_device", lambda: device)
-    monkeypatch.setattr(this_machine, "measure_again", lambda precision: found.append(left.pop(0)))
+    monkeypatch.setattr(progress_module, "this_device", lambda: device)
+    monkeypatch.setattr(
+        progress_module, "measure_again", lambda precision: found.append(left.pop(0))
+    )
     return left
 
 
@@ -223,7 +225,7 @@ def test_a_peak_measured_beside_another_process_is_measured_again_and_no_run_is_
 def test_measuring_the_peak_costs_a_run_one_hundredth_of_its_time(progress, monkeypatch):
     left = peaks_measured(monkeypatch, *map(float, range(1000, 1010)))
     clock = iter(range(0, 1000, 5))  # each measurement takes 5 s
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: next(clock))
     for step in range(1, 10):
         log_at(progress, seconds=200.0 * step, step=step, tokens=step)
     assert 9 - len(left) == 4  # when 10 s, 510 s, 1,010 s and 1,510 s are over
@@ -242,7 +244,7 @@ def test_the_peak_of_a_cpu_is_the_best_that_was_ever_measured(monkeypatch):
 def test_on_windows_which_has_no_resource_module_memory_is_what_the_system_says(monkeypatch):
     held = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1, peak_wset=2**30))
     monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr(callbacks.psutil, "Process", lambda: held)
+    monkeypatch.setattr(progress_module.psutil, "Process", lambda: held)
     assert peak_memory() == 2**30
 
 

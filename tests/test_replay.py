@@ -8,7 +8,7 @@ from pipeline import document_rows, failure, run_cli, run_script, short_run, wri
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common.files import write_json
-from minimind.training.guards import Step, save_batch
+from minimind.training.kept_batches import save_batch
 from minimind.training.replay import replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -36,14 +36,7 @@ def keep(config, tokenizer, tmp_path):
         change(model)
         directory = tmp_path / "bad_batch-7"
         batch = {"input_ids": ids, "labels": ids.clone()} | extra
-        save_batch(
-            Trainer,
-            directory,
-            Step(7, torch.zeros(3), None, [batch]),
-            float("nan"),
-            1.0,
-            with_weights=False,
-        )
+        save_batch(Trainer, directory, 7, [batch], float("nan"), 1.0, with_weights=False)
         if weights:
             model.config.eos_token_id, model.config.pad_token_id = (
                 tokenizer.eos_token_id,

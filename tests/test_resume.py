@@ -23,16 +23,16 @@ from transformers import Trainer, TrainerCallback
 
 from minimind.common.errors import UserError
 from minimind.stage_directory import read_stage, weights_hash
-from minimind.training import checkpoints as resume
-from minimind.training import run as stages
-from minimind.training.callbacks import reproducible
+from minimind.training import checkpointing_trainer
+from minimind.training import run as training_run
 from minimind.training.checkpoints import (
-    MANIFEST,
-    last_whole_checkpoint,
+    last_complete_checkpoint,
     problem_of,
-    rotate,
     write_manifest,
 )
+from minimind.training.output_directory import INCOMPLETE, MANIFEST, checkpoints
+from minimind.training.progress import reproducible
+from minimind.training.resumable_trainer import ResumableTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
@@ -108,12 +108,7 @@ def kill_at(monkeypatch, step, event="on_step_end"):
             raise KilledError
 
     setattr(Kill, event, strike)
-    original = stages.ResumeCallback
-    monkeypatch.setattr(
-        stages,
-        "ResumeCallback",
-        lambda trainer: (trainer.add_callback(Kill()), original(trainer))[1],
-    )
+    monkeypatch.setattr(training_run, "ADDITIONAL", [lambda trainer: Kill()])
 
 
 def run(words):
@@ -172,8 +167,12 @@ def assert_same_run(one, two, step):
 
 
 MIXTURE = ["--train_files", "docs.jsonl:0.7", "other.jsonl:0.3"]
+
+
 # Between two checkpoints; all done but the stage directory
 MIDST, SAVED = (5, "on_step_end"), (8, "on_train_end")
+
+
 RUNS = {
     # Also before the first checkpoint, where one falls due, and where the last one does.
     "pretrain": (
@@ -312,7 +311,7 @@ DAMAGES = {
         "manifest.json: not JSON, or cut off",
     ),
     "sentinel": (
-        lambda path: (path / resume.INCOMPLETE).touch(),
+        lambda path: (path / INCOMPLETE).touch(),
         "marked incomplete by the library",
     ),
 }
@@ -321,9 +320,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(unfinished, damage):
     spoil, words = DAMAGES[damage]
-    assert last_whole_checkpoint(unfinished) == (unfinished / "checkpoint-6", [])
+    assert last_complete_checkpoint(unfinished) == (unfinished / "checkpoint-6", [])
     spoil(unfinished / "checkpoint-6")
-    found, problems = last_whole_checkpoint(unfinished)
+    found, problems = last_complete_checkpoint(unfinished)
     assert found == unfinished / "checkpoint-4"
     assert len(problems) == 1
     assert problems[0].startswith(f"skipped {unfinished / 'checkpoint-6'}: {words}")
@@ -345,7 +344,7 @@ def test_a_run_goes_on_past_a_broken_checkpoint_to_the_same_end(
 def test_without_a_whole_checkpoint_the_run_begins_anew_and_says_so(
     world, cache, tokenizer_dir, unfinished, capsys
 ):
-    for checkpoint in resume.checkpoints(unfinished):
+    for checkpoint in checkpoints(unfinished):
         truncate(checkpoint)
     words = command(world, "pretrain", unfinished, tokenizer_dir, save_total_limit=9)
     message = failure(capsys, run, (*words, "--resume_from_checkpoint", "true"))
@@ -368,89 +367,11 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_not_whole(
                 raise KilledError
             write_manifest(checkpoint, **facts)
 
-        patch.setattr(resume, "write_manifest", killed)
+        patch.setattr(checkpointing_trainer, "write_manifest", killed)
         run_script(patch, *words)
-    found, problems = last_whole_checkpoint(tmp_path / "cut")
+    found, problems = last_complete_checkpoint(tmp_path / "cut")
     assert found.name == "checkpoint-2"
     assert "checkpoint-4: it was never finished" in problems[0]
-
-
-def checkpoint_of(directory, step, whole=True):
-    path = directory / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "rng_state.pth").write_bytes(b"x" * step)
-    write_manifest(path, step=step, processes=1)
-    if not whole:
-        (path / "rng_state.pth").write_bytes(b"")
-    return path
-
-
-def test_rotation_keeps_whole_checkpoints_where_newer_ones_are_broken(tmp_path):
-    for step, whole in ((2, True), (4, True), (6, False), (8, False), (10, True)):
-        checkpoint_of(tmp_path, step, whole)
-    rotate(tmp_path, 2, [tmp_path / "checkpoint-10"])
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-10"}
-
-
-def test_rotation_keeps_the_best_and_the_one_just_written_beyond_its_limit(tmp_path):
-    for step in (2, 4, 6):
-        checkpoint_of(tmp_path, step)
-    rotate(tmp_path, 1, [tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"])
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    rotate(tmp_path, None, [])
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_rotation_counts_checkpoints_of_weights_alone(tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        checkpoint = checkpoint_of(tmp_path, step)
-        (checkpoint / "rng_state.pth").rename(checkpoint / "model.safetensors")
-        write_manifest(checkpoint, step=step, processes=1)
-        assert problem_of(checkpoint) == "it holds weights alone (--save_only_model)"
-        rotate(tmp_path, 3, [checkpoint])
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint-3",
-        "checkpoint-4",
-        "checkpoint-5",
-    }
-
-
-def state_of(directory, step, history, best):
-    checkpoint = checkpoint_of(directory, step)
-    state = {"log_history": history, "best_model_checkpoint": best}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    return checkpoint
-
-
-def test_the_best_checkpoint_is_found_beside_its_run_wherever_that_is(tmp_path):
-    log = [
-        {"step": 1, "eval_loss": float("nan"), "eval_runtime": 0.1234},
-        {"step": 2, "eval_loss": 2.0},
-    ]
-    best = str(tmp_path / "old" / "checkpoint-1")
-    state_of(tmp_path / "run", 1, log[:1], best)
-    last = state_of(tmp_path / "run", 2, log, best)
-    assert resume.best_of(last) == str(tmp_path / "run" / "checkpoint-1")
-    # A run that branched off another finds it there; one of another history is not it, nor one that
-    # is gone.
-    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
-    assert resume.best_of(last) is None
-    state_of(tmp_path / "old", 1, [{"step": 1, "eval_loss": 1.0}], best)
-    assert resume.best_of(last) is None
-    (tmp_path / "old" / "checkpoint-1" / "trainer_state.json").write_text(
-        json.dumps({"log_history": log[:1]})
-    )
-    assert resume.best_of(last) == best
-
-
-def test_the_librarys_rotation_would_have_deleted_the_last_whole_checkpoint(tmp_path):
-    """Why it is replaced: by its count the two broken ones are the two to keep."""
-    from transformers.trainer_utils import rotate_checkpoints
-
-    for step, whole in ((2, True), (4, False), (6, False)):
-        checkpoint_of(tmp_path, step, whole)
-    rotate_checkpoints(str(tmp_path), save_total_limit=2)
-    assert last_whole_checkpoint(tmp_path)[0] is None
 
 
 def test_a_changed_recipe_is_listed_and_refused_and_goes_on_when_accepted(
@@ -490,17 +411,15 @@ def test_a_changed_rate_is_the_next_step_s_whatever_it_was(monkeypatch, old, new
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     schedule.last_epoch = 5
     monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
-    trainer = resume.ResumableTrainer.__new__(resume.ResumableTrainer)
+    trainer = ResumableTrainer.__new__(ResumableTrainer)
     trainer.optimizer, trainer.lr_scheduler = optimizer, schedule
     trainer.args = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0)
-    trainer.stage = SimpleNamespace(changes={"learning_rate": (old, new)})
+    trainer.changes = {"learning_rate": (old, new)}
     trainer._load_optimizer_and_scheduler("checkpoint-5")
     assert optimizer.param_groups[0]["lr"] == pytest.approx(new / 2)
     assert schedule.get_last_lr() == pytest.approx([new / 2])
-    trainer.stage = SimpleNamespace(
-        changes={"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")}
-    )
-    with pytest.raises(UserError, match="cannot be resumed with it that had linear"):
+    trainer.changes = {"lr_scheduler_type": ("linear", "reduce_lr_on_plateau")}
+    with pytest.raises(UserError, match="that had linear cannot be resumed with it"):
         trainer._load_optimizer_and_scheduler("checkpoint-5")
 
 
@@ -514,7 +433,7 @@ def test_what_does_not_decide_the_result_may_change(world, cache, tokenizer_dir,
     run(command(world, "pretrain", unfinished, tokenizer_dir, **options))
     assert weights_hash(unfinished) == weights_hash(whole)
     assert [line["step"] for line in log_of(unfinished) if "loss" in line] == [1, 3, 6, 7, 8]
-    assert [path.name for path in resume.checkpoints(unfinished)] == ["checkpoint-8"]
+    assert [path.name for path in checkpoints(unfinished)] == ["checkpoint-8"]
 
 
 def test_changed_data_or_another_model_is_refused_whatever_is_accepted(
@@ -560,9 +479,9 @@ def test_not_resuming_leaves_an_unfinished_run_alone_unless_told_to_delete_it(
         "false",
     )
     assert "holds an unfinished run (checkpoint-6)" in failure(capsys, run, words)
-    assert last_whole_checkpoint(unfinished)[0].name == "checkpoint-6"
+    assert last_complete_checkpoint(unfinished)[0].name == "checkpoint-6"
     run((*words, "--overwrite_output_dir", "true"))
-    assert [path.name for path in resume.checkpoints(unfinished)] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints(unfinished)] == ["checkpoint-1"]
 
 
 def test_a_directory_that_is_no_run_is_refused_before_anything_runs(

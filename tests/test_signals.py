@@ -19,12 +19,11 @@ import torch
 from pipeline import PATIENCE, at_free_port, document_rows, short_run, wait_until, write_model
 from transformers import TrainerCallback, TrainingArguments
 
-import minimind.training.signals as signals
-from minimind.training import checkpoints as resume
-from minimind.training import saving
+from minimind.training import checkpointing_trainer, saving, signals
+from minimind.training.checkpointing_trainer import CheckpointingTrainer
+from minimind.training.checkpoints import problem_of
+from minimind.training.dataloaders import LoadingTrainer
 from minimind.training.report import ReportCallback
-from minimind.training.resumable_trainer import ResumableTrainer
-from minimind.training.saving import SaveCallback
 from minimind.training.signals import INTERRUPTED, LEFT_AT_ONCE, NOT_SAVED, InterruptCallback
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +47,10 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+class InterruptibleTrainer(CheckpointingTrainer, LoadingTrainer):
+    pass
 
 
 class Tell(TrainerCallback):
@@ -79,8 +82,7 @@ def train(model, output_dir, *callbacks, resume=None, **options):
     } | options
     arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "logging_steps": 1} | arguments
     args = TrainingArguments(str(output_dir), dataloader_pin_memory=False, **arguments)
-    trainer = ResumableTrainer(model, args, train_dataset=rows, eval_dataset=rows)
-    trainer.add_callback(SaveCallback(trainer, Path(output_dir)))
+    trainer = InterruptibleTrainer(model, args, train_dataset=rows, eval_dataset=rows)
     for callback in (*callbacks, InterruptCallback(trainer)):
         trainer.add_callback(callback)
     trainer.train(resume)
@@ -193,7 +195,7 @@ def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(
         ({}, "there is no other, the same command begins anew"),
         (
             {"save_strategy": "steps", "save_steps": 1},
-            "the same command goes on from {}/checkpoint-1",
+            "the same command continues from {}/checkpoint-1",
         ),
     ],
 )
@@ -214,7 +216,7 @@ def test_a_signal_on_a_full_disk_says_that_nothing_was_saved_and_what_is_left(
         in said.out
     )
     assert "is complete" not in said.out
-    assert "training goes on" not in said.err
+    assert "training continues" not in said.err
     assert not (tmp_path / "checkpoint-2").exists()
 
 
@@ -224,27 +226,26 @@ def test_a_checkpoint_is_called_complete_only_after_a_look_at_it(
     def without_manifest(checkpoint, **facts):
         assert checkpoint.is_dir()
 
-    monkeypatch.setattr(resume, "write_manifest", without_manifest)
+    monkeypatch.setattr(checkpointing_trainer, "write_manifest", without_manifest)
     interrupted(model, tmp_path, Tell(2, signal.SIGTERM), code=NOT_SAVED)
     assert "is complete" not in capsys.readouterr().out
 
 
 def test_an_interrupted_run_that_keeps_weights_alone_can_go_on(model, tmp_path):
     interrupted(model, tmp_path, Tell(2, signal.SIGTERM), save_only_model=True)
-    assert resume.problem_of(tmp_path / "checkpoint-2") is None
+    assert problem_of(tmp_path / "checkpoint-2") is None
 
 
-def test_a_signal_at_a_step_that_is_not_finite_waits_for_one_that_is(model, tmp_path):
+def test_a_signal_at_a_step_that_is_not_finite_waits_for_one_that_is(model, tmp_path, monkeypatch):
     class Streak(TrainerCallback):
         step = 0
 
         def on_step_end(self, args, state, control, **kwargs):
             self.step = state.global_step
 
-        def in_streak(self):
-            return self.step == 2
-
-    interrupted(model, tmp_path, Streak(), Tell(2, signal.SIGTERM))
+    streak = Streak()
+    monkeypatch.setattr(InterruptibleTrainer, "in_streak", lambda self: streak.step == 2)
+    interrupted(model, tmp_path, streak, Tell(2, signal.SIGTERM))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
@@ -275,7 +276,7 @@ def test_dataloader_workers_outlive_the_signals_of_their_whole_job_but_not_their
     assert trainer.state.global_step == 8
 
     loader = torch.utils.data.DataLoader(range(99), num_workers=1)
-    loader.worker_init_fn = partial(signals._start_worker, None)
+    loader.worker_init_fn = partial(signals.start_worker, None)
     rows = iter(loader)
     next(rows)
     (worker,) = rows._workers

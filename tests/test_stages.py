@@ -30,7 +30,7 @@ from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.stage_directory import load_model, read_stage, require_stage, weights_hash
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
-from minimind.training.resumable_trainer import ResumableTrainer
+from minimind.training.checkpointing_trainer import CheckpointingTrainer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
 
@@ -380,13 +380,13 @@ def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_
         "--sample_steps",
         -1,
     ]
-    saved, save = [], ResumableTrainer._save_checkpoint
+    saved, save = [], CheckpointingTrainer._save_checkpoint
 
     def watched(trainer, *rest):
         saved.append(trainer.state.global_step)
         save(trainer, *rest)
 
-    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", watched)
+    monkeypatch.setattr(CheckpointingTrainer, "_save_checkpoint", watched)
     run_script(monkeypatch, "pretrain", *words)
     assert saved == list(range(2, 21, 2))
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [

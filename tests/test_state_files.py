@@ -21,7 +21,10 @@ from minimind.common.recipes import read_deepspeed
 from minimind.doctor import doctor
 from minimind.generation import load_for_generation
 from minimind.stage_directory import load_model, read_stage, weights_hash
-from minimind.training.checkpoints import last_whole_checkpoint, problem_of
+from minimind.training.checkpoints import (
+    last_complete_checkpoint,
+    problem_of,
+)
 from minimind.training.model_arguments import load_model_config_file
 from minimind.training.output_directory import MANIFEST, RUN, read_record
 from minimind.training.replay import replay
@@ -309,7 +312,7 @@ def test_a_checkpoint_that_does_not_read_is_skipped_by_name_for_the_one_before(
         CORRUPTIONS[corruption](newest / name)
         if hash_fits:
             list_anew(newest, name)
-        found, problems = last_whole_checkpoint(unfinished)
+        found, problems = last_complete_checkpoint(unfinished)
         assert found == unfinished / "checkpoint-1", corruption
         assert len(problems) == 1 and str(newest) in problems[0] and name in problems[0], (
             corruption,

@@ -1,6 +1,6 @@
 """A few real steps in place of an assumption, and the comparison of a run with its plan.
 
-python -m minimind.planning.measuring SCRIPT REPORT ARGS...    # what `measure` starts: a stage's own script
+python -m minimind.planning.measuring SCRIPT REPORT ARGS...    # started by `measure`
 """
 
 import os
@@ -16,13 +16,19 @@ from minimind.common.errors import UserError
 from minimind.common.files import read_json, write_json
 from minimind.planning.planned_runs import PlannedRun
 from minimind.tokenizer import DEFAULT_TOKENIZER
+from minimind.training.run import ADDITIONAL
 from minimind.training.step_meter import MEASURED_STEPS, StepMeter
 
 
 class StopAndReport(StepMeter):
-    """Writes the results and ends the process."""
+    """Writes the results of the first steps and ends the process."""
 
-    report: Path
+    def __init__(self, trainer: Trainer, report: Path):
+        super().__init__(trainer, trainer.args.max_steps)
+        self.report = report
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.eval_on_start = False
 
     def finished(self, state) -> None:
         write_json(self.report, self.results())
@@ -46,16 +52,8 @@ def measure(recipe: PlannedRun, steps: int = MEASURED_STEPS) -> dict[str, float]
         )
     with tempfile.TemporaryDirectory(prefix="minimind-plan-") as directory:
         report = Path(directory) / "report.json"
-        words = [
-            *recipe.words,
-            "--output_dir",
-            f"{directory}/run",
-            "--max_steps",
-            str(steps),
-            "--report_to",
-            "none",
-        ]
-        words += ["--save_strategy", "no"]
+        words = [*recipe.words, "--output_dir", f"{directory}/run", "--max_steps", str(steps)]
+        words += ["--report_to", "none", "--save_strategy", "no"]
         parent, tokenizer_dir = recipe.parent, getattr(recipe.options, "tokenizer", None)
         if parent and not Path(parent).is_dir():
             config, tokenizer, _ = recipe.starting_point()
@@ -65,32 +63,18 @@ def measure(recipe: PlannedRun, steps: int = MEASURED_STEPS) -> dict[str, float]
         elif not parent and tokenizer_dir and not Path(tokenizer_dir).exists():
             words += ["--tokenizer", str(DEFAULT_TOKENIZER)]
         command = [sys.executable, "-m", __name__, str(script), str(report), *words]
-        english = os.environ | {"MINIMIND_LANG": "en"}  # what it says is looked through here
-        done = subprocess.run(command, capture_output=True, text=True, env=english)
-        if done.returncode or not report.is_file():
-            said = (
-                done.stderr.strip().split("error: ")[-1]
-                if "error: " in done.stderr
-                else done.stderr[-2000:]
-            )
-            raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {said}")
+        english = os.environ | {"MINIMIND_LANG": "en"}  # its error message is looked for below
+        process = subprocess.run(command, capture_output=True, text=True, env=english)
+        if process.returncode or not report.is_file():
+            _, found, error = process.stderr.strip().rpartition("error: ")
+            why = error if found else process.stderr[-2000:]
+            raise UserError(f"{recipe.path}: the {steps} steps of --device measured failed: {why}")
         return read_json(report, "It is written by the steps of --device measured.")
 
 
 def main(script: str, report: str, *words: str) -> None:
     """Run a stage's script up to its first steps; see `measure`."""
-    from minimind.training.run import Stage
-
-    announce = Stage.announce
-
-    def announce_and_measure(stage: Stage, trainer: Trainer) -> None:
-        announce(stage, trainer)
-        trainer.args.eval_on_start = False
-        meter = StopAndReport(trainer, trainer.args.max_steps)
-        meter.report = Path(report)
-        trainer.add_callback(meter)
-
-    Stage.announce = announce_and_measure
+    ADDITIONAL.append(lambda trainer: StopAndReport(trainer, Path(report)))
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")
 

@@ -1,15 +1,18 @@
-"""A run that was interrupted goes on as if it had not been: the same command again continues from
-the last whole checkpoint, to the same bits.
+"""Checkpoints: the manifest that declares one complete, their verification, rotation and choice.
 
-    run.json               in the output directory: which run this is, and its recipe; written first
+The same command again continues an interrupted run from its last complete checkpoint, and ends with
+the same bits as if it had not been interrupted.
+
+    run.json               in the output directory: the run's id and definition; written first
     checkpoint-N/          the library's files, and
-        recipe.json        all that decides the result, to notice that a run is not the same any more
+        recipe.json        the definition: all that decides the result, to notice what has changed
         run_state_R.pth    of process R: what the library keeps in memory alone
-        train_log.jsonl    the log up to here, so that no line of it is lost or stands there twice
-        manifest.json      sizes and hashes of all these; written last, so that what has none is not whole
+        train_log.jsonl    the log up to here, so that no line is lost or written twice
+        manifest.json      sizes and hashes of all these; written last, so that a checkpoint
+                           without one is known to be incomplete
 
 All of it is on the disk, not only in the system's memory, before the manifest is: a power loss
-leaves a whole checkpoint or one that is known not to be.
+leaves a checkpoint that is complete or known not to be.
 """
 
 import json
@@ -44,35 +47,28 @@ from minimind.training.output_directory import (
     delete_checkpoint,
 )
 
-# Of run_state_*
-RUN_STATE = {
-    "loss",
-    "total_loss",
-    "last_logged",
-    "seconds",
-    "wall_seconds",
-    "callbacks",
-    "exported",
-}
+RUN_STATE = {"loss", "total_loss", "last_logged", "seconds", "wall_seconds"}  # of run_state_*.pth
+RUN_STATE |= {"callbacks", "exported"}
 
-# It looks for the best checkpoint where the run was before it was moved; `take_up` knows better.
+# The library looks for the best checkpoint where it was before the run was moved, see `best_of`
 logging.getLogger("transformers.trainer").addFilter(
-    lambda said: not said.msg.startswith("The best checkpoint")
+    lambda record: not record.msg.startswith("The best checkpoint")
 )
 
 
-# Checkpoints: whole or not
+# Manifest and verification
+
+
+def _facts_of(file: Path) -> dict:
+    return {"size": file.stat().st_size, "xxh3_128": hash_file(file)}
 
 
 def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Declare a checkpoint whole: list its files with sizes and hashes, in a file that appears at
-    once, after all that it lists is on the disk."""
+    """Declare a checkpoint complete: list its files with sizes and hashes, in a file that appears
+    at once, after all that it lists is on the disk."""
     sync_files(checkpoint)
     files = {
-        str(file.relative_to(checkpoint)): {
-            "size": file.stat().st_size,
-            "xxh3_128": hash_file(file),
-        }
+        str(file.relative_to(checkpoint)): _facts_of(file)
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
@@ -81,22 +77,20 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """{"step", "processes", "files"} of a whole checkpoint; raises UserError."""
-    fields = {"step": int, "processes": int, "files": dict}
-    manifest = read_json(
-        checkpoint / MANIFEST, "It lists the files of a checkpoint.", fields=fields
-    )
-    for name, expected in manifest["files"].items():
-        expected = expected if isinstance(expected, dict) else {}
-        require_fields(
-            f"{checkpoint / MANIFEST}: {name}", expected, {"size": int, "xxh3_128": str}, ""
-        )
+    """{"step", "processes", "files"} of a complete checkpoint; raises UserError."""
+    file, fields = checkpoint / MANIFEST, {"step": int, "processes": int, "files": dict}
+    manifest = read_json(file, "It lists the files of a checkpoint.", fields=fields)
+    for name, entry in manifest["files"].items():
+        entry = entry if isinstance(entry, dict) else {}
+        require_fields(f"{file}: {name}", entry, {"size": int, "xxh3_128": str}, "")
     return manifest
 
 
 def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = False) -> str | None:
-    """Why a run cannot go on from this checkpoint, or None if it is whole; `hashes`: read all of
-    it. With `weights_alone` one that holds nothing else is whole too."""
+    """Why a run cannot resume from this checkpoint, or None if it is complete.
+
+    `hashes`: read all of it. With `weights_alone` one that holds nothing else is complete too.
+    """
     if (checkpoint / INCOMPLETE).exists():
         return f"marked incomplete by the library ({INCOMPLETE})"
     if not os.path.lexists(checkpoint / MANIFEST):
@@ -121,7 +115,7 @@ def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = Fals
                 return f"{name} is corrupted: its hash is not the one it was written with"
             if problem := _unreadable(checkpoint / name):
                 return f"{name} cannot be read: {problem}"
-        if hashes and not manifest.get("finite") and (name := _not_finite(checkpoint)):
+        if not manifest.get("finite") and (name := _not_finite(checkpoint)):
             return f"{name} holds weights that are not finite"
     except (UserError, OSError) as error:
         return str(error).strip().removeprefix(f"{checkpoint}/")
@@ -129,8 +123,8 @@ def problem_of(checkpoint: Path, hashes: bool = True, weights_alone: bool = Fals
 
 
 def _unreadable(file: Path) -> str | None:
-    """Why the libraries could not load a file though its hash fits: it was written wrongly. Tensors
-    stay unread."""
+    """Why the libraries could not load a file whose hash fits: it was written wrongly. Tensors are
+    not read."""
     try:
         if file.name == TRAINER_STATE_NAME:
             read_json(file, "", fields={"global_step": int, "max_steps": int, "log_history": list})
@@ -140,14 +134,12 @@ def _unreadable(file: Path) -> str | None:
         elif file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 pass
-        elif file.suffix in (".pt", ".pth") and not file.parent.name.startswith(
-            "global_step"
-        ):  # DeepSpeed's own
+        # In global_step* are DeepSpeed's own
+        elif file.suffix in (".pt", ".pth") and not file.parent.name.startswith("global_step"):
             with safe_globals():
                 state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            if not isinstance(state, dict) or (
-                file.name.startswith("run_state") and not state.keys() >= RUN_STATE
-            ):
+            needed = RUN_STATE if file.name.startswith("run_state") else set()
+            if not isinstance(state, dict) or not state.keys() >= needed:
                 return "it holds something else"
     except Exception as error:  # of json, pickle, zip or safetensors
         return reason(error).splitlines()[0].removeprefix(f"{file}: ")
@@ -155,11 +147,11 @@ def _unreadable(file: Path) -> str | None:
 
 
 def _not_finite(checkpoint: Path) -> str | None:
-    """The first file with weights that are not finite; for checkpoints whose manifest does not say
-    that all are."""
+    """The first weights that are not finite; for a checkpoint whose manifest does not say that all
+    are."""
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no dict
+            for name in tensors.keys():  # noqa: SIM118, not a dict
                 tensor = tensors.get_tensor(name)
                 if tensor.is_floating_point() and not largest(tensor).isfinite():
                     return f"{file.name}, {name},"
@@ -167,57 +159,55 @@ def _not_finite(checkpoint: Path) -> str | None:
 
 
 def largest(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value, NaN where there is one, in no memory of its own."""
-    return (
-        torch.linalg.vector_norm(tensor.detach(), float("inf"))
-        if tensor.numel()
-        else tensor.new_zeros(())
-    )
+    """The largest absolute value, NaN where there is one; takes no memory of the tensor's size."""
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    return torch.linalg.vector_norm(tensor.detach(), float("inf"))
 
 
-def doubt(checkpoint: Path, steps: int) -> None:
-    """Note in a checkpoint, if there is one, that so many steps from it were not finite, and none
-    was."""
+# Choice and rotation
+
+
+def record_bad_steps(checkpoint: Path, steps: int) -> None:
+    """Note in a checkpoint, if it exists, that all of the `steps` after it were not finite."""
     if (checkpoint / MANIFEST).is_file():
         with decoration("a note in a checkpoint"):
             write_json(checkpoint / MANIFEST, {**read_manifest(checkpoint), "bad_steps": steps})
 
 
-def doubted(checkpoint: Path) -> str | None:
-    """Why a run should not go on from a whole checkpoint unless it is told to."""
+def doubt_about(checkpoint: Path) -> str | None:
+    """Why a run should not resume from a complete checkpoint unless the command names it."""
     steps = read_manifest(checkpoint).get("bad_steps")
     return steps and f"the run stopped after it, the {steps} steps that followed were not finite"
 
 
 def last_good(output_dir: Path) -> Path | None:
-    """The checkpoint that the same command would go on from, by the sizes of its files alone."""
-    good = (
-        path
-        for path in checkpoints(output_dir)
-        if not (problem_of(path, hashes=False) or doubted(path))
-    )
-    return next(good, None)
+    """The checkpoint that the same command would resume from, by the sizes of its files alone."""
+    for path in checkpoints(output_dir):
+        if not (problem_of(path, hashes=False) or doubt_about(path)):
+            return path
+    return None
 
 
-def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that a run can go on from, and one line for each newer one about what
+def last_complete_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run can resume from, and one line for each newer one about what
     is wrong with it.
 
     Raises:
-        UserError: only such are left as no step from them was finite.
+        UserError: no step after any of those that are left was finite.
     """
     problems, suspect = [], None
     for checkpoint in checkpoints(output_dir):
         problem = problem_of(checkpoint)
         if problem is None:
-            problem = doubted(checkpoint)
+            problem = doubt_about(checkpoint)
             if problem is None:
                 return checkpoint, problems
             suspect = suspect or f"{checkpoint}: {problem}"
         problems.append(f"skipped {checkpoint}: {problem}")
     if suspect:
         raise UserError(
-            f"{suspect}. There is no checkpoint before it. To go on from it anyway, with another"
+            f"{suspect}. There is no checkpoint before it. To resume from it anyway, with another"
             " --learning_rate say, give it to --resume_from_checkpoint; to begin anew, give"
             " --overwrite_output_dir true and --resume_from_checkpoint false."
         )
@@ -225,10 +215,9 @@ def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Keep the newest `limit` whole checkpoints and those of `keep`; delete the others and all that
-    are broken.
+    """Keep the newest `limit` complete checkpoints and those of `keep`; delete all others.
 
-    The library counts broken ones too, and may so delete the last one that is whole.
+    The library counts broken ones too, and so may delete the last complete one.
     """
     if not limit or limit < 1:
         return
@@ -242,17 +231,11 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
             delete_checkpoint(checkpoint)
 
 
-# Recipes: the same run or another
-
-
-# The trainers' part
-
-
 def best_of(checkpoint: Path) -> str | None:
     """The best checkpoint at the time of this one; None where there was none, or it is gone.
 
-    It is looked for beside this one, since a run may be moved, and else where it was, since a run
-    may have branched off another; only a checkpoint of the same history is it.
+    It is looked for beside this one, since a run may have been moved, and then where it was, since
+    a run may have branched off another. It must have the same history.
     """
     state = read_json(checkpoint / TRAINER_STATE_NAME, "Resume from another checkpoint.")
     recorded = state.get("best_model_checkpoint")
@@ -266,6 +249,9 @@ def _is_earlier(checkpoint: Path, state: dict) -> bool:
     except (UserError, KeyError):
         return False
     return json.dumps(earlier) == json.dumps(state["log_history"][: len(earlier)])
+
+
+# The logs of a run, of which each checkpoint keeps a copy
 
 
 def keep_logs(output_dir: Path, checkpoint: Path) -> None:

@@ -1,11 +1,11 @@
-"""A run that another number of processes continues: the same rows in every step, the same weights
-and optimizer state.
+"""A run that another number of processes continues, with the same rows in every step and the same
+weights and optimizer state.
 
 The rows of step k are those at [k * rows, (k + 1) * rows) of a permutation that the seed decides,
-however many processes share them. So a checkpoint fits any number of processes that divides its
-rows per step: micro-batch and accumulation are computed anew (`check_world_size`), and ZeRO's
-shards, which belong to the number of processes that wrote them, go through DeepSpeed's universal
-checkpoint (`prepare_checkpoint`).
+however many processes share them (dataloaders.py). So a checkpoint fits any number of processes
+that divides its rows per step: micro-batch and accumulation are recomputed (`check_world_size`),
+and ZeRO's shards, of which each process wrote one, go through DeepSpeed's universal checkpoint
+(`prepare_checkpoint`).
 """
 
 import os
@@ -13,13 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from minimind.common.errors import UserError, reason
@@ -27,10 +24,10 @@ from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.training.saving import REMEDY, disk_fault, not_written, reports_disk_errors
 
-# What DeepSpeed's converter knows: weights, first and second moment.
+# DeepSpeed's converter handles weights, first and second moment
 CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-# DeepSpeed's program, which loads what it converts as a resumed run does: without the code that a
-# file asks for.
+# DeepSpeed's program. It loads the shards as a resumed run does: without running code that a file
+# asks for.
 CONVERTER = """
 from runpy import run_module
 from minimind.common.launch import refuse_code_in_pickles
@@ -40,8 +37,8 @@ run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sy
 
 
 @dataclass(frozen=True)
-class Batch:
-    """How one optimizer step is shared out."""
+class RowSplit:
+    """How the rows of an optimizer step are divided."""
 
     processes: int
     per_device_train_batch_size: int
@@ -59,15 +56,15 @@ class Batch:
             f" {self.gradient_accumulation_steps} accumulation x {self.processes} {noun})"
         )
 
-    def shared_by(self, processes: int) -> "Batch | None":
-        """The same rows with another number of processes and no larger micro-batch; None where they
-        do not divide."""
+    def shared_by(self, processes: int) -> "RowSplit | None":
+        """The same rows for another number of processes with no larger micro-batch; None where they
+        cannot be divided."""
         share, rest = divmod(self.rows, processes)
         if rest:
             return None
         sizes = range(min(share, self.per_device_train_batch_size), 0, -1)
         micro_batch = next(size for size in sizes if share % size == 0)
-        return Batch(processes, micro_batch, share // micro_batch)
+        return RowSplit(processes, micro_batch, share // micro_batch)
 
 
 def saved_processes(checkpoint: Path) -> int:
@@ -76,143 +73,96 @@ def saved_processes(checkpoint: Path) -> int:
 
 
 def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
-    """Set micro-batch and accumulation so that a step takes the rows it took in the run's first
-    start.
+    """Set micro-batch and accumulation so that a step takes as many rows as when the run began.
 
-    Called in every process, before there is a Trainer, when a checkpoint is continued by another
-    number of processes than wrote it.
+    All processes call it, before there is a Trainer, when another number of processes than wrote a
+    checkpoint continues from it.
 
     Args:
-        saved: the run's definition (`definition_of`), with "processes",
-            "per_device_train_batch_size" and "gradient_accumulation_steps" of its first start.
-        now: the definition of this command.
+        saved: the definition of the run, with "processes", "per_device_train_batch_size" and
+            "gradient_accumulation_steps" of its first start.
+        now: the definition of this command's run.
         args: the training arguments; `resume_from_checkpoint` is the path of the checkpoint.
 
     Raises:
-        UserError: the rows cannot be shared out evenly, or the optimizer state cannot be.
+        UserError: the rows or the optimizer state cannot be divided.
     """
-    first = Batch(*(saved[name] for name in Batch.__dataclass_fields__))
+    first = RowSplit(*(saved[name] for name in RowSplit.__dataclass_fields__))
     checkpoint, processes = Path(args.resume_from_checkpoint), now["processes"]
     wrote = saved_processes(checkpoint)
-    optimizer = (
-        "muon" if getattr(args, "use_muon", False) else getattr(args.optim, "value", args.optim)
-    )
+    uses_muon = getattr(args, "use_muon", False)
+    optimizer = "muon" if uses_muon else getattr(args.optim, "value", args.optim)
     if args.deepspeed and wrote != processes and optimizer not in CONVERTIBLE_OPTIMIZERS:
         raise UserError(
             f"{checkpoint} was written by {wrote} processes, this command starts {processes}, and"
             f" under DeepSpeed the optimizer state of {optimizer} cannot be shared out anew (that"
             f" of {CONVERTIBLE_OPTIMIZERS[0]} can). Start {wrote} processes."
         )
-    batch = first.shared_by(processes)
-    if batch is None:
-        *fitting, last = [
-            str(count) for count in range(1, first.rows + 1) if first.rows % count == 0
-        ]
+    split = first.shared_by(processes)
+    if split is None:
+        *fitting, last = [str(n) for n in range(1, first.rows + 1) if first.rows % n == 0]
         raise UserError(
             f"{checkpoint} is of a run with {first} per step, which {processes} processes cannot"
             f" share evenly. Start {', '.join(fitting)} or {last} processes, or begin anew in"
             " another --output_dir."
         )
     if is_main_process():
-        say(f"the run began with {first} per step, and goes on with {batch}")
-    args.per_device_train_batch_size = batch.per_device_train_batch_size
-    args.gradient_accumulation_steps = batch.gradient_accumulation_steps
+        say(f"the run began with {first} per step, and continues with {split}")
+    args.per_device_train_batch_size = split.per_device_train_batch_size
+    args.gradient_accumulation_steps = split.gradient_accumulation_steps
     if args.deepspeed:  # these were copied when the arguments were read
         config = args.hf_deepspeed_config.config
-        config["train_micro_batch_size_per_gpu"] = batch.per_device_train_batch_size
-        config["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
+        config["train_micro_batch_size_per_gpu"] = split.per_device_train_batch_size
+        config["gradient_accumulation_steps"] = split.gradient_accumulation_steps
         config.pop("train_batch_size", None)  # the product, which DeepSpeed works out
 
 
-class SharedBatches(BatchSamplerShard):
-    """Identical to accelerate's except: the rows left over at the end of an epoch are divided among
-    the processes, where accelerate fills each up to a whole micro-batch with rows from the epoch's
-    beginning.
+def prepare_checkpoint(trainer: Trainer) -> Path | None:
+    """Make the shards of another number of processes loadable; all processes call it.
 
-    So every step takes the rows that one process takes. (Of fewer rows than processes some take the
-    first one too.)
-    """
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batches = []
-        for batch in self.batch_sampler:
-            batches.append(batch)
-            if len(batches) == self.num_processes and len(batch) == self.batch_size:
-                yield batches[self.process_index]
-                batches = []
-        rows = [row for batch in batches for row in batch]
-        if rows and not self.drop_last:
-            ends = [
-                len(rows) * (self.process_index + offset) // self.num_processes for offset in (0, 1)
-            ]
-            yield rows[slice(*ends)] or rows[:1]
-
-
-def share_last_rows(trainer: Trainer) -> None:
-    """Let the training data of `trainer` end as `SharedBatches` says; nothing changes for one
-    process."""
-    build = trainer.get_train_dataloader
-
-    def build_shared():
-        loader = build()
-        shard = getattr(loader, "batch_sampler", None)
-        if (
-            type(shard) is BatchSamplerShard
-            and type(shard.batch_sampler) is BatchSampler
-            and not shard.split_batches
-        ):
-            shard.__class__ = SharedBatches  # a DataLoader lets nobody exchange its sampler
-        return loader
-
-    trainer.get_train_dataloader = build_shared
-
-
-def prepare_checkpoint(trainer: Trainer) -> None:
-    """Make the shards of another number of processes loadable: call it on all of them, just before
-    `train`.
-
-    It converts into a hidden directory of the run's own, the checkpoint stays as it is, and points
-    `trainer.args.resume_from_checkpoint` there. The directory goes after the first step.
+    Returns the hidden directory of the converted checkpoint, to which it sets
+    `trainer.args.resume_from_checkpoint`, or None where nothing needs to be converted. The
+    checkpoint itself stays as it is.
 
     Raises:
         UserError: DeepSpeed's converter failed.
     """
     args = trainer.args
     if not (args.resume_from_checkpoint and trainer.is_deepspeed_enabled):
-        return
+        return None
     checkpoint = Path(args.resume_from_checkpoint)
     if saved_processes(checkpoint) == args.world_size:
-        return
+        return None
     converted = Path(args.output_dir) / f".universal-{checkpoint.name}"
     if is_main_process():
         with reports_disk_errors(checkpoint.parent):
             _convert(checkpoint, converted)
     if dist.is_initialized():
         dist.barrier()
-    trainer.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})[
-        "load_universal"
-    ] = True
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    config.setdefault("checkpoint", {})["load_universal"] = True
     args.resume_from_checkpoint = str(converted)
-    trainer.add_callback(_RemoveConverted(trainer, converted))
+    return converted
 
 
-class _RemoveConverted(TrainerCallback):
+class RemoveConvertedCallback(TrainerCallback):
+    """Removes the converted checkpoint after the first step."""
+
     def __init__(self, trainer: Trainer, directory: Path):
         self.trainer, self.directory = trainer, directory
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Checkpoints written from now on are ordinary ones, and load as such (the best model at the
-        # end).
+        # The checkpoints of this run are ordinary ones, and load as such (the best at the end)
         self.trainer.model_wrapped._config.load_universal_checkpoint = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        # All have read their part: this step is done
+        # This step is done, so all processes have read their part
         if is_main_process() and self.directory.exists():
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _convert(checkpoint: Path, target: Path) -> None:
-    """Links to everything in `checkpoint`, and its shards in DeepSpeed's universal form."""
+    """Write the shards in DeepSpeed's universal form, beside links to all of the checkpoint."""
     shards = max(
         checkpoint.glob("global_step*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0)
     )
@@ -222,32 +172,21 @@ def _convert(checkpoint: Path, target: Path) -> None:
     partial.mkdir()
     for entry in checkpoint.iterdir():
         (partial / entry.name).symlink_to(entry.resolve())
-    words = [
-        "--input_folder",
-        partial / shards.name,
-        "--output_folder",
-        partial / f"{shards.name}_universal",
-    ]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
-    }
-    # This package may not be installed
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERTER, *words, "--inject_missing_state"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
+    folders = ["--input_folder", partial / shards.name]
+    folders += ["--output_folder", partial / f"{shards.name}_universal"]
+    command = [sys.executable, "-c", CONVERTER, *folders, "--inject_missing_state"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for this package
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
         fault = disk_fault(partial)
         shutil.rmtree(partial, ignore_errors=True)
         if fault:
             raise UserError(
                 f"{not_written(target, fault)}. {REMEDY}, then run the same command again."
             )
-        said = done.stderr.strip()
-        words = (reason(RuntimeError(said)).splitlines() or ["it said nothing"])[-1]
+        error = RuntimeError(process.stderr.strip())
+        words = (reason(error).splitlines() or ["it said nothing"])[-1]
         raise UserError(
             f"{checkpoint} was written by {saved_processes(checkpoint)} processes and DeepSpeed"
             f" cannot convert it for another number: {words}. Start {saved_processes(checkpoint)}"

@@ -1,10 +1,9 @@
-"""Hosts of one run watch each other: when one is lost, the others end with its name within a
-minute.
+"""Hosts of one run watch each other: when one is lost, the others name it and end within a minute.
 
 On one machine the launcher sees a process die and ends the rest. A host that loses its power or
-network sends no such word, and the others would wait for it in the next all-reduce for half an
-hour, the process group's time-out. That cannot be made much shorter: a process may well wait
-minutes for another that writes a checkpoint or compiles.
+network sends no sign, and the others would wait for it in the next all-reduce for half an hour, the
+process group's time-out. That cannot be much shorter: a process may well wait minutes for another
+that writes a checkpoint or compiles.
 """
 
 import os
@@ -13,9 +12,9 @@ import threading
 from datetime import timedelta
 
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 from minimind.common.language import say
+from minimind.training.callback_handler import Decoration
 
 SILENCE_SECONDS = 40
 HOST_VARIABLES = (
@@ -26,20 +25,19 @@ HOST_VARIABLES = (
 
 
 def host() -> tuple[int, int]:
-    """Index of this machine among those of the run, and their number, as the launcher says."""
+    """Index of this machine among those of the run, and their number, from the launcher."""
     for index, count in HOST_VARIABLES:
         if index in os.environ and count in os.environ:
             return int(os.environ[index]), int(os.environ[count])
     return 0, 1
 
 
-class HeartbeatCallback(TrainerCallback):
-    """While a run of several hosts trains, each counts up a number in the processes' store every
-    second, and a process that sees no change of another host's for 40 s says so and ends with exit
-    code 1.
+class HeartbeatCallback(Decoration):
+    """Ends a process with exit code 1 when another host has been silent for 40 s.
 
-    Seconds are counted one by one and not read from a clock, so that a suspended run finds nobody
-    late.
+    While a run of several hosts trains, each host increments a number in the processes' store every
+    second. Seconds are counted one by one and not read from a clock, so that a run that was
+    suspended finds nobody late.
     """
 
     def __init__(self, silence: int = SILENCE_SECONDS):
@@ -51,8 +49,7 @@ class HeartbeatCallback(TrainerCallback):
         if count < 2 or not (dist.is_available() and dist.is_initialized()):
             return
         self.silent = {other: 0 for other in range(count) if other != self.index}
-        # A connection of its own: on the shared one a call waits while another process is waited
-        # for.
+        # A connection of its own: on the shared one a call waits while others wait for a process
         self.store = dist.distributed_c10d._get_default_store().clone()
         self.store.set_timeout(timedelta(seconds=self.silence))
         self.speaks = os.environ.get("LOCAL_RANK") in ("0", None)
@@ -72,7 +69,7 @@ class HeartbeatCallback(TrainerCallback):
                     count = self.store.add(f"heartbeat/{other}", 0)
                     if count != heard[other]:
                         heard[other], self.silent[other] = count, 0
-            except RuntimeError:  # the host that keeps the store is gone: nobody is heard any more
+            except RuntimeError:  # the host that keeps the store is gone: nobody is heard anymore
                 return
 
     def _watch(self) -> None:
@@ -84,8 +81,8 @@ class HeartbeatCallback(TrainerCallback):
                 say(
                     f"error: no sign of life from host {', '.join(map(str, lost))} for"
                     f" {self.silence} s, so host {self.index} ends too (hosts are counted from 0)."
-                    " Run the same command again, with the hosts that are left: it goes on from"
-                    " the last checkpoint.",
+                    " Run the same command again, with the hosts that are left: it resumes from the"
+                    " last checkpoint.",
                     file=sys.stderr,
                 )
                 os._exit(1)

@@ -15,6 +15,7 @@ from minimind.costs.parameters import core, empty_model
 from minimind.costs.slowness import explain, usage
 from minimind.costs.this_machine import this_device
 from minimind.costs.units import gib
+from minimind.training.callback_handler import Decoration
 from minimind.training.step_meter import MEASURED_STEPS, StepMeter, step_of
 
 WATCHED_STEPS = 20
@@ -23,7 +24,7 @@ WATCHED_STEPS = 20
 SLOW, LOST = 2.0, 0.25
 
 
-class PlanCallback(StepMeter):
+class PlanCallback(Decoration, StepMeter):
     """Compares the first steps of a run with their plan: prints one line, adds the numbers to the
     next log, and warns of much slower steps with the likely reasons.
 

@@ -16,7 +16,7 @@ from minimind.common.language import say
 from minimind.data.packing import IGNORED
 from minimind.stage_directory import load_model
 from minimind.tokenizer import load_tokenizer
-from minimind.training.guards import read_batch
+from minimind.training.kept_batches import read_batch
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 SHOWN = 5  # rows, tokens and tensors of each kind that are named

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
 from minimind.common.charts import bar_chart
 from minimind.common.errors import UserError, decoration
@@ -20,8 +20,9 @@ from minimind.common.files import read_json, write_text
 from minimind.common.page import page, table
 from minimind.evaluation import TIMES
 from minimind.stage_directory import read_stage
-from minimind.training.callbacks import clock
+from minimind.training.callback_handler import Decoration
 from minimind.training.plots import charts, loss_unit, read_log
+from minimind.training.progress import clock
 from minimind.training.samples import read_samples
 
 PAUSE = 30  # seconds between two reports of a run: to draw one takes up to half a second
@@ -45,7 +46,7 @@ TILES = (  # key of the log, name on the page, format
 )
 
 
-class ReportCallback(TrainerCallback):
+class ReportCallback(Decoration):
     """Rewrites the report at evaluations and checkpoints, at most once in `PAUSE` seconds.
     `record` is what stage.json will hold, as far as it is known."""
 

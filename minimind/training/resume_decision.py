@@ -10,7 +10,7 @@ from pathlib import Path
 from minimind.common.errors import UserError
 from minimind.common.files import read_json
 from minimind.common.language import say
-from minimind.training.checkpoints import last_whole_checkpoint, problem_of, read_manifest
+from minimind.training.checkpoints import last_complete_checkpoint, problem_of, read_manifest
 from minimind.training.definition import (
     DECISIVE,
     INFORMATION,
@@ -148,7 +148,7 @@ class ResumeDecision:
             return None, []
         if self.names_checkpoint:
             return self._named_checkpoint(), []
-        checkpoint, problems = last_whole_checkpoint(self.output_dir)
+        checkpoint, problems = last_complete_checkpoint(self.output_dir)
         if checkpoint is None and self.origin and Path(self.origin).is_absolute():
             return self._named_checkpoint(), problems  # the run has none of its own yet
         if checkpoint is None and self.option == "true":
@@ -207,7 +207,7 @@ class ResumeDecision:
             )
         if self.names_checkpoint:
             return self._named_checkpoint()
-        checkpoint, problems = last_whole_checkpoint(self.output_dir)
+        checkpoint, problems = last_complete_checkpoint(self.output_dir)
         if checkpoint is None:
             raise UserError(
                 f"the complete run in --output_dir {self.output_dir} cannot be extended: no"

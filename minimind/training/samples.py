@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.errors import BadRowError, UserError, decoration
@@ -16,6 +16,7 @@ from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.message_order import check_order
 from minimind.data.messages import parse_messages
 from minimind.generation import complete
+from minimind.training.callback_handler import Decoration
 from minimind.training.tracking import track_samples
 
 TEXT_PROMPTS = ("从前有一个", "中国的首都是", "Once upon a time", "The capital of France is")
@@ -143,7 +144,7 @@ def write_samples(
         model.train(training)
 
 
-class SampleCallback(TrainerCallback):
+class SampleCallback(Decoration):
     """Writes the greedy continuation of fixed prompts to the terminal, samples.jsonl and the
     trackers, every `every` steps and whenever `sample` is called.
 

@@ -1,4 +1,5 @@
-"""The learning rate's schedule, and recomputation: their arguments, and whether they fit."""
+"""The learning rate's schedule, and recomputation: checks of their arguments before the data is
+read."""
 
 import json
 import math
@@ -8,31 +9,30 @@ import torch
 import torch.utils.checkpoint
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
-# Steps of the run that a schedule is tried for where the data decides how many there are
-TRIED = 1000
+TRIED = 1000  # steps that a schedule is built for where the data decides how many there are
 
 
 def schedule_options(args: TrainingArguments, steps: int) -> dict[str, Any]:
-    """What the library's `get_scheduler` takes beside the warm-up for a run of so many steps."""
-    given = args.lr_scheduler_kwargs or {}
+    """The arguments of the library's `get_scheduler` beside the warm-up, for so many steps."""
+    options = args.lr_scheduler_kwargs or {}
     if args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
-        return given
+        return options
     share = args.lr_decay_steps
-    return {"num_decay_steps": math.ceil(share * steps) if share < 1 else int(share)} | given
+    return {"num_decay_steps": math.ceil(share * steps) if share < 1 else int(share)} | options
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Build the schedule for one number and ask it for some rates; the run's own is built when all
-    data is read.
+    """Build the schedule for one number and try some rates; the run's own is built when all data is
+    read.
 
     Raises:
-        ValueError: it does not take the arguments, or gives a rate that is none.
+        ValueError: it does not take the arguments, or a rate would be negative or not finite.
     """
-    kind, given = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
     steps = args.max_steps if args.max_steps > 0 else TRIED
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
-        if given and kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        if options and kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
             raise TypeError("it takes none")
         schedule = get_scheduler(
             kind, optimizer, args.get_warmup_steps(steps), steps, schedule_options(args, steps)
@@ -43,28 +43,25 @@ def check_schedule(args: TrainingArguments) -> None:
                     raise ValueError(
                         f"the rate of step {step:,} would be {factor(step) * args.learning_rate:g}"
                     )
-    except Exception as error:  # each of them has its own
+    except Exception as error:  # each schedule has its own
         raise ValueError(
-            f"--lr_scheduler_kwargs {json.dumps(given)[:200]} do not fit --lr_scheduler_type"
+            f"--lr_scheduler_kwargs {json.dumps(options)[:200]} do not fit --lr_scheduler_type"
             f" {kind.value}: {error}"
         ) from error
 
 
 def check_recomputation(args: TrainingArguments) -> None:
-    """Recompute one number, since the run begins to when all data is read.
+    """Recompute one number, since the run would do it only after all data is read.
 
     Raises:
         ValueError: torch does not take the arguments.
     """
-    given = args.activation_checkpointing_kwargs
-    if not args.activation_checkpointing or not given:
+    options = args.activation_checkpointing_kwargs
+    if not args.activation_checkpointing or not options:
         return
-    number = torch.zeros((), requires_grad=True)
+    number, options = torch.zeros((), requires_grad=True), {"use_reentrant": False} | options
     try:
-        torch.utils.checkpoint.checkpoint(
-            torch.sin, number, **{"use_reentrant": False} | given
-        ).backward()
-    except Exception as error:  # it has many
-        raise ValueError(
-            f"--activation_checkpointing_kwargs {json.dumps(given)[:200]}: {error}"
-        ) from error
+        torch.utils.checkpoint.checkpoint(torch.sin, number, **options).backward()
+    except Exception as error:  # torch raises many kinds
+        options = json.dumps(args.activation_checkpointing_kwargs)[:200]
+        raise ValueError(f"--activation_checkpointing_kwargs {options}: {error}") from error

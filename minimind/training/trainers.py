@@ -1,4 +1,5 @@
-"""Narrow subclasses of the libraries' trainers; each is tested to give the stock trainer's loss."""
+"""The trainers of the stages: narrow subclasses of the libraries', each tested to compute their
+loss."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from minimind.common.errors import UserError, decoration
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.evaluation import bits_per_byte
-from minimind.training.resumable_trainer import ResumableTrainer
+from minimind.training.checkpointing_trainer import CheckpointingTrainer
+from minimind.training.dataloaders import LoadingTrainer
 from minimind.training.schedules import schedule_options
 
 
@@ -37,26 +39,32 @@ def weighted_causal_lm_loss(
 
 
 def warmed_up(step: int, factor: Callable[[int], float], warmup_steps: int) -> float:
-    """Factor of the learning rate at a step, the first being 0: the library's `factor`, a step
-    ahead while it warms up from 0, so that step k of w has (k + 1) / w of the peak."""
+    """Factor of the learning rate at a step, counted from 0.
+
+    It is the library's `factor`, but a step ahead while it warms up from 0, so that step k of w has
+    (k + 1) / w of the peak.
+    """
     if step >= warmup_steps or factor(0) > 0:
         return factor(step)
     return factor(step + 1) if step + 1 < warmup_steps else 1.0
 
 
-class ScheduledTrainer(ResumableTrainer):
-    """Identical to the library's except:
+class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
+    """Mixed into the libraries' trainers, first of their bases; identical to them except for the
+    mix-ins above and:
 
     The first step's learning rate is above 0, and the last step of the warm-up has the peak. The
-    library's first step has rate 0 and trains nothing, which is all that a run of one step would
-    do. What follows the warm-up is the same.
+    library's first step has rate 0 and trains nothing, so a run of one step would not train at all.
+    What follows the warm-up is the same.
 
     The length of the decay of `warmup_stable_decay` may be a share of all steps,
     `--lr_decay_steps`, as that of the warm-up may.
 
+    An upload that fails does not end a run. `init_hf_repo` fails before the first step.
+
     Raises:
-        UserError: (when it is made) what the libraries refuse, which are options that do not fit
-        together.
+        UserError: (from the constructor) options that do not fit together, which the libraries
+            refuse.
     """
 
     def __init__(self, *args, **kwargs):
@@ -64,16 +72,14 @@ class ScheduledTrainer(ResumableTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(f"the options do not fit together: {error}") from error
-        if getattr(self.args, "router_aux_loss_coef", None) and not getattr(
-            self.model.config, "num_experts", 0
-        ):
+        router_coef = getattr(self.args, "router_aux_loss_coef", None)
+        if router_coef and not getattr(self.model.config, "num_experts", 0):
             raise UserError(
                 "--router_aux_loss_coef is about experts, and the model has none. Leave it out."
             )
 
     def init_hf_repo(self, *args, **kwargs):
-        """The library's, before the first step; raises UserError where the Hub or the login
-        fails."""
+        """The library's; raises UserError where the Hub or the login fails."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:
@@ -92,22 +98,23 @@ class ScheduledTrainer(ResumableTrainer):
         with decoration("the upload to the Hub"):
             super()._finish_current_push()
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ):
+    def create_model_card(self, *args, **kwargs):
+        """TRL's form with empty fields only for the Hub: a user's README.md stays."""
+        if self.args.push_to_hub:
+            with decoration("the model card"):
+                super().create_model_card(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step
         would be 0."""
         is_new = self.lr_scheduler is None
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            # A copy of the trainer may be asked, so the arguments as they were given have to stay.
             self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if is_new and isinstance(schedule, LambdaLR):
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
-            factors = [
-                partial(warmed_up, factor=factor, warmup_steps=warmup_steps)
-                for factor in schedule.lr_lambdas
-            ]
+            warm = partial(warmed_up, warmup_steps=warmup_steps)
+            factors = [partial(warm, factor=factor) for factor in schedule.lr_lambdas]
             if not any(factors[0](step) for step in range(num_training_steps)):
                 raise UserError(
                     f"--lr_scheduler_type {self.args.lr_scheduler_type.value} has the learning rate"
@@ -120,42 +127,39 @@ class ScheduledTrainer(ResumableTrainer):
 
 
 class BlockTrainer(ScheduledTrainer):
-    """Identical to the library's except: held-out loss is the mean over targets, also where rows
-    have different numbers of them. The library takes the mean of each batch, and then of the
-    batches. Beside it stand the bits per byte of all held-out rows, and of each source where there
-    are several.
+    """For rows of `load_blocks`. Identical to the library's except: held-out loss is the mean over
+    targets, also where rows have different numbers of them. The library takes the mean of each
+    batch, and then of the batches. Added are the bits per byte of all held-out rows, and of each
+    source where there are several.
 
     `eval_counts`: "targets", "target_bytes" and "blocks" of the held-out rows, perhaps of each of
-    its "sources", which lie one after the other; see `documents.load_blocks`.
+    the "sources", which lie one after the other; see `documents.load_blocks`.
     """
 
     def __init__(self, *args, eval_counts: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_counts = eval_counts
 
-    def evaluation_loop(
-        self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs
-    ):
-        """Evaluates source by source, so that none has to be read twice."""
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate source by source, so that none has to be read twice."""
         loop = partial(super().evaluation_loop, metric_key_prefix=metric_key_prefix, **kwargs)
         counts = self.eval_counts
         if not counts or metric_key_prefix != "eval":
             return loop(dataloader, description, *args)
         sources = [source for source in counts.get("sources", ()) if source["blocks"]]
+
         outputs, first = [], 0
         for source in sources:
             rows = self.eval_dataset.select(range(first, first + source["blocks"]))
             first += source["blocks"]
+            size, sampler = self.args.eval_batch_size, self._get_eval_sampler
             batches = self._get_dataloader(
-                rows,
-                description,
-                self.args.eval_batch_size,
-                self._get_eval_sampler,
-                dataloader_key=source["name"],
+                rows, description, size, sampler, dataloader_key=source["name"]
             )
             self.eval_counts = source
             outputs.append(loop(batches, description, *args))
         self.eval_counts = counts
+
         output = outputs[0] if outputs else loop(dataloader, description, *args)
         losses = [each.metrics["eval_loss"] for each in outputs]
         if outputs:
@@ -171,27 +175,41 @@ class BlockTrainer(ScheduledTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training and self.eval_counts:
-            # The library multiplies by the processes and weighs the batch by its rows: divide by
-            # these rows' share.
-            processes = (
-                self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            )
-            rows = len(inputs["input_ids"]) * processes
+            # The library multiplies by the processes and weights the batch by its rows: divide by
+            # these rows' share
+            rows = len(inputs["input_ids"])
+            if self.args.average_tokens_across_devices:
+                rows *= self.accelerator.num_processes
             num_items_in_batch = rows * self.eval_counts["targets"] / self.eval_counts["blocks"]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
-    """For rows of `load_conversations`. Identical to TRL's except:
+class ModelLossTrainer(SFTTrainer):
+    """Identical to TRL's except: the loss is the model's own.
 
-    The loss is the model's own. TRL projects through the head in tiles and in Python, which saves
-    memory at vocabularies of 100,000 and more; at 6,400 on a CPU it costs most of a step
-    (benchmarks/sft_packing.py). The price: entropy and token accuracy are not logged.
+    TRL projects through the head in tiles and in Python, which saves memory at vocabularies of
+    100,000 and more; at 6,400 on a CPU it costs most of a step (benchmarks/sft_packing.py). The
+    price: entropy and token accuracy are not logged.
+    """
+
+    weighted = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # With a cache, position_ids that restart would not keep conversations apart
+        inputs["use_cache"] = False
+        # In evaluation each batch has its own mean
+        if self.weighted and num_items_in_batch is None:
+            num_items_in_batch = inputs["loss_weights"].sum()
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class ChatSFTTrainer(ScheduledTrainer, ModelLossTrainer):
+    """For rows of `load_conversations`. Identical to TRL's except for the model's own loss and:
 
     Rows that have loss_weights keep them, and the loss is sum(w * loss) / sum(w) over all tokens of
     a step: those of its micro-batches and of all processes.
 
-    Packing is best-fit over the whole data, not over each 1,000 rows, and a batch of packed rows
+    Packing is best-fit over all of the data, not over each 1,000 rows, and a batch of packed rows
     stays in rows.
     """
 
@@ -200,9 +218,8 @@ class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
         self.weighted = "loss_weights" in self.train_dataset.column_names
         if self.weighted:
             model = self.accelerator.unwrap_model(self.model)
-            getattr(
-                model, "get_base_model", lambda: model
-            )().loss_function = weighted_causal_lm_loss
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base.loss_function = weighted_causal_lm_loss
         if self.args.packing or self.weighted:
             self.data_collator = PackedCollator(self.processing_class.pad_token_id)
 
@@ -210,9 +227,8 @@ class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
         self, dataset: Dataset, processing_class, args, packing: bool, *rest
     ) -> Dataset:
         if packing and "seq_lengths" not in dataset.column_names:
-            dataset = pack_dataset(
-                dataset, args.max_length, "bfd", {"batch_size": None, "desc": "packing"}
-            )
+            options = {"batch_size": None, "desc": "packing"}
+            dataset = pack_dataset(dataset, args.max_length, "bfd", options)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
@@ -220,7 +236,7 @@ class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
         self._signature_columns = list({*self._signature_columns, "loss_weights"})
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Scales the weights of a step so that dividing by its trained tokens is dividing by their
+        """Scale the weights of a step so that dividing by its trained tokens is dividing by their
         sum."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.weighted and batches:
@@ -228,18 +244,9 @@ class ChatSFTTrainer(ScheduledTrainer, SFTTrainer):
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 total = self.accelerator.gather(total).sum()
             for batch in batches:
-                batch["loss_weights"] = batch["loss_weights"] * (num_items / total).to(
-                    batch["loss_weights"].device
-                )
+                weights = batch["loss_weights"]
+                batch["loss_weights"] = weights * (num_items / total).to(weights.device)
         return batches, num_items
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # With a cache, position_ids that restart would not keep conversations apart
-        inputs["use_cache"] = False
-        # In evaluation each batch stands for itself
-        if self.weighted and num_items_in_batch is None:
-            num_items_in_batch = inputs["loss_weights"].sum()
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
 class PreferenceCollator(DataCollatorForPreference):
@@ -257,7 +264,10 @@ class PreferenceCollator(DataCollatorForPreference):
 
 class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL
-    tokenises by itself and would take control tokens in somebody's words for real."""
+    would tokenise texts and take control tokens in somebody's words for real ones."""
+
+    # TRL gathers the rewards of a micro-batch, of which every process needs as many
+    shares_last_rows = False
 
     def __init__(self, *args, processing_class, **kwargs):
         collator = PreferenceCollator(processing_class.pad_token_id)
