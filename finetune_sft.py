@@ -18,9 +18,8 @@ from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
 from minimind.doctor import examine_run
 from minimind.evaluation import held_out_metrics
-from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
-from minimind.stages import LORA, SFT, load_inputs
+from minimind.stages import LORA, SFT, inspect_training_rows, load_inputs
 from minimind.training.command_line import parse
 from minimind.training.run import Stage
 from minimind.training.starting_point import adapter_config
@@ -37,16 +36,14 @@ def main() -> None:
         spec, training_args, data_args, model_args, chat_args
     )
 
-    inspection = inspect_chats(
-        "sft", rows, tokenizer, data_args.on_bad_rows, chat_args.train_turns == "all"
-    )
+    inspection = inspect_training_rows(spec, rows, tokenizer, data_args, chat_args)
     if is_main_process():
         with decoration("showing the inspection"):
             print_inspection(inspection, range(1), tokenizer)
     inspection.stop(training_args.on_findings)
 
     stage = Stage(
-        "sft", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
+        spec, training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
     )
     stage.begin()
     start_tracking(stage, inspection.report)
@@ -59,7 +56,7 @@ def main() -> None:
         peft_config=adapter_config(model_args, model),
     )
     stage.attach(trainer)
-    examine_run(stage.name, trainer, stage.facts, parent)
+    examine_run(stage, trainer)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

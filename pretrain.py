@@ -27,7 +27,7 @@ def main() -> None:
     set_seed(training_args.seed)
     model, tokenizer, parent, blocks = load_inputs(PRETRAIN, training_args, data_args, model_args)
 
-    stage = Stage("pretrain", training_args, blocks, model, tokenizer, parent, options=[model_args])
+    stage = Stage(PRETRAIN, training_args, blocks, model, tokenizer, parent, options=[model_args])
     stage.begin()
     start_tracking(stage)
     trainer = BlockTrainer(
@@ -41,7 +41,7 @@ def main() -> None:
         eval_counts=blocks.facts["eval"] if blocks.eval else None,
     )
     stage.attach(trainer)
-    examine_run(stage.name, trainer, stage.facts, parent)
+    examine_run(stage, trainer)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -16,9 +16,8 @@ from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
 from minimind.doctor import examine_run
 from minimind.evaluation import held_out_metrics
-from minimind.inspection import inspect_chats
 from minimind.inspection.display import print_inspection
-from minimind.stages import DPO, load_inputs
+from minimind.stages import DPO, inspect_training_rows, load_inputs
 from minimind.training.command_line import parse
 from minimind.training.run import Stage
 from minimind.training.starting_point import adapter_config, frozen_copy
@@ -34,14 +33,14 @@ def main() -> None:
         DPO, training_args, data_args, model_args, chat_args
     )
 
-    inspection = inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
+    inspection = inspect_training_rows(DPO, rows, tokenizer, data_args, chat_args)
     if is_main_process():
         with decoration("showing the inspection"):
             print_inspection(inspection, range(2), tokenizer)
     inspection.stop(training_args.on_findings)
 
     stage = Stage(
-        "dpo", training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
+        DPO, training_args, rows, model, tokenizer, parent, options=[model_args, chat_args]
     )
     stage.begin()
     start_tracking(stage, inspection.report)
@@ -56,7 +55,7 @@ def main() -> None:
         peft_config=adapter_config(model_args, model),
     )
     stage.attach(trainer)
-    examine_run(stage.name, trainer, stage.facts, parent)
+    examine_run(stage, trainer)
     stage.announce(trainer)
 
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -1,9 +1,12 @@
 """Fine-tuning on the same conversations: our packed trainer, TRL's packed (bfd), TRL's padded
 default, the bare model.
 
-    python benchmarks/sft_packing.py chats.jsonl [more.jsonl ...]       # 26m, 4 x 1,024
-    python benchmarks/sft_packing.py chats.jsonl --model configs/model/tiny.json --length 512 --rounds 3    # small
-    python benchmarks/sft_packing.py chats.jsonl --length 512 --conversations 1000000 --rounds 0    # padding alone
+    # 26m, 4 x 1,024
+    python benchmarks/sft_packing.py chats.jsonl [more.jsonl ...]
+    # a small model
+    python benchmarks/sft_packing.py chats.jsonl --model configs/model/tiny.json --length 512
+    # padding alone
+    python benchmarks/sft_packing.py chats.jsonl --length 512 --conversations 1000000 --rounds 0
 
 All four train the same model on the same token rows, in turn, `--rounds` steps each after one to
 warm up; the optimizer is out of the measure. Useful tokens are those that are not padding, trained

@@ -16,7 +16,7 @@ from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.data.template_choice import set_chat_template
-from minimind.inspection import has_roles
+from minimind.inspection import Inspection, has_roles, inspect_blocks, inspect_chats
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
@@ -159,3 +159,13 @@ def load_rows(spec: StageSpec, data_args, tokenizer, options, chat_args=None) ->
     if chat_args is not None:
         set_chat_template(tokenizer, chat_args.chat_template)
     return spec.load(data_args.or_embedded(spec.corpus), tokenizer, options, chat_args)
+
+
+def inspect_training_rows(
+    spec: StageSpec, rows, tokenizer, data_args, chat_args=None
+) -> Inspection:
+    """The report on the rows of a stage: tokens, masks, lengths, findings."""
+    if spec.reads_documents:
+        return inspect_blocks(rows, tokenizer, data_args.or_embedded(spec.corpus))
+    every_reply = chat_args.train_turns == "all"
+    return inspect_chats(spec.family, rows, tokenizer, data_args.on_bad_rows, every_reply)

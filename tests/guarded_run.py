@@ -46,14 +46,32 @@ def main():
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     model = MiniMindForCausalLM(
-        MiniMindConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
-                       eos_token_id=tokenizer.eos_token_id)
-    )  # fmt: skip
+        MiniMindConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     options = {"deepspeed": deepspeed[0]} if deepspeed else {}
-    args = PretrainConfig(output_dir=output, max_steps=6, per_device_train_batch_size=2, report_to="none", bf16=False,
-                          learning_rate=1e-2, warmup_steps=0, logging_steps=1, gradient_accumulation_steps=2,
-                          max_nonfinite_steps=2, save_strategy="no", **options)  # fmt: skip
+    args = PretrainConfig(
+        output_dir=output,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        report_to="none",
+        bf16=False,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        logging_steps=1,
+        gradient_accumulation_steps=2,
+        max_nonfinite_steps=2,
+        save_strategy="no",
+        **options,
+    )
     ids = torch.randint(5, len(tokenizer), (64, 16), generator=torch.Generator().manual_seed(1))
     trainer = BlockTrainer(
         model=model,

@@ -97,7 +97,6 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
     ):
         monkeypatch.setattr(module, name, broken)
     monkeypatch.setattr(examination, "CHECKS", [Check("planted", broken, (), quick=True)])
-    monkeypatch.delitem(sys.modules, "minimind.training.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     bare = pretrain("bare", report_to="wandb")
     said = capsys.readouterr()

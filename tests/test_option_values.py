@@ -15,7 +15,7 @@ from minimind.cli import build_parser
 from minimind.common import errors
 from minimind.common.bounds import BOUNDS, check_options
 from minimind.common.errors import UserError
-from minimind.planning.planned_runs import STAGES
+from minimind.stages import STAGES
 from minimind.training import command_line
 from minimind.training.command_line import parse
 from minimind.training.model_arguments import ModelArguments
@@ -48,7 +48,7 @@ def stage_options():
     """(stage, option) of all stages; an option that stages share once."""
     options = {}
     for stage in ("pretrain", "sft", "dpo"):
-        for name, action in options_of(StageParser(STAGES[stage][1])).items():
+        for name, action in options_of(StageParser(STAGES[stage].arguments)).items():
             options.setdefault((name, str(action.default), action.nargs), (stage, name))
     return list(options.values())
 
@@ -63,7 +63,7 @@ def refusal(tmp_path, monkeypatch):
 
     def check(stage, *argv):
         try:
-            parse(*STAGES[stage][1], argv=argv)
+            parse(*STAGES[stage].arguments, argv=argv)
         except UserError as error:
             return str(error)
 
@@ -107,7 +107,10 @@ def test_every_value_of_every_option_of_a_command_is_accepted_or_refused_by_name
 
 
 def test_every_number_among_the_options_has_bounds():
-    parsers = [*commands(build_parser()), *(StageParser(types) for _, types in STAGES.values())]
+    parsers = [
+        *commands(build_parser()),
+        *(StageParser(spec.arguments) for spec in STAGES.values()),
+    ]
     numbers = {
         name
         for parser in parsers
@@ -270,7 +273,7 @@ def test_a_recipe_means_what_it_says(tmp_path, monkeypatch):
     text = "save_strategy: no\nrun_name: --overwrite_output_dir\nreport_to: [none]\n"
     text += "lr_scheduler_kwargs: {min_lr: 1.e-5}\n"
     (tmp_path / "recipe.yaml").write_text(text)
-    *_, args = parse(*STAGES["pretrain"][1], argv=["--config", "recipe.yaml"])
+    *_, args = parse(*STAGES["pretrain"].arguments, argv=["--config", "recipe.yaml"])
     assert (args.save_strategy, args.run_name, args.report_to) == (
         "no",
         "--overwrite_output_dir",
@@ -283,7 +286,7 @@ def test_a_recipe_means_what_it_says(tmp_path, monkeypatch):
 def test_a_file_of_arguments_beside_the_script_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "pretrain.args").write_text("--seed 7")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "pretrain.py")])
-    assert parse(*STAGES["pretrain"][1])[-1].seed == 42
+    assert parse(*STAGES["pretrain"].arguments)[-1].seed == 42
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from minimind.costs.this_machine import find_device, this_cpu
 from minimind.planning import counting, measuring, planned_runs, plans
 from minimind.planning.computing import largest_batch, make_plan
 from minimind.stage_directory import read_stage
-from minimind.training import step_meter
+from minimind.training import plan_callback
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
@@ -411,7 +411,7 @@ def test_a_comparison_that_fails_does_not_end_the_run(
     def broken():
         raise RuntimeError("no such card")
 
-    monkeypatch.setattr(step_meter, "this_device", broken)
+    monkeypatch.setattr(plan_callback, "this_device", broken)
     assert not run_with_plan(monkeypatch, tmp_path, files, tokenizer_dir)
     assert "cannot be compared with one (RuntimeError: no such card)" in capsys.readouterr().out
     assert read_stage(tmp_path / "out")["steps"] == 6

@@ -286,9 +286,16 @@ def test_evaluate_counts_exact_answers(runs, capsys):
 
 def test_the_same_seed_gives_the_same_weights(runs, monkeypatch, tmp_path):
     run_script(
-        monkeypatch, "finetune_sft", *short_run(tmp_path / "again", max_length=64), "--eval_ratio", "0.2",
-        "--train_files", runs / "chats.jsonl", "--model_name_or_path", runs / "pretrain",
-    )  # fmt: skip
+        monkeypatch,
+        "finetune_sft",
+        *short_run(tmp_path / "again", max_length=64),
+        "--eval_ratio",
+        "0.2",
+        "--train_files",
+        runs / "chats.jsonl",
+        "--model_name_or_path",
+        runs / "pretrain",
+    )
     assert weights_hash(tmp_path / "again") == weights_hash(runs / "sft")
 
 

@@ -73,7 +73,6 @@ def test_a_run_without_a_key_is_written_offline_and_the_next_commands_are_printe
 
     stage = SimpleNamespace(
         name="sft",
-        kind="sft",
         args=SimpleNamespace(report_to=["wandb"], run_name=None),
         output_dir=no_login / "sft",
         lineage={"parent": {"weights": "abc"}, "pipeline": "pipeline-1"},

@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from minimind.commands.options import add_bad_rows, add_columns, add_json, select
@@ -49,10 +50,11 @@ def add_parser(commands) -> None:
 
 def run(args: Namespace) -> None:
     """Inspect the files; exits with code 1 if a finding is an error."""
-    from minimind import inspection
     from minimind.data.chat_arguments import ChatArguments
-    from minimind.inspection import display
+    from minimind.data.columns import IGNORE_ALL
+    from minimind.inspection import display, recognise_stage
     from minimind.inspection.page import inspection_page, length_png
+    from minimind.stages import STAGES, inspect_training_rows, load_rows
     from minimind.tokenizer import load_tokenizer
     from minimind.training.data_arguments import DataArguments
 
@@ -72,14 +74,20 @@ def run(args: Namespace) -> None:
     # Standard output is for the report alone.
     with redirect_stdout(sys.stderr):
         tokenizer = load_tokenizer(args.tokenizer)
-        stage = args.stage or inspection.recognise_stage(args.files, data_args.reading())
-        inspected = inspection.inspect_files(
-            stage, data_args, tokenizer, args.max_length, chat_args
-        )
-    rows = inspected.find(args.row) if args.row else range(len(inspected.tokens))
+        stage = args.stage or recognise_stage(args.files, data_args.reading())
+        spec, length = STAGES[stage], args.max_length
+        # Bad rows and, of documents, unread columns become findings: the loader must not stop.
+        quiet = replace(data_args, on_bad_rows="skip")
+        if spec.reads_documents:
+            quiet = replace(quiet, unread_columns=[*(args.unread_columns or ()), IGNORE_ALL])
+        packing = {"packing_strategy": "wrapped", "document_mask": False}
+        options = Namespace(block_size=length, max_length=length, seed=42, **packing)
+        rows = load_rows(spec, quiet, tokenizer, options, chat_args)
+        inspected = inspect_training_rows(spec, rows, tokenizer, data_args, chat_args)
+    places = inspected.find(args.row) if args.row else range(len(inspected.tokens))
 
     def shown(default: int) -> list[int]:
-        return list(rows[: default if args.rows is None else args.rows])
+        return list(places[: default if args.rows is None else args.rows])
 
     for file in outputs:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +97,7 @@ def run(args: Namespace) -> None:
     if args.png:
         write_bytes(args.png, length_png(inspected.report["lengths"]))
     if args.json:
-        display.print_json(inspected, shown(len(rows)))
+        display.print_json(inspected, shown(len(places)))
     else:
         display.print_inspection(inspected, shown(3), tokenizer)
     if inspected.errors():

@@ -27,7 +27,7 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?%?")
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A complete page: its title, the HTML of its body, and the style it adds to that of all pages."""
+    """A complete page: its title, the HTML of its body, and its style beyond that of all pages."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">

@@ -3,8 +3,8 @@
 import os
 
 from minimind.doctor.registry import Case, check
-from minimind.inspection import Inspection, data_paths, inspect_chats, inspect_documents
-from minimind.inspection.texts import DocumentTexts
+from minimind.inspection import Inspection, data_paths
+from minimind.stages import STAGES, inspect_training_rows
 
 FEW_ENDS = 0.2  # of the end tokens that there should be
 OVERLAP = 0.5  # of the held-out rows also trained on: the held-out loss measures nothing
@@ -57,19 +57,10 @@ def data_findings(case: Case) -> tuple:
 def inspection_of(case: Case) -> Inspection:
     """The report of `minimind inspect` on the rows of a case, made once."""
     if case.inspection is None:
-        case.inspection = _inspect(case)
+        case.inspection = inspect_training_rows(
+            STAGES[case.stage], case.rows, case.tokenizer, case.data_args, case.chat_args
+        )
     return case.inspection
-
-
-def _inspect(case: Case) -> Inspection:
-    data_args, tokenizer = case.data_args, case.tokenizer
-    if case.stage != "pretrain":
-        every = case.chat_args.train_turns == "all"
-        return inspect_chats(case.stage, case.rows, tokenizer, data_args.on_bad_rows, every)
-    markers, held_out = data_args.boundary_markers, data_args.eval_files
-    texts = DocumentTexts(data_paths(data_args.train_files), tokenizer, markers)
-    held_out = DocumentTexts(held_out, tokenizer, markers) if held_out else None
-    return inspect_documents(case.train, case.facts["train"], texts, tokenizer, held_out)
 
 
 @check("rows", quick=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import Trainer
 
@@ -14,6 +13,7 @@ from minimind.common.severities import SEVERITIES
 from minimind.doctor import budget, data, deepspeed, model, precision, rates, recipe, speed
 from minimind.doctor.cases import read_case
 from minimind.doctor.registry import Case, Check, Finding
+from minimind.training.run import Stage
 
 CHECKS: tuple[Check, ...] = (
     deepspeed.deepspeed_optimizer,
@@ -83,20 +83,20 @@ def doctor(
     }
 
 
-def examine_run(stage: str, trainer: Trainer, facts: dict, parent: Path | None) -> None:
-    """The quick checks of a run about to begin: warnings are printed, errors raise UserError unless
-    `--on_findings warn`."""
+def examine_run(stage: Stage, trainer: Trainer) -> None:
+    """Make the quick checks of a run that is about to begin: warnings are printed, errors raise
+    UserError unless `--on_findings warn`."""
     args, train = trainer.args, trainer.train_dataset
     case = Case(
-        stage,
+        stage.spec.family,
         args=args,
         model=trainer.model,
         tokenizer=trainer.processing_class,
         train=train if hasattr(train, "__len__") else None,
-        facts=facts,
+        facts=stage.facts,
         collator=trainer.data_collator,
         deepspeed=read_deepspeed(args.deepspeed) if args.deepspeed else None,
-        parent=parent,
+        parent=stage.parent,
         world=args.world_size,
     )
     findings = examine(case, quick=True)

@@ -51,7 +51,7 @@ from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.memory_growth import MemoryCallback
 from minimind.training.output_directory import unlock_directory
 from minimind.training.plan_callback import PlanCallback
-from minimind.training.plots import loss_unit, read_log
+from minimind.training.plots import loss_unit, plot_loss, read_log
 from minimind.training.progress import ProgressCallback
 from minimind.training.record import best_evaluation, changed_options, git_commit, token_loss
 from minimind.training.report import ReportCallback, title_of, write_report
@@ -85,13 +85,14 @@ class Stage:
     """One run of a stage, from `begin` (a new run, or one that resumes?) to `finish` (its
     directory).
 
-    `data` is what the loaders return: `eval`, the held-out rows or None, and `facts`, what was
-    counted. `options`: the other dataclasses of arguments that decide the result.
+    `spec` is its row of the table of stages (minimind/stages.py). `data` is what the loaders
+    return: `eval`, the held-out rows or None, and `facts`, what was counted. `options`: the other
+    dataclasses of arguments that decide the result.
     """
 
     def __init__(
         self,
-        name: str,
+        spec,
         args: TrainingArguments,
         data,
         model: PreTrainedModel,
@@ -99,12 +100,10 @@ class Stage:
         parent: Path | None = None,
         options: Iterable = (),
     ):
-        self.name, self.args, self.data, self.facts = name, args, data, data.facts
+        self.spec, self.name, self.args = spec, spec.name, args
+        self.data, self.facts = data, data.facts
         self.model, self.tokenizer, self.parent = model, tokenizer, parent
         self.options = list(options)
-        # The name by which recipes, plans and the stage directory call it
-        adapter = any(getattr(each, "use_peft", False) for each in self.options)
-        self.kind = "lora" if adapter and name == "sft" else name
         self.output_dir = Path(args.output_dir)
         self.started = time.time()
 
@@ -132,7 +131,7 @@ class Stage:
         # A chat template may have brought another end token
         align_special_tokens(self.model, self.tokenizer)
         self.definition = definition_of(
-            self.name, args, self.data, self.model, self.tokenizer, parent, self.options
+            self.spec.family, args, self.data, self.model, self.tokenizer, parent, self.options
         )
         check_same_data(self.definition["data"])
         pipeline = f"{output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -151,7 +150,7 @@ class Stage:
     def description(self) -> dict:
         """What is known of the run before training."""
         return {
-            "stage": self.kind,
+            "stage": self.name,
             **self.lineage,
             "data": self.facts,
             "options": changed_options(self.args),
@@ -188,7 +187,7 @@ class Stage:
         self.samples = None
         if args.sample_steps >= 0:
             tokenizer, positions = trainer.processing_class, config.max_position_embeddings
-            prompts = prepare_prompts(args, self.name != "pretrain", tokenizer, positions)
+            prompts = prepare_prompts(args, not self.spec.reads_documents, tokenizer, positions)
             self.samples = SampleCallback(
                 trainer, tokenizer, prompts, self.output_dir, args.sample_steps, args.sample_tokens
             )
@@ -236,7 +235,7 @@ class Stage:
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         start = args.resume_from_checkpoint or self.parent or "random weights"
-        say(f"{self.kind} -> {self.output_dir}  (from {start})")
+        say(f"{self.name} -> {self.output_dir}  (from {start})")
         for part, title in (("train", "  train  "), ("eval", "  eval   ")):
             counts = ", ".join(
                 f"{value:,} {key.replace('_', ' ')}"
@@ -290,7 +289,7 @@ class Stage:
             self.samples.sample(trainer.state)
         if is_main_process():
             self._decorate(trainer, record, report)
-            say(f"{self.kind} is complete in {self.output_dir} after {record['seconds']:.0f} s")
+            say(f"{self.name} is complete in {self.output_dir} after {record['seconds']:.0f} s")
             keep_output_writable()
 
     def _write_model(self, trainer, tokenizer) -> None:
@@ -338,13 +337,11 @@ class Stage:
             with decoration("keeping the mask report"):
                 write_json(self.output_dir / "mask_report.json", report)
         with decoration("the losses of single tokens"):
-            record["token_loss"] = token_loss(trainer) if self.name != "dpo" else None
+            record["token_loss"] = None if self.spec.pairs else token_loss(trainer)
             write_json(self.output_dir / "stage.json", record)
         with decoration("loss.png"):
-            from minimind.training.plots import plot_loss  # matplotlib may be missing or broken
-
             log = read_log(self.output_dir / "train_log.jsonl")
-            title = title_of(self.kind, self.output_dir)
-            plot_loss(log, self.output_dir / "loss.png", title, loss_unit(self.kind))
+            title = title_of(self.name, self.output_dir)
+            plot_loss(log, self.output_dir / "loss.png", title, loss_unit(self.name))
         if written := write_report(self.output_dir):
             say(f"report: {written}")

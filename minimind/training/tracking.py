@@ -45,7 +45,7 @@ def start_tracking(stage, report: dict | None = None) -> None:
                 f"--report_to {name}: it is not installed. Install it ({install(EXTRAS[name])}, or "
                 f"pip install {name}), or leave it out."
             )
-    args.run_name = printable(args.run_name or f"{stage.kind}: {stage.output_dir}")
+    args.run_name = printable(args.run_name or f"{stage.name}: {stage.output_dir}")
 
     prepare = {
         "wandb": wandb_tracking.open_wandb_run,
@@ -95,7 +95,7 @@ def _prepare_swanlab(stage) -> None:
         "project": os.environ.get("SWANLAB_PROJECT", PROJECT),
         "experiment_name": stage.args.run_name,
         "group": stage.lineage["pipeline"],
-        "config": {"stage": stage.kind, **stage.lineage},
+        "config": {"stage": stage.name, **stage.lineage},
         "logdir": directory,
     }
     try:

@@ -72,8 +72,8 @@ def open_wandb_run(stage) -> None:
         "project": os.environ["WANDB_PROJECT"],
         "name": os.environ.get("WANDB_NAME") or stage.args.run_name,
         "group": os.environ.get("WANDB_RUN_GROUP") or stage.lineage["pipeline"],
-        "job_type": stage.kind,
-        "config": {"stage": stage.kind, **stage.lineage},
+        "job_type": stage.name,
+        "config": {"stage": stage.name, **stage.lineage},
         "id": stage.run["run"],  # a resumed stage continues its run
         "resume": "allow",
         "settings": settings,
