@@ -167,5 +167,5 @@ def inspect_training_rows(
     """The report on the rows of a stage: tokens, masks, lengths, findings."""
     if spec.reads_documents:
         return inspect_blocks(rows, tokenizer, data_args.or_embedded(spec.corpus))
-    every_reply = chat_args.train_turns == "all"
-    return inspect_chats(spec.family, rows, tokenizer, data_args.on_bad_rows, every_reply)
+    kind, every_reply = "dpo" if spec.pairs else "sft", chat_args.train_turns == "all"
+    return inspect_chats(kind, rows, tokenizer, data_args.on_bad_rows, every_reply)

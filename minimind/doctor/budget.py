@@ -25,7 +25,7 @@ def rows_of(case: Case) -> RowCounts:
     """The rows of a case as the planner takes them; of many rows the lengths of an even sample."""
     count = len(case.train)
     columns = case.train.with_format(None)[sample(count, ROWS_SAMPLE)]
-    lengths = sequence_lengths(columns, pairs=case.stage == "dpo")
+    lengths = sequence_lengths(columns, pairs=case.spec.pairs)
     longest = [max(row) for row in lengths]
     padded = padded_length(longest, case.args.per_device_train_batch_size)
     tokens = round(fmean(map(sum, lengths)) * count)
@@ -38,7 +38,7 @@ def tokens_per_parameter(case: Case) -> tuple:
     parameters = plan.parameters["total"]
     ratio = plan.tokens / parameters
     found = f"{plan.tokens:,} tokens for {parameters / 1e6:.3g} M parameters: {ratio:.2g} each"
-    if case.stage != "pretrain":
+    if not case.spec.reads_documents:
         return "ok", f"{found}; how many are too few is known for pretraining only"
     if ratio >= FEW_TOKENS:
         return "ok", found

@@ -4,7 +4,7 @@ import os
 
 from minimind.doctor.registry import Case, check
 from minimind.inspection import Inspection, data_paths
-from minimind.stages import STAGES, inspect_training_rows
+from minimind.stages import inspect_training_rows
 
 FEW_ENDS = 0.2  # of the end tokens that there should be
 OVERLAP = 0.5  # of the held-out rows also trained on: the held-out loss measures nothing
@@ -12,7 +12,7 @@ OVERLAP = 0.5  # of the held-out rows also trained on: the held-out loss measure
 
 @check("tokenizer", "train", "facts")
 def document_ends(case: Case) -> tuple:
-    if case.stage != "pretrain":
+    if not case.spec.reads_documents:
         return "ok", "conversations end by their template"
     facts, rows = case.facts["train"], case.sampled_ids()
     ends = sum(int((row == case.tokenizer.eos_token_id).sum()) for row in rows)
@@ -58,7 +58,7 @@ def inspection_of(case: Case) -> Inspection:
     """The report of `minimind inspect` on the rows of a case, made once."""
     if case.inspection is None:
         case.inspection = inspect_training_rows(
-            STAGES[case.stage], case.rows, case.tokenizer, case.data_args, case.chat_args
+            case.spec, case.rows, case.tokenizer, case.data_args, case.chat_args
         )
     return case.inspection
 

@@ -44,7 +44,7 @@ def bf16_hardware(case: Case) -> tuple:
 
 @check("args")
 def accumulation(case: Case) -> tuple:
-    if case.stage == "dpo":
+    if case.spec.pairs:
         return "ok", "a mean over pairs; every micro-batch has as many"
     if case.args.average_tokens_across_devices:
         return "ok", "a mean over all trained tokens of a step"

@@ -15,6 +15,8 @@ SCHEDULE_SAMPLE = 1000  # steps whose rates are summed
 # little at 0.05 and all at 0.3. Published runs are above: Zephyr-7B's DPO (5e-7, 478 updates) at
 # 0.2, LIMA's SFT (1e-5, 470 updates) at 4.
 LITTLE = {"pretrain": 4.0, "sft": 2.0, "dpo": 0.15}
+# Parts of the middle rate, see `usual_learning_rates`.
+USUAL = {"pretrain": (1 / FAR, FAR), "sft": (1 / 300, 3), "dpo": (1 / 2000, 1 / 20)}
 
 
 def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float, float]:
@@ -28,7 +30,7 @@ def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float
     20th, and with LoRA 10 times that.
     """
     middle = max(0.003239 - 0.0001395 * math.log(max(parameters, 2)), 1e-4)
-    low, high = {"pretrain": (1 / FAR, FAR), "sft": (1 / 300, 3), "dpo": (1 / 2000, 1 / 20)}[stage]
+    low, high = USUAL[stage]
     factor = 10 if lora else 1
     return middle * low * factor, middle * high * factor
 
@@ -43,6 +45,8 @@ def learning_rate(case: Case) -> tuple:
     rate, stage = case.args.learning_rate, case.stage
     if not is_adamw_like(case):
         return "ok", f"{rate:g}; usual rates are known for AdamW only"
+    if stage not in USUAL:
+        return "ok", f"{rate:g}; no usual rates are known for {stage}"
     embeddings = case.base.get_input_embeddings().weight.numel()
     parameters = sum(p.numel() for p in case.base.parameters()) - embeddings
     lora = case.lora is not None or isinstance(case.model, PeftModel)
@@ -75,6 +79,8 @@ def updates(case: Case) -> tuple:
     """Whether the run can move the model's weights far enough to change what it writes."""
     if not is_adamw_like(case):
         return "ok", f"{case.steps:,} updates; how far they move weights is known for AdamW only"
+    if case.stage not in LITTLE:
+        return "ok", f"{case.steps:,} updates; how far they have to move weights is not known"
     config, least = case.base.config, LITTLE[case.stage]
     total = summed_rate(case.args, case.steps)
     moved = movement(total, config.hidden_size, config.initializer_range, *_rank_and_scale(case))

@@ -31,7 +31,7 @@ def epochs(case: Case) -> tuple:
     passes = case.args.num_train_epochs
     if case.args.max_steps > 0:
         passes = case.args.max_steps * case.rows_per_step / max(len(case.train), 1)
-    if case.stage == "pretrain" and passes > MANY_EPOCHS:
+    if case.spec.reads_documents and passes > MANY_EPOCHS:
         expected = (
             f"at most {MANY_EPOCHS}: what is repeated more often teaches less and less (arXiv"
             " 2305.16264)"

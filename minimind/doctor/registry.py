@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import UserError
 from minimind.data.chat_arguments import ChatArguments
+from minimind.stages import STAGES, StageSpec
 
 SAMPLED_ROWS = 256
 # Why a check was skipped, by what the case lacks.
@@ -67,6 +68,11 @@ class Case:
     plan: Any = None
     step_seconds: float | None = None
     stand_in: bool = False
+
+    @property
+    def spec(self) -> StageSpec:
+        """The row of its stage in the table of stages."""
+        return STAGES[self.stage]
 
     @property
     def weights(self) -> PreTrainedModel | PeftModel | None:
