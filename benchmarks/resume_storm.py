@@ -191,7 +191,7 @@ def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Ra
                 time.sleep(0.0005)
                 # A restarted run cuts the log back before its first step: from then on the log is
                 # its own.
-                fresh_log = fresh_log or b"going on from" in said_file.read_bytes() or not began
+                fresh_log = fresh_log or b"resuming from" in said_file.read_bytes() or not began
                 step = step_of(output_dir)
                 if step != old_step:
                     old_step, deadline = step, time.monotonic() + PATIENCE
@@ -219,7 +219,7 @@ def disturb(storm: Storm, words: Sequence[str], output_dir: Path, rng: random.Ra
                 kill(process)
             process.wait()
         text = said_file.read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"going on from .*?(checkpoint-\d+)", text)
+        found = re.search(r"resuming from .*?(checkpoint-\d+)", text)
         life = {
             "from": found[1] if found else "the beginning",
             "skipped": re.findall(r"skipped .*", text),

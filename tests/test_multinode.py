@@ -147,8 +147,8 @@ def test_a_host_is_lost_and_the_run_goes_on_without_it(hosts, command, tmp_path)
             if process.poll() is None:
                 kill_all_of(process)
     assert "resuming from" in said()
-    assert "goes on with 4 rows (2 x 2 accumulation x 1 process)" in said()
-    assert "going on from" in said()
+    assert "continues with 4 rows (2 x 2 accumulation x 1 process)" in said()
+    assert "resuming from" in said()
     assert "continues with 4 rows (2 x 2 accumulation x 1 process)" in said()
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 401))

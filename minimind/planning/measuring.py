@@ -44,10 +44,10 @@ def measure(recipe: PlannedRun, steps: int = MEASURED_STEPS) -> dict[str, float]
     Raises:
         UserError: the script refuses the recipe or fails.
     """
-    script = Path(__file__).parents[2] / recipe.script
+    script = Path(__file__).parents[2] / recipe.spec.script
     if not script.is_file():
         raise UserError(
-            f"--device measured runs {recipe.script}, which is not at {script}. Run it in a"
+            f"--device measured runs {recipe.spec.script}, which is not at {script}. Run it in a"
             " checkout."
         )
     with tempfile.TemporaryDirectory(prefix="minimind-plan-") as directory:
