@@ -279,7 +279,7 @@ def main() -> None:
         print(
             f"{args.stage}, {args.launcher} x {processes}, {args.steps} steps, a checkpoint every 3"
         )
-        print(f"{'kill':>4}  {'moment':<32}{'step':>6}  {'went on from':<16}  skipped")
+        print(f"{'kill':>4}  {'moment':<32}{'step':>6}  {'resumed from':<16}  skipped")
         for number, life in enumerate(lives[:-1], start=1):
             skipped = ", ".join(re.findall(r"checkpoint-\d+", " ".join(lives[number]["skipped"])))
             print(

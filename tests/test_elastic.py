@@ -76,7 +76,7 @@ def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(
 
 
 def test_an_optimizer_whose_shards_cannot_be_converted_keeps_its_number_of_processes(tmp_path):
-    with pytest.raises(UserError, match=r"muon cannot be shared out anew.*Start 2 processes"):
+    with pytest.raises(UserError, match=r"muon cannot be redistributed.*Start 2 processes"):
         resized(
             tmp_path / "checkpoint-2",
             (2, 2, 2),

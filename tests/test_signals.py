@@ -192,7 +192,7 @@ def test_where_only_better_models_are_saved_the_interrupted_one_is_saved_too(
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({}, "there is no other, the same command begins anew"),
+        ({}, "there is no other, the same command starts over"),
         (
             {"save_strategy": "steps", "save_steps": 1},
             "the same command continues from {}/checkpoint-1",

@@ -54,7 +54,7 @@ class Parts:
         return self.partial / f"data-{part:05d}.jsonl"
 
     def open(self, key: str) -> None:
-        """Keep the directory of the same cleaning; another one's is deleted, and begun anew.
+        """Keep the directory of the same cleaning; another one's is deleted, and the cleaning starts over.
 
         Raises:
             UserError: the directory holds something else.

@@ -55,7 +55,7 @@ def learning_rate(case: Case) -> tuple:
     if low <= rate <= high:
         return "ok", f"{rate:g}, usual for {stage} at {size}"
     found = f"{rate:g}, {'above' if rate > high else 'below'} what is usual"
-    fix = "Look for a slip of a digit; otherwise try it on a few hundred steps first."
+    fix = "Check for a mistyped digit; otherwise try it on a few hundred steps first."
     return "warning", found, f"{low:.1e} to {high:.1e} for {stage} at {size}", fix
 
 

@@ -50,7 +50,7 @@ def check_mask(
     partly = is_trained & replies.end_trained & ~replies.complete & ~replies.border
     text = f"{partly.sum():,} of {is_trained.sum():,} trained replies have words without a label"
     advice = (
-        "Right where only a part should be learnt (an answer without its reasoning); otherwise"
+        "Correct if only a part should be learnt (an answer without its reasoning); otherwise"
         " check the template."
     )
     places = tokens.places(replies.row[partly])
@@ -58,7 +58,7 @@ def check_mask(
     if every_reply:
         context = ~is_trained & (trained_in_row[replies.row] > 0)
         text = f"{context.sum():,} of {len(is_trained):,} replies are context only"
-        advice = "Right where the options or the rows choose the turns to train."
+        advice = "Correct if the options or the rows choose the turns to train."
         places = tokens.places(replies.row[context])
         findings.add("replies_not_trained", "info", context.sum(), text, advice, places)
 
@@ -130,10 +130,10 @@ def check_replies(findings: Findings, tokens: Tokens, replies: Replies) -> None:
 
     short = is_trained & (replies.words > 0) & (replies.words <= SHORT_REPLY)
     count = is_trained.sum()
-    text = f"{short.sum():,} of {count:,} trained replies are of {SHORT_REPLY} tokens at most"
+    text = f"{short.sum():,} of {count:,} trained replies have at most {SHORT_REPLY} tokens"
     places = tokens.places(replies.row[short])
     findings.add(
-        "short_replies", "info", short.sum(), text, "Look whether they are answers.", places
+        "short_replies", "info", short.sum(), text, "Check whether they are answers.", places
     )
 
 

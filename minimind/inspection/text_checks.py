@@ -19,7 +19,7 @@ RENDERED_SHARE = 0.5
 FLAT_SHARE = 0.2
 SEARCHED = 1 << 20  # tokens turned into text at a time
 HARMLESS = (
-    "They are tokenised as plain text and control nothing. Look whether the rows are attacks or"
+    "They are tokenised as plain text and control nothing. Check whether the rows are attacks or"
     " mishaps."
 )
 

@@ -208,7 +208,7 @@ def last_complete_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     if suspect:
         raise UserError(
             f"{suspect}. There is no checkpoint before it. To resume from it anyway, with another"
-            " --learning_rate say, give it to --resume_from_checkpoint; to begin anew, give"
+            " --learning_rate say, give it to --resume_from_checkpoint; to start over, give"
             " --overwrite_output_dir true and --resume_from_checkpoint false."
         )
     return None, problems

@@ -95,7 +95,7 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
     if args.deepspeed and wrote != processes and optimizer not in CONVERTIBLE_OPTIMIZERS:
         raise UserError(
             f"{checkpoint} was written by {wrote} processes, this command starts {processes}, and"
-            f" under DeepSpeed the optimizer state of {optimizer} cannot be shared out anew (that"
+            f" under DeepSpeed the optimizer state of {optimizer} cannot be redistributed (that"
             f" of {CONVERTIBLE_OPTIMIZERS[0]} can). Start {wrote} processes."
         )
     split = first.shared_by(processes)
@@ -103,7 +103,7 @@ def check_world_size(saved: dict, now: dict, args: TrainingArguments) -> None:
         *fitting, last = [str(n) for n in range(1, first.rows + 1) if first.rows % n == 0]
         raise UserError(
             f"{checkpoint} is of a run with {first} per step, which {processes} processes cannot"
-            f" share evenly. Start {', '.join(fitting)} or {last} processes, or begin anew in"
+            f" share evenly. Start {', '.join(fitting)} or {last} processes, or start over in"
             " another --output_dir."
         )
     if is_main_process():

@@ -170,7 +170,7 @@ class GuardCallback(TrainerCallback):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             raise UserError(
                 f"step {self.trainer.state.global_step + 1}: the gradient norm is not finite, and"
-                " this DeepSpeed setup has stepped with it: the weights are spoilt. Take ZeRO 1 or"
+                " this DeepSpeed setup has stepped with it: the weights are damaged. Take ZeRO 1 or"
                 " 2, leave bf16.check_grad_overflow on, and resume from the last checkpoint."
             )
         with warnings.catch_warnings():

@@ -39,7 +39,7 @@ class ResumableTrainer(GuardedTrainer):
             return super().train(resume_from_checkpoint, **options)
         except UnpicklingError as error:
             raise UserError(
-                f"{resume_from_checkpoint} cannot be loaded: {reason(error)}. Begin anew in another"
+                f"{resume_from_checkpoint} cannot be loaded: {reason(error)}. Start over in another"
                 " --output_dir; docs/security.md says what a checkpoint may hold."
             ) from error
 
@@ -129,7 +129,7 @@ class ResumableTrainer(GuardedTrainer):
         if not {old, new}.isdisjoint(("reduce_lr_on_plateau", "greedy")):
             raise UserError(
                 f"--lr_scheduler_type {new}: a run that had {old} cannot be resumed with it. Put"
-                " the old one back, or begin anew in another --output_dir."
+                " the old one back, or start over in another --output_dir."
             )
         super()._load_optimizer_and_scheduler(checkpoint)
         if not changes:

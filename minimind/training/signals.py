@@ -182,7 +182,7 @@ class InterruptCallback(TrainerCallback):
             )
             return INTERRUPTED
         last = last_good(Path(args.output_dir))
-        left = "there is no other, the same command begins anew"
+        left = "there is no other, the same command starts over"
         if last:
             left = f"the same command continues from {last}"
         say(
