@@ -54,7 +54,7 @@ class Parts:
         return self.partial / f"data-{part:05d}.jsonl"
 
     def open(self, key: str) -> None:
-        """Keep the directory of the same cleaning; another one's is deleted, and the cleaning starts over.
+        """Keep the directory of the same cleaning; delete that of another one.
 
         Raises:
             UserError: the directory holds something else.

@@ -52,7 +52,10 @@ def examine(case: Case, quick: bool = False) -> list[Finding]:
     findings = [check(case) for check in CHECKS if check.quick or not quick]
     if case.missing:
         found = "; ".join([f"not there: {', '.join(case.missing)}", *case.notes])
-        fix = "Correct if an earlier step is still to write it; a run that starts now would be refused."
+        fix = (
+            "Correct if an earlier step is still to write it; a run that starts now would be"
+            " refused."
+        )
         findings.insert(0, Finding("inputs", "warning", found, fix=fix))
     return findings
 
