@@ -6,7 +6,7 @@
 Both train the same model on the same rows in one process and take turns, a step each, so that
 whatever else the machine does meets both alike. Ours has everything on: progress lines, tensorboard
 (if installed), the report, early stopping. A step's time goes from the beginning of one to the
-beginning of the next, logging included (every 10 steps). Evaluations and samples are asked for by
+beginning of the next, logging included (every 10 steps). Evaluations and samples are requested by
 the recipe and left out.
 """
 

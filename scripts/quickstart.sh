@@ -30,4 +30,4 @@ stage lora      $run/lora/stage.json           python finetune_sft.py --config c
 stage dpo       $run/dpo/stage.json            python train_dpo.py --config configs/dpo/quickstart.yaml
 echo "== evaluation"
 python -m minimind.quickstart $run
-echo "The figures are in $run/summary.json after $((SECONDS - began)) s. Go on:  minimind chat $run/dpo"
+echo "The figures are in $run/summary.json after $((SECONDS - began)) s. Next:  minimind chat $run/dpo"
