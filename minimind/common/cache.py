@@ -85,14 +85,14 @@ def cache_directory(kind: str = "", permanent: bool = False) -> Path:
         reason = _system_message(error)
     if permanent:
         raise UserError(f"{root}: nothing can be kept there ({reason}). {REMEDY}")
-    with report_disk_errors(root):
+    with report_cache_errors(root):
         directory = _temporary_directory(root, reason) / kind
         directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
 @contextmanager
-def report_disk_errors(directory: Path | str) -> Iterator[None]:
+def report_cache_errors(directory: Path | str) -> Iterator[None]:
     """Turn an OSError in a block that writes into a directory of the cache into one UserError."""
     try:
         yield
@@ -239,7 +239,7 @@ def find_or_build(kind: str, key: dict, build: Callable[[Path], dict]) -> tuple[
     if entry := find(kind, key):
         return entry
     directory = cache_directory(kind) / _entry_name(key)
-    with report_disk_errors(directory), wait_for_lock(f"{directory}.lock") as locked:
+    with report_cache_errors(directory), wait_for_lock(f"{directory}.lock") as locked:
         if entry := find(kind, key):  # built by the process that this one waited for
             return entry
         remove_invalid(directory, _open_entry)

@@ -15,7 +15,8 @@ from minimind.inspection.inspection import Inspection
 from minimind.inspection.readable import ReadableRows, ReadableToken, role_colour
 
 STYLE = """
-body { max-width: 68rem; } dt { margin-top: .6rem; } dd { margin-left: 1.5rem; }
+body { max-width: 68rem; } svg { max-width: 45rem; }
+dt { margin-top: .6rem; } dd { margin-left: 1.5rem; }
 .error { color: #cf222e; } .warning { color: #9a6700; } .info { color: #0b7285; }
 .where { opacity: .7; font-size: 85%; } label { margin-right: 1rem; white-space: nowrap; }
 fieldset { border: 1px solid #8884; position: sticky; top: 0; background: Canvas; }

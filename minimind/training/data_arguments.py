@@ -13,7 +13,7 @@ from minimind.common.cache import (
     cache_directory,
     cache_locations,
     remove_invalid,
-    report_disk_errors,
+    report_cache_errors,
 )
 from minimind.common.errors import UserError
 from minimind.common.language import say
@@ -115,7 +115,7 @@ class DataArguments:
                     return place / key, report
 
         directory = cache_directory("clean") / key
-        with report_disk_errors(directory), wait_for_lock(f"{directory}.lock"):
+        with report_cache_errors(directory), wait_for_lock(f"{directory}.lock"):
             remove_invalid(directory, partial(finished_report, key=key, remedy=""))
             report = clean(
                 paths, directory, self.clean_recipe, on_bad_rows=self.on_bad_rows, **reading
@@ -128,7 +128,7 @@ class DataArguments:
         if self.train_files:
             return self
         directory = cache_directory("world")
-        with report_disk_errors(directory), wait_for_lock(directory / ".lock"):
+        with report_cache_errors(directory), wait_for_lock(directory / ".lock"):
             paths = write_world(directory)
         train_files = [str(paths[name])]
         eval_files = self.eval_files or [str(paths[f"{name}_eval"])]
