@@ -139,6 +139,28 @@ def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writ
         make_plan(*planned_runs.read_recipes([str(pipeline["lora"])], []), DEVICES["a100"])
 
 
+@pytest.mark.parametrize(
+    ("stage", "words", "corpus", "parent"),
+    [
+        ("pretrain", [], "pretrain", None),
+        ("sft", [], "sft", "runs/pretrain"),
+        ("sft", ["--use_peft", "true"], "lora", "runs/sft"),
+        ("lora", ["--use_peft", "true"], "lora", "runs/sft"),
+        ("dpo", [], "dpo", "runs/sft"),
+        ("dpo", ["--use_peft", "true"], "dpo", "runs/sft"),
+    ],
+)
+def test_without_files_and_parent_a_run_has_its_part_of_the_corpus_and_its_stage_before(
+    tmp_path, monkeypatch, stage, words, corpus, parent
+):
+    monkeypatch.chdir(tmp_path)
+    for directory in ("runs/pretrain", "runs/sft"):
+        Path(directory).mkdir(parents=True)
+    (run,) = read(tmp_path, stage, words)
+    assert [Path(file).name for file in run.data_args.train_files] == [f"{corpus}.jsonl"]
+    assert run.parent == parent
+
+
 @pytest.mark.parametrize("stage", DATA)
 def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
     assert planned_runs.stage_of(write_recipe(tmp_path, stage), []) == stage
