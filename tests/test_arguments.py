@@ -86,7 +86,8 @@ def test_a_recipe_that_is_wrong_is_refused_with_its_name(tmp_path, text, words):
         ),
     ],
 )
-def test_a_command_line_that_is_wrong_is_refused(argv, words):
+def test_a_command_line_that_is_wrong_is_refused(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a run in the default directory would decide otherwise
     with pytest.raises(UserError) as error:
         parse(*TYPES["pretrain"], argv=argv)
     for word in words:
