@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,6 +65,11 @@ CHOICES = {
 # Options that the libraries read, write or send, and that have to be UTF-8.
 FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "model", "out", "output_dir")
 FOR_LIBRARIES += ("model_name_or_path", "project", "run_name", "source", "tokenizer")
+# Options that are durations, each with its unit.
+DURATIONS = ("time_budget",)
+UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # seconds
+DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in UNITS))
+LONGEST = 366 * UNITS["d"]
 EXPECTED = {  # by the brackets of an interval
     "[": "at least {}",
     "(": "above {}",
@@ -91,6 +97,8 @@ def check_options(
                 check_object(name, each)
             elif isinstance(each, str):
                 check_text(name, each)
+                if action.dest in DURATIONS:
+                    seconds_of(name, each)
                 if action.dest in FOR_LIBRARIES:
                     check_encoding(name, each)
                 if each not in (choices := CHOICES.get(action.dest, (each,))):
@@ -155,6 +163,27 @@ def check_encoding(name: str, path: str) -> None:
             f"{name} {path}: found a name that is not UTF-8, perhaps from a Windows archive. Rename"
             " it."
         ) from None
+
+
+def seconds_of(name: str, text: str) -> float | None:
+    """The seconds of a duration such as 90s, 30m, 1.5h or 1h30m; None for "none".
+
+    A number alone is refused: it is seconds to one reader and minutes to another.
+
+    Raises:
+        UserError: it is something else, no time at all, or more than a year.
+    """
+    if text.strip().lower() == "none":
+        return None
+    match = DURATION.fullmatch(text.strip().lower().replace(" ", ""))
+    counts = match.groups(default="0") if match else ()
+    seconds = sum(float(n) * size for n, size in zip(counts, UNITS.values(), strict=bool(match)))
+    if 0 < seconds <= LONGEST:
+        return seconds
+    raise UserError(
+        f"{name} {shorten(text)}: expected a duration with its unit, of a year at most, such as"
+        " 90s, 30m, 2h or 1h30m; none for no limit."
+    )
 
 
 def check_object(name: str, text: str) -> None:

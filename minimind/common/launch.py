@@ -8,9 +8,11 @@ not, and DeepSpeed would then look for MPI.
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from minimind.common.errors import UserError, install
 from minimind.common.language import say
@@ -115,6 +117,16 @@ def refuse_code_in_pickles() -> None:
 def is_main_process() -> bool:
     """Whether this process prints and writes for all; true before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def largest_of_all(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each number among all processes: the same on all of them. One collective of a
+    few bytes; one process only gets its numbers back."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def notice(text: str) -> None:

@@ -37,6 +37,7 @@ OTHER_NAMES = {
     "report_to": {"use_wandb", "wandb"},
     "resume_from_checkpoint": {"from_resume", "resume"},
     "save_steps": {"save_interval"},
+    "time_budget": {"max_time", "max_train_time", "time_limit"},
     "train_files": {"data", "data_path", "dataset", "train_data", "train_file"},
     "use_peft": {"finetuning_type", "lora", "use_lora"},
     "warmup_steps": {"warmup", "warmup_iters", "warmup_ratio"},

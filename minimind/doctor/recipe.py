@@ -28,6 +28,8 @@ def save_steps(case: Case) -> tuple:
 
 @check("args", "train")
 def epochs(case: Case) -> tuple:
+    if case.args.time_budget:
+        return "ok", f"as many passes over {len(case.train):,} rows as the time budget has room for"
     passes = case.args.num_train_epochs
     if case.args.max_steps > 0:
         passes = case.args.max_steps * case.rows_per_step / max(len(case.train), 1)

@@ -92,7 +92,9 @@ class Case:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of the run."""
+        """Optimizer steps of the run; None where the data or a time budget leaves them unknown."""
+        if self.args.time_budget:
+            return None
         if self.args.max_steps > 0:
             return self.args.max_steps
         if self.train is None:
@@ -119,7 +121,10 @@ class Check:
     def __call__(self, case: Case) -> Finding:
         lacking = next((name for name in self.needs if getattr(case, name) is None), None)
         if lacking:
-            return Finding(self.name, "skipped", LACKING.get(lacking, f"no {lacking}"))
+            reason = LACKING.get(lacking, f"no {lacking}")
+            if lacking == "steps" and case.train is not None:
+                reason = "the time budget decides how many steps there are"
+            return Finding(self.name, "skipped", reason)
         try:
             severity, *texts = self.function(case)
         except UserError as error:  # another check reports it

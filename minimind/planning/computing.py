@@ -3,12 +3,14 @@
 from dataclasses import replace
 from math import ceil
 
+from minimind.common.bounds import seconds_of
 from minimind.common.errors import UserError
 from minimind.costs.devices import Device
 from minimind.costs.flops import flops
 from minimind.costs.memory import evaluation_memory, memory, model_states
 from minimind.costs.parameters import empty_model, parameter_counts
 from minimind.costs.step import Step
+from minimind.costs.units import duration
 from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
@@ -76,6 +78,9 @@ def make_plan(
     )
     device = device.with_gaps(step.checkpointing)
     steps, epochs = steps_of(options, rows, processes)
+    budget = options.time_budget and seconds_of("--time_budget", options.time_budget)
+    if budget:
+        notes.append(f"{recipe.path}: as many steps as {duration(budget / 3600)} have room for")
 
     def peak(**changes) -> float:
         return memory(model, replace(step, **changes))["peak"]
@@ -83,7 +88,7 @@ def make_plan(
     row = replace(step, batch_size=1, length=max(2, round(rows.padded)))
     row_flops, passes = flops(model, row), rows.rows * epochs
     no_offloading = {"offload_optimizer": False, "offload_parameters": False}
-    return Plan(
+    plan = Plan(
         recipe=str(recipe.path),
         stage=recipe.spec.name,
         output_dir=options.output_dir,
@@ -104,7 +109,9 @@ def make_plan(
         peak_with_checkpointing=peak(checkpointing=True),
         largest_batch=largest_batch(model, step, device.usable),
         notes=notes,
+        time_budget=budget,
     )
+    return plan.within_budget()
 
 
 def steps_of(options, rows: RowCounts, processes: int) -> tuple[int, float]:

@@ -53,6 +53,7 @@ def measure(recipe: PlannedRun, steps: int = MEASURED_STEPS) -> dict[str, float]
     with tempfile.TemporaryDirectory(prefix="minimind-plan-") as directory:
         report = Path(directory) / "report.json"
         words = [*recipe.words, "--output_dir", f"{directory}/run", "--max_steps", str(steps)]
+        words += ["--time_budget", "none"]
         words += ["--report_to", "none", "--save_strategy", "no"]
         parent, tokenizer_dir = recipe.parent, getattr(recipe.options, "tokenizer", None)
         if parent and not Path(parent).is_dir():

@@ -1,6 +1,6 @@
 """The plan of one run: what it takes, whether it fits, and what to change if it does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minimind.costs.devices import Device
 from minimind.costs.prices import Price
@@ -37,6 +37,16 @@ class Plan:
     largest_batch: int
     notes: list[str]
     measured: dict[str, float] | None = None
+    time_budget: float | None = None  # seconds
+
+    def within_budget(self) -> "Plan":
+        """The plan of as many of these steps as the time budget has room for, if there is one."""
+        if not self.time_budget:
+            return self
+        steps = max(1, int(self.time_budget / self.seconds_per_step))
+        times = steps / self.steps
+        work = {name: value * times for name, value in self.flops.items()}
+        return replace(self, steps=steps, tokens=round(self.tokens * times), flops=work)
 
     @property
     def utilisation(self) -> float:
@@ -116,6 +126,7 @@ class Plan:
             "seconds_per_step": self.seconds_per_step,
             "tokens_per_second": self.tokens / (self.hours * 3600),
             "hours": self.hours,
+            "time_budget": self.time_budget,
             "cost": price and price.amount * device_hours,
             "memory": {key: round(value) for key, value in self.memory.items()},
             "states": {key: round(value) for key, value in self.states.items()},

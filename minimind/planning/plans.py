@@ -50,7 +50,7 @@ def run(
                     )
                 guess = duration(MEASURED_STEPS * plan.seconds_per_step / 3600)
                 say(f"{recipe.path}: {MEASURED_STEPS} real steps, about {guess}")
-                plan = replace(plan, measured=measure(recipe))
+                plan = replace(plan, measured=measure(recipe)).within_budget()
             plans.append(plan)
     if as_json:
         print(json_text(plans_as_json(plans, price)))

@@ -65,6 +65,8 @@ def plan_table(plans: Sequence[Plan], price: Price | None) -> Table:
     row("rows an epoch", lambda p: f"{p.rows.rows:,}")
     row("rows a step", lambda p: f"{p.rows_per_step:,}")
     row("steps", lambda p: f"{p.steps:,}")
+    if any(p.time_budget for p in plans):
+        row("passes over the data", lambda p: f"{p.tokens / p.rows.tokens:.2g}")
     row("tokens", lambda p: ("" if p.rows.exact else "~") + amount(p.tokens))
     row("  for each parameter", lambda p: f"{p.tokens / p.parameters['total']:.2g}")
     row("FLOPs a token", lambda p: amount(p.flops_per_token))

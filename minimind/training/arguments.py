@@ -13,11 +13,12 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, SFTConfig
 
+from minimind.common.bounds import seconds_of
 from minimind.common.launch import bf16_is_fast
 from minimind.data.packing import STRATEGIES
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, checkpoints
-from minimind.training.schedules import check_recomputation, check_schedule
+from minimind.training.schedules import check_recomputation, check_schedule, check_time_budget
 
 # TRL refuses others only in the first step.
 LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
@@ -37,6 +38,12 @@ class StageConfig(TrainingArguments):
         default=None,
         help='Arguments of the schedule. Default: {"min_lr_rate": 0.1} for cosine_with_min_lr, '
         '{"decay_type": "1-sqrt"} for warmup_stable_decay (Hägele et al., 2024).',
+    )
+    time_budget: str | None = HfArg(
+        default=None,
+        help="Train for this long, as 90s, 30m or 1h30m, in place of max_steps and "
+        "num_train_epochs: from the start of the command to the last evaluation. The learning rate "
+        "follows the clock, and the data is repeated as needed.",
     )
     warmup_steps: float = HfArg(default=0.05, help="Steps, or the share of all steps if below 1.")
     lr_decay_steps: float = HfArg(
@@ -151,6 +158,9 @@ class StageConfig(TrainingArguments):
                 " instead"
             )
 
+        if isinstance(self.time_budget, str):
+            self.time_budget = seconds_of("--time_budget", self.time_budget)
+
         # Defaults that depend on other options
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
@@ -173,6 +183,7 @@ class StageConfig(TrainingArguments):
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel")
         check_optimizer(self)
+        check_time_budget(self)
         check_schedule(self)
         check_recomputation(self)
 

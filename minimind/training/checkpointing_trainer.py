@@ -140,7 +140,10 @@ class CheckpointingTrainer(ResumableTrainer):
         writing.check()
         if args.should_save:
             with writing.part():
-                write_manifest(checkpoint, step=step, processes=args.world_size, finite=True)
+                facts = {"step": step, "processes": args.world_size, "finite": True}
+                if self.time_budget:
+                    facts["elapsed"] = round(self.time_budget.elapsed, 3)
+                write_manifest(checkpoint, **facts)
         writing.check()
         self.last_saved = step
 

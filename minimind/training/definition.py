@@ -41,7 +41,7 @@ DECISIVE = (
     *("lora_target_modules", "lora_target_parameters", "modules_to_save", "use_dora"),
 )
 INFORMATION = ("libraries", "device", "threads")  # may change the last bits: reported, not refused
-LENGTH = ("max_steps", "num_train_epochs")
+LENGTH = ("max_steps", "num_train_epochs", "time_budget")
 WORLD = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 

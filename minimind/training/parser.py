@@ -22,7 +22,8 @@ NAMES = {
         "lora_dropout lora_target_modules"
     ),
     "training": (
-        "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
+        "num_train_epochs max_steps time_budget per_device_train_batch_size "
+        "gradient_accumulation_steps "
         "block_size max_length learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
         "lr_decay_steps optim weight_decay adam_beta2 max_grad_norm beta loss_type seed bf16 fp16 "
         "activation_checkpointing torch_compile deepspeed dataloader_num_workers"

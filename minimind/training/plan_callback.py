@@ -4,15 +4,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
+from minimind.costs.devices import Device
 from minimind.costs.flops import flops
 from minimind.costs.memory import memory
 from minimind.costs.parameters import core, empty_model
 from minimind.costs.slowness import explain, usage
+from minimind.costs.step import Step
 from minimind.costs.this_machine import this_device
 from minimind.costs.units import gib
 from minimind.training.callback_handler import Decoration
@@ -22,6 +25,26 @@ WATCHED_STEPS = 20
 # A step is slow that takes so many times the planned seconds and loses so many seconds: smaller
 # steps are mostly overhead.
 SLOW, LOST = 2.0, 0.25
+
+
+def costs_of_step(trainer: Trainer) -> tuple[Device, Step, nn.Module, dict[str, float]]:
+    """The device and the step of a trainer, its model without weights (those of the real one may be
+    divided among processes), and the FLOPs of a micro-batch as the batches hold it."""
+    device = this_device()
+    step, padded = step_of(trainer, device)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    model = empty_model(core(model).config, adapter)
+    work = flops(model, replace(step, length=max(2, round(padded))))
+    return device.with_gaps(step.checkpointing), step, model, work
+
+
+def planned_speed(trainer: Trainer) -> tuple[float, float]:
+    """Seconds and tokens of an optimizer step, of all processes, by the plan."""
+    device, step, _, work = costs_of_step(trainer)
+    rate = device.peak(step.precision) * device.utilisation
+    tokens = step.sequences * step_of(trainer, device)[1] * step.accumulation * step.processes
+    return work["hardware"] * step.accumulation / rate, tokens
 
 
 class PlanCallback(Decoration, StepMeter):
@@ -81,14 +104,8 @@ class PlanCallback(Decoration, StepMeter):
     def compare(self) -> None:
         """Plan these steps on the device they ran on, print both, and keep the numbers for the
         log."""
-        # The plan, of an empty model: the weights of the real one may be divided among processes
-        device, measured = this_device(), self.results()
-        step, padded = step_of(self.trainer, device)
-        device = device.with_gaps(step.checkpointing)
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        adapter = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
-        model = empty_model(core(model).config, adapter)
-        work = flops(model, replace(step, length=max(2, round(padded))))
+        measured = self.results()
+        device, step, model, work = costs_of_step(self.trainer)
         achieved = work["model"] * step.accumulation / measured["seconds_per_step"]
         rate = max(device.peak(step.precision), achieved)
         planned = {

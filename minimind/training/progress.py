@@ -36,7 +36,7 @@ SHOWN = {
 }
 # The entries that a clock or the machine decides, by how their names end.
 MEASURED = ("tokens_per_second", "mfu", "memory_gib", "elapsed", "eta")
-MEASURED += ("_runtime", "_per_second", "_time")
+MEASURED += ("_runtime", "_per_second", "_time", "time_budget")
 
 
 def clock(seconds: float) -> str:
@@ -139,8 +139,11 @@ class ProgressCallback(Decoration):
             logs["mfu"] = round(self._mfu(speed * self.flops_per_token), 5)
         self.last_seconds, self.last_tokens = self.seconds, state.num_input_tokens_seen
         done = state.global_step - self.first_step
-        left = self.seconds / done * (state.max_steps - state.global_step)
-        return {"elapsed": round(self.seconds, 1), "eta": round(left, 1)}
+        elapsed, left = self.seconds, self.seconds / done * (state.max_steps - state.global_step)
+        if self.trainer and (budget := self.trainer.time_budget):
+            whole, left = budget.whole_and_left()
+            elapsed = whole - left
+        return {"elapsed": round(elapsed, 1), "eta": round(left, 1)}
 
     def _mfu(self, rate: float) -> float:
         """FLOP/s -> their share of the peak, 1 at most."""
@@ -160,7 +163,9 @@ class ProgressCallback(Decoration):
         parts = ["before training"]
         if max_steps:
             step = entry["step"]
-            parts = [f"step {step:>{width},}/{max_steps:,} {step / max_steps:>6.1%}"]
+            about = "~" if "time_budget" in entry and step < max_steps else ""
+            share = entry.get("time_budget", step / max_steps)
+            parts = [f"step {step:>{width},}/{about}{max_steps:,} {share:>6.1%}"]
         parts += [form.format(entry[key]) for key, form in SHOWN.items() if key in entry]
         if "eta" in entry:
             parts.append(f"{clock(entry['elapsed'])} elapsed, {clock(entry['eta'])} left")

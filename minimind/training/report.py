@@ -43,6 +43,7 @@ TILES = (  # key of the log, name on the page, format
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("mfu", "MFU", "{:.1%}"),
     ("memory_gib", "memory", "{:.2f} GiB"),
+    ("time_budget", "time budget used", "{:.1%}"),
 )
 
 

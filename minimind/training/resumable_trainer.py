@@ -16,6 +16,7 @@ from minimind.training.checkpoints import best_of, restore_logs
 from minimind.training.definition import LENGTH, is_about
 from minimind.training.guards import GuardedTrainer
 from minimind.training.saving import reports_disk_errors
+from minimind.training.time_budget import TimeBudget
 
 
 class ResumableTrainer(GuardedTrainer):
@@ -26,6 +27,7 @@ class ResumableTrainer(GuardedTrainer):
 
     changes: dict[str, tuple]  # accepted ones to the definition of the run: key -> (old, new)
     started: float | None = None  # time.time() at the beginning, as if it had not been interrupted
+    time_budget: "TimeBudget | None" = None
     earlier_seconds = 0.0  # of training before the interruption
 
     def __init__(self, *args, **kwargs):

@@ -119,7 +119,7 @@ class ResumeDecision:
         if any(is_about(key, WORLD) for key in changes):
             # The rows per step are those of this command
             saved |= {key: self.definition[key] for key in WORLD}
-        self._check_length(checkpoint, manifest["step"])
+        self._check_length(checkpoint, manifest, changes)
         if self.complete and not self.replaces:
             self._extend(manifest["step"])
         say(f"resuming from {checkpoint}")
@@ -221,18 +221,24 @@ class ResumeDecision:
         length_changed = any(key in self.changes for key in LENGTH)
         return length_changed and not 0 < self.definition["max_steps"] <= self.steps
 
-    def _check_length(self, checkpoint: Path, step: int) -> None:
+    def _check_length(self, checkpoint: Path, manifest: dict, changes: dict) -> None:
         """Raise UserError where the command ends before the checkpoint, or adds no step to a
         complete run."""
+        step, unit = manifest["step"], ""
         name, last, reached = "max_steps", self.definition["max_steps"], step
-        if last <= 0:
+        if budget := self.definition.get("time_budget"):
+            # The last step of the same budget may have ended after it
+            name, last, unit = "time_budget", budget, " s"
+            reached = manifest.get("elapsed", 0) if name in changes else 0
+        elif last <= 0:
             name, last = "num_train_epochs", self.definition["num_train_epochs"]
             reached = read_json(checkpoint / "trainer_state.json", "").get("epoch") or 0
         extending = self.complete and not self.replaces
         if reached > last or (extending and reached == last):
             raise UserError(
-                f"{checkpoint} has {step:,} steps behind it ({name} {reached:g}), and --{name}"
-                f" {last:g} asks for no more. Give a larger --{name}, or another --output_dir."
+                f"{checkpoint} has {step:,} steps behind it ({name} {reached:g}{unit}), and"
+                f" --{name} {last:g}{unit} asks for no more. Give a larger --{name}, or another"
+                " --output_dir."
             )
 
     def _extend(self, step: int) -> None:

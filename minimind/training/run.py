@@ -29,6 +29,7 @@ from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process, leave_process_group
 from minimind.common.streams import keep_output_writable
 from minimind.costs.parameters import active_parameters
+from minimind.costs.units import amount, duration
 from minimind.evaluation import bits_per_nat
 from minimind.stage_directory import (
     library_versions,
@@ -50,7 +51,7 @@ from minimind.training.guards import GuardCallback
 from minimind.training.heartbeat import HeartbeatCallback
 from minimind.training.memory_growth import MemoryCallback
 from minimind.training.output_directory import unlock_directory
-from minimind.training.plan_callback import PlanCallback
+from minimind.training.plan_callback import PlanCallback, planned_speed
 from minimind.training.plots import loss_unit, plot_loss, read_log
 from minimind.training.progress import ProgressCallback
 from minimind.training.record import best_evaluation, changed_options, git_commit, token_loss
@@ -194,6 +195,8 @@ class Stage:
         patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
         converted = prepare_checkpoint(trainer)
         callbacks = [
+            # Decides which step is the last.
+            trainer.time_budget,
             # These add to the logs, and trackers report the logs as they find them.
             PlanCallback(trainer),
             RouterLoadCallback(trainer.model) if getattr(config, "num_experts", 0) else None,
@@ -251,10 +254,19 @@ class Stage:
         shown += translated(f", {trainable / 1e6:.2f} M trained") if trainable < parameters else ""
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
+        rate = f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value})"
         say(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
+        if not trainer.time_budget:
+            say(f"  steps  {steps:,} of {split}, {rate}, seed {args.seed}")
+            return
+        whole, left = (seconds / 3600 for seconds in trainer.time_budget.whole_and_left())
+        say(f"  steps  of {split} for {duration(whole)}, {rate}, seed {args.seed}")
+        seconds, tokens = planned_speed(trainer)
+        steps = max(1, int(left * 3600 / seconds))
+        trainer.time_budget.planned = steps
         say(
-            f"  steps  {steps:,} of {split}, learning rate "
-            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+            f"  plan   about {steps:,} steps, {amount(steps * tokens)} tokens, in the"
+            f" {duration(left)} that are left"
         )
 
     def finish(

@@ -9,7 +9,9 @@ import torch
 import torch.utils.checkpoint
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
-TRIED = 1000  # steps that a schedule is built for where the data decides how many there are
+# Steps that a schedule is built for where the data decides how many there are, or the clock does.
+TRIED = 1000
+COUNTS = ("num_decay_steps", "num_stable_steps", "timescale")  # arguments of schedules in steps
 
 
 def schedule_options(args: TrainingArguments, steps: int) -> dict[str, Any]:
@@ -19,6 +21,38 @@ def schedule_options(args: TrainingArguments, steps: int) -> dict[str, Any]:
         return options
     share = args.lr_decay_steps
     return {"num_decay_steps": math.ceil(share * steps) if share < 1 else int(share)} | options
+
+
+def counted_warmup(args: TrainingArguments) -> int:
+    """The steps of a warm-up that is given in steps; 0 where it is a share."""
+    return int(args.warmup_steps) if args.warmup_steps >= 1 else 0
+
+
+def steps_on_time(args: TrainingArguments) -> int:
+    """The steps that the schedule of a time budget is built for; see `TimeBudget.factor`."""
+    return counted_warmup(args) + TRIED
+
+
+def check_time_budget(args: TrainingArguments) -> None:
+    """Raise ValueError for options that count the steps of a run whose end is a time."""
+    if args.time_budget is None:
+        return
+    if args.max_steps > 0:
+        raise ValueError(
+            "--time_budget and --max_steps both say when the run ends: leave one out. To leave out"
+            " a recipe's, add --max_steps -1 or --time_budget none"
+        )
+    decays = args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
+    if decays and args.lr_decay_steps >= 1:
+        raise ValueError(
+            f"--lr_decay_steps {args.lr_decay_steps:g} counts steps, and under --time_budget nobody"
+            " knows how many there will be: give a share below 1, such as 0.2"
+        )
+    for name in set(COUNTS).intersection(args.lr_scheduler_kwargs or ()):
+        raise ValueError(
+            f"--lr_scheduler_kwargs: {name} counts steps, and under --time_budget nobody knows how"
+            " many there will be: leave it out"
+        )
 
 
 def check_schedule(args: TrainingArguments) -> None:

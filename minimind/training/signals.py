@@ -16,13 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from minimind.common.language import say, translated
-from minimind.common.launch import is_main_process
+from minimind.common.launch import is_main_process, largest_of_all
 from minimind.common.streams import keep_output_writable
 from minimind.training.checkpoints import last_good, problem_of
 from minimind.training.report import ReportCallback
@@ -75,7 +74,6 @@ class InterruptCallback(TrainerCallback):
         self.finished = threading.Event()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.flag = torch.zeros(1, dtype=torch.int32, device=args.device)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 # What `nohup` (SIGHUP) or a shell's background (SIGINT) ignores stays ignored
@@ -140,11 +138,7 @@ class InterruptCallback(TrainerCallback):
     on_left_out = on_save
 
     def _agree(self) -> int:
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.received
-        self.flag.fill_(self.received)
-        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        return int(self.flag)
+        return int(largest_of_all([self.received], self.trainer.args.device)[0])
 
     def _leave(self, args, state, control) -> None:
         # The trackers close their runs. Nobody else may take this for the end, to write samples say

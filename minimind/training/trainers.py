@@ -1,6 +1,7 @@
 """The trainers of the stages: narrow subclasses of the libraries', each tested to compute their
 loss."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -12,12 +13,14 @@ from transformers import SchedulerType, Trainer
 from trl import DPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from minimind.common.bounds import MOST
 from minimind.common.errors import UserError, decoration
 from minimind.data.packing import IGNORED, PackedCollator
 from minimind.evaluation import bits_per_byte
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
 from minimind.training.dataloaders import LoadingTrainer
-from minimind.training.schedules import schedule_options
+from minimind.training.schedules import schedule_options, steps_on_time
+from minimind.training.time_budget import TimeBudget
 
 
 def weighted_causal_lm_loss(
@@ -60,6 +63,9 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
     The length of the decay of `warmup_stable_decay` may be a share of all steps,
     `--lr_decay_steps`, as that of the warm-up may.
 
+    Under `--time_budget` the schedule runs on time, epochs repeat without end, and the callback
+    `time_budget` ends the run; see `TimeBudget`.
+
     An upload that fails does not end a run. `init_hf_repo` fails before the first step.
 
     Raises:
@@ -72,6 +78,8 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
             super().__init__(*args, **kwargs)
         except (ValueError, ImportError, NotImplementedError) as error:
             raise UserError(f"the options do not fit together: {error}") from error
+        if getattr(self.args, "time_budget", None):
+            self.time_budget = TimeBudget(self)
         router_coef = getattr(self.args, "router_aux_loss_coef", None)
         if router_coef and not getattr(self.model.config, "num_experts", 0):
             raise UserError(
@@ -108,6 +116,8 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step
         would be 0."""
         is_new = self.lr_scheduler is None
+        if self.time_budget:
+            num_training_steps = steps_on_time(self.args)
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
             self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
         schedule = super().create_scheduler(num_training_steps, optimizer)
@@ -122,8 +132,22 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
                     f" Change --lr_scheduler_kwargs ({self.args.lr_scheduler_kwargs}), or train for"
                     " more steps."
                 )
+            if self.time_budget:
+                factors = [partial(self.time_budget.factor, schedule=each) for each in factors]
             self.lr_scheduler = LambdaLR(schedule.optimizer, factors)
         return self.lr_scheduler
+
+    def set_initial_training_values(self, args, dataloader):
+        """The library's; under a time budget with more steps than any run has."""
+        if self.time_budget:
+            args = copy.copy(args)
+            args.max_steps = MOST
+        return super().set_initial_training_values(args, dataloader)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self.time_budget:  # the rows of that many steps
+            num_train_samples *= self.state.max_steps / MOST
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
 
 class BlockTrainer(ScheduledTrainer):
