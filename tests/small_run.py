@@ -77,6 +77,34 @@ def small_trainer(config, tokenizer, output_dir, guarded=True, **options):
     return trainer
 
 
+class Ticks(TrainerCallback):
+    """A clock for a time budget: it stands still but for the seconds of steps, evaluations and
+    checkpoints."""
+
+    def __init__(self, tick=1.0, began=0.0, evaluation=0.0, saving=0.0):
+        self.tick, self.now = tick, began
+        self.evaluation, self.saving = evaluation, saving
+
+    def __call__(self):
+        return self.now
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.now += self.tick
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.now += self.evaluation
+
+    def on_save(self, args, state, control, **kwargs):
+        self.now += self.saving
+
+
+def under_budget(trainer, **seconds):
+    """Make the time budget of a trainer its first callback, by a clock of its own; returns that."""
+    clock = trainer.time_budget.clock = Ticks(**seconds)
+    trainer.callback_handler.callbacks[:0] = [clock, trainer.time_budget]
+    return clock
+
+
 def spoil(monkeypatch, steps, kind="loss", micro_batch=0):
     """Make the loss or the gradients of some steps not finite, as a fault in model or data
     would."""

@@ -40,7 +40,10 @@ def run_time(case: Case) -> tuple:
         return "ok", "not measured: the step does not fit into memory"
     passes = plan.flops["model"] / plan.flops["forward"] / 3
     seconds = seconds_of_step(case) * case.args.gradient_accumulation_steps * passes
-    return judge_time(plan.steps, seconds, plan.seconds_per_step, plan.device.name)
+    steps = plan.steps
+    if plan.time_budget:
+        steps = max(1, int(plan.time_budget / seconds))
+    return judge_time(steps, seconds, plan.seconds_per_step, plan.device.name)
 
 
 def judge_time(steps: int, seconds: float, planned: float, device: str) -> tuple:

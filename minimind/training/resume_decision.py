@@ -224,21 +224,22 @@ class ResumeDecision:
     def _check_length(self, checkpoint: Path, manifest: dict, changes: dict) -> None:
         """Raise UserError where the command ends before the checkpoint, or adds no step to a
         complete run."""
-        step, unit = manifest["step"], ""
+        step = manifest["step"]
         name, last, reached = "max_steps", self.definition["max_steps"], step
         if budget := self.definition.get("time_budget"):
             # The last step of the same budget may have ended after it
-            name, last, unit = "time_budget", budget, " s"
+            name, last = "time_budget", budget
             reached = manifest.get("elapsed", 0) if name in changes else 0
         elif last <= 0:
             name, last = "num_train_epochs", self.definition["num_train_epochs"]
             reached = read_json(checkpoint / "trainer_state.json", "").get("epoch") or 0
         extending = self.complete and not self.replaces
         if reached > last or (extending and reached == last):
+            unit = " s" if budget else ""
+            reached, last = f"{reached:g}{unit}", f"{last:g}{unit}"
             raise UserError(
-                f"{checkpoint} has {step:,} steps behind it ({name} {reached:g}{unit}), and"
-                f" --{name} {last:g}{unit} asks for no more. Give a larger --{name}, or another"
-                " --output_dir."
+                f"{checkpoint} has {step:,} steps behind it ({name} {reached}), and --{name} {last}"
+                f" asks for no more. Give a larger --{name}, or another --output_dir."
             )
 
     def _extend(self, step: int) -> None:

@@ -254,18 +254,23 @@ class Stage:
         shown += translated(f", {trainable / 1e6:.2f} M trained") if trainable < parameters else ""
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "plain"
-        rate = f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value})"
         say(f"  model  {shown} parameters, {precision}, {args.device.type} x {world}, {engine}")
         if not trainer.time_budget:
-            say(f"  steps  {steps:,} of {split}, {rate}, seed {args.seed}")
+            say(
+                f"  steps  {steps:,} of {split}, learning rate "
+                f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+            )
             return
         whole, left = (seconds / 3600 for seconds in trainer.time_budget.whole_and_left())
-        say(f"  steps  of {split} for {duration(whole)}, {rate}, seed {args.seed}")
+        say(
+            f"  time   {duration(whole)}, steps of {split}, learning rate "
+            f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}"
+        )
         seconds, tokens = planned_speed(trainer)
         steps = max(1, int(left * 3600 / seconds))
         trainer.time_budget.planned = steps
         say(
-            f"  plan   about {steps:,} steps, {amount(steps * tokens)} tokens, in the"
+            f"  plan   about {steps:,} steps and {amount(steps * tokens)} tokens in the"
             f" {duration(left)} that are left"
         )
 

@@ -42,6 +42,11 @@ def check_time_budget(args: TrainingArguments) -> None:
             "--time_budget and --max_steps both say when the run ends: leave one out. To leave out"
             " a recipe's, add --max_steps -1 or --time_budget none"
         )
+    if "layerwise" in str(args.optim):
+        raise ValueError(
+            f"--optim {getattr(args.optim, 'value', args.optim)} steps each layer's schedule on its"
+            " own, and none of them knows --time_budget: leave one out"
+        )
     decays = args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
     if decays and args.lr_decay_steps >= 1:
         raise ValueError(
