@@ -163,9 +163,9 @@ class ProgressCallback(Decoration):
         parts = ["before training"]
         if max_steps:
             step = entry["step"]
-            about = "~" if "time_budget" in entry and step < max_steps else ""
+            total = f"{'~' if 'time_budget' in entry and step < max_steps else ''}{max_steps:,}"
             share = entry.get("time_budget", step / max_steps)
-            parts = [f"step {step:>{width},}/{about}{max_steps:,} {share:>6.1%}"]
+            parts = [f"step {step:>{width},}/{total} {share:>6.1%}"]
         parts += [form.format(entry[key]) for key, form in SHOWN.items() if key in entry]
         if "eta" in entry:
             parts.append(f"{clock(entry['elapsed'])} elapsed, {clock(entry['eta'])} left")
