@@ -1,6 +1,6 @@
 """Alternatives within a training step: attention kernels, ways to the loss, optimizers.
 
-    python benchmarks/step_parts.py [--size 26m] [--parts attention loss optimizers] [--batch_size 64]
+    python benchmarks/step_parts.py [--size 26m] [--parts attention loss optimizers]
 
 Attention is compared on plain rows, and on rows of four documents that cannot see each other, in
 bf16 weights, forward and backward. The loss is that of the head's logits, with the gradients of

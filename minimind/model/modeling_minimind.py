@@ -53,12 +53,11 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The same in one call. In bf16 it would round after the weight, not before.
-        if hidden_states.dtype == torch.float:
-            return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        states = hidden_states.float()
-        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * states.to(hidden_states.dtype)
+        shape, dtype, eps = self.weight.shape, hidden_states.dtype, self.variance_epsilon
+        if dtype == torch.float:
+            return rms_norm(hidden_states, shape, self.weight, eps)
+        # The library rounds to half precision before the weight
+        return self.weight * rms_norm(hidden_states, shape, None, eps).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
