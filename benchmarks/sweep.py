@@ -32,8 +32,8 @@ from minimind.planning.planned_runs import PlannedRun, read_recipes
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ["--eval_strategy=no", "--save_strategy=no", "--report_to=none", "--sample_steps=-1"]
 QUICK = ["--max_steps=2", "--max_eval_rows=8", "--logging_steps=1"]
-# The results that the table shows; the first of a stage decides the order
-PAIRS = ["rewards/accuracies", "rewards/margins", "loss"]
+# The results that the table shows; by default the first of a stage decides the order
+PAIRS = ["rewards/accuracies", "rewards/margins", "logps/chosen", "loss"]
 SHOWN = {"pretrain": ["bits_per_byte"], "sft": ["loss"], "dpo": PAIRS}
 ANSWERS = ["exact_match", "courteous"]
 
@@ -76,26 +76,24 @@ def run(planned: PlannedRun, answers: list[str], threads: int) -> dict:
     return result
 
 
-def table(rows: list[dict], shown: list[str]) -> list[list[str]]:
+def spread(values: list[float]) -> str:
+    """Mean, and of several values the lowest and the highest."""
+    ends = f" ({min(values):.4f} - {max(values):.4f})" if len(values) > 1 else ""
+    return f"{fmean(values):.4f}{ends}" if values else "-"
+
+
+def table(rows: list[dict], shown: list[str], by: str) -> list[list[str]]:
     """The rows of all runs -> the cells of each line."""
-    settings = defaultdict(list)
+    settings, lines = defaultdict(list), []
     for row in rows:
         settings[" ".join(f"{name}={value}" for name, value in row["set"].items())].append(row)
-    lines = []
     for setting, own in settings.items():
         good = [row for row in own if "error" not in row]
-        columns = [[row["after"][name] for row in good if name in row["after"]] for name in shown]
-        ranges = [
-            f" ({min(values):.4f} - {max(values):.4f})" * (len(good) > 1) if values else ""
-            for values in columns
-        ]
-        cells = [
-            f"{fmean(values):.4f}{range_}" if values else "-"
-            for values, range_ in zip(columns, ranges, strict=True)
-        ]
+        found = {n: [row["after"][n] for row in good if n in row["after"]] for n in (by, *shown)}
         last = f"{fmean(row['seconds'] for row in good):.0f}" if good else own[0]["error"][:70]
-        sign = 1 if shown[0] in ("loss", "bits_per_byte") else -1
-        order = sign * fmean(columns[0]) if columns[0] else float("inf")
+        sign = 1 if by in ("loss", "bits_per_byte") else -1
+        order = sign * fmean(found[by]) if found[by] else float("inf")
+        cells = [spread(found[name]) for name in shown]
         lines.append((order, [setting, f"{len(good)}/{len(own)}", *cells, last]))
     before = next((row["before"] for row in rows if row.get("before")), {})
     cells = [f"{before[name]:.4f}" if name in before else "" for name in shown]
@@ -116,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each setting")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--answers", nargs="+", default=[], help="files of questions to answer too")
+    parser.add_argument("--by", help="the result by which the table is sorted")
     parser.add_argument("--output", type=Path, help="default: runs/sweep-STAGE.jsonl")
     parser.add_argument("--quick", action="store_true", help="2 steps each, to see that it works")
     args, words = parser.parse_known_args()
@@ -146,7 +145,8 @@ def main() -> None:
         finally:
             executor.shutdown(cancel_futures=True)
 
-    lines = table(rows, [*SHOWN[spec.family], *(ANSWERS if args.answers else ())])
+    shown = [*SHOWN[spec.family], *(ANSWERS if args.answers else ())]
+    lines = table(rows, shown, args.by or shown[0])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
