@@ -81,7 +81,7 @@ def pretraining(size: str, bar: float | None = None, options: str = "", limit: f
 
 def read_throughput(output: str, directory: Path) -> list[Line]:
     """The JSON of throughput.py."""
-    bars = {"sft": {"TRL": 3.0}, "dpo": {"TRL": 5.0, "TRL, precomputed references": 3.0}}
+    bars = {"sft": {"TRL": 3.0}, "dpo": {"TRL": 5.0, "TRL, precomputed": 3.0}}
     lines, results = [], json.loads((directory / "result.json").read_text(encoding="utf-8"))
     for key, found in results.items():
         for name, row in found["rows"].items() if isinstance(found, dict) else ():
@@ -93,7 +93,8 @@ def read_throughput(output: str, directory: Path) -> list[Line]:
 
 def read_printed(output: str, directory: Path) -> list[Line]:
     """The lines "name: value" of step_parts.py."""
-    return [Line(*line.split(": ", 1)) for line in output.splitlines() if ": " in line]
+    found = re.findall(r"^((?:step|attention|head and loss), .*?): (.*)", output, re.MULTILINE)
+    return [Line(*pair) for pair in found]
 
 
 def read_tests(output: str, directory: Path) -> list[Line]:
@@ -103,7 +104,7 @@ def read_tests(output: str, directory: Path) -> list[Line]:
 
 COMPILE = "--torch_compile true" + " --torch_compile_backend aot_eager" * QUICK
 THROUGHPUT = "-m minimind.cli world {} && PYTHON benchmarks/throughput.py --data {}"
-THROUGHPUT += " --chats sft.jsonl --pairs dpo.jsonl --stages sft dpo --json {}/result.json"
+THROUGHPUT += " --chats sft.jsonl --pairs dpo.jsonl --json {}/result.json"
 THROUGHPUT += " --quick" if QUICK else " --precisions bf16 --batch_size 32 --rounds 10"
 KERNELS = f"benchmarks/step_parts.py --batch_size {BATCH} --length {LENGTH}"
 KERNELS += " --rounds 2 --size tiny" if QUICK else ""
@@ -112,7 +113,8 @@ PARTS = {
     "26m": pretraining("26m", 0.4),
     "104m compiled": pretraining("104m", 0.5, COMPILE, 120),
     "26m compiled": pretraining("26m", 0.4, COMPILE, 100),
-    "trl": Part(THROUGHPUT, read_throughput, 120),
+    "sft": Part(f"{THROUGHPUT} --stages sft", read_throughput, 80),
+    "dpo": Part(f"{THROUGHPUT} --stages dpo", read_throughput, 90),
     "optimizers": Part(f"{KERNELS} --parts optimizers", read_printed, 45),
     "tests": Part("-m pytest -q tests/test_gpu.py", read_tests, 100),
     "kernels": Part(f"{KERNELS} --parts loss attention", read_printed, 90),

@@ -44,6 +44,9 @@ def attention(config, ids: torch.Tensor, rounds: int) -> None:
         if name == "flash_attention_2" and not is_flash_attn_2_available():
             print(f"attention, {name}: skipped, flash-attn is not installed")
             continue
+        if name == "flex_attention" and DEVICE == "cpu":
+            print(f"attention, {name}: skipped, it has no backward pass on a CPU")
+            continue
         model = MiniMindForCausalLM(config)
         model.set_attn_implementation(name)
         model.to(DEVICE, torch.bfloat16).train()  # flash attention computes in nothing else
