@@ -3,14 +3,23 @@ elsewhere."""
 
 import pytest
 import torch
+from pipeline import chat_rows, document_rows, pair_rows, run_script, short_run, write_model
+from small_run import small_trainer
 from test_costs import configuration, real_model
 from test_model import build, gradients, random_ids
+from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
+from minimind import MiniMindForCausalLM
+from minimind.common.files import json_lines
 from minimind.costs.memory import memory
 from minimind.costs.parameters import empty_model
 from minimind.costs.step import Step
+from minimind.model import kernels_minimind, modeling_minimind
+from minimind.stage_directory import weights_hash
+from minimind.training import run as training_run
 
+DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VARIANTS = {"dense": {}, "no qk_norm": {"qk_norm": False}, "MoE": {"num_experts": 4}}
 
@@ -105,3 +114,122 @@ def test_the_planned_peak_is_within_15_percent_of_the_allocators(precision, chec
     assert memory(empty_model(config), step)["peak"] == pytest.approx(
         torch.cuda.max_memory_allocated(), rel=0.15
     )
+
+
+# Training
+
+
+def weights_after(trainer):
+    trainer.callback_handler.callbacks.remove(trainer.witness)
+    trainer.train()
+    return {name: p.detach().float().cpu() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_trained_weights_are_those_on_the_cpu(config, tokenizer, tmp_path, optim, precision):
+    def trained(device, precision):
+        options = {"optim": optim, "learning_rate": 1e-3, "use_cpu": device == "cpu"}
+        flags = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+        trainer = small_trainer(config, tokenizer, tmp_path / device, **options, **flags)
+        assert trainer.model.device.type == device
+        return weights_after(trainer)
+
+    torch.manual_seed(0)
+    before = dict(MiniMindForCausalLM(config).named_parameters())
+    expected, actual = trained("cpu", "fp32"), trained(DEVICE, precision)
+    for name, weight in expected.items():
+        moved, difference = weight - before[name], actual[name] - weight
+        # Muon's iteration is in bf16 where that is fast. AdamW's first steps are the gradients'
+        # signs, of which rounding turns the smallest
+        limit = 2e-3 if (precision, optim) == ("fp32", "adamw_torch_fused") else 0.25
+        assert difference.norm() <= limit * moved.norm(), name
+
+
+def test_no_step_waits_for_the_device(make_trainer):
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                torch.cuda.set_sync_debug_mode("default")
+
+    trainer = make_trainer(use_cpu=False, bf16=True, logging_steps=100)
+    trainer.callback_handler.callbacks.remove(trainer.witness)
+    trainer.add_callback(Watch())
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_routes_made_for_a_cpu_are_not_taken(monkeypatch):
+    def taken(*args, **kwargs):
+        raise AssertionError("a route for CPUs")
+
+    monkeypatch.setattr(modeling_minimind, "blocked_attention_forward", taken)
+    monkeypatch.setattr(kernels_minimind, "eager_experts_forward", taken)
+    run(DEVICE, "sdpa", torch.bfloat16, "MoE")
+    assert kernels_minimind.PIECE[False] > kernels_minimind.PIECE[True]
+
+
+# The scripts
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
+    """Run a stage's script; returns its directory and the losses and gradient norms of its log."""
+    rows = {"pretrain": document_rows(), "finetune_sft": chat_rows(), "train_dpo": pair_rows()}
+    files = {name: write_jsonl(f"{name}.jsonl", some) for name, some in rows.items()}
+    model = ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", tokenizer_dir]
+
+    def run_stage(name, output, device, parent=None, **options):
+        length = {"block_size": 32} if name == "pretrain" else {"max_length": 64}
+        options = {"use_cpu": device == "cpu", "logging_steps": 1, "eval_ratio": 0} | options
+        words = short_run(tmp_path / output, max_steps=4, sample_steps=-1, **length | options)
+        words += ["--train_files", files[name]]
+        words += ["--model_name_or_path", tmp_path / parent] if parent else model
+        run_script(monkeypatch, name, *words)
+        log = list(json_lines(tmp_path / output / "train_log.jsonl"))
+        return tmp_path / output, [(e["loss"], e["grad_norm"]) for e in log if "grad_norm" in e]
+
+    return run_stage
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_stage_logs_the_losses_of_the_cpu(stage):
+    for name, parent in (
+        ("pretrain", None),
+        ("finetune_sft", "pretrain"),
+        ("train_dpo", "pretrain"),
+    ):
+        _, expected = stage(name, name, "cpu", parent)
+        _, actual = stage(name, f"{name}-gpu", DEVICE, parent)
+        assert len(actual) == 4
+        torch.testing.assert_close(
+            torch.tensor(actual), torch.tensor(expected), atol=1e-4, rtol=1e-3
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(stage, monkeypatch):
+    class Killer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KilledError
+
+    options = {"save_strategy": "steps", "save_steps": 2, "bf16": True}
+    whole, log = stage("pretrain", "whole", DEVICE, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "ADDITIONAL", [lambda trainer: Killer()])
+        with pytest.raises(KilledError):
+            stage("pretrain", "resumed", DEVICE, **options)
+    resumed, log_of_resumed = stage("pretrain", "resumed", DEVICE, **options)
+    assert log_of_resumed == log
+    assert weights_hash(resumed) == weights_hash(whole)

@@ -207,6 +207,23 @@ def test_a_smaller_model_drafts_for_a_larger_one_without_changing_its_tokens():
 
 # Torch 2.13, of its own compiler
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
+def test_a_training_step_on_packed_rows_compiles_as_one_graph(experts):
+    model, ids = build(num_experts=experts).train(), random_ids(2, 32)
+    positions = torch.arange(16).repeat(2, 2)
+    found = []
+    for step in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        options = {"position_ids": positions, "use_cache": False, "num_items_in_batch": 60}
+        loss = step(input_ids=ids, labels=ids, **options).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
+# Torch 2.13, of its own compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
 def test_a_decoding_step_compiles_as_one_graph_on_a_static_cache(experts):
     model, ids = build(num_experts=experts), random_ids(1, 12)

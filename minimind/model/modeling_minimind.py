@@ -13,7 +13,7 @@ E hidden_size, I moe_intermediate_size, V vocabulary.
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, linear, one_hot, rms_norm, softmax
+from torch.nn.functional import dropout, linear, rms_norm, softmax
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -53,12 +53,11 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The same in one call. In bf16 it would round after the weight, not before.
-        if hidden_states.dtype == torch.float:
-            return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        states = hidden_states.float()
-        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * states.to(hidden_states.dtype)
+        shape, dtype, eps = self.weight.shape, hidden_states.dtype, self.variance_epsilon
+        if dtype == torch.float:
+            return rms_norm(hidden_states, shape, self.weight, eps)
+        # The library rounds to half precision before the weight
+        return self.weight * rms_norm(hidden_states, shape, None, eps).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -357,11 +356,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            length, device = inputs_embeds.shape[1], inputs_embeds.device
-            position_ids = past_length + torch.arange(length, device=device)[None]
 
+        # Before positions have a default: in given ones it looks for documents, for which the host
+        # waits for the device
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -369,6 +366,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            length, device = inputs_embeds.shape[1], inputs_embeds.device
+            position_ids = past_length + torch.arange(length, device=device)[None]
+
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for decoder_layer in self.layers:
@@ -406,7 +408,7 @@ def load_balancing_loss(
     """
     logits = torch.stack(router_logits).float().unflatten(1, (batch_size, -1))
     num_experts = logits.shape[-1]
-    visits = one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2)
+    visits = torch.zeros_like(logits).scatter_(-1, logits.topk(top_k, dim=-1).indices, 1.0)
 
     # The share of each token in the mean
     counts = logits.new_ones(logits.shape[1:3]) if mask is None else mask.to(logits)
@@ -415,7 +417,7 @@ def load_balancing_loss(
 
     # l layers, b sequences, s positions, e experts
     mean = "lbse,bs->lbe" if seq_aux else "lbse,bs->le"
-    visits_per_token = torch.einsum(mean, visits.to(logits), shares)
+    visits_per_token = torch.einsum(mean, visits, shares)
     mean_probability = torch.einsum(mean, logits.softmax(dim=-1), shares)
     return num_experts * (visits_per_token * mean_probability).sum(dim=-1).mean()
 

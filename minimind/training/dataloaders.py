@@ -1,5 +1,5 @@
 """The rows of each step: the same however often a run was interrupted and however many processes
-share them."""
+share them. No step waits for them on the device."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,13 +14,49 @@ from minimind.training.signals import start_worker
 
 
 class LoadingTrainer(Trainer):
-    """Mixed into the libraries' trainers; identical to them except: rows grouped by length have the
-    same order in a resumed run, the processes share the last rows of an epoch, and dataloader
-    workers outlive the signals that are meant for the run."""
+    """Mixed into the libraries' trainers; identical to them except:
+
+    Rows grouped by length have the same order in a resumed run, the processes share the last rows
+    of an epoch, and dataloader workers outlive the signals that are meant for the run.
+
+    On CUDA the host prepares the next step while the device computes. The library waits for the
+    device when it copies a batch and when it counts the tokens of one. Here copies from pinned
+    memory wait for nothing, and the counts stay on the device until they are shown or saved.
+    """
 
     shares_last_rows = True
+    unread_tokens: torch.Tensor | int = 0  # of this process, since `_read_tokens`
+
+    def _track_num_input_tokens(self, inputs: dict) -> None:
+        which, ids = self.args.include_num_input_tokens_seen, inputs.get("input_ids")
+        if which == "no" or ids is None:
+            return
+        pad_token_id = getattr(self.processing_class, "pad_token_id", None)
+        if which == "all" or ("attention_mask" not in inputs and pad_token_id is None):
+            tokens = ids.numel()
+        else:
+            tokens = inputs.get("attention_mask", ids != pad_token_id).sum()
+        self.unread_tokens = self.unread_tokens + tokens
+
+    def _read_tokens(self) -> None:
+        """Add what was counted to the state; all processes call it together."""
+        counts = torch.as_tensor(self.unread_tokens, dtype=torch.int64, device=self.args.device)
+        self.state.num_input_tokens_seen += self.accelerator.gather(counts).sum().item()
+        self.unread_tokens = 0
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate:
+            self._read_tokens()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._read_tokens()
+        return super()._finalize_training(*args, **kwargs)
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
+            self.accelerator.dataloader_config.non_blocking = True
         loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper uses this one
         inner.worker_init_fn = partial(start_worker, inner.worker_init_fn)
