@@ -188,6 +188,18 @@ class CrossEntropy(torch.autograd.Function):
         return grad.scatter_add_(1, labels, -scale.to(grad.dtype)), None, None
 
 
+def find_targets(labels: torch.Tensor, max_targets: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (B, S) -> the positions in 0 .. B * S that predict a label other than -100, and these
+    labels, both (max_targets,); what is left over has the label -100.
+
+    Without waiting for a device, as `nonzero` does to learn how many there are.
+    """
+    targets = pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    last = len(targets) - 1  # the end of a row, which predicts nothing
+    positions = (targets != -100).nonzero_static(size=max_targets, fill_value=last).squeeze(1)
+    return positions, targets[positions]
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
