@@ -8,7 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from example_chats import CONVERSATIONS, IGNORED, LONG, PAD, SHORT, tokenized
+from peft import LoraConfig
 from pipeline import assistant, user
+from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from minimind.data.chat_arguments import ChatArguments
@@ -64,7 +66,7 @@ def loss_by_hand(model, tokenizer, options):
 def sft(model, tokenizer, tmp_path):
     """Builds a trainer of a given class."""
 
-    def build(trainer_class, rows, packing, **options):
+    def build(trainer_class, rows, packing, peft_config=None, **options):
         arguments = SFTConfig(
             output_dir=str(tmp_path / "run"),
             use_cpu=True,
@@ -79,7 +81,11 @@ def sft(model, tokenizer, tmp_path):
         )
         rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
         return trainer_class(
-            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
         )
 
     return build
@@ -251,6 +257,25 @@ def test_a_trainer_asked_for_outputs_has_the_logits_of_all_positions(model, toke
     expected, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
     assert outputs.logits.shape[:2] == batch["input_ids"].shape
     torch.testing.assert_close(loss, expected)
+
+
+# peft asks for the old name of is_activation_checkpointing
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_and_its_moments_alone(
+    tokenizer, sft, tmp_path
+):
+    rows = tokenized(CONVERSATIONS, tokenizer, 192)
+    adapter = LoraConfig(r=2, target_modules="all-linear")
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = sft(ChatSFTTrainer, rows, True, peft_config=adapter, **options)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert {path.name for path in checkpoint.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert all("lora_" in name for name in load_file(checkpoint / "adapter_model.safetensors"))
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    moments = sum(moment["exp_avg"].numel() for moment in state.values())
+    assert moments == sum(map(torch.numel, trained))
 
 
 def test_the_trainer_keeps_every_label_and_packing_cuts_no_conversation(sft, tokenizer):
