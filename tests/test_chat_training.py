@@ -8,7 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from example_chats import CONVERSATIONS, IGNORED, LONG, PAD, SHORT, tokenized
+from peft import LoraConfig
 from pipeline import assistant, user
+from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from minimind.data.chat_arguments import ChatArguments
@@ -64,7 +66,7 @@ def loss_by_hand(model, tokenizer, options):
 def sft(model, tokenizer, tmp_path):
     """Builds a trainer of a given class."""
 
-    def build(trainer_class, rows, packing, **options):
+    def build(trainer_class, rows, packing, peft_config=None, **options):
         arguments = SFTConfig(
             output_dir=str(tmp_path / "run"),
             use_cpu=True,
@@ -79,7 +81,11 @@ def sft(model, tokenizer, tmp_path):
         )
         rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
         return trainer_class(
-            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
         )
 
     return build
@@ -163,6 +169,7 @@ def test_the_packed_collator_restarts_positions_and_pads_without_training_the_pa
         {"input_ids": [4, 3], "labels": [-100, 3], "seq_lengths": [2]},
     ]
     batch = PackedCollator(PAD)(rows)
+    assert batch.pop("max_targets") == 4
     expected = {
         "input_ids": [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]],
         "labels": [[-100, 6, 7, -100, 9], [-100, 3, -100, -100, -100]],
@@ -174,6 +181,7 @@ def test_the_packed_collator_restarts_positions_and_pads_without_training_the_pa
         [{**rows[0], "loss_weights": [0, 0.5, 2, 0, 1]}, {**rows[1], "loss_weights": [0, 3]}]
     )
     assert weighted["loss_weights"].tolist() == [[0, 0.5, 2, 0, 1], [0, 3, 0, 0, 0]]
+    assert PackedCollator(PAD, multiple=4)(rows)["labels"].shape == (2, 8)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -215,6 +223,59 @@ def test_the_chat_trainer_gives_the_loss_and_gradients_of_trls_own(
     (loss, actual), (expected_loss, expected) = results
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("num_items", [None, 7])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_the_head_sees_only_the_positions_with_a_target_and_the_loss_is_the_same(
+    model, tokenizer, num_items, spare
+):
+    """`spare` positions more than there are targets change nothing."""
+    rows, seen = tokenized(CONVERSATIONS, tokenizer, 192), []
+    batch = PackedCollator(PAD)([packed(rows[:2]), rows[2]])
+    targets = batch.pop("max_targets")
+    head = model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    results = []
+    for options in ({}, {"max_targets": targets + spare}):
+        output = model.train()(**batch, **options, use_cache=False, num_items_in_batch=num_items)
+        output.loss.backward()
+        results.append((output.loss.item(), gradients(model)))
+    head.remove()
+    (expected_loss, expected), (loss, actual) = results
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-8, rtol=1e-5)
+    assert output.logits is None
+    assert seen[1] == (targets + spare, model.config.vocab_size)
+    assert targets == sum(label != IGNORED for row in rows[:3] for label in row["labels"])
+
+
+def test_a_trainer_asked_for_outputs_has_the_logits_of_all_positions(model, tokenizer, sft):
+    trainer = sft(ChatSFTTrainer, tokenized(CONVERSATIONS, tokenizer, 192), False)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss = trainer.compute_loss(model, dict(batch))
+    expected, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    torch.testing.assert_close(loss, expected)
+
+
+# peft asks for the old name of is_activation_checkpointing
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_and_its_moments_alone(
+    tokenizer, sft, tmp_path
+):
+    rows = tokenized(CONVERSATIONS, tokenizer, 192)
+    adapter = LoraConfig(r=2, target_modules="all-linear")
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = sft(ChatSFTTrainer, rows, True, peft_config=adapter, **options)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert {path.name for path in checkpoint.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert all("lora_" in name for name in load_file(checkpoint / "adapter_model.safetensors"))
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    moments = sum(moment["exp_avg"].numel() for moment in state.values())
+    assert moments == sum(map(torch.numel, trained))
 
 
 def test_the_trainer_keeps_every_label_and_packing_cuts_no_conversation(sft, tokenizer):

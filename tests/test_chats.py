@@ -1,5 +1,6 @@
 """Files of conversations -> rows for a trainer."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from pipeline import assistant, user
 
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
+from minimind.data import chats
 from minimind.data.chat_arguments import ChatArguments
-from minimind.data.chats import load_conversations
+from minimind.data.chats import _prepare as prepare
+from minimind.data.chats import load_conversations, load_preferences
 from minimind.training.data_arguments import DataArguments
 
 
@@ -128,3 +131,80 @@ def test_sources_are_mixed_by_their_numbers(tokenizer, write_jsonl):
     assert sorted(texts) == ["a"] * 6 + ["b"] * 3
     assert rows.facts["train"]["rows_per_epoch"] == 9
     assert [where.split(":")[0][-7] for where in rows.where] == texts
+
+
+# Rows that are found again
+
+
+def everything(rows):
+    """All that a trainer and an inspection see of rows."""
+    parts = [list(part) if part else part for part in (rows.train, rows.eval)]
+    features = [part.features if part else None for part in (rows.train, rows.eval)]
+    return *parts, features, rows.facts, rows.where, rows.lengths, rows.reading.state()
+
+
+def test_rows_found_again_are_those_prepared_with_the_same_report_and_warnings(
+    tokenizer, write_jsonl, caplog, monkeypatch
+):
+    one = [{"messages": chat(f"question {n}", "answer " * n)} for n in range(1, 30)]
+    one[3] = {"messages": []}
+    paths = [write_jsonl("one.jsonl", one), write_jsonl("two.jsonl", [{"messages": SHORT}] * 4)]
+    words = [f"{paths[0]}:0.5", f"{paths[1]}:0.5"]
+    data_args = DataArguments(words, eval_ratio=0.2, max_eval_rows=3, on_bad_rows="skip")
+    args = ChatArguments(weighted_loss=True)
+
+    def load():
+        caplog.clear()
+        rows = load_conversations(data_args, tokenizer, 60, args, roles=True)
+        return everything(rows), [record.getMessage() for record in caplog.records]
+
+    fresh, warnings = load()
+    assert len(warnings) == 2  # a bad row, and conversations that are too long
+    monkeypatch.setattr(chats, "tokenize_conversations", None)
+    assert load() == (fresh, warnings)
+
+
+def test_preference_pairs_are_found_again(tokenizer, write_jsonl, monkeypatch):
+    pairs = [{"prompt": f"p {n}", "chosen": "yes", "rejected": "no"} for n in range(9)]
+    data_args = DataArguments([write_jsonl("pairs.jsonl", pairs)], eval_ratio=0.3)
+    fresh = everything(load_preferences(data_args, tokenizer, 100))
+    monkeypatch.setattr(chats, "tokenize_preferences", None)
+    assert everything(load_preferences(data_args, tokenizer, 100)) == fresh
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "file",
+        "name",
+        "tokenizer",
+        "template",
+        {"eval_ratio": 0.5},
+        {"max_length": 99},
+        {"train_turns": "last"},
+        {"roles": True},
+    ],
+    ids=str,
+)
+def test_whatever_decides_the_rows_has_them_prepared_again(
+    tokenizer, write_jsonl, monkeypatch, changed
+):
+    tokenizer, prepared = copy.deepcopy(tokenizer), []
+    rows = [{"messages": chat(f"question {n}", "answer")} for n in range(6)]
+    monkeypatch.setattr(chats, "_prepare", lambda *args: prepared.append(args) or prepare(*args))
+
+    def load(name="chats.jsonl", rows=rows, **options):
+        files = [write_jsonl(name, rows)]
+        data_args = DataArguments(files, eval_ratio=options.pop("eval_ratio", 0.0))
+        chat_args = ChatArguments(train_turns=options.pop("train_turns", "all"))
+        options = {"max_length": 100} | options
+        load_conversations(data_args, tokenizer, args=chat_args, **options)
+        return len(prepared)
+
+    assert (load(), load()) == (1, 1)
+    if changed == "tokenizer":
+        tokenizer.add_tokens(["question"])
+    elif changed == "template":
+        tokenizer.chat_template += "{# another #}"
+    options = {"file": {"rows": rows[1:]}, "name": {"name": "other.jsonl"}}
+    assert load(**changed if isinstance(changed, dict) else options.get(changed, {})) == 2

@@ -22,7 +22,18 @@ def two_documents_mask(ids):
     ).tril()
 
 
+def packed_rows_mask(ids):
+    """Documents of other lengths in each row, so that each block of each row has its own keys."""
+    places = torch.arange(ids.shape[1])
+    masks = [torch.zeros(len(places), len(places)) for _ in ids]
+    for mask, starts in zip(masks, ([0, 290], [0, 30, 128, 250]), strict=True):
+        document = torch.bucketize(places, torch.tensor(starts), right=True)
+        mask += document[:, None] == document
+    return torch.stack(masks).bool().tril()[:, None]
+
+
 MASKS = {
+    "packed rows": packed_rows_mask,
     "none": lambda ids: None,
     "left padding": left_padding_mask,
     "two documents": lambda ids: two_documents_mask(ids).expand(len(ids), 1, -1, -1),
@@ -51,6 +62,17 @@ def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(m
     (expected_logits, expected), (logits, actual) = found
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
     assert_gradients_equal(actual, expected)
+
+
+def test_a_block_of_queries_meets_only_keys_of_its_own_documents():
+    """Row by row where the rows differ, else for all at once, rounded to multiples of 16."""
+    ids = random_ids(2, 300)
+    assert kernels_minimind.key_ranges(packed_rows_mask(ids)) == [
+        [[0, 128], [0, 256], [0, 300]],
+        [[0, 128], [128, 256], [240, 300]],
+    ]
+    two = two_documents_mask(ids)[None, None]
+    assert kernels_minimind.key_ranges(two) == [[[0, 128], [0, 256], [160, 300]]]
 
 
 def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():

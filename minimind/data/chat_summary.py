@@ -1,7 +1,7 @@
 """What became of the conversations and pairs that were read, for the report of an inspection."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from minimind.data.bad_rows import BadRows
 from minimind.data.chat_rows import Outcome
@@ -23,6 +23,7 @@ class Reading:
     """
 
     NAMED = 5
+    COLUMNS = ("total", "renamed_rows", "counts", "places", "names")  # what was counted of them
 
     def __init__(self):
         self.bad: list[BadRows] = []
@@ -43,3 +44,39 @@ class Reading:
             self.counts[name] += 1
             if self.counts[name] <= self.NAMED:
                 self.places.setdefault(name, []).append(where)
+
+    def state(self) -> dict:
+        """All of it as JSON values, for `restored`."""
+        return {
+            **vars(self),
+            "bad": [vars(each) for each in self.bad],
+            "columns": [
+                {name: getattr(each, name) for name in self.COLUMNS} for each in self.columns
+            ],
+            "too_long": [vars(each) for each in self.too_long],
+        }
+
+    @classmethod
+    def restored(cls, state: dict, new_columns: Callable[[], Columns]) -> "Reading":
+        """The reading of a `state` that may have become JSON."""
+        reading = cls()
+        vars(reading).update(
+            state, counts=Counter(state["counts"]), bad=[], columns=[], too_long=[]
+        )
+        for name in ("bad", "too_long"):
+            for values in state[name]:
+                rows = BadRows(values["policy"])
+                first = [tuple(each) for each in values["first"]]
+                reasons = {reason: tuple(each) for reason, each in values["reasons"].items()}
+                vars(rows).update(values, first=first, reasons=reasons)
+                getattr(reading, name).append(rows)
+        for values in state["columns"]:
+            reading.columns.append(new_columns())
+            vars(reading.columns[-1]).update(values)
+        return reading
+
+    def warn(self) -> None:
+        """Log the warnings about rows that were left out."""
+        for bad, too_long in zip(self.bad, self.too_long, strict=True):
+            bad.warn(bad.total)
+            too_long.warn(bad.total)

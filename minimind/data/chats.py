@@ -1,20 +1,25 @@
-"""Files of conversations or preference pairs -> rows for a trainer, read and tokenised in batches.
+"""Files of conversations or preference pairs -> rows for a trainer, read and tokenised in batches
+once, and found again in the cache.
 
 chat_rows.py and preference_rows.py make the rows, loss_mask.py decides what of them is trained, and
 held_out.py which of them are held out.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import date
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.cache import Contents
+from minimind.common.cache import Contents, find_or_build
 from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import translated
 from minimind.data.bad_rows import BadRows
@@ -32,11 +37,18 @@ from minimind.data.mixing import add_counts, epoch_rows, parse_sources, source_f
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
 from minimind.data.sources import expand
+from minimind.tokenizer import tokenizer_hash
 
+FORMAT_VERSION = 1  # part of the cache key: raise it when the same input results in other rows
+# Options of the data that decide the rows
+DECISIVE = ("eval_ratio", "max_eval_rows", "on_bad_rows", "text_unit", "columns", "unread_columns")
+DECISIVE += ("clean_recipe",)
 BATCH = 1000  # conversations tokenised at a time
 EXPECTED = 'expected its turns without markers, each as {"role", "content"} in "messages"'
 IDS = pa.list_(pa.int32())  # the type of a column, but for these:
 TYPES = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}
+PLACES = ["where", "length"]  # columns of the files beside those of the rows
+TYPES |= {"where": pa.binary(), "length": pa.int64()}
 
 
 class ChatRows(NamedTuple):
@@ -55,8 +67,9 @@ class ChatRows(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """How to read conversations, or pairs."""
+    """How to read conversations, or pairs; `options` are those that decide what becomes of one."""
 
+    options: dict
     parse: Callable[[dict], Any]  # a row's columns -> one
     tokenize: Callable[[list], list[Outcome | BadRowError]]
     key: Callable[[Any], str]  # the text that copies share
@@ -91,13 +104,15 @@ def load_conversations(
     """
     encoder = ChatEncoder(tokenizer)
     options = encoder, max_length, args, roles
+    decisive = {"rows": "conversations", "max_length": max_length, "roles": roles}
     kind = _Kind(
+        {**decisive, **asdict(args or ChatArguments())},
         to_conversation,
         lambda conversations: tokenize_conversations(conversations, *options),
         lambda conversation: str(conversation.messages),
         lambda conversation: conversation.messages,
     )
-    return _load(data_args, kind, seed)
+    return _load(data_args, kind, tokenizer, seed)
 
 
 def load_preferences(
@@ -127,65 +142,114 @@ def load_preferences(
         )
     encoder = ChatEncoder(tokenizer)
     kind = _Kind(
+        {"rows": "preferences", "max_length": max_length, **asdict(args)},
         to_preference,
         lambda pairs: tokenize_preferences(pairs, encoder, max_length, args),
         lambda pair: str(pair["prompt"]),
         lambda pair: pair["prompt"] + pair["chosen"] + pair["rejected"],
     )
-    return _load(data_args, kind, seed)
+    return _load(data_args, kind, tokenizer, seed)
 
 
-def _load(data_args, kind: _Kind, seed: int) -> ChatRows:
+def _load(data_args, kind: _Kind, tokenizer: PreTrainedTokenizerFast, seed: int) -> ChatRows:
+    """The rows of `_prepare`, found by everything that decides them or prepared now, and mixed."""
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     held_out_files = expand(data_args.eval_files) if data_args.eval_files else []
     everything = [path for paths in files for path in paths]
-    contents, held_out_contents = Contents(everything), Contents(held_out_files)
+    contents = [Contents(paths) for paths in (everything, held_out_files)]
+    template = str(tokenizer.chat_template)
+    key = {
+        "version": FORMAT_VERSION,
+        "kind": kind.options,
+        # Places of rows have names of files
+        "files": [list(map(str, paths)) for paths in (*files, held_out_files)],
+        "contents": [each.hash for each in contents],
+        "tokenizer": tokenizer_hash(tokenizer),
+        "special_tokens": {name: str(t) for name, t in tokenizer.special_tokens_map.items()},
+        "template": template,
+        "date": str(date.today()) if "strftime_now" in template else None,
+        "options": {name: getattr(data_args, name) for name in DECISIVE},
+    }
+    fresh = False
 
+    def build(directory: Path) -> dict:
+        nonlocal fresh
+        fresh = True
+        facts = _prepare(directory, data_args, kind, files, held_out_files)
+        for each in contents:
+            each.check()
+        return facts
+
+    directory, prepared = find_or_build("chats", key, build)
+    readings = [Reading.restored(each, data_args.reading) for each in prepared["readings"]]
+    if not fresh:
+        for each in readings:
+            each.warn()
+
+    # Join the sources as an epoch takes them
+    facts = prepared["sources"]
+    tables = [_open(directory / f"train-{index}.arrow") for index in range(len(files))]
+    table = pa.concat_tables(tables)
+    where, lengths = (table[name].to_pylist() for name in PLACES)
+    where = list(map(os.fsdecode, where))
+    train = Dataset(table.drop_columns(PLACES))
+    counts, mixture = epoch_rows(data_args, sources, [fact["rows"] for fact in facts], seed)
+    if mixture is not None:
+        train = train.select(mixture)
+        where, lengths = [where[i] for i in mixture], [lengths[i] for i in mixture]
+    evaluation = None
+    if prepared["eval"]["rows"]:
+        evaluation = Dataset(_open(directory / "eval.arrow").drop_columns(PLACES))
+    hashes = [contents[0].hash, contents[1].hash if held_out_files else None]
+    train_facts = {"files": list(map(str, everything)), "hash": hashes[0], **add_counts(facts)}
+    train_facts |= source_facts(sources, facts, counts)
+    held_out_facts = {"files": list(map(str, held_out_files)), "hash": hashes[1]}
+    all_facts = {"train": train_facts, "eval": held_out_facts | prepared["eval"]}
+    return ChatRows(train, evaluation, all_facts, where, lengths, readings[0])
+
+
+def _open(path: Path) -> pa.Table:
+    """The rows of a file, mapped into memory; raises UserError."""
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowException) as error:  # somebody empties the cache at this moment
+        raise UserError(f"{path}: cannot be opened ({error}). Run the command again.") from error
+
+
+def _prepare(directory: Path, data_args, kind: _Kind, files, held_out_files) -> dict:
+    """Write the Arrow files of all parts into `directory`, and return their facts and readings."""
     # Read all sources; the rows to hold out are known only at the end
-    parts, held_out = [_Collector() for _ in sources], _Collector()
+    parts = [_Collector(directory / f"train-{index}.arrow") for index in range(len(files))]
+    held_out = _Collector(directory / "eval.arrow")
     hold_out = HoldOut(0.0 if held_out_files else data_args.eval_ratio, data_args.max_eval_rows)
-    reading = Reading()
+    readings = [Reading(), Reading()]
     for part, paths in zip(parts, files, strict=True):
-        for text, where, outcome in _read(paths, kind, data_args, reading):
+        for text, where, outcome in _read(paths, kind, data_args, readings[0]):
             for owner, *trained in hold_out.offer(text, (part, where, outcome)):
                 owner.add(*trained)
     for _, where, outcome in hold_out.chosen():
         held_out.add(where, outcome)
+        readings[0].held_out += [where] * len(outcome.rows)
 
     # Read held-out files to their end, since bad rows are judged there
     if held_out_files:
-        rows = _read(held_out_files, kind, data_args, Reading())
+        rows = _read(held_out_files, kind, data_args, readings[1])
         for _, where, outcome in islice(rows, data_args.max_eval_rows):
             held_out.add(where, outcome)
+            readings[0].held_out += [where] * len(outcome.rows)
         for _ in rows:
             pass
-    contents.check()
-    held_out_contents.check()
+    facts = [part.finish() for part in parts]
     for part, paths in zip(parts, files, strict=True):
-        if not part.where:
+        if not part.count:
             raise UserError(
                 f"{', '.join(map(str, paths))}: no row is left to train"
                 f" ({part.counted() or 'all are held out'}). Raise --max_length, lower"
                 " --eval_ratio, give more rows, or choose another --train_turns."
             )
-
-    # Join the sources as an epoch takes them
-    facts = [part.facts() for part in parts]
-    train = concatenate_datasets([part.dataset() for part in parts])
-    where = [place for part in parts for place in part.where]
-    lengths = [length for part in parts for length in part.lengths]
-    counts, mixture = epoch_rows(data_args, sources, [len(part.where) for part in parts], seed)
-    if mixture is not None:
-        train = train.select(mixture)
-        where, lengths = [where[i] for i in mixture], [lengths[i] for i in mixture]
-    reading.held_out = held_out.where
-    train_facts = {"files": list(map(str, everything)), "hash": contents.hash, **add_counts(facts)}
-    train_facts |= source_facts(sources, facts, counts)
-    held_out_hash = held_out_contents.hash if held_out_files else None
-    held_out_facts = {"files": list(map(str, held_out_files)), "hash": held_out_hash}
-    all_facts = {"train": train_facts, "eval": held_out_facts | held_out.facts()}
-    return ChatRows(train, held_out.dataset(), all_facts, where, lengths, reading)
+    states = [each.state() for each in readings]
+    return {"sources": facts, "eval": held_out.finish(), "readings": states}
 
 
 def _read(files, kind: _Kind, data_args, reading: Reading) -> Iterator[tuple[str, str, Outcome]]:
@@ -226,36 +290,41 @@ def _read(files, kind: _Kind, data_args, reading: Reading) -> Iterator[tuple[str
 
 
 class _Collector:
-    """Collects rows as Arrow tables: lists of Python integers take many times the memory."""
+    """Writes rows into an Arrow file as they come, and counts what is in it."""
 
-    def __init__(self):
+    def __init__(self, path: Path):
+        self.path = path
         self.rows: list[dict] = []
-        self.tables: list[pa.Table] = []
-        self.where: list[str] = []
-        self.lengths: list[int] = []
-        self.counts = Counter()
+        self.count, self.counts = 0, Counter()
+        self.writer: pa.ipc.RecordBatchStreamWriter | None = None
 
     def add(self, where: str, outcome: Outcome) -> None:
-        self.rows += outcome.rows
-        self.where += [where] * len(outcome.rows)
-        self.lengths += [outcome.length] * len(outcome.rows)
+        places = dict(zip(PLACES, (os.fsencode(where), outcome.length), strict=True))
+        self.rows += [row | places for row in outcome.rows]
         self.counts += outcome.counts
+        self.count += len(outcome.rows)
         if len(self.rows) >= BATCH:
             self._flush()
 
     def counted(self) -> str:
         return ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
 
-    def facts(self) -> dict[str, int]:
-        return {"rows": len(self.where), "truncated": 0, **self.counts}
-
-    def dataset(self) -> Dataset | None:
+    def finish(self) -> dict[str, int]:
+        """Close the file, which exists if it has rows, and return the facts."""
         self._flush()
-        return Dataset(pa.concat_tables(self.tables)) if self.tables else None
+        if self.writer:
+            self.writer.close()
+            self.sink.close()
+        return {"rows": self.count, "truncated": 0, **self.counts}
 
     def _flush(self) -> None:
-        if self.rows:
-            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
-            arrays = [pa.array(values, TYPES.get(name, IDS)) for name, values in columns.items()]
-            self.tables.append(pa.table(arrays, names=list(columns)))
-            self.rows = []
+        if not self.rows:
+            return
+        columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
+        arrays = [pa.array(values, TYPES.get(name, IDS)) for name, values in columns.items()]
+        table = pa.table(arrays, names=list(columns))
+        if self.writer is None:
+            self.sink = pa.OSFile(str(self.path), "wb")
+            self.writer = pa.ipc.new_stream(self.sink, table.schema)
+        self.writer.write_table(table)
+        self.rows = []

@@ -192,16 +192,18 @@ class PackedCollator:
     Position ids that restart keep them apart, on every attention back-end, without an attention
     mask. Identical to TRL's padding-free collator except: the rows stay rows, since one row of
     batch x length tokens would need a mask of that size squared. A row without seq_lengths is one
-    conversation; loss_weights are kept where rows have them.
+    conversation; loss_weights are kept where rows have them. Batches are as long as a `multiple`.
+    `max_targets` is the number of labels to predict: here it is known without waiting for a device.
 
         input_ids    a a a b b pad        position_ids 0 1 2 0 1 0
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, multiple: int | None = None):
+        self.pad_token_id, self.multiple = pad_token_id, multiple or 1
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        shape = len(rows), max(len(row["input_ids"]) for row in rows)
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = len(rows), -(-longest // self.multiple) * self.multiple
         fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "loss_weights": 0.0}
         batch = {name: torch.full(shape, fills[name]) for name in fills if name in rows[0]}
         positions = torch.zeros(shape, dtype=torch.long)
@@ -211,4 +213,5 @@ class PackedCollator:
                 values[index, :used] = torch.as_tensor(row[name])
             lengths = (*row.get("seq_lengths", [used]), shape[1] - used)
             positions[index] = torch.cat([torch.arange(length) for length in lengths])
-        return {**batch, "position_ids": positions}
+        targets = int((batch["labels"][:, 1:] != IGNORED).sum())
+        return {**batch, "position_ids": positions, "max_targets": targets}

@@ -115,12 +115,12 @@ def blocked_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
-    """Causal self-attention of a sequence, one block of queries at a time, each up to the last key
-    that it may see.
+    """Causal self-attention of a sequence, one block of queries at a time, each with the keys from
+    the first to the last that it may see.
 
     The same sums as SDPA's. For short sequences on a CPU, matrix products over entire blocks are
     faster than torch's fused kernel, especially in bf16; the probabilities stay in memory for the
-    backward.
+    backward. Packed documents that cannot see each other cost little more than unpacked ones.
     """
     (B, H, S, D), K = query.shape, key.shape[1]
     # Under autocast, only `value` has its dtype already
@@ -133,16 +133,40 @@ def blocked_attention_forward(
     bias = torch.zeros_like(visible, dtype=value.dtype)
     bias.masked_fill_(~visible, torch.finfo(value.dtype).min)
 
+    # All rows at once, or each alone
+    ranges = key_ranges(visible)
+    rows = B // len(ranges)
+    pieces = [each.split(rows * K) for each in (query, key, value)]
+    pieces.append(bias.split(rows) if len(bias) > 1 else [bias] * len(ranges))
     outputs = []
-    for start in range(0, S, BLOCK):
-        rows, end = slice(start, start + BLOCK), min(start + BLOCK, S)
-        if visible[:, :, rows, end:].any():  # a custom mask may let a token see later ones
-            end = S
-        logits = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end)
-        weights = (logits + bias[:, :, rows, :end]).softmax(dim=-1)
-        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-        outputs.append((weights.view(B * K, -1, end) @ value[:, :end]).view(B, H, -1, D))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    for q, k, v, b, own_ranges in zip(*pieces, ranges, strict=True):
+        blocks = zip(q.split(BLOCK, dim=2), b.split(BLOCK, dim=2), own_ranges, strict=True)
+        parts = []
+        for block, block_bias, (first, end) in blocks:
+            logits = (block.flatten(1, 2) @ k[..., first:end]).view(rows, H, -1, end - first)
+            weights = (logits + block_bias[..., first:end]).softmax(dim=-1)
+            weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+            part = weights.view(rows * K, -1, end - first) @ v[:, first:end]
+            parts.append(part.view(rows, H, -1, D))
+        outputs.append(torch.cat(parts, dim=2))
+    return torch.cat(outputs).transpose(1, 2), None
+
+
+def key_ranges(visible: torch.Tensor) -> list[list[list[int]]]:
+    """The keys from the first to the last that each block of queries may see, for all rows at once,
+    or for each row alone where that spares a fifth of the products.
+
+    visible: (B, 1, S, S), True where a query may see a key.
+    """
+    seen = [block.any(dim=(1, 2)) for block in visible.split(BLOCK, dim=2)]
+    seen = torch.stack(seen, dim=1).byte()  # (B, blocks, S)
+    first = seen.argmax(dim=-1) // 16 * 16
+    end = seen.shape[-1] - seen.flip(-1).argmax(dim=-1)
+    # The first and the last that any row may see
+    all_first, all_end = first.amin(dim=0, keepdim=True), end.amax(dim=0, keepdim=True)
+    if (end - first).sum() > 0.8 * len(seen) * (all_end - all_first).sum():
+        first, end = all_first, all_end
+    return torch.stack((first, end), dim=-1).tolist()
 
 
 def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -186,6 +210,18 @@ class CrossEntropy(torch.autograd.Function):
         for out, piece, total, factor in zip(*pieces, strict=True):
             torch.mul((piece.float() - total).exp_(), factor, out=out)
         return grad.scatter_add_(1, labels, -scale.to(grad.dtype)), None, None
+
+
+def find_targets(labels: torch.Tensor, max_targets: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (B, S) -> the positions in 0 .. B * S that predict a label other than -100, and these
+    labels, both (max_targets,); what is left over has the label -100.
+
+    Without waiting for a device, as `nonzero` does to learn how many there are.
+    """
+    targets = pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    last = len(targets) - 1  # the end of a row, which predicts nothing
+    positions = (targets != -100).nonzero_static(size=max_targets, fill_value=last).squeeze(1)
+    return positions, targets[positions]
 
 
 def causal_lm_loss(

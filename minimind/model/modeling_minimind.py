@@ -41,6 +41,7 @@ from .kernels_minimind import (
     blocks_are_faster,
     causal_lm_loss,
     eager_experts_forward,
+    find_targets,
 )
 
 
@@ -452,11 +453,18 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        max_targets: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """The caller does not shift the labels; -100 is ignored. With `num_items_in_batch` in
         `kwargs` the loss is the sum over trained tokens divided by that number, so that gradient
-        accumulation averages over tokens."""
+        accumulation averages over tokens.
+
+        Args:
+            max_targets: the number of labels in `labels[:, 1:]` that are not -100, or a larger one.
+                Then only the positions that predict them go through the head, and no logits are
+                returned. The number is the caller's, since to count on a GPU is to wait for it.
+        """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         train_router = self.training and labels is not None and self.config.router_aux_loss_coef > 0
@@ -470,7 +478,15 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits or train_router,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = outputs.last_hidden_state
+        only_targets = labels is not None and max_targets is not None
+        if only_targets:
+            positions, targets = find_targets(labels, max_targets)
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, positions)
+            kwargs |= {"shift_labels": targets, "positions": positions}
+        else:
+            hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
+        logits = self.lm_head(hidden_states)
 
         loss = aux_loss = None
         if labels is not None:
@@ -485,7 +501,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 self.config.num_experts_per_tok,
-                len(logits),
+                len(outputs.last_hidden_state),
                 mask,
                 self.config.seq_aux,
             )
@@ -501,7 +517,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
-            logits=logits,
+            logits=None if only_targets else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

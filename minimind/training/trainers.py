@@ -29,12 +29,15 @@ def weighted_causal_lm_loss(
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     loss_weights: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """sum(w * -log p) / num_items_in_batch over trained tokens: logits (B, S, V), labels and
-    loss_weights (B, S)."""
+    """sum(w * -log p) / num_items_in_batch over trained tokens: logits (B, S, V), or (N, V) of N
+    `positions` in 0 .. B * S alone, labels and loss_weights (B, S)."""
     targets = pad(labels[..., 1:], (0, 1), value=IGNORED).reshape(-1)
     weights = pad(loss_weights[..., 1:], (0, 1)).reshape(-1)
+    if positions is not None:
+        targets, weights = targets[positions], weights[positions]
     losses = cross_entropy(
         logits.view(-1, vocab_size).float(), targets, ignore_index=IGNORED, reduction="none"
     )
@@ -209,7 +212,8 @@ class BlockTrainer(ScheduledTrainer):
 
 
 class ModelLossTrainer(SFTTrainer):
-    """Identical to TRL's except: the loss is the model's own.
+    """Identical to TRL's except: the loss is the model's own, and of the positions that predict
+    nothing trained it needs no logits.
 
     TRL projects through the head in tiles and in Python, which saves memory at vocabularies of
     100,000 and more; at 6,400 on a CPU it costs most of a step (benchmarks/sft_packing.py). The
@@ -221,6 +225,8 @@ class ModelLossTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # With a cache, position_ids that restart would not keep conversations apart
         inputs["use_cache"] = False
+        if return_outputs:  # with the logits of all positions
+            inputs.pop("max_targets", None)
         # In evaluation each batch has its own mean
         if self.weighted and num_items_in_batch is None:
             num_items_in_batch = inputs["loss_weights"].sum()
@@ -233,8 +239,8 @@ class ChatSFTTrainer(ScheduledTrainer, ModelLossTrainer):
     Rows that have loss_weights keep them, and the loss is sum(w * loss) / sum(w) over all tokens of
     a step: those of its micro-batches and of all processes.
 
-    Packing is best-fit over all of the data, not over each 1,000 rows, and a batch of packed rows
-    stays in rows.
+    Packing is best-fit over all of the data, not over each 1,000 rows, and a batch of rows stays in
+    rows.
     """
 
     def __init__(self, *args, **kwargs):
@@ -244,8 +250,8 @@ class ChatSFTTrainer(ScheduledTrainer, ModelLossTrainer):
             model = self.accelerator.unwrap_model(self.model)
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             base.loss_function = weighted_causal_lm_loss
-        if self.args.packing or self.weighted:
-            self.data_collator = PackedCollator(self.processing_class.pad_token_id)
+        pad_id, multiple = self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+        self.data_collator = PackedCollator(pad_id, multiple)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class, args, packing: bool, *rest
