@@ -306,9 +306,7 @@ def test_muon_keeps_one_moment_for_the_matrices_inside_and_two_for_the_rest():
     optimizer = build_optimizer(model, settings)
     model(input_ids=torch.ones(1, 8).long(), labels=torch.ones(1, 8).long()).loss.backward()
     optimizer.step()
-    moments = [
-        t for part in optimizer.parts for s in part.state.values() for t in s.values() if t.ndim
-    ]
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
     expected = sum(t.numel() * 4 for t in moments)
     assert model_states(empty_model(config), Step(1, 8, optimizer="muon"))["optimizer"] == expected
 

@@ -208,7 +208,7 @@ def model_states(model: nn.Module, step: Step) -> dict[str, float]:
         muon = sum(
             p.numel()
             for name, p in named
-            if p.ndim == 2 and p.requires_grad and not any(part in name for part in outside)
+            if p.ndim > 1 and p.requires_grad and not any(part in name for part in outside)
         )
     weights, gradients, optimizer = 4 * total, 4 * trained, ADAMW * (trained - muon) + MUON * muon
     buckets = 4 * trained * (step.processes > 1)  # DistributedDataParallel's, beside the gradients
