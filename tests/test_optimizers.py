@@ -4,18 +4,22 @@ import copy
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers.integrations import HfDeepSpeedConfig
 
-from minimind.common.errors import UserError
 from minimind.training import optimizers
 from minimind.training.optimizers import (
     POLAR_EXPRESS,
     MuonWithAdamW,
     build_optimizer,
+    check_optimizer,
     orthogonalized,
 )
 
@@ -43,9 +47,26 @@ def test_another_optimizer_is_left_to_the_library(model):
     assert build_optimizer(model, SimpleNamespace(use_muon=False)) is None
 
 
-def test_muon_under_deepspeed_is_refused(model):
-    with pytest.raises(UserError, match="--optim muon cannot run under --deepspeed"):
-        build_optimizer(model, SimpleNamespace(use_muon=True, deepspeed="ds.json"))
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "has stage 0"),
+        ({"zero_optimization": {"stage": 3}}, "has stage 3"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "Remove the block"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "Remove zero_optimization.offload_optimizer",
+        ),
+        ({"zero_optimization": {"stage": 1}}, None),
+        ({"zero_optimization": {"stage": 2}}, None),
+    ],
+)
+def test_muon_under_deepspeed_needs_stage_1_or_2_without_offloading(block, message):
+    args = SimpleNamespace(
+        use_muon=True, deepspeed="ds.json", hf_deepspeed_config=HfDeepSpeedConfig(block)
+    )
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_optimizer(args)
 
 
 def test_matrices_of_the_layers_go_to_muon_and_every_parameter_to_one_group(model):
@@ -182,6 +203,63 @@ def test_stacked_experts_move_as_single_matrices(monkeypatch):
             optimizer.step()
             other.step()
         torch.testing.assert_close(stack.detach(), torch.stack([t.detach() for t in twins]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_partitions_of_zero_move_as_the_matrices(monkeypatch, world):
+    """ZeRO 1 and 2 make the parameters views of one tensor, pad it, and give the optimizer of each
+    process its part. Here each process is a thread."""
+    bf16(monkeypatch, False)
+    draws = [[torch.randn(*shape) for shape in SHAPES] for _ in range(3)]
+    matrices, optimizer = muon()
+    for gradients in draws:
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.grad = gradient
+        optimizer.step()
+
+    total = sum(matrix.numel() for matrix in matrices)
+    size = -(-total // world) + 5  # with padding at the end
+    barrier, own, rank = threading.Barrier(world), {}, threading.local()
+
+    def all_gather(parts, mine):
+        own[rank.value] = mine
+        barrier.wait(timeout=60)
+        for part, each in zip(parts, range(world), strict=True):
+            part.copy_(own[each])
+        barrier.wait(timeout=60)
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: world > 1,
+        get_world_size=lambda: world,
+        get_rank=lambda: rank.value,
+        all_gather=all_gather,
+    )
+    monkeypatch.setattr(optimizers, "dist", fake)
+
+    def process(number):
+        rank.value = number
+        copies, optimizer = muon()
+        flat = torch.cat([*(copy.detach().flatten() for copy in copies), torch.zeros(world * size)])
+        flat = flat[: world * size].clone()
+        at = 0
+        for each in copies:
+            each.data = flat[at : at + each.numel()].view(each.shape)
+            at += each.numel()
+        partition = flat[number * size : (number + 1) * size].clone()
+        optimizer.param_groups[0]["params"] = [partition]
+        for gradients in draws:
+            whole = torch.cat([gradient.flatten() for gradient in gradients])
+            whole = torch.nn.functional.pad(whole, (0, world * size - total))
+            partition.grad = whole[number * size : (number + 1) * size].clone()
+            optimizer.step()
+        assert optimizer.state[partition]["momentum_buffer"].shape == (size,)
+        return partition
+
+    with ThreadPoolExecutor(world) as pool:
+        parts = list(pool.map(process, range(world)))
+    found = torch.cat(parts)[:total]
+    expected = torch.cat([matrix.detach().flatten() for matrix in matrices])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_rest_moves_as_torchs_adamw(model):

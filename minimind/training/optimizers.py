@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import HfDeepSpeedConfig
 
-from minimind.common.errors import UserError
 from minimind.common.launch import bf16_is_fast
 
 BATCH = 2**23  # elements of matrices that are orthogonalised together, since each needs 20 bytes
@@ -63,8 +64,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(
         self, matrices: Iterable, others: Iterable, lr, weight_decay, betas, eps, momentum=0.95
     ):
+        self.matrices = list(matrices)
         groups = [
-            {"params": list(matrices), "use_muon": True, "weight_decay": weight_decay},
+            {"params": self.matrices, "use_muon": True, "weight_decay": weight_decay},
             {"params": list(others), "use_muon": False, "weight_decay": 0.0},
         ]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": True}
@@ -75,30 +77,73 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """One step of all groups."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self._step_muon if group["use_muon"] else self._step_adamw)(group, params)
+            if params and not group["use_muon"]:
+                self._step_adamw(group, params)
+            elif params and params[0].ndim == 1:
+                self._step_partition(group, params[0])
+            elif params:
+                self._step_muon(group, params)
 
     def _step_muon(self, group: dict, params: list[Tensor]) -> None:
+        found_inf, momentum = getattr(self, "found_inf", None), group["momentum"]
         for batch in batches(params):
-            self._step_batch(group, batch)
+            grads, buffers = [p.grad for p in batch], self._states(batch, "momentum_buffer")
+            lr = group["lr"]
 
-    def _step_batch(self, group: dict, params: list[Tensor]) -> None:
-        """One step of Muon on matrices that are orthogonalised together."""
-        grads, buffers = [p.grad for p in params], self._states(params, "momentum_buffer")
-        found_inf, lr = getattr(self, "found_inf", None), group["lr"]
+            # Where the step is skipped, the momentum moves towards itself, and the rate is 0
+            if found_inf is not None:
+                pairs = zip(buffers, grads, strict=True)
+                grads = [torch.where(found_inf > 0, buffer, grad) for buffer, grad in pairs]
+                lr = lr * (1 - found_inf)
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
 
-        # Where the step is skipped, the momentum moves towards itself, and the rate is 0
-        if found_inf is not None:
-            pairs = zip(buffers, grads, strict=True)
-            grads = [torch.where(found_inf > 0, buffer, grad) for buffer, grad in pairs]
-            lr = lr * (1 - found_inf)
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        wide = [_wide(u) for u in torch._foreach_lerp(grads, buffers, group["momentum"])]
+            moves = self._moves(batch, updates, -lr)
+            torch._foreach_mul_(batch, 1 - lr * group["weight_decay"])
+            for p, move in zip(batch, moves, strict=True):
+                p.add_(move)
 
-        moves = orthogonalized(torch.cat(wide)) * (-0.2 * wide[0].shape[-1] ** 0.5 * lr)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for p, move in zip(params, moves.split([len(each) for each in wide]), strict=True):
-            p.add_((move if p.shape[-2] <= p.shape[-1] else move.mT).view_as(p))
+    def _step_partition(self, group: dict, partition: Tensor) -> None:
+        """As `_step_muon`, for what ZeRO 1 and 2 give an optimizer instead of matrices: this
+        process's part (P,) of all matrices of the group, one after the other.
+
+        The momentum is kept for this part alone. The updates of all processes are put together, and
+        each process orthogonalises the matrices that lie in its part, wholly or partly.
+        """
+        lr, (buffer,) = group["lr"], self._states([partition], "momentum_buffer")
+        buffer.lerp_(partition.grad, 1 - group["momentum"])
+        own = partition.grad.lerp(buffer, group["momentum"])
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        whole = own.new_empty(world * len(own)) if world > 1 else own
+        if world > 1:
+            dist.all_gather(list(whole.chunk(world)), own)
+
+        # ZeRO makes the parameters views of one tensor, so their addresses tell their places
+        begin = min(p.data_ptr() for p in self.matrices)
+        places = {p: (p.data_ptr() - begin) // p.element_size() for p in self.matrices}
+        low = dist.get_rank() * len(own) if world > 1 else 0
+        high = low + len(own)
+        if max(first + p.numel() for p, first in places.items()) > len(whole):
+            raise RuntimeError("ZeRO's partitions are not laid out as those of stage 1 and 2")
+        present = [p for p, first in places.items() if first < high and first + p.numel() > low]
+
+        partition.mul_(1 - lr * group["weight_decay"])
+        for batch in batches(present):
+            updates = [whole[places[p] : places[p] + p.numel()].view(p.shape) for p in batch]
+            for p, move in zip(batch, self._moves(batch, updates, -lr), strict=True):
+                start, end = max(low, places[p]), min(high, places[p] + p.numel())
+                part = move.reshape(-1)[start - places[p] : end - places[p]]
+                partition[start - low : end - low].add_(part)
+
+    def _moves(self, params: list[Tensor], updates: list[Tensor], rate) -> list[Tensor]:
+        """What is added to each of some parameters of one batch: `rate` times its update
+        orthogonalised, at the size of AdamW's."""
+        wide = [_wide(update) for update in updates]
+        moves = orthogonalized(torch.cat(wide)) * (0.2 * wide[0].shape[-1] ** 0.5 * rate)
+        pieces = zip(params, moves.split([len(each) for each in wide]), strict=True)
+        return [
+            (piece if p.shape[-2] <= p.shape[-1] else piece.mT).view(p.shape) for p, piece in pieces
+        ]
 
     def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
         for p in params:
@@ -169,6 +214,8 @@ def check_optimizer(args: TrainingArguments) -> None:
     Raises:
         ValueError: a package is missing, or the arguments do not fit.
     """
+    if getattr(args, "use_muon", False) and args.deepspeed:
+        _check_muon_under_deepspeed(args.hf_deepspeed_config)
     if args.deepspeed:  # it builds its own
         return
     model = nn.Linear(1, 1)
@@ -183,20 +230,29 @@ def check_optimizer(args: TrainingArguments) -> None:
         ) from error
 
 
-def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
-    """Muon with AdamW if the arguments name it, else None: then the Trainer builds its own.
+def _check_muon_under_deepspeed(config: HfDeepSpeedConfig) -> None:
+    stage = config.get_value("zero_optimization.stage", 0)
+    if "optimizer" in config.config:
+        raise ValueError(
+            "the DeepSpeed configuration has an 'optimizer' block, which would replace --optim"
+            " muon. Remove the block."
+        )
+    if stage not in (1, 2):
+        raise ValueError(
+            f"--optim muon under DeepSpeed is for ZeRO stage 1 or 2, and the configuration has"
+            f" stage {stage}. Set zero_optimization.stage to 2, or use adamw_torch_fused."
+        )
+    if config.is_offload():
+        raise ValueError(
+            "--optim muon computes on the device, and the DeepSpeed configuration offloads the"
+            " optimizer. Remove zero_optimization.offload_optimizer, or use adamw_torch_fused."
+        )
 
-    Raises:
-        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of
-            matrices.
-    """
+
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
+    """Muon with AdamW if the arguments name it, else None: then the Trainer builds its own."""
     if not args.use_muon:
         return None
-    if args.deepspeed:
-        raise UserError(
-            "--optim muon cannot run under --deepspeed, which cuts matrices into flat shards. Drop"
-            " one."
-        )
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
