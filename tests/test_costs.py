@@ -224,6 +224,7 @@ def peak_of(profiler, now):
         ("dense", Step(8, 128)),
         ("dense", Step(8, 128, precision="bf16")),
         ("dense", Step(8, 128, optimizer="muon")),
+        ("dense", Step(1, 8, optimizer="muon")),
         ("dense", Step(2, 64, precision="bf16", optimizer="muon", accumulation=2)),
         ("dense", Step(8, 256, precision="bf16", checkpointing=True)),
         ("untied", Step(1, 32)),
