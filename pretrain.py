@@ -15,7 +15,6 @@ from minimind.doctor import examine_run
 from minimind.evaluation import language_model_metrics
 from minimind.stages import PRETRAIN, load_inputs
 from minimind.training.command_line import parse
-from minimind.training.optimizers import build_optimizer
 from minimind.training.run import Stage
 from minimind.training.tracking import start_tracking
 from minimind.training.trainers import BlockTrainer
@@ -37,7 +36,6 @@ def main() -> None:
         eval_dataset=blocks.eval,
         data_collator=PRETRAIN.collate(tokenizer, training_args),
         processing_class=tokenizer,
-        optimizers=(build_optimizer(model, training_args), None),
         eval_counts=blocks.facts["eval"] if blocks.eval else None,
     )
     stage.attach(trainer)

@@ -184,3 +184,24 @@ def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch):
     assert_continues(losses, undisturbed)
     assert not list(one.glob(".universal*"))  # the converted copy is gone
     assert len(list(four.glob("checkpoint-30/global_step30/*optim_states.pt"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_muon_under_zero_is_the_plain_runs_and_resumes_exactly(launch, tmp_path, stage):
+    zero = json.loads((ROOT / "ds_config_zero2.json").read_text())
+    zero["zero_optimization"]["stage"] = stage
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    words = ("--deepspeed", tmp_path / "zero.json", "--on_findings", "warn")
+    options = {"optim": "muon", "bf16": "false", "max_steps": 20, "max_grad_norm": 0.5} | ROWS
+    plain, _, _ = launch(f"plain{stage}", 1, **options | {"per_device_train_batch_size": 4})
+    losses, whole, _ = launch(f"muon{stage}", 2, *words, **options)
+    assert list(losses) == list(plain)
+    assert max(abs(loss - plain[step]) for step, loss in losses.items()) < 1e-3
+    assert abs(plain[20] - plain[1]) > 0.1
+    resume = ("--resume_from_checkpoint", whole / "checkpoint-10")
+    _, resumed, _ = launch(f"resumed{stage}", 2, *words, *resume, **options)
+    ends = [(directory / "model.safetensors").read_bytes() for directory in (whole, resumed)]
+    assert ends[0] == ends[1]

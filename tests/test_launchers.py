@@ -118,10 +118,11 @@ def run_here(world, tokenizer_dir, script, *argv, **options):
 def pretrained(world, tokenizer_dir):
     """pretrain.py under `deepspeed` with two processes, which the other stages start from.
 
-    It takes what a launcher could break: another schedule, the best of its models, samples, early
-    stopping.
+    It takes what a launcher could break: another schedule, another optimizer, the best of its
+    models, samples, early stopping.
     """
     options = {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_steps": 0.5, "sample_steps": 2}
+    options |= {"optim": "muon"}
     options |= {
         "eval_strategy": "steps",
         "eval_steps": 2,

@@ -6,6 +6,7 @@ is compared with the real thing in `tests/test_costs.py`.
 Symbols: E hidden_size, H heads, D head_dim, A = H * D, K = key/value heads * D, I inner width.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +20,7 @@ from minimind.model.kernels_minimind import BLOCK, PIECE
 DPO_TILE = 4096  # positions that TRL's head projects at a time
 # Bytes of optimizer state for a trained parameter in fp32: AdamW keeps two moments, Muon one.
 ADAMW, MUON = 8, 4
+MUON_BATCH = 2**23  # elements at most; see optimizers.BATCH
 
 
 def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
@@ -154,14 +156,25 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
         moments.append(moment(gradients, left, casts, temporary=temporary))
 
     # The embedding's own gradient is as large as the head's, to which it is added; Muon works on
-    # one matrix at a time.
-    muon = 16 * (step.optimizer == "muon") * max((p.numel() for p in in_layer), default=0)
+    # all matrices of a shape, in batches.
+    muon = 16 * (step.optimizer == "muon") * _largest_batch(in_layer, layers)
     embedding = 4 * counts["embedding"] * (counts["trained"] == counts["total"])
     moments.append(moment(states["gradients"], 0, 0, temporary=max(muon, embedding)))
 
     worst = max(moments, key=lambda parts: sum(parts.values()) - parts["host"])
     host = worst.pop("host")
     return {"logits": 0.0, "temporary": 0.0, **worst, "peak": sum(worst.values()), "host": host}
+
+
+def _largest_batch(in_layer: list[nn.Parameter], layers: int) -> int:
+    """Elements of the matrices that Muon orthogonalises together; see `optimizers.batches`."""
+    sizes: Counter[tuple] = Counter()
+    largest = 0
+    for p in in_layer:
+        if p.ndim > 1:
+            sizes[tuple(sorted(p.shape[-2:]))] += layers * p.numel()
+            largest = max(largest, p.numel())
+    return max(largest, min(MUON_BATCH, max(sizes.values(), default=0)))
 
 
 def evaluation_memory(model: nn.Module, step: Step, batch_size: int) -> float:
@@ -208,7 +221,7 @@ def model_states(model: nn.Module, step: Step) -> dict[str, float]:
         muon = sum(
             p.numel()
             for name, p in named
-            if p.ndim == 2 and p.requires_grad and not any(part in name for part in outside)
+            if p.ndim > 1 and p.requires_grad and not any(part in name for part in outside)
         )
     weights, gradients, optimizer = 4 * total, 4 * trained, ADAMW * (trained - muon) + MUON * muon
     buckets = 4 * trained * (step.processes > 1)  # DistributedDataParallel's, beside the gradients

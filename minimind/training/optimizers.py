@@ -1,74 +1,252 @@
 """`optim: muon` in a recipe: Muon for the matrices inside the layers, AdamW for everything else.
 
 Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; it is defined for matrices
-that map features to features, so embeddings, head and norms stay with AdamW. torch's Muon scales
-its update to AdamW's size ("match_rms_adamw", Liu et al., 2025), so one learning rate serves both.
+that map features to features, so embeddings, head and norms stay with AdamW. An expert's weights
+are matrices too, E of them stacked. The update is scaled to AdamW's size (Liu et al., 2025,
+arXiv 2502.16982, equation 4), so one learning rate serves both.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import HfDeepSpeedConfig
 
-from minimind.common.errors import UserError
 from minimind.common.launch import bf16_is_fast
 
+BATCH = 2**23  # elements of matrices that are orthogonalised together, since each needs 20 bytes
 
-class Bf16AsFp32(TorchFunctionMode):
-    """A context in which `tensor.bfloat16()` returns a copy in fp32."""
+# Polar Express (Amsel et al., 2025, arXiv 2505.16932, algorithm 1): each step's odd polynomial
+# ax + bx^3 + cx^5 is the one that brings all singular values nearest to 1, if those before the
+# first step are in [0.003, 1]. All but the last are of x / 1.01, against rounding.
+POLAR_EXPRESS = (
+    (8.1377239, -22.7137086, 16.3254376),
+    (3.9652238, -2.8364010, 0.5224674),
+    (3.4886747, -2.5621673, 0.5016249),
+    (2.5115272, -1.8524484, 0.4388326),
+)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.bfloat16:
-            return args[0].to(torch.float32, copy=True)
-        return func(*args, **(kwargs or {}))
+
+# Zolotarev's rational function x (m + a / (x^2 + p) + b / (x^2 + q)): of its degree the one nearest
+# to 1 on [0.003, 1] (Nakatsukasa and Freund, 2016, SIAM Review 58(3), equation 3.4).
+CONSTANT, TERMS = 0.9123148, ((0.01219064, 3.5636322e-5), (0.20721783, 0.012726404))
+BLOCK = 64  # rows of a matrix that LAPACK inverts; larger ones are faster as products of blocks
 
 
-class Muon(torch.optim.Muon):
-    """Identical to torch's except: its Newton-Schulz iteration runs in fp32 on a device that only
-    emulates bf16.
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows of each of `matrices` (N, A, B), A <= B, nearly.
 
-    The precision does not matter: the result of the iteration is only nearly orthogonal anyway.
+    Its singular values are within 0.13 (on a CPU) or 0.22 of 1, if they were at least 0.003 of the
+    matrix's norm. Only products are fast on a GPU: there it is a polynomial, in bf16 where the
+    device has it, and the result is too. On a CPU a rational function in fp32 takes a third of the
+    time (benchmarks/optimizer_step.py).
     """
+    dtype = torch.bfloat16 if bf16_is_fast(matrices.device.type) else torch.float32
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = matrices / (1.01 * norm).clamp(min=1e-7)
+    if matrices.device.type == "cpu":
+        return inverse_root(x @ x.mT).to(dtype) @ x.to(dtype)
+    return by_polynomials(x.to(dtype))
 
-    def step(self, closure=None):
-        """One step on all matrices, which are on one kind of device."""
-        device = self.param_groups[0]["params"][0].device.type
-        with nullcontext() if bf16_is_fast(device) else Bf16AsFp32():
-            return super().step(closure)
+
+def by_polynomials(x: Tensor) -> Tensor:
+    """Matrices (N, A, B) of norm 1 at most, orthogonalised in their own precision."""
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return x
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """gram (N, A, A) to the power -1/2, nearly."""
+    factor = torch.zeros_like(gram)
+    factor.diagonal(dim1=1, dim2=2).fill_(CONSTANT)
+    for weight, shift in TERMS:
+        shifted = gram.clone()
+        shifted.diagonal(dim1=1, dim2=2).add_(shift)
+        factor.add_(inverse(shifted), alpha=weight)
+    return factor
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """The inverse of symmetric positive definite matrices (N, A, A), by blocks [[s, t], [t^T, u]]
+    as long as they can be halved."""
+    size = matrices.shape[-1]
+    if size <= BLOCK or size % 2:
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices)[0])
+    half = size // 2
+    s, t, u = matrices[:, :half, :half], matrices[:, :half, half:], matrices[:, half:, half:]
+    s = inverse(s)
+    st = s @ t
+    u = inverse(torch.baddbmm(u, t.mT, st, alpha=-1))  # of Schur's complement
+    corner = st @ u
+    rows = torch.cat([torch.baddbmm(s, corner, st.mT), -corner], dim=2)
+    return torch.cat([rows, torch.cat([-corner.mT, u], dim=2)], dim=1)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers in one, with shared parameter groups, so that one schedule drives both."""
+    """Muon for the parameters of groups with "use_muon", fused AdamW for the others.
 
-    def __init__(self, matrices: Iterable, others: Iterable, lr, weight_decay, betas, eps):
-        self.parts = [
-            Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True),
+    Args:
+        matrices: parameters of shape (A, B) or (E, A, B), for Muon with `momentum` (Nesterov's).
+        others: parameters for AdamW, without weight decay.
+        lr, weight_decay: of both, and of Muon.
+        betas, eps: of AdamW.
+        momentum: of Muon.
+
+    A step waits for nothing: as in torch's fused optimizers, the attribute `found_inf` may hold a
+    tensor that is 1 where a step has to be skipped.
+    """
+
+    def __init__(
+        self, matrices: Iterable, others: Iterable, lr, weight_decay, betas, eps, momentum=0.95
+    ):
+        self.matrices = list(matrices)
+        groups = [
+            {"params": self.matrices, "use_muon": True, "weight_decay": weight_decay},
+            {"params": list(others), "use_muon": False, "weight_decay": 0.0},
         ]
-        groups = [{"params": group["params"]} for part in self.parts for group in part.param_groups]
-        super().__init__(groups, {"lr": lr})
-        self._share()
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": True}
+        super().__init__(groups, defaults)
 
-    def _share(self) -> None:
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
+    @torch.no_grad()
     def step(self, closure=None):
-        """One step of each part."""
-        for part in self.parts:
-            part.step(closure)
+        """One step of all groups."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and not group["use_muon"]:
+                self._step_adamw(group, params)
+            elif params and params[0].ndim == 1:
+                self._step_partition(group, params[0])
+            elif params:
+                self._step_muon(group, params)
 
-    def state_dict(self) -> dict:
-        """The states of the parts, in their order."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+    def _step_muon(self, group: dict, params: list[Tensor]) -> None:
+        found_inf, momentum = getattr(self, "found_inf", None), group["momentum"]
+        for batch in batches(params):
+            grads, buffers = [p.grad for p in batch], self._states(batch, "momentum_buffer")
+            lr = group["lr"]
+
+            # Where the step is skipped, the momentum moves towards itself, and the rate is 0
+            if found_inf is not None:
+                pairs = zip(buffers, grads, strict=True)
+                grads = [torch.where(found_inf > 0, buffer, grad) for buffer, grad in pairs]
+                lr = lr * (1 - found_inf)
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov's
+
+            moves = self._moves(batch, updates, -lr)
+            torch._foreach_mul_(batch, 1 - lr * group["weight_decay"])
+            for p, move in zip(batch, moves, strict=True):
+                p.add_(move)
+
+    def _step_partition(self, group: dict, partition: Tensor) -> None:
+        """As `_step_muon`, for what ZeRO 1 and 2 give an optimizer instead of matrices: this
+        process's part (P,) of all matrices of the group, one after the other.
+
+        The momentum is kept for this part alone. The updates of all processes are put together, and
+        each process orthogonalises the matrices that lie in its part, wholly or partly.
+        """
+        lr, (buffer,) = group["lr"], self._states([partition], "momentum_buffer")
+        buffer.lerp_(partition.grad, 1 - group["momentum"])
+        own = partition.grad.lerp(buffer, group["momentum"])
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        whole = own.new_empty(world * len(own)) if world > 1 else own
+        if world > 1:
+            dist.all_gather(list(whole.chunk(world)), own)
+
+        # ZeRO makes the parameters views of one tensor, so their addresses tell their places
+        begin = min(p.data_ptr() for p in self.matrices)
+        places = {p: (p.data_ptr() - begin) // p.element_size() for p in self.matrices}
+        low = dist.get_rank() * len(own) if world > 1 else 0
+        high = low + len(own)
+        if max(first + p.numel() for p, first in places.items()) > len(whole):
+            raise RuntimeError("ZeRO's partitions are not laid out as those of stage 1 and 2")
+        present = [p for p, first in places.items() if first < high and first + p.numel() > low]
+
+        partition.mul_(1 - lr * group["weight_decay"])
+        for batch in batches(present):
+            updates = [whole[places[p] : places[p] + p.numel()].view(p.shape) for p in batch]
+            for p, move in zip(batch, self._moves(batch, updates, -lr), strict=True):
+                start, end = max(low, places[p]), min(high, places[p] + p.numel())
+                part = move.reshape(-1)[start - places[p] : end - places[p]]
+                partition[start - low : end - low].add_(part)
+
+    def _moves(self, params: list[Tensor], updates: list[Tensor], rate) -> list[Tensor]:
+        """What is added to each of some parameters of one batch: `rate` times its update
+        orthogonalised, at the size of AdamW's."""
+        wide = [_wide(update) for update in updates]
+        moves = orthogonalized(torch.cat(wide)) * (0.2 * wide[0].shape[-1] ** 0.5 * rate)
+        pieces = zip(params, moves.split([len(each) for each in wide]), strict=True)
+        return [
+            (piece if p.shape[-2] <= p.shape[-1] else piece.mT).view(p.shape) for p, piece in pieces
+        ]
+
+    def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
+        for p in params:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+        adamw(
+            params,
+            [p.grad for p in params],
+            self._states(params, "exp_avg"),
+            self._states(params, "exp_avg_sq"),
+            [],
+            [self.state[p]["step"] for p in params],
+            fused=True,
+            found_inf=getattr(self, "found_inf", None),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """One state of each parameter; at first it is zero."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in params]
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load the result of `state_dict`, and share the groups again."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share()
+        """Load the result of `state_dict`, or that of an earlier version, which had two parts."""
+        if "parts" in state_dict:
+            state_dict = self._joined(*state_dict["parts"])
+        super().load_state_dict(state_dict)
+
+    def _joined(self, muon: dict, adamw: dict) -> dict:
+        groups, first = self.state_dict()["param_groups"], len(self.param_groups[0]["params"])
+        for group, part in zip(groups, (muon, adamw), strict=True):
+            rates = {"lr", "initial_lr", "weight_decay"}
+            group.update((k, v) for k, v in part["param_groups"][0].items() if k in rates)
+        shifted = {first + index: state for index, state in adamw["state"].items()}
+        return {"state": muon["state"] | shifted, "param_groups": groups}
+
+
+def batches(params: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters whose matrices have one shape, turned or not, with at most `BATCH` elements."""
+    by_shape = defaultdict(list)
+    for p in params:
+        by_shape[tuple(sorted(p.shape[-2:]))].append(p)
+    parts = []
+    for same in by_shape.values():
+        count = max(1, BATCH // max(p.numel() for p in same))
+        parts += [same[first : first + count] for first in range(0, len(same), count)]
+    return parts
+
+
+def _wide(update: Tensor) -> Tensor:
+    """A matrix (A, B) or a stack of them (E, A, B) as (N, smaller, larger)."""
+    stack = update.view(-1, *update.shape[-2:])
+    return stack if stack.shape[1] <= stack.shape[2] else stack.mT
 
 
 def check_optimizer(args: TrainingArguments) -> None:
@@ -78,6 +256,8 @@ def check_optimizer(args: TrainingArguments) -> None:
     Raises:
         ValueError: a package is missing, or the arguments do not fit.
     """
+    if getattr(args, "use_muon", False) and args.deepspeed:
+        _check_muon_under_deepspeed(args.hf_deepspeed_config)
     if args.deepspeed:  # it builds its own
         return
     model = nn.Linear(1, 1)
@@ -92,29 +272,33 @@ def check_optimizer(args: TrainingArguments) -> None:
         ) from error
 
 
-def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
-    """Muon with AdamW if the arguments name it, else None: then the Trainer builds its own.
+def _check_muon_under_deepspeed(config: HfDeepSpeedConfig) -> None:
+    stage = config.get_value("zero_optimization.stage", 0)
+    if "optimizer" in config.config:
+        raise ValueError(
+            "the DeepSpeed configuration has an 'optimizer' block, which would replace --optim"
+            " muon. Remove the block."
+        )
+    if stage not in (1, 2):
+        raise ValueError(
+            f"--optim muon under DeepSpeed is for ZeRO stage 1 or 2, and the configuration has"
+            f" stage {stage}. Set zero_optimization.stage to 2, or use adamw_torch_fused."
+        )
+    if config.is_offload():
+        raise ValueError(
+            "--optim muon computes on the device, and the DeepSpeed configuration offloads the"
+            " optimizer. Remove zero_optimization.offload_optimizer, or use adamw_torch_fused."
+        )
 
-    Raises:
-        UserError: Muon under DeepSpeed, whose ZeRO hands an optimizer flat shards instead of
-            matrices, or for a mixture of experts, whose matrices are stacked.
-    """
+
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer | None:
+    """Muon with AdamW if the arguments name it, else None: then the Trainer builds its own."""
     if not args.use_muon:
         return None
-    if args.deepspeed:
-        raise UserError(
-            "--optim muon cannot run under --deepspeed, which cuts matrices into flat shards. Drop"
-            " one."
-        )
-    if model.config.num_experts:
-        raise UserError(
-            "--optim muon cannot train stacked experts: torch's Muon takes matrices. Use"
-            " adamw_torch_fused."
-        )
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            inside = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+            inside = parameter.ndim > 1 and "embed_tokens" not in name and "lm_head" not in name
             (matrices if inside else others).append(parameter)
     betas = (args.adam_beta1, args.adam_beta2)
     return MuonWithAdamW(

@@ -19,6 +19,7 @@ from minimind.data.packing import IGNORED, PackedCollator
 from minimind.evaluation import bits_per_byte
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
 from minimind.training.dataloaders import LoadingTrainer
+from minimind.training.optimizers import build_optimizer
 from minimind.training.schedules import schedule_options, steps_on_time
 from minimind.training.time_budget import TimeBudget
 
@@ -114,6 +115,13 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
         if self.args.push_to_hub:
             with decoration("the model card"):
                 super().create_model_card(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """The library's, or the one of `--optim muon`, also under DeepSpeed, to which no trainer
+        may be given one."""
+        if self.optimizer is None and getattr(self.args, "use_muon", False):
+            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step
