@@ -19,7 +19,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from minimind.common.cache import find, find_or_build
+from minimind.common.cache import cache_directory, find, find_or_build
+from minimind.common.errors import is_local_main_process
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
 from minimind.data.packing import IGNORED
@@ -100,7 +101,8 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
                 np.save(directory / "log_probabilities.npy", logps)
                 return {"pairs": len(logps)}
 
-            find_or_build("references", key, write)
+            if is_local_main_process():
+                find_or_build("references", key, write)
         columns = {
             f"ref_{kind}_logps": logps[:, i] for i, kind in enumerate(("chosen", "rejected"))
         }
@@ -110,6 +112,11 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
         """The reference log-probabilities of all rows, (rows, 2), each process computing its
         share."""
         began, world, rank = time.time(), self.args.world_size, self.args.process_index
+        if is_main_process():
+            say(
+                f"computing reference log-probabilities: {len(dataset):,} pairs of {name} (once;"
+                f" kept in {cache_directory('references')})"
+            )
         model = self.ref_model or self.model
         if self.ref_model is None and self.is_deepspeed_enabled:
             from trl.models import prepare_deepspeed  # loads DeepSpeed
@@ -124,7 +131,7 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
 
         training, results = self.model.training, []
         self.model.eval()
-        title = f"{translated('reference log-probabilities')} ({name})"
+        title = translated("reference log-probabilities")
         with tqdm(
             total=len(mine), desc=title, unit="pair", disable=None if not rank else True
         ) as bar:
@@ -141,10 +148,7 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
             rows = len(range(index, len(dataset), world))
             logps[index::world] = share[:rows]
         if is_main_process():
-            say(
-                f"reference log-probabilities of {len(dataset):,} pairs ({name}):"
-                f" {time.time() - began:.0f} s, once; kept in the cache"
-            )
+            say(f"reference log-probabilities computed in {time.time() - began:.0f} s")
         return logps
 
 
