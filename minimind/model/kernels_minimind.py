@@ -115,8 +115,8 @@ def blocked_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
-    """Causal self-attention of a sequence, one block of queries at a time, each up to the last key
-    that it may see.
+    """Causal self-attention of a sequence, one block of queries at a time, each from the first key
+    that it may see to the last: of packed rows little more than the documents of its tokens.
 
     The same sums as SDPA's. For short sequences on a CPU, matrix products over entire blocks are
     faster than torch's fused kernel, especially in bf16; the probabilities stay in memory for the
@@ -135,13 +135,16 @@ def blocked_attention_forward(
 
     outputs = []
     for start in range(0, S, BLOCK):
-        rows, end = slice(start, start + BLOCK), min(start + BLOCK, S)
-        if visible[:, :, rows, end:].any():  # a custom mask may let a token see later ones
-            end = S
-        logits = (query[:, :, rows].flatten(1, 2) @ key[..., :end]).view(B, H, -1, end)
-        weights = (logits + bias[:, :, rows, :end]).softmax(dim=-1)
+        rows = slice(start, start + BLOCK)
+        seen = visible[:, :, rows].flatten(0, 2).any(dim=0).nonzero()
+        keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, S)
+        logits = query[:, :, rows].flatten(1, 2) @ key[..., keys]
+        logits = logits.view(B, H, -1, logits.shape[-1])
+        weights = (logits + bias[:, :, rows, keys]).softmax(dim=-1)
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-        outputs.append((weights.view(B * K, -1, end) @ value[:, :end]).view(B, H, -1, D))
+        outputs.append(
+            (weights.view(B * K, -1, logits.shape[-1]) @ value[:, keys]).view(B, H, -1, D)
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
