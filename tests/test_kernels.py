@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_model import assert_gradients_equal, build, gradients, random_ids
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from minimind.model import kernels_minimind
@@ -51,6 +52,20 @@ def test_attention_in_blocks_gives_the_logits_and_gradients_of_eager_attention(m
     (expected_logits, expected), (logits, actual) = found
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
     assert_gradients_equal(actual, expected)
+
+
+def test_attention_in_blocks_computes_hardly_more_than_the_documents_of_a_row():
+    documents = (torch.arange(1024) // 128)[None]
+    mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    layer, states = build().model.layers[0].self_attn, torch.randn(1, 4, 1024, 8)
+    counts = []
+    for visible in (None, mask):
+        with FlopCounterMode(display=False) as counter:
+            kernels_minimind.blocked_attention_forward(
+                layer, states, states[:, :2], states[:, :2], visible, 1.0
+            )
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 2 * 4 * 8 * 128**2 * blocks for blocks in (36, 8)]
 
 
 def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():
