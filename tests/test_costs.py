@@ -147,8 +147,7 @@ def test_flops_of_a_pair_that_shares_its_prompt_are_those_that_torch_counts():
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     with FlopCounterMode(display=False) as counter:
         model(**batch, labels=labels, fused_lm_head=True).log_probs.sum().backward()
-    # The last token of the prompt is in both of its sequences
-    step = Step(1, 101, pairs=True, shared_prompts=True, predicting=40 / 101)
+    step = Step(1, 100, pairs=True, shared_prompts=True, predicting=40 / 100)
     assert flops(empty_model(config), step)["hardware"] == counter.get_total_flops()
 
 

@@ -218,10 +218,9 @@ def test_a_batch_has_each_prompt_once_and_hardly_any_padding():
     parts = batch["packed_parts"]
     for pair, row in enumerate(rows[3:], start=3):
         sizes = [int((parts == PARTS * pair + part).sum()) for part in range(PARTS)]
-        # The last token of what is shared is in both, as it predicts two different ones
-        replies = len(row["chosen_ids"]) + 1, len(row["rejected_ids"]) + 1
-        assert sizes[0] >= len(row["prompt_ids"]) - 1
-        assert sizes[1] <= replies[0] and sizes[2] <= replies[1]
+        assert sizes[0] >= len(row["prompt_ids"])
+        assert sizes[0] + sizes[1] == len(row["prompt_ids"] + row["chosen_ids"])
+        assert sizes[0] + sizes[2] == len(row["prompt_ids"] + row["rejected_ids"])
     assert parts.shape[1] <= ROW
     assert (parts == PADDING).float().mean() < 0.05
     # Each place holds the token that TRL's batch has there, and predicts the next

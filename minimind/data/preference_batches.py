@@ -49,8 +49,7 @@ class PreferenceCollator(DataCollatorForPreference):
 def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -> dict:
     """The pairs of TRL's batch of (2 * pairs, S) in fewer rows (R, L) without padding between them.
 
-    A pair's sequences share all that they have in common, but for its last token: there the next
-    tokens differ.
+    A pair's sequences share all that they have in common at their beginning.
 
     Returns:
         packed_ids, packed_positions, packed_parts: (R, L); the part of each token as above.
@@ -66,7 +65,7 @@ def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -
         for pair in range(pairs):
             shorter = min(lengths[pair], lengths[pair + pairs])
             differ = np.flatnonzero(ids[pair, :shorter] != ids[pair + pairs, :shorter])
-            common[pair] = max(int(differ[0]) if len(differ) else shorter, 1) - 1
+            common[pair] = int(differ[0]) if len(differ) else shorter
     sizes = [lengths[pair] + lengths[pair + pairs] - common[pair] for pair in range(pairs)]
     rows = balanced_rows(sizes, max(ROW, *sizes))
     shape = len(rows), max(sum(sizes[pair] for pair in row) for row in rows)
