@@ -19,10 +19,10 @@ from minimind.evaluation import held_out_metrics
 from minimind.inspection.display import print_inspection
 from minimind.stages import DPO, inspect_training_rows, load_inputs
 from minimind.training.command_line import parse
+from minimind.training.preference_trainer import PreferenceTrainer
 from minimind.training.run import Stage
-from minimind.training.starting_point import adapter_config, frozen_copy
+from minimind.training.starting_point import adapter_config, reference_model
 from minimind.training.tracking import start_tracking
-from minimind.training.trainers import PreferenceTrainer
 
 
 @reports_user_errors
@@ -46,8 +46,7 @@ def main() -> None:
     start_tracking(stage, inspection.report)
     trainer = PreferenceTrainer(
         model=model,
-        # With an adapter the reference is the model without it.
-        ref_model=None if model_args.use_peft else frozen_copy(model),
+        ref_model=reference_model(model, training_args, model_args),
         args=training_args,
         train_dataset=rows.train,
         eval_dataset=rows.eval,

@@ -15,6 +15,7 @@ from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
+from minimind.data.preference_batches import PreferenceCollator
 from minimind.data.template_choice import set_chat_template
 from minimind.inspection import Inspection, has_roles, inspect_blocks, inspect_chats
 from minimind.stage_directory import check_same_tokenizer
@@ -23,7 +24,6 @@ from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStage
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import ModelArguments, PretrainModelArguments
 from minimind.training.starting_point import check_length, new_model, starting_point
-from minimind.training.trainers import PreferenceCollator
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from minimind.costs.parameters import empty_model, parameter_counts
 from minimind.costs.prices import parse_price
 from minimind.costs.step import Step
 from minimind.costs.this_machine import find_device
+from minimind.data.preference_batches import PreferenceCollator
 from minimind.training.optimizers import build_optimizer
+from minimind.training.preference_trainer import add_packed_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
@@ -129,6 +131,24 @@ def test_flops_of_a_preference_step_are_those_that_torch_counts():
     uncounted = 2 * (2 * 64 * 410 * 6 * 99)
     step = Step(3, 100, pairs=True, reference="copy")
     assert flops(empty_model(config), step)["hardware"] == counter.get_total_flops() + uncounted
+
+
+def test_flops_of_a_pair_that_shares_its_prompt_are_those_that_torch_counts():
+    config = configuration()
+    model, numbers = real_model(config), torch.Generator().manual_seed(0)
+    add_packed_forward(model)
+    row = {
+        f"{name}_{kind}": torch.randint(3, 400, (length,), generator=numbers).tolist()
+        for name, length in (("prompt", 60), ("chosen", 20), ("rejected", 20))
+        for kind in ("ids", "mask")
+    }
+    row |= {name: [1] * len(values) for name, values in row.items() if name.endswith("_mask")}
+    batch = PreferenceCollator(0, packed=True)([row])
+    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, labels=labels, fused_lm_head=True).log_probs.sum().backward()
+    step = Step(1, 100, pairs=True, shared_prompts=True, predicting=40 / 100)
+    assert flops(empty_model(config), step)["hardware"] == counter.get_total_flops()
 
 
 def test_flops_a_token_are_six_a_weight_and_twelve_a_width_length_and_layer():

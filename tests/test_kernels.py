@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_model import assert_gradients_equal, build, gradients, random_ids
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from minimind.model import kernels_minimind
@@ -73,6 +74,20 @@ def test_a_block_of_queries_meets_only_keys_of_its_own_documents():
     ]
     two = two_documents_mask(ids)[None, None]
     assert kernels_minimind.key_ranges(two) == [[[0, 128], [0, 256], [160, 300]]]
+
+
+def test_attention_in_blocks_computes_hardly_more_than_the_documents_of_a_row():
+    documents = (torch.arange(1024) // 128)[None]
+    mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    layer, states = build().model.layers[0].self_attn, torch.randn(1, 4, 1024, 8)
+    counts = []
+    for visible in (None, mask):
+        with FlopCounterMode(display=False) as counter:
+            kernels_minimind.blocked_attention_forward(
+                layer, states, states[:, :2], states[:, :2], visible, 1.0
+            )
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 2 * 4 * 8 * 128**2 * blocks for blocks in (36, 8)]
 
 
 def test_attention_in_blocks_drops_probabilities_in_training_and_keeps_their_mean():

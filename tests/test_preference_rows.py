@@ -29,7 +29,7 @@ from minimind.data.chats import load_preferences
 from minimind.data.loss_mask import preference_labels
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.training.data_arguments import DataArguments
-from minimind.training.trainers import PreferenceTrainer
+from minimind.training.preference_trainer import PreferenceTrainer
 
 PAIR = {"prompt": SHORT[:1], "chosen": SHORT[1:], "rejected": [assistant("home")]}
 
@@ -51,7 +51,7 @@ def dpo_arguments(tmp_path):
         gradient_checkpointing=None,
         dataloader_pin_memory=False,
         report_to="none",
-        max_length=256,
+        max_length=512,
     )
 
 

@@ -4,6 +4,7 @@
         blocks/KEY/     packed rows, with sizes and hashes of the files in a manifest.json, written
                         last
         chats/KEY/      tokenised conversations or preference pairs, likewise
+        references/KEY/ log-probabilities of DPO's reference model, with a manifest.json as well
         clean/KEY/      cleaned data, with sizes and hashes of its shards in report.json
         world/          the embedded corpus
         hashes/         the hashes of large files, each valid until the file is touched

@@ -73,7 +73,7 @@ def flops(model: nn.Module, step: Step) -> dict[str, float]:
         value = product.flops * step.tokens
         if product.name == "lm_head":
             # TRL leaves out the last position
-            value *= (step.length - 1) / step.length if step.pairs else 1
+            value *= (step.length - 1) / step.length if step.tiled_head else step.predicting
             head = value
         # Below the first trained weight no gradient is needed; peft computes it nevertheless where
         # layers are checkpointed.
@@ -87,7 +87,7 @@ def flops(model: nn.Module, step: Step) -> dict[str, float]:
 
     # What is computed a second time, or beside the model
     executed = forward + backward
-    if step.pairs:
+    if step.tiled_head:
         executed += head  # the backward projects again
     if step.checkpointing:
         # Recomputation stops once the layer's last saved tensor exists: before its last product,

@@ -93,9 +93,9 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
         total += swiglu("mlp", config.intermediate_size)
 
     # Head
-    head = norm(E, of_stream=True) + c * E
-    if not step.pairs:  # TRL's DPO never holds the logits
-        head += c * config.vocab_size + 13
+    head = norm(E, of_stream=True) + c * E * step.predicting
+    if not step.tiled_head:
+        head += (c * config.vocab_size + 13) * step.predicting
         head += 4 * config.vocab_size * step.weighted  # log-probabilities in fp32
     return {"layer": total, "checkpoint": stream * E, "head": head}
 
@@ -123,14 +123,14 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     standing = step.accumulation > 1 or step.zero_stage is not None
     before = states["gradients"] if standing else 0
     layer_casts = 2 * sum(p.numel() for p in in_layer if p.ndim > 1) * step.autocast
-    head_casts = 2 * head.numel() * step.autocast * (not step.pairs)
+    head_casts = 2 * head.numel() * step.autocast * (not step.tiled_head)
     kept = saved["checkpoint"] if step.checkpointing else saved["layer"]
 
     # The logits: `CrossEntropy` works on pieces of them in fp32, widened, and the exponentials
-    logits = 0 if step.pairs else config.vocab_size * tokens
+    logits = 0 if step.tiled_head else config.vocab_size * tokens * step.predicting
     piece = logits if step.weighted else min(logits, max(PIECE[cpu], config.vocab_size))
     pieces = piece * (8 if c == 2 or step.weighted else 4)
-    tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.pairs else 0
+    tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.tiled_head else 0
     working = max(tile * (c + 24 * cpu), pieces)  # on a GPU one kernel folds the tile in place
     # By scatter_add_, which a CPU computes in fp32
     widened = 4 * logits * (cpu and c == 2 and not step.weighted)
@@ -142,7 +142,8 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
 
     # The forward pass and the loss
     casts = head_casts + layer_casts * layers
-    end = saved["head"] + max(working, 4 * logits * step.autocast)
+    # The casts of outputs are accelerate's, of which TRL's call has no logits
+    end = saved["head"] + max(working, 4 * logits * step.autocast * (not step.pairs))
     moments = [moment(before, layers, casts, logits=end)]
     casts = head_casts + layer_casts * layers * (not step.checkpointing)
     loss = saved["head"] + c * logits + max(working, widened)
@@ -187,10 +188,10 @@ def evaluation_memory(model: nn.Module, step: Step, batch_size: int) -> float:
     standing = sum(value for part, value in states.items() if part not in ("host", "gradients"))
     standing += states["gradients"] * (step.zero_stage is not None)
     casts = 2 * sum(p.numel() for p in core(model).parameters() if p.ndim > 1) * step.autocast
-    logits = 0 if step.pairs else config.vocab_size * each.tokens
+    logits = 0 if step.tiled_head else config.vocab_size * each.tokens * step.predicting
     hidden = 2 * saved_per_token(model, each)["checkpoint"] * each.tokens
     inside = casts + hidden + max(step.width * logits, _transient(config, each) * each.tokens)
-    return standing + max(inside, (step.width + 4 * step.autocast) * logits)
+    return standing + max(inside, (step.width + 4 * step.autocast * (not step.pairs)) * logits)
 
 
 def _transient(config: MiniMindConfig, step: Step) -> float:

@@ -9,7 +9,10 @@ from minimind.model.kernels_minimind import BLOCK, MAX_BLOCKED_LENGTH
 class Step:
     """How a training step is run on each device.
 
-    `length` is that of the longest row. `pairs`: each row is a preference pair, so two sequences.
+    `length` is that of the longest row. `pairs`: each row is a preference pair, so two sequences;
+    with `shared_prompts` one, in which the prompt is once, and the head projects only the share
+    `predicting` of the positions, those that predict a token of a reply. `counted`: the tokens that
+    a trainer counts for each position; a shared prompt counts in both sequences.
     `reference`: "copy" is DPO's frozen second model, "adapter" the same model without its adapter.
     `masked`: rows come with an attention mask of their own, because they are padded or hold several
     documents. `weighted`: tokens count with different weights. `zero_stage` None is a run without
@@ -27,6 +30,9 @@ class Step:
     attention: str = "sdpa"
     masked: bool = False
     pairs: bool = False
+    shared_prompts: bool = False
+    predicting: float = 1.0
+    counted: float = 1.0
     reference: str | None = None
     weighted: bool = False
     zero_stage: int | None = None
@@ -36,7 +42,12 @@ class Step:
     @property
     def sequences(self) -> int:
         """Sequences in one micro-batch."""
-        return self.batch_size * (2 if self.pairs else 1)
+        return self.batch_size * (2 if self.pairs and not self.shared_prompts else 1)
+
+    @property
+    def tiled_head(self) -> bool:
+        """Whether the head is TRL's, which never holds the logits of all positions."""
+        return self.pairs and not self.shared_prompts
 
     @property
     def tokens(self) -> int:

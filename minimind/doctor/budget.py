@@ -4,9 +4,10 @@ from statistics import fmean
 
 from minimind.costs.this_machine import find_device
 from minimind.costs.units import gib
+from minimind.data.row_lengths import row_lengths
 from minimind.doctor.registry import Case, check, sample
 from minimind.planning.computing import make_plan
-from minimind.planning.counting import RowCounts, padded_length, sequence_lengths
+from minimind.planning.counting import RowCounts, chat_counts
 from minimind.planning.plan import CHINCHILLA, Plan
 
 ROWS_SAMPLE = 2000  # rows whose lengths are counted
@@ -25,11 +26,11 @@ def rows_of(case: Case) -> RowCounts:
     """The rows of a case as the planner takes them; of many rows the lengths of an even sample."""
     count = len(case.train)
     columns = case.train.with_format(None)[sample(count, ROWS_SAMPLE)]
-    lengths = sequence_lengths(columns, pairs=case.spec.pairs)
-    longest = [max(row) for row in lengths]
-    padded = padded_length(longest, case.args.per_device_train_batch_size)
-    tokens = round(fmean(map(sum, lengths)) * count)
-    return RowCounts(count, tokens, padded, max(longest), "counted", count <= ROWS_SAMPLE)
+    shared_prompts = getattr(case.args, "precompute_ref_log_probs", False)
+    lengths = row_lengths(columns, case.spec.pairs, shared_prompts)
+    tokens = fmean(row.tokens for row in lengths) * count
+    exact = count <= ROWS_SAMPLE
+    return chat_counts(lengths, count / len(lengths), tokens, "counted", exact, case.args)
 
 
 @check("recipe", "model", "train", quick=False)

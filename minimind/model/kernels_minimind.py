@@ -180,10 +180,10 @@ def blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """logits (N, V), labels (N,) -> the sum of -log p(label) in fp32 over all labels but
+    """logits (N, V), labels (N,) -> -log p(label) in fp32 (N,), 0 where the label is
     `ignore_index`.
 
-    Identical to `nn.functional.cross_entropy(logits.float(), labels, reduction="sum")` except: the
+    Identical to `nn.functional.cross_entropy(logits.float(), labels, reduction="none")` except: the
     gradient is computed from the logits one cache-sized piece at a time, so that neither an fp32
     copy of the logits nor their log-softmax is ever held, and it has the dtype of the logits.
     """
@@ -198,13 +198,13 @@ class CrossEntropy(torch.autograd.Function):
         )
         ctx.save_for_backward(logits, labels, trained, log_sum_exp)
         ctx.rows = rows
-        return ((log_sum_exp - logits.gather(1, labels).float()).squeeze(1) * trained).sum()
+        return (log_sum_exp - logits.gather(1, labels).float()).squeeze(1) * trained
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, labels, trained, log_sum_exp = ctx.saved_tensors
-        scale = (grad_loss * trained)[:, None]
+        scale = (grad_losses * trained)[:, None]
         grad = torch.empty_like(logits)
         pieces = (tensor.split(ctx.rows) for tensor in (grad, logits, log_sum_exp, scale))
         for out, piece, total, factor in zip(*pieces, strict=True):
@@ -240,5 +240,5 @@ def causal_lm_loss(
     shift_labels = shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
-    loss = CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)
-    return loss / num_items_in_batch
+    losses = CrossEntropy.apply(logits.view(-1, vocab_size), shift_labels, ignore_index)
+    return losses.sum() / num_items_in_batch

@@ -22,6 +22,7 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
+from minimind.data.row_lengths import RowLength, row_lengths, shares
 from minimind.data.sources import total_size
 from minimind.data.template_choice import set_chat_template
 from minimind.stages import StageSpec, load_rows
@@ -37,7 +38,8 @@ class RowCounts:
     """The training rows of one epoch.
 
     tokens: without padding; of a preference pair those of both sequences, the prompt twice.
-    padded: the mean length of a row in its batch; of a preference pair, of its longer sequence.
+    padded: the mean length of a row in its batch; of a preference pair, of its longer sequence, or
+        of all of it with the prompt once.
     longest: the length of the longest row.
     how: how they were counted; `exact` if all of them were.
     """
@@ -48,6 +50,8 @@ class RowCounts:
     longest: int
     how: str
     exact: bool
+    predicting: float = 1.0  # see Step
+    counted: float = 1.0
 
 
 def count_rows(
@@ -101,42 +105,40 @@ def _count_blocks(spec, data_args, tokenizer, options) -> RowCounts:
 
 
 def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
-    limit = options.max_length
+    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     size = total_size([path for paths in files for path in paths])
     exact = size <= COUNTED
     if exact:
         train = load_rows(spec, data_args, tokenizer, options, chat_args).train
-        lengths = sequence_lengths(train[:], spec.pairs)
-        scale, tokens = 1.0, sum(map(sum, lengths))
+        lengths = row_lengths(train[:], spec.pairs, shared_prompts)
+        scale, tokens = 1.0, sum(row.tokens for row in lengths)
     else:
         set_chat_template(tokenizer, chat_args.chat_template)
         samples = [
-            _sample_chats(spec, paths, data_args, chat_args, tokenizer, limit, size)
+            _sample_chats(spec, paths, data_args, chat_args, tokenizer, options, size)
             for paths in files
         ]
         rows = [len(part) * factor for part, factor in samples]
         mixed = rows_per_epoch(sources, rows, data_args.mixing_temperature, data_args.mixing_stop)
         trained = 1 - held_out_share(data_args, sum(rows))
-        means = [fmean(map(sum, part)) for part, _ in samples]
+        means = [fmean(row.tokens for row in part) for part, _ in samples]
         tokens = sum(count * mean for count, mean in zip(mixed, means, strict=True)) * trained
         lengths = [length for part, _ in samples for length in part]
         scale = sum(mixed) / len(lengths) * trained
 
-    longest = [max(each) for each in lengths]
     if not spec.pairs and options.packing:
-        blank = Dataset.from_dict({"input_ids": [[0] * length for length in longest]})
-        packed = pack_dataset(blank, limit, "bfd", {"batch_size": None})
-        longest = [len(row) for row in packed["input_ids"]]
-    padded = padded_length(longest, options.per_device_train_batch_size)
+        blank = Dataset.from_dict({"input_ids": [[0] * row.length for row in lengths]})
+        packed = pack_dataset(blank, options.max_length, "bfd", {"batch_size": None})
+        lengths = row_lengths(packed[:], False, False)
     how = "counted" if exact else _sampled(size)
-    return RowCounts(round(len(longest) * scale), round(tokens), padded, max(longest), how, exact)
+    return chat_counts(lengths, scale, tokens, how, exact, options)
 
 
 def _sample_chats(
-    spec, paths, data_args, chat_args, tokenizer, limit: int, size: int
-) -> tuple[list[tuple[int, ...]], float]:
+    spec, paths, data_args, chat_args, tokenizer, options, size: int
+) -> tuple[list[RowLength], float]:
     """The lengths of the rows of a sample, and how many times more rows there are."""
     parse, tokenize = (
         (to_preference, tokenize_preferences)
@@ -144,10 +146,11 @@ def _sample_chats(
         else (to_conversation, tokenize_conversations)
     )
     parsed, factor = sample(paths, parse, data_args, size)
-    results = tokenize(parsed, ChatEncoder(tokenizer), limit, chat_args)
+    results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return sequence_lengths(columns, spec.pairs), factor
+    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
+    return row_lengths(columns, spec.pairs, shared_prompts), factor
 
 
 def held_out_share(data_args: DataArguments, rows: float) -> float:
@@ -155,15 +158,19 @@ def held_out_share(data_args: DataArguments, rows: float) -> float:
     return 0 if data_args.eval_files else min(data_args.eval_ratio, data_args.max_eval_rows / rows)
 
 
-def sequence_lengths(columns: dict[str, list], pairs: bool) -> list[tuple[int, ...]]:
-    """Tokens of the sequences of each row: one, or a pair's two."""
-    if not pairs:
-        return [(len(ids),) for ids in columns["input_ids"]]
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        (len(prompt) + len(chosen), len(prompt) + len(rejected))
-        for prompt, chosen, rejected in zip(*(columns[name] for name in names), strict=True)
-    ]
+def chat_counts(
+    lengths: Sequence[RowLength], scale: float, tokens: float, how: str, exact: bool, options
+) -> RowCounts:
+    """The counts of rows that stand for `scale` times as many; `options` has the batch size, and
+    whether pairs share their prompts."""
+    longest = [row.length for row in lengths]
+    more: dict[str, float] = {}
+    if getattr(options, "precompute_ref_log_probs", False):  # without padding
+        padded, more = fmean(longest), shares(lengths)
+    else:
+        padded = padded_length(longest, options.per_device_train_batch_size)
+    rows = round(len(longest) * scale)
+    return RowCounts(rows, round(tokens), padded, max(longest), how, exact, **more)
 
 
 def padded_length(lengths: Sequence[int], batch_size: int) -> float:

@@ -308,6 +308,11 @@ class DPOStageConfig(StageConfig, DPOConfig):
     )
     beta: float = HfArg(default=0.2, help="Strength of the pull towards the reference model.")
     max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
+    precompute_ref_log_probs: bool = HfArg(
+        default=True,
+        help="Compute the reference's log-probabilities once, before training, and keep them; with "
+        "false a frozen copy of the model computes them in every step, for --sync_ref_model.",
+    )
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
 

@@ -191,4 +191,4 @@ def work_of(trainer: Trainer) -> tuple[float, str]:
     """FLOPs of one device for each token that all of them train, and the precision of a run."""
     step, _ = step_of(trainer, this_device())
     work = flops(trainer.accelerator.unwrap_model(trainer.model), step)
-    return work["model"] / step.tokens / trainer.args.world_size, step.precision
+    return work["model"] / (step.tokens * step.counted) / trainer.args.world_size, step.precision

@@ -95,9 +95,14 @@ def check_attention(attn_implementation: str | None) -> None:
         )
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference model of DPO: TRL would otherwise load it from the path in the config, which a
-    merged or random model lacks."""
+def reference_model(model: PreTrainedModel, options, args: ModelConfig) -> PreTrainedModel | None:
+    """The frozen copy that DPO's `options` ask for, or None: mostly its log-probabilities are
+    computed before training, and with an adapter it is the model without it.
+
+    TRL would load a copy from the path in the config, which a merged or random model lacks.
+    """
+    if options.precompute_ref_log_probs or args.use_peft:
+        return None
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from minimind.costs.devices import Device
 from minimind.costs.step import Step
+from minimind.data.row_lengths import row_lengths, shares
 
 MEASURED_STEPS = 5
 SAMPLED_ROWS = 2_000  # whose lengths are counted
@@ -99,18 +100,18 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     pairs, adapter = hasattr(trainer, "ref_model"), isinstance(model, PeftModel)
 
-    # Lengths: each batch is padded to its longest row
+    # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
-    if pairs and rows:
-        replies = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
-        both = zip(rows["prompt_ids"], replies, strict=True)
-        lengths = [len(prompt) + max(map(len, two)) for prompt, two in both]
+    shared_prompts = pairs and args.precompute_ref_log_probs
+    if rows:
+        found = row_lengths(rows, pairs, shared_prompts)
+        lengths = [row.length for row in found]
     else:
-        limit = getattr(args, "block_size", None) or args.max_length
-        lengths = [len(row) for row in rows.get("input_ids", [])] or [limit]
+        lengths = [getattr(args, "block_size", None) or args.max_length]
     size = args.per_device_train_batch_size
     padded = [max(lengths[start : start + size]) for start in range(0, len(lengths), size)]
+    padded = fmean(lengths if shared_prompts else padded)
 
     # DeepSpeed
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
@@ -134,9 +135,11 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         attention=model.config._attn_implementation,
         masked=not hasattr(args, "block_size") or args.document_mask,
         pairs=pairs,
+        shared_prompts=shared_prompts,
+        **(shares(found) if shared_prompts and rows else {}),
         reference=reference,
         weighted=getattr(trainer, "weighted", False),
         zero_stage=zero.get("stage", 0) if plugin else None,
         offload_optimizer=optimizer_device != "none",
         offload_parameters=parameter_device != "none",
-    ), fmean(padded)
+    ), padded

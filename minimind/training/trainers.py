@@ -10,8 +10,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy, pad
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, Trainer
-from trl import DPOTrainer, SFTTrainer, pack_dataset
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl import SFTTrainer, pack_dataset
 
 from minimind.common.bounds import MOST
 from minimind.common.errors import UserError, decoration
@@ -285,35 +284,3 @@ class ChatSFTTrainer(ScheduledTrainer, ModelLossTrainer):
                 weights = batch["loss_weights"]
                 batch["loss_weights"] = weights * (num_items / total).to(weights.device)
         return batches, num_items
-
-
-class PreferenceCollator(DataCollatorForPreference):
-    """TRL's, except: of a reply in several messages only the assistant's count, not the results of
-    its tools."""
-
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().torch_call(examples)
-        masks = [example[f"{name}_mask"] for name in ("chosen", "rejected") for example in examples]
-        for row, (mask, example) in enumerate(zip(masks, examples * 2, strict=True)):
-            start = len(example["prompt_ids"])
-            batch["completion_mask"][row, start : start + len(mask)] = torch.as_tensor(mask)
-        return batch
-
-
-class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
-    """For rows of `load_preferences`. Identical to TRL's except: it takes token ids, where TRL
-    would tokenise texts and take control tokens in somebody's words for real ones."""
-
-    # TRL gathers the rewards of a micro-batch, of which every process needs as many
-    shares_last_rows = False
-
-    def __init__(self, *args, processing_class, **kwargs):
-        collator = PreferenceCollator(processing_class.pad_token_id)
-        super().__init__(*args, processing_class=processing_class, data_collator=collator, **kwargs)
-
-    def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
-        return dataset
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "chosen_mask", "rejected_mask"})

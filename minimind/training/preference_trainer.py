@@ -1,0 +1,258 @@
+"""The trainer of preference pairs: TRL's losses and metrics on rows in which prompts are shared,
+with reference log-probabilities that are computed once."""
+
+import time
+from functools import wraps
+from pathlib import Path
+from types import MethodType
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import xxhash
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from datasets import Dataset, concatenate_datasets
+from torch.nn.functional import embedding
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from minimind.common.cache import cache_directory, find, find_or_build
+from minimind.common.errors import is_local_main_process
+from minimind.common.language import say, translated
+from minimind.common.launch import is_main_process
+from minimind.data.packing import IGNORED
+from minimind.data.preference_batches import PreferenceCollator, repetitions, visible_tokens
+from minimind.model.kernels_minimind import PIECE, CrossEntropy
+from minimind.training.trainers import ScheduledTrainer
+
+FORMAT_VERSION = 1  # part of the key: raise it when the same input results in other numbers
+# What decides the reference log-probabilities, beside rows and weights
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+DECISIVE = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16")
+
+
+class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
+    """For rows of `load_preferences`. Identical to TRL's except:
+
+    It takes token ids, where TRL would tokenise texts and take control tokens in somebody's words
+    for real ones.
+
+    With `precompute_ref_log_probs` the pairs of a batch are packed into rows, and each has its
+    prompt once (see preference_batches.py): TRL computes losses and metrics from the same
+    log-probabilities. The reference's are kept in the cache, for all runs on these pairs from these
+    weights; TRL's are found again only where the rows come from a file, and by one process.
+    """
+
+    # TRL gathers the rewards of a micro-batch, of which every process needs as many
+    shares_last_rows = False
+
+    def __init__(self, *, model: PreTrainedModel, args, processing_class, **kwargs):
+        self.packs_pairs = False
+        collator = PreferenceCollator(
+            processing_class.pad_token_id,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            packed=args.precompute_ref_log_probs,
+            # Flash attention knows no such mask
+            share_prompts=model.config._attn_implementation == "sdpa",
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            data_collator=collator,
+            **kwargs,
+        )
+
+    def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """The rows with the reference log-probabilities of their replies, found or computed by all
+        processes together."""
+        if not self.packs_pairs:  # TRL's constructor calls this before the policy is wrapped
+            model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            add_packed_forward(model, self.use_weighting)
+            self.packs_pairs = True
+
+        key = {"version": FORMAT_VERSION, "rows": rows_hash(dataset)}
+        key["weights"] = self._precompute_model_hash
+        key |= {option: getattr(self.args, option) for option in DECISIVE}
+        shared = [key]
+        broadcast_object_list(
+            shared
+        )  # ZeRO-3 divides the weights, so each process has another hash
+        key = shared[0]
+        found = find("references", key)
+        if all(gather_object([found is not None])):
+            logps = np.load(found[0] / "log_probabilities.npy")
+        else:
+            logps = self._reference_log_probs(dataset, name, batch_size)
+
+            def write(directory: Path) -> dict:
+                np.save(directory / "log_probabilities.npy", logps)
+                return {"pairs": len(logps)}
+
+            if is_local_main_process():
+                find_or_build("references", key, write)
+        columns = {
+            f"ref_{kind}_logps": logps[:, i] for i, kind in enumerate(("chosen", "rejected"))
+        }
+        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+
+    def _reference_log_probs(self, dataset: Dataset, name: str, batch_size: int) -> np.ndarray:
+        """The reference log-probabilities of all rows, (rows, 2), each process computing its
+        share."""
+        began, world, rank = time.time(), self.args.world_size, self.args.process_index
+        if is_main_process():
+            say(
+                f"computing reference log-probabilities: {len(dataset):,} pairs of {name} (once;"
+                f" kept in {cache_directory('references')})"
+            )
+        model = self.ref_model or self.model
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            from trl.models import prepare_deepspeed  # loads DeepSpeed
+
+            self._precompute_engine = self._precompute_engine or prepare_deepspeed(
+                self.model, self.accelerator
+            )
+            model = self._precompute_engine
+        mine = range(rank, len(dataset), world)
+        # As many batches as the other processes: ZeRO-3 gathers the weights in each of them
+        mine = list(mine) + [0] * (-len(dataset) % world > 0 and rank >= len(dataset) % world)
+
+        training, results = self.model.training, []
+        self.model.eval()
+        title = translated("reference log-probabilities")
+        with tqdm(
+            total=len(mine), desc=title, unit="pair", disable=None if not rank else True
+        ) as bar:
+            for start in range(0, len(mine), batch_size):
+                rows = [dataset[index] for index in mine[start : start + batch_size]]
+                batch = self._prepare_inputs(self.data_collator(rows))
+                pair = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
+                results.append(pair.float().cpu().numpy())
+                bar.update(len(rows))
+        self.model.train(training)
+
+        logps = np.empty((len(dataset), 2), dtype=np.float32)
+        for index, share in enumerate(gather_object([np.concatenate(results)])):
+            rows = len(range(index, len(dataset), world))
+            logps[index::world] = share[:rows]
+        if is_main_process():
+            say(f"reference log-probabilities computed in {time.time() - began:.0f} s")
+        return logps
+
+
+def rows_hash(dataset: Dataset) -> str:
+    """A hash of the token ids and masks of all rows."""
+    digest = xxhash.xxh3_128()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for column in map(table.column, COLUMNS):
+            digest.update(pc.list_value_length(column).to_numpy().tobytes())
+            digest.update(pc.list_flatten(column).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+# The forward pass
+
+
+def add_packed_forward(model: PreTrainedModel, with_squares: bool = False) -> None:
+    """Let TRL's call of a model (`fused_lm_head=True`) compute on the packed rows of a batch.
+
+    It returns what TRL's head does, at the same places: log-probabilities (rows, S - 1) of the
+    labels, entropy, mean logit, whether the label is the most likely token; `with_squares` also
+    log(sum p^2). The head is applied only to the tokens that predict one of a reply, where TRL's
+    projects all tokens on devices without Triton. The load-balancing loss of experts counts a
+    shared token as often as TRL does: once for each sequence.
+    """
+    library_forward = model.forward
+
+    @wraps(type(model).forward)
+    def forward(
+        self,
+        *args,
+        fused_lm_head: bool = False,
+        packed_ids: torch.Tensor | None = None,
+        packed_positions: torch.Tensor | None = None,
+        packed_parts: torch.Tensor | None = None,
+        packed_states: torch.Tensor | None = None,
+        packed_targets: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        if not fused_lm_head or packed_ids is None:
+            return library_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+
+        # The packed rows
+        with_router = bool(kwargs.get("output_router_logits"))
+        shared = self.config._attn_implementation == "sdpa"
+        outputs = self.base_model(
+            input_ids=packed_ids,
+            position_ids=packed_positions,
+            attention_mask=visible_tokens(packed_parts) if shared else None,
+            use_cache=False,
+            output_router_logits=with_router,
+        )
+
+        # The head. embedding(i, x) is x[i], with a backward that is parallel on a CPU
+        states = embedding(packed_states, outputs.last_hidden_state.flatten(0, 1))
+        logits = self.get_output_embeddings()(states)
+        shape = kwargs["labels"].shape[0], kwargs["labels"].shape[1] - 1
+        labels = kwargs["labels"][:, 1:].flatten()[packed_targets]
+        log_probs = -CrossEntropy.apply(logits, labels, IGNORED)
+        measured = token_statistics(logits.detach(), labels, log_probs.detach(), with_squares)
+
+        # Each where TRL expects it
+        def placed(values: torch.Tensor) -> torch.Tensor:
+            empty = values.new_zeros(shape[0] * shape[1])
+            return empty.index_copy(0, packed_targets, values).view(shape)
+
+        auxiliary_loss = None
+        if with_router:
+            auxiliary_loss = load_balancing_loss_func(
+                outputs.router_logits,
+                self.config.num_experts,
+                self.config.num_experts_per_tok,
+                repetitions(packed_parts),
+            )
+        return FusedCausalLMOutput(
+            log_probs=placed(log_probs),
+            aux_loss=auxiliary_loss,
+            **{name: placed(values) for name, values in measured.items()},
+        )
+
+    model.forward = MethodType(forward, model)
+
+
+@torch.no_grad()
+def token_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, log_probs: torch.Tensor, with_squares: bool
+) -> dict[str, torch.Tensor]:
+    """What TRL logs of each prediction (logits (N, V), labels and their log-probabilities (N,)),
+    one cache-sized piece at a time."""
+    rows = max(1, PIECE[logits.device.type == "cpu"] // logits.shape[1])
+    log_sums = logits.gather(1, labels[:, None]).squeeze(1).float() - log_probs
+    found = {"entropy": [], "mean_logits": [], "is_top1": []}
+    if with_squares:
+        found["log_sum_sq_probs"] = []
+    for piece, label, log_sum in zip(
+        *(t.split(rows) for t in (logits, labels, log_sums)), strict=True
+    ):
+        values = piece.float()
+        mean = values.mean(dim=-1)
+        found["mean_logits"].append(mean)
+        found["is_top1"].append(values.argmax(dim=-1) == label)
+        values = values - log_sum[:, None]
+        probabilities = values.exp()
+        found["entropy"].append(-(probabilities * values).sum(dim=-1))
+        if with_squares:
+            found["log_sum_sq_probs"].append(probabilities.square_().sum(dim=-1).log())
+    return {name: torch.cat(values) for name, values in found.items()}
