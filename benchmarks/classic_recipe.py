@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a step")
     parser.add_argument("--block_size", type=int, default=512, help="tokens of a row")
     parser.add_argument("--num_proc", type=int, default=1, help="processes that prepare the data")
+    parser.add_argument("--bf16", choices=("true", "false"), help="default: where it is fast")
+    parser.add_argument("--save_steps", type=int, default=0, help="0: no checkpoints")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     set_seed(args.seed)
@@ -75,9 +77,10 @@ def main() -> None:
         warmup_steps=0.05,
         weight_decay=0.1,
         adam_beta2=0.95,
-        bf16=bf16_is_fast(),
+        bf16=args.bf16 == "true" if args.bf16 else bf16_is_fast(),
         use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
         report_to="none",
         seed=args.seed,
     )
