@@ -238,7 +238,8 @@ def run_stage(args: argparse.Namespace, stage: str, precision: str, directory: P
             words = command(setting)
             cwd = where / "trainer" if name == "minimind" else where
             programs.append(Program(name, words, cwd, environment=environment))
-            print(f"{stage} {precision} {name}: {programs[-1].startup:.0f} s to the first step")
+            startup = f"{programs[-1].startup:.0f} s to the first step"
+            print(f"{stage} {precision} {name}: {startup}", flush=True)
     except BaseException:
         for each in programs:
             each.stop()

@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,11 @@ class Program:
         """`directory` is the script's working directory, `processes` above 0 starts it by
         torchrun."""
         self.name, self.reports, self.memory = name, [], None
-        listener = Listener(tempfile.mktemp(prefix="turns-"))
+        address = tempfile.mktemp(prefix="turns-")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(address)
+        listener.listen(1)
+        listener.settimeout(1)
         launcher = [sys.executable]
         if processes:
             launcher += ["-m", "torch.distributed.run", "--nproc_per_node", processes]
@@ -58,29 +63,36 @@ class Program:
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         began = time.time()
         self.process = subprocess.Popen(
-            [str(word) for word in (*launcher, __file__, listener.address, *command)],
+            [str(word) for word in (*launcher, __file__, address, *command)],
             cwd=directory,
             env=os.environ | (environment or {}),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.connection = listener.accept()
-        listener.close()
+        with listener:
+            self.connection = self._accept(listener)
+        Path(address).unlink()
         first = self._receive()
         self.startup = first["ended"] - began
         self.probe = first["probe"]
+
+    def _accept(self, listener: socket.socket) -> Connection:
+        while self.process.poll() is None:
+            with suppress(TimeoutError):
+                return Connection(listener.accept()[0].detach())
+        raise self._failure()
 
     def _receive(self) -> dict:
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError):
-            self.process.wait()
-            self.log.seek(0)
-            end = self.log.read()[-3000:]
-            raise RuntimeError(
-                f"{self.name} has ended before its turns were over:\n{end}"
-            ) from None
+            raise self._failure() from None
+
+    def _failure(self) -> RuntimeError:
+        self.process.wait()
+        self.log.seek(0)
+        return RuntimeError(f"{self.name} has failed:\n{self.log.read()[-3000:]}")
 
     def turn(self) -> dict:
         """Run one micro-batch and return its report."""
