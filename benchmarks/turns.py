@@ -91,8 +91,9 @@ class Program:
 
     def _failure(self) -> RuntimeError:
         self.process.wait()
-        self.log.seek(0)
-        return RuntimeError(f"{self.name} has failed:\n{self.log.read()[-3000:]}")
+        with self.log as log:
+            log.seek(0)
+            return RuntimeError(f"{self.name} has failed:\n{log.read()[-3000:]}")
 
     def turn(self) -> dict:
         """Run one micro-batch and return its report."""
@@ -102,7 +103,7 @@ class Program:
 
     def stop(self) -> None:
         """Read the peak of memory and end the process, with all that it has started."""
-        with suppress(OSError, RuntimeError):  # it has ended already
+        with suppress(OSError, RuntimeError, ValueError):  # it has ended already
             self.connection.send("stop")
             self.memory = self._receive()["memory"]
         with suppress(ProcessLookupError):
