@@ -59,7 +59,8 @@ class Program:
         launcher = [sys.executable]
         if processes:
             launcher += ["-m", "torch.distributed.run", "--nproc_per_node", processes]
-            launcher += ["--master_port", 29500 + os.getpid() % 1000]
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                launcher += ["--master_port", free.getsockname()[1]]
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         began = time.time()
         self.process = subprocess.Popen(
