@@ -54,12 +54,12 @@ from minimind.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 # hidden size and layers; the rest is what minimind derives from them, which has no option there
 SIZES = {"1m": (128, 2), "5m": (256, 4), "26m": (512, 8)}
-LENGTH = 256  # tokens of a held-out document at most, the shortest row that anyone trains on
+LENGTH = 256  # tokens of a held-out document at most; the peers train on longer rows
 PROBE = 8  # steps
 OURS = {
     "optim": "muon",
-    "learning_rate": 5e-3,
-    "block_size": 256,
+    "learning_rate": 1e-2,
+    "block_size": 128,
     "per_device_train_batch_size": 8,
 }
 # The other options of ours leave out what the peers have not: evaluation, checkpoints, samples
