@@ -10,9 +10,10 @@ library's classic recipe, with the same model shape, tokenizer, text and cores.
 
 Every run is a process of its own with empty caches. Its seconds begin before python starts and end
 when it has saved its model, so they contain imports, the preparation of the data and compilation;
-weights are kept at some moments (timed_script.py) and evaluated after the run. Peers get as many
-steps as a short probe says fit into the budget, so that their learning rate has decayed at its end.
-minimind takes its steps from the size of its file: it gets the first rows of the same text.
+weights are kept at some moments (timed_script.py) and evaluated after the run. Ours gets the budget
+as --time_budget. Peers get as many steps as a short probe says fit into it, so that their learning
+rate has decayed at its end; minimind takes its steps from the size of its file, so it gets the
+first rows of the same text.
 
 Bits per byte are those of the same tokens of the same held-out documents for all, up to LENGTH
 tokens each. Every model reads the start of a document as in its training: after minimind's BOS, or
@@ -53,12 +54,12 @@ from minimind.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 # hidden size and layers; the rest is what minimind derives from them, which has no option there
 SIZES = {"1m": (128, 2), "5m": (256, 4), "26m": (512, 8)}
-LENGTH = 256  # tokens of a held-out document at most, the shortest row that anyone trains on
+LENGTH = 256  # tokens of a held-out document at most; the peers train on longer rows
 PROBE = 8  # steps
 OURS = {
     "optim": "muon",
-    "learning_rate": 5e-3,
-    "block_size": 256,
+    "learning_rate": 1e-2,
+    "block_size": 128,
     "per_device_train_batch_size": 8,
 }
 # The other options of ours leave out what the peers have not: evaluation, checkpoints, samples
@@ -94,7 +95,8 @@ def ours(run: Run) -> list:
     options = [word for name, value in OURS.items() for word in (f"--{name}", value)]
     command = [ROOT / "pretrain.py", "--train_files", run.text, "--model_config", run.shape]
     command += ["--tokenizer", run.args.tokenizer, "--output_dir", run.directory / "model"]
-    return [*command, *options, *QUIET, "--seed", run.seed, "--max_steps", run.steps]
+    length = ["--time_budget", f"{run.seconds}s"] if run.seconds else ["--max_steps", run.steps]
+    return [*command, *options, *QUIET, "--seed", run.seed, *length]
 
 
 def minimind(run: Run, batch_size: int, accumulation: int, learning_rate: float) -> list:
@@ -179,7 +181,7 @@ def main() -> None:
     peers = [each for each in PEERS if each.name in args.peers]
     plan = [(each, args.budget) for each in peers]
     plan += [(OUR_SYSTEM, share * args.budget) for share in args.shares]
-    pace = {each: probe(each, texts[0], args) for each in (*peers, OUR_SYSTEM)}
+    pace = {each: probe(each, texts[0], args) for each in peers}
     result = {
         "machine": machine_name(args.threads),
         "parameters": model.num_parameters(),
@@ -189,7 +191,8 @@ def main() -> None:
     }
     for seed, text in enumerate(texts):
         for system, budget in plan:
-            steps = max(2, int((budget - pace[system][0]) / pace[system][1]))
+            outside, step = pace.get(system, (0, budget))  # the clock ends ours
+            steps = max(2, int((budget - outside) / step))
             run = start(system, text, steps, seed, budget, args)
             run["curve"] = [
                 (
