@@ -12,8 +12,6 @@ Writes  a stage directory (--output_dir, default runs/sft) for train_dpo.py; wit
         adapter.
 """
 
-from transformers import set_seed
-
 from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
 from minimind.doctor import examine_run
@@ -30,7 +28,6 @@ from minimind.training.trainers import ChatSFTTrainer
 @reports_user_errors
 def main() -> None:
     data_args, chat_args, model_args, training_args = parse(*SFT.arguments)
-    set_seed(training_args.seed)
     spec = LORA if model_args.use_peft else SFT
     model, tokenizer, parent, rows = load_inputs(
         spec, training_args, data_args, model_args, chat_args

@@ -8,8 +8,6 @@ Reads   documents (jsonl with "text", txt, parquet, csv ...), joined with EOS, p
 Writes  a stage directory (--output_dir, default runs/pretrain) for finetune_sft.py.
 """
 
-from transformers import set_seed
-
 from minimind.common.errors import reports_user_errors
 from minimind.doctor import examine_run
 from minimind.evaluation import language_model_metrics
@@ -23,7 +21,6 @@ from minimind.training.trainers import BlockTrainer
 @reports_user_errors
 def main() -> None:
     data_args, model_args, training_args = parse(*PRETRAIN.arguments)
-    set_seed(training_args.seed)
     model, tokenizer, parent, blocks = load_inputs(PRETRAIN, training_args, data_args, model_args)
 
     stage = Stage(PRETRAIN, training_args, blocks, model, tokenizer, parent, options=[model_args])

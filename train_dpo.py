@@ -10,8 +10,6 @@ Reads   preference pairs (prompt/chosen/rejected in the usual formats) and a sta
 Writes  a stage directory (--output_dir, default runs/dpo); with --use_peft an adapter.
 """
 
-from transformers import set_seed
-
 from minimind.common.errors import decoration, reports_user_errors
 from minimind.common.launch import is_main_process
 from minimind.doctor import examine_run
@@ -28,7 +26,6 @@ from minimind.training.tracking import start_tracking
 @reports_user_errors
 def main() -> None:
     data_args, chat_args, model_args, training_args = parse(*DPO.arguments)
-    set_seed(training_args.seed)
     model, tokenizer, parent, rows = load_inputs(
         DPO, training_args, data_args, model_args, chat_args
     )

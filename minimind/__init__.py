@@ -3,6 +3,8 @@
 The import takes milliseconds: torch and transformers are loaded with the model, on the first use of
 a class of it, here or through transformers' Auto classes. These know the model as they know
 transformers' own: by the name of its configuration class, which they look up on first use.
+
+Settings of the process that must come before torch are made too, see `minimind.common.process`.
 """
 
 import importlib
@@ -10,6 +12,8 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING
+
+from minimind.common.process import prepare_process
 
 if TYPE_CHECKING:
     from minimind.model import (
@@ -27,6 +31,8 @@ __all__ = [
 ]
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+
+prepare_process()
 
 
 def __getattr__(name: str):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from minimind.data.chat_arguments import ChatArguments
 from minimind.data.chats import load_conversations, load_preferences
@@ -127,11 +127,13 @@ STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO)}
 
 
 def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args=None) -> Inputs:
-    """The model, the tokenizer and the rows that the arguments of a stage describe.
+    """The model, the tokenizer and the rows that the arguments of a stage describe, from its seed
+    on.
 
     Raises:
         UserError: a file is missing or wrong, or the options do not fit the model.
     """
+    set_seed(training_args.seed)
     model, tokenizer, parent = load_start(spec, model_args)
     check_length(spec.length_option, getattr(training_args, spec.length_option), model.config)
     rows = load_rows(spec, data_args, tokenizer, training_args, chat_args)

@@ -54,13 +54,6 @@ elif ! active_environment_serves; then
     source .venv/bin/activate
 fi
 export TOKENIZERS_PARALLELISM=true
-# By default OpenMP's threads spin long while they wait, and a run on CPU gets several times slower as soon as anything
-# else uses the cores. Spinning briefly costs nothing on idle ones.
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
-# By default glibc gives large buffers back to the system, which hands them out again zeroed page by page: a step on CPU
-# frees and takes the same ones each time (benchmarks/model_step.py, with and without these two).
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 
 # launch SCRIPT ARGS...: under DeepSpeed with NPROC processes (default: the GPUs, else 1), or plain python without it.
 launch() {

@@ -21,6 +21,7 @@ def two_cores(monkeypatch):
     """A machine with two cores, bf16 and no other process, where torch takes both cores."""
     monkeypatch.setattr(slowness.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(slowness.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(slowness.psutil, "cpu_count", lambda logical: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(slowness, "bf16_is_fast", lambda device: True)
     monkeypatch.setattr(slowness, "busiest", lambda: " (most of it: chrome, pid 7)")
@@ -69,6 +70,12 @@ def test_threads_that_do_not_fit_the_cores_are_named(
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert seen_reasons(QUIET, LATER, "cpu", "fp32") == [reason]
+
+
+def test_a_thread_for_each_physical_core_fits(monkeypatch):
+    monkeypatch.setattr(slowness.psutil, "cpu_count", lambda logical: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert seen_reasons(QUIET, LATER, "cpu", "fp32") == []
 
 
 def test_the_busiest_process_beside_this_run_is_found(monkeypatch):

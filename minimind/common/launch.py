@@ -30,7 +30,8 @@ def prepare_launch(uses_deepspeed: bool) -> None:
         # several times slower.
         local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
         if "OMP_NUM_THREADS" not in environment:
-            threads = max(1, (os.cpu_count() or 1) // local_size)
+            # torch counts physical cores, and only those that this process may use
+            threads = max(1, torch.get_num_threads() // local_size)
             environment["OMP_NUM_THREADS"] = str(threads)
             torch.set_num_threads(threads)
         # Without it DeepSpeed looks for accelerators and warns if there is none.

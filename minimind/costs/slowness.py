@@ -95,7 +95,9 @@ def seen_reasons(before: Usage, after: Usage, device: str, precision: str) -> li
     # Threads that do not fit the cores, if nothing else explains it
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     threads = torch.get_num_threads() * processes
-    if device == "cpu" and threads != cores and not reasons:
+    physical = min(cores, psutil.cpu_count(logical=False) or cores)  # see `prepare_launch`
+    fits = physical - processes < threads <= cores  # a remainder of the division stays idle
+    if device == "cpu" and not fits and not reasons:
         advice = f"set OMP_NUM_THREADS={cores // processes or 1}"
         if limit := os.environ.get("OMP_NUM_THREADS"):
             advice = f"leave out OMP_NUM_THREADS={limit}"
