@@ -223,7 +223,7 @@ class ModelLossTrainer(SFTTrainer):
     nothing trained it needs no logits.
 
     TRL projects through the head in tiles and in Python, which saves memory at vocabularies of
-    100,000 and more; at 6,400 on a CPU it costs most of a step (benchmarks/sft_packing.py). The
+    100,000 and more; at 6,400 on a CPU it costs most of a step (benchmarks/throughput.py). The
     price: entropy and token accuracy are not logged.
     """
 
