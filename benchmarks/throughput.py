@@ -336,6 +336,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"))
     parser.add_argument("--size", help="of configs/model; default: 26m, with --quick tiny")
     parser.add_argument("--batch_size", type=int, default=8, help="rows or pairs of a micro-batch")
+    parser.add_argument("--length", type=int, help=f"of rows; default: {LENGTH}")
     parser.add_argument("--rounds", type=int, help="default: 7, with --quick 3")
     parser.add_argument("--ours", default="", help="more options of pretrain.py, as one word")
     parser.add_argument("--quick", action="store_true", help="a small model, few rows and rounds")
@@ -345,10 +346,14 @@ def main() -> None:
     args.rounds = args.rounds or (3 if args.quick else 7)
     args.save_steps = max(2, args.rounds // 2)  # so that some turns hold a checkpoint
     args.config = read_size(args.size)
-    args.length = QUICK_LENGTH if args.quick else LENGTH
-    # Precomputing the reference of all pairs takes minutes
-    few = {"pretrain": 4000, "sft": 1000, "dpo": 200}
-    args.documents = few if args.quick else {"pretrain": None, "sft": None, "dpo": 400}
+    if args.length:
+        args.length = dict.fromkeys(LENGTH, args.length)
+    else:
+        args.length = QUICK_LENGTH if args.quick else LENGTH
+    # As many pairs as are trained: precomputing the reference of all takes minutes
+    pairs = (args.rounds + 3) * args.batch_size
+    few = {"pretrain": 4000, "sft": 1000, "dpo": pairs}
+    args.documents = few if args.quick else {"pretrain": None, "sft": None, "dpo": pairs}
     fast = bf16_is_fast()
     precisions = args.precisions or (["bf16", "fp32"] if fast else ["fp32"])
     if args.quick and not args.precisions:

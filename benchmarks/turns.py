@@ -275,12 +275,20 @@ def start_of_memory() -> Any:
 def take_turns(programs: list[Program], rounds: int, between: Callable[[], None]) -> None:
     """One turn of each program to warm up, then `rounds` of each, in turn; ends them all.
 
-    `between` is called before each round.
+    `between` is called before each round. A program that fails in its warm-up (too little memory,
+    say) is reported and left out of the list; the first one may not fail.
     """
     try:
-        for each in programs:
-            each.turn()
-            each.reports.clear()
+        for each in list(programs):
+            try:
+                each.turn()
+                each.reports.clear()
+            except (OSError, EOFError, RuntimeError) as error:
+                if each is programs[0]:
+                    raise
+                programs.remove(each)
+                each.stop()
+                print(f"{each.name} ended in its second step: {str(error)[-300:] or 'killed'}")
         for _ in range(rounds):
             between()
             for each in programs:

@@ -19,6 +19,7 @@ from minimind.common.language import say
 
 LOOPBACK = ("127.0.0.1", "localhost")
 EXISTING_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torch then connects to a store and opens none
+SHARED_MEMORY = Path("/dev/shm")
 STORES: list = []  # they listen as long as the process lives
 
 
@@ -166,6 +167,19 @@ def bf16_is_fast(device: str | None = None) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def release_shared_buffers() -> None:
+    """Remove the names of the buffers through which DeepSpeed's processes communicate on a CPU.
+
+    DeepSpeed 0.19 never does: 69 MB of memory would stay in use for each process of each run, until
+    the machine restarts. All processes have opened them when this is called, and can use them until
+    they end.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_*"
+    for buffer in SHARED_MEMORY.glob(name):
+        buffer.unlink(missing_ok=True)
 
 
 def leave_process_group(trainer) -> None:

@@ -26,7 +26,11 @@ from transformers.trainer_utils import align_special_tokens
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import sync_files, write_json
 from minimind.common.language import say, translated
-from minimind.common.launch import is_main_process, leave_process_group
+from minimind.common.launch import (
+    is_main_process,
+    leave_process_group,
+    release_shared_buffers,
+)
 from minimind.common.streams import keep_output_writable
 from minimind.costs.parameters import active_parameters
 from minimind.costs.units import amount, duration
@@ -135,6 +139,8 @@ class Stage:
             self.spec.family, args, self.data, self.model, self.tokenizer, parent, self.options
         )
         check_same_data(self.definition["data"])
+        if args.deepspeed:
+            release_shared_buffers()
         pipeline = f"{output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run, self.changes = begin(args, self.definition, pipeline)
         args.eval_on_start = self.data.eval is not None and args.resume_from_checkpoint is None
