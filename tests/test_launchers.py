@@ -20,7 +20,7 @@ from pipeline import (
     write_model,
 )
 
-from minimind.common import launch
+from minimind.common.launch import release_shared_buffers
 from minimind.stage_directory import read_stage
 
 ROOT = Path(__file__).parent.parent
@@ -173,14 +173,14 @@ def test_pretraining_under_deepspeed_with_two_processes_uses_its_engine(pretrain
 def test_the_shared_buffers_of_a_run_lose_their_names_and_those_of_others_keep_them(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(launch, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("minimind.common.launch.SHARED_MEMORY", tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     own, other = (f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{p}" for p in (29500, 29501))
     for name in (own, other):
         for rank in (0, 1):
             (tmp_path / f"{name}_{rank}").touch()
-    launch.release_shared_buffers()
+    release_shared_buffers()
     assert {path.name for path in tmp_path.iterdir()} == {f"{other}_0", f"{other}_1"}
 
 
