@@ -227,7 +227,7 @@ def run_stage(args: argparse.Namespace, stage: str, precision: str, directory: P
     programs: list[Program] = []
     try:
         for number, (name, command) in enumerate(STAGES[stage].items()):
-            if name == "minimind" and not args.minimind:
+            if name in args.without or (name == "minimind" and not args.minimind):
                 continue
             where = directory / f"{stage}-{precision}-{number}"
             where.mkdir()
@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("--pairs", default="dpo_zh_derived.jsonl")
     parser.add_argument("--minimind", type=Path, help="a clone of minimind")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--without", nargs="+", default=[], help="names of rows to leave out")
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"))
     parser.add_argument("--size", help="of configs/model; default: 26m, with --quick tiny")
     parser.add_argument("--batch_size", type=int, default=8, help="rows or pairs of a micro-batch")

@@ -202,6 +202,8 @@ class Turns:
         training_step = Trainer.training_step
 
         def take_turns(trainer, model, inputs, *args, **kwargs):
+            if "_save_checkpoint" not in vars(trainer):  # with what its own class adds
+                trainer._save_checkpoint = self.timed("saving", trainer._save_checkpoint)
             self.begin(count(trainer, inputs), trainer)
             began = time.perf_counter()
             self.facts["loss"] = loss = training_step(trainer, model, inputs, *args, **kwargs)
@@ -211,7 +213,6 @@ class Turns:
             return loss
 
         Trainer.training_step = take_turns
-        Trainer._save_checkpoint = self.timed("saving", Trainer._save_checkpoint)
         Accelerator.backward = self.timed("backward", Accelerator.backward)
         AcceleratedOptimizer.step = self.timed("optimizer", AcceleratedOptimizer.step)
 
