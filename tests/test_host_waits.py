@@ -93,9 +93,9 @@ def attention_as_elsewhere(monkeypatch):
 QUIET = {"logging_steps": 100, "logging_first_step": False}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_reads_nothing_from_the_device(make_trainer, accumulation):
-    assert reads_of(make_trainer(gradient_accumulation_steps=accumulation, **QUIET)) == []
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"optim": "muon"}])
+def test_a_step_reads_nothing_from_the_device(make_trainer, options):
+    assert reads_of(make_trainer(**options, **QUIET)) == []
 
 
 def test_a_step_of_a_mixture_of_experts_reads_nothing(config, tokenizer, tmp_path):
