@@ -24,6 +24,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_a_report_counts_the_tokens_of_its_micro_batch(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TRAINER)
@@ -37,6 +38,7 @@ def test_a_report_counts_the_tokens_of_its_micro_batch(tmp_path):
     assert program.startup > 0 and program.process.poll() is not None
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_ends_the_benchmark_with_its_last_lines(tmp_path):
     script = tmp_path / "trainer" / "train_nothing.py"  # without the libraries, which take seconds
     script.parent.mkdir()

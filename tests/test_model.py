@@ -206,6 +206,7 @@ def test_a_smaller_model_drafts_for_a_larger_one_without_changing_its_tokens():
 
 
 # Torch 2.13, of its own compiler
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])

@@ -316,6 +316,7 @@ def test_a_resumed_run_is_the_undisturbed_one_and_a_longer_budget_extends_it(pre
 # Several processes
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_processes_with_different_clocks_agree(tmp_path):
     """Under DeepSpeed where it is installed, else plain."""
