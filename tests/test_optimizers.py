@@ -16,9 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from minimind.training import optimizers
 from minimind.training.optimizers import (
-    CONSTANT,
     POLAR_EXPRESS,
-    TERMS,
     MuonWithAdamW,
     build_optimizer,
     check_optimizer,
@@ -126,9 +124,9 @@ def test_a_step_is_nearly_that_of_torchs_muon(monkeypatch, fast, decay):
         assert 1 < ours_move.norm() / theirs_move.norm() < 1.3
 
 
-@pytest.mark.parametrize("method", ["cpu", "cpu with bf16", "fp32", "bf16"])
-def test_singular_values_become_1_within_the_tolerance_of_the_method(monkeypatch, method):
-    bf16(monkeypatch, method == "cpu with bf16")
+@pytest.mark.parametrize("fast", [True, False])
+def test_singular_values_become_1_within_the_tolerance_of_the_method(monkeypatch, fast):
+    bf16(monkeypatch, fast)
     draw = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(144, 144, generator=draw))[0]
     right = torch.linalg.qr(torch.randn(160, 144, generator=draw))[0]
@@ -136,37 +134,23 @@ def test_singular_values_become_1_within_the_tolerance_of_the_method(monkeypatch
     values /= values.norm()
     assert 0.003 < values.min() < 0.004
     matrix = left * values @ right.T
-    if "cpu" in method:
-        result = orthogonalized(torch.stack([matrix, 1e3 * matrix, 0 * matrix])).float()
-        assert not result[2].any()
-        tolerance = 0.15
-    else:
-        x = matrix[None].to({"fp32": torch.float32, "bf16": torch.bfloat16}[method])
-        result, tolerance = optimizers.by_polynomials(x).float(), 0.23
+    result = orthogonalized(torch.stack([matrix, 1e3 * matrix, 0 * matrix])).float()
+    assert not result[2].any()
     for each in result[:2]:
         found = torch.linalg.svdvals(each)
-        assert 1 - tolerance < found.min() < found.max() < 1 + tolerance
+        assert 0.77 < found.min() < found.max() < 1.23
         assert (torch.cosine_similarity(each, left @ right.T, dim=1) > 0.98).all()
 
 
-def test_the_rational_function_is_the_best_of_its_degree():
-    """Chebyshev: its error takes the largest value with alternating signs at as many places as it
-    has coefficients, and one more."""
-    x = np.geomspace(0.003, 1, 200_001)
-    value = x * (CONSTANT + sum(weight / (x * x + shift) for weight, shift in TERMS))
-    error = value - 1
-    inner = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
-    extremes = error[[0, *inner, -1]]
-    assert len(extremes) == 5 + 1
-    np.testing.assert_allclose(extremes * (-1.0) ** np.arange(6), extremes[0], rtol=1e-4)
-
-
-@pytest.mark.parametrize("size", [5, 66, 128, 192])
-def test_the_inverse_by_blocks_is_the_inverse(size):
-    draw = torch.randn(3, size, 2 * size, generator=torch.Generator().manual_seed(0))
-    matrices = draw @ draw.mT / size
-    expected = torch.linalg.inv(matrices.double()).float()
-    torch.testing.assert_close(optimizers.inverse(matrices), expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_a_matrix_of_low_rank_keeps_singular_values_of_1_at_most(monkeypatch, fast, rank):
+    """As the gradients of a small corpus are; nothing may be blown up from rounding."""
+    bf16(monkeypatch, fast)
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(256, rank, generator=draw) @ torch.randn(rank, 704, generator=draw)
+    found = torch.linalg.svdvals(orthogonalized(matrix[None])[0].float())
+    assert found.max() < 1.25
 
 
 def best_quintic(low, high):

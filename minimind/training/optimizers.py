@@ -31,62 +31,20 @@ POLAR_EXPRESS = (
 )
 
 
-# Zolotarev's rational function x (m + a / (x^2 + p) + b / (x^2 + q)): of its degree the one nearest
-# to 1 on [0.003, 1] (Nakatsukasa and Freund, 2016, SIAM Review 58(3), equation 3.4).
-CONSTANT, TERMS = 0.9123148, ((0.01219064, 3.5636322e-5), (0.20721783, 0.012726404))
-BLOCK = 64  # rows of a matrix that LAPACK inverts; larger ones are faster as products of blocks
-
-
 def orthogonalized(matrices: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows of each of `matrices` (N, A, B), A <= B, nearly.
 
-    Its singular values are within 0.13 (on a CPU) or 0.22 of 1, if they were at least 0.003 of the
-    matrix's norm. Only products are fast on a GPU: there it is a polynomial, in bf16 where the
-    device has it, and the result is too. On a CPU a rational function in fp32 takes a third of the
-    time (benchmarks/optimizer_step.py).
+    Its singular values are within 0.22 of 1, if they were at least 0.003 of the matrix's norm. The
+    products, and the result, are in bf16 where the device is fast in it, else in fp32.
     """
     dtype = torch.bfloat16 if bf16_is_fast(matrices.device.type) else torch.float32
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = matrices / (1.01 * norm).clamp(min=1e-7)
-    if matrices.device.type == "cpu":
-        return inverse_root(x @ x.mT).to(dtype) @ x.to(dtype)
-    return by_polynomials(x.to(dtype))
-
-
-def by_polynomials(x: Tensor) -> Tensor:
-    """Matrices (N, A, B) of norm 1 at most, orthogonalised in their own precision."""
+    x = (matrices / (1.01 * norm).clamp(min=1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, factor, x, beta=a)
     return x
-
-
-def inverse_root(gram: Tensor) -> Tensor:
-    """gram (N, A, A) to the power -1/2, nearly."""
-    factor = torch.zeros_like(gram)
-    factor.diagonal(dim1=1, dim2=2).fill_(CONSTANT)
-    for weight, shift in TERMS:
-        shifted = gram.clone()
-        shifted.diagonal(dim1=1, dim2=2).add_(shift)
-        factor.add_(inverse(shifted), alpha=weight)
-    return factor
-
-
-def inverse(matrices: Tensor) -> Tensor:
-    """The inverse of symmetric positive definite matrices (N, A, A), by blocks [[s, t], [t^T, u]]
-    as long as they can be halved."""
-    size = matrices.shape[-1]
-    if size <= BLOCK or size % 2:
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices)[0])
-    half = size // 2
-    s, t, u = matrices[:, :half, :half], matrices[:, :half, half:], matrices[:, half:, half:]
-    s = inverse(s)
-    st = s @ t
-    u = inverse(torch.baddbmm(u, t.mT, st, alpha=-1))  # of Schur's complement
-    corner = st @ u
-    rows = torch.cat([torch.baddbmm(s, corner, st.mT), -corner], dim=2)
-    return torch.cat([rows, torch.cat([-corner.mT, u], dim=2)], dim=1)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
