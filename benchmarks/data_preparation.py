@@ -2,24 +2,19 @@
 ids.
 
     python benchmarks/data_preparation.py corpus.jsonl [--tokenizer DIR] [--rounds 3]
-    python benchmarks/data_preparation.py corpus.jsonl --memory
     python benchmarks/data_preparation.py --unicode
 
 The classic recipe is `datasets.map` to tokenise, then `map` with a Python function that groups; its
-reading of the files is not counted, ours is. `--memory` prepares the corpus once and ten times
-over, each in a process of its own; `--unicode` compares the ids of both engines for every character
-there is, at the places where a pattern may split.
+reading of the files is not counted, ours is. `--unicode` compares the ids of both engines for every
+character there is, at the places where a pattern may split. Memory against the size of the corpus:
+benchmarks/scaling.py.
 """
 
 import argparse
-import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from side_by_side import device_name, side_by_side
@@ -123,21 +118,6 @@ def speed(files: list[str], tokenizer, rounds: int) -> None:
         sys.exit(1)
 
 
-def memory(files: list[str], tokenizer_path: str | None) -> None:
-    """Print the peak memory of preparing the corpus once and ten times over."""
-    with tempfile.TemporaryDirectory() as directory:
-        for times in (1, 10):
-            path = Path(directory) / f"{times}.jsonl"
-            with path.open("w", encoding="utf-8") as out:
-                for copy in range(times):
-                    for text in read_documents(files):
-                        out.write(json.dumps({"text": f"{copy} {text}"}, ensure_ascii=False) + "\n")
-            command = [sys.executable, __file__, str(path), "--once"]
-            subprocess.run(
-                command + (["--tokenizer", tokenizer_path] if tokenizer_path else []), check=True
-            )
-
-
 def unicode(tokenizer) -> None:
     """Print for how many of all characters the engines differ."""
     encoder = text_encoder(tokenizer)
@@ -160,30 +140,13 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="files of documents")
     parser.add_argument("--tokenizer", help="directory of a tokenizer; default: ours")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
     parser.add_argument(
         "--unicode", action="store_true", help="compare the engines on every character instead"
     )
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or DEFAULT_TOKENIZER)
-    if args.once:
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["MINIMIND_CACHE"] = cache
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            facts = load_blocks(DataArguments(train_files=args.files), tokenizer, BLOCK_SIZE).facts[
-                "train"
-            ]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        size = Path(args.files[0]).stat().st_size / 1e6
-        print(
-            f"  {size:7.1f} MB, {facts['tokens']:,} tokens: peak {peak / 1024:.0f} MB, start"
-            f" {before / 1024:.0f} MB"
-        )
-    elif args.unicode:
+    if args.unicode:
         unicode(tokenizer)
-    elif args.memory:
-        memory(args.files, args.tokenizer)
     else:
         speed(args.files, tokenizer, args.rounds)
 

@@ -92,7 +92,7 @@ def read_throughput(output: str, directory: Path) -> list[Line]:
 
 
 def read_printed(output: str, directory: Path) -> list[Line]:
-    """The lines "name: value" of step_parts.py."""
+    """The lines "name: value" of step_parts.py and optimizer_step.py."""
     found = re.findall(r"^((?:step|attention|head and loss), .*?): (.*)", output, re.MULTILINE)
     return [Line(*pair) for pair in found]
 
@@ -108,6 +108,8 @@ THROUGHPUT += " --chats sft.jsonl --pairs dpo.jsonl --json {}/result.json"
 THROUGHPUT += " --quick" if QUICK else " --precisions bf16 --batch_size 32 --rounds 10"
 KERNELS = f"benchmarks/step_parts.py --batch_size {BATCH} --length {LENGTH}"
 KERNELS += " --rounds 2 --size tiny" if QUICK else ""
+OPTIMIZERS = f"benchmarks/optimizer_step.py --batch_size {BATCH} --length {LENGTH}"
+OPTIMIZERS += " --quick" if QUICK else " --sizes 26m 104m"
 PARTS = {
     "104m": pretraining("104m", 0.5),
     "26m": pretraining("26m", 0.4),
@@ -115,9 +117,9 @@ PARTS = {
     "26m compiled": pretraining("26m", 0.4, COMPILE, 100),
     "sft": Part(f"{THROUGHPUT} --stages sft", read_throughput, 80),
     "dpo": Part(f"{THROUGHPUT} --stages dpo", read_throughput, 90),
-    "optimizers": Part(f"{KERNELS} --parts optimizers", read_printed, 45),
+    "optimizers": Part(OPTIMIZERS, read_printed, 45),
     "tests": Part("-m pytest -q tests/test_gpu.py", read_tests, 100),
-    "kernels": Part(f"{KERNELS} --parts loss attention", read_printed, 90),
+    "kernels": Part(KERNELS, read_printed, 90),
     "64m": pretraining("64m"),
     "198m-moe": pretraining("198m-moe"),
 }

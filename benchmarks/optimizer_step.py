@@ -1,6 +1,7 @@
 """Time of an optimizer step, and its share of a training step: AdamW, torch's Muon, ours.
 
     python benchmarks/optimizer_step.py [--quick] [--bf16 true|false] [--json FILE]
+    python benchmarks/optimizer_step.py --sizes 104m --batch_size 64 --length 512
 
 On a processor that stands for an older one:
 
@@ -14,14 +15,11 @@ from pathlib import Path
 
 import torch
 from side_by_side import DEVICE, device_name, seconds
+from twins import read_size
 
 from minimind.common.launch import bf16_is_fast
-from minimind.model import MiniMindConfig, MiniMindForCausalLM
-from minimind.training.model_arguments import load_model_config_file
+from minimind.model import MiniMindForCausalLM
 from minimind.training.optimizers import MuonWithAdamW, orthogonalized
-
-MODELS = Path(__file__).parent.parent / "configs" / "model"
-VOCABULARY, ROWS, LENGTH = 6400, 8, 256  # 2,048 tokens a step
 
 
 class TorchMuon:
@@ -45,14 +43,14 @@ class TorchMuon:
         self.adamw.step()
 
 
-def measure(name: str, bf16: bool, rounds: int) -> dict:
+def measure(name: str, shape: tuple[int, int], bf16: bool, rounds: int) -> dict:
     """Milliseconds of forward and backward pass and of each optimizer, in turn."""
-    config = load_model_config_file(MODELS / f"{name}.json")
-    model = MiniMindForCausalLM(MiniMindConfig(**config, vocab_size=VOCABULARY)).to(DEVICE)
+    config = read_size(name)
+    model = MiniMindForCausalLM(config).to(DEVICE)
     named = dict(model.named_parameters())
     matrices = [p for key, p in named.items() if p.ndim > 1 and "_proj" in key]
     others = [p for key, p in named.items() if not (p.ndim > 1 and "_proj" in key)]
-    ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), device=DEVICE)
+    ids = torch.randint(3, config.vocab_size, shape, device=DEVICE)
 
     def passes():
         model.zero_grad()
@@ -80,7 +78,8 @@ def measure(name: str, bf16: bool, rounds: int) -> dict:
         share = None if key == "forward and backward" else middle / (middle + passes_ms)
         rows[key] = {"ms": middle, "min": min(own), "max": max(own), "share": share}
         shown = "" if share is None else f"{share:7.1%} of a step"
-        print(f"{name:5} {key:22} {middle:8.1f} ms ({min(own):.1f} to {max(own):.1f}){shown}")
+        title = f"step, {name}, {key}:"
+        print(f"{title:34} {middle:8.1f} ms ({min(own):.1f} to {max(own):.1f}){shown}")
     return rows
 
 
@@ -111,13 +110,18 @@ def orthogonality() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the tiny model alone, fewer rounds")
+    parser.add_argument("--sizes", nargs="+", help="of configs/model; default: tiny 26m")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--bf16", choices=("true", "false"), help="default: where it is fast")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bf16 = bf16_is_fast(DEVICE) if options.bf16 is None else options.bf16 == "true"
-    print(f"{device_name()}, {'bf16' if bf16 else 'fp32'}, {ROWS * LENGTH:,} tokens a step")
-    names, rounds = (["tiny"], 5) if options.quick else (["tiny", "26m"], 11)
-    rows = {name: measure(name, bf16, rounds) for name in names}
+    shape = options.batch_size, options.length
+    tokens = options.batch_size * options.length
+    print(f"{device_name()}, {'bf16' if bf16 else 'fp32'}, {tokens:,} tokens a step")
+    names, rounds = (["tiny"], 5) if options.quick else (options.sizes or ["tiny", "26m"], 11)
+    rows = {name: measure(name, shape, bf16, rounds) for name in names}
     result = {"device": device_name(), "bf16": bf16, "rows": rows, "values": orthogonality()}
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))

@@ -22,13 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from side_by_side import DEVICE, device_name
-from turns import Program, take_turns
+from turns import Program, start_all, take_turns
 from twins import read_size
 
 from minimind import MiniMindForCausalLM
@@ -83,23 +84,21 @@ def run_axis(axis: str, values: tuple, args: argparse.Namespace, directory: Path
     """Measure pretrain.py at each value; a row of the table for each."""
     precision = "bf16" if bf16_is_fast() else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    programs, shapes, peaks = [], [], []
-    try:
+    shapes, peaks = [], []
+
+    def programs_of_axis() -> Iterator[Program]:
         for value in values:
             where = directory / f"{axis}-{value}"
             where.mkdir()
             words, shape = command(axis, value, args, where)
+            shapes.append(shape)
             environment = {"MINIMIND_CACHE": str(directory / "cache")}
             if axis == "processes":
-                threads = max(1, (os.cpu_count() or 1) // value)
-                environment["OMP_NUM_THREADS"] = str(threads)
+                environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // value))
             processes = value if axis == "processes" else 0
-            programs.append(Program(f"{axis} {value}", words, where, processes, environment))
-            shapes.append(shape)
-    except BaseException:
-        for each in programs:
-            each.stop()
-        raise
+            yield Program(f"{axis} {value}", words, where, processes, environment)
+
+    programs = start_all(programs_of_axis())
     take_turns(programs, args.rounds, lambda: peaks.append(matmul_peak(DEVICE, dtype)))
 
     rows = []

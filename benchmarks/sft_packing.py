@@ -14,24 +14,22 @@ trainer.
 import argparse
 import statistics
 import warnings
-from pathlib import Path
 
 import torch
 from side_by_side import DEVICE, device_name, seconds
 from trl import SFTConfig, pack_dataset
+from twins import read_size
 
 from minimind import MiniMindForCausalLM
+from minimind.common.errors import reports_user_errors
 from minimind.common.launch import bf16_is_fast
 from minimind.data.chats import load_conversations
-from minimind.model import MiniMindConfig
 from minimind.tokenizer import load_tokenizer
 from minimind.training.data_arguments import DataArguments
-from minimind.training.model_arguments import load_model_config_file
 from minimind.training.trainers import ChatSFTTrainer
 
-MODELS = Path(__file__).parent.parent / "configs" / "model"
 
-
+@reports_user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", help="conversations in any format")
@@ -51,11 +49,8 @@ def main() -> None:
     data_args = DataArguments(train_files=args.files, eval_ratio=0.0, on_bad_rows="skip")
     rows = load_conversations(data_args, tokenizer, args.length).train.shuffle(seed=0)
     rows = rows.select(range(min(args.conversations, len(rows))))
-    config = MiniMindConfig(
-        vocab_size=len(tokenizer), **load_model_config_file(MODELS / f"{args.size}.json")
-    )
     trainer = ChatSFTTrainer(
-        model=MiniMindForCausalLM(config),
+        model=MiniMindForCausalLM(read_size(args.size)),
         args=SFTConfig(
             output_dir="runs/benchmark",
             max_length=args.length,

@@ -1,11 +1,10 @@
-"""Alternatives within a training step: attention kernels, ways to the loss, optimizers.
+"""Alternatives within a training step: attention kernels, and ways to the loss.
 
-    python benchmarks/step_parts.py [--size 26m] [--parts attention loss optimizers]
+    python benchmarks/step_parts.py [--size 26m] [--parts attention loss]
 
 Attention is compared on plain rows, and on rows of four documents that cannot see each other, in
 bf16 weights, forward and backward. The loss is that of the head's logits, with the gradients of
-states and weight. An optimizer's share is that of a step with it in which it is not forward and
-backward. MFU is that of the step without trainer and data.
+states and weight.
 """
 
 import argparse
@@ -18,21 +17,12 @@ from transformers.utils import is_flash_attn_2_available
 from twins import read_size
 
 from minimind import MiniMindForCausalLM
-from minimind.costs.flops import flops
-from minimind.costs.step import Step
-from minimind.costs.this_machine import this_device
 from minimind.model.kernels_minimind import causal_lm_loss
-from minimind.training.arguments import PretrainConfig
-from minimind.training.optimizers import build_optimizer
 
 
-def step(model, ids, optimizer=None, precision="bf16", **inputs) -> None:
-    """Forward, backward and, if there is one, the optimizer's step."""
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
-        loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
-    loss.backward()
-    if optimizer:
-        optimizer.step()
+def step(model, ids, **inputs) -> None:
+    """Forward and backward."""
+    model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
     model.zero_grad()
 
 
@@ -79,23 +69,7 @@ def loss(config, ids: torch.Tensor, rounds: int) -> None:
         print(f"head and loss, {name}: {seconds * 1e3:.2f} ms, x {ratio:.2f}", flush=True)
 
 
-def optimizers(config, ids: torch.Tensor, rounds: int) -> None:
-    """Time the step with each optimizer, and the share of the optimizer."""
-    model = MiniMindForCausalLM(config).to(DEVICE).train()
-    for precision, optim in (("bf16", "adamw_torch_fused"), ("bf16", "muon"), ("fp32", "muon")):
-        args = PretrainConfig(optim=optim, report_to="none", output_dir="runs/benchmark")
-        optimizer = build_optimizer(model, args)
-        optimizer = optimizer or torch.optim.AdamW(model.parameters(), fused=True)
-        runs = {"all": partial(step, model, ids, optimizer, precision)}
-        runs["without"] = partial(step, model, ids, None, precision)
-        (seconds, _), (_, without) = side_by_side(runs, rounds).values()
-        work = flops(model, Step(*ids.shape, precision=precision, device=DEVICE))["model"]
-        mfu = work / seconds / this_device().peak(precision)
-        share = f"{ids.numel() / seconds:,.0f} tokens/s, optimizer {1 - without:.1%} of a step"
-        print(f"step, {precision}, {optim}: MFU {mfu:.1%}, {share}", flush=True)
-
-
-PARTS = {"attention": attention, "loss": loss, "optimizers": optimizers}
+PARTS = {"attention": attention, "loss": loss}
 
 
 def main() -> None:

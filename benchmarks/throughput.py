@@ -29,7 +29,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from side_by_side import DEVICE, device_name
 from transformers import AutoTokenizer
-from turns import PROBE, Program, take_turns
+from turns import PROBE, Program, start_all, take_turns
 from twins import library_twin, read_size
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
@@ -220,30 +220,30 @@ def flops_per_token(config: MiniMindConfig, length: int) -> float:
     return flops(MiniMindForCausalLM(config), step)["model"] / step.tokens
 
 
+def alternatives(
+    args: argparse.Namespace, stage: str, precision: str, directory: Path
+) -> Iterator[Program]:
+    """Start the alternatives of a stage, one after the other."""
+    for number, (name, command) in enumerate(STAGES[stage].items()):
+        if name in args.without or (name == "minimind" and not args.minimind):
+            continue
+        where = directory / f"{stage}-{precision}-{number}"
+        where.mkdir()
+        words = command(Setting(args, stage, precision, where))
+        environment = {"MINIMIND_CACHE": str(where / "cache"), "HF_DATASETS_CACHE": str(where)}
+        if stage == "sft":
+            environment[PROBE] = str(directory / "probe.json")
+        cwd = where / "trainer" if name == "minimind" else where
+        program = Program(name, words, cwd, environment=environment)
+        print(f"{stage} {precision} {name}: {program.startup:.0f} s to the first step", flush=True)
+        yield program
+
+
 def run_stage(args: argparse.Namespace, stage: str, precision: str, directory: Path) -> dict:
     """Measure the alternatives of a stage; name -> figures."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     peaks: list[float] = []
-    programs: list[Program] = []
-    try:
-        for number, (name, command) in enumerate(STAGES[stage].items()):
-            if name in args.without or (name == "minimind" and not args.minimind):
-                continue
-            where = directory / f"{stage}-{precision}-{number}"
-            where.mkdir()
-            setting = Setting(args, stage, precision, where)
-            environment = {"MINIMIND_CACHE": str(where / "cache"), "HF_DATASETS_CACHE": str(where)}
-            if stage == "sft":
-                environment[PROBE] = str(directory / "probe.json")
-            words = command(setting)
-            cwd = where / "trainer" if name == "minimind" else where
-            programs.append(Program(name, words, cwd, environment=environment))
-            startup = f"{programs[-1].startup:.0f} s to the first step"
-            print(f"{stage} {precision} {name}: {startup}", flush=True)
-    except BaseException:
-        for each in programs:
-            each.stop()
-        raise
+    programs = start_all(alternatives(args, stage, precision, directory))
     take_turns(programs, args.rounds, lambda: peaks.append(matmul_peak(DEVICE, dtype)))
     needed, peak = flops_per_token(args.config, args.length[stage]), max(peaks)
     lengths = dpo_tokens(args, directory) if stage == "dpo" else 0
@@ -333,7 +333,8 @@ def main() -> None:
     parser.add_argument("--pairs", default="dpo_zh_derived.jsonl")
     parser.add_argument("--minimind", type=Path, help="a clone of minimind")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--without", nargs="+", default=[], help="names of rows to leave out")
+    names = [name for rows in STAGES.values() for name in rows]
+    parser.add_argument("--without", nargs="+", default=[], choices=names, help="rows to leave out")
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"))
     parser.add_argument("--size", help="of configs/model; default: 26m, with --quick tiny")
     parser.add_argument("--batch_size", type=int, default=8, help="rows or pairs of a micro-batch")

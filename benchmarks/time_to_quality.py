@@ -44,6 +44,7 @@ import torch
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common.charts import COLOURS, canvas, draw_line, plain, to_png
+from minimind.common.errors import reports_user_errors
 from minimind.common.launch import bf16_is_fast
 from minimind.data.files import read_documents
 from minimind.data.held_out import HoldOut
@@ -140,6 +141,7 @@ PEERS = [
 OUR_SYSTEM = System("ours", ours)
 
 
+@reports_user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minimind", type=Path, required=True, help="a clone of minimind")

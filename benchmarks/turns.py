@@ -273,6 +273,27 @@ def start_of_memory() -> Any:
     return PeakMemory(device, sum(storages.values()))
 
 
+def start_all(programs: Iterable[Program]) -> list[Program]:
+    """The programs, each of which starts as it is iterated; if one fails, the others end too.
+
+    Raises:
+        UserError: one has failed; its last lines say why.
+    """
+    from minimind.common.errors import UserError  # not in the process of a peer's script
+
+    started = []
+    try:
+        for each in programs:
+            started.append(each)
+    except BaseException as error:
+        for each in started:
+            each.stop()
+        if isinstance(error, RuntimeError):
+            raise UserError(str(error)) from error
+        raise
+    return started
+
+
 def take_turns(programs: list[Program], rounds: int, between: Callable[[], None]) -> None:
     """One turn of each program to warm up, then `rounds` of each, in turn; ends them all.
 

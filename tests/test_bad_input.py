@@ -391,10 +391,11 @@ def test_an_error_about_a_file_is_one_message_and_any_other_a_traceback(tmp_path
             main(error)
 
 
-def test_a_reader_that_leaves_ends_a_command_quietly():
+@pytest.mark.parametrize("option", ["--help_all", "--help"])  # more and less than a buffer holds
+def test_a_reader_that_leaves_ends_a_command_quietly(option):
     reader, writer = os.pipe()
     os.close(reader)
-    words = [sys.executable, "-m", "minimind.cli", "--help_all"]
+    words = [sys.executable, "-m", "minimind.cli", option]
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.stderr == ""

@@ -181,11 +181,11 @@ def test_the_polynomials_are_those_of_polar_express():
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("limit", [optimizers.BATCH, 1])
+@pytest.mark.parametrize("limit", [optimizers.MUON_BATCH, 1])
 def test_a_batch_of_matrices_moves_as_each_alone(monkeypatch, fast, limit):
     bf16(monkeypatch, fast)
     together = moved(*muon())
-    monkeypatch.setattr(optimizers, "BATCH", limit)
+    monkeypatch.setattr(optimizers, "MUON_BATCH", limit)
     alone = moved(*muon())
     calls = []
     whole = optimizers.orthogonalized

@@ -85,7 +85,11 @@ def reports_user_errors(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args, **kwargs):
         prepare_streams()
         try:
-            main(*args, **kwargs)
+            try:
+                main(*args, **kwargs)
+            except SystemExit:  # as after --help
+                sys.stdout.flush()
+                raise
             sys.stdout.flush()
         except UserError as error:
             stop(str(error))

@@ -20,7 +20,7 @@ from minimind.model.kernels_minimind import BLOCK, PIECE
 DPO_TILE = 4096  # positions that TRL's head projects at a time
 # Bytes of optimizer state for a trained parameter in fp32: AdamW keeps two moments, Muon one.
 ADAMW, MUON = 8, 4
-MUON_BATCH = 2**23  # elements at most; see optimizers.BATCH
+MUON_BATCH = 2**23  # elements of matrices that Muon orthogonalises together, at 16 bytes each
 
 
 def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:

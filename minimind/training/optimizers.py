@@ -17,8 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from minimind.common.launch import bf16_is_fast
-
-BATCH = 2**23  # elements of matrices that are orthogonalised together, since each needs 20 bytes
+from minimind.costs.memory import MUON_BATCH
 
 # Polar Express (Amsel et al., 2025, arXiv 2505.16932, algorithm 1): each step's odd polynomial
 # ax + bx^3 + cx^5 is the one that brings all singular values nearest to 1, if those before the
@@ -190,13 +189,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """Parameters whose matrices have one shape, turned or not, with at most `BATCH` elements."""
+    """Parameters whose matrices have one shape, turned or not, of at most `MUON_BATCH` elements."""
     by_shape = defaultdict(list)
     for p in params:
         by_shape[tuple(sorted(p.shape[-2:]))].append(p)
     parts = []
     for same in by_shape.values():
-        count = max(1, BATCH // max(p.numel() for p in same))
+        count = max(1, MUON_BATCH // max(p.numel() for p in same))
         parts += [same[first : first + count] for first in range(0, len(same), count)]
     return parts
 

@@ -86,11 +86,8 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
         key = {"version": FORMAT_VERSION, "rows": rows_hash(dataset)}
         key["weights"] = self._precompute_model_hash
         key |= {option: getattr(self.args, option) for option in DECISIVE}
-        shared = [key]
-        broadcast_object_list(
-            shared
-        )  # ZeRO-3 divides the weights, so each process has another hash
-        key = shared[0]
+        # ZeRO-3 divides the weights, so each process has another hash
+        key = broadcast_object_list([key])[0]
         found = find("references", key)
         if all(gather_object([found is not None])):
             logps = np.load(found[0] / "log_probabilities.npy")

@@ -275,10 +275,11 @@ class Stage:
         seconds, tokens = planned_speed(trainer)
         steps = max(1, int(left * 3600 / seconds))
         trainer.time_budget.planned = steps
-        say(
-            f"  plan   about {steps:,} steps and {amount(steps * tokens)} tokens in the"
-            f" {duration(left)} that are left"
-        )
+        if left:
+            say(
+                f"  plan   about {steps:,} steps and {amount(steps * tokens)} tokens in the"
+                f" {duration(left)} that are left"
+            )
 
     def finish(
         self,

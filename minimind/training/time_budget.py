@@ -53,7 +53,7 @@ class TimeBudget(TrainerCallback):
     `clock` returns seconds since the start of the command; default: `seconds_since_start`.
 
     Raises:
-        UserError: (from the first step) no time is left to train.
+        UserError: (before the first step) no time is left to train.
     """
 
     lasting = ("start", "start_step", "progress", "ended")
@@ -115,8 +115,15 @@ class TimeBudget(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.mark = self.elapsed
-        if not args.resume_from_checkpoint:
-            state.max_steps = self.planned
+        if args.resume_from_checkpoint:
+            return
+        state.max_steps = self.planned
+        (now,) = largest_of_all([self.elapsed], args.device)
+        if now >= self.seconds:
+            raise UserError(
+                f"--time_budget {duration(self.seconds / 3600)}: the start alone took"
+                f" {duration(now / 3600)}. Give a longer one."
+            )
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         before = self.progress
