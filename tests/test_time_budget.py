@@ -206,8 +206,10 @@ def test_a_first_step_that_compiles_does_not_skip_the_warmup(train):
 
 
 def test_a_budget_that_the_start_takes_is_one_message(train):
-    with pytest.raises(UserError, match="--time_budget 12 s: the start took 15 s"):
+    with pytest.raises(UserError, match="--time_budget 12 s: the start alone took 15 s"):
         train(12, seconds={"began": 15.0})
+    with pytest.raises(UserError, match="--time_budget 12 s: the start took 15 s"):
+        train(12, seconds={"began": 9.0}, stall=("on_epoch_begin", 0, 6.0))
     assert train(12, seconds={"began": 11.5}).state.global_step == 2
 
 

@@ -115,7 +115,7 @@ class TimeBudget(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.mark = self.elapsed
-        if args.resume_from_checkpoint:
+        if state.global_step:  # resumed
             return
         state.max_steps = self.planned
         (now,) = largest_of_all([self.elapsed], args.device)
