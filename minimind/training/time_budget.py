@@ -142,10 +142,12 @@ class TimeBudget(TrainerCallback):
     def _advance(self, state, schedule) -> None:
         """Read the clocks, and set the position and the learning rate of the step to come; all
         processes call it."""
-        # Where the run is in its budget, the same for all processes
-        # A last checkpoint and the stage directory; with the last evaluation due that of stage.json
+        # What is set aside for the end: the last evaluation and that of stage.json, the last
+        # checkpoint and the stage directory
         passes = 1 + (self.trainer.args.eval_strategy != IntervalStrategy.NO)
         reserve = passes * self.evaluation_seconds + 2 * self.saving_seconds
+
+        # Where the run is in its budget, the same for all processes
         readings = [self.elapsed, self.step_seconds, reserve]
         now, step_seconds, reserve = largest_of_all(readings, self.trainer.args.device)
         end, step = self.seconds - reserve, state.global_step
