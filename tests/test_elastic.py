@@ -199,8 +199,7 @@ def test_muon_under_zero_is_the_plain_runs_and_resumes_exactly(launch, tmp_path,
     plain, _, _ = launch(f"plain{stage}", 1, **options | {"per_device_train_batch_size": 4})
     losses, whole, _ = launch(f"muon{stage}", 2, *words, **options)
     assert list(losses) == list(plain)
-    # Rounding grows to a thousandth of what the run learns, and falls again
-    assert max(abs(loss - plain[step]) for step, loss in losses.items()) < 3e-3
+    assert max(abs(loss - plain[step]) for step, loss in losses.items()) < 1e-3
     assert plain[1] - plain[20] > 1
     resume = ("--resume_from_checkpoint", whole / "checkpoint-10")
     _, resumed, _ = launch(f"resumed{stage}", 2, *words, *resume, **options)
