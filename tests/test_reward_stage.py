@@ -138,7 +138,7 @@ def candidates(monkeypatch, world):
 
 def test_best_of_n_shows_the_reply_with_the_highest_reward(world, candidates, monkeypatch, capsys):
     (best, *_), asked = candidates
-    options = ["--best_of", "4", "--reward_model", world / "reward"]
+    options = ["--best_of", "4", "--reward_model", world / "reward", "--max_new_tokens", "32"]
     run_cli("generate", world / "sft", "--prompt", "who runs?", *options)
     said = capsys.readouterr()
     assert said.out == f"who runs?{best}\n"

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 from minimind.commands.options import add_bad_rows, add_columns
 from minimind.common.files import check_output, write_text
-from minimind.common.language import say, translated
+from minimind.common.language import say
 from minimind.common.streams import json_text
 
 
@@ -42,7 +42,7 @@ def run(args: Namespace) -> None:
         reward = RewardModel.load(args.directory)
         rows, metrics = score_files(reward, args.files, args.on_bad_rows, columns)
         for sentence in read_rewards(metrics) if metrics else ():
-            say(translated(sentence))
+            say(sentence)
     if args.out:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(args.out, "".join(lines))

@@ -250,5 +250,5 @@ def reward_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
     if metrics["after"] and is_main_process():
         say("held-out pairs")
         for sentence in read_rewards(metrics["after"]):
-            say(f"  {translated(sentence)}")
+            say(f"  {sentence}")
     return metrics
