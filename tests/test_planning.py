@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pipeline import (
     MODEL,
+    PAIR_LENGTHS,
     assistant,
     chat_rows,
     document_rows,
@@ -93,7 +94,8 @@ def pipeline(tmp_path, files, tokenizer_dir):
     ):
         keys = {"train_files": [getattr(files, stage)], "output_dir": str(runs / stage)} | common
         if parent:
-            keys |= {"model_name_or_path": str(runs / parent), "max_length": 64}
+            keys |= PAIR_LENGTHS if stage == "dpo" else {"max_length": 64}
+            keys |= {"model_name_or_path": str(runs / parent)}
         else:
             keys |= start
         if stage == "lora":
@@ -187,7 +189,7 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     keys = (
         {"block_size": 32, "tokenizer": str(tokenizer_dir)}
         if stage == "pretrain"
-        else {"max_length": 64}
+        else (PAIR_LENGTHS if stage == "dpo" else {"max_length": 64}) | {}
     )
     if stage == "pretrain":
         keys["packing_strategy"] = "wrapped" if packing else "bfd_split"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pipeline import (
+    PAIR_LENGTHS,
     chat_rows,
     document_rows,
     failure,
@@ -89,6 +90,8 @@ def command(world, stage, output_dir, tokenizer_dir=None, argv=(), **options):
     length = (
         {"block_size": 32, "tokenizer": tokenizer_dir}
         if stage == "pretrain"
+        else PAIR_LENGTHS
+        if stage == "dpo"
         else {"max_length": 64}
     )
     script = {"pretrain": "pretrain", "sft": "finetune_sft", "dpo": "train_dpo"}[stage]

@@ -49,7 +49,13 @@ def world(tmp_path_factory, tokenizer):
             run_script(
                 patch,
                 "train_reward",
-                *short_run(root / name, max_length=64, learning_rate=0.01, max_steps=4),
+                *short_run(
+                    root / name,
+                    max_prompt_length=32,
+                    max_completion_length=32,
+                    learning_rate=0.01,
+                    max_steps=4,
+                ),
                 *("--train_files", root / "pairs.jsonl", "--eval_files", root / "pairs.jsonl"),
                 *("--model_name_or_path", root / "sft", "--on_findings", "warn", *more),
             )
@@ -201,7 +207,7 @@ def test_each_mistake_is_one_clear_message(world, monkeypatch, capsys, tmp_path,
     ):
         data = world / ("chats.jsonl" if script == "finetune_sft" else "pairs.jsonl")
         words = ["--train_files", data, "--model_name_or_path", world / parent, *more]
-        words = [script, *short_run(tmp_path / "out", max_length=64), *words]
+        words = [script, *short_run(tmp_path / "out"), *words]
         assert expected in failure(capsys, run_script, monkeypatch, *words), words
     assert not (tmp_path / "out").exists()
 

@@ -36,7 +36,7 @@ INTERVALS = {
         " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps"
         " save_total_limit torch_empty_cache_steps"
     ),
-    "[2, most]": "block_size max_length",
+    "[2, most]": "block_size max_completion_length max_length max_prompt_length",
     "[-1, most]": "sample_steps",
     "[0, 4294967295]": "data_seed seed",  # numpy's
     "[1, 10000]": "lora_r",
