@@ -345,9 +345,13 @@ class RewardStageConfig(StageConfig, RewardConfig):
             eos_token="the chat template decides",
             pad_token="the tokenizer has its own",
             model_init_kwargs="the model is loaded before TRL sees it",
-            sample_steps="a reward model writes no text",
             sample_prompts="a reward model writes no text",
         )
+        if self.sample_steps > 0:
+            raise ValueError(
+                f"--sample_steps {self.sample_steps} has no meaning here: a reward model writes no"
+                " text"
+            )
         super().__post_init__()
 
 
