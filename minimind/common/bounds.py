@@ -43,10 +43,10 @@ INTERVALS = {
     "[1, 65536]": "sample_tokens",
     "[1, 16777216]": "vocab_size",
     "[0, 1024]": "dataloader_num_workers",
-    "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc",
+    "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc samples",
     "[1, 1048576]": "ddp_bucket_cap_mb processes",
     "[1, 31536000]": "ddp_timeout",  # seconds: a year
-    "[0, 65535]": "local_rank",
+    "[0, 65535]": "local_rank port",
     "[1, 1e18]": "tokens",
     "[0, 1048576]": (
         "head_dim hidden_size intermediate_size moe_intermediate_size n_shared_experts num_experts "
@@ -56,6 +56,7 @@ INTERVALS = {
 }
 BOUNDS = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 BOUNDS["evaluate max_new_tokens"] = "[0, most]"  # a command's own
+BOUNDS["pairs samples"] = "[2, 1024]"
 # Choices of library options that the libraries themselves check only in the first step.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CHOICES = {
