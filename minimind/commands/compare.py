@@ -16,7 +16,6 @@ from minimind.commands.options import (
     select,
 )
 from minimind.commands.pairs import SAMPLING
-from minimind.common.errors import UserError
 from minimind.common.files import check_output, write_text
 from minimind.common.language import say, translated
 from minimind.common.streams import json_text
@@ -64,7 +63,7 @@ def run(args: Namespace) -> None:
         comparison_report,
         describe_replies,
         encode_fitting,
-        evaluate,
+        held_out_losses,
         make_judge,
         sample_replies,
     )
@@ -86,23 +85,15 @@ def run(args: Namespace) -> None:
         prompts, encoded = encode_fitting(found, models, args.max_new_tokens)
         sampling = Sampling(**select(args, *SAMPLING))
 
-        # Of each model: its replies, what they are like, and its loss on held-out files
+        # Of each model: its loss on held-out files, its replies, and what they are like
         for directory, model, ids in zip(directories, models, encoded, strict=True):
-            steps = sample_replies(*model, ids, sampling, title=directory)
-            replies.append([each for _, step in steps for each in step])
             losses = {}
             if args.perplexity_files:
                 options = select(args, "on_bad_rows", "max_length", "batch_size")
-                losses = evaluate(*model, args.perplexity_files, max_new_tokens=0, **options)
-                if "perplexity" not in losses:
-                    raise UserError(
-                        f"--perplexity_files {args.perplexity_files[0]}: found no reply whose loss"
-                        " could be measured. Give other files, or a larger --max_length."
-                    )
-            kept = {
-                name: losses[name] for name in ("perplexity", "bits_per_byte") if name in losses
-            }
-            described.append({"directory": directory, **describe_replies(replies[-1]), **kept})
+                losses = held_out_losses(*model, args.perplexity_files, **options)
+            steps = sample_replies(*model, ids, sampling, title=directory)
+            replies.append([each for _, step in steps for each in step])
+            described.append({"directory": directory, **describe_replies(replies[-1]), **losses})
         compared = compare_replies(prompts, *replies, judge)
     one, other = (tokenizer_hash(tokenizer) for _, tokenizer in models)
     report = comparison_report(*described, compared, judge, same_tokenizer=one == other)

@@ -7,6 +7,7 @@ from minimind.evaluation.comparison import (
     compare_replies,
     comparison_report,
     describe_replies,
+    held_out_losses,
     wilson_interval,
     win_rate,
 )

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minimind.common.errors import UserError
 from minimind.data.conversations import Conversation
+from minimind.evaluation.files import evaluate
 from minimind.evaluation.judges import Judge, PairwiseJudge
 from minimind.evaluation.replies import Replies
 from minimind.generation import Reply
@@ -111,6 +115,23 @@ def rounded(values: dict) -> dict:
     }
 
 
+def held_out_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, files: Sequence[str], **options
+) -> dict:
+    """The `perplexity` and `bits_per_byte` of a model on files; see `evaluate` for the `options`.
+
+    Raises:
+        UserError: see `evaluate`; or there is nothing to predict in the files.
+    """
+    metrics = evaluate(model, tokenizer, files, max_new_tokens=0, **options)
+    if "perplexity" not in metrics:
+        raise UserError(
+            f"{files[0]}: found no reply whose loss can be measured. Give other files, or a larger"
+            " --max_length."
+        )
+    return {name: metrics[name] for name in ("perplexity", "bits_per_byte") if name in metrics}
+
+
 def comparison_report(
     a: dict, b: dict, compared: Sequence[Compared], judge: Judge, same_tokenizer: bool = True
 ) -> dict:
@@ -139,7 +160,7 @@ def warnings_of(change: dict) -> list[str]:
     texts = []
     if (rise := change.get("perplexity", 0)) > COLLAPSE:
         texts.append(
-            f"B's perplexity is {rise:.1%} higher: it forgets what it had learned. Train with a"
+            f"B's perplexity is {rise:.1%} higher: it loses what it had learned. Train with a"
             " smaller learning rate, a larger beta or fewer steps, or add an SFT term."
         )
     if abs(drift := change.get("characters", 0)) > DRIFT:

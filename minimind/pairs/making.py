@@ -16,6 +16,8 @@ from minimind.evaluation.judges import Judge
 from minimind.evaluation.replies import Replies, reply_message
 from minimind.generation import Reply
 
+REPLACEMENT = "\ufffd"  # stands for bytes that are not UTF-8, such as half a character
+
 
 class Candidate(NamedTuple):
     """A reply that may become part of a pair; `stopped` as in `Reply`."""
@@ -36,19 +38,25 @@ class Question(NamedTuple):
 def candidates(prompt: Conversation, replies: Sequence[Reply], counts: Counter) -> list[Candidate]:
     """The replies that training accepts, equal ones once; the others are counted as "unusable".
 
-    A reply is usable if it has words or calls a tool.
+    A reply is usable if it has words or calls a tool, and all its bytes are text.
     """
     found: list[Candidate] = []
     for reply in sorted(replies, key=lambda reply: not reply.stopped):  # of equal ones that ended
         candidate = Candidate(reply.text, reply_message(reply.text), reply.stopped)
-        try:
-            check_order([*prompt.messages, candidate.message])
-        except BadRowError:
+        if not is_usable(prompt, candidate):
             counts["unusable"] += 1
-            continue
-        if all(candidate.message != other.message for other in found):
+        elif all(candidate.message != other.message for other in found):
             found.append(candidate)
     return found
+
+
+def is_usable(prompt: Conversation, candidate: Candidate) -> bool:
+    """Whether training accepts a reply to the prompt."""
+    try:
+        check_order([*prompt.messages, candidate.message])
+    except BadRowError:
+        return False
+    return REPLACEMENT not in candidate.text
 
 
 def ranked_pairs(

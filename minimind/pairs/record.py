@@ -74,8 +74,8 @@ class Record:
         names = [name for name in options if recorded.get(name) != options[name]]
         if names:
             raise UserError(
-                f"{self.path} has replies of a command with another {', another '.join(names)}."
-                " Repeat that command, give another OUT, or delete the file to sample again."
+                f"{self.path} has replies that were sampled with other values ({', '.join(names)})."
+                " Restore them, give another OUT, or delete the file to sample again."
             )
 
     def keep_step(self, first: int, replies: Replies) -> None:
