@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,15 +32,24 @@ def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedToke
     tokenizer = load_tokenizer(path)
     model = load_model(path).eval()
     check_vocabulary(model, tokenizer, path)
+    check_finite(model, path)
+    return model.to(best_device()), tokenizer
+
+
+def check_finite(model: PreTrainedModel, path: Path) -> None:
+    """Raises UserError where a weight is not finite."""
     weights = model.named_parameters()
     if broken := [name for name, weight in weights if not torch.isfinite(weight).all()]:
         raise UserError(
             f"{path}: {len(broken):,} tensors hold weights that are not finite, such as"
-            f" {broken[0]}, so it cannot generate. Take an earlier checkpoint of the run."
+            f" {broken[0]}. Take an earlier checkpoint of the run."
         )
+
+
+def best_device() -> str:
+    """The name of the device that computes fastest here."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    device = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
-    return model.to(device), tokenizer
+    return next((name for name, backend in backends.items() if backend.is_available()), "cpu")
 
 
 def decode(

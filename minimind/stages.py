@@ -20,7 +20,12 @@ from minimind.data.template_choice import set_chat_template
 from minimind.inspection import Inspection, has_roles, inspect_blocks, inspect_chats
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.training.arguments import (
+    DPOStageConfig,
+    PretrainConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+)
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import ModelArguments, PretrainModelArguments
 from minimind.training.starting_point import check_length, new_model, starting_point
@@ -41,6 +46,7 @@ class StageSpec:
         read, so that a plan can pass options that never became training arguments.
     collate: (tokenizer, options) -> the collator of its batches.
     pairs: whether a row is a preference pair, two sequences to compute.
+    scores: whether its model scores replies (a reward model), or writes them.
     """
 
     name: str
@@ -53,6 +59,7 @@ class StageSpec:
     load: Callable[..., Any]
     collate: Callable[..., Callable]
     pairs: bool = False
+    scores: bool = False
 
     @property
     def reads_documents(self) -> bool:
@@ -123,7 +130,15 @@ DPO = StageSpec(
     load=_load_preferences,
     collate=lambda tokenizer, options: PreferenceCollator(tokenizer.pad_token_id),
 )
-STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO)}
+REWARD = replace(
+    DPO,
+    name="reward",
+    family="reward",
+    script="train_reward.py",
+    arguments=(DataArguments, ChatArguments, ModelArguments, RewardStageConfig),
+    scores=True,
+)
+STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, REWARD)}
 
 
 def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args=None) -> Inputs:
@@ -149,7 +164,7 @@ def load_start(
         tokenizer = load_tokenizer(model_args.tokenizer)
         return new_model(model_args.model_config, tokenizer, attention), tokenizer, None
 
-    model, tokenizer, parent = starting_point(path, attention, spec.parent)
+    model, tokenizer, parent = starting_point(path, attention, spec.parent, spec.scores)
     if spec.parent is None:
         check_same_tokenizer(model_args.tokenizer, tokenizer)
     return model, tokenizer, parent

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from minimind import MiniMindConfig
-from minimind.costs.parameters import core, parameter_counts
+from minimind.costs.parameters import core, head_of, parameter_counts
 from minimind.costs.step import Step
 from minimind.model.kernels_minimind import BLOCK, PIECE
 
@@ -95,8 +95,9 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     # Head
     head = norm(E, of_stream=True) + c * E * step.predicting
     if not step.tiled_head:
-        head += (c * config.vocab_size + 13) * step.predicting
-        head += 4 * config.vocab_size * step.weighted  # log-probabilities in fp32
+        outputs = head_of(model).weight.shape[0]
+        head += (c * outputs + 13) * step.predicting
+        head += 4 * outputs * step.weighted  # log-probabilities in fp32
     return {"layer": total, "checkpoint": stream * E, "head": head}
 
 
@@ -115,7 +116,7 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
 
     # Gradients, and the casts of the weights
     in_layer = [p for name, p in model.named_parameters() if ".layers.0." in name]
-    head = core(model).get_output_embeddings().weight
+    head = head_of(model).weight
     outside = 4 * head.numel() * head.requires_grad  # the head's gradient comes first
     of_layer = sum(4 * p.numel() for p in in_layer if p.requires_grad)
     if step.zero_stage is not None:
@@ -127,10 +128,11 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     kept = saved["checkpoint"] if step.checkpointing else saved["layer"]
 
     # The logits: `CrossEntropy` works on pieces of them in fp32, widened, and the exponentials
-    logits = 0 if step.tiled_head else config.vocab_size * tokens * step.predicting
-    piece = logits if step.weighted else min(logits, max(PIECE[cpu], config.vocab_size))
+    outputs = head.shape[0]
+    logits = 0 if step.tiled_head else outputs * tokens * step.predicting
+    piece = logits if step.weighted else min(logits, max(PIECE[cpu], outputs))
     pieces = piece * (8 if c == 2 or step.weighted else 4)
-    tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.tiled_head else 0
+    tile = min(DPO_TILE, tokens) * min(outputs, 2**15) if step.tiled_head else 0
     working = max(tile * (c + 24 * cpu), pieces)  # on a GPU one kernel folds the tile in place
     # By scatter_add_, which a CPU computes in fp32
     widened = 4 * logits * (cpu and c == 2 and not step.weighted)
@@ -188,7 +190,8 @@ def evaluation_memory(model: nn.Module, step: Step, batch_size: int) -> float:
     standing = sum(value for part, value in states.items() if part not in ("host", "gradients"))
     standing += states["gradients"] * (step.zero_stage is not None)
     casts = 2 * sum(p.numel() for p in core(model).parameters() if p.ndim > 1) * step.autocast
-    logits = 0 if step.tiled_head else config.vocab_size * each.tokens * step.predicting
+    outputs = head_of(model).weight.shape[0]
+    logits = 0 if step.tiled_head else outputs * each.tokens * step.predicting
     hidden = 2 * saved_per_token(model, each)["checkpoint"] * each.tokens
     inside = casts + hidden + max(step.width * logits, _transient(config, each) * each.tokens)
     return standing + max(inside, (step.width + 4 * step.autocast * (not step.pairs)) * logits)

@@ -55,6 +55,7 @@ def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -
         packed_ids, packed_positions, packed_parts: (R, L); the part of each token as above.
         packed_states: (N,), the place in the R * L of each token that predicts one of a reply.
         packed_targets: (N,), the place of its prediction in the 2 * pairs * (S - 1) of TRL's loss.
+        packed_ends: (2 * pairs,), the place in the R * L of the last token of each sequence.
     """
     ids, lengths = batch["input_ids"].numpy(), batch["attention_mask"].sum(dim=1).tolist()
     pairs, width = len(ids) // 2, ids.shape[1]
@@ -95,6 +96,7 @@ def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -
         "packed_parts": parts,
         "packed_states": places[:, :-1][predicted],
         "packed_targets": np.flatnonzero(predicted),
+        "packed_ends": places[np.arange(2 * pairs), np.array(lengths) - 1],
     }
     return {name: torch.from_numpy(values) for name, values in packed.items()}
 

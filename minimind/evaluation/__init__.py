@@ -1,4 +1,4 @@
-"""Measures of a model: held-out loss, bits per byte, exact answers to questions, win rates."""
+"""Measures of a model: held-out loss, bits per byte, exact answers, rewards, win rates."""
 
 # ruff: noqa: F401 (the public names of this room)
 
@@ -8,7 +8,6 @@ from minimind.evaluation.comparison import (
     comparison_report,
     describe_replies,
     held_out_losses,
-    wilson_interval,
     win_rate,
 )
 from minimind.evaluation.comparison_page import comparison_page
@@ -24,3 +23,10 @@ from minimind.evaluation.losses import (
     token_losses,
 )
 from minimind.evaluation.replies import Sampling, encode_fitting, sample_replies
+from minimind.evaluation.rewards import (
+    RewardModel,
+    pair_metrics,
+    read_rewards,
+    reward_metrics,
+    wilson_interval,
+)

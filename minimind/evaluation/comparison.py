@@ -1,6 +1,5 @@
 """Whether one model's replies are better than another's: win rate, and what may have been lost."""
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from minimind.data.conversations import Conversation
 from minimind.evaluation.files import evaluate
 from minimind.evaluation.judges import Judge, PairwiseJudge
 from minimind.evaluation.replies import Replies
+from minimind.evaluation.rewards import wilson_interval
 from minimind.generation import Reply
 
 NGRAM = 4  # tokens
@@ -19,7 +19,6 @@ NGRAM = 4  # tokens
 COLLAPSE = 0.05  # the share by which the perplexity rises
 DRIFT = 0.25  # the share by which replies become longer or shorter
 POINTS = 0.05  # of the repetition rate and the stop rate
-Z95 = 1.959964  # the normal distribution's quantile for intervals of 95 %
 VERDICTS = {"b": "B is better", "a": "A is better", None: "not distinguishable"}
 
 
@@ -70,14 +69,6 @@ def win_rate(compared: Sequence[Compared], judge: Judge) -> dict:
     if isinstance(judge, PairwiseJudge):
         result["order_agreement"] = judge.agreed / max(1, judge.compared)
     return rounded(result)
-
-
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `n` independent trials (Wilson, 1927), within [0, 1]."""
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    spread = share * (1 - share) / n + Z95**2 / (4 * n**2)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def describe_replies(replies: Replies) -> dict:

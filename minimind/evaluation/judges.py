@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from minimind.common.errors import UserError, first_line
+from minimind.common.errors import BadRowError, UserError, first_line
 from minimind.data.bad_rows import shown
 from minimind.data.conversations import Conversation
 from minimind.data.messages import Message
@@ -47,18 +46,25 @@ class Judge:
 class RewardJudge(Judge):
     """Scores replies by a reward model."""
 
-    def __init__(self, directory: str, device: Any = None):
-        self.model = RewardModel.load(directory, device=device)
+    def __init__(self, directory: str):
+        self.directory, self.model = directory, RewardModel.load(directory)
 
     def scores(self, prompts, replies):
         """See `Judge.scores`."""
-        conversations = [
-            [*prompt.messages, reply_message(text)]
+        answered = [
+            (Conversation([*prompt.messages, reply_message(text)], prompt.tools), text)
             for prompt, texts in zip(prompts, replies, strict=True)
             for text in texts
         ]
-        scores = iter(self.model.score(conversations))
-        return [[float(next(scores)) for _ in texts] for texts in replies]
+        encoded = self.model.encode([conversation for conversation, _ in answered])
+        for result, (_, text) in zip(encoded, answered, strict=True):
+            if isinstance(result, BadRowError):
+                raise UserError(
+                    f"--reward_model {self.directory}: {result}; the reply is {shown(text)}. Give"
+                    " shorter prompts, or a smaller --max_new_tokens."
+                )
+        scores = iter(self.model.score_ids(encoded))
+        return [[next(scores) for _ in texts] for texts in replies]
 
 
 class PairwiseJudge(Judge):
@@ -104,12 +110,11 @@ def make_judge(
     pairwise_rule: str | None = None,
     rule_regex: str | None = None,
     by_length: str | None = None,
-    device: Any = None,
 ) -> Judge:
     """The judge that one of the options describes.
 
     Args:
-        reward_model: the directory of a reward model, which computes on `device`.
+        reward_model: the directory of a reward model.
         rule: "module.py:function", called with (messages, reply); returns a number, or whether the
             reply is good.
         pairwise_rule: likewise, called with (messages, first, second); returns a number above 0, or
@@ -121,7 +126,7 @@ def make_judge(
         UserError: what the option names cannot be used.
     """
     if reward_model:
-        return RewardJudge(reward_model, device)
+        return RewardJudge(reward_model)
     if rule:
         return Judge(load_rule("--rule", rule, ("messages", "reply")))
     if pairwise_rule:

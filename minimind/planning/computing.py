@@ -11,6 +11,7 @@ from minimind.costs.memory import evaluation_memory, memory, model_states
 from minimind.costs.parameters import empty_model, parameter_counts
 from minimind.costs.step import Step
 from minimind.costs.units import duration
+from minimind.data.row_lengths import shares_prompts
 from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
@@ -57,7 +58,8 @@ def make_plan(
         notes.append(f"{device.name} has no bf16, so a run there takes fp32; --fp16 true is faster")
 
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
-    has_reference = recipe.spec.pairs and not options.precompute_ref_log_probs
+    shared_prompts = recipe.spec.pairs and shares_prompts(options)
+    has_reference = recipe.spec.pairs and not shared_prompts
     step = Step(
         batch_size=options.per_device_train_batch_size,
         length=rows.longest,
@@ -70,7 +72,7 @@ def make_plan(
         attention=options.attn_implementation or "sdpa",
         masked=not recipe.spec.reads_documents or options.document_mask,
         pairs=recipe.spec.pairs,
-        shared_prompts=recipe.spec.pairs and options.precompute_ref_log_probs,
+        shared_prompts=shared_prompts,
         predicting=rows.predicting,
         counted=rows.counted,
         reference=("adapter" if recipe.adapter else "copy") if has_reference else None,

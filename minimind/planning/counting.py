@@ -22,7 +22,7 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
-from minimind.data.row_lengths import RowLength, row_lengths, shares
+from minimind.data.row_lengths import RowLength, row_lengths, shares, shares_prompts
 from minimind.data.sources import total_size
 from minimind.data.template_choice import set_chat_template
 from minimind.stages import StageSpec, load_rows
@@ -105,7 +105,7 @@ def _count_blocks(spec, data_args, tokenizer, options) -> RowCounts:
 
 
 def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
-    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
+    shared_prompts = shares_prompts(options)
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     size = total_size([path for paths in files for path in paths])
@@ -149,8 +149,7 @@ def _sample_chats(
     results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
-    return row_lengths(columns, spec.pairs, shared_prompts), factor
+    return row_lengths(columns, spec.pairs, shares_prompts(options)), factor
 
 
 def held_out_share(data_args: DataArguments, rows: float) -> float:
@@ -165,7 +164,7 @@ def chat_counts(
     whether pairs share their prompts."""
     longest = [row.length for row in lengths]
     more: dict[str, float] = {}
-    if getattr(options, "precompute_ref_log_probs", False):  # without padding
+    if shares_prompts(options):  # without padding
         padded, more = fmean(longest), shares(lengths)
     else:
         padded = padded_length(longest, options.per_device_train_batch_size)

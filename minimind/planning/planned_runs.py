@@ -21,7 +21,13 @@ from minimind.data.chat_arguments import ChatArguments
 from minimind.data.columns import Columns
 from minimind.inspection import recognise_stage
 from minimind.planning.counting import RowCounts, count_rows
-from minimind.stage_directory import check_kind, load_config
+from minimind.stage_directory import (
+    check_kind,
+    check_scores,
+    load_config,
+    require_stage,
+    reward_config,
+)
 from minimind.stages import LORA, PRETRAIN, SFT, STAGES, StageSpec
 from minimind.tokenizer import load_tokenizer
 from minimind.training.command_line import parse_options
@@ -109,6 +115,8 @@ class PlannedRun:
             notes = [note for note in notes if "train_files" not in note]
             notes.append(f"{parent} is still to be written; its model is taken from {writer.path}")
         elif parent:
+            if not self.spec.scores:
+                check_scores(require_stage(parent), scores=False)
             config, tokenizer = load_config(parent), load_tokenizer(parent)
             check_kind(config, parent)
         else:
@@ -125,6 +133,8 @@ class PlannedRun:
         if not self.options.train_files and not self.tokens:
             hint = "; --tokens 1e9 plans without data" if self.spec is PRETRAIN else ""
             notes.append(f"{self.path} names no train_files: planned for the embedded corpus{hint}")
+        if self.spec.scores:
+            config = reward_config(config)
         check_length(self.spec.length_option, self.length, config)
         return config, tokenizer, notes
 

@@ -21,6 +21,8 @@ CHARTS = (
     ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
     ("Reward margin", "", ("rewards/margins", "eval_rewards/margins"), False),
+    ("Accuracy", "share of pairs", ("accuracy", "eval_accuracy"), True),
+    ("Margin", "reward of chosen less that of rejected", ("margin", "eval_margin"), False),
     ("Learning rate", "", ("learning_rate",), True),
     ("Gradient norm", "", ("grad_norm",), True),
     ("Speed", "tokens/s", ("tokens_per_second",), True),
@@ -46,7 +48,7 @@ def read_log(file: Path) -> list[dict]:
 
 def loss_unit(stage: str) -> str:
     """What a stage's loss is a mean of."""
-    return "per pair" if stage == "dpo" else "nats per token"
+    return "per pair" if stage in ("dpo", "reward") else "nats per token"
 
 
 def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:
