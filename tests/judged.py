@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from minimind import MiniMindForCausalLM
+from minimind import MiniMindForCausalLM, MiniMindForSequenceClassification
 from minimind.tokenizer import save_tokenizer
 
 PROMPTS = [f"who runs home? {number}" for number in range(6)]
@@ -45,4 +45,13 @@ def write_talker(directory, config, tokenizer, seed=0, ends=10):
     settings["eos_token_id"] = [2, *spoken[:ends]]
     settings["suppress_tokens"] = sorted({*range(len(tokenizer))} - {2, *spoken})
     path.write_text(json.dumps(settings))
+    return str(directory)
+
+
+def write_scorer(directory, config, tokenizer):
+    """Write a stage directory with a reward model of random weights."""
+    torch.manual_seed(2)
+    config.num_labels = 1
+    MiniMindForSequenceClassification(config).save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
     return str(directory)

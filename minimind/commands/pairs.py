@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 from minimind.commands.chat import check_chattable
@@ -118,21 +118,20 @@ def continues() -> Iterator[None]:
         raise
 
 
-def ask(prompts, steps, counts, record, port: int) -> list[dict]:
+def ask(prompts, steps, counts: Counter, record, port: int) -> list[dict]:
     """The pairs that a person chooses, until all are chosen or Ctrl-C."""
-    from minimind.pairs import choose, chosen_pairs, questions
+    from minimind.pairs import ChoiceServer, chosen_pairs, questions
 
     asked = questions(prompts, steps, counts)
-
-    def announce(address: str) -> None:
-        say(f"{len(asked) - len(record.choices):,} questions at {address}", file=sys.stderr)
-        say("Ctrl-C ends; the same command continues from here.", file=sys.stderr)
-
     if len(record.choices) < len(asked):
-        try:
-            choose(asked, record.choices, record.keep_choice, port, announce)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
+        with ChoiceServer(asked, record.choices, record.keep_choice, port) as server:
+            count = len(asked) - len(record.choices)
+            say(f"{count:,} questions at {server.address}", file=sys.stderr)
+            say("Ctrl-C ends; the same command continues from here", file=sys.stderr)
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+        if server.failure:
+            raise server.failure
     return chosen_pairs(asked, record.choices, counts)
 
 

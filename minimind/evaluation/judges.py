@@ -89,16 +89,15 @@ class PairwiseJudge(Judge):
         ]
 
     def _shares(self, messages: list[Message], texts: Sequence[str]) -> list[float]:
-        shares = [0.5] * len(texts)
+        points = [0] * len(texts)  # whole numbers, so that equal ones are ties
         for one, other in combinations(range(len(texts)), 2):
-            forward = np.sign(self.compare(messages, texts[one], texts[other]))
-            backward = -np.sign(self.compare(messages, texts[other], texts[one]))
+            forward = int(np.sign(self.compare(messages, texts[one], texts[other])))
+            backward = -int(np.sign(self.compare(messages, texts[other], texts[one])))
             self.compared += 1
-            self.agreed += int(forward == backward)
-            gain = (forward + backward) / 4 / (len(texts) - 1)
-            shares[one] += gain
-            shares[other] -= gain
-        return [float(share) for share in shares]
+            self.agreed += forward == backward
+            points[one] += forward + backward
+            points[other] -= forward + backward
+        return [0.5 + each / (4 * max(1, len(texts) - 1)) for each in points]
 
 
 # From options
