@@ -132,7 +132,13 @@ def ask(prompts, steps, counts: Counter, record, port: int) -> list[dict]:
                 server.serve_forever()
         if server.failure:
             raise server.failure
-    return chosen_pairs(asked, record.choices, counts)
+    rows = chosen_pairs(asked, record.choices, counts)
+    if asked and not rows:
+        raise UserError(
+            f"no reply was chosen, so {record.out} was not written. The same command continues from"
+            " here."
+        )
+    return rows
 
 
 def show(result: dict, args: Namespace) -> None:

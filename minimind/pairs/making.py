@@ -19,7 +19,7 @@ from minimind.generation import Reply
 REPLACEMENT = "\ufffd"  # stands for bytes that are not UTF-8, such as half a character
 
 
-class Candidate(NamedTuple):
+class PairReply(NamedTuple):
     """A reply that may become part of a pair; `stopped` as in `Reply`."""
 
     text: str
@@ -31,18 +31,18 @@ class Question(NamedTuple):
     """Two replies to a prompt between which a person chooses."""
 
     prompt: Conversation
-    left: Candidate
-    right: Candidate
+    left: PairReply
+    right: PairReply
 
 
-def candidates(prompt: Conversation, replies: Sequence[Reply], counts: Counter) -> list[Candidate]:
+def candidates(prompt: Conversation, replies: Sequence[Reply], counts: Counter) -> list[PairReply]:
     """The replies that training accepts, equal ones once; the others are counted as "unusable".
 
     A reply is usable if it has words or calls a tool, and all its bytes are text.
     """
-    found: list[Candidate] = []
+    found: list[PairReply] = []
     for reply in sorted(replies, key=lambda reply: not reply.stopped):  # of equal ones that ended
-        candidate = Candidate(reply.text, reply_message(reply.text), reply.stopped)
+        candidate = PairReply(reply.text, reply_message(reply.text), reply.stopped)
         if not is_usable(prompt, candidate):
             counts["unusable"] += 1
         elif all(candidate.message != other.message for other in found):
@@ -50,7 +50,7 @@ def candidates(prompt: Conversation, replies: Sequence[Reply], counts: Counter) 
     return found
 
 
-def is_usable(prompt: Conversation, candidate: Candidate) -> bool:
+def is_usable(prompt: Conversation, candidate: PairReply) -> bool:
     """Whether training accepts a reply to the prompt."""
     try:
         check_order([*prompt.messages, candidate.message])
@@ -99,7 +99,7 @@ def ranked_pairs(
     return rows
 
 
-def pair_row(prompt: Conversation, chosen: Candidate, rejected: Candidate) -> dict:
+def pair_row(prompt: Conversation, chosen: PairReply, rejected: PairReply) -> dict:
     """A row for train_dpo.py."""
     row = {"prompt": prompt.messages, "chosen": [chosen.message], "rejected": [rejected.message]}
     return row | ({"tools": prompt.tools} if prompt.tools else {})
