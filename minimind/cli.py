@@ -24,6 +24,7 @@ from minimind.commands import (
     plan,
     prepare,
     replay,
+    score,
     tokenizer,
     world,
 )
@@ -32,8 +33,8 @@ from minimind.common.errors import UserError, reports_user_errors
 from minimind.common.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 
 # In the order of the help
-COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, compare, pairs, export)
-COMMANDS += (merge, import_, clean, prepare, plan, world)
+COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, compare, score, pairs)
+COMMANDS += (export, merge, import_, clean, prepare, plan, world)
 
 
 class Parser(argparse.ArgumentParser):

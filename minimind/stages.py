@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import ChatArguments, PreferenceArguments, TemplateArguments
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
@@ -41,7 +41,7 @@ class StageSpec:
     arguments: the dataclasses of its options, in the order in which `parse` returns them.
     parent: the stage directory it starts from by default; None: from random weights.
     corpus: its part of the embedded corpus.
-    length_option: the option with the tokens of its longest row.
+    length_options: the options of length; their sum is the tokens of its longest row.
     load: (data_args, tokenizer, options, chat_args) -> its rows; of `options` only attributes are
         read, so that a plan can pass options that never became training arguments.
     collate: (tokenizer, options) -> the collator of its batches.
@@ -55,16 +55,26 @@ class StageSpec:
     arguments: tuple[type, ...]
     parent: str | None
     corpus: str
-    length_option: str
+    length_options: tuple[str, ...]
     load: Callable[..., Any]
     collate: Callable[..., Callable]
     pairs: bool = False
     scores: bool = False
 
     @property
+    def chat_arguments(self) -> type | None:
+        """The dataclass of how its conversations or pairs become rows; None for documents."""
+        return next((each for each in self.arguments if issubclass(each, TemplateArguments)), None)
+
+    @property
     def reads_documents(self) -> bool:
         """Whether its rows are documents, without chat arguments and template."""
-        return ChatArguments not in self.arguments
+        return self.chat_arguments is None
+
+    def lengths(self, *options: Any) -> dict[str, int]:
+        """The options of length with their values, each from the one of `options` that has it."""
+        values = {name: value for each in options if each for name, value in vars(each).items()}
+        return {name: values[name] for name in self.length_options}
 
 
 class Inputs(NamedTuple):
@@ -90,7 +100,7 @@ def _load_conversations(data_args, tokenizer, options, chat_args):
 
 
 def _load_preferences(data_args, tokenizer, options, chat_args):
-    return load_preferences(data_args, tokenizer, options.max_length, chat_args, options.seed)
+    return load_preferences(data_args, tokenizer, chat_args, options.seed)
 
 
 PRETRAIN = StageSpec(
@@ -100,7 +110,7 @@ PRETRAIN = StageSpec(
     arguments=(DataArguments, PretrainModelArguments, PretrainConfig),
     parent=None,
     corpus="pretrain",
-    length_option="block_size",
+    length_options=("block_size",),
     load=_load_documents,
     collate=lambda tokenizer, options: BlockCollator(
         tokenizer.pad_token_id, tokenizer.eos_token_id, options.document_mask
@@ -113,7 +123,7 @@ SFT = StageSpec(
     arguments=(DataArguments, ChatArguments, ModelArguments, SFTStageConfig),
     parent="runs/pretrain",
     corpus="sft",
-    length_option="max_length",
+    length_options=("max_length",),
     load=_load_conversations,
     collate=lambda tokenizer, options: PackedCollator(tokenizer.pad_token_id),
 )
@@ -122,11 +132,11 @@ DPO = StageSpec(
     name="dpo",
     family="dpo",
     script="train_dpo.py",
-    arguments=(DataArguments, ChatArguments, ModelArguments, DPOStageConfig),
+    arguments=(DataArguments, PreferenceArguments, ModelArguments, DPOStageConfig),
     pairs=True,
     parent="runs/sft",
     corpus="dpo",
-    length_option="max_length",
+    length_options=("max_prompt_length", "max_completion_length"),
     load=_load_preferences,
     collate=lambda tokenizer, options: PreferenceCollator(tokenizer.pad_token_id),
 )
@@ -135,7 +145,7 @@ REWARD = replace(
     name="reward",
     family="reward",
     script="train_reward.py",
-    arguments=(DataArguments, ChatArguments, ModelArguments, RewardStageConfig),
+    arguments=(DataArguments, PreferenceArguments, ModelArguments, RewardStageConfig),
     scores=True,
 )
 STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, REWARD)}
@@ -150,7 +160,7 @@ def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args
     """
     set_seed(training_args.seed)
     model, tokenizer, parent = load_start(spec, model_args)
-    check_length(spec.length_option, getattr(training_args, spec.length_option), model.config)
+    check_length(spec.lengths(training_args, chat_args), model.config)
     rows = load_rows(spec, data_args, tokenizer, training_args, chat_args)
     return Inputs(model, tokenizer, parent, rows)
 
@@ -184,5 +194,7 @@ def inspect_training_rows(
     """The report on the rows of a stage: tokens, masks, lengths, findings."""
     if spec.reads_documents:
         return inspect_blocks(rows, tokenizer, data_args.or_embedded(spec.corpus))
-    kind, every_reply = "dpo" if spec.pairs else "sft", chat_args.train_turns == "all"
-    return inspect_chats(kind, rows, tokenizer, data_args.on_bad_rows, every_reply)
+    if spec.pairs:
+        return inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
+    every_reply = chat_args.train_turns == "all"
+    return inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, every_reply)

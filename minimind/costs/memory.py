@@ -41,26 +41,26 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     norms_trained = layer["input_layernorm"].weight.requires_grad
 
     def norm(width: int, of_stream: bool = False) -> float:
-        """The input in fp32, its scale, and the normed input if the weight is trained; see
-        MiniMindRMSNorm."""
+        """The input and its scale; on a GPU the input in fp32, and the normed input if the weight
+        is trained. See `kernels_minimind.rms_norm`."""
+        if not cuda:
+            return (stream if of_stream else c) * width + 4
         fused = (of_stream and not step.pure_half) or not half
-        dtype = 4 if fused else c
-        return 4 * width + 4 + dtype * width * (norms_trained and not (fused and cuda))
+        return 4 * width + 4 + c * width * (norms_trained and not fused)
 
     def linears(*names: str) -> float:
-        """The input that some linear layers share: one copy in fp32, one cast for each under
-        autocast."""
+        """The input that some linear layers share; each adapter casts it to its own dtype."""
         modules = [layer[name] for name in names]
         adapters = [m for m in modules if isinstance(m, BaseTunerLayer)]
-        keeping = sum(m in adapters or m.weight.requires_grad for m in modules)
-        copies = keeping if step.autocast else bool(keeping)
+        plain = any(m.weight.requires_grad for m in modules if m not in adapters)
+        copies = len(adapters) if step.autocast else bool(adapters)
         ranks = sum(rank for adapter in adapters for rank in adapter.r.values())
-        return c * modules[0].in_features * copies + c * ranks
+        return c * modules[0].in_features * (copies or plain) + c * ranks
 
     def swiglu(prefix: str, width: int) -> float:
-        """gate, act(gate), up; the product of the last two is the input of down_proj."""
+        """gate and up; their product is the input of down_proj."""
         inputs = linears(f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        return inputs + linears(f"{prefix}.down_proj") + 3 * c * width
+        return inputs + linears(f"{prefix}.down_proj") + 2 * c * width
 
     # Attention
     attention = [f"self_attn.{name}_proj" for name in "qkv"]
@@ -83,7 +83,7 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     if config.num_experts:
         experts, k, I = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size  # noqa: E741
         shared = config.n_shared_experts
-        total += c * k * (2 * E + 4 * I) + c * k + 16 * k
+        total += c * k * (2 * E + 3 * I) + c * k + 16 * k
         total += c * E * (half or not shared) + 4 * experts + 8 * k + 4 * (k + 1)  # the router
         if shared:
             total += swiglu("mlp.shared_experts", shared * I)

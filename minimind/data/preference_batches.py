@@ -32,17 +32,13 @@ class PreferenceCollator(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
-        kept = slice(None, self.max_length)
-        if self.max_length is not None and self.truncation_mode == "keep_end":
-            kept = slice(-self.max_length, None)
         masks = [
             [0] * len(example["prompt_ids"]) + list(example[f"{name}_mask"])
             for name in ("chosen", "rejected")
             for example in examples
         ]
         for row, mask in enumerate(masks):
-            mask = torch.as_tensor(mask[kept])
-            batch["completion_mask"][row, : len(mask)] = mask
+            batch["completion_mask"][row, : len(mask)] = torch.as_tensor(mask)
         return batch | packed_pairs(batch, self) if self.packed else batch
 
 

@@ -52,7 +52,7 @@ def read_case(
     case.data_args = data_args.or_embedded(spec.corpus)
     load_model_of(case, spec, model_args)
     if case.model is not None:
-        check_length(spec.length_option, getattr(case.args, spec.length_option), case.base.config)
+        check_length(spec.lengths(case.args, case.chat_args), case.base.config)
     load_rows_of(case, spec)
     return case
 

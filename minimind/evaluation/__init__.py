@@ -30,3 +30,4 @@ from minimind.evaluation.rewards import (
     reward_metrics,
     wilson_interval,
 )
+from minimind.evaluation.scored_files import score_files

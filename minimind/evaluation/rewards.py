@@ -74,19 +74,21 @@ class RewardModel:
             each if isinstance(each, Conversation) else Conversation(list(each))
             for each in conversations
         ]
+        last = [each.messages[-1]["role"] if each.messages else "nothing" for each in conversations]
+        replies = [index for index, role in enumerate(last) if role == "assistant"]
+        results: list[list[int] | BadRowError] = [
+            BadRowError(f"found {role} at the end, expected a reply of the assistant")
+            for role in last
+        ]
         positions = self.model.config.max_position_embeddings
-        results: list[list[int] | BadRowError] = []
-        encoded = self.encoder.encode(conversations)
-        for conversation, chat in zip(conversations, encoded, strict=True):
-            role = conversation.messages[-1]["role"] if conversation.messages else "nothing"
-            if role != "assistant":
-                chat = BadRowError(f"found {role} at the end, expected a reply of the assistant")
-            elif not isinstance(chat, BadRowError) and len(chat.ids) > positions:
+        encoded = self.encoder.encode([conversations[index] for index in replies])
+        for index, chat in zip(replies, encoded, strict=True):
+            if not isinstance(chat, BadRowError) and len(chat.ids) > positions:
                 chat = BadRowError(
                     f"found {len(chat.ids):,} tokens, expected at most {positions:,}: the reward"
                     " model's positions"
                 )
-            results.append(chat if isinstance(chat, BadRowError) else list(chat.ids))
+            results[index] = chat if isinstance(chat, BadRowError) else list(chat.ids)
         return results
 
     def score(self, conversations: Sequence[Conversation | Sequence[Message]]) -> list[float]:
@@ -248,5 +250,5 @@ def reward_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
     if metrics["after"] and is_main_process():
         say("held-out pairs")
         for sentence in read_rewards(metrics["after"]):
-            say(f"  {translated(sentence)}")
+            say(f"  {sentence}")
     return metrics

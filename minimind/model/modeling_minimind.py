@@ -13,7 +13,7 @@ E hidden_size, I moe_intermediate_size, V vocabulary.
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, linear, rms_norm, softmax
+from torch.nn.functional import dropout, linear, softmax
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -31,17 +31,24 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import (
+    TransformersKwargs,
+    can_return_tuple,
+    is_torchdynamo_compiling,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_minimind import MiniMindConfig
 from .kernels_minimind import (
+    Rotation,
     blocked_attention_forward,
     blocks_are_faster,
     causal_lm_loss,
     eager_experts_forward,
     find_targets,
+    gated,
+    rms_norm,
 )
 
 
@@ -54,11 +61,7 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        shape, dtype, eps = self.weight.shape, hidden_states.dtype, self.variance_epsilon
-        if dtype == torch.float:
-            return rms_norm(hidden_states, shape, self.weight, eps)
-        # The library rounds to half precision before the weight
-        return self.weight * rms_norm(hidden_states, shape, None, eps).to(dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -75,8 +78,8 @@ class MiniMindMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.act_fn(self.gate_proj(hidden_states))
-        return self.down_proj(gate * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(gated(self.act_fn, gate, up))
 
 
 class MiniMindTopKRouter(nn.Module):
@@ -174,6 +177,8 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     """Rotate (B, S, heads, D) by cos and sin (B, S, D): with x1, x2 the halves of D, the result is
     (x1 cos - x2 sin, x2 cos + x1 sin). The minus is in sin, so that one roll swaps the halves."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if states.device.type == "cpu" and not is_torchdynamo_compiling():
+        return Rotation.apply(states, cos, sin)
     return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
 

@@ -76,7 +76,7 @@ def make_plan(
         predicting=rows.predicting,
         counted=rows.counted,
         reference=("adapter" if recipe.adapter else "copy") if has_reference else None,
-        weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
+        weighted=getattr(recipe.chat_args, "needs_weights", False),
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,

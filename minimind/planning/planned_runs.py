@@ -17,7 +17,7 @@ from minimind import MiniMindConfig
 from minimind.common.errors import UserError
 from minimind.common.options import option_names
 from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import TemplateArguments
 from minimind.data.columns import Columns
 from minimind.inspection import recognise_stage
 from minimind.planning.counting import RowCounts, count_rows
@@ -77,9 +77,10 @@ class PlannedRun:
         return self._arguments(DataArguments).or_embedded(self.spec.corpus)
 
     @property
-    def chat_args(self) -> ChatArguments | None:
-        """How its conversations become rows; None where it reads documents."""
-        return None if self.spec.reads_documents else self._arguments(ChatArguments)
+    def chat_args(self) -> TemplateArguments | None:
+        """How its conversations or pairs become rows; None where it reads documents."""
+        kind = self.spec.chat_arguments
+        return kind and self._arguments(kind)
 
     @property
     def adapter(self) -> PeftConfig | None:
@@ -97,7 +98,7 @@ class PlannedRun:
     @property
     def length(self) -> int:
         """Tokens of the longest row it allows."""
-        return getattr(self.options, self.spec.length_option)
+        return sum(self.spec.lengths(self.options).values())
 
     def starting_point(self) -> tuple[MiniMindConfig, PreTrainedTokenizerFast, list[str]]:
         """Configuration and tokenizer of the model it trains, and notes on where they come from.
@@ -135,7 +136,7 @@ class PlannedRun:
             notes.append(f"{self.path} names no train_files: planned for the embedded corpus{hint}")
         if self.spec.scores:
             config = reward_config(config)
-        check_length(self.spec.length_option, self.length, config)
+        check_length(self.spec.lengths(self.options), config)
         return config, tokenizer, notes
 
     def writer(self, directory: str) -> "PlannedRun | None":

@@ -307,7 +307,9 @@ class DPOStageConfig(StageConfig, DPOConfig):
         metadata={"choices": LOSSES},
     )
     beta: float = HfArg(default=0.2, help="Strength of the pull towards the reference model.")
-    max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
+    # Not options: the rows are within the limits of PreferenceArguments
+    max_length: int | None = dataclasses.field(default=None, init=False)
+    truncation_mode: str = dataclasses.field(default="keep_start", init=False)
     precompute_ref_log_probs: bool = HfArg(
         default=True,
         help="Compute the reference's log-probabilities once, before training, and keep them; with "
@@ -331,7 +333,8 @@ class RewardStageConfig(StageConfig, RewardConfig):
 
     output_dir: str | None = HfArg(default="runs/reward", help="The stage directory to write.")
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
-    max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
+    # Not an option: the rows are within the limits of PreferenceArguments
+    max_length: int | None = dataclasses.field(default=None, init=False)
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
 

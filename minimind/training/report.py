@@ -18,7 +18,7 @@ from minimind.common.charts import bar_chart
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import read_json, write_text
 from minimind.common.page import page, table
-from minimind.evaluation import TIMES
+from minimind.evaluation import TIMES, read_rewards
 from minimind.stage_directory import read_stage
 from minimind.training.callback_handler import Decoration
 from minimind.training.plots import charts, loss_unit, read_log
@@ -106,6 +106,7 @@ def report_page(directory: Path, record: dict[str, Any]) -> str:
         "Curves": lambda: charts(log, loss_unit(stage)),
         "Loss of single tokens": lambda: histogram(record.get("token_loss")),
         "Held-out metrics": lambda: _metrics(record, log),
+        "Rewards": lambda: _rewards(stage, record),
         "Samples": lambda: _samples(read_samples(directory / "samples.jsonl")),
         "Data": lambda: _data(record.get("data") or {}),
         "What is trained": lambda: _mask(directory / "mask_report.json"),
@@ -178,6 +179,14 @@ def _metrics(record: dict, log: Sequence[dict]) -> str:
         metric, value = escape(best["metric"]), best["value"]
         shown += f"<p>Best: {metric} {value:.6g} after step {best['step']:,}.</p>"
     return shown
+
+
+def _rewards(stage: str, record: dict) -> str:
+    """What a reward model's held-out metrics say, in sentences."""
+    metrics = (record.get("metrics") or {}).get("after")
+    if stage != "reward" or not metrics:
+        return ""
+    return "".join(f"<p>{escape(sentence)}.</p>" for sentence in read_rewards(metrics))
 
 
 def _samples(rows: Sequence[dict]) -> str:

@@ -1,6 +1,7 @@
 """The model and tokenizer that a stage starts from, and whether the options fit them."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -130,13 +131,14 @@ def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | No
     return config
 
 
-def check_length(name: str, length: int, config: MiniMindConfig) -> None:
+def check_length(lengths: Mapping[str, int], config: MiniMindConfig) -> None:
     """Raise UserError for rows longer than the model has positions, or too short to predict
-    anything."""
+    anything. `lengths`: the options of which the sum is the length of a row."""
+    name, length = " + --".join(lengths), sum(lengths.values())
     if length > config.max_position_embeddings:
         raise UserError(
             f"--{name} {length:,} is beyond the model's max_position_embeddings"
-            f" ({config.max_position_embeddings:,}). Lower --{name}, or train a model with more"
+            f" ({config.max_position_embeddings:,}). Lower it, or train a model with more"
             " positions."
         )
     if length < 2:
