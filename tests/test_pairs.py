@@ -2,16 +2,19 @@
 sampled twice."""
 
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from browser import COMMAND, open_browser
 from judged import PROMPTS, RULES, write_scorer, write_talker
 from pipeline import PATIENCE, assistant, failure, run_cli, user
 
+from minimind.cli import build_parser
 from minimind.common.errors import UserError
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chats import load_preferences
@@ -24,6 +27,7 @@ from minimind.generation import Reply
 from minimind.pairs import ChoiceServer, chosen_pairs, questions, ranked_pairs
 from minimind.training.data_arguments import DataArguments
 
+ROOT = Path(__file__).parent.parent
 PROMPT = Conversation([user("hi")])
 SHORT = ["--max_new_tokens", 12, "--batch_size", 8]
 
@@ -407,3 +411,27 @@ def test_a_person_may_stop_and_continue_with_the_same_command(make, tmp_path, mo
     assert "not chosen yet: " not in capsys.readouterr().out
     monkeypatch.setattr(ChoiceServer, "serve_forever", None)  # everything is chosen
     assert make("pairs.jsonl", "--human").splitlines() == rows
+
+
+def guide_commands(name):
+    """The lines of the shell in a guide, without their comments."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+def test_the_commands_and_options_of_the_guides_exist():
+    lines = guide_commands("pairs.md")
+    assert guide_commands("pairs_zh.md") == lines
+    for line in lines:
+        if line.startswith("minimind "):
+            assert build_parser().parse_args(line.split()[1:]).run
+        files = re.findall(r"(?:configs|scripts)/\S+|\w+\.py\b", line)
+        assert [file for file in files if not (ROOT / file).exists()] == []
+    known = set()
+    for command in ("pairs", "compare"):
+        parser = build_parser().parse_args([command, "a", "b", "c"]).parser
+        known |= {f"--{action.dest}" for action in parser._actions}
+    for guide in ("pairs.md", "pairs_zh.md"):
+        text = (ROOT / "docs" / guide).read_text(encoding="utf-8")
+        assert set(re.findall(r"`(--\w+)", text)) <= known
