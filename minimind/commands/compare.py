@@ -33,8 +33,12 @@ def add_parser(commands) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("a", metavar="A", help="a stage directory, such as the model before; adapters included")
-    add("b", metavar="B", help="another one, such as the model after")
+    add(
+        "directory_a",
+        metavar="A",
+        help="a stage directory, such as the model before; adapters included",
+    )
+    add("directory_b", metavar="B", help="another one, such as the model after")
     add("prompts", help="prompts, one a line, or chats, whose last reply is left out")
     add_judge(parser)
     add("--samples", type=int, default=1, help="replies of each model to each prompt")
@@ -74,7 +78,7 @@ def run(args: Namespace) -> None:
     judge_option = given_judge(args)
     if args.html:
         check_output(args.html)
-    directories, described, replies = (args.a, args.b), [], []
+    directories, described, replies = (args.directory_a, args.directory_b), [], []
     with redirect_stdout(sys.stderr):  # stdout is the report's alone
         judge = make_judge(**judge_option)
         models = [load_for_generation(directory) for directory in directories]

@@ -68,7 +68,13 @@ def run(args: Namespace) -> None:
     from minimind.data.prompts import read_prompts
     from minimind.evaluation import Sampling, encode_fitting, make_judge, sample_replies
     from minimind.generation import load_for_generation
-    from minimind.pairs import Record, ranked_pairs, replies_depend_on, write_pairs
+    from minimind.pairs import (
+        Record,
+        describe_pairs,
+        ranked_pairs,
+        replies_depend_on,
+        write_pairs,
+    )
 
     # What can be refused at once
     judge_option = given_judge(args, "human")
@@ -99,9 +105,10 @@ def run(args: Namespace) -> None:
                     rows = ask(prompts, steps, counts, record, args.port)
                 else:
                     rows = ranked_pairs(prompts, steps, judge, counts)
-            facts = write_pairs(out, rows) | {"left_out": {k: n for k, n in counts.items() if n}}
+            facts = describe_pairs(out, rows) | {"left_out": {k: n for k, n in counts.items() if n}}
             asked = {"judge": judge_option, "prompts": len(found), "samples": args.samples}
-            record.keep_result(asked | facts)
+            record.keep_result(asked | facts)  # first, so that it is known whose pairs they are
+            write_pairs(out, rows)
     if args.json:
         print(json_text(record.result, indent=2))
     else:

@@ -64,9 +64,9 @@ CHOICES = {
     "torch_compile_mode": COMPILE_MODES,
 }
 # Options that the libraries read, write or send, and that have to be UTF-8.
-FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "model", "out", "output_dir")
-FOR_LIBRARIES += ("model_name_or_path", "project", "reward_model", "run_name", "source")
-FOR_LIBRARIES += ("tokenizer",)
+FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "directory_a", "directory_b")
+FOR_LIBRARIES += ("model", "model_name_or_path", "out", "output_dir", "project", "reward_model")
+FOR_LIBRARIES += ("run_name", "source", "tokenizer")
 # Options that are durations, each with its unit.
 DURATIONS = ("time_budget",)
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # seconds

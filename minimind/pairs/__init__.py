@@ -8,5 +8,12 @@ choosing.py  a local web page on which a person chooses (choosing.html)
 # ruff: noqa: F401 (the public names of this room)
 
 from minimind.pairs.choosing import ChoiceServer
-from minimind.pairs.making import Question, chosen_pairs, questions, ranked_pairs, write_pairs
+from minimind.pairs.making import (
+    Question,
+    chosen_pairs,
+    describe_pairs,
+    questions,
+    ranked_pairs,
+    write_pairs,
+)
 from minimind.pairs.record import Record, replies_depend_on

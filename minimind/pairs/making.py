@@ -143,22 +143,25 @@ def chosen_pairs(
 # Both
 
 
-def write_pairs(path: Path, rows: Sequence[dict]) -> dict:
-    """Write the rows to a JSON Lines file, complete or not at all; returns facts on them.
+def describe_pairs(path: Path, rows: Sequence[dict]) -> dict:
+    """The number of pairs, and the mean length and score of their chosen and rejected replies.
 
     Raises:
-        UserError: there is no pair; nothing is written.
-        OSError: the file cannot be written.
+        UserError: there is no pair to write to `path`.
     """
     if not rows:
         raise UserError(
             f"no pair was found, so {path} was not written: no reply is better than another one to"
             " the same prompt. Give more --samples, a higher --temperature, or another judge."
         )
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     facts = {"pairs": len(rows)}
     for side in ("chosen", "rejected"):
         facts[f"{side}_characters"] = round(fmean(len(row[side][0]["content"]) for row in rows), 1)
         if f"{side}_score" in rows[0]:
             facts[f"{side}_score"] = round(fmean(row[f"{side}_score"] for row in rows), 6)
     return facts
+
+
+def write_pairs(path: Path, rows: Sequence[dict]) -> None:
+    """Write the rows to a JSON Lines file, complete or not at all; raises OSError."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
