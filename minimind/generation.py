@@ -7,7 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from minimind.common.errors import UserError, reason
 from minimind.common.streams import printable
-from minimind.stage_directory import check_vocabulary, load_model, require_stage
+from minimind.stage_directory import (
+    check_vocabulary,
+    load_for_reading,
+    require_stage,
+    virtual_tokens,
+)
 from minimind.tokenizer import load_tokenizer
 
 
@@ -27,7 +32,7 @@ def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedToke
     """
     path = require_stage(directory)
     tokenizer = load_tokenizer(path)
-    model = load_model(path).eval()
+    model = load_for_reading(path).eval()
     check_vocabulary(model, tokenizer, path)
     weights = model.named_parameters()
     if broken := [name for name, weight in weights if not torch.isfinite(weight).all()]:
@@ -54,7 +59,7 @@ def decode(
         UserError: the model's generation settings cannot be used here, or its probabilities are not
             numbers.
     """
-    room = model.config.max_position_embeddings - input_ids.shape[1]
+    room = model.config.max_position_embeddings - virtual_tokens(model) - input_ids.shape[1]
     sampling = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -88,6 +93,8 @@ def complete(
     batch_size: int = 64,
 ) -> list[str]:
     """The greedy continuation of each prompt of token ids, in batches with padding on the left."""
+    if virtual_tokens(model, embedded=True):
+        batch_size = 1  # padding would be between them and the text
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

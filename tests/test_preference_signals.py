@@ -1,14 +1,13 @@
 """The curves of preference training: what is logged, against the formulas; what they say at the
 end, with each pattern planted; and stopping by them."""
 
-import json
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pipeline import pair_rows, run_script, short_run
-from torch import nn
 
 from minimind.common.errors import UserError
 from minimind.stage_directory import read_stage
@@ -25,24 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 # Metrics of one batch
 
 
-class Fixed(nn.Module):
-    """A model with these log-probabilities of its tokens, (2 N, S - 1)."""
-
-    def __init__(self, log_probs):
-        super().__init__()
-        self.output = type("Output", (), {"log_probs": torch.tensor(log_probs)})()
-
-    def forward(self):
-        return self.output
-
-
 class Library:
     """What the mix-in uses of TRL's trainer."""
 
-    def compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        model()
-        if "ref_chosen_logps" not in inputs:
-            self.ref_model()
+    def _compute_loss(self, model, inputs, return_outputs):
+        assert model(**inputs).log_probs is not None
         return torch.tensor(0.5)
 
     def log(self, logs, start_time):
@@ -51,8 +37,9 @@ class Library:
 
 
 class Trainer(PreferenceMetrics, Library):
-    def __init__(self, policy, reference=None, ld_alpha=None):
-        self.model, self.ref_model = Fixed(policy), reference and Fixed(reference)
+    model = SimpleNamespace(training=True)
+
+    def __init__(self, ld_alpha=None):
         self.ld_alpha, self._metrics = ld_alpha, {"train": defaultdict(list)}
 
 
@@ -62,10 +49,15 @@ POLICY = [[-1.0, -2.0, -3.0], [-0.5, 0.0, 0.0], [-2.0, 0.0, 0.0], [-1.0, -1.0, 0
 REFERENCE = [[-1.0, -2.5, -3.5], [-0.4, 0.0, 0.0], [-1.5, 0.0, 0.0], [-1.0, -1.5, 0.0]]
 
 
-def logged(*batches, trainer=None):
-    trainer = trainer or Trainer(POLICY, REFERENCE)
-    for inputs in batches or [{"completion_mask": MASK}]:
-        assert trainer.compute_loss(trainer.model, inputs) == 0.5
+def logged(*masks, references=REFERENCE, trainer=None):
+    """What a trainer logs after one batch, or after some with these masks."""
+    trainer, output = trainer or Trainer(), SimpleNamespace(log_probs=torch.tensor(POLICY))
+    for mask in masks or [MASK]:
+        inputs = {"completion_mask": mask}
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (
+            torch.tensor(references).sum(dim=1).chunk(2)
+        )
+        assert trainer._compute_loss(lambda **_: output, inputs, False) == 0.5
     trainer.log({})
     return trainer.logged
 
@@ -91,24 +83,29 @@ def test_the_metrics_of_two_pairs_are_those_of_the_formulas():
     )
 
 
-def test_precomputed_references_give_the_same_metrics():
-    sums = torch.tensor(REFERENCE).sum(dim=1)
-    inputs = {"completion_mask": MASK, "ref_chosen_logps": sums[:2], "ref_rejected_logps": sums[2:]}
-    assert logged(inputs, trainer=Trainer(POLICY)) == pytest.approx(logged())
+def test_without_a_reference_there_is_no_kl_and_mean_log_probabilities_decide():
+    trainer = Trainer()
+    trainer.has_reference = False
+    found = logged(trainer=trainer)
+    assert not {"kl/reply", "kl/token"} & found.keys()
+    # Means of -2 against -2, and of -0.5 against -1
+    assert (found["rewards/accuracies_longer"], found["rewards/accuracies_shorter"]) == (0, 1)
 
 
 def test_ld_alpha_weighs_the_tail_of_the_longer_reply():
-    found = logged(trainer=Trainer(POLICY, REFERENCE, ld_alpha=0.5))
+    weighted = [[-1.0, -1.25, -1.75], REFERENCE[1], REFERENCE[2], [-1.0, -0.75, 0.0]]
+    found = logged(references=weighted, trainer=Trainer(ld_alpha=0.5))
     assert found["kl/reply"] == pytest.approx((0.5 - 0.1 - 0.5 + 0.25) / 4)
 
 
 def test_the_accuracy_of_a_kind_of_pairs_is_over_all_its_pairs_of_all_batches():
-    other = MASK.flip(0)  # one more of each kind
-    equal = MASK[:1].repeat(4, 1)
-    found = logged(*({"completion_mask": mask} for mask in (MASK, other, equal)))
-    assert found["lengths/chosen_longer"] == pytest.approx(2 / 6)
-    assert found["rewards/accuracies_longer"] in (0.5, 1.0)
-    assert "rewards/accuracies_longer" not in logged({"completion_mask": equal})
+    equal = torch.tensor([[0, 1, 1, 0]] * 4)
+    one_kind = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
+    found = logged(MASK, one_kind, equal)
+    # Longer: of MASK the first pair, which is right, and both of `one_kind`, of which one is
+    assert found["lengths/chosen_longer"] == pytest.approx(3 / 6)
+    assert found["rewards/accuracies_longer"] == pytest.approx(2 / 3)
+    assert "rewards/accuracies_longer" not in logged(equal)
 
 
 # The end of a run

@@ -22,7 +22,9 @@ from minimind.stage_directory.loading import (
     check_vocabulary,
     load_adapter,
     load_config,
+    load_for_reading,
     load_model,
     loading_errors,
+    virtual_tokens,
 )
 from minimind.stage_directory.record import library_versions, provenance, read_stage, weights_hash

@@ -3,7 +3,6 @@ and the accuracy by which reply is longer."""
 
 import torch
 from accelerate.utils import gather
-from torch import nn
 
 Metrics = dict[str, list[float]]
 
@@ -23,50 +22,46 @@ class PreferenceMetrics:
         alone; missing where there are none.
     """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's, with the log-probabilities of its forward passes noted."""
-        found: list[torch.Tensor] = []  # the policy's, then the reference's unless precomputed
+    has_reference = True  # False: rewards are of mean log-probabilities, see PreferenceTrainer
 
-        def note(module: nn.Module, arguments: tuple, output) -> None:
-            if (log_probs := getattr(output, "log_probs", None)) is not None:
-                found.append(log_probs.detach())
+    def _compute_loss(self, model, inputs, return_outputs):
+        """TRL's; the log-probabilities of its forward pass are noted."""
+        outputs = []
 
-        # With an adapter the reference is the same module
-        models = [each for each in (self.model, self.ref_model) if isinstance(each, nn.Module)]
-        hooks = [each.register_forward_hook(note) for each in models]
-        mode = "train" if self.model.training else "eval"
-        try:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name, value in self._pair_metrics(inputs, found).items():
-            self._metrics[mode][name].append(value)
+        def noted(*args, **kwargs):
+            outputs.append(model(*args, **kwargs))
+            return outputs[-1]
+
+        loss = super()._compute_loss(noted, inputs, return_outputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in self._pair_metrics(inputs, outputs[0].log_probs.detach()).items():
+            metrics[name].append(value)
         return loss
 
-    def _pair_metrics(self, inputs: dict, found: list[torch.Tensor]) -> dict[str, float]:
+    def _pair_metrics(self, inputs: dict, log_probs: torch.Tensor) -> dict[str, float]:
         """The means over the pairs of all processes; the accuracies of a kind of pairs as their
         share in all of them, see `log`."""
         mask = inputs["completion_mask"][:, 1:]
         lengths = mask.sum(dim=1)
-        log_probs = [each[:, -mask.shape[1] :].to(mask.device) * mask for each in found]
-        policy = sums(log_probs[0], mask, self.ld_alpha)
-        if "ref_chosen_logps" in inputs:
-            reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        log_probs = log_probs[:, -mask.shape[1] :] * mask
+        mean = log_probs.sum(dim=1) / lengths.clamp(min=1)  # of a token
+        if self.has_reference:
+            if "ref_chosen_logps" in inputs:
+                reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            else:
+                reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            ratios = sums(log_probs, mask, self.ld_alpha) - torch.cat(reference)
         else:
-            reference = sums(log_probs[1], mask, self.ld_alpha)
-        ratios = policy - reference.to(policy)
+            ratios = mean
         is_right = torch.gt(*ratios.chunk(2))
 
-        # The mean log-probability of a token; below 0, so that the odds are finite
-        mean = log_probs[0].sum(dim=1) / lengths.clamp(min=1)
-        mean = mean.clamp(max=-1e-6)
+        mean = mean.clamp(max=-1e-6)  # so that the odds are finite
         odds = mean - torch.log1p(-mean.exp())
 
         chosen, rejected = lengths.chunk(2)
         longer, shorter = chosen > rejected, chosen < rejected
-        values = {
-            "kl/reply": ratios.mean(),
+        values = {"kl/reply": ratios.mean()} if self.has_reference else {}
+        values |= {
             "log_odds_chosen": torch.sub(*odds.chunk(2)).mean(),
             "lengths/chosen": chosen.float().mean(),
             "lengths/rejected": rejected.float().mean(),
@@ -89,6 +84,7 @@ class PreferenceMetrics:
         if "kl/reply" in metrics:
             tokens = (mean("lengths/chosen") + mean("lengths/rejected")) / 2
             metrics["kl/token"] = [mean("kl/reply") / max(tokens, 1)]
+        if "lengths/chosen" in metrics:
             for kind in ("longer", "shorter"):
                 share, name = mean(f"lengths/chosen_{kind}"), f"rewards/accuracies_{kind}"
                 right = mean(name)

@@ -7,7 +7,7 @@ import psutil
 import torch
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError, reason
@@ -16,6 +16,7 @@ from minimind.common.launch import is_main_process
 from minimind.costs.parameters import empty_model
 from minimind.stage_directory import check_kind, check_vocabulary, load_model, require_stage
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import peft_config
 from minimind.training.model_arguments import load_model_config_file
 
 
@@ -110,7 +111,7 @@ def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | No
     """The adapter that the options configure, or None; raises UserError where it does not fit the
     model."""
 
-    config = get_peft_config(args)
+    config = peft_config(args)
     if config is not None:
         empty_model(copy.deepcopy(model.config), config)
     return config
