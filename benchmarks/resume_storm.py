@@ -91,7 +91,8 @@ class Storm:
         if stage == "pretrain":
             options |= {"block_size": 128, "model_config": self.directory / "model.json"}
         else:
-            options |= {"max_length": 128, "model_name_or_path": self.directory / "base"}
+            length = "max_completion_length" if stage == "dpo" else "max_length"
+            options |= {length: 128, "model_name_or_path": self.directory / "base"}
         words = [SCRIPTS[stage], *(f"--{key}={value}" for key, value in options.items()), *argv]
         words += {"lora": ["--use_peft", "--lora_r=4", "--lora_dropout=0.1"]}.get(stage, [])
         return words

@@ -22,6 +22,7 @@ from minimind.commands import (
     plan,
     prepare,
     replay,
+    score,
     tokenizer,
     world,
 )
@@ -31,7 +32,7 @@ from minimind.common.options import HelpAll, OptionFormatter, Version, option_na
 
 # In the order of the help
 COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, export, merge, import_)
-COMMANDS += (clean, prepare, plan, world)
+COMMANDS += (score, clean, prepare, plan, world)
 
 
 class Parser(argparse.ArgumentParser):

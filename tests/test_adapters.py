@@ -17,7 +17,7 @@ from minimind.data.packing import IGNORED, PaddedCollator
 from minimind.doctor.rates import learning_rate, updates
 from minimind.evaluation.losses import label_losses
 from minimind.generation import complete, load_for_generation
-from minimind.stage_directory import read_stage, virtual_tokens, weights_hash
+from minimind.stage_directory import virtual_tokens, weights_hash
 from minimind.training.adapters import VIRTUAL, fit_virtual_tokens, peft_config
 from minimind.training.model_arguments import ModelArguments
 from minimind.training.trainers import weighted_causal_lm_loss
@@ -209,17 +209,19 @@ def training(**options):
 def test_rows_beyond_the_positions_and_recomputation_are_refused(config):
     args = ModelArguments(use_peft=True, peft_type="prefix_tuning", num_virtual_tokens=8)
     room = config.max_position_embeddings - 8
-    assert "packing is off" in fit_virtual_tokens(args, training(), room, config)
+    assert "packing is off" in fit_virtual_tokens(args, training(), {"max_length": room}, config)
     with pytest.raises(UserError, match="8 virtual tokens are beyond the model's max_position"):
-        fit_virtual_tokens(args, training(), room + 1, config)
+        fit_virtual_tokens(args, training(), {"max_length": room + 1}, config)
     with pytest.raises(UserError, match="drops the keys and values that prefix tuning trains"):
-        fit_virtual_tokens(args, training(activation_checkpointing=True), room, config)
+        fit_virtual_tokens(
+            args, training(activation_checkpointing=True), {"max_length": room}, config
+        )
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapters_of_weights_leave_packing_on(kind, config):
     options, args = training(), ModelArguments(use_peft=True, peft_type=kind)
-    assert fit_virtual_tokens(args, options, 64, config) is None
+    assert fit_virtual_tokens(args, options, {"max_length": 64}, config) is None
     assert options.packing
 
 

@@ -28,7 +28,7 @@ def test_loaded_conversations_are_the_files_rows_in_order_with_what_was_cut_coun
     digest = content_hash([Path(path)])
     assert rows.facts["train"] == {"files": [path], "hash": digest, "rows": 3, "truncated": 1}
     assert rows.where == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert rows.lengths == [fits(messages, tokenizer) for messages in (SHORT, LONG, SHORT)]
+    assert rows.lengths == [[fits(messages, tokenizer)] for messages in (SHORT, LONG, SHORT)]
 
 
 def test_what_became_of_the_conversations_is_counted(tokenizer, write_jsonl):

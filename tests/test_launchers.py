@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pipeline import (
     MODEL,
+    PAIR_LENGTHS,
     at_free_port,
     chat_rows,
     document_rows,
@@ -77,9 +78,8 @@ def stage_words(world, tokenizer_dir, output, script, options):
             world / parent,
             "--train_files",
             world / f"{rows}.jsonl",
-            "--max_length",
-            "64",
         ]
+        options = ({"max_length": 64} if rows == "chats" else PAIR_LENGTHS) | options
     return *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"
 
 

@@ -14,7 +14,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from pipeline import chat_rows, failure, pair_rows, run_cli, run_script, short_run
+from pipeline import PAIR_LENGTHS, chat_rows, failure, pair_rows, run_cli, run_script, short_run
 from transformers import AutoModelForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
@@ -269,7 +269,7 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
     run_script(
         monkeypatch,
         "train_dpo",
-        *short_run(tmp_path / "dpo", max_length=64),
+        *short_run(tmp_path / "dpo", **PAIR_LENGTHS),
         "--model_name_or_path",
         merged,
         "--train_files",

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pipeline import (
     MODEL,
+    PAIR_LENGTHS,
     assistant,
     chat_rows,
     document_rows,
@@ -56,6 +57,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(config):
 
 
 DATA = {"pretrain": document_rows, "sft": chat_rows, "lora": chat_rows, "dpo": pair_rows}
+DATA["reward"] = pair_rows
 
 
 def read(tmp_path, stage, words=(), **keys):
@@ -81,7 +83,7 @@ def files(tmp_path, write_jsonl):
 
 @pytest.fixture
 def pipeline(tmp_path, files, tokenizer_dir):
-    """Four recipes, each starting from what the one before it writes; none has run."""
+    """Five recipes, each starting from what the one before it writes; none has run."""
     common = {"per_device_train_batch_size": 2, "eval_ratio": 0.2}
     start = {"model_config": files.model, "tokenizer": str(tokenizer_dir), "block_size": 32}
     runs, paths = tmp_path / "runs", {}
@@ -90,10 +92,12 @@ def pipeline(tmp_path, files, tokenizer_dir):
         ("sft", "pretrain"),
         ("lora", "sft"),
         ("dpo", "lora"),
+        ("reward", "lora"),
     ):
         keys = {"train_files": [getattr(files, stage)], "output_dir": str(runs / stage)} | common
         if parent:
-            keys |= {"model_name_or_path": str(runs / parent), "max_length": 64}
+            keys |= PAIR_LENGTHS if stage in ("dpo", "reward") else {"max_length": 64}
+            keys |= {"model_name_or_path": str(runs / parent)}
         else:
             keys |= start
         if stage == "lora":
@@ -107,6 +111,7 @@ SCRIPTS = {
     "sft": "finetune_sft",
     "lora": "finetune_sft",
     "dpo": "train_dpo",
+    "reward": "train_reward",
 }
 
 
@@ -148,6 +153,7 @@ def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writ
         ("lora", ["--use_peft", "true"], "lora", "runs/sft"),
         ("dpo", [], "dpo", "runs/sft"),
         ("dpo", ["--use_peft", "true"], "dpo", "runs/sft"),
+        ("reward", [], "dpo", "runs/sft"),
     ],
 )
 def test_without_files_and_parent_a_run_has_its_part_of_the_corpus_and_its_stage_before(
@@ -187,7 +193,7 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     keys = (
         {"block_size": 32, "tokenizer": str(tokenizer_dir)}
         if stage == "pretrain"
-        else {"max_length": 64}
+        else (PAIR_LENGTHS if stage == "dpo" else {"max_length": 64}) | {}
     )
     if stage == "pretrain":
         keys["packing_strategy"] = "wrapped" if packing else "bfd_split"

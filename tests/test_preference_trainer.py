@@ -118,8 +118,6 @@ LOSSES = [
     {},
     {"loss_type": ["sft", "ipo", "sigmoid_norm"], "loss_weights": [1.0, 0.1, 0.5]},
     {"loss_type": ["apo_zero", "aot"], "loss_weights": [1.0, 1.0], "label_smoothing": 0.1},
-    {"max_length": 40},
-    {"max_length": 40, "truncation_mode": "keep_end"},
     {"ld_alpha": 0.5},
     {"use_weighting": True},
     {"f_divergence_type": "js_divergence"},

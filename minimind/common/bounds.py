@@ -22,8 +22,8 @@ INTERVALS = {
         " rope_theta"
     ),
     "[0, inf)": (
-        "early_stopping_threshold loss_weights max_grad_norm min_lr neftune_noise_alpha"
-        " router_aux_loss_coef temperature weight_decay"
+        "center_rewards_coefficient early_stopping_threshold loss_weights max_grad_norm min_lr"
+        " neftune_noise_alpha router_aux_loss_coef temperature weight_decay"
     ),
     "(0, most]": "eval_steps logging_steps num_train_epochs save_steps",
     "[0, most]": (
@@ -36,14 +36,14 @@ INTERVALS = {
         " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps"
         " save_total_limit torch_empty_cache_steps"
     ),
-    "[2, most]": "block_size max_length",
+    "[2, most]": "block_size max_completion_length max_length max_prompt_length",
     "[-1, most]": "sample_steps",
     "[0, 4294967295]": "data_seed seed",  # numpy's
     "[1, 10000]": "lora_r num_virtual_tokens",
+    "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc best_of",
     "[1, 65536]": "sample_tokens",
     "[1, 16777216]": "vocab_size",
     "[0, 1024]": "dataloader_num_workers",
-    "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc",
     "[1, 1048576]": "ddp_bucket_cap_mb processes",
     "[1, 31536000]": "ddp_timeout",  # seconds: a year
     "[0, 65535]": "local_rank",
@@ -64,7 +64,8 @@ CHOICES = {
 }
 # Options that the libraries read, write or send, and that have to be UTF-8.
 FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "model", "out", "output_dir")
-FOR_LIBRARIES += ("model_name_or_path", "project", "run_name", "source", "tokenizer")
+FOR_LIBRARIES += ("model_name_or_path", "project", "reward_model", "run_name", "source")
+FOR_LIBRARIES += ("tokenizer",)
 # Options that are durations, each with its unit.
 DURATIONS = ("time_budget",)
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # seconds

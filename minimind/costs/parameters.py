@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
-from minimind.stage_directory import loading_errors
+from minimind.stage_directory import auto_class, loading_errors
 
 
 def empty_model(
@@ -26,7 +26,7 @@ def empty_model(
         UserError: no model can be built from the configuration, or the adapter does not fit it.
     """
     with loading_errors(Path(config.name_or_path or "this recipe")), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
         if adapter is None:
             return model
         targets = {
@@ -50,6 +50,12 @@ def empty_model(
 def core(model: nn.Module) -> PreTrainedModel:
     """The MiniMind inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The layer that projects to the vocabulary, or to the score of a reward model."""
+    model = core(model)
+    return model.get_output_embeddings() or model.score
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

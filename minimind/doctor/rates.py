@@ -17,6 +17,7 @@ SCHEDULE_SAMPLE = 1000  # steps whose rates are summed
 LITTLE = {"pretrain": 4.0, "sft": 2.0, "dpo": 0.15}
 # Parts of the middle rate, see `usual_learning_rates`.
 USUAL = {"pretrain": (1 / FAR, FAR), "sft": (1 / 300, 3), "dpo": (1 / 2000, 1 / 20)}
+USUAL["reward"] = (1 / 100, 1)
 
 
 def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float, float]:
@@ -27,7 +28,8 @@ def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float
     table 2.1); 10 times around it. Others are parts of that: full SFT from a 300th (Tulu 3: 5e-6 at
     8B) to 3 times it; LoRA 10 times full SFT (Schulman et al. 2025, "LoRA Without Regret"; Biderman
     et al. 2024, https://arxiv.org/abs/2405.09673); DPO from a 2,000th (Tulu 3: 5e-7 at 8B) to a
-    20th, and with LoRA 10 times that.
+    20th, and with LoRA 10 times that; reward models from a 100th (Tulu 3: 3e-6 at 8B; InstructGPT:
+    9e-6 at 6B) to the middle (TRL's default).
     """
     middle = max(0.003239 - 0.0001395 * math.log(max(parameters, 2)), 1e-4)
     low, high = USUAL[stage]

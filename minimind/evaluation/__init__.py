@@ -1,4 +1,4 @@
-"""Measures of a model: held-out loss, bits per byte, exact answers to questions."""
+"""Measures of a model: held-out loss, bits per byte, exact answers to questions, rewards."""
 
 # ruff: noqa: F401 (the public names of this room)
 
@@ -13,3 +13,11 @@ from minimind.evaluation.losses import (
     token_loss_distribution,
     token_losses,
 )
+from minimind.evaluation.rewards import (
+    RewardModel,
+    pair_metrics,
+    read_rewards,
+    reward_metrics,
+    wilson_interval,
+)
+from minimind.evaluation.scored_files import score_files

@@ -6,6 +6,7 @@ import numpy as np
 
 from minimind.data.bad_rows import BAD_ROW_SHARE
 from minimind.data.chat_summary import Reading
+from minimind.data.preference_rows import EQUAL
 from minimind.inspection.findings import Findings
 from minimind.inspection.tokens import Tokens, ratio
 
@@ -16,7 +17,7 @@ LONGER_SHARE = 0.7
 FEWEST_PAIRS = 20  # by which that is judged
 BAD_ROWS = (  # part of a bad row's problem, name of the finding, advice
     (
-        "found chosen equal to rejected",
+        EQUAL,
         "identical_pairs",
         "They have no preference to learn. Remove them.",
     ),
@@ -49,14 +50,18 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
             findings.add("unread_columns", "error", count, text, advice, places)
             findings[-1]["column"] = name
 
-    # Conversations that do not fit, and those with nothing to train.
-    dropped, untrained, split = counts["dropped"], counts["untrained"], counts["split"]
-    reasons = [reason for bad in reading.too_long for reason in bad.reasons.values()]
-    problem = next((problem for _, problem, _ in reasons), "")
-    example = f"in the first {problem}" if dropped > 1 else problem
-    text = f"{dropped:,} of {total:,} rows ({ratio(dropped, total):.1%}) are left out: {example}"
-    places = reading.places.get("dropped", ())
-    findings.add("too_long_rows", "warning", dropped, text, "Raise it, or shorten them.", places)
+    # What does not fit, pairs whose replies are equal once they are cut, and what has nothing to
+    # train.
+    problems = [problem for bad in reading.too_long for _, problem, _ in bad.reasons.values()]
+    for name, finding in (("dropped", "too_long_rows"), ("identical", "identical_pairs")):
+        count, is_equal = counts[name], name == "identical"
+        problem = next((each for each in problems if (EQUAL in each) == is_equal), "")
+        example = f"in the first {problem}" if count > 1 else problem
+        text = f"{count:,} of {total:,} rows ({ratio(count, total):.1%}) are left out: {example}"
+        places = reading.places.get(name, ())
+        findings.add(finding, "warning", count, text, "Raise it, or shorten them.", places)
+
+    untrained, split = counts["untrained"], counts["split"]
 
     text = f"{untrained:,} of {total:,} rows have no reply to train and are left out"
     advice = "Their flags, weights or the options leave all of their replies out."
@@ -67,7 +72,8 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
     places = reading.places.get("split", ())
     findings.add("split_rows", "info", split, text, "Nothing to do.", places)
 
-    lost = sum(bad.count for bad in reading.bad) + dropped + untrained
+    lost = sum(bad.count for bad in reading.bad)
+    lost += counts["dropped"] + counts["identical"] + untrained
     if lost > LOST_SHARE * total:
         text = f"{lost:,} of {total:,} rows ({ratio(lost, total):.1%}) are left out"
         advice = (
@@ -77,6 +83,28 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
         findings.add("rows_lost", "error", lost, text, advice)
 
 
+def check_pair_cuts(findings: Findings, reading: Reading) -> None:
+    """Find pairs of which a prompt or a reply was cut."""
+    counts, total = reading.counts, len(reading.lengths)
+    for name, what, advice in (
+        (
+            "prompts_cut",
+            "have a prompt longer than --max_prompt_length, of which only the end is used",
+            "Raise it if they matter.",
+        ),
+        (
+            "replies_cut",
+            "have a reply longer than --max_completion_length, which is cut",
+            "These pairs teach nothing about where a reply ends. Raise it if they matter, or leave"
+            " them out with --long_completions drop.",
+        ),
+    ):
+        share = ratio(counts[name], total)
+        text = f"{counts[name]:,} of {total:,} pairs ({share:.1%}) {what}"
+        severity = "warning" if share > CUT_SHARE else "info"
+        findings.add(name, severity, counts[name], text, advice, reading.places.get(name, ()))
+
+
 def check_cuts(
     findings: Findings, tokens: Tokens, lengths_before: np.ndarray, size: int = 1
 ) -> tuple[int, int]:
@@ -84,13 +112,16 @@ def check_cuts(
     lost.
 
     `lengths_before` (rows,) are the lengths of the conversations before any cut; the rows of one
-    conversation are neighbours. Of pairs (`size` 2) the longer side counts.
+    conversation are neighbours. Of pairs (`size` 2), which have findings of their own, the side
+    counts that lost more.
     """
-    lengths = tokens.lengths.reshape(-1, size).max(1)
-    before, where = lengths_before[::size], np.array(tokens.where[::size], object)
+    lengths, before = tokens.lengths.reshape(-1, size), lengths_before.reshape(-1, size)
+    where = np.array(tokens.where[::size], object)
     first = np.flatnonzero(np.append(True, where[1:] != where[:-1]))
-    lost = np.maximum(before[first] - np.add.reduceat(lengths, first), 0)
+    lost = np.maximum(before[first] - np.add.reduceat(lengths, first), 0).max(1)
     cut, lost_tokens = int((lost > 0).sum()), int(lost.sum())
+    if size > 1:
+        return cut, lost_tokens
     share = ratio(cut, len(first))
     text = (
         f"{cut:,} of {len(first):,} rows ({share:.1%}) were cut to --max_length, and with that"

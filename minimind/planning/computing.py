@@ -11,6 +11,7 @@ from minimind.costs.memory import evaluation_memory, memory, model_states
 from minimind.costs.parameters import empty_model, parameter_counts
 from minimind.costs.step import Step
 from minimind.costs.units import duration
+from minimind.data.row_lengths import shares_prompts
 from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
@@ -50,7 +51,7 @@ def make_plan(
     options = recipe.options
     config, tokenizer, notes = recipe.starting_point()
     model = empty_model(config, recipe.adapter)
-    if notice := fit_virtual_tokens(options, options, recipe.length, config):
+    if notice := fit_virtual_tokens(options, options, recipe.spec.lengths(options), config):
         notes.append(notice)
     rows = rows or recipe.rows(tokenizer)
     precision = precision_of(options, device)
@@ -60,7 +61,8 @@ def make_plan(
         notes.append(f"{device.name} has no bf16, so a run there takes fp32; --fp16 true is faster")
 
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
-    has_reference = recipe.spec.pairs and not options.precompute_ref_log_probs
+    shared_prompts = recipe.spec.pairs and shares_prompts(options)
+    has_reference = recipe.spec.pairs and not shared_prompts
     step = Step(
         batch_size=options.per_device_train_batch_size,
         length=rows.longest,
@@ -73,11 +75,11 @@ def make_plan(
         attention=options.attn_implementation or "sdpa",
         masked=not recipe.spec.reads_documents or options.document_mask,
         pairs=recipe.spec.pairs,
-        shared_prompts=recipe.spec.pairs and options.precompute_ref_log_probs,
+        shared_prompts=shared_prompts,
         predicting=rows.predicting,
         counted=rows.counted,
         reference=("adapter" if recipe.adapter else "copy") if has_reference else None,
-        weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
+        weighted=getattr(recipe.chat_args, "needs_weights", False),
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,

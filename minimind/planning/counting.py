@@ -12,7 +12,7 @@ from trl import pack_dataset
 
 from minimind.common.cache import find
 from minimind.common.errors import BadRowError
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import TemplateArguments
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.conversations import to_conversation
@@ -22,7 +22,7 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
-from minimind.data.row_lengths import RowLength, row_lengths, shares
+from minimind.data.row_lengths import RowLength, row_lengths, shares, shares_prompts
 from minimind.data.sources import total_size
 from minimind.data.template_choice import set_chat_template
 from minimind.stages import StageSpec, load_rows
@@ -57,7 +57,7 @@ class RowCounts:
 def count_rows(
     spec: StageSpec,
     data_args: DataArguments,
-    chat_args: ChatArguments | None,
+    chat_args: TemplateArguments | None,
     tokenizer: PreTrainedTokenizerFast,
     options: Namespace,
 ) -> RowCounts:
@@ -105,7 +105,7 @@ def _count_blocks(spec, data_args, tokenizer, options) -> RowCounts:
 
 
 def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
-    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
+    shared_prompts = shares_prompts(options)
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     size = total_size([path for paths in files for path in paths])
@@ -140,17 +140,16 @@ def _sample_chats(
     spec, paths, data_args, chat_args, tokenizer, options, size: int
 ) -> tuple[list[RowLength], float]:
     """The lengths of the rows of a sample, and how many times more rows there are."""
-    parse, tokenize = (
-        (to_preference, tokenize_preferences)
-        if spec.pairs
-        else (to_conversation, tokenize_conversations)
-    )
-    parsed, factor = sample(paths, parse, data_args, size)
-    results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
+    encoder = ChatEncoder(tokenizer)
+    if spec.pairs:
+        parsed, factor = sample(paths, to_preference, data_args, size)
+        results = tokenize_preferences(parsed, encoder, chat_args)
+    else:
+        parsed, factor = sample(paths, to_conversation, data_args, size)
+        results = tokenize_conversations(parsed, encoder, options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
-    return row_lengths(columns, spec.pairs, shared_prompts), factor
+    return row_lengths(columns, spec.pairs, shares_prompts(options)), factor
 
 
 def held_out_share(data_args: DataArguments, rows: float) -> float:
@@ -165,7 +164,7 @@ def chat_counts(
     whether pairs share their prompts."""
     longest = [row.length for row in lengths]
     more: dict[str, float] = {}
-    if getattr(options, "precompute_ref_log_probs", False):  # without padding
+    if shares_prompts(options):  # without padding
         padded, more = fmean(longest), shares(lengths)
     else:
         padded = padded_length(longest, options.per_device_train_batch_size)

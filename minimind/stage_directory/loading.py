@@ -1,5 +1,6 @@
 """Load the configuration and model of a stage directory, or say what does not fit."""
 
+import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import torch
 import transformers.dynamic_module_utils
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -84,14 +86,18 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     return config
 
 
-def load_model(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load the causal LM of a stage directory in fp32; an adapter is merged into its base.
+def load_model(
+    path: str | Path, attn_implementation: str | None = None, scores: bool = False
+) -> PreTrainedModel:
+    """Load the causal LM of a stage directory in fp32, or the reward model if it `scores` replies;
+    an adapter is merged into its base.
 
     Raises:
-        UserError: the directory is not a stage directory, or its files cannot be read or do not
-            belong together.
+        UserError: the directory is not a stage directory, holds the other kind of model, or its
+            files cannot be read or do not belong together.
     """
     path = require_stage(path)
+    check_scores(path, scores)
     if is_adapter(path):
         model = load_adapter(path, attn_implementation)
         with loading_errors(path):
@@ -100,16 +106,10 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
         model.requires_grad_(True)
         return model
 
-    architectures = load_config(path).architectures or []
-    if any("SequenceClassification" in str(name) for name in architectures):
-        raise UserError(
-            f"{path} holds a reward model, which scores replies and writes none. Give a language"
-            " model."
-        )
     check_generation_config(path)
     check_unchanged(path)
     with loading_errors(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(load_config(path)).from_pretrained(
             path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
@@ -170,7 +170,10 @@ def load_adapter(
         )
 
     check_unchanged(path)
-    base = load_model(adapter_base(path), attn_implementation)
+    base_path = adapter_base(path)
+    base = load_model(base_path, attn_implementation, holds_reward_model(base_path))
+    if holds_reward_model(path):  # the adapter brings its own score head
+        base = with_score_head(base)
     # A chat template's end token may not be the base's
     align_special_tokens(base, load_tokenizer(path))
     with loading_errors(path), warnings.catch_warnings():
@@ -193,6 +196,70 @@ def load_adapter(
             " their own."
         )
     return model
+
+
+# Reward models
+
+
+def holds_reward_model(path: Path) -> bool:
+    """Whether a stage directory holds a model that scores replies, as an adapter or complete;
+    raises UserError."""
+    if is_adapter(path):
+        fields = {"task_type": str | None}
+        adapter = read_json(path / "adapter_config.json", COPY, fields=fields)
+        return adapter.get("task_type") == TaskType.SEQ_CLS
+    return is_reward_config(load_config(path))
+
+
+def is_reward_config(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a model that scores replies."""
+    return any("SequenceClassification" in str(name) for name in config.architectures or ())
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The library's class that builds the model of a configuration."""
+    reward = is_reward_config(config)
+    return AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+
+
+def check_scores(path: Path, scores: bool) -> None:
+    """Raises UserError unless the model of a stage directory `scores` replies, or writes them."""
+    if holds_reward_model(path) and not scores:
+        raise UserError(
+            f"{path} holds a reward model, which scores replies and writes none. Give a language"
+            " model."
+        )
+    if scores and not holds_reward_model(path):
+        raise UserError(
+            f"{path} holds a language model, which writes replies and scores none. Give a reward"
+            " model, the output of train_reward.py."
+        )
+
+
+def reward_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the reward model on a language model's body; that of a reward model as
+    it is."""
+    if is_reward_config(config):
+        return config
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    config.architectures = ["MiniMindForSequenceClassification"]
+    return config
+
+
+def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The reward model on a language model's body, with a score head drawn from the normal
+    distribution of `initializer_range`; a reward model as it is."""
+    if is_reward_config(model.config):
+        return model
+    with torch.device("meta"):
+        reward = AutoModelForSequenceClassification.from_config(
+            reward_config(model.config), attn_implementation=model.config._attn_implementation
+        )
+    reward.model = model.model
+    reward.score = torch.nn.Linear(*reward.score.weight.shape[::-1], bias=False)
+    torch.nn.init.normal_(reward.score.weight, std=reward.config.initializer_range)
+    return reward.to(model.device).train(model.training)
 
 
 @contextmanager

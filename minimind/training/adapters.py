@@ -1,5 +1,7 @@
 """The adapters of `--use_peft`, by peft's own classes; docs/adapters.md says when to take which."""
 
+from collections.abc import Mapping
+
 from peft import IA3Config, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from trl import ModelConfig, get_peft_config
 
@@ -31,17 +33,20 @@ def peft_config(args: ModelConfig) -> PeftConfig | None:
     return PrefixTuningConfig(**options)
 
 
-def fit_virtual_tokens(args, options, length: int, config: MiniMindConfig) -> str | None:
+def fit_virtual_tokens(
+    args, options, lengths: Mapping[str, int], config: MiniMindConfig
+) -> str | None:
     """Turn packing off where the adapter has virtual tokens; returns a notice of it.
 
-    `args` are the options of the model, `options` of the training, `length` is of the longest row.
+    `args` are the options of the model, `options` of the training, `lengths` those of which the sum
+    is the length of a row.
 
     Raises:
         UserError: something else does not go together with virtual tokens.
     """
     if not getattr(args, "use_peft", False) or args.peft_type not in VIRTUAL:
         return None
-    kind, tokens = args.peft_type, args.num_virtual_tokens
+    kind, tokens, length = args.peft_type, args.num_virtual_tokens, sum(lengths.values())
     if not hasattr(options, "packing"):
         raise UserError(
             f"--peft_type {kind}: preference training compares replies in rows that share their"

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from minimind.common.bounds import seconds_of
 from minimind.common.launch import bf16_is_fast
@@ -311,7 +311,9 @@ class DPOStageConfig(StageConfig, DPOConfig):
         metadata={"choices": LOSSES},
     )
     beta: float = HfArg(default=0.2, help="Strength of the pull towards the reference model.")
-    max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
+    # Not options: the rows are within the limits of PreferenceArguments
+    max_length: int | None = dataclasses.field(default=None, init=False)
+    truncation_mode: str = dataclasses.field(default="keep_start", init=False)
     precompute_ref_log_probs: bool = HfArg(
         default=True,
         help="Compute the reference's log-probabilities once, before training, and keep them; with "
@@ -325,6 +327,30 @@ class DPOStageConfig(StageConfig, DPOConfig):
             self,
             pad_token="the tokenizer has its own",
             model_init_kwargs="the model is loaded before TRL sees it",
+        )
+        super().__post_init__()
+
+
+@dataclass
+class RewardStageConfig(StageConfig, RewardConfig):
+    """Arguments of train_reward.py."""
+
+    output_dir: str | None = HfArg(default="runs/reward", help="The stage directory to write.")
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
+    # Not an option: the rows are within the limits of PreferenceArguments
+    max_length: int | None = dataclasses.field(default=None, init=False)
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
+    weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
+
+    def __post_init__(self):
+        refuse_meaningless(
+            self,
+            chat_template_path="give --chat_template",
+            eos_token="the chat template decides",
+            pad_token="the tokenizer has its own",
+            model_init_kwargs="the model is loaded before TRL sees it",
+            sample_steps="a reward model writes no text",
+            sample_prompts="a reward model writes no text",
         )
         super().__post_init__()
 

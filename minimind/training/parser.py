@@ -43,7 +43,9 @@ NAMES = {
     ),
 }
 GROUPS = {heading: names.split() for heading, names in NAMES.items()}
-HEADINGS = {"DataArguments": "data", "ChatArguments": "data"}
+HEADINGS = dict.fromkeys(
+    ("DataArguments", "TemplateArguments", "ChatArguments", "PreferenceArguments"), "data"
+)
 HEADINGS |= {"PretrainModelArguments": "model", "ModelArguments": "model"}
 REST = "everything else, of transformers and TRL"
 LENGTH = 130  # characters of a library's description in the short help

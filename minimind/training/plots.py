@@ -38,6 +38,8 @@ CHARTS = (
             ),
         )
     ),
+    ("Accuracy", "share of pairs", ("accuracy", "eval_accuracy"), True),
+    ("Margin", "reward of chosen less that of rejected", ("margin", "eval_margin"), False),
     ("Learning rate", "", ("learning_rate",), True),
     ("Gradient norm", "", ("grad_norm",), True),
     ("Speed", "tokens/s", ("tokens_per_second",), True),
@@ -63,7 +65,7 @@ def read_log(file: Path) -> list[dict]:
 
 def loss_unit(stage: str) -> str:
     """What a stage's loss is a mean of."""
-    return "per pair" if stage == "dpo" else "nats per token"
+    return "per pair" if stage in ("dpo", "reward") else "nats per token"
 
 
 def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:

@@ -32,7 +32,7 @@ from minimind.training.trainers import ScheduledTrainer
 FORMAT_VERSION = 1  # part of the key: raise it when the same input results in other numbers
 # What decides the reference log-probabilities, beside rows and weights
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-DECISIVE = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16")
+DECISIVE = ("ld_alpha", "bf16", "fp16")
 
 
 class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, DPOTrainer):
@@ -56,8 +56,6 @@ class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, DPOTrainer):
         self.packs_pairs = False
         collator = PreferenceCollator(
             processing_class.pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
             packed=args.precompute_ref_log_probs,
             # Flash attention knows no such mask

@@ -193,7 +193,7 @@ class Stage:
         per_nat = bits_per_nat(self.facts["train"])
         self.progress = ProgressCallback(self.output_dir, trainer, per_nat)
         self.samples = None
-        if args.sample_steps >= 0:
+        if args.sample_steps >= 0 and not self.spec.scores:
             tokenizer, positions = trainer.processing_class, config.max_position_embeddings
             prompts = prepare_prompts(args, not self.spec.reads_documents, tokenizer, positions)
             self.samples = SampleCallback(

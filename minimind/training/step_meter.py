@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from minimind.costs.devices import Device
 from minimind.costs.step import Step
-from minimind.data.row_lengths import row_lengths, shares
+from minimind.data.row_lengths import row_lengths, shares, shares_prompts
 
 MEASURED_STEPS = 5
 SAMPLED_ROWS = 2_000  # whose lengths are counted
@@ -98,12 +98,13 @@ class StepMeter(TrainerCallback):
 def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     """The step of a trainer, and the mean length of its rows as the batches hold them."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    pairs, adapter = hasattr(trainer, "ref_model"), isinstance(model, PeftModel)
+    adapter = isinstance(model, PeftModel)
 
     # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
-    shared_prompts = pairs and args.precompute_ref_log_probs
+    pairs = "prompt_ids" in rows
+    shared_prompts = pairs and shares_prompts(args)
     if rows:
         found = row_lengths(rows, pairs, shared_prompts)
         lengths = [row.length for row in found]
@@ -121,7 +122,7 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     )
 
     reference = None
-    if pairs and not args.precompute_ref_log_probs:
+    if pairs and not shared_prompts:
         reference = "adapter" if adapter else "copy"
     return Step(
         batch_size=size,
