@@ -50,7 +50,7 @@ def train(base, monkeypatch, tmp_path, write_jsonl):
 
     def train(kind, name="adapter", **options):
         output = tmp_path / name
-        common = {"max_steps": 8, "max_length": 64, "logging_steps": 1, "sample_steps": -1}
+        common = {"max_steps": 4, "max_length": 64, "logging_steps": 1, "sample_steps": -1}
         common |= {"learning_rate": RATES[kind], "per_device_train_batch_size": 4}
         words = short_run(output, **common | {"on_findings": "warn"} | options)
         words += ["--use_peft", "--peft_type", kind, "--train_files", chats]
@@ -63,7 +63,7 @@ def train(base, monkeypatch, tmp_path, write_jsonl):
 
 @pytest.mark.parametrize("kind", RATES)
 def test_an_adapter_is_trained_saved_resumed_and_generated_with(kind, train, capsys):
-    losses, stage = train(kind, save_strategy="steps", save_steps=4)
+    losses, stage = train(kind, save_strategy="steps", save_steps=2)
     said = capsys.readouterr()
     assert losses[-1] < losses[0]
     assert ("packing is off" in said.out) == (kind in VIRTUAL)
@@ -74,9 +74,9 @@ def test_an_adapter_is_trained_saved_resumed_and_generated_with(kind, train, cap
     # Interrupted and resumed, it is the same
     expected = weights_hash(stage)
     (stage / "stage.json").unlink()
-    shutil.rmtree(stage / "checkpoint-8")
-    train(kind, save_strategy="steps", save_steps=4)
-    assert "checkpoint-4" in capsys.readouterr().out
+    shutil.rmtree(stage / "checkpoint-4")
+    train(kind, save_strategy="steps", save_steps=2)
+    assert "checkpoint-2" in capsys.readouterr().out
     assert weights_hash(stage) == expected
 
     # Commands
@@ -87,7 +87,7 @@ def test_an_adapter_is_trained_saved_resumed_and_generated_with(kind, train, cap
         run_cli("merge", stage, out)
         assert (out / "model.safetensors").exists()
         return
-    for command in (["merge", stage, out], ["export", stage, out, "--format", "hf"]):
+    for command in (["merge", stage, out], ["export", stage, out, "--format", "minimind"]):
         assert "which no weights can express" in failure(capsys, run_cli, *command)
         assert not out.exists()
 
@@ -155,7 +155,7 @@ def test_a_continuation_in_a_batch_is_that_of_forward_passes(kind, model):
     adapter = adapted(model, kind)
     adapter.generation_config.eos_token_id = None
     prompts = [row["input_ids"] for row in rows_of(5, 9, 7)]
-    decoder = SimpleNamespace(pad_token_id=0, batch_decode=lambda ids, **_: ids.tolist())
+    decoder = SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: ids)
     found = complete(adapter, decoder, prompts, max_new_tokens=6)
     for prompt, reply in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])

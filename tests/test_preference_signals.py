@@ -234,10 +234,7 @@ def base(model, tokenizer, tmp_path):
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("precompute", ["true", "false"])
-def test_a_run_logs_reads_and_draws_its_curves(
-    precompute, base, monkeypatch, tmp_path, write_jsonl, capsys
-):
+def test_a_run_logs_reads_and_draws_its_curves(base, monkeypatch, tmp_path, write_jsonl, capsys):
     stage, beta = tmp_path / "dpo", 0.5
     options = short_run(
         stage,
@@ -250,7 +247,6 @@ def test_a_run_logs_reads_and_draws_its_curves(
         eval_strategy="steps",
         eval_steps=2,
         sample_steps=-1,
-        precompute_ref_log_probs=precompute,
         on_findings="warn",
     )
     rows = ["--train_files", write_jsonl("pairs.jsonl", pair_rows()), "--eval_ratio", 0.25]
