@@ -10,7 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from minimind.common.errors import UserError, reason
 from minimind.common.streams import printable
-from minimind.stage_directory import check_vocabulary, load_model, require_stage
+from minimind.stage_directory import (
+    check_vocabulary,
+    load_for_reading,
+    require_stage,
+    virtual_tokens,
+)
 from minimind.tokenizer import load_tokenizer
 
 
@@ -30,7 +35,7 @@ def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedToke
     """
     path = require_stage(directory)
     tokenizer = load_tokenizer(path)
-    model = load_model(path).eval()
+    model = load_for_reading(path).eval()
     check_vocabulary(model, tokenizer, path)
     check_finite(model, path)
     return model.to(best_device()), tokenizer
@@ -66,7 +71,7 @@ def decode(
         UserError: the model's generation settings cannot be used here, or its probabilities are not
             numbers.
     """
-    room = model.config.max_position_embeddings - input_ids.shape[1]
+    room = model.config.max_position_embeddings - virtual_tokens(model) - input_ids.shape[1]
     with generation_errors(model):
         output = model.generate(
             input_ids.to(model.device),
@@ -125,6 +130,10 @@ def generate_batch(
     Raises:
         UserError: see `decode`.
     """
+    if virtual_tokens(model, embedded=True) and len({*map(len, prompts)}) > 1:
+        # Padding would be between them and the text
+        rest = max_new_tokens, temperature, top_p
+        return [generate_batch(model, tokenizer, [each], *rest)[0] for each in prompts]
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
+from minimind.common.language import say
+from minimind.common.launch import is_main_process
 from minimind.data.chat_arguments import ChatArguments, PreferenceArguments, TemplateArguments
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.data.documents import load_blocks
@@ -20,6 +22,7 @@ from minimind.data.template_choice import set_chat_template
 from minimind.inspection import Inspection, has_roles, inspect_blocks, inspect_chats
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import fit_virtual_tokens
 from minimind.training.arguments import (
     DPOStageConfig,
     PretrainConfig,
@@ -160,7 +163,11 @@ def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args
     """
     set_seed(training_args.seed)
     model, tokenizer, parent = load_start(spec, model_args)
-    check_length(spec.lengths(training_args, chat_args), model.config)
+    lengths = spec.lengths(training_args, chat_args)
+    check_length(lengths, model.config)
+    notice = fit_virtual_tokens(model_args, training_args, lengths, model.config)
+    if notice and is_main_process():
+        say(notice)
     rows = load_rows(spec, data_args, tokenizer, training_args, chat_args)
     return Inputs(model, tokenizer, parent, rows)
 

@@ -39,7 +39,7 @@ INTERVALS = {
     "[2, most]": "block_size max_completion_length max_length max_prompt_length",
     "[-1, most]": "sample_steps",
     "[0, 4294967295]": "data_seed seed",  # numpy's
-    "[1, 10000]": "lora_r",
+    "[1, 10000]": "lora_r num_virtual_tokens",
     "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc best_of samples",
     "[1, 65536]": "sample_tokens",
     "[1, 16777216]": "vocab_size",

@@ -54,7 +54,7 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
         adapters = [m for m in modules if isinstance(m, BaseTunerLayer)]
         plain = any(m.weight.requires_grad for m in modules if m not in adapters)
         copies = len(adapters) if step.autocast else bool(adapters)
-        ranks = sum(rank for adapter in adapters for rank in adapter.r.values())
+        ranks = sum(rank for each in adapters for rank in getattr(each, "r", {}).values())
         return c * modules[0].in_features * (copies or plain) + c * ranks
 
     def swiglu(prefix: str, width: int) -> float:

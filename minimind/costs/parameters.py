@@ -30,10 +30,11 @@ def empty_model(
         if adapter is None:
             return model
         targets = {
-            "--lora_modules_to_save": (adapter.modules_to_save, model.named_modules()),
-            "--lora_target_parameters": (adapter.target_parameters, model.named_parameters()),
+            "modules_to_save": model.named_modules(),
+            "target_parameters": model.named_parameters(),
         }
-        for option, (wanted, named) in targets.items():
+        for field, named in targets.items():
+            option, wanted = f"--lora_{field}", getattr(adapter, field, None)
             names = tuple(f".{name}" for name, _ in named)
             missing = [w for w in wanted or () if not any(n.endswith(f".{w}") for n in names)]
             if missing:
@@ -42,7 +43,7 @@ def empty_model(
             return get_peft_model(model, copy.deepcopy(adapter))
         except Exception as error:  # peft raises a different one for each option
             raise UserError(
-                f"--use_peft and the --lora_... options do not fit the model: {error}"
+                f"--use_peft and the options of its adapter do not fit the model: {error}"
             ) from error
 
 

@@ -17,6 +17,7 @@ from minimind.planning.planned_runs import PlannedRun, stage_of
 from minimind.stage_directory import auto_class, require_stage, reward_config
 from minimind.stages import StageSpec, load_rows, load_start
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import fit_virtual_tokens
 from minimind.training.command_line import parse, with_recipe
 from minimind.training.parser import StageParser
 from minimind.training.starting_point import check_attention, check_length
@@ -52,7 +53,9 @@ def read_case(
     case.data_args = data_args.or_embedded(spec.corpus)
     load_model_of(case, spec, model_args)
     if case.model is not None:
-        check_length(spec.lengths(case.args, case.chat_args), case.base.config)
+        lengths = spec.lengths(case.args, case.chat_args)
+        check_length(lengths, case.base.config)
+        fit_virtual_tokens(model_args, case.args, lengths, case.base.config)
     load_rows_of(case, spec)
     return case
 

@@ -49,6 +49,8 @@ def learning_rate(case: Case) -> tuple:
         return "ok", f"{rate:g}; usual rates are known for AdamW only"
     if stage not in USUAL:
         return "ok", f"{rate:g}; no usual rates are known for {stage}"
+    if kind := _other_adapter(case):
+        return "ok", f"{rate:g}; docs/adapters.md has rates for {kind}"
     embeddings = case.base.get_input_embeddings().weight.numel()
     parameters = sum(p.numel() for p in case.base.parameters()) - embeddings
     lora = case.lora is not None or isinstance(case.model, PeftModel)
@@ -81,7 +83,7 @@ def updates(case: Case) -> tuple:
     """Whether the run can move the model's weights far enough to change what it writes."""
     if not is_adamw_like(case):
         return "ok", f"{case.steps:,} updates; how far they move weights is known for AdamW only"
-    if case.stage not in LITTLE:
+    if case.stage not in LITTLE or _other_adapter(case):
         return "ok", f"{case.steps:,} updates; how far they have to move weights is not known"
     config, least = case.base.config, LITTLE[case.stage]
     total = summed_rate(case.args, case.steps)
@@ -128,6 +130,14 @@ def movement(
     """
     reach = rates * width if rank is None else rates * math.sqrt(width * rank / 3) * scale
     return reach / (2 * std * math.sqrt(width))
+
+
+def _other_adapter(case: Case) -> str | None:
+    """The kind of the run's adapter, unless it is LoRA or there is none."""
+    kind = getattr(case.lora, "peft_type", "lora")
+    if isinstance(case.model, PeftModel):
+        kind = case.model.active_peft_config.peft_type.value.lower()
+    return kind if kind != "lora" else None
 
 
 def _rank_and_scale(case: Case) -> tuple:

@@ -15,6 +15,7 @@ from minimind.data.row_lengths import shares_prompts
 from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
+from minimind.training.adapters import fit_virtual_tokens
 
 BATCH_LIMIT = 2**16
 ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -50,6 +51,8 @@ def make_plan(
     options = recipe.options
     config, tokenizer, notes = recipe.starting_point()
     model = empty_model(config, recipe.adapter)
+    if notice := fit_virtual_tokens(options, options, recipe.spec.lengths(options), config):
+        notes.append(notice)
     rows = rows or recipe.rows(tokenizer)
     precision = precision_of(options, device)
     if options.optim != "muon" and not options.optim.startswith("adamw_torch"):

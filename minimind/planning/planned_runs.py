@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerFast
-from trl import get_peft_config
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
@@ -30,6 +29,7 @@ from minimind.stage_directory import (
 )
 from minimind.stages import LORA, PRETRAIN, SFT, STAGES, StageSpec
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import peft_config
 from minimind.training.command_line import parse_options
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import ModelArguments
@@ -87,7 +87,7 @@ class PlannedRun:
         """The adapter it trains, or None."""
         if not getattr(self.options, "use_peft", False):
             return None
-        return get_peft_config(self._arguments(ModelArguments))
+        return peft_config(self._arguments(ModelArguments))
 
     @property
     def parent(self) -> str | None:

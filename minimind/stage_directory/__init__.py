@@ -26,9 +26,11 @@ from minimind.stage_directory.loading import (
     is_reward_config,
     load_adapter,
     load_config,
+    load_for_reading,
     load_model,
     loading_errors,
     reward_config,
+    virtual_tokens,
     with_score_head,
 )
 from minimind.stage_directory.record import library_versions, provenance, read_stage, weights_hash

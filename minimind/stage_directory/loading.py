@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers.dynamic_module_utils
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,6 +40,9 @@ transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 transformers.utils.logging.disable_progress_bar()
 # An old name for which peft 0.21 still asks transformers; nothing that a user could fix
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+# Peft gives a model with virtual tokens the positions that it computes itself
+warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
 # Initialisations of LoRA that change the base's weights by chance, data or quantisation, so that
 # loading the adapter may not repeat them. PiSSA by full SVD and OLoRA are repeatable.
@@ -117,19 +120,45 @@ def load_model(
     return model
 
 
-def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftModel:
+def load_for_reading(path: str | Path) -> PreTrainedModel | PeftModel:
+    """Load what a stage directory generates with and is measured by: as `load_model` does, but with
+    the virtual tokens of prompt and prefix tuning in front of the text, which cannot be merged."""
+    path = require_stage(path)
+    if is_adapter(path):
+        with loading_errors(path):
+            is_virtual = PeftConfig.from_pretrained(path).is_prompt_learning
+        if is_virtual:
+            return load_adapter(path, to_merge=False)
+    return load_model(path)
+
+
+def virtual_tokens(model: torch.nn.Module, embedded: bool = False) -> int:
+    """The number of virtual tokens in front of a model's text; `embedded`: only of those that it
+    computes like tokens, with logits of their own (prompt tuning), not of keys and values."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    config = model.active_peft_config
+    is_counted = not embedded or config.peft_type != PeftType.PREFIX_TUNING
+    return config.num_virtual_tokens * is_counted
+
+
+def load_adapter(
+    path: Path, attn_implementation: str | None = None, to_merge: bool = True
+) -> PeftModel:
     """Load an adapter on its base, both in fp32 and not merged.
 
     Raises:
-        UserError: it cannot be merged, or the base it was trained on cannot be restored.
+        UserError: it cannot be merged, where it is `to_merge`, or the base it was trained on cannot
+            be restored.
     """
     with loading_errors(path):
         config = PeftConfig.from_pretrained(path)
-    if config.is_prompt_learning:
+    if config.is_prompt_learning and to_merge:
         raise UserError(
             f"{path} holds {config.peft_type.value.lower().replace('_', ' ')}: tokens in front of"
             " the text, which no weights can express, so it can be neither merged, exported nor"
-            " trained on. Use it through peft (docs/export.md), or train a LoRA adapter."
+            " trained on. Chat and generate with it as it is (docs/adapters.md), or train a LoRA"
+            " adapter."
         )
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(UNREPEATABLE_INITS):
@@ -151,7 +180,9 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # errors below
         model = PeftModel.from_pretrained(base, path, config=config)
         report = model.load_adapter(path, model.active_adapter)  # again: the first reports nothing
-    check_fit(path, report.missing_keys, report.unexpected_keys)
+    # Peft reports this one although it has read it
+    unexpected = {*report.unexpected_keys} - {"prompt_embeddings" * config.is_prompt_learning}
+    check_fit(path, report.missing_keys, unexpected)
 
     adapted = {
         key.split(".lora_")[0].split(".")[-1] for key in model.state_dict() if ".lora_" in key

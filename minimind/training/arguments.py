@@ -23,6 +23,8 @@ from minimind.training.schedules import check_recomputation, check_schedule, che
 # TRL refuses others only in the first step.
 LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
 LOSSES += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
+# Parts of the names of metrics that are better if lower, beside the losses
+LOWER_IS_BETTER = ("bits_per_byte", "rewards/rejected", "logps/rejected", "kl/")
 SCHEDULES = {"choices": [each.value for each in SchedulerType]}
 
 
@@ -217,7 +219,9 @@ class StageConfig(TrainingArguments):
                 " --eval_steps"
             )
         self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-        if self.greater_is_better is None and "bits_per_byte" in self.metric_for_best_model:
+        if self.greater_is_better is None and any(
+            part in self.metric_for_best_model for part in LOWER_IS_BETTER
+        ):
             self.greater_is_better = False  # the library maximises everything but a loss
         strategy = SaveStrategy(self.save_strategy or "no")
         if self.load_best_model_at_end and strategy == SaveStrategy.NO:

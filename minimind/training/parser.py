@@ -18,8 +18,8 @@ from minimind.common.options import HelpAll, OptionFormatter, Version
 NAMES = {
     "data": "train_files eval_files",
     "model": (
-        "model_name_or_path model_config tokenizer attn_implementation use_peft lora_r lora_alpha "
-        "lora_dropout lora_target_modules"
+        "model_name_or_path model_config tokenizer attn_implementation use_peft peft_type lora_r "
+        "lora_alpha lora_dropout lora_target_modules num_virtual_tokens"
     ),
     "training": (
         "num_train_epochs max_steps time_budget per_device_train_batch_size "

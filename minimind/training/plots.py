@@ -21,6 +21,23 @@ CHARTS = (
     ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
     ("Reward margin", "", ("rewards/margins", "eval_rewards/margins"), False),
+    *(
+        (title, unit, tuple(f"{part}{key}" for key in keys for part in ("", "eval_")), from_zero)
+        for title, unit, keys, from_zero in (
+            ("Rewards", "", ("rewards/chosen", "rewards/rejected"), False),
+            ("Log-probability", "nats per reply", ("logps/chosen", "logps/rejected"), False),
+            ("Log-odds of chosen over rejected", "nats", ("log_odds_chosen",), False),
+            ("KL to the reference", "nats per token of the data", ("kl/token",), False),
+            ("Entropy", "nats per token", ("entropy",), True),
+            ("Length", "tokens per reply", ("lengths/chosen", "lengths/rejected"), True),
+            (
+                "Reward accuracy by which reply is longer",
+                "share of pairs",
+                ("rewards/accuracies_longer", "rewards/accuracies_shorter"),
+                True,
+            ),
+        )
+    ),
     ("Accuracy", "share of pairs", ("accuracy", "eval_accuracy"), True),
     ("Margin", "reward of chosen less that of rejected", ("margin", "eval_margin"), False),
     ("Learning rate", "", ("learning_rate",), True),

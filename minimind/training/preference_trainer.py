@@ -26,6 +26,7 @@ from minimind.common.launch import is_main_process
 from minimind.data.packing import IGNORED
 from minimind.data.preference_batches import PreferenceCollator, repetitions, visible_tokens
 from minimind.model.kernels_minimind import PIECE, CrossEntropy
+from minimind.training.preference_metrics import PreferenceMetrics
 from minimind.training.trainers import ScheduledTrainer
 
 FORMAT_VERSION = 1  # part of the key: raise it when the same input results in other numbers
@@ -34,7 +35,7 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_
 DECISIVE = ("ld_alpha", "bf16", "fp16")
 
 
-class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
+class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except:
 
     It takes token ids, where TRL would tokenise texts and take control tokens in somebody's words
@@ -44,6 +45,8 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
     prompt once (see preference_batches.py): TRL computes losses and metrics from the same
     log-probabilities. The reference's are kept in the cache, for all runs on these pairs from these
     weights; TRL's are found again only where the rows come from a file, and by one process.
+
+    It logs more, see `PreferenceMetrics`.
     """
 
     # TRL gathers the rewards of a micro-batch, of which every process needs as many

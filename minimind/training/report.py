@@ -104,6 +104,7 @@ def report_page(directory: Path, record: dict[str, Any]) -> str:
     sections = {
         "": lambda: _summary(record, log),
         "Curves": lambda: charts(log, loss_unit(stage)),
+        "What the curves say": lambda: _reading(record.get("reading")),
         "Loss of single tokens": lambda: histogram(record.get("token_loss")),
         "Held-out metrics": lambda: _metrics(record, log),
         "Rewards": lambda: _rewards(stage, record),
@@ -156,6 +157,15 @@ def histogram(counts: dict | None) -> str:
         " it.</p><figure><figcaption>Tokens <small>by their loss in nats</small></figcaption>"
         f"{bar_chart('Histogram of the loss per token', heights, edges, tips)}</figure>"
     )
+
+
+def _reading(findings: Sequence[dict] | None) -> str:
+    """What is wrong with a preference training; see `preference_reading.read_curves`."""
+    if findings is None:
+        return ""
+    fields = ("severity", "text", "advice")
+    rows = [[finding[field] for field in fields] for finding in findings]
+    return table(fields, rows) or "<p>Nothing unusual.</p>"
 
 
 def _metrics(record: dict, log: Sequence[dict]) -> str:

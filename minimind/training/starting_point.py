@@ -8,7 +8,7 @@ import psutil
 import torch
 from peft import PeftConfig, TaskType
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError, reason
@@ -25,6 +25,7 @@ from minimind.stage_directory import (
     with_score_head,
 )
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import peft_config
 from minimind.training.model_arguments import load_model_config_file
 
 
@@ -123,7 +124,7 @@ def reference_model(model: PreTrainedModel, options, args: ModelConfig) -> PreTr
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
     """The adapter that the options configure, or None; raises UserError where it does not fit the
     model."""
-    config = get_peft_config(args)
+    config = peft_config(args)
     if config is not None:
         if is_reward_config(model.config):
             config.task_type = TaskType.SEQ_CLS  # the score head is trained and saved too
