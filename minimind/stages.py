@@ -41,6 +41,7 @@ class StageSpec:
         read, so that a plan can pass options that never became training arguments.
     collate: (tokenizer, options) -> the collator of its batches.
     pairs: whether a row is a preference pair, two sequences to compute.
+    shared_prompts: whether both are computed in one row, with their prompt once.
     """
 
     name: str
@@ -53,6 +54,7 @@ class StageSpec:
     load: Callable[..., Any]
     collate: Callable[..., Callable]
     pairs: bool = False
+    shared_prompts: bool = False
 
     @property
     def reads_documents(self) -> bool:
@@ -117,6 +119,7 @@ DPO = StageSpec(
     script="train_dpo.py",
     arguments=(DataArguments, ChatArguments, ModelArguments, DPOStageConfig),
     pairs=True,
+    shared_prompts=True,
     parent="runs/sft",
     corpus="dpo",
     length_option="max_length",

@@ -26,11 +26,11 @@ def rows_of(case: Case) -> RowCounts:
     """The rows of a case as the planner takes them; of many rows the lengths of an even sample."""
     count = len(case.train)
     columns = case.train.with_format(None)[sample(count, ROWS_SAMPLE)]
-    shared_prompts = getattr(case.args, "precompute_ref_log_probs", False)
-    lengths = row_lengths(columns, case.spec.pairs, shared_prompts)
+    lengths = row_lengths(columns, case.spec.pairs, case.spec.shared_prompts)
     tokens = fmean(row.tokens for row in lengths) * count
     exact = count <= ROWS_SAMPLE
-    return chat_counts(lengths, count / len(lengths), tokens, "counted", exact, case.args)
+    scale = count / len(lengths)
+    return chat_counts(case.spec, lengths, scale, tokens, "counted", exact, case.args)
 
 
 @check("recipe", "model", "train", quick=False)

@@ -105,14 +105,13 @@ def _count_blocks(spec, data_args, tokenizer, options) -> RowCounts:
 
 
 def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
-    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     size = total_size([path for paths in files for path in paths])
     exact = size <= COUNTED
     if exact:
         train = load_rows(spec, data_args, tokenizer, options, chat_args).train
-        lengths = row_lengths(train[:], spec.pairs, shared_prompts)
+        lengths = row_lengths(train[:], spec.pairs, spec.shared_prompts)
         scale, tokens = 1.0, sum(row.tokens for row in lengths)
     else:
         set_chat_template(tokenizer, chat_args.chat_template)
@@ -133,7 +132,7 @@ def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
         packed = pack_dataset(blank, options.max_length, "bfd", {"batch_size": None})
         lengths = row_lengths(packed[:], False, False)
     how = "counted" if exact else _sampled(size)
-    return chat_counts(lengths, scale, tokens, how, exact, options)
+    return chat_counts(spec, lengths, scale, tokens, how, exact, options)
 
 
 def _sample_chats(
@@ -149,8 +148,7 @@ def _sample_chats(
     results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    shared_prompts = getattr(options, "precompute_ref_log_probs", False)
-    return row_lengths(columns, spec.pairs, shared_prompts), factor
+    return row_lengths(columns, spec.pairs, spec.shared_prompts), factor
 
 
 def held_out_share(data_args: DataArguments, rows: float) -> float:
@@ -159,13 +157,18 @@ def held_out_share(data_args: DataArguments, rows: float) -> float:
 
 
 def chat_counts(
-    lengths: Sequence[RowLength], scale: float, tokens: float, how: str, exact: bool, options
+    spec: StageSpec,
+    lengths: Sequence[RowLength],
+    scale: float,
+    tokens: float,
+    how: str,
+    exact: bool,
+    options,
 ) -> RowCounts:
-    """The counts of rows that stand for `scale` times as many; `options` has the batch size, and
-    whether pairs share their prompts."""
+    """The counts of rows that stand for `scale` times as many; `options` has the batch size."""
     longest = [row.length for row in lengths]
     more: dict[str, float] = {}
-    if getattr(options, "precompute_ref_log_probs", False):  # without padding
+    if spec.shared_prompts:  # without padding
         padded, more = fmean(longest), shares(lengths)
     else:
         padded = padded_length(longest, options.per_device_train_batch_size)

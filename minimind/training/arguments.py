@@ -18,11 +18,9 @@ from minimind.common.launch import bf16_is_fast
 from minimind.data.packing import STRATEGIES
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, checkpoints
+from minimind.training.preference_losses import LOSSES, OWN_LOSSES, check_losses
 from minimind.training.schedules import check_recomputation, check_schedule, check_time_budget
 
-# TRL refuses others only in the first step.
-LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
-LOSSES += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 SCHEDULES = {"choices": [each.value for each in SchedulerType]}
 
 
@@ -303,15 +301,26 @@ class DPOStageConfig(StageConfig, DPOConfig):
     learning_rate: float = HfArg(default=3e-5, help="Peak learning rate.")
     loss_type: list[str] = HfArg(
         default_factory=lambda: ["sigmoid"],
-        help="Losses, summed with --loss_weights; see TRL's DPO guide.",
-        metadata={"choices": LOSSES},
+        help="Losses, summed with --loss_weights; see docs/preference.md.",
+        metadata={"choices": [*LOSSES, *OWN_LOSSES]},
     )
-    beta: float = HfArg(default=0.2, help="Strength of the pull towards the reference model.")
+    beta: float = HfArg(
+        default=0.2,
+        help="Strength of the pull towards the reference model; ORPO's lambda, IPO's tau.",
+    )
+    simpo_gamma: float = HfArg(
+        default=0.5, help="SimPO's margin between the rewards of chosen and rejected replies."
+    )
     max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
     precompute_ref_log_probs: bool = HfArg(
         default=True,
         help="Compute the reference's log-probabilities once, before training, and keep them; with "
         "false a frozen copy of the model computes them in every step, for --sync_ref_model.",
+    )
+    ref_model_on_cpu: bool = HfArg(
+        default=False,
+        help="With --precompute_ref_log_probs false: the frozen copy stays in the memory of the "
+        "CPU and computes there.",
     )
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
@@ -323,6 +332,7 @@ class DPOStageConfig(StageConfig, DPOConfig):
             model_init_kwargs="the model is loaded before TRL sees it",
         )
         super().__post_init__()
+        check_losses(self)
 
 
 def refuse_meaningless(arguments: Any, **answers: str) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from minimind.costs.devices import Device
-from minimind.costs.step import Step
+from minimind.costs.step import Step, reference_kind
 from minimind.data.row_lengths import row_lengths, shares
 
 MEASURED_STEPS = 5
@@ -103,7 +103,7 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
-    shared_prompts = pairs and args.precompute_ref_log_probs
+    shared_prompts = pairs  # see PreferenceTrainer
     if rows:
         found = row_lengths(rows, pairs, shared_prompts)
         lengths = [row.length for row in found]
@@ -120,9 +120,6 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")
     )
 
-    reference = None
-    if pairs and not args.precompute_ref_log_probs:
-        reference = "adapter" if adapter else "copy"
     return Step(
         batch_size=size,
         length=max(lengths),
@@ -137,7 +134,7 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         pairs=pairs,
         shared_prompts=shared_prompts,
         **(shares(found) if shared_prompts and rows else {}),
-        reference=reference,
+        reference=reference_kind(args, adapter, device.kind),
         weighted=getattr(trainer, "weighted", False),
         zero_stage=zero.get("stage", 0) if plugin else None,
         offload_optimizer=optimizer_device != "none",
