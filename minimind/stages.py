@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from minimind.data.chat_arguments import ChatArguments
-from minimind.data.chats import load_conversations, load_preferences
+from minimind.data.chats import load_conversations, load_preferences, load_rated
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.data.preference_batches import PreferenceCollator
@@ -20,7 +20,12 @@ from minimind.data.template_choice import set_chat_template
 from minimind.inspection import Inspection, has_roles, inspect_blocks, inspect_chats
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
-from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.training.arguments import (
+    DPOStageConfig,
+    KTOStageConfig,
+    PretrainConfig,
+    SFTStageConfig,
+)
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import ModelArguments, PretrainModelArguments
 from minimind.training.starting_point import check_length, new_model, starting_point
@@ -88,6 +93,11 @@ def _load_preferences(data_args, tokenizer, options, chat_args):
     return load_preferences(data_args, tokenizer, options.max_length, chat_args, options.seed)
 
 
+def _load_rated(data_args, tokenizer, options, chat_args):
+    roles = not has_roles(tokenizer)
+    return load_rated(data_args, tokenizer, options.max_length, chat_args, roles, options.seed)
+
+
 PRETRAIN = StageSpec(
     name="pretrain",
     family="pretrain",
@@ -126,7 +136,18 @@ DPO = StageSpec(
     load=_load_preferences,
     collate=lambda tokenizer, options: PreferenceCollator(tokenizer.pad_token_id),
 )
-STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO)}
+KTO = StageSpec(
+    name="kto",
+    family="kto",
+    script="train_kto.py",
+    arguments=(DataArguments, ChatArguments, ModelArguments, KTOStageConfig),
+    parent="runs/sft",
+    corpus="dpo",
+    length_option="max_length",
+    load=_load_rated,
+    collate=lambda tokenizer, options: PackedCollator(tokenizer.pad_token_id),
+)
+STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, KTO)}
 
 
 def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args=None) -> Inputs:
@@ -172,5 +193,6 @@ def inspect_training_rows(
     """The report on the rows of a stage: tokens, masks, lengths, findings."""
     if spec.reads_documents:
         return inspect_blocks(rows, tokenizer, data_args.or_embedded(spec.corpus))
-    kind, every_reply = "dpo" if spec.pairs else "sft", chat_args.train_turns == "all"
+    kind = "dpo" if spec.pairs else "sft"
+    every_reply = chat_args.train_turns == "all" and spec.family != "kto"
     return inspect_chats(kind, rows, tokenizer, data_args.on_bad_rows, every_reply)

@@ -98,5 +98,7 @@ def flops(model: nn.Module, step: Step) -> dict[str, float]:
         # The load-balancing loss
         executed += 6 * config.num_hidden_layers * step.tokens * config.num_experts
     reference *= step.reference in ("copy", "adapter")
+    if step.unpaired:
+        reference = 2 * reference + forward
     needed = forward + backward + reference
     return {"model": needed, "hardware": executed + reference, "forward": forward}

@@ -25,6 +25,7 @@ class Step:
     a trainer counts for each position; a shared prompt counts in both sequences.
     `reference`: "copy" is DPO's frozen second model, "host" the same in the memory of the CPU,
     "adapter" the model without its adapter.
+    `unpaired`: rows are KTO's; model and reference also compute each prompt with another's reply.
     `masked`: rows come with an attention mask of their own, because they are padded or hold several
     documents. `weighted`: tokens count with different weights. `zero_stage` None is a run without
     DeepSpeed.
@@ -45,6 +46,7 @@ class Step:
     predicting: float = 1.0
     counted: float = 1.0
     reference: str | None = None
+    unpaired: bool = False
     weighted: bool = False
     zero_stage: int | None = None
     offload_optimizer: bool = False
@@ -58,7 +60,7 @@ class Step:
     @property
     def tiled_head(self) -> bool:
         """Whether the head is TRL's, which never holds the logits of all positions."""
-        return self.pairs and not self.shared_prompts
+        return self.unpaired or (self.pairs and not self.shared_prompts)
 
     @property
     def tokens(self) -> int:

@@ -81,6 +81,7 @@ def make_plan(
         shared_prompts=recipe.spec.shared_prompts,
         predicting=rows.predicting,
         counted=rows.counted,
+        unpaired=recipe.spec.family == "kto" and options.loss_type == "kto",
         reference=reference_kind(options, recipe.adapter is not None, device.kind),
         weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
         zero_stage=zero_stage,

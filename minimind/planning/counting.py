@@ -22,6 +22,7 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
+from minimind.data.rated import to_rated, tokenize_rated
 from minimind.data.row_lengths import RowLength, row_lengths, shares
 from minimind.data.sources import total_size
 from minimind.data.template_choice import set_chat_template
@@ -127,7 +128,7 @@ def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
         lengths = [length for part, _ in samples for length in part]
         scale = sum(mixed) / len(lengths) * trained
 
-    if not spec.pairs and options.packing:
+    if not spec.pairs and getattr(options, "packing", False):
         blank = Dataset.from_dict({"input_ids": [[0] * row.length for row in lengths]})
         packed = pack_dataset(blank, options.max_length, "bfd", {"batch_size": None})
         lengths = row_lengths(packed[:], False, False)
@@ -139,11 +140,11 @@ def _sample_chats(
     spec, paths, data_args, chat_args, tokenizer, options, size: int
 ) -> tuple[list[RowLength], float]:
     """The lengths of the rows of a sample, and how many times more rows there are."""
-    parse, tokenize = (
-        (to_preference, tokenize_preferences)
-        if spec.pairs
-        else (to_conversation, tokenize_conversations)
-    )
+    parse, tokenize = {
+        "sft": (to_conversation, tokenize_conversations),
+        "dpo": (to_preference, tokenize_preferences),
+        "kto": (to_rated, tokenize_rated),
+    }[spec.family]
     parsed, factor = sample(paths, parse, data_args, size)
     results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]

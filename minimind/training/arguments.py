@@ -11,14 +11,14 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from minimind.common.bounds import seconds_of
 from minimind.common.launch import bf16_is_fast
 from minimind.data.packing import STRATEGIES
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, checkpoints
-from minimind.training.preference_losses import LOSSES, OWN_LOSSES, check_losses
+from minimind.training.preference_losses import LOSSES, OWN_LOSSES, check_kto, check_losses
 from minimind.training.schedules import check_recomputation, check_schedule, check_time_budget
 
 SCHEDULES = {"choices": [each.value for each in SchedulerType]}
@@ -333,6 +333,43 @@ class DPOStageConfig(StageConfig, DPOConfig):
         )
         super().__post_init__()
         check_losses(self)
+
+
+@dataclass
+class KTOStageConfig(StageConfig, KTOConfig):
+    """Arguments of train_kto.py."""
+
+    output_dir: str | None = HfArg(default="runs/kto", help="The stage directory to write.")
+    learning_rate: float = HfArg(default=3e-5, help="Peak learning rate.")
+    loss_type: str = HfArg(
+        default="kto",
+        help="kto, or apo_zero_unpaired, which has no estimate of the KL divergence.",
+        metadata={"choices": ["kto", "apo_zero_unpaired"]},
+    )
+    beta: float = HfArg(default=0.1, help="Strength of the pull towards the reference model.")
+    max_length: int | None = HfArg(
+        default=2048, help="Tokens of a conversation with its rated reply at most."
+    )
+    precompute_ref_log_probs: bool = HfArg(
+        default=True,
+        help="Compute the reference's log-probabilities once, before training, and keep them; with "
+        "false a frozen copy of the model computes them in every step, for --sync_ref_model.",
+    )
+    per_device_train_batch_size: int = HfArg(
+        default=8, help="Rows per device and micro-batch, at least 2."
+    )
+    train_sampling_strategy: str = HfArg(
+        default="sequential",
+        help="Order of the rows, which are shuffled once before; kto needs sequential.",
+        metadata={"choices": ["random", "sequential", "group_by_length"]},
+    )
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
+    weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
+
+    def __post_init__(self):
+        refuse_meaningless(self, model_init_kwargs="the model is loaded before TRL sees it")
+        super().__post_init__()
+        check_kto(self)
 
 
 def refuse_meaningless(arguments: Any, **answers: str) -> None:

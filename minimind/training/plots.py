@@ -46,7 +46,7 @@ def read_log(file: Path) -> list[dict]:
 
 def loss_unit(stage: str) -> str:
     """What a stage's loss is a mean of."""
-    return "per pair" if stage == "dpo" else "nats per token"
+    return {"dpo": "per pair", "kto": "per reply"}.get(stage, "nats per token")
 
 
 def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:

@@ -1,5 +1,5 @@
-"""The losses of train_dpo.py: which options each of them reads, and those that TRL's DPOTrainer
-lacks. docs/preference.md has the formula of each, and when to take it."""
+"""The losses of train_dpo.py and train_kto.py: which options each of them reads, and those that
+TRL's DPOTrainer lacks. docs/preference.md has the formula of each, and when to take it."""
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -41,23 +41,32 @@ def needs_reference(losses: list[str]) -> bool:
     return not set(losses) <= set(REFERENCE_FREE)
 
 
+def is_given(args, name: str) -> bool:
+    """Whether an option of `args` has another value than its default."""
+    return getattr(args, name) != type(args).__dataclass_fields__[name].default
+
+
+def check_needs(args) -> None:
+    """Raise ValueError for an option that has no meaning without the value of another."""
+    for name, (other, value) in NEEDS.items():
+        if hasattr(args, name) and is_given(args, name) and getattr(args, other) != value:
+            raise ValueError(f"--{name} needs --{other} {str(value).lower()}")
+
+
 def check_losses(args) -> None:
     """Raise ValueError for options of a `DPOStageConfig` that do not fit its losses, or each
     other, which TRL ignores or refuses only after the run has begun to write."""
     losses = args.loss_type
     shown = f"--loss_type {' '.join(losses)}"
 
-    def is_given(name: str) -> bool:
-        return getattr(args, name) != type(args).__dataclass_fields__[name].default
-
     # Options of single losses
     for name, readers in READERS.items():
-        if is_given(name) and not set(losses) & set(readers):
+        if is_given(args, name) and not set(losses) & set(readers):
             raise ValueError(
                 f"{shown} does not read --{name}, which is for {', '.join(readers)}: leave it out"
             )
     for name, companions in COMPANIONS.items():
-        if is_given(name) and (others := [each for each in losses if each not in companions]):
+        if is_given(args, name) and (others := [each for each in losses if each not in companions]):
             raise ValueError(
                 f"--{name} has no meaning for the loss {others[0]}, only for"
                 f" {', '.join(companions)}"
@@ -74,16 +83,30 @@ def check_losses(args) -> None:
     # The reference
     if not needs_reference(losses):
         for name in ("precompute_ref_log_probs", "ref_model_on_cpu", "sync_ref_model"):
-            if is_given(name):
+            if is_given(args, name):
                 raise ValueError(f"{shown} compares with no reference model: leave out --{name}")
-    for name, (other, value) in NEEDS.items():
-        if is_given(name) and getattr(args, other) != value:
-            raise ValueError(f"--{name} needs --{other} {str(value).lower()}")
+    check_needs(args)
     if args.ref_model_on_cpu and args.sync_ref_model:
         raise ValueError(
             "--sync_ref_model mixes weights of both models, so they must be on one device: leave"
             " out --ref_model_on_cpu"
         )
+
+
+def check_kto(args) -> None:
+    """The same for a `KTOStageConfig`."""
+    if args.loss_type == "kto":
+        if args.per_device_train_batch_size < 2:
+            raise ValueError(
+                "--loss_type kto estimates the KL divergence from the other replies of a batch:"
+                " raise --per_device_train_batch_size above 1"
+            )
+        if args.train_sampling_strategy != "sequential":
+            raise ValueError(
+                "--loss_type kto needs --train_sampling_strategy sequential: each reply has its"
+                " neighbour's prompt; the rows are shuffled once before training"
+            )
+    check_needs(args)
 
 
 # The losses that TRL lacks, from mean log-probabilities of the tokens of chosen and rejected

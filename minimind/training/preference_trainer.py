@@ -1,42 +1,28 @@
 """The trainer of preference pairs: TRL's losses and metrics, and two losses more, on rows in which
 prompts are shared, with reference log-probabilities that are computed once."""
 
-import time
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from types import MethodType
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
-import xxhash
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
-from datasets import Dataset, concatenate_datasets
+from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch.nn.functional import embedding
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from minimind.common.cache import cache_directory, find, find_or_build
-from minimind.common.errors import is_local_main_process
-from minimind.common.language import say, translated
-from minimind.common.launch import is_main_process
 from minimind.data.packing import IGNORED
 from minimind.data.preference_batches import PreferenceCollator, repetitions, visible_tokens
 from minimind.model.kernels_minimind import PIECE, CrossEntropy
 from minimind.training.preference_losses import OWN_LOSSES, needs_reference
+from minimind.training.references import CachedReferences
 from minimind.training.trainers import ScheduledTrainer
 
-FORMAT_VERSION = 1  # part of the key: raise it when the same input results in other numbers
-# What decides the reference log-probabilities, beside rows and weights
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-DECISIVE = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16")
 
-
-class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
+class PreferenceTrainer(ScheduledTrainer, CachedReferences, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except:
 
     It takes token ids, where TRL would tokenise texts and take control tokens in somebody's words
@@ -45,10 +31,8 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
     The pairs of a batch are packed into rows, and each has its prompt once (see
     preference_batches.py): TRL computes losses and metrics from the same log-probabilities.
 
-    With `precompute_ref_log_probs` the reference's are kept in the cache, for all runs on these
-    pairs from these weights; TRL's are found again only where the rows come from a file, and by one
-    process. Else the reference computes them in every step, with `ref_model_on_cpu` on the CPU.
-    Losses that need no reference have none.
+    Without `precompute_ref_log_probs` the reference computes in every step, with `ref_model_on_cpu`
+    on the CPU. Losses that need no reference have none.
 
     The losses of preference_losses.py are added. Where there is no reference, rewards are beta
     times the mean log-probability of a reply's tokens.
@@ -56,6 +40,10 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
 
     # TRL gathers the rewards of a micro-batch, of which every process needs as many
     shares_last_rows = False
+
+    reference_inputs = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+    reference_options = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16")
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(self, *, model: PreTrainedModel, ref_model=None, args, processing_class, **kwargs):
         self.packs_pairs = False
@@ -113,76 +101,10 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
             self.packs_pairs = True
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """The rows with the reference log-probabilities of their replies, found or computed by all
-        processes together; the rows as they are where none are precomputed."""
         if self.cpu_reference is not None or not self.has_reference:
             return dataset
         self._pack_pairs()  # TRL's constructor calls this
-
-        key = {"version": FORMAT_VERSION, "rows": rows_hash(dataset)}
-        key["weights"] = self._precompute_model_hash
-        key |= {option: getattr(self.args, option) for option in DECISIVE}
-        # ZeRO-3 divides the weights, so each process has another hash
-        key = broadcast_object_list([key])[0]
-        found = find("references", key)
-        if all(gather_object([found is not None])):
-            logps = np.load(found[0] / "log_probabilities.npy")
-        else:
-            logps = self._reference_log_probs(dataset, name, batch_size)
-
-            def write(directory: Path) -> dict:
-                np.save(directory / "log_probabilities.npy", logps)
-                return {"pairs": len(logps)}
-
-            if is_local_main_process():
-                find_or_build("references", key, write)
-        columns = {
-            f"ref_{kind}_logps": logps[:, i] for i, kind in enumerate(("chosen", "rejected"))
-        }
-        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
-
-    def _reference_log_probs(self, dataset: Dataset, name: str, batch_size: int) -> np.ndarray:
-        """The reference log-probabilities of all rows, (rows, 2), each process computing its
-        share."""
-        began, world, rank = time.time(), self.args.world_size, self.args.process_index
-        if is_main_process():
-            say(
-                f"computing reference log-probabilities: {len(dataset):,} pairs of {name} (once;"
-                f" kept in {cache_directory('references')})"
-            )
-        model = self.ref_model or self.model
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            from trl.models import prepare_deepspeed  # loads DeepSpeed
-
-            self._precompute_engine = self._precompute_engine or prepare_deepspeed(
-                self.model, self.accelerator
-            )
-            model = self._precompute_engine
-        mine = range(rank, len(dataset), world)
-        # As many batches as the other processes: ZeRO-3 gathers the weights in each of them
-        mine = list(mine) + [0] * (-len(dataset) % world > 0 and rank >= len(dataset) % world)
-
-        training, results = self.model.training, []
-        self.model.eval()
-        title = translated("reference log-probabilities")
-        with tqdm(
-            total=len(mine), desc=title, unit="pair", disable=None if not rank else True
-        ) as bar:
-            for start in range(0, len(mine), batch_size):
-                rows = [dataset[index] for index in mine[start : start + batch_size]]
-                batch = self._prepare_inputs(self.data_collator(rows))
-                pair = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
-                results.append(pair.float().cpu().numpy())
-                bar.update(len(rows))
-        self.model.train(training)
-
-        logps = np.empty((len(dataset), 2), dtype=np.float32)
-        for index, share in enumerate(gather_object([np.concatenate(results)])):
-            rows = len(range(index, len(dataset), world))
-            logps[index::world] = share[:rows]
-        if is_main_process():
-            say(f"reference log-probabilities computed in {time.time() - began:.0f} s")
-        return logps
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _reference_of_batch(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference log-probabilities of a batch that has none; zeros without a reference."""
@@ -195,7 +117,7 @@ class PreferenceTrainer(ScheduledTrainer, DPOTrainer):
         return self.compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        names = "ref_chosen_logps", "ref_rejected_logps"
+        names = self.reference_columns
         if names[0] not in inputs:
             inputs = inputs | dict(zip(names, self._reference_of_batch(inputs), strict=True))
         outputs = []
@@ -239,16 +161,6 @@ def on_cpu(model: PreTrainedModel) -> Callable:
         return FusedCausalLMOutput(log_probs=model(**there).log_probs.to(device))
 
     return call
-
-
-def rows_hash(dataset: Dataset) -> str:
-    """A hash of the token ids and masks of all rows."""
-    digest = xxhash.xxh3_128()
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        for column in map(table.column, COLUMNS):
-            digest.update(pc.list_value_length(column).to_numpy().tobytes())
-            digest.update(pc.list_flatten(column).to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 # The forward pass

@@ -105,7 +105,7 @@ def reference_model(model: PreTrainedModel, options, args: ModelConfig) -> PreTr
         UserError: an option is about the copy, and there is none with an adapter.
     """
     for name in ("sync_ref_model", "ref_model_on_cpu"):
-        if args.use_peft and getattr(options, name):
+        if args.use_peft and getattr(options, name, False):
             raise UserError(
                 f"--{name} is about a second model, and with --use_peft the reference is the model"
                 " itself without its adapter. Leave it out."

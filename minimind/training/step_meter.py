@@ -98,7 +98,9 @@ class StepMeter(TrainerCallback):
 def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     """The step of a trainer, and the mean length of its rows as the batches hold them."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    pairs, adapter = hasattr(trainer, "ref_model"), isinstance(model, PeftModel)
+    unpaired = hasattr(trainer, "calculate_KL")  # KTO's
+    pairs = hasattr(trainer, "ref_model") and not unpaired
+    adapter = isinstance(model, PeftModel)
 
     # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
@@ -134,6 +136,7 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         pairs=pairs,
         shared_prompts=shared_prompts,
         **(shares(found) if shared_prompts and rows else {}),
+        unpaired=unpaired and trainer.calculate_KL,
         reference=reference_kind(args, adapter, device.kind),
         weighted=getattr(trainer, "weighted", False),
         zero_stage=zero.get("stage", 0) if plugin else None,
