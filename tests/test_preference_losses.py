@@ -148,9 +148,9 @@ FORMULAS = {
     "sigmoid_norm": mean_of(lambda p: nll(B * (p.h / p.n - p.g / p.k))),
     # Azar et al., 2023, equation 17, with means over tokens
     "ipo": mean_of(lambda p: (p.h / p.n - p.g / p.k - 1 / (2 * B)) ** 2),
-    # Zhao et al., 2023 (SLiC-HF), equation 1, on DPO's rewards (Liu et al., 2023)
+    # Zhao et al., 2023 (SLiC-HF), on DPO's rewards (Liu et al., 2023)
     "hinge": mean_of(lambda p: max(0, 1 - B * (p.h - p.g))),
-    # Chowdhury et al., 2024, equation 12
+    # Chowdhury et al., 2024 (rDPO)
     "robust": mean_of(
         lambda p: ((1 - E) * nll(B * (p.h - p.g)) - E * nll(B * (p.g - p.h))) / (1 - 2 * E)
     ),
