@@ -156,6 +156,8 @@ def test_what_follows_the_reply_is_not_trained():
         ({"thumbs_down": 1}, False),
         ({"feedback": "thumbs up"}, True),
         ({"feedback": "Thumbs_Down"}, False),
+        ({"votes": -3}, False),
+        ({"label": True, "feedback": "It could be longer."}, True),
         ({"label": 1, "rejected": False}, True),
     ],
     ids=str,
@@ -198,6 +200,7 @@ def test_a_rating_that_says_nothing_is_refused(columns, message):
     [
         ({"per_device_train_batch_size": 1}, "raise --per_device_train_batch_size above 1"),
         ({"train_sampling_strategy": "random"}, "needs --train_sampling_strategy sequential"),
+        ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "are both 0"),
         ({"sync_ref_model": True}, "--sync_ref_model needs --precompute_ref_log_probs false"),
     ],
     ids=str,

@@ -59,19 +59,25 @@ def is_rating(row: Fields) -> bool:
 def take_rating(row: Fields) -> bool:
     """Whether the columns of a row call its reply desirable, which they no longer have afterwards;
     raises BadRowError where they say nothing, or both."""
-    found = {}
+    found, unknown = {}, {}
     for name in (*VERDICTS, *REJECTIONS, *VOTES):
         value = row.get(name)
         if value is None or isinstance(value, list | dict):
             continue
         word = value.strip().lower().replace(" ", "_") if isinstance(value, str) else value
+        if name in VOTES and isinstance(word, int) and not isinstance(word, bool) and word:
+            word = word > 0
         good = word in (*YES, *GOOD_WORDS)
-        if not good and word not in NO:
-            raise BadRowError(
-                f"found {name!r}: {shown(value)}, expected true or false, 1 or 0, or words such as"
-                " 'thumbs_up' and 'thumbs_down'"
-            )
-        found[name] = good != (name in REJECTIONS)
+        if good or word in NO:
+            found[name] = good != (name in REJECTIONS)
+        else:
+            unknown[name] = value
+    if not found and unknown:
+        name, value = next(iter(unknown.items()))
+        raise BadRowError(
+            f"found {name!r}: {shown(value)}, expected true or false, 1 or 0, or words such as"
+            " 'thumbs_up' and 'thumbs_down'"
+        )
     if not found:
         raise BadRowError(
             f"found keys {row.names}, expected a rating of the reply in 'label' (true or false), or"

@@ -144,7 +144,7 @@ def _sample_chats(
         "sft": (to_conversation, tokenize_conversations),
         "dpo": (to_preference, tokenize_preferences),
         "kto": (to_rated, tokenize_rated),
-    }[spec.family]
+    }["dpo" if spec.pairs else spec.family]
     parsed, factor = sample(paths, parse, data_args, size)
     results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]

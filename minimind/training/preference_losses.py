@@ -106,6 +106,10 @@ def check_kto(args) -> None:
                 "--loss_type kto needs --train_sampling_strategy sequential: each reply has its"
                 " neighbour's prompt; the rows are shuffled once before training"
             )
+    if not args.desirable_weight and not args.undesirable_weight:
+        raise ValueError(
+            "--desirable_weight and --undesirable_weight are both 0, which trains nothing"
+        )
     check_needs(args)
 
 
