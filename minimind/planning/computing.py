@@ -86,7 +86,7 @@ def make_plan(
         counted=rows.counted,
         unpaired=recipe.spec.family == "kto" and options.loss_type == "kto",
         reference=reference_kind(options, recipe.adapter is not None, device.kind),
-        weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
+        weighted=getattr(recipe.chat_args, "needs_weights", False),
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,
