@@ -274,6 +274,26 @@ def test_each_zero_stage_takes_less_and_the_chosen_one_is_the_plans(pipeline, ca
     )
 
 
+def test_a_reference_takes_memory_on_the_device_only_where_it_is_kept_there(pipeline, capsys):
+    peaks = {}
+    for place, words in {
+        "reference precomputed": [],
+        "reference in memory": ["--precompute_ref_log_probs", "false"],
+        "reference on the CPU": ["--precompute_ref_log_probs=false", "--ref_model_on_cpu=true"],
+    }.items():
+        (recipe,) = planned_runs.read_recipes([str(pipeline["dpo"])], words)
+        plan = make_plan(recipe, DEVICES["h100"])
+        peaks[place] = plan.memory["peak"]
+        weights = 4 * plan.parameters["total"]
+        assert plan.memory["reference"] == weights * (place == "reference in memory")
+        assert plan.memory["host"] == weights * (place == "reference on the CPU")
+        assert plan.peak_with_reference[place] == plan.memory["peak"]
+    assert plan.peak_with_reference == peaks
+    for words in (["--use_peft", "true"], ["--loss_type", "simpo"]):
+        (recipe,) = planned_runs.read_recipes([str(pipeline["dpo"])], words)
+        assert make_plan(recipe, DEVICES["h100"]).peak_with_reference == {}
+
+
 def test_the_table_says_what_is_assumed_and_what_does_not_fit(pipeline, capsys):
     words = ["--device", "rtx4090", "--per_device_train_batch_size", "4000000"]
     run_cli("plan", pipeline["pretrain"], *words)

@@ -22,8 +22,9 @@ INTERVALS = {
         " rope_theta"
     ),
     "[0, inf)": (
-        "center_rewards_coefficient early_stopping_threshold loss_weights max_grad_norm min_lr"
-        " neftune_noise_alpha router_aux_loss_coef temperature weight_decay"
+        "center_rewards_coefficient desirable_weight early_stopping_threshold loss_weights"
+        " max_grad_norm min_lr neftune_noise_alpha router_aux_loss_coef simpo_gamma temperature"
+        " undesirable_weight weight_decay"
     ),
     "(0, most]": "eval_steps logging_steps num_train_epochs save_steps",
     "[0, most]": (
