@@ -174,13 +174,14 @@ def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
         "pretrain": {"block_size": 8},
         "sft": {"packing": False},
         "lora": {"use_peft": True, "packing": True},
+        "reward": {"center_rewards_coefficient": 0.01},
     }
     given = write_recipe(tmp_path, stage, folder="elsewhere", **keys.get(stage, {"beta": 0.1}))
     assert planned_runs.stage_of(given, []) == stage
     data = {"train_files": [getattr(files, stage)]}
     data |= {"use_peft": True} if stage == "lora" else {}
     path = write_recipe(tmp_path, stage, folder="elsewhere", **data)
-    assert planned_runs.stage_of(path, []) == stage
+    assert planned_runs.stage_of(path, []) == ("dpo" if stage == "reward" else stage)
 
 
 @pytest.mark.parametrize("stage", DATA)
@@ -193,11 +194,11 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     keys = (
         {"block_size": 32, "tokenizer": str(tokenizer_dir)}
         if stage == "pretrain"
-        else (PAIR_LENGTHS if stage == "dpo" else {"max_length": 64}) | {}
+        else (PAIR_LENGTHS if stage in ("dpo", "reward") else {"max_length": 64}) | {}
     )
     if stage == "pretrain":
         keys["packing_strategy"] = "wrapped" if packing else "bfd_split"
-    elif stage != "dpo":
+    elif stage not in ("dpo", "reward"):
         keys["packing"] = packing
     (recipe,) = read(tmp_path, stage, eval_files=files[:1], train_files=files, **keys)
     tokenizer = recipe.starting_point()[1]

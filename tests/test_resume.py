@@ -155,7 +155,8 @@ def assert_same_run(one, two, step):
     bit."""
     assert weights_hash(one) == weights_hash(two)
     assert log_of(one) == log_of(two)
-    assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
+    if read_stage(one)["stage"] != "reward":  # which writes no text
+        assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         states = [
             torch.load(path / f"checkpoint-{step}" / file, weights_only=False)
