@@ -259,6 +259,12 @@ def test_a_pair_that_cannot_be_trained(chats, row, words):
     )
 
 
+def test_pairs_for_a_base_model_without_a_template(chats, stage):
+    (stage / "chat_template.jinja").unlink()
+    message = chats(pair_rows(), script="train_dpo")
+    check_words(message, "the tokenizer has no chat template", "--chat_template chatml")
+
+
 def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):
     for script in ("finetune_sft", "train_dpo"):
         message = failure(capsys, run_script, monkeypatch, script, "--model_name_or_path", tmp_path)
