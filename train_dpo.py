@@ -29,6 +29,7 @@ def main() -> None:
     model, tokenizer, parent, rows = load_inputs(
         DPO, training_args, data_args, model_args, chat_args
     )
+    reference = reference_model(model, training_args, model_args)
 
     inspection = inspect_training_rows(DPO, rows, tokenizer, data_args, chat_args)
     if is_main_process():
@@ -43,7 +44,7 @@ def main() -> None:
     start_tracking(stage, inspection.report)
     trainer = PreferenceTrainer(
         model=model,
-        ref_model=reference_model(model, training_args, model_args),
+        ref_model=reference,
         args=training_args,
         train_dataset=rows.train,
         eval_dataset=rows.eval,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.data.chat_arguments import ChatArguments, PreferenceArguments, TemplateArguments
-from minimind.data.chats import load_conversations, load_preferences
+from minimind.data.chats import load_conversations, load_preferences, load_rated
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
 from minimind.data.preference_batches import PreferenceCollator
@@ -25,6 +25,7 @@ from minimind.tokenizer import load_tokenizer
 from minimind.training.adapters import fit_virtual_tokens
 from minimind.training.arguments import (
     DPOStageConfig,
+    KTOStageConfig,
     PretrainConfig,
     RewardStageConfig,
     SFTStageConfig,
@@ -49,6 +50,7 @@ class StageSpec:
         read, so that a plan can pass options that never became training arguments.
     collate: (tokenizer, options) -> the collator of its batches.
     pairs: whether a row is a preference pair, two sequences to compute.
+    shared_prompts: whether both are computed in one row, with their prompt once.
     scores: whether its model scores replies (a reward model), or writes them.
     """
 
@@ -62,6 +64,7 @@ class StageSpec:
     load: Callable[..., Any]
     collate: Callable[..., Callable]
     pairs: bool = False
+    shared_prompts: bool = False
     scores: bool = False
 
     @property
@@ -106,6 +109,11 @@ def _load_preferences(data_args, tokenizer, options, chat_args):
     return load_preferences(data_args, tokenizer, chat_args, options.seed)
 
 
+def _load_rated(data_args, tokenizer, options, chat_args):
+    roles = not has_roles(tokenizer)
+    return load_rated(data_args, tokenizer, options.max_length, chat_args, roles, options.seed)
+
+
 PRETRAIN = StageSpec(
     name="pretrain",
     family="pretrain",
@@ -137,11 +145,23 @@ DPO = StageSpec(
     script="train_dpo.py",
     arguments=(DataArguments, PreferenceArguments, ModelArguments, DPOStageConfig),
     pairs=True,
+    shared_prompts=True,
     parent="runs/sft",
     corpus="dpo",
     length_options=("max_prompt_length", "max_completion_length"),
     load=_load_preferences,
     collate=lambda tokenizer, options: PreferenceCollator(tokenizer.pad_token_id),
+)
+KTO = StageSpec(
+    name="kto",
+    family="kto",
+    script="train_kto.py",
+    arguments=(DataArguments, ChatArguments, ModelArguments, KTOStageConfig),
+    parent="runs/sft",
+    corpus="dpo",
+    length_options=("max_length",),
+    load=_load_rated,
+    collate=lambda tokenizer, options: PackedCollator(tokenizer.pad_token_id),
 )
 REWARD = replace(
     DPO,
@@ -151,7 +171,7 @@ REWARD = replace(
     arguments=(DataArguments, PreferenceArguments, ModelArguments, RewardStageConfig),
     scores=True,
 )
-STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, REWARD)}
+STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, KTO, REWARD)}
 
 
 def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args=None) -> Inputs:
@@ -203,5 +223,5 @@ def inspect_training_rows(
         return inspect_blocks(rows, tokenizer, data_args.or_embedded(spec.corpus))
     if spec.pairs:
         return inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
-    every_reply = chat_args.train_turns == "all"
+    every_reply = chat_args.train_turns == "all" and spec.family != "kto"
     return inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, every_reply)

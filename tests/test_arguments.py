@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from minimind.common.errors import UserError
+from minimind.data.chat_arguments import PreferenceArguments
 from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
 from minimind.training.command_line import parse
 from minimind.training.data_arguments import DataArguments
@@ -20,7 +21,7 @@ TYPES = {
     "pretrain": (DataArguments, PretrainModelArguments, PretrainConfig),
     "sft": (DataArguments, ModelArguments, SFTStageConfig),
     "lora": (DataArguments, ModelArguments, SFTStageConfig),
-    "dpo": (DataArguments, ModelArguments, DPOStageConfig),
+    "dpo": (DataArguments, PreferenceArguments, ModelArguments, DPOStageConfig),
 }
 RECIPES = sorted(path for name in TYPES for path in (ROOT / "configs" / name).glob("*.yaml"))
 

@@ -298,3 +298,31 @@ def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenize
             [entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)
         ]
         assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("torchrun", "--nproc_per_node", "2", "train_reward.py"),
+        pytest.param(
+            ("deepspeed", "--num_accelerators", "2", "train_reward.py", *DEEPSPEED),
+            marks=needs_deepspeed,
+        ),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_a_reward_model_learns_the_same_in_two_processes_as_in_one(command, world, tokenizer_dir):
+    for script, stage in (("pretrain.py", "pretrain"), ("finetune_sft.py", "sft")):
+        if not (world / stage).exists():
+            run_here(world, tokenizer_dir, script).rename(world / stage)
+    # An epoch's last rows are not divided, so that each process has as many
+    step = {"max_steps": 1, "warmup_steps": 0}
+    two, said = launch(world, tokenizer_dir, *command, **step)
+    assert "cpu x 2" in said
+    one = run_here(world, tokenizer_dir, "train_reward.py", **step | WHOLE_BATCH)
+    for key in ("loss", "accuracy", "margin", "grad_norm"):
+        values = [next(e[key] for e in log_of(stage) if "loss" in e) for stage in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-5)
+    metrics = [read_stage(stage)["metrics"]["after"] for stage in (two, one)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-4)

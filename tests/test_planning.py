@@ -247,7 +247,7 @@ def test_json_has_hours_and_cost_of_each_stage_and_in_all(pipeline, capsys):
     paths = list(pipeline.values())
     words = ["--device", "rtx3090", "--price", "8/h", "--processes", "2"]
     found = plan_json(capsys, *paths, *words, "--num_train_epochs", "4")
-    assert [stage["stage"] for stage in found["stages"]] == ["pretrain", "sft", "lora", "dpo"]
+    assert [stage["stage"] for stage in found["stages"]] == list(SCRIPTS)
     for stage in found["stages"]:
         seconds = stage["hardware_flops"] / (71e12 * 0.40 * 2)
         assert math.isclose(stage["hours"], seconds / 3600)
@@ -271,6 +271,26 @@ def test_each_zero_stage_takes_less_and_the_chosen_one_is_the_plans(pipeline, ca
         < stage["peak_under"]["ZeRO-2"]
         == stage["memory"]["peak"]
     )
+
+
+def test_a_reference_takes_memory_on_the_device_only_where_it_is_kept_there(pipeline, capsys):
+    peaks = {}
+    for place, words in {
+        "reference precomputed": [],
+        "reference in memory": ["--precompute_ref_log_probs", "false"],
+        "reference on the CPU": ["--precompute_ref_log_probs=false", "--ref_model_on_cpu=true"],
+    }.items():
+        (recipe,) = planned_runs.read_recipes([str(pipeline["dpo"])], words)
+        plan = make_plan(recipe, DEVICES["h100"])
+        peaks[place] = plan.memory["peak"]
+        weights = 4 * plan.parameters["total"]
+        assert plan.memory["reference"] == weights * (place == "reference in memory")
+        assert plan.memory["host"] == weights * (place == "reference on the CPU")
+        assert plan.peak_with_reference[place] == plan.memory["peak"]
+    assert plan.peak_with_reference == peaks
+    for words in (["--use_peft", "true"], ["--loss_type", "simpo"]):
+        (recipe,) = planned_runs.read_recipes([str(pipeline["dpo"])], words)
+        assert make_plan(recipe, DEVICES["h100"]).peak_with_reference == {}
 
 
 def test_the_table_says_what_is_assumed_and_what_does_not_fit(pipeline, capsys):
@@ -386,7 +406,10 @@ def test_the_recipes_for_a_laptop_take_the_time_that_they_say_an_evening_in_all(
             hours[kind] += plan.hours
             assert 5e6 < plan.parameters["total"] < 10e6
             number, unit = time.split()
-            if stage != "dpo":  # pairs are not packed: how long a step takes is for the data to say
+            if stage not in (
+                "dpo",
+                "reward",
+            ):  # how long a step of pairs takes is for the data to say
                 assert plan.hours == pytest.approx(int(number) / {"h": 1, "min": 60}[unit], rel=0.2)
     assert max(hours.values()) < 5
 

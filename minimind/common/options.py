@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterable
 
 # The stages in the order of a pipeline, for parsers that answer without loading torch
-STAGE_NAMES = ("pretrain", "sft", "lora", "dpo", "reward")
+STAGE_NAMES = ("pretrain", "sft", "lora", "dpo", "kto", "reward")
 
 # Our options, and their names in other tools and in MiniMind's first scripts.
 OTHER_NAMES = {

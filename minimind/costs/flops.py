@@ -56,8 +56,8 @@ def flops(model: nn.Module, step: Step) -> dict[str, float]:
 
     "model": what the mathematics needs, by which MFU is measured (Chowdhery et al., 2022, appendix
     B): 2 for each weight and position in the forward pass, 2 for the gradient of its input, 2 for
-    that of the weight if trained; for DPO also the reference model's forward pass. "hardware": what
-    is executed, including what checkpointing and TRL's head compute a second time.
+    that of the weight if trained; for DPO also the forward pass of a reference model on the device.
+    "hardware": what is executed, including what checkpointing and TRL's head compute a second time.
     """
     config = model.config
     embedding_trained = core(model).get_input_embeddings().weight.requires_grad
@@ -97,6 +97,8 @@ def flops(model: nn.Module, step: Step) -> dict[str, float]:
     if config.num_experts and config.router_aux_loss_coef and not step.pairs:
         # The load-balancing loss
         executed += 6 * config.num_hidden_layers * step.tokens * config.num_experts
-    reference *= step.reference is not None
+    reference *= step.reference in ("copy", "adapter")
+    if step.unpaired:
+        reference = 2 * reference + forward
     needed = forward + backward + reference
     return {"model": needed, "hardware": executed + reference, "forward": forward}

@@ -237,7 +237,8 @@ def model_states(model: nn.Module, step: Step) -> dict[str, float]:
         gradients = step.width * trained * divided[1]
         weights = step.width * total * divided[2]
         buckets = 0
-    reference, host = weights * (step.reference == "copy"), 0.0
+    reference = weights * (step.reference == "copy")
+    host = 4.0 * total * (step.reference == "host")  # in fp32, for each process
     if step.offload_optimizer:
         host, optimizer = host + optimizer + gradients, 0.0
     if step.offload_parameters and step.zero_stage == 3:

@@ -5,6 +5,16 @@ from dataclasses import dataclass
 from minimind.model.kernels_minimind import BLOCK, MAX_BLOCKED_LENGTH
 
 
+def reference_kind(options, adapter: bool, device: str) -> str | None:
+    """What `options` of a stage compute of a reference model in each step; see Step."""
+    if getattr(options, "precompute_ref_log_probs", True):
+        return None
+    if adapter:
+        return "adapter"
+    on_host = getattr(options, "ref_model_on_cpu", False) and device != "cpu"
+    return "host" if on_host else "copy"
+
+
 @dataclass(frozen=True)
 class Step:
     """How a training step is run on each device.
@@ -13,7 +23,9 @@ class Step:
     with `shared_prompts` one, in which the prompt is once, and the head projects only the share
     `predicting` of the positions, those that predict a token of a reply. `counted`: the tokens that
     a trainer counts for each position; a shared prompt counts in both sequences.
-    `reference`: "copy" is DPO's frozen second model, "adapter" the same model without its adapter.
+    `reference`: "copy" is DPO's frozen second model, "host" the same in the memory of the CPU,
+    "adapter" the model without its adapter.
+    `unpaired`: rows are KTO's; model and reference also compute each prompt with another's reply.
     `masked`: rows come with an attention mask of their own, because they are padded or hold several
     documents. `weighted`: tokens count with different weights. `zero_stage` None is a run without
     DeepSpeed.
@@ -34,6 +46,7 @@ class Step:
     predicting: float = 1.0
     counted: float = 1.0
     reference: str | None = None
+    unpaired: bool = False
     weighted: bool = False
     zero_stage: int | None = None
     offload_optimizer: bool = False
@@ -47,7 +60,7 @@ class Step:
     @property
     def tiled_head(self) -> bool:
         """Whether the head is TRL's, which never holds the logits of all positions."""
-        return self.pairs and not self.shared_prompts
+        return self.unpaired or (self.pairs and not self.shared_prompts)
 
     @property
     def tokens(self) -> int:

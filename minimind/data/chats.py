@@ -8,7 +8,7 @@ held_out.py which of them are held out.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ from minimind.data.messages import Message
 from minimind.data.mixing import add_counts, epoch_rows, parse_sources, source_facts
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
+from minimind.data.rated import to_rated, tokenize_rated
 from minimind.data.sources import expand
 from minimind.tokenizer import tokenizer_hash
 
@@ -47,6 +48,7 @@ BATCH = 1000  # conversations tokenised at a time
 EXPECTED = 'expected its turns without markers, each as {"role", "content"} in "messages"'
 IDS = pa.list_(pa.int32())  # the type of a column, but for these:
 TYPES = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}
+TYPES |= {"label": pa.bool_()}
 PLACES = ["where", "lengths"]  # columns of the files beside those of the rows
 TYPES |= {"where": pa.binary(), "lengths": pa.list_(pa.int64())}
 
@@ -135,6 +137,42 @@ def load_preferences(
         lambda pairs: tokenize_preferences(pairs, encoder, args),
         lambda pair: str(pair["prompt"]),
         lambda pair: pair["prompt"] + pair["chosen"] + pair["rejected"],
+    )
+    return _load(data_args, kind, tokenizer, seed)
+
+
+def load_rated(
+    data_args,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int | None,
+    args: ChatArguments | None = None,
+    roles: bool = False,
+    seed: int = 42,
+) -> ChatRows:
+    """Return the rows of the rated replies in the files of `data_args`; see `tokenize_rated`. The
+    conversations with one prompt are trained or held out together.
+
+    Raises:
+        UserError: too many rows are bad, none is left to train, or an option is not for ratings.
+    """
+    args = args or ChatArguments()
+    allowed = {"long_conversations": ("keep_last", "drop"), "train_turns": ("all",)}
+    for name, choices in allowed.items():
+        if (value := getattr(args, name)) not in choices:
+            raise UserError(f"--{name} {value}: expected {' or '.join(choices)} for rated replies.")
+    if args.needs_weights:
+        raise UserError(
+            "--weighted_loss and --loss_normalization: expected in finetune_sft.py only, not for"
+            " rated replies."
+        )
+    encoder, args = ChatEncoder(tokenizer), replace(args, train_turns="last")
+    options = encoder, max_length, args, roles
+    kind = _Kind(
+        {"rows": "rated", "max_length": max_length, "roles": roles, **asdict(args)},
+        to_rated,
+        lambda rows: tokenize_rated(rows, *options),
+        lambda rated: str(rated[0].conversation.messages[:-1]),
+        lambda rated: [message for each in rated for message in each.conversation.messages],
     )
     return _load(data_args, kind, tokenizer, seed)
 

@@ -28,7 +28,6 @@ from minimind.data.long_conversations import BORDER, tokens_before_turns, turns
 from minimind.data.loss_mask import completion_mask
 
 REPLIES = ("chosen", "rejected")
-EQUAL = "found chosen equal to rejected"
 
 
 class EncodedPair(NamedTuple):
@@ -83,7 +82,8 @@ class _PairShortener:
         row = complete.row
         if row["chosen_ids"] == row["rejected_ids"]:
             raise BadRowError(
-                f"{EQUAL} in what the chat template writes, expected two different replies"
+                "found chosen equal to rejected in what the chat template writes, expected two"
+                " different replies"
             )
         lengths = [len(row[f"{name}_ids"]) for name in ("prompt", *REPLIES)]
 
@@ -99,8 +99,10 @@ class _PairShortener:
         except _TooLongError as problem:
             return Outcome([], Counter(dropped=1), lengths, str(problem))
         if row["chosen_ids"] == row["rejected_ids"]:
-            limit = f"--max_completion_length {self.args.max_completion_length:,}"
-            problem = f"{EQUAL} once both are cut to {limit}"
+            problem = (
+                "found chosen equal to rejected once both are cut to --max_completion_length"
+                f" {self.args.max_completion_length:,}"
+            )
             return Outcome([], Counter(identical=1), lengths, problem)
         return Outcome([row], +counts, lengths)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class RowLength(NamedTuple):
@@ -33,14 +33,6 @@ def row_lengths(columns: dict[str, list], pairs: bool, shared_prompts: bool) -> 
         )
         for prompt, chosen, rejected in rows
     ]
-
-
-def shares_prompts(options: Any) -> bool:
-    """Whether the rows of pairs of a run with these options have their prompts once: those of a
-    reward model do, those of DPO if the reference is computed before training."""
-    return getattr(
-        options, "precompute_ref_log_probs", hasattr(options, "center_rewards_coefficient")
-    )
 
 
 def shares(lengths: Sequence[RowLength]) -> dict[str, float]:

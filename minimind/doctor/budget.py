@@ -4,7 +4,7 @@ from statistics import fmean
 
 from minimind.costs.this_machine import find_device
 from minimind.costs.units import gib
-from minimind.data.row_lengths import row_lengths, shares_prompts
+from minimind.data.row_lengths import row_lengths
 from minimind.doctor.registry import Case, check, sample
 from minimind.planning.computing import make_plan
 from minimind.planning.counting import RowCounts, chat_counts
@@ -26,10 +26,11 @@ def rows_of(case: Case) -> RowCounts:
     """The rows of a case as the planner takes them; of many rows the lengths of an even sample."""
     count = len(case.train)
     columns = case.train.with_format(None)[sample(count, ROWS_SAMPLE)]
-    lengths = row_lengths(columns, case.spec.pairs, shares_prompts(case.args))
+    lengths = row_lengths(columns, case.spec.pairs, case.spec.shared_prompts)
     tokens = fmean(row.tokens for row in lengths) * count
     exact = count <= ROWS_SAMPLE
-    return chat_counts(lengths, count / len(lengths), tokens, "counted", exact, case.args)
+    scale = count / len(lengths)
+    return chat_counts(case.spec, lengths, scale, tokens, "counted", exact, case.args)
 
 
 @check("recipe", "model", "train", quick=False)

@@ -44,8 +44,8 @@ def bf16_hardware(case: Case) -> tuple:
 
 @check("args")
 def accumulation(case: Case) -> tuple:
-    if case.spec.pairs:
-        return "ok", "a mean over pairs; every micro-batch has as many"
+    if case.spec.pairs or case.spec.family == "kto":
+        return "ok", "a mean over pairs or replies; every micro-batch has as many"
     if case.args.average_tokens_across_devices:
         return "ok", "a mean over all trained tokens of a step"
     return (

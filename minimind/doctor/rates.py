@@ -18,6 +18,7 @@ LITTLE = {"pretrain": 4.0, "sft": 2.0, "dpo": 0.15}
 # Parts of the middle rate, see `usual_learning_rates`.
 USUAL = {"pretrain": (1 / FAR, FAR), "sft": (1 / 300, 3), "dpo": (1 / 2000, 1 / 20)}
 USUAL["reward"] = (1 / 100, 1)
+USUAL["kto"] = USUAL["dpo"]  # KTO: 5e-7 to 5e-6 at 7B (Ethayarajh et al., 2024, appendix C)
 
 
 def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float, float]:

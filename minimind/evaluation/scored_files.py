@@ -1,8 +1,7 @@
 """`minimind score`: the replies in files of conversations or preference pairs, scored by a reward
 model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,18 +9,10 @@ from minimind.common.errors import BadRowError, UserError
 from minimind.data.bad_rows import BadRows
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation, to_conversation
-from minimind.data.files import read_rows
+from minimind.data.files import Row, read_rows
 from minimind.data.preferences import to_preference
 from minimind.evaluation.rewards import RewardModel, pair_metrics
 from minimind.inspection import recognise_stage
-
-
-class Replies(NamedTuple):
-    """The sequences of a row, each ending with a reply, and the tokens of that reply; of a pair the
-    chosen reply is first."""
-
-    ids: list[list[int]]
-    lengths: list[int]
 
 
 def score_files(
@@ -42,47 +33,45 @@ def score_files(
     stage = recognise_stage(files, columns)
     if stage == "pretrain":
         raise UserError(f"{files[0]}: found documents, expected conversations or preference pairs.")
-    is_pairs = stage == "dpo"
+    bad_rows, prompts = BadRows(on_bad_rows), []
 
-    def convert(data: Mapping) -> Replies:
-        found = list(_pair(data) if is_pairs else _conversation(data))
-        encoded = reward.encode([each for each, _ in found])
-        if problem := next((each for each in encoded if isinstance(each, BadRowError)), None):
-            raise problem
-        prompts = [each._replace(messages=each.messages[:count]) for each, count in found]
-        before = reward.encoder.encode(prompts, prompt=True)
-        if problem := next((each for each in before if isinstance(each, BadRowError)), None):
-            raise problem
-        lengths = [len(ids) - len(start.ids) for ids, start in zip(encoded, before, strict=True)]
-        return Replies(encoded, lengths)
+    def read_pair(data: Mapping) -> list[list[int]]:
+        pair = to_preference(data)
+        prompt = Conversation(pair["prompt"], pair.get("tools"))
+        sides = [prompt.messages + pair[name] for name in ("chosen", "rejected")]
+        ids = usable(reward.encode([prompt._replace(messages=side) for side in sides]))
+        (start,) = usable(reward.encoder.encode([prompt], prompt=True))
+        prompts.append(len(start.ids))
+        return ids
 
-    rows = list(read_rows(files, BadRows(on_bad_rows), convert, columns=columns))
+    def read_conversation(data: Mapping) -> list[list[int]]:
+        conversation = to_conversation(data)
+        messages = conversation.messages
+        ends = [i for i, each in enumerate(messages, 1) if each["role"] == "assistant"]
+        return usable(reward.encode([conversation._replace(messages=messages[:i]) for i in ends]))
+
+    read = read_pair if stage == "dpo" else read_conversation
+    rows: list[Row] = list(read_rows(files, bad_rows, read, columns=columns))
     columns.stop()
-    rewards = iter(reward.score_ids([ids for row in rows for ids in row.data.ids]))
-    scores = [[next(rewards) for _ in row.data.ids] for row in rows]
-    if not is_pairs:
+    rewards = iter(reward.score_ids([ids for row in rows for ids in row.data]))
+    scores = [[round(next(rewards), 6) for _ in row.data] for row in rows]
+    places = [row.where for row in rows]
+    if stage != "dpo":
+        names = ("where", "scores")
         return [
-            {"where": row.where, "scores": [round(score, 6) for score in values]}
-            for row, values in zip(rows, scores, strict=True)
+            dict(zip(names, row, strict=True)) for row in zip(places, scores, strict=True)
         ], None
-    scored = [
-        {"where": row.where, "chosen": round(chosen, 6), "rejected": round(rejected, 6)}
-        for row, (chosen, rejected) in zip(rows, scores, strict=True)
+    lengths = [
+        [len(ids) - prompt for ids in row.data] for row, prompt in zip(rows, prompts, strict=True)
     ]
-    return scored, pair_metrics(np.array(scores), np.array([row.data.lengths for row in rows]))
+    names = ("where", "chosen", "rejected")
+    scored = [dict(zip(names, (p, *s), strict=True)) for p, s in zip(places, scores, strict=True)]
+    return scored, pair_metrics(np.array(scores), np.array(lengths))
 
 
-def _conversation(data: Mapping) -> Iterator[tuple[Conversation, int]]:
-    """A conversation up to each of its replies, and the number of messages before that."""
-    conversation = to_conversation(data)
-    for index, message in enumerate(conversation.messages):
-        if message["role"] == "assistant":
-            yield conversation._replace(messages=conversation.messages[: index + 1]), index
-
-
-def _pair(data: Mapping) -> Iterator[tuple[Conversation, int]]:
-    """The two conversations of a pair, and the number of messages of its prompt."""
-    pair = to_preference(data)
-    for name in ("chosen", "rejected"):
-        messages = pair["prompt"] + pair[name]
-        yield Conversation(messages, pair.get("tools")), len(pair["prompt"])
+def usable(encoded: list) -> list:
+    """What was encoded; raises the first BadRowError in it."""
+    for each in encoded:
+        if isinstance(each, BadRowError):
+            raise each
+    return encoded

@@ -57,7 +57,7 @@ def print_report(report: dict, console: Terminal) -> None:
 
     console.print(windows_table(lengths))
     fitting = f"{option(lengths)} {lengths['suggested_max_length']}"
-    if "prompt" in lengths:
+    if "prompt" in lengths:  # pairs have two limits
         prompt, *replies = (suggested(lengths[name]["percentiles"]) for name in PARTS)
         fitting = f"--max_prompt_length {prompt} --max_completion_length {max(replies)}"
     console.print(translated(f"99 % fit into {fitting} (a multiple of 64)\n"))

@@ -1,6 +1,6 @@
 """What files are for, and the inspection of documents beside the blocks made from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -8,12 +8,13 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.chat_summary import Reading
-from minimind.data.columns import Columns
+from minimind.data.columns import Columns, Fields
 from minimind.data.conversations import to_conversation
 from minimind.data.documents import Blocks
 from minimind.data.files import read_rows, to_document
 from minimind.data.mixing import parse_sources
 from minimind.data.preferences import to_preference
+from minimind.data.rated import Rated, is_rating, to_rated
 from minimind.inspection.documents import inspect_documents
 from minimind.inspection.findings import Findings
 from minimind.inspection.inspection import Inspection
@@ -24,10 +25,11 @@ RECOGNISED = 20  # rows that are tried to recognise a stage
 
 
 def recognise_stage(words: Sequence[str], columns: Columns | None = None) -> str:
-    """The stage that the first usable row of some files is for: "dpo", "sft" or "pretrain"; raises
-    UserError."""
+    """The stage that the first usable row of some files is for: "dpo", "kto", "sft" or "pretrain";
+    raises UserError."""
     columns = columns or Columns()
-    converters = {"dpo": to_preference, "sft": to_conversation, "pretrain": to_document}
+    converters = {"dpo": to_preference, "kto": to_labelled, "sft": to_conversation}
+    converters["pretrain"] = to_document
     problems: dict[str, str] = {}
     for row in islice(read_rows(data_paths(words), "skip"), RECOGNISED):
         for stage, convert in converters.items():
@@ -42,6 +44,13 @@ def recognise_stage(words: Sequence[str], columns: Columns | None = None) -> str
         f"the stage cannot be told from the first {RECOGNISED} rows:\n{lines}\nFix them, or name"
         " the --stage."
     )
+
+
+def to_labelled(data: Mapping) -> list[Rated]:
+    """`to_rated` of a row with a column that only ratings have; raises BadRowError."""
+    if not is_rating(Fields.of(data)):
+        raise BadRowError(f"found keys {Fields.of(data).names}, expected a rating in 'label'")
+    return to_rated(data)
 
 
 def data_paths(words: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import numpy as np
 
 from minimind.data.bad_rows import BAD_ROW_SHARE
 from minimind.data.chat_summary import Reading
-from minimind.data.preference_rows import EQUAL
 from minimind.inspection.findings import Findings
 from minimind.inspection.tokens import Tokens, ratio
 
@@ -17,7 +16,7 @@ LONGER_SHARE = 0.7
 FEWEST_PAIRS = 20  # by which that is judged
 BAD_ROWS = (  # part of a bad row's problem, name of the finding, advice
     (
-        EQUAL,
+        "found chosen equal to rejected",
         "identical_pairs",
         "They have no preference to learn. Remove them.",
     ),
@@ -52,16 +51,18 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
 
     # What does not fit, pairs whose replies are equal once they are cut, and what has nothing to
     # train.
-    problems = [problem for bad in reading.too_long for _, problem, _ in bad.reasons.values()]
-    for name, finding in (("dropped", "too_long_rows"), ("identical", "identical_pairs")):
-        count, is_equal = counts[name], name == "identical"
-        problem = next((each for each in problems if (EQUAL in each) == is_equal), "")
-        example = f"in the first {problem}" if count > 1 else problem
-        text = f"{count:,} of {total:,} rows ({ratio(count, total):.1%}) are left out: {example}"
-        places = reading.places.get(name, ())
-        findings.add(finding, "warning", count, text, "Raise it, or shorten them.", places)
-
+    dropped, identical = counts["dropped"], counts["identical"]
     untrained, split = counts["untrained"], counts["split"]
+    problems = [problem for bad in reading.too_long for _, problem, _ in bad.reasons.values()]
+    equal = [problem for problem in problems if BAD_ROWS[0][0] in problem]
+    too_long, advice = (
+        [each for each in problems if each not in equal],
+        "Raise it, or shorten them.",
+    )
+    text, places = left_out(dropped, total, too_long), reading.places.get("dropped", ())
+    findings.add("too_long_rows", "warning", dropped, text, advice, places)
+    text, places = left_out(identical, total, equal), reading.places.get("identical", ())
+    findings.add("identical_pairs", "warning", identical, text, advice, places)
 
     text = f"{untrained:,} of {total:,} rows have no reply to train and are left out"
     advice = "Their flags, weights or the options leave all of their replies out."
@@ -72,8 +73,7 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
     places = reading.places.get("split", ())
     findings.add("split_rows", "info", split, text, "Nothing to do.", places)
 
-    lost = sum(bad.count for bad in reading.bad)
-    lost += counts["dropped"] + counts["identical"] + untrained
+    lost = sum(bad.count for bad in reading.bad) + dropped + identical + untrained
     if lost > LOST_SHARE * total:
         text = f"{lost:,} of {total:,} rows ({ratio(lost, total):.1%}) are left out"
         advice = (
@@ -83,26 +83,38 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
         findings.add("rows_lost", "error", lost, text, advice)
 
 
+def left_out(count: int, total: int, problems: Sequence[str]) -> str:
+    """The text of a finding about rows that a limit leaves out, with the first of the problems."""
+    problem = next(iter(problems), "")
+    example = f"in the first {problem}" if count > 1 else problem
+    return f"{count:,} of {total:,} rows ({ratio(count, total):.1%}) are left out: {example}"
+
+
 def check_pair_cuts(findings: Findings, reading: Reading) -> None:
     """Find pairs of which a prompt or a reply was cut."""
-    counts, total = reading.counts, len(reading.lengths)
-    for name, what, advice in (
-        (
-            "prompts_cut",
-            "have a prompt longer than --max_prompt_length, of which only the end is used",
-            "Raise it if they matter.",
-        ),
-        (
-            "replies_cut",
-            "have a reply longer than --max_completion_length, which is cut",
-            "These pairs teach nothing about where a reply ends. Raise it if they matter, or leave"
-            " them out with --long_completions drop.",
-        ),
-    ):
-        share = ratio(counts[name], total)
-        text = f"{counts[name]:,} of {total:,} pairs ({share:.1%}) {what}"
-        severity = "warning" if share > CUT_SHARE else "info"
-        findings.add(name, severity, counts[name], text, advice, reading.places.get(name, ()))
+    total, places = len(reading.lengths), reading.places
+    cut = reading.counts["prompts_cut"]
+    share = ratio(cut, total)
+    severity = "warning" if share > CUT_SHARE else "info"
+    text = (
+        f"{cut:,} of {total:,} pairs ({share:.1%}) have a prompt longer than --max_prompt_length,"
+        " of which only the end is used"
+    )
+    advice = "Raise it if the beginnings matter."
+    findings.add("prompts_cut", severity, cut, text, advice, places.get("prompts_cut", ()))
+
+    cut = reading.counts["replies_cut"]
+    share = ratio(cut, total)
+    severity = "warning" if share > CUT_SHARE else "info"
+    text = (
+        f"{cut:,} of {total:,} pairs ({share:.1%}) have a reply longer than"
+        " --max_completion_length, which is cut"
+    )
+    advice = (
+        "They teach nothing about where a reply ends. Raise it, or leave them out with"
+        " --long_completions drop."
+    )
+    findings.add("replies_cut", severity, cut, text, advice, places.get("replies_cut", ()))
 
 
 def check_cuts(

@@ -1,5 +1,6 @@
 """A planned run and a device -> its plan: the costs of one step, and how many steps there are."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 
@@ -9,13 +10,13 @@ from minimind.costs.devices import Device
 from minimind.costs.flops import flops
 from minimind.costs.memory import evaluation_memory, memory, model_states
 from minimind.costs.parameters import empty_model, parameter_counts
-from minimind.costs.step import Step
+from minimind.costs.step import Step, reference_kind
 from minimind.costs.units import duration
-from minimind.data.row_lengths import shares_prompts
 from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
 from minimind.training.adapters import fit_virtual_tokens
+from minimind.training.preference_losses import needs_reference
 
 BATCH_LIMIT = 2**16
 ZERO = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -24,6 +25,13 @@ ZERO["ZeRO-3, offloading"] = {
     "zero_stage": 3,
     "offload_optimizer": True,
     "offload_parameters": True,
+}
+
+# Places of the reference model, see Step
+REFERENCES = {
+    "reference precomputed": None,
+    "reference in memory": "copy",
+    "reference on the CPU": "host",
 }
 
 
@@ -61,8 +69,6 @@ def make_plan(
         notes.append(f"{device.name} has no bf16, so a run there takes fp32; --fp16 true is faster")
 
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
-    shared_prompts = recipe.spec.pairs and shares_prompts(options)
-    has_reference = recipe.spec.pairs and not shared_prompts
     step = Step(
         batch_size=options.per_device_train_batch_size,
         length=rows.longest,
@@ -75,11 +81,12 @@ def make_plan(
         attention=options.attn_implementation or "sdpa",
         masked=not recipe.spec.reads_documents or options.document_mask,
         pairs=recipe.spec.pairs,
-        shared_prompts=shared_prompts,
+        shared_prompts=recipe.spec.shared_prompts,
         predicting=rows.predicting,
         counted=rows.counted,
-        reference=("adapter" if recipe.adapter else "copy") if has_reference else None,
-        weighted=getattr(recipe.chat_args, "needs_weights", False),
+        unpaired=recipe.spec.family == "kto" and options.loss_type == "kto",
+        reference=reference_kind(options, recipe.adapter is not None, device.kind),
+        weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,
@@ -113,6 +120,7 @@ def make_plan(
         states=model_states(model, step),
         evaluation_peak=evaluation_memory(model, step, options.per_device_eval_batch_size),
         peak_under={name: peak(**no_offloading | zero) for name, zero in ZERO.items()},
+        peak_with_reference=with_references(recipe, peak),
         peak_without_checkpointing=peak(checkpointing=False),
         peak_with_checkpointing=peak(checkpointing=True),
         largest_batch=largest_batch(model, step, device.usable),
@@ -120,6 +128,14 @@ def make_plan(
         time_budget=budget,
     )
     return plan.within_budget()
+
+
+def with_references(recipe: PlannedRun, peak: Callable[..., float]) -> dict[str, float]:
+    """The peak for each place of the reference model, where a run may choose one."""
+    losses = getattr(recipe.options, "loss_type", ())
+    if not recipe.spec.shared_prompts or recipe.adapter or not needs_reference(losses):
+        return {}
+    return {name: peak(reference=kind) for name, kind in REFERENCES.items()}
 
 
 def steps_of(options, rows: RowCounts, processes: int) -> tuple[int, float]:

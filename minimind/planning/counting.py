@@ -22,7 +22,8 @@ from minimind.data.mixing import parse_sources, rows_per_epoch
 from minimind.data.packing import packer
 from minimind.data.preference_rows import tokenize_preferences
 from minimind.data.preferences import to_preference
-from minimind.data.row_lengths import RowLength, row_lengths, shares, shares_prompts
+from minimind.data.rated import to_rated, tokenize_rated
+from minimind.data.row_lengths import RowLength, row_lengths, shares
 from minimind.data.sources import total_size
 from minimind.data.template_choice import set_chat_template
 from minimind.stages import StageSpec, load_rows
@@ -105,14 +106,13 @@ def _count_blocks(spec, data_args, tokenizer, options) -> RowCounts:
 
 
 def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
-    shared_prompts = shares_prompts(options)
     sources = parse_sources(data_args.train_files, data_args.mixing_temperature)
     files = [data_args.expand(source.paths) for source in sources]
     size = total_size([path for paths in files for path in paths])
     exact = size <= COUNTED
     if exact:
         train = load_rows(spec, data_args, tokenizer, options, chat_args).train
-        lengths = row_lengths(train[:], spec.pairs, shared_prompts)
+        lengths = row_lengths(train[:], spec.pairs, spec.shared_prompts)
         scale, tokens = 1.0, sum(row.tokens for row in lengths)
     else:
         set_chat_template(tokenizer, chat_args.chat_template)
@@ -128,12 +128,12 @@ def _count_chats(spec, data_args, chat_args, tokenizer, options) -> RowCounts:
         lengths = [length for part, _ in samples for length in part]
         scale = sum(mixed) / len(lengths) * trained
 
-    if not spec.pairs and options.packing:
+    if not spec.pairs and getattr(options, "packing", False):
         blank = Dataset.from_dict({"input_ids": [[0] * row.length for row in lengths]})
         packed = pack_dataset(blank, options.max_length, "bfd", {"batch_size": None})
         lengths = row_lengths(packed[:], False, False)
     how = "counted" if exact else _sampled(size)
-    return chat_counts(lengths, scale, tokens, how, exact, options)
+    return chat_counts(spec, lengths, scale, tokens, how, exact, options)
 
 
 def _sample_chats(
@@ -145,11 +145,14 @@ def _sample_chats(
         parsed, factor = sample(paths, to_preference, data_args, size)
         results = tokenize_preferences(parsed, encoder, chat_args)
     else:
-        parsed, factor = sample(paths, to_conversation, data_args, size)
-        results = tokenize_conversations(parsed, encoder, options.max_length, chat_args)
+        parse, tokenize = (to_conversation, tokenize_conversations)
+        if spec.family == "kto":
+            parse, tokenize = to_rated, tokenize_rated
+        parsed, factor = sample(paths, parse, data_args, size)
+        results = tokenize(parsed, encoder, options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return row_lengths(columns, spec.pairs, shares_prompts(options)), factor
+    return row_lengths(columns, spec.pairs, spec.shared_prompts), factor
 
 
 def held_out_share(data_args: DataArguments, rows: float) -> float:
@@ -158,13 +161,18 @@ def held_out_share(data_args: DataArguments, rows: float) -> float:
 
 
 def chat_counts(
-    lengths: Sequence[RowLength], scale: float, tokens: float, how: str, exact: bool, options
+    spec: StageSpec,
+    lengths: Sequence[RowLength],
+    scale: float,
+    tokens: float,
+    how: str,
+    exact: bool,
+    options,
 ) -> RowCounts:
-    """The counts of rows that stand for `scale` times as many; `options` has the batch size, and
-    whether pairs share their prompts."""
+    """The counts of rows that stand for `scale` times as many; `options` has the batch size."""
     longest = [row.length for row in lengths]
     more: dict[str, float] = {}
-    if shares_prompts(options):  # without padding
+    if spec.shared_prompts:  # without padding
         padded, more = fmean(longest), shares(lengths)
     else:
         padded = padded_length(longest, options.per_device_train_batch_size)

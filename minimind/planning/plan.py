@@ -32,6 +32,7 @@ class Plan:
     states: dict[str, float]
     evaluation_peak: float
     peak_under: dict[str, float]
+    peak_with_reference: dict[str, float]
     peak_without_checkpointing: float
     peak_with_checkpointing: float
     largest_batch: int

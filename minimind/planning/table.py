@@ -10,7 +10,7 @@ from minimind.common.language import translated
 from minimind.common.terminal import Terminal
 from minimind.costs.prices import Price
 from minimind.costs.units import amount, duration, gib, millions
-from minimind.planning.computing import ZERO
+from minimind.planning.computing import REFERENCES, ZERO
 from minimind.planning.plan import CHINCHILLA, Plan
 
 PARTS = {
@@ -83,6 +83,9 @@ def plan_table(plans: Sequence[Plan], price: Price | None) -> Table:
         row("in evaluation", lambda p: gib(p.evaluation_peak))
     if any(p.memory["host"] for p in plans):
         row("  on the host", lambda p: gib(p.memory["host"]))
+    if any(p.peak_with_reference for p in plans):
+        for name in REFERENCES:
+            bytes_row(name, lambda p, name=name: p.peak_with_reference.get(name, 0))
     if all(p.step.checkpointing for p in plans):
         row("without checkpointing", lambda p: gib(p.peak_without_checkpointing))
     else:

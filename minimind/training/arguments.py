@@ -11,18 +11,16 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from minimind.common.bounds import seconds_of
 from minimind.common.launch import bf16_is_fast
 from minimind.data.packing import STRATEGIES
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, checkpoints
+from minimind.training.preference_losses import LOSSES, OWN_LOSSES, check_kto, check_losses
 from minimind.training.schedules import check_recomputation, check_schedule, check_time_budget
 
-# TRL refuses others only in the first step.
-LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"]
-LOSSES += ["aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 # Parts of the names of metrics that are better if lower, beside the losses
 LOWER_IS_BETTER = ("bits_per_byte", "rewards/rejected", "logps/rejected", "kl/")
 SCHEDULES = {"choices": [each.value for each in SchedulerType]}
@@ -307,10 +305,16 @@ class DPOStageConfig(StageConfig, DPOConfig):
     learning_rate: float = HfArg(default=3e-5, help="Peak learning rate.")
     loss_type: list[str] = HfArg(
         default_factory=lambda: ["sigmoid"],
-        help="Losses, summed with --loss_weights; see TRL's DPO guide.",
-        metadata={"choices": LOSSES},
+        help="Losses, summed with --loss_weights; see docs/preference.md.",
+        metadata={"choices": [*LOSSES, *OWN_LOSSES]},
     )
-    beta: float = HfArg(default=0.2, help="Strength of the pull towards the reference model.")
+    beta: float = HfArg(
+        default=0.2,
+        help="Strength of the pull towards the reference model; ORPO's lambda, IPO's tau.",
+    )
+    simpo_gamma: float = HfArg(
+        default=0.5, help="SimPO's margin between the rewards of chosen and rejected replies."
+    )
     # Not options: the rows are within the limits of PreferenceArguments
     max_length: int | None = dataclasses.field(default=None, init=False)
     truncation_mode: str = dataclasses.field(default="keep_start", init=False)
@@ -318,6 +322,11 @@ class DPOStageConfig(StageConfig, DPOConfig):
         default=True,
         help="Compute the reference's log-probabilities once, before training, and keep them; with "
         "false a frozen copy of the model computes them in every step, for --sync_ref_model.",
+    )
+    ref_model_on_cpu: bool = HfArg(
+        default=False,
+        help="With --precompute_ref_log_probs false: the frozen copy stays in the memory of the "
+        "CPU and computes there.",
     )
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
     weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
@@ -329,6 +338,44 @@ class DPOStageConfig(StageConfig, DPOConfig):
             model_init_kwargs="the model is loaded before TRL sees it",
         )
         super().__post_init__()
+        check_losses(self)
+
+
+@dataclass
+class KTOStageConfig(StageConfig, KTOConfig):
+    """Arguments of train_kto.py."""
+
+    output_dir: str | None = HfArg(default="runs/kto", help="The stage directory to write.")
+    learning_rate: float = HfArg(default=3e-5, help="Peak learning rate.")
+    loss_type: str = HfArg(
+        default="kto",
+        help="kto, or apo_zero_unpaired, which has no estimate of the KL divergence.",
+        metadata={"choices": ["kto", "apo_zero_unpaired"]},
+    )
+    beta: float = HfArg(default=0.1, help="Strength of the pull towards the reference model.")
+    max_length: int | None = HfArg(
+        default=2048, help="Tokens of a conversation with its rated reply at most."
+    )
+    precompute_ref_log_probs: bool = HfArg(
+        default=True,
+        help="Compute the reference's log-probabilities once, before training, and keep them; with "
+        "false a frozen copy of the model computes them in every step, for --sync_ref_model.",
+    )
+    per_device_train_batch_size: int = HfArg(
+        default=8, help="Rows per device and micro-batch, at least 2."
+    )
+    train_sampling_strategy: str = HfArg(
+        default="sequential",
+        help="Order of the rows, which are shuffled once before; kto needs sequential.",
+        metadata={"choices": ["random", "sequential", "group_by_length"]},
+    )
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
+    weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
+
+    def __post_init__(self):
+        refuse_meaningless(self, model_init_kwargs="the model is loaded before TRL sees it")
+        super().__post_init__()
+        check_kto(self)
 
 
 @dataclass
@@ -349,9 +396,13 @@ class RewardStageConfig(StageConfig, RewardConfig):
             eos_token="the chat template decides",
             pad_token="the tokenizer has its own",
             model_init_kwargs="the model is loaded before TRL sees it",
-            sample_steps="a reward model writes no text",
             sample_prompts="a reward model writes no text",
         )
+        if self.sample_steps > 0:
+            raise ValueError(
+                f"--sample_steps {self.sample_steps} has no meaning here: a reward model writes no"
+                " text"
+            )
         super().__post_init__()
 
 

@@ -65,7 +65,8 @@ def read_log(file: Path) -> list[dict]:
 
 def loss_unit(stage: str) -> str:
     """What a stage's loss is a mean of."""
-    return "per pair" if stage in ("dpo", "reward") else "nats per token"
+    units = {"dpo": "per pair", "reward": "per pair", "kto": "per reply"}
+    return units.get(stage, "nats per token")
 
 
 def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:

@@ -1,50 +1,42 @@
-"""The trainer of preference pairs: TRL's losses and metrics on rows in which prompts are shared,
-with reference log-probabilities that are computed once."""
+"""The trainer of preference pairs: TRL's losses and metrics, and two losses more, on rows in which
+prompts are shared, with reference log-probabilities that are computed once."""
 
-import time
+from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from types import MethodType
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
-import xxhash
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
-from datasets import Dataset, concatenate_datasets
+from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch.nn.functional import embedding
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from minimind.common.cache import cache_directory, find, find_or_build
-from minimind.common.errors import is_local_main_process
-from minimind.common.language import say, translated
-from minimind.common.launch import is_main_process
 from minimind.data.packing import IGNORED
 from minimind.data.preference_batches import PreferenceCollator, repetitions, visible_tokens
 from minimind.model.kernels_minimind import PIECE, CrossEntropy
+from minimind.training.preference_losses import OWN_LOSSES, needs_reference
 from minimind.training.preference_metrics import PreferenceMetrics
+from minimind.training.references import CachedReferences
 from minimind.training.trainers import ScheduledTrainer
 
-FORMAT_VERSION = 1  # part of the key: raise it when the same input results in other numbers
-# What decides the reference log-probabilities, beside rows and weights
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-DECISIVE = ("ld_alpha", "bf16", "fp16")
 
-
-class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, DPOTrainer):
+class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, CachedReferences, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except:
 
     It takes token ids, where TRL would tokenise texts and take control tokens in somebody's words
     for real ones.
 
-    With `precompute_ref_log_probs` the pairs of a batch are packed into rows, and each has its
-    prompt once (see preference_batches.py): TRL computes losses and metrics from the same
-    log-probabilities. The reference's are kept in the cache, for all runs on these pairs from these
-    weights; TRL's are found again only where the rows come from a file, and by one process.
+    The pairs of a batch are packed into rows, and each has its prompt once (see
+    preference_batches.py): TRL computes losses and metrics from the same log-probabilities.
+
+    Without `precompute_ref_log_probs` the reference computes in every step, with `ref_model_on_cpu`
+    on the CPU. Losses that need no reference have none.
+
+    The losses of preference_losses.py are added. Where there is no reference, rewards are beta
+    times the mean log-probability of a reply's tokens.
 
     It logs more, see `PreferenceMetrics`.
     """
@@ -52,22 +44,48 @@ class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, DPOTrainer):
     # TRL gathers the rewards of a micro-batch, of which every process needs as many
     shares_last_rows = False
 
-    def __init__(self, *, model: PreTrainedModel, args, processing_class, **kwargs):
+    reference_inputs = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+    reference_options = ("ld_alpha", "bf16", "fp16")
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
+    def __init__(self, *, model: PreTrainedModel, ref_model=None, args, processing_class, **kwargs):
         self.packs_pairs = False
+        self.has_reference = needs_reference(args.loss_type)
+        on_cpu = getattr(args, "ref_model_on_cpu", False)
+        self.cpu_reference = ref_model if on_cpu else None
         collator = PreferenceCollator(
             processing_class.pad_token_id,
             pad_to_multiple_of=args.pad_to_multiple_of,
-            packed=args.precompute_ref_log_probs,
+            packed=True,
             # Flash attention knows no such mask
             share_prompts=model.config._attn_implementation == "sdpa",
         )
+
+        # Without this TRL would place the reference on the device, or load another one
+        precomputed = args.precompute_ref_log_probs
+        args.precompute_ref_log_probs |= on_cpu
         super().__init__(
             model=model,
+            ref_model=None if on_cpu else ref_model,
             args=args,
             processing_class=processing_class,
             data_collator=collator,
             **kwargs,
         )
+        args.precompute_ref_log_probs = precomputed
+
+        self._pack_pairs()
+        for reference in (self.ref_model, self.cpu_reference):
+            if reference is not None:
+                add_packed_forward(self.accelerator.unwrap_model(reference))
+        # The batches have the reference's log-probabilities, or `_compute_loss` adds them
+        self.precompute_ref_logps = True
+
+        # TRL computes its own losses, `_compute_loss` the others
+        losses = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self.own_losses = [each for each in losses if each[0] in OWN_LOSSES]
+        library = [each for each in losses if each[0] not in OWN_LOSSES]
+        self.loss_types, self.loss_weights = ([each[i] for each in library] for i in (0, 1))
 
     def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
         return dataset
@@ -76,88 +94,74 @@ class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, DPOTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """The rows with the reference log-probabilities of their replies, found or computed by all
-        processes together."""
-        if not self.packs_pairs:  # TRL's constructor calls this before the policy is wrapped
+    def _pack_pairs(self) -> None:
+        """Let the policy compute on packed rows, from the moment it is first called on."""
+        if not self.packs_pairs:
             model = self.model.get_base_model() if is_peft_model(self.model) else self.model
             add_packed_forward(model, self.use_weighting)
             self.packs_pairs = True
 
-        key = {"version": FORMAT_VERSION, "rows": rows_hash(dataset)}
-        key["weights"] = self._precompute_model_hash
-        key |= {option: getattr(self.args, option) for option in DECISIVE}
-        # ZeRO-3 divides the weights, so each process has another hash
-        key = broadcast_object_list([key])[0]
-        found = find("references", key)
-        if all(gather_object([found is not None])):
-            logps = np.load(found[0] / "log_probabilities.npy")
-        else:
-            logps = self._reference_log_probs(dataset, name, batch_size)
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.cpu_reference is not None or not self.has_reference:
+            return dataset
+        self._pack_pairs()  # TRL's constructor calls this
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
-            def write(directory: Path) -> dict:
-                np.save(directory / "log_probabilities.npy", logps)
-                return {"pairs": len(logps)}
-
-            if is_local_main_process():
-                find_or_build("references", key, write)
-        columns = {
-            f"ref_{kind}_logps": logps[:, i] for i, kind in enumerate(("chosen", "rejected"))
-        }
-        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
-
-    def _reference_log_probs(self, dataset: Dataset, name: str, batch_size: int) -> np.ndarray:
-        """The reference log-probabilities of all rows, (rows, 2), each process computing its
-        share."""
-        began, world, rank = time.time(), self.args.world_size, self.args.process_index
-        if is_main_process():
-            say(
-                f"computing reference log-probabilities: {len(dataset):,} pairs of {name} (once;"
-                f" kept in {cache_directory('references')})"
-            )
+    def _reference_of_batch(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference log-probabilities of a batch that has none; zeros without a reference."""
+        if not self.has_reference:
+            zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=self.accelerator.device)
+            return zeros, zeros
         model = self.ref_model or self.model
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            from trl.models import prepare_deepspeed  # loads DeepSpeed
+        if self.cpu_reference is not None:
+            model = on_cpu(self.cpu_reference)
+        return self.compute_ref_log_probs(model, inputs)
 
-            self._precompute_engine = self._precompute_engine or prepare_deepspeed(
-                self.model, self.accelerator
-            )
-            model = self._precompute_engine
-        mine = range(rank, len(dataset), world)
-        # As many batches as the other processes: ZeRO-3 gathers the weights in each of them
-        mine = list(mine) + [0] * (-len(dataset) % world > 0 and rank >= len(dataset) % world)
+    def _compute_loss(self, model, inputs, return_outputs):
+        names = self.reference_columns
+        if names[0] not in inputs:
+            inputs = inputs | dict(zip(names, self._reference_of_batch(inputs), strict=True))
+        outputs = []
 
-        training, results = self.model.training, []
-        self.model.eval()
-        title = translated("reference log-probabilities")
-        with tqdm(
-            total=len(mine), desc=title, unit="pair", disable=None if not rank else True
-        ) as bar:
-            for start in range(0, len(mine), batch_size):
-                rows = [dataset[index] for index in mine[start : start + batch_size]]
-                batch = self._prepare_inputs(self.data_collator(rows))
-                pair = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
-                results.append(pair.float().cpu().numpy())
-                bar.update(len(rows))
-        self.model.train(training)
+        def recorded(**arguments):
+            outputs.append(model(**arguments))
+            return outputs[-1]
 
-        logps = np.empty((len(dataset), 2), dtype=np.float32)
-        for index, share in enumerate(gather_object([np.concatenate(results)])):
-            rows = len(range(index, len(dataset), world))
-            logps[index::world] = share[:rows]
-        if is_main_process():
-            say(f"reference log-probabilities computed in {time.time() - began:.0f} s")
-        return logps
+        # TRL's losses and metrics
+        loss = super()._compute_loss(recorded, inputs, return_outputs)
+        if self.has_reference and not self.own_losses:
+            return loss
+        loss, *rest = loss if return_outputs else (loss,)
+
+        # The others
+        mask = inputs["completion_mask"][:, 1:]
+        log_probs = outputs[0].log_probs[:, -mask.size(1) :]
+        means = (log_probs.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).chunk(2)
+        for name, weight in self.own_losses:
+            loss = loss + weight * OWN_LOSSES[name](*means, self.args).mean()
+        if not self.has_reference:
+            self._replace_rewards(*(self.beta * mean.detach() for mean in means))
+        return (loss, *rest) if return_outputs else loss
+
+    def _replace_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+        """Log other rewards of this batch, (pairs,) each, than TRL has."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        rewards = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
+        rewards["accuracies"] = (chosen > rejected).float()
+        for name, values in rewards.items():
+            metrics[f"rewards/{name}"][-1] = self.accelerator.gather(values).mean().item()
 
 
-def rows_hash(dataset: Dataset) -> str:
-    """A hash of the token ids and masks of all rows."""
-    digest = xxhash.xxh3_128()
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        for column in map(table.column, COLUMNS):
-            digest.update(pc.list_value_length(column).to_numpy().tobytes())
-            digest.update(pc.list_flatten(column).to_numpy().tobytes())
-    return digest.hexdigest()
+def on_cpu(model: PreTrainedModel) -> Callable:
+    """`model`, which is on the CPU, to call with tensors of any device for what TRL reads of a
+    reference."""
+
+    def call(**inputs):
+        device = inputs["input_ids"].device
+        there = {k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.items()}
+        return FusedCausalLMOutput(log_probs=model(**there).log_probs.to(device))
+
+    return call
 
 
 # The forward pass

@@ -368,7 +368,8 @@ class Stage:
                 record["reading"] = findings
                 say_findings(findings)
         with decoration("the losses of single tokens"):
-            record["token_loss"] = None if self.spec.pairs else token_loss(trainer)
+            is_of_tokens = loss_unit(self.name) == "nats per token"
+            record["token_loss"] = token_loss(trainer) if is_of_tokens else None
             write_json(self.output_dir / "stage.json", record)
         with decoration("loss.png"):
             log = read_log(self.output_dir / "train_log.jsonl")

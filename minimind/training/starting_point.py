@@ -115,7 +115,16 @@ def reference_model(model: PreTrainedModel, options, args: ModelConfig) -> PreTr
     computed before training, and with an adapter it is the model without it.
 
     TRL would load a copy from the path in the config, which a merged or random model lacks.
+
+    Raises:
+        UserError: an option is about the copy, and there is none with an adapter.
     """
+    for name in ("sync_ref_model", "ref_model_on_cpu"):
+        if args.use_peft and getattr(options, name, False):
+            raise UserError(
+                f"--{name} is about a second model, and with --use_peft the reference is the model"
+                " itself without its adapter. Leave it out."
+            )
     if options.precompute_ref_log_probs or args.use_peft:
         return None
     return copy.deepcopy(model).eval().requires_grad_(False)

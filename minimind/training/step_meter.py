@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from minimind.costs.devices import Device
-from minimind.costs.step import Step
-from minimind.data.row_lengths import row_lengths, shares, shares_prompts
+from minimind.costs.step import Step, reference_kind
+from minimind.data.row_lengths import row_lengths, shares
 
 MEASURED_STEPS = 5
 SAMPLED_ROWS = 2_000  # whose lengths are counted
@@ -98,13 +98,14 @@ class StepMeter(TrainerCallback):
 def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     """The step of a trainer, and the mean length of its rows as the batches hold them."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    unpaired = hasattr(trainer, "calculate_KL")  # KTO's
     adapter = isinstance(model, PeftModel)
 
     # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
     pairs = "prompt_ids" in rows
-    shared_prompts = pairs and shares_prompts(args)
+    shared_prompts = pairs  # see PreferenceTrainer
     if rows:
         found = row_lengths(rows, pairs, shared_prompts)
         lengths = [row.length for row in found]
@@ -121,9 +122,6 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")
     )
 
-    reference = None
-    if pairs and not shared_prompts:
-        reference = "adapter" if adapter else "copy"
     return Step(
         batch_size=size,
         length=max(lengths),
@@ -138,7 +136,8 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
         pairs=pairs,
         shared_prompts=shared_prompts,
         **(shares(found) if shared_prompts and rows else {}),
-        reference=reference,
+        unpaired=unpaired and trainer.calculate_KL,
+        reference=reference_kind(args, adapter, device.kind),
         weighted=getattr(trainer, "weighted", False),
         zero_stage=zero.get("stage", 0) if plugin else None,
         offload_optimizer=optimizer_device != "none",
