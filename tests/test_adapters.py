@@ -229,7 +229,13 @@ def test_adapters_of_weights_leave_packing_on(kind, config):
 def test_preference_training_takes_ia3_and_refuses_virtual_tokens(
     kind, base, monkeypatch, tmp_path, write_jsonl, capsys
 ):
-    words = short_run(tmp_path / "dpo", max_length=64, sample_steps=-1, on_findings="warn")
+    words = short_run(
+        tmp_path / "dpo",
+        max_prompt_length=64,
+        max_completion_length=64,
+        sample_steps=-1,
+        on_findings="warn",
+    )
     words += ["--use_peft", "--peft_type", kind, "--model_name_or_path", base]
     words += ["--train_files", write_jsonl("pairs.jsonl", pair_rows())]
     if kind == "ia3":

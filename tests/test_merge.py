@@ -209,7 +209,7 @@ def test_prompt_tuning_cannot_be_merged_and_says_so(tmp_path, config, tokenizer,
     tokenizer.save_pretrained(tmp_path / "adapter")
     for command in (
         ["merge", tmp_path / "adapter", tmp_path / "out"],
-        ["generate", tmp_path / "adapter", "--prompt", "a"],
+        ["export", tmp_path / "adapter", tmp_path / "out", "--format", "minimind"],
     ):
         assert "holds prompt tuning" in failure(capsys, run_cli, *command)
 

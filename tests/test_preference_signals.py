@@ -238,7 +238,8 @@ def test_a_run_logs_reads_and_draws_its_curves(base, monkeypatch, tmp_path, writ
     stage, beta = tmp_path / "dpo", 0.5
     options = short_run(
         stage,
-        max_length=64,
+        max_prompt_length=64,
+        max_completion_length=64,
         max_steps=4,
         per_device_train_batch_size=4,
         learning_rate=1e-3,
@@ -315,7 +316,8 @@ def test_a_run_stops_early_when_the_held_out_margin_no_longer_rises(
     options = short_run(
         tmp_path / "dpo",
         max_steps=20,
-        max_length=64,
+        max_prompt_length=64,
+        max_completion_length=64,
         learning_rate=1e-3,
         eval_strategy="steps",
         eval_steps=1,

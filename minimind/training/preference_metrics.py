@@ -8,7 +8,8 @@ Metrics = dict[str, list[float]]
 
 
 class PreferenceMetrics:
-    """Mixed into TRL's DPOTrainer, before it: adds to each log, of training and of evaluation:
+    """Mixed into TRL's DPOTrainer, before it, on batches that have the reference's
+    log-probabilities: adds to each log, of training and of evaluation:
 
     kl/reply, kl/token: mean of log policy - log reference, per reply and per token of a reply, in
         nats. Over the replies of the data, chosen and rejected alike, not over the policy's own, so
@@ -46,11 +47,8 @@ class PreferenceMetrics:
         log_probs = log_probs[:, -mask.shape[1] :] * mask
         mean = log_probs.sum(dim=1) / lengths.clamp(min=1)  # of a token
         if self.has_reference:
-            if "ref_chosen_logps" in inputs:
-                reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-            else:
-                reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-            ratios = sums(log_probs, mask, self.ld_alpha) - torch.cat(reference)
+            reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            ratios = sums(log_probs, mask, self.ld_alpha) - reference
         else:
             ratios = mean
         is_right = torch.gt(*ratios.chunk(2))

@@ -20,18 +20,18 @@ NORMAL = 1.96  # standard deviations on each side of 95 % of a normal distributi
 
 def read_curves(log: Sequence[dict], pairs: int) -> list[dict[str, str]] | None:
     """The findings in a log (see `plots.read_log`), each {"name", "severity", "text", "advice"};
-    None where it is not one of a preference training. `pairs`: the held-out ones.
+    None where it is not one of training on pairs. `pairs`: the held-out ones.
 
     Held-out values are used where there are any: they are of the same pairs at each evaluation.
     A value of training is the mean over the last quarter of the log, since each is of other pairs.
     """
-    train = [entry for entry in log if "rewards/margins" in entry]
+    train = [entry for entry in log if "rewards/accuracies" in entry]
     if not train:
         return None
     held_out = [
         {key.removeprefix("eval_"): value for key, value in entry.items()}
         for entry in log
-        if "eval_rewards/margins" in entry
+        if "eval_rewards/accuracies" in entry
     ]
     late = train[-max(1, len(train) // 4) :]
     last = {key: fmean(entry.get(key, math.nan) for entry in late) for key in late[-1]}
