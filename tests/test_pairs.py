@@ -90,7 +90,7 @@ def test_the_pairs_are_rows_that_training_reads_as_they_are(default, tmp_path):
     assert rows[2]["chosen"][0]["tool_calls"][0]["function"]["name"] == "add"
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = load_preferences(DataArguments([str(path)], eval_ratio=0.0), default, 512)
+    read = load_preferences(DataArguments([str(path)], eval_ratio=0.0), default)
     assert len(read.train) == 3
     assert "hello" in default.decode(read.train[0]["chosen_ids"])
     assert not any(columns.counts for columns in read.reading.columns)

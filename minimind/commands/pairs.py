@@ -121,7 +121,8 @@ def continues() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("the same command continues from here", file=sys.stderr)
+        text = "nothing sampled is lost: run the same command again to continue"
+        say(text, file=sys.stderr)
         raise
 
 
