@@ -272,8 +272,8 @@ def test_the_doctor_reads_all_three_stages(
         assert not any(finding["severity"] == "skipped" for finding in report["findings"][7:]), (
             report["findings"]
         )
-    report = doctor(
-        recipe("lora", train_files=[chats], learning_rate=2e-4, use_peft=True, **start), stage="sft"
-    )
+    start |= {"use_peft": True, "max_length": 64}
+    path = recipe("lora", train_files=[chats], learning_rate=2e-4, **start)
+    report = doctor(path, stage="sft")
     findings = {finding["name"]: finding["severity"] for finding in report["findings"]}
     assert findings["untrained_tokens"] in ("warning", "error")

@@ -174,9 +174,10 @@ def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
         "pretrain": {"block_size": 8},
         "sft": {"packing": False},
         "lora": {"use_peft": True, "packing": True},
+        "dpo": {"beta": 0.1, "max_prompt_length": 32},
         "reward": {"center_rewards_coefficient": 0.01},
     }
-    given = write_recipe(tmp_path, stage, folder="elsewhere", **keys.get(stage, {"beta": 0.1}))
+    given = write_recipe(tmp_path, stage, folder="elsewhere", **keys[stage])
     assert planned_runs.stage_of(given, []) == stage
     data = {"train_files": [getattr(files, stage)]}
     data |= {"use_peft": True} if stage == "lora" else {}
