@@ -1,7 +1,7 @@
 """Kills a run again and again, starts the same command each time, and compares its end with an
 undisturbed run's.
 
-    python benchmarks/resume_storm.py [--kills 20] [--stage pretrain|sft|lora|dpo]
+    python benchmarks/resume_storm.py [--kills 20] [--stage STAGE]
                                       [--launcher plain|torchrun|deepspeed] [--processes 2]
 
 Every kill is SIGKILL to all processes at once, at a random step or while a checkpoint is being
@@ -41,6 +41,7 @@ SCRIPTS = {
     "sft": "finetune_sft.py",
     "lora": "finetune_sft.py",
     "dpo": "train_dpo.py",
+    "reward": "train_reward.py",
 }
 MODEL = {
     "hidden_size": 64,
@@ -75,7 +76,7 @@ class Storm:
         """A stage of `max_steps` short steps that saves every third and logs each."""
         options = {
             "output_dir": output_dir,
-            "train_files": self.directory / f"{stage}.jsonl",
+            "train_files": self.directory / f"{'dpo' if stage == 'reward' else stage}.jsonl",
             "eval_ratio": 0.1,
             "max_steps": self.args.steps,
             "save_strategy": "steps",
@@ -91,7 +92,8 @@ class Storm:
         if stage == "pretrain":
             options |= {"block_size": 128, "model_config": self.directory / "model.json"}
         else:
-            options |= {"max_length": 128, "model_name_or_path": self.directory / "base"}
+            length = "max_completion_length" if stage in ("dpo", "reward") else "max_length"
+            options |= {length: 128, "model_name_or_path": self.directory / "base"}
         words = [SCRIPTS[stage], *(f"--{key}={value}" for key, value in options.items()), *argv]
         words += {"lora": ["--use_peft", "--lora_r=4", "--lora_dropout=0.1"]}.get(stage, [])
         return words

@@ -35,6 +35,7 @@ QUICK = ["--max_steps=2", "--max_eval_rows=8", "--logging_steps=1"]
 # The results that the table shows; by default the first of a stage decides the order
 PAIRS = ["rewards/accuracies", "rewards/margins", "logps/chosen", "loss"]
 SHOWN = {"pretrain": ["bits_per_byte"], "sft": ["loss"], "dpo": PAIRS}
+SHOWN["reward"] = ["accuracy", "margin", "loss"]
 ANSWERS = ["exact_match", "courteous"]
 
 

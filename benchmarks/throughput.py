@@ -48,6 +48,7 @@ from minimind.common.launch import bf16_is_fast
 from minimind.costs.flops import flops
 from minimind.costs.step import Step
 from minimind.costs.this_machine import matmul_peak
+from minimind.data.chat_arguments import PreferenceArguments
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.tokenizer import DEFAULT_TOKENIZER
 from minimind.training.data_arguments import DataArguments
@@ -154,12 +155,11 @@ def ours(setting: Setting) -> list:
     command = [ROOT / script, "--train_files", setting.files, *QUIET, *setting.options]
     command += ["--model_name_or_path", setting.shared / "parent"]
     command += ["--save_strategy", "no", "--on_bad_rows", "skip", "--on_findings", "warn"]
-    return [
-        *command,
-        "--max_length",
-        setting.length,
-        *(DPO if setting.stage == "dpo" else []),
-    ]
+    if setting.stage == "sft":
+        return [*command, "--max_length", setting.length]
+    half = setting.length // 2
+    lengths = ["--max_prompt_length", half, "--max_completion_length", half]
+    return [*command, *lengths, *DPO]
 
 
 def trl(setting: Setting, *options: str) -> list:
@@ -262,7 +262,8 @@ def dpo_tokens(args: argparse.Namespace, directory: Path) -> float:
     data_args = DataArguments(
         train_files=[str(directory / "dpo.jsonl")], eval_ratio=0.0, on_bad_rows="skip"
     )
-    rows = load_preferences(data_args, tokenizer, args.length["dpo"]).train
+    half = args.length["dpo"] // 2
+    rows = load_preferences(data_args, tokenizer, PreferenceArguments(None, half, half)).train
     return statistics.fmean(
         2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
         for row in rows

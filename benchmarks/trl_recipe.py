@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
+from minimind.data.chat_arguments import PreferenceArguments
 from minimind.data.chats import load_conversations, load_preferences
 from minimind.training.data_arguments import DataArguments
 
@@ -43,7 +44,9 @@ def main() -> None:
     given, args = TrlParser((Arguments, config)).parse_args_and_config()
     tokenizer = AutoTokenizer.from_pretrained(given.model_path)
     data_args = DataArguments(train_files=given.train_files, eval_ratio=0.0, on_bad_rows="skip")
-    rows = load(data_args, tokenizer, args.max_length).train
+    half = args.max_length // 2
+    limits = args.max_length if kind == "sft" else PreferenceArguments(None, half, half)
+    rows = load(data_args, tokenizer, limits).train
     trainer = trainer_class(
         model=Qwen3ForCausalLM.from_pretrained(given.model_path),
         args=args,

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from minimind.commands import (
     chat,
     clean,
+    compare,
     doctor,
     evaluate,
     export,
@@ -19,9 +20,11 @@ from minimind.commands import (
     import_,
     inspect,
     merge,
+    pairs,
     plan,
     prepare,
     replay,
+    score,
     tokenizer,
     world,
 )
@@ -30,8 +33,8 @@ from minimind.common.errors import UserError, reports_user_errors
 from minimind.common.options import HelpAll, OptionFormatter, Version, option_names, suggestion
 
 # In the order of the help
-COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, export, merge, import_)
-COMMANDS += (clean, prepare, plan, world)
+COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, compare, score, pairs)
+COMMANDS += (export, merge, import_, clean, prepare, plan, world)
 
 
 class Parser(argparse.ArgumentParser):

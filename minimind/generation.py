@@ -1,13 +1,21 @@
 """Load a stage directory for generation, and decode with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from minimind.common.errors import UserError, reason
 from minimind.common.streams import printable
-from minimind.stage_directory import check_vocabulary, load_model, require_stage
+from minimind.stage_directory import (
+    check_vocabulary,
+    load_for_reading,
+    require_stage,
+    virtual_tokens,
+)
 from minimind.tokenizer import load_tokenizer
 
 
@@ -27,17 +35,26 @@ def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedToke
     """
     path = require_stage(directory)
     tokenizer = load_tokenizer(path)
-    model = load_model(path).eval()
+    model = load_for_reading(path).eval()
     check_vocabulary(model, tokenizer, path)
+    check_finite(model, path)
+    return model.to(best_device()), tokenizer
+
+
+def check_finite(model: PreTrainedModel, path: Path) -> None:
+    """Raises UserError where a weight is not finite."""
     weights = model.named_parameters()
     if broken := [name for name, weight in weights if not torch.isfinite(weight).all()]:
         raise UserError(
             f"{path}: {len(broken):,} tensors hold weights that are not finite, such as"
-            f" {broken[0]}, so it cannot generate. Take an earlier checkpoint of the run."
+            f" {broken[0]}. Take an earlier checkpoint of the run."
         )
+
+
+def best_device() -> str:
+    """The name of the device that computes fastest here."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    device = next((name for name, backend in backends.items() if backend.is_available()), "cpu")
-    return model.to(device), tokenizer
+    return next((name for name, backend in backends.items() if backend.is_available()), "cpu")
 
 
 def decode(
@@ -54,18 +71,30 @@ def decode(
         UserError: the model's generation settings cannot be used here, or its probabilities are not
             numbers.
     """
-    room = model.config.max_position_embeddings - input_ids.shape[1]
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    try:
+    room = model.config.max_position_embeddings - virtual_tokens(model) - input_ids.shape[1]
+    with generation_errors(model):
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=torch.ones_like(input_ids, device=model.device),
             max_new_tokens=max(1, min(max_new_tokens, room)),
             streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
+            **sampling_options(temperature, top_p),
         )
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def sampling_options(temperature: float, top_p: float) -> dict:
+    """The arguments of `generate` that choose tokens; temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
+
+
+@contextmanager
+def generation_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what the library raises for a model's settings or broken weights into a UserError."""
+    try:
+        yield
     except (ValueError, TypeError) as error:  # such as beams, which cannot be streamed
         file = f"{model.config._name_or_path}/generation_config.json"
         raise UserError(
@@ -77,7 +106,56 @@ def decode(
         raise UserError(
             "the model's probabilities are not numbers: its configuration or weights are damaged."
         ) from error
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+class Reply(NamedTuple):
+    """What a model wrote: its text, its tokens without the end token, and whether it ended there
+    by itself."""
+
+    text: str
+    tokens: list[int]
+    stopped: bool
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[Reply]:
+    """The continuation of each prompt of token ids, in one batch with padding on the left.
+
+    Raises:
+        UserError: see `decode`.
+    """
+    if virtual_tokens(model, embedded=True) and len({*map(len, prompts)}) > 1:
+        # Padding would be between them and the text
+        rest = max_new_tokens, temperature, top_p
+        return [generate_batch(model, tokenizer, [each], *rest)[0] for each in prompts]
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    with torch.inference_mode(), generation_errors(model):
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,  # training turns it off in the configuration
+            **sampling_options(temperature, top_p),
+        )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    replies = []
+    for tokens in output[:, length:].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        replies.append(Reply(text, tokens[:end], end is not None))
+    return replies
 
 
 def complete(
@@ -92,22 +170,8 @@ def complete(
     replies = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        length = max(len(prompts[index]) for index in chosen)
-        ids = torch.full((len(chosen), length), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(chosen):
-            begin = length - len(prompts[index])
-            ids[row, begin:] = torch.tensor(prompts[index])
-            mask[row, begin:] = 1
-        with torch.inference_mode():
-            output = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,  # training turns it off in the configuration
-            )
-        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            replies[index] = text
+        batch = [prompts[index] for index in chosen]
+        written = generate_batch(model, tokenizer, batch, max_new_tokens)
+        for index, reply in zip(chosen, written, strict=True):
+            replies[index] = reply.text
     return replies

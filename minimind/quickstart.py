@@ -31,6 +31,8 @@ from minimind.training.model_arguments import load_model_config_file
 from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo")
+# The options of length; of pairs they are two
+LENGTHS = ("block_size", "max_length", "max_prompt_length", "max_completion_length")
 VOCABULARY = 1200  # as the script trains it
 # What the script starts, each with the same libraries: data, tokenizer, four stages, summary
 PROCESSES = 7
@@ -85,7 +87,7 @@ def steps_in_all(recipes: dict[str, dict]) -> float:
     tokens = {}
     for name, recipe in recipes.items():
         rows = recipe["max_steps"] * recipe["per_device_train_batch_size"]
-        length = recipe.get("block_size", recipe.get("max_length"))
+        length = sum(recipe.get(option, 0) for option in LENGTHS)
         tokens[name] = rows * length * (2 if name == "dpo" else 1)
     return sum(tokens.values()) / tokens["pretrain"] * recipes["pretrain"]["max_steps"]
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from minimind.data.chat_arguments import ChatArguments
+from minimind.common.language import say
+from minimind.common.launch import is_main_process
+from minimind.data.chat_arguments import ChatArguments, PreferenceArguments, TemplateArguments
 from minimind.data.chats import load_conversations, load_preferences, load_rated
 from minimind.data.documents import load_blocks
 from minimind.data.packing import BlockCollator, PackedCollator
@@ -20,10 +22,12 @@ from minimind.data.template_choice import set_chat_template
 from minimind.inspection import Inspection, has_roles, inspect_blocks, inspect_chats
 from minimind.stage_directory import check_same_tokenizer
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import fit_virtual_tokens
 from minimind.training.arguments import (
     DPOStageConfig,
     KTOStageConfig,
     PretrainConfig,
+    RewardStageConfig,
     SFTStageConfig,
 )
 from minimind.training.data_arguments import DataArguments
@@ -41,12 +45,13 @@ class StageSpec:
     arguments: the dataclasses of its options, in the order in which `parse` returns them.
     parent: the stage directory it starts from by default; None: from random weights.
     corpus: its part of the embedded corpus.
-    length_option: the option with the tokens of its longest row.
+    length_options: the options of length; their sum is the tokens of its longest row.
     load: (data_args, tokenizer, options, chat_args) -> its rows; of `options` only attributes are
         read, so that a plan can pass options that never became training arguments.
     collate: (tokenizer, options) -> the collator of its batches.
     pairs: whether a row is a preference pair, two sequences to compute.
     shared_prompts: whether both are computed in one row, with their prompt once.
+    scores: whether its model scores replies (a reward model), or writes them.
     """
 
     name: str
@@ -55,16 +60,27 @@ class StageSpec:
     arguments: tuple[type, ...]
     parent: str | None
     corpus: str
-    length_option: str
+    length_options: tuple[str, ...]
     load: Callable[..., Any]
     collate: Callable[..., Callable]
     pairs: bool = False
     shared_prompts: bool = False
+    scores: bool = False
+
+    @property
+    def chat_arguments(self) -> type | None:
+        """The dataclass of how its conversations or pairs become rows; None for documents."""
+        return next((each for each in self.arguments if issubclass(each, TemplateArguments)), None)
 
     @property
     def reads_documents(self) -> bool:
         """Whether its rows are documents, without chat arguments and template."""
-        return ChatArguments not in self.arguments
+        return self.chat_arguments is None
+
+    def lengths(self, *options: Any) -> dict[str, int]:
+        """The options of length with their values, each from the one of `options` that has it."""
+        values = {name: value for each in options if each for name, value in vars(each).items()}
+        return {name: values[name] for name in self.length_options}
 
 
 class Inputs(NamedTuple):
@@ -90,7 +106,7 @@ def _load_conversations(data_args, tokenizer, options, chat_args):
 
 
 def _load_preferences(data_args, tokenizer, options, chat_args):
-    return load_preferences(data_args, tokenizer, options.max_length, chat_args, options.seed)
+    return load_preferences(data_args, tokenizer, chat_args, options.seed)
 
 
 def _load_rated(data_args, tokenizer, options, chat_args):
@@ -105,7 +121,7 @@ PRETRAIN = StageSpec(
     arguments=(DataArguments, PretrainModelArguments, PretrainConfig),
     parent=None,
     corpus="pretrain",
-    length_option="block_size",
+    length_options=("block_size",),
     load=_load_documents,
     collate=lambda tokenizer, options: BlockCollator(
         tokenizer.pad_token_id, tokenizer.eos_token_id, options.document_mask
@@ -118,7 +134,7 @@ SFT = StageSpec(
     arguments=(DataArguments, ChatArguments, ModelArguments, SFTStageConfig),
     parent="runs/pretrain",
     corpus="sft",
-    length_option="max_length",
+    length_options=("max_length",),
     load=_load_conversations,
     collate=lambda tokenizer, options: PackedCollator(tokenizer.pad_token_id),
 )
@@ -127,12 +143,12 @@ DPO = StageSpec(
     name="dpo",
     family="dpo",
     script="train_dpo.py",
-    arguments=(DataArguments, ChatArguments, ModelArguments, DPOStageConfig),
+    arguments=(DataArguments, PreferenceArguments, ModelArguments, DPOStageConfig),
     pairs=True,
     shared_prompts=True,
     parent="runs/sft",
     corpus="dpo",
-    length_option="max_length",
+    length_options=("max_prompt_length", "max_completion_length"),
     load=_load_preferences,
     collate=lambda tokenizer, options: PreferenceCollator(tokenizer.pad_token_id),
 )
@@ -143,11 +159,19 @@ KTO = StageSpec(
     arguments=(DataArguments, ChatArguments, ModelArguments, KTOStageConfig),
     parent="runs/sft",
     corpus="dpo",
-    length_option="max_length",
+    length_options=("max_length",),
     load=_load_rated,
     collate=lambda tokenizer, options: PackedCollator(tokenizer.pad_token_id),
 )
-STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, KTO)}
+REWARD = replace(
+    DPO,
+    name="reward",
+    family="reward",
+    script="train_reward.py",
+    arguments=(DataArguments, PreferenceArguments, ModelArguments, RewardStageConfig),
+    scores=True,
+)
+STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, KTO, REWARD)}
 
 
 def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args=None) -> Inputs:
@@ -159,7 +183,11 @@ def load_inputs(spec: StageSpec, training_args, data_args, model_args, chat_args
     """
     set_seed(training_args.seed)
     model, tokenizer, parent = load_start(spec, model_args)
-    check_length(spec.length_option, getattr(training_args, spec.length_option), model.config)
+    lengths = spec.lengths(training_args, chat_args)
+    check_length(lengths, model.config)
+    notice = fit_virtual_tokens(model_args, training_args, lengths, model.config)
+    if notice and is_main_process():
+        say(notice)
     rows = load_rows(spec, data_args, tokenizer, training_args, chat_args)
     return Inputs(model, tokenizer, parent, rows)
 
@@ -173,7 +201,7 @@ def load_start(
         tokenizer = load_tokenizer(model_args.tokenizer)
         return new_model(model_args.model_config, tokenizer, attention), tokenizer, None
 
-    model, tokenizer, parent = starting_point(path, attention, spec.parent)
+    model, tokenizer, parent = starting_point(path, attention, spec.parent, spec.scores)
     if spec.parent is None:
         check_same_tokenizer(model_args.tokenizer, tokenizer)
     return model, tokenizer, parent
@@ -193,6 +221,7 @@ def inspect_training_rows(
     """The report on the rows of a stage: tokens, masks, lengths, findings."""
     if spec.reads_documents:
         return inspect_blocks(rows, tokenizer, data_args.or_embedded(spec.corpus))
-    kind = "dpo" if spec.pairs else "sft"
+    if spec.pairs:
+        return inspect_chats("dpo", rows, tokenizer, data_args.on_bad_rows)
     every_reply = chat_args.train_turns == "all" and spec.family != "kto"
-    return inspect_chats(kind, rows, tokenizer, data_args.on_bad_rows, every_reply)
+    return inspect_chats("sft", rows, tokenizer, data_args.on_bad_rows, every_reply)

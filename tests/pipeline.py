@@ -58,6 +58,9 @@ def chat_rows():
     ]
 
 
+PAIR_LENGTHS = {"max_prompt_length": 64, "max_completion_length": 64}
+
+
 def pair_rows():
     return [
         {"prompt": f"who runs? {i}", "chosen": f"the {name} runs", "rejected": name}

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from minimind.common.errors import UserError
-from minimind.training.arguments import DPOStageConfig, PretrainConfig, SFTStageConfig
+from minimind.data.chat_arguments import PreferenceArguments
+from minimind.training.arguments import (
+    DPOStageConfig,
+    PretrainConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+)
 from minimind.training.command_line import parse
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import (
@@ -20,7 +26,8 @@ TYPES = {
     "pretrain": (DataArguments, PretrainModelArguments, PretrainConfig),
     "sft": (DataArguments, ModelArguments, SFTStageConfig),
     "lora": (DataArguments, ModelArguments, SFTStageConfig),
-    "dpo": (DataArguments, ModelArguments, DPOStageConfig),
+    "dpo": (DataArguments, PreferenceArguments, ModelArguments, DPOStageConfig),
+    "reward": (DataArguments, PreferenceArguments, ModelArguments, RewardStageConfig),
 }
 RECIPES = sorted(path for name in TYPES for path in (ROOT / "configs" / name).glob("*.yaml"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pipeline import (
+    PAIR_LENGTHS,
     assistant,
     chat_rows,
     document_rows,
@@ -65,9 +66,8 @@ def chats(tmp_path, monkeypatch, stage, write_jsonl, capsys):
 
     def run(rows, script="finetune_sft", **options):
         path = write_jsonl("rows.jsonl", rows)
-        argv = short_run(
-            options.pop("output_dir", tmp_path / "out"), **{"max_length": 64, **options}
-        )
+        length = {"max_length": 64} if script == "finetune_sft" else PAIR_LENGTHS
+        argv = short_run(options.pop("output_dir", tmp_path / "out"), **length | options)
         argv += ["--model_name_or_path", str(stage), "--train_files", path]
         message = failure(capsys, run_script, monkeypatch, script, *argv)
         assert not (tmp_path / "out").exists()
@@ -225,13 +225,14 @@ def test_conversations_and_pairs_of_which_none_fits(chats):
     check_words(
         chats([{"prompt": "a", "completion": long}] * 2),
         "no row is left to train (2 dropped)",
-        "Raise --max_length",
+        "Raise the limit of length",
     )
     pairs = [{"prompt": "a", "chosen": "b", "rejected": long}]
+    options = {"max_completion_length": 16, "long_completions": "drop"}
     check_words(
-        chats(pairs, script="train_dpo"),
+        chats(pairs, script="train_dpo", **options),
         "no row is left to train (1 dropped)",
-        "Raise --max_length",
+        "Raise the limit of length",
     )
 
 
@@ -256,6 +257,12 @@ def test_a_pair_that_cannot_be_trained(chats, row, words):
         "expected",
         *words,
     )
+
+
+def test_pairs_for_a_base_model_without_a_template(chats, stage):
+    (stage / "chat_template.jinja").unlink()
+    message = chats(pair_rows(), script="train_dpo")
+    check_words(message, "the tokenizer has no chat template", "--chat_template chatml")
 
 
 def test_a_parent_that_is_no_stage_directory(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def test_loaded_conversations_are_the_files_rows_in_order_with_what_was_cut_coun
     digest = content_hash([Path(path)])
     assert rows.facts["train"] == {"files": [path], "hash": digest, "rows": 3, "truncated": 1}
     assert rows.where == [f"{path}:{line}" for line in (1, 2, 3)]
-    assert rows.lengths == [fits(messages, tokenizer) for messages in (SHORT, LONG, SHORT)]
+    assert rows.lengths == [[fits(messages, tokenizer)] for messages in (SHORT, LONG, SHORT)]
 
 
 def test_what_became_of_the_conversations_is_counted(tokenizer, write_jsonl):
@@ -167,9 +167,9 @@ def test_rows_found_again_are_those_prepared_with_the_same_report_and_warnings(
 def test_preference_pairs_are_found_again(tokenizer, write_jsonl, monkeypatch):
     pairs = [{"prompt": f"p {n}", "chosen": "yes", "rejected": "no"} for n in range(9)]
     data_args = DataArguments([write_jsonl("pairs.jsonl", pairs)], eval_ratio=0.3)
-    fresh = everything(load_preferences(data_args, tokenizer, 100))
+    fresh = everything(load_preferences(data_args, tokenizer))
     monkeypatch.setattr(chats, "tokenize_preferences", None)
-    assert everything(load_preferences(data_args, tokenizer, 100)) == fresh
+    assert everything(load_preferences(data_args, tokenizer)) == fresh
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pipeline import (
     MODEL,
+    PAIR_LENGTHS,
     chat_rows,
     document_rows,
     failure,
@@ -256,7 +257,7 @@ def test_the_doctor_reads_all_three_stages(
     recipe, write_jsonl, monkeypatch, tmp_path, tokenizer_dir
 ):
     run_script(monkeypatch, "pretrain", "--config", recipe(max_steps=2))
-    nothing = {"model_config": None, "tokenizer": None, "block_size": None, "max_length": 64}
+    nothing = {"model_config": None, "tokenizer": None, "block_size": None}
     start = {
         "model_name_or_path": str(tmp_path / "run"),
         "output_dir": str(tmp_path / "next"),
@@ -264,7 +265,8 @@ def test_the_doctor_reads_all_three_stages(
     }
     chats, pairs = write_jsonl("chats.jsonl", chat_rows()), write_jsonl("pairs.jsonl", pair_rows())
     for stage, rows, rate in (("sft", chats, 2e-5), ("dpo", pairs, 5e-6)):
-        path = recipe(stage, train_files=[rows], learning_rate=rate, **start)
+        length = {"max_length": 64} if stage == "sft" else PAIR_LENGTHS
+        path = recipe(stage, train_files=[rows], learning_rate=rate, **start, **length)
         report = doctor(path, stage=stage)
         assert report["errors"] == 0, report["findings"]
         assert not any(finding["severity"] == "skipped" for finding in report["findings"][7:]), (

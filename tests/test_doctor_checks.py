@@ -279,6 +279,8 @@ def test_a_learning_rate_far_from_the_usual_is_found(case, rate, severity):
         ("sft", 64e6, True, [2e-4]),
         ("dpo", 8e9, False, [5e-7]),  # Tulu 3
         ("dpo", 64e6, False, [5e-6]),
+        ("reward", 6e9, False, [9e-6]),  # InstructGPT
+        ("reward", 8e9, False, [3e-6]),  # Tulu 3
     ],
 )
 def test_published_learning_rates_are_usual(stage, parameters, lora, rates):

@@ -472,12 +472,12 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     assert "pip install -e '.[gguf]'" in refused(stages / "qk_norm", out, "--format", "gguf")
 
 
-def test_a_reward_model_is_refused(stages, tmp_path, tokenizer, capsys):
+def test_a_reward_model_is_refused_as_gguf(stages, tmp_path, tokenizer, capsys):
     MiniMindForSequenceClassification(MiniMindConfig(**SIZE, vocab_size=300)).save_pretrained(
         tmp_path / "stage"
     )
     tokenizer.save_pretrained(tmp_path / "stage")
     message = failure(
-        capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "qwen3"
+        capsys, run_cli, "export", tmp_path / "stage", tmp_path / "out", "--format", "gguf"
     )
-    assert "holds a reward model" in message
+    assert "it is a reward model" in message

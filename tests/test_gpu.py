@@ -3,7 +3,15 @@ elsewhere."""
 
 import pytest
 import torch
-from pipeline import chat_rows, document_rows, pair_rows, run_script, short_run, write_model
+from pipeline import (
+    PAIR_LENGTHS,
+    chat_rows,
+    document_rows,
+    pair_rows,
+    run_script,
+    short_run,
+    write_model,
+)
 from small_run import small_trainer
 from test_costs import configuration, real_model
 from test_model import build, gradients, random_ids
@@ -190,7 +198,8 @@ def stage(monkeypatch, tmp_path, tokenizer_dir, write_jsonl):
     model = ["--model_config", write_model(tmp_path / "model.json"), "--tokenizer", tokenizer_dir]
 
     def run_stage(name, output, device, parent=None, **options):
-        length = {"block_size": 32} if name == "pretrain" else {"max_length": 64}
+        lengths = {"pretrain": {"block_size": 32}, "finetune_sft": {"max_length": 64}}
+        length = lengths.get(name, PAIR_LENGTHS)
         options = {"use_cpu": device == "cpu", "logging_steps": 1, "eval_ratio": 0} | options
         words = short_run(tmp_path / output, max_steps=4, sample_steps=-1, **length | options)
         words += ["--train_files", files[name]]

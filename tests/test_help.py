@@ -62,7 +62,8 @@ def own_fields(types):
         for each in chosen.__mro__
         if each.__module__.startswith("minimind")
     ]
-    return {name for each in ours for name in vars(each)["__annotations__"]}
+    hidden = {each.name for chosen in types for each in dataclasses.fields(chosen) if not each.init}
+    return {name for each in ours for name in vars(each)["__annotations__"]} - hidden
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -44,7 +44,8 @@ def test_the_stage_is_recognised_from_the_rows(tokenizer_dir, write_jsonl, capsy
         "pretrain": write_jsonl("docs.jsonl", [{"text": "the fox runs home"}] * 9),
     }
     for stage, path in files.items():
-        options = ["--tokenizer", tokenizer_dir, "--max_length", 64, "--on_bad_rows", "skip"]
+        options = ["--tokenizer", tokenizer_dir, "--on_bad_rows", "skip"]
+        options += [] if stage == "dpo" else ["--max_length", 64]
         assert inspect(capsys, path, *options)["stage"] == stage
 
 
@@ -151,6 +152,38 @@ def test_identical_pairs_are_named_although_the_loader_leaves_them_out(
     report = inspect(capsys, path, "--tokenizer", tokenizer_dir, code=1)
     assert finding(report, "identical_pairs")["places"] == [f"{path}:10"]
     assert len(report["rows"]) == 18
+
+
+def test_cut_pairs_are_counted_and_no_mistake_of_the_mask(tokenizer_dir, write_jsonl, capsys):
+    def pair(prompt, chosen, rejected):
+        return {"prompt": "q" + " fox" * prompt, "chosen": chosen, "rejected": rejected}
+
+    long, short = "the fox runs home " * 9, "a dog"
+    rows = [
+        pair(30, long, short),  # both are cut
+        pair(0, short, long),
+        pair(0, f"{long}1", f"{long}2"),  # equal once cut
+    ]
+    limits = ["--max_prompt_length", 24, "--max_completion_length", 16]
+    path = write_jsonl("pairs.jsonl", rows)
+    words = [path, "--tokenizer", tokenizer_dir, *limits]
+    report = inspect(capsys, *words, code=1)  # a third of the rows is lost
+    expected = {"prompts_cut": ([1], 1), "replies_cut": ([1, 2], 2), "identical_pairs": ([3], 1)}
+    for name, (lines, count) in expected.items():
+        told = finding(report, name)
+        assert (told["places"], told["count"]) == ([f"{path}:{n}" for n in lines], count)
+    assert {"end_never_trained", "end_not_trained", "truncated_rows"}.isdisjoint(names(report))
+    assert (report["rows_without_trained_token"], report["truncated_rows"]) == (0, 2)
+    whole = inspect(capsys, *words[:3], "--max_prompt_length", 999, "--max_completion_length", 999)
+    assert report["lengths"] == whole["lengths"], "of all pairs, before any cut"
+
+
+def test_options_of_another_stage_are_refused(tokenizer_dir, write_jsonl, capsys):
+    pairs = write_jsonl("pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    chats = write_jsonl("chats.jsonl", rows_of(chat("q", "a")))
+    for path, option in ((pairs, "max_length"), (chats, "max_prompt_length")):
+        message = failure(capsys, run_cli, "inspect", path, f"--{option}", "100")
+        assert f"--{option} 100: found rows of" in message and "--stage" in message
 
 
 def test_lengths_are_those_before_cuts_and_of_what_is_left_out_too(

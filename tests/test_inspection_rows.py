@@ -64,7 +64,7 @@ def test_pairs_that_length_alone_tells_apart_are_found(bytewise, longer, found):
 def test_rows_that_were_cut_are_counted_with_the_tokens_lost(bytewise):
     rows = tokenized(CONVERSATIONS, bytewise)
     lengths = np.array([len(row["input_ids"]) for row in rows]) + np.array([7, 0, 5, 0])
-    report = inspected(rows, bytewise, lengths_before=lengths, lengths_read=lengths)
+    report = inspected(rows, bytewise, lengths_before=lengths, lengths_read=lengths[:, None])
     assert (report["truncated_rows"], report["truncated_tokens"]) == (2, 12)
     assert finding(report, "truncated_rows")["places"] == ["row 1", "row 3"]
     assert report["lengths"]["percentiles"]["100"] == lengths.max()

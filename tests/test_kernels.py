@@ -3,10 +3,13 @@
 import pytest
 import torch
 from test_model import assert_gradients_equal, build, gradients, random_ids
+from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from minimind.model import kernels_minimind
+from minimind.model.modeling_minimind import apply_rotary_pos_emb as rotary
 
 
 def left_padding_mask(ids):
@@ -40,6 +43,60 @@ MASKS = {
     "two documents": lambda ids: two_documents_mask(ids).expand(len(ids), 1, -1, -1),
     "both ways": lambda ids: torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool),
 }
+
+
+def results(function, *inputs):
+    """The output of a function, and the gradients of all inputs for one fixed gradient of it."""
+    inputs = [each.clone().requires_grad_() for each in inputs]
+    output = function(*inputs)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    return [output, *torch.autograd.grad(output, inputs, grad.to(output.dtype))]
+
+
+# Half precision: two roundings more or less, of gradients up to 8
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float, 2e-6), (torch.bfloat16, 2e-2)])
+def test_norms_gates_and_rotations_are_those_of_the_library(dtype, tolerance):
+    numbers = torch.Generator().manual_seed(0)
+    states, other = torch.randn(2, 2, 7, 4, 16, generator=numbers).to(dtype)
+    weight = torch.rand(16, generator=numbers) + 0.5
+    norm = Qwen3RMSNorm(16, eps=1e-2)
+    angles = torch.rand(2, 7, 8, generator=numbers)
+    cos, sin = (torch.cat((f(angles), f(angles)), dim=-1) for f in (torch.cos, torch.sin))
+    signed = torch.cat((-sin[..., :8], sin[..., 8:]), dim=-1)
+
+    def expected_rotation(x):
+        return apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+
+    def expected_norm(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, x)
+
+    for actual, expected, inputs in (
+        (lambda x, w: kernels_minimind.rms_norm(x, w, 1e-2), expected_norm, (states, weight)),
+        (kernels_minimind.SwiGLU.apply, lambda x, y: silu(x) * y, (states, other)),
+        (lambda x: rotary(x, cos, signed), expected_rotation, (states,)),
+    ):
+        pairs = zip(results(actual, *inputs), results(expected, *inputs), strict=True)
+        for value, wanted in pairs:
+            assert value.dtype == wanted.dtype
+            torch.testing.assert_close(value, wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_under_autocast_the_layers_share_one_copy_of_their_normed_input():
+    """Each of the five projections of a layer would otherwise cast it to a copy of its own."""
+    model, ids = build().train(), random_ids(2, 40)
+    width = model.config.hidden_size
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        model(ids, labels=ids, use_cache=False)
+    # After two norms per layer and the last; queries twice, and the input of each o_proj
+    inputs = [t for t in kept.values() if t.dtype == torch.bfloat16 and t.numel() == 80 * width]
+    assert len(inputs) <= 5 * model.config.num_hidden_layers + 1
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import translated
 from minimind.data.calls import split_results
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import ChatArguments, PreferenceArguments
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.conversations import Conversation
@@ -218,7 +218,7 @@ def test_a_pair_with_a_long_prompt_takes_work_in_proportion_to_its_turns():
             "chosen": [assistant("yes")],
             "rejected": [assistant("no")],
         }
-        (found,) = tokenize_preferences([pair], encoder, 100, ChatArguments())
+        (found,) = tokenize_preferences([pair], encoder, PreferenceArguments(max_prompt_length=100))
         assert found.counts["truncated"]
         return encoder.characters
 

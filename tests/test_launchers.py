@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pipeline import (
     MODEL,
+    PAIR_LENGTHS,
     at_free_port,
     chat_rows,
     document_rows,
@@ -77,9 +78,8 @@ def stage_words(world, tokenizer_dir, output, script, options):
             world / parent,
             "--train_files",
             world / f"{rows}.jsonl",
-            "--max_length",
-            "64",
         ]
+        options = ({"max_length": 64} if rows == "chats" else PAIR_LENGTHS) | options
     return *short_run(output, **RECIPE | options), *data, "--eval_ratio", "0.2"
 
 
@@ -298,3 +298,31 @@ def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenize
             [entry[key] for entry in log_of(stage) if "loss" in entry] for stage in (two, one)
         ]
         assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("torchrun", "--nproc_per_node", "2", "train_reward.py"),
+        pytest.param(
+            ("deepspeed", "--num_accelerators", "2", "train_reward.py", *DEEPSPEED),
+            marks=needs_deepspeed,
+        ),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_a_reward_model_learns_the_same_in_two_processes_as_in_one(command, world, tokenizer_dir):
+    for script, stage in (("pretrain.py", "pretrain"), ("finetune_sft.py", "sft")):
+        if not (world / stage).exists():
+            run_here(world, tokenizer_dir, script).rename(world / stage)
+    # An epoch's last rows are not divided, so that each process has as many
+    step = {"max_steps": 1, "warmup_steps": 0}
+    two, said = launch(world, tokenizer_dir, *command, **step)
+    assert "cpu x 2" in said
+    one = run_here(world, tokenizer_dir, "train_reward.py", **step | WHOLE_BATCH)
+    for key in ("loss", "accuracy", "margin", "grad_norm"):
+        values = [next(e[key] for e in log_of(stage) if "loss" in e) for stage in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-5)
+    metrics = [read_stage(stage)["metrics"]["after"] for stage in (two, one)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-4)

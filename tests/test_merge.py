@@ -14,7 +14,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from pipeline import chat_rows, failure, pair_rows, run_cli, run_script, short_run
+from pipeline import PAIR_LENGTHS, chat_rows, failure, pair_rows, run_cli, run_script, short_run
 from transformers import AutoModelForCausalLM
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
@@ -209,7 +209,7 @@ def test_prompt_tuning_cannot_be_merged_and_says_so(tmp_path, config, tokenizer,
     tokenizer.save_pretrained(tmp_path / "adapter")
     for command in (
         ["merge", tmp_path / "adapter", tmp_path / "out"],
-        ["generate", tmp_path / "adapter", "--prompt", "a"],
+        ["export", tmp_path / "adapter", tmp_path / "out", "--format", "minimind"],
     ):
         assert "holds prompt tuning" in failure(capsys, run_cli, *command)
 
@@ -269,7 +269,7 @@ def test_an_adapter_trained_from_the_command_line_merges_into_a_stage_directory(
     run_script(
         monkeypatch,
         "train_dpo",
-        *short_run(tmp_path / "dpo", max_length=64),
+        *short_run(tmp_path / "dpo", **PAIR_LENGTHS),
         "--model_name_or_path",
         merged,
         "--train_files",

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pipeline import (
     MODEL,
+    PAIR_LENGTHS,
     assistant,
     chat_rows,
     document_rows,
@@ -56,6 +57,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(config):
 
 
 DATA = {"pretrain": document_rows, "sft": chat_rows, "lora": chat_rows, "dpo": pair_rows}
+DATA["reward"] = pair_rows
 
 
 def read(tmp_path, stage, words=(), **keys):
@@ -81,7 +83,7 @@ def files(tmp_path, write_jsonl):
 
 @pytest.fixture
 def pipeline(tmp_path, files, tokenizer_dir):
-    """Four recipes, each starting from what the one before it writes; none has run."""
+    """Five recipes, each starting from what the one before it writes; none has run."""
     common = {"per_device_train_batch_size": 2, "eval_ratio": 0.2}
     start = {"model_config": files.model, "tokenizer": str(tokenizer_dir), "block_size": 32}
     runs, paths = tmp_path / "runs", {}
@@ -90,10 +92,12 @@ def pipeline(tmp_path, files, tokenizer_dir):
         ("sft", "pretrain"),
         ("lora", "sft"),
         ("dpo", "lora"),
+        ("reward", "lora"),
     ):
         keys = {"train_files": [getattr(files, stage)], "output_dir": str(runs / stage)} | common
         if parent:
-            keys |= {"model_name_or_path": str(runs / parent), "max_length": 64}
+            keys |= PAIR_LENGTHS if stage in ("dpo", "reward") else {"max_length": 64}
+            keys |= {"model_name_or_path": str(runs / parent)}
         else:
             keys |= start
         if stage == "lora":
@@ -107,6 +111,7 @@ SCRIPTS = {
     "sft": "finetune_sft",
     "lora": "finetune_sft",
     "dpo": "train_dpo",
+    "reward": "train_reward",
 }
 
 
@@ -148,6 +153,7 @@ def test_a_parent_that_is_still_to_be_written_is_taken_from_the_recipe_that_writ
         ("lora", ["--use_peft", "true"], "lora", "runs/sft"),
         ("dpo", [], "dpo", "runs/sft"),
         ("dpo", ["--use_peft", "true"], "dpo", "runs/sft"),
+        ("reward", [], "dpo", "runs/sft"),
     ],
 )
 def test_without_files_and_parent_a_run_has_its_part_of_the_corpus_and_its_stage_before(
@@ -168,13 +174,14 @@ def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
         "pretrain": {"block_size": 8},
         "sft": {"packing": False},
         "lora": {"use_peft": True, "packing": True},
+        "reward": {"center_rewards_coefficient": 0.01},
     }
     given = write_recipe(tmp_path, stage, folder="elsewhere", **keys.get(stage, {"beta": 0.1}))
     assert planned_runs.stage_of(given, []) == stage
     data = {"train_files": [getattr(files, stage)]}
     data |= {"use_peft": True} if stage == "lora" else {}
     path = write_recipe(tmp_path, stage, folder="elsewhere", **data)
-    assert planned_runs.stage_of(path, []) == stage
+    assert planned_runs.stage_of(path, []) == ("dpo" if stage == "reward" else stage)
 
 
 @pytest.mark.parametrize("stage", DATA)
@@ -187,11 +194,11 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     keys = (
         {"block_size": 32, "tokenizer": str(tokenizer_dir)}
         if stage == "pretrain"
-        else {"max_length": 64}
+        else (PAIR_LENGTHS if stage in ("dpo", "reward") else {"max_length": 64}) | {}
     )
     if stage == "pretrain":
         keys["packing_strategy"] = "wrapped" if packing else "bfd_split"
-    elif stage != "dpo":
+    elif stage not in ("dpo", "reward"):
         keys["packing"] = packing
     (recipe,) = read(tmp_path, stage, eval_files=files[:1], train_files=files, **keys)
     tokenizer = recipe.starting_point()[1]
@@ -241,7 +248,7 @@ def test_json_has_hours_and_cost_of_each_stage_and_in_all(pipeline, capsys):
     paths = list(pipeline.values())
     words = ["--device", "rtx3090", "--price", "8/h", "--processes", "2"]
     found = plan_json(capsys, *paths, *words, "--num_train_epochs", "4")
-    assert [stage["stage"] for stage in found["stages"]] == ["pretrain", "sft", "lora", "dpo"]
+    assert [stage["stage"] for stage in found["stages"]] == list(SCRIPTS)
     for stage in found["stages"]:
         seconds = stage["hardware_flops"] / (71e12 * 0.40 * 2)
         assert math.isclose(stage["hours"], seconds / 3600)
@@ -400,7 +407,10 @@ def test_the_recipes_for_a_laptop_take_the_time_that_they_say_an_evening_in_all(
             hours[kind] += plan.hours
             assert 5e6 < plan.parameters["total"] < 10e6
             number, unit = time.split()
-            if stage != "dpo":  # pairs are not packed: how long a step takes is for the data to say
+            if stage not in (
+                "dpo",
+                "reward",
+            ):  # how long a step of pairs takes is for the data to say
                 assert plan.hours == pytest.approx(int(number) / {"h": 1, "min": 60}[unit], rel=0.2)
     assert max(hours.values()) < 5
 

@@ -75,6 +75,23 @@ def whole(prompt):
             {**pair(CALLED), "tools": TOOLS},
         ),
         (
+            {**whole([system("be brief"), *CALLED]), "tools": [ADD]},
+            {**pair([system("be brief"), *CALLED]), "tools": TOOLS},
+        ),
+        (
+            {
+                "chosen": [*CALLED, assistant("it is 2")],
+                "rejected": [*HI, assistant("no")],
+                "tools": [ADD],
+            },
+            {
+                "prompt": HI,
+                "chosen": [*CALLED[1:], assistant("it is 2")],
+                "rejected": [assistant("no")],
+                "tools": TOOLS,
+            },
+        ),
+        (
             {"prompt": "hi", "chosen": "<think>\nwhy\n</think>\n\ngood", "rejected": "bad"},
             pair(HI, [THOUGHT]),
         ),
@@ -92,6 +109,34 @@ def test_each_format_gives_prompt_chosen_and_rejected_messages(row, expected):
             ['found keys ["prompt", "chosen"]', "expected 'chosen' and 'rejected'"],
         ),
         ({"prompt": "hi", "chosen": "x", "rejected": None}, ["found keys", "'rejected'"]),
+        ({"prompt": "", **STRINGS}, ['prompt: found ""', "expected a question"]),
+        (
+            {"prompt": "hi", "chosen": "x", "rejected": " x\n"},
+            ["chosen equal to rejected", "two different replies"],
+        ),
+        (
+            {"chosen": [*EARLIER[:2]], "rejected": [*EARLIER, assistant("x")]},
+            ["is the beginning of the other, 2 messages", "expected two different replies"],
+        ),
+        (
+            {"prompt": "hi", "chosen": [{"content": "x"}], "rejected": "y"},
+            ['chosen[0]: found keys ["content"]', "expected a 'role'"],
+        ),
+        (
+            {"prompt": "hi", "chosen": True, "rejected": "y"},
+            ["chosen: found true", "expected a string or a list of messages"],
+        ),
+        (
+            {"prompt": "hi", "completion": "x", "label": "yes"},
+            ["found keys", "expected 'chosen' and 'rejected'"],
+        ),
+        *(
+            (
+                {"context": HI, "response1": "x", "response2": "y", "overall_preference": label},
+                [f"overall_preference: found {shown}, expected a number below 0 where response1"],
+            )
+            for label, shown in ((0, "0"), ("first", '"first"'), (True, "true"))
+        ),
         (STRINGS, ['found keys ["chosen", "rejected"]', "expected one of prompt, question"]),
         (
             {"prompt": "hi", "chosen": 1, "rejected": "x"},
@@ -179,6 +224,8 @@ def test_a_bad_pair_is_named_with_its_file_and_line(tmp_path):
         },
         {"chosen_messages": TALK, "rejected_messages": [TALK[0], assistant("no")]},
         {"input": "hi", "chosen": "hello", "rejected": "no", "generations": ["hello", "no"]},
+        {"context": HI, "response1": "no", "response2": "hello", "overall_preference": 2},
+        {"context": HI, "response1": "hello", "response2": "no", "overall_preference": -1},
         {"prompt": "hi\n", "chosen": TALK, "rejected": [TALK[0], assistant("no")]},
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline import (
+    PAIR_LENGTHS,
     chat_rows,
     document_rows,
     failure,
@@ -84,7 +85,7 @@ def runs(tmp_path_factory, tokenizer_dir):
             root / "pairs.jsonl",
             *held_out,
         ]
-        run_script(patch, "train_dpo", *short_run(root / "dpo", max_length=64), *start)
+        run_script(patch, "train_dpo", *short_run(root / "dpo", **PAIR_LENGTHS), *start)
     return root
 
 
@@ -405,14 +406,14 @@ def test_without_a_word_a_run_keeps_the_last_two_of_a_checkpoint_every_tenth_of_
 def one_step(runs, monkeypatch, stage, output, *words):
     """Run a stage for one step, on what a stage before it wrote."""
     script, rows, parent, length = {
-        "pretrain": ("pretrain", "docs", "pretrain", "block_size"),
-        "sft": ("finetune_sft", "chats", "pretrain", "max_length"),
-        "lora": ("finetune_sft", "chats", "sft", "max_length"),
-        "dpo": ("train_dpo", "pairs", "sft", "max_length"),
+        "pretrain": ("pretrain", "docs", "pretrain", {"block_size": 64}),
+        "sft": ("finetune_sft", "chats", "pretrain", {"max_length": 64}),
+        "lora": ("finetune_sft", "chats", "sft", {"max_length": 64}),
+        "dpo": ("train_dpo", "pairs", "sft", PAIR_LENGTHS),
     }[stage]
     words = [*words, "--use_peft"] if stage == "lora" else words
     data = ["--train_files", runs / f"{rows}.jsonl", "--model_name_or_path", runs / parent]
-    run_script(monkeypatch, script, *short_run(output, max_steps=1, **{length: 64}), *data, *words)
+    run_script(monkeypatch, script, *short_run(output, max_steps=1, **length), *data, *words)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])

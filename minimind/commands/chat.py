@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from minimind.commands.best_of import add_best_of, load_reward_model, write_best
 from minimind.commands.options import add_decoding
 from minimind.common.errors import UserError
 from minimind.common.language import say
@@ -23,6 +24,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("chat", help="talk to a chat model in the terminal")
     parser.set_defaults(run=run)
     add_decoding(parser)
+    add_best_of(parser)
     parser.add_argument("--system", help="system prompt")
     history = "do not remember messages for the next chat"
     parser.add_argument("--no_history", action="store_true", help=history)
@@ -41,6 +43,7 @@ def run(args: Namespace) -> None:
     from minimind.data.messages import parse_message
     from minimind.generation import decode, load_for_generation
 
+    reward = load_reward_model(args)
     model, tokenizer = load_for_generation(args.directory)
     check_chattable(args.directory, tokenizer)
     set_seed(args.seed)
@@ -77,7 +80,11 @@ def run(args: Namespace) -> None:
         # The answer, printed as it is generated; Ctrl-C drops it, and the conversation continues.
         sampling = (args.max_new_tokens, args.temperature, args.top_p)
         try:
-            reply = decode(model, tokenizer, ids[:, -window:], *sampling)
+            if reward:
+                prompt = ids[0, -window:].tolist()
+                reply = write_best(model, tokenizer, reward, prompt, messages, args)
+            else:
+                reply = decode(model, tokenizer, ids[:, -window:], *sampling)
         except KeyboardInterrupt:
             print()
             messages.pop()

@@ -22,9 +22,9 @@ INTERVALS = {
         " rope_theta"
     ),
     "[0, inf)": (
-        "desirable_weight early_stopping_threshold loss_weights max_grad_norm min_lr"
-        " neftune_noise_alpha router_aux_loss_coef simpo_gamma temperature undesirable_weight"
-        " weight_decay"
+        "center_rewards_coefficient desirable_weight early_stopping_threshold loss_weights"
+        " max_grad_norm min_lr neftune_noise_alpha router_aux_loss_coef simpo_gamma temperature"
+        " undesirable_weight weight_decay"
     ),
     "(0, most]": "eval_steps logging_steps num_train_epochs save_steps",
     "[0, most]": (
@@ -37,17 +37,17 @@ INTERVALS = {
         " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps"
         " save_total_limit torch_empty_cache_steps"
     ),
-    "[2, most]": "block_size max_length",
+    "[2, most]": "block_size max_completion_length max_length max_prompt_length",
     "[-1, most]": "sample_steps",
     "[0, 4294967295]": "data_seed seed",  # numpy's
-    "[1, 10000]": "lora_r",
+    "[1, 10000]": "lora_r num_virtual_tokens",
+    "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc best_of samples",
     "[1, 65536]": "sample_tokens",
     "[1, 16777216]": "vocab_size",
     "[0, 1024]": "dataloader_num_workers",
-    "[1, 1024]": "dataloader_prefetch_factor dataset_num_proc num_proc",
     "[1, 1048576]": "ddp_bucket_cap_mb processes",
     "[1, 31536000]": "ddp_timeout",  # seconds: a year
-    "[0, 65535]": "local_rank",
+    "[0, 65535]": "local_rank port",
     "[1, 1e18]": "tokens",
     "[0, 1048576]": (
         "head_dim hidden_size intermediate_size moe_intermediate_size n_shared_experts num_experts "
@@ -57,6 +57,7 @@ INTERVALS = {
 }
 BOUNDS = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 BOUNDS["evaluate max_new_tokens"] = "[0, most]"  # a command's own
+BOUNDS["pairs samples"] = "[2, 1024]"
 # Choices of library options that the libraries themselves check only in the first step.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CHOICES = {
@@ -64,8 +65,9 @@ CHOICES = {
     "torch_compile_mode": COMPILE_MODES,
 }
 # Options that the libraries read, write or send, and that have to be UTF-8.
-FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "model", "out", "output_dir")
-FOR_LIBRARIES += ("model_name_or_path", "project", "run_name", "source", "tokenizer")
+FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "directory_a", "directory_b")
+FOR_LIBRARIES += ("model", "model_name_or_path", "out", "output_dir", "project", "reward_model")
+FOR_LIBRARIES += ("run_name", "source", "tokenizer")
 # Options that are durations, each with its unit.
 DURATIONS = ("time_budget",)
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}  # seconds

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterable
 
 # The stages in the order of a pipeline, for parsers that answer without loading torch
-STAGE_NAMES = ("pretrain", "sft", "lora", "dpo", "kto")
+STAGE_NAMES = ("pretrain", "sft", "lora", "dpo", "kto", "reward")
 
 # Our options, and their names in other tools and in MiniMind's first scripts.
 OTHER_NAMES = {
@@ -24,7 +24,9 @@ OTHER_NAMES = {
     "lora_r": {"lora_rank", "rank"},
     "lr_scheduler_type": {"lr_scheduler", "scheduler"},
     "max_grad_norm": {"grad_clip", "max_norm"},
+    "max_completion_length": {"cutoff_len", "max_length", "max_seq_len", "max_target_length"},
     "max_length": {"cutoff_len", "max_seq_len", "max_seq_length", "seq_len"},
+    "max_prompt_length": {"cutoff_len", "max_length", "max_seq_len", "max_prompt_len"},
     "block_size": {"context_length", "max_seq_len", "max_seq_length", "seq_len"},
     "max_new_tokens": {"max_tokens"},
     "max_steps": {"iters", "max_iters", "steps"},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from minimind.costs.parameters import core
+from minimind.costs.parameters import core, head_of
 from minimind.costs.step import Step
 from minimind.model.modeling_minimind import MiniMindExperts, MiniMindTopKRouter
 
@@ -32,7 +32,7 @@ class Product:
 def products(model: nn.Module) -> Iterator[Product]:
     """The matrix products of all weights of a model; attention has no weights of its own."""
     config = model.config
-    head = core(model).get_output_embeddings()
+    head = head_of(model)
     for name, module in model.named_modules():
         match = re.search(r"\blayers\.(\d+)\.", name)
         layer = int(match[1]) if match else None

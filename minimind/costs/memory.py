@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from minimind import MiniMindConfig
-from minimind.costs.parameters import core, parameter_counts
+from minimind.costs.parameters import core, head_of, parameter_counts
 from minimind.costs.step import Step
 from minimind.model.kernels_minimind import BLOCK, PIECE
 
@@ -41,26 +41,26 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     norms_trained = layer["input_layernorm"].weight.requires_grad
 
     def norm(width: int, of_stream: bool = False) -> float:
-        """The input in fp32, its scale, and the normed input if the weight is trained; see
-        MiniMindRMSNorm."""
+        """The input and its scale; on a GPU the input in fp32, and the normed input if the weight
+        is trained. See `kernels_minimind.rms_norm`."""
+        if not cuda:
+            return (stream if of_stream else c) * width + 4
         fused = (of_stream and not step.pure_half) or not half
-        dtype = 4 if fused else c
-        return 4 * width + 4 + dtype * width * (norms_trained and not (fused and cuda))
+        return 4 * width + 4 + c * width * (norms_trained and not fused)
 
     def linears(*names: str) -> float:
-        """The input that some linear layers share: one copy in fp32, one cast for each under
-        autocast."""
+        """The input that some linear layers share; each adapter casts it to its own dtype."""
         modules = [layer[name] for name in names]
         adapters = [m for m in modules if isinstance(m, BaseTunerLayer)]
-        keeping = sum(m in adapters or m.weight.requires_grad for m in modules)
-        copies = keeping if step.autocast else bool(keeping)
-        ranks = sum(rank for adapter in adapters for rank in adapter.r.values())
-        return c * modules[0].in_features * copies + c * ranks
+        plain = any(m.weight.requires_grad for m in modules if m not in adapters)
+        copies = len(adapters) if step.autocast else bool(adapters)
+        ranks = sum(rank for each in adapters for rank in getattr(each, "r", {}).values())
+        return c * modules[0].in_features * (copies or plain) + c * ranks
 
     def swiglu(prefix: str, width: int) -> float:
-        """gate, act(gate), up; the product of the last two is the input of down_proj."""
+        """gate and up; their product is the input of down_proj."""
         inputs = linears(f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        return inputs + linears(f"{prefix}.down_proj") + 3 * c * width
+        return inputs + linears(f"{prefix}.down_proj") + 2 * c * width
 
     # Attention
     attention = [f"self_attn.{name}_proj" for name in "qkv"]
@@ -83,7 +83,7 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     if config.num_experts:
         experts, k, I = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size  # noqa: E741
         shared = config.n_shared_experts
-        total += c * k * (2 * E + 4 * I) + c * k + 16 * k
+        total += c * k * (2 * E + 3 * I) + c * k + 16 * k
         total += c * E * (half or not shared) + 4 * experts + 8 * k + 4 * (k + 1)  # the router
         if shared:
             total += swiglu("mlp.shared_experts", shared * I)
@@ -95,8 +95,9 @@ def saved_per_token(model: nn.Module, step: Step) -> dict[str, float]:
     # Head
     head = norm(E, of_stream=True) + c * E * step.predicting
     if not step.tiled_head:
-        head += (c * config.vocab_size + 13) * step.predicting
-        head += 4 * config.vocab_size * step.weighted  # log-probabilities in fp32
+        outputs = head_of(model).weight.shape[0]
+        head += (c * outputs + 13) * step.predicting
+        head += 4 * outputs * step.weighted  # log-probabilities in fp32
     return {"layer": total, "checkpoint": stream * E, "head": head}
 
 
@@ -115,7 +116,7 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
 
     # Gradients, and the casts of the weights
     in_layer = [p for name, p in model.named_parameters() if ".layers.0." in name]
-    head = core(model).get_output_embeddings().weight
+    head = head_of(model).weight
     outside = 4 * head.numel() * head.requires_grad  # the head's gradient comes first
     of_layer = sum(4 * p.numel() for p in in_layer if p.requires_grad)
     if step.zero_stage is not None:
@@ -127,10 +128,11 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
     kept = saved["checkpoint"] if step.checkpointing else saved["layer"]
 
     # The logits: `CrossEntropy` works on pieces of them in fp32, widened, and the exponentials
-    logits = 0 if step.tiled_head else config.vocab_size * tokens * step.predicting
-    piece = logits if step.weighted else min(logits, max(PIECE[cpu], config.vocab_size))
+    outputs = head.shape[0]
+    logits = 0 if step.tiled_head else outputs * tokens * step.predicting
+    piece = logits if step.weighted else min(logits, max(PIECE[cpu], outputs))
     pieces = piece * (8 if c == 2 or step.weighted else 4)
-    tile = min(DPO_TILE, tokens) * min(config.vocab_size, 2**15) if step.tiled_head else 0
+    tile = min(DPO_TILE, tokens) * min(outputs, 2**15) if step.tiled_head else 0
     working = max(tile * (c + 24 * cpu), pieces)  # on a GPU one kernel folds the tile in place
     # By scatter_add_, which a CPU computes in fp32
     widened = 4 * logits * (cpu and c == 2 and not step.weighted)
@@ -188,7 +190,8 @@ def evaluation_memory(model: nn.Module, step: Step, batch_size: int) -> float:
     standing = sum(value for part, value in states.items() if part not in ("host", "gradients"))
     standing += states["gradients"] * (step.zero_stage is not None)
     casts = 2 * sum(p.numel() for p in core(model).parameters() if p.ndim > 1) * step.autocast
-    logits = 0 if step.tiled_head else config.vocab_size * each.tokens * step.predicting
+    outputs = head_of(model).weight.shape[0]
+    logits = 0 if step.tiled_head else outputs * each.tokens * step.predicting
     hidden = 2 * saved_per_token(model, each)["checkpoint"] * each.tokens
     inside = casts + hidden + max(step.width * logits, _transient(config, each) * each.tokens)
     return standing + max(inside, (step.width + 4 * step.autocast * (not step.pairs)) * logits)

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
-from minimind.stage_directory import loading_errors
+from minimind.stage_directory import auto_class, loading_errors
 
 
 def empty_model(
@@ -26,14 +26,15 @@ def empty_model(
         UserError: no model can be built from the configuration, or the adapter does not fit it.
     """
     with loading_errors(Path(config.name_or_path or "this recipe")), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
         if adapter is None:
             return model
         targets = {
-            "--lora_modules_to_save": (adapter.modules_to_save, model.named_modules()),
-            "--lora_target_parameters": (adapter.target_parameters, model.named_parameters()),
+            "modules_to_save": model.named_modules(),
+            "target_parameters": model.named_parameters(),
         }
-        for option, (wanted, named) in targets.items():
+        for field, named in targets.items():
+            option, wanted = f"--lora_{field}", getattr(adapter, field, None)
             names = tuple(f".{name}" for name, _ in named)
             missing = [w for w in wanted or () if not any(n.endswith(f".{w}") for n in names)]
             if missing:
@@ -42,13 +43,19 @@ def empty_model(
             return get_peft_model(model, copy.deepcopy(adapter))
         except Exception as error:  # peft raises a different one for each option
             raise UserError(
-                f"--use_peft and the --lora_... options do not fit the model: {error}"
+                f"--use_peft and the options of its adapter do not fit the model: {error}"
             ) from error
 
 
 def core(model: nn.Module) -> PreTrainedModel:
     """The MiniMind inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The layer that projects to the vocabulary, or to the score of a reward model."""
+    model = core(model)
+    return model.get_output_embeddings() or model.score
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -25,13 +25,13 @@ from minimind.data.reasoning import ReasoningPieces
 class Outcome(NamedTuple):
     """What became of one conversation or preference pair.
 
-    `counts` says what happened to it, `length` is its tokens before any cut, and `problem` why it
-    was dropped, if it was.
+    `counts` says what happened to it, and `problem` why it was dropped, if it was. `lengths` are
+    its tokens before any cut: [all], or of a pair [prompt, chosen, rejected].
     """
 
     rows: list[dict]
     counts: Counter
-    length: int
+    lengths: list[int]
     problem: str | None = None
 
 
@@ -109,14 +109,14 @@ class _RowMaker:
         self._count_cuts(counts, self.fragments, len(self.pieces.borders))
         parts += self.fragments
         if not parts:
-            return Outcome([], Counter(dropped=1), len(self.encoded.ids), self.problem)
+            return Outcome([], Counter(dropped=1), [len(self.encoded.ids)], self.problem)
 
         rows = [masked_row(part.conversation, part.encoded, self.args) for part in parts]
         rows = [row for row in rows if row]
         counts["untrained"] = int(not rows)
         counts["escaped"] = int(self._has_escaped())
         counts["reasoning_rows"] = int(bool(self.windows))
-        return Outcome(rows, +counts, len(self.encoded.ids))
+        return Outcome(rows, +counts, [len(self.encoded.ids)])
 
     def _count_cuts(self, counts: Counter, parts: Sequence[Fragment], end: int) -> None:
         """Count whether the turns before `end` are split or truncated."""

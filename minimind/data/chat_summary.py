@@ -14,8 +14,8 @@ class Reading:
     """The facts of one reading.
 
     bad, columns   per source: its bad rows, and which columns were read
-    too_long       per source: the rows too long for anything to fit
-    lengths        the tokens of each conversation before any cut, dropped ones included
+    too_long       per source: the rows of which nothing could be used, because of a limit
+    lengths        the tokens of each row before any cut (see `Outcome`), dropped ones included
     counts         how many were truncated, split, dropped ... (see `Outcome`)
     places         where the first few of each count are, as "file:line"
     held_out       where the held-out rows are
@@ -29,7 +29,7 @@ class Reading:
         self.bad: list[BadRows] = []
         self.columns: list[Columns] = []
         self.too_long: list[BadRows] = []
-        self.lengths: list[int] = []
+        self.lengths: list[list[int]] = []
         self.counts = Counter()
         self.places: dict[str, list[str]] = {}
         self.held_out: list[str] = []
@@ -37,7 +37,7 @@ class Reading:
 
     def add(self, where: str, outcome: Outcome, messages: Sequence[Message]) -> None:
         """Note what became of one conversation, or of a pair with all its `messages`."""
-        self.lengths.append(outcome.length)
+        self.lengths.append(outcome.lengths)
         marker = rendered_turn(message["content"] for message in messages)
         self.marker = self.marker or marker
         for name in [*outcome.counts, *(["rendered"] if marker else [])]:

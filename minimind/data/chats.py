@@ -24,7 +24,7 @@ from minimind.common.errors import BadRowError, UserError
 from minimind.common.language import translated
 from minimind.data.bad_rows import BadRows
 from minimind.data.batching import batches
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import ChatArguments, PreferenceArguments
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chat_rows import Outcome, tokenize_conversations
 from minimind.data.chat_summary import Reading
@@ -40,7 +40,7 @@ from minimind.data.rated import to_rated, tokenize_rated
 from minimind.data.sources import expand
 from minimind.tokenizer import tokenizer_hash
 
-FORMAT_VERSION = 1  # part of the cache key: raise it when the same input results in other rows
+FORMAT_VERSION = 2  # part of the cache key: raise it when the same input results in other rows
 # Options of the data that decide the rows
 DECISIVE = ("eval_ratio", "max_eval_rows", "on_bad_rows", "text_unit", "columns", "unread_columns")
 DECISIVE += ("clean_recipe",)
@@ -49,22 +49,22 @@ EXPECTED = 'expected its turns without markers, each as {"role", "content"} in "
 IDS = pa.list_(pa.int32())  # the type of a column, but for these:
 TYPES = {"loss_weights": pa.list_(pa.float32()), "roles": pa.list_(pa.string())}
 TYPES |= {"label": pa.bool_()}
-PLACES = ["where", "length"]  # columns of the files beside those of the rows
-TYPES |= {"where": pa.binary(), "length": pa.int64()}
+PLACES = ["where", "lengths"]  # columns of the files beside those of the rows
+TYPES |= {"where": pa.binary(), "lengths": pa.list_(pa.int64())}
 
 
 class ChatRows(NamedTuple):
     """Rows for a trainer.
 
     `facts` are the files, rows and counts of both parts; `where` is the place ("file:line") of each
-    training row, `lengths` the tokens of its conversation before any cut.
+    training row, `lengths` its tokens before any cut (see `Outcome`).
     """
 
     train: Dataset
     eval: Dataset | None
     facts: dict
     where: list[str]
-    lengths: list[int]
+    lengths: list[list[int]]
     reading: Reading
 
 
@@ -120,33 +120,21 @@ def load_conversations(
 def load_preferences(
     data_args,
     tokenizer: PreTrainedTokenizerFast,
-    max_length: int | None,
-    args: ChatArguments | None = None,
+    args: PreferenceArguments | None = None,
     seed: int = 42,
 ) -> ChatRows:
     """Return the rows of the preference pairs in the files of `data_args`; see
     `tokenize_preferences`.
 
     Raises:
-        UserError: too many rows are bad, none is left to train, or an option is not for pairs.
+        UserError: too many rows are bad, or none is left to train.
     """
-    args = args or ChatArguments()
-    allowed = {"long_conversations": ("keep_last", "drop"), "train_turns": ("all",)}
-    for name, choices in allowed.items():
-        if (value := getattr(args, name)) not in choices:
-            raise UserError(
-                f"--{name} {value}: expected {' or '.join(choices)} for preference pairs."
-            )
-    if args.needs_weights:
-        raise UserError(
-            "--weighted_loss and --loss_normalization: expected in finetune_sft.py only, not for"
-            " pairs."
-        )
+    args = args or PreferenceArguments()
     encoder = ChatEncoder(tokenizer)
     kind = _Kind(
-        {"rows": "preferences", "max_length": max_length, **asdict(args)},
+        {"rows": "preferences", **asdict(args)},
         to_preference,
-        lambda pairs: tokenize_preferences(pairs, encoder, max_length, args),
+        lambda pairs: tokenize_preferences(pairs, encoder, args),
         lambda pair: str(pair["prompt"]),
         lambda pair: pair["prompt"] + pair["chosen"] + pair["rejected"],
     )
@@ -283,7 +271,7 @@ def _prepare(directory: Path, data_args, kind: _Kind, files, held_out_files) -> 
         if not part.count:
             raise UserError(
                 f"{', '.join(map(str, paths))}: no row is left to train"
-                f" ({part.counted() or 'all are held out'}). Raise --max_length, lower"
+                f" ({part.counted() or 'all are held out'}). Raise the limit of length, lower"
                 " --eval_ratio, give more rows, or choose another --train_turns."
             )
     states = [each.state() for each in readings]
@@ -337,7 +325,7 @@ class _Collector:
         self.writer: pa.ipc.RecordBatchStreamWriter | None = None
 
     def add(self, where: str, outcome: Outcome) -> None:
-        places = dict(zip(PLACES, (os.fsencode(where), outcome.length), strict=True))
+        places = dict(zip(PLACES, (os.fsencode(where), outcome.lengths), strict=True))
         self.rows += [row | places for row in outcome.rows]
         self.counts += outcome.counts
         self.count += len(outcome.rows)

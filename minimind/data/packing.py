@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from minimind.common.errors import UserError
 
@@ -183,6 +184,33 @@ class BlockCollator:
             latest_start = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
             batch["position_ids"] = columns - latest_start
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+class PaddedCollator:
+    """Rows of one conversation each (input_ids, labels) -> a batch with an attention_mask, for
+    models with virtual tokens in front of each row, which take no position_ids.
+
+    `embedded` is the number of those that peft adds to the labels itself, those of prompt tuning;
+    loss_weights get as many zeros. Otherwise as `PackedCollator`; `max_targets` counts the first
+    label too, which the last of the virtual tokens predicts.
+    """
+
+    def __init__(self, pad_token_id: int, multiple: int | None = None, embedded: int = 0):
+        self.pad_token_id, self.multiple = pad_token_id, multiple or 1
+        self.embedded = embedded
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | int]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = len(rows), -(-longest // self.multiple) * self.multiple
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "loss_weights": 0.0}
+        batch = {name: torch.full(shape, fills[name]) for name in fills if name in rows[0]}
+        batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)
+        for index, row in enumerate(rows):
+            for name, values in batch.items():
+                values[index, : len(row["input_ids"])] = torch.as_tensor(row.get(name, 1))
+        if "loss_weights" in batch:
+            batch["loss_weights"] = pad(batch["loss_weights"], (self.embedded, 0))
+        return {**batch, "max_targets": int((batch["labels"] != IGNORED).sum())}
 
 
 class PackedCollator:

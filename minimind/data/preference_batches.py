@@ -32,17 +32,13 @@ class PreferenceCollator(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
-        kept = slice(None, self.max_length)
-        if self.max_length is not None and self.truncation_mode == "keep_end":
-            kept = slice(-self.max_length, None)
         masks = [
             [0] * len(example["prompt_ids"]) + list(example[f"{name}_mask"])
             for name in ("chosen", "rejected")
             for example in examples
         ]
         for row, mask in enumerate(masks):
-            mask = torch.as_tensor(mask[kept])
-            batch["completion_mask"][row, : len(mask)] = mask
+            batch["completion_mask"][row, : len(mask)] = torch.as_tensor(mask)
         return batch | packed_pairs(batch, self) if self.packed else batch
 
 
@@ -55,6 +51,7 @@ def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -
         packed_ids, packed_positions, packed_parts: (R, L); the part of each token as above.
         packed_states: (N,), the place in the R * L of each token that predicts one of a reply.
         packed_targets: (N,), the place of its prediction in the 2 * pairs * (S - 1) of TRL's loss.
+        packed_ends: (2 * pairs,), the place in the R * L of the last token of each sequence.
     """
     ids, lengths = batch["input_ids"].numpy(), batch["attention_mask"].sum(dim=1).tolist()
     pairs, width = len(ids) // 2, ids.shape[1]
@@ -95,6 +92,7 @@ def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -
         "packed_parts": parts,
         "packed_states": places[:, :-1][predicted],
         "packed_targets": np.flatnonzero(predicted),
+        "packed_ends": places[np.arange(2 * pairs), np.array(lengths) - 1],
     }
     return {name: torch.from_numpy(values) for name, values in packed.items()}
 

@@ -4,6 +4,7 @@ messages, as in TRL."""
 from collections.abc import Mapping
 
 from minimind.common.errors import BadRowError
+from minimind.data.bad_rows import shown
 from minimind.data.calls import EMPTY
 from minimind.data.columns import NAMES, Fields
 from minimind.data.conversations import (
@@ -23,6 +24,7 @@ PROMPTS = (
     *("prompt", "question", "query", "conversations", "messages", "conversation"),
     *("instruction", "problem", "input"),
 )
+RANKED, PREFERENCE = ("response1", "response2"), "overall_preference"
 
 
 def to_preference(data: Mapping) -> dict[str, list]:
@@ -34,6 +36,7 @@ def to_preference(data: Mapping) -> dict[str, list]:
     """
     row = Fields.of(data)
     open_template_kwargs(row)
+    open_ranked_responses(row)
     has_reply = row.find("messages") or row.find("response")  # ms-swift's, beside a rejected one
     if not row.find("rejected") or not (row.find("chosen") or has_reply):
         raise BadRowError(
@@ -52,7 +55,7 @@ def to_preference(data: Mapping) -> dict[str, list]:
     rejected = read_replies(row, "rejected")
     if rejected[0]["role"] != "assistant" and not row.find("chosen"):
         chosen = prompt + chosen
-    if chosen == rejected:
+    if said(chosen) == said(rejected):
         raise BadRowError("found chosen equal to rejected, expected two different replies")
 
     # Two complete conversations: what they share is the prompt
@@ -60,6 +63,8 @@ def to_preference(data: Mapping) -> dict[str, list]:
         shared = split_prompt(chosen, rejected)
         check_same_prompt(prompt, chosen[:shared])
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt and (name := next((name for name in PROMPTS if name in row), None)):
+        raise BadRowError(f"{name}: found {shown(row[name])}, expected a question")
     if not prompt:
         raise BadRowError(
             f"found keys {row.names}, expected one of {', '.join(PROMPTS)}, or complete"
@@ -72,6 +77,32 @@ def to_preference(data: Mapping) -> dict[str, list]:
     for name in ("chosen", "rejected"):
         check_order(prompt + pair[name], f"(prompt + {name})")
     return {**pair, "tools": tools} if tools else pair
+
+
+def open_ranked_responses(row: Fields) -> None:
+    """Make a pair of two numbered replies of which a number says the better one (HelpSteer3).
+
+    Raises:
+        BadRowError: there is no number, or it is 0.
+    """
+    if not row.columns.keys() >= {*RANKED, PREFERENCE}:
+        return
+    preference = row.take(PREFERENCE)
+    if isinstance(preference, bool) or not isinstance(preference, int | float) or not preference:
+        raise BadRowError(
+            f"{PREFERENCE}: found {shown(preference)}, expected a number below 0 where"
+            f" {RANKED[0]} is the better reply, or above 0 where {RANKED[1]} is"
+        )
+    first, second = (row.columns.pop(name) for name in RANKED)
+    better, worse = (first, second) if preference < 0 else (second, first)
+    row.columns |= {"chosen": better, "rejected": worse}
+    if isinstance(row.get("context"), list):
+        row.columns["prompt"] = row.columns.pop("context")
+
+
+def said(messages: list[Message]) -> list[dict]:
+    """Messages without the white space around their words."""
+    return [{**message, "content": message["content"].strip()} for message in messages]
 
 
 def read_prompt_column(row: Fields) -> tuple[list[Message], str | None]:
@@ -108,6 +139,12 @@ def split_prompt(chosen: list[Message], rejected: list[Message]) -> int:
     pairs = zip(chosen, rejected, strict=False)
     different = (index for index, (a, b) in enumerate(pairs) if a != b)
     shared = next(different, min(len(chosen), len(rejected)))
+    is_within = shared == min(len(chosen), len(rejected))
+    if shared and is_within and chosen[shared - 1]["role"] == "assistant":
+        raise BadRowError(
+            "found a conversation in chosen or rejected that is the beginning of the other,"
+            f" {shared} messages, expected two different replies to one question"
+        )
     if not shared or chosen[shared - 1]["role"] not in ("user", "tool"):
         raise BadRowError(
             f"found prompts that differ between chosen and rejected at message {shared}, "

@@ -107,15 +107,15 @@ def tokenize_rated(
 
 def _joined(rated: list[Rated], outcomes: Iterator) -> Outcome | BadRowError:
     found = [(each.label, next(outcomes)) for each in rated]
-    rows, counts, length, problem = [], Counter(), 0, None
+    rows, counts, lengths, problem = [], Counter(), [0], None
     for label, outcome in found:
         if isinstance(outcome, BadRowError):
             return outcome
         rows += [row | {"label": label} for row in outcome.rows]
         counts += outcome.counts
         counts["desirable" if label else "undesirable"] += len(outcome.rows)
-        length, problem = max(length, outcome.length), problem or outcome.problem
-    return Outcome(rows, +counts, length, problem)
+        lengths, problem = max(lengths, outcome.lengths), problem or outcome.problem
+    return Outcome(rows, +counts, lengths, problem)
 
 
 def split_reply(row: dict[str, Any]) -> dict[str, list[int]]:

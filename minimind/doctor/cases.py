@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import align_special_tokens
 from trl import pack_dataset
 
@@ -15,9 +14,10 @@ from minimind.common.recipes import read_deepspeed
 from minimind.doctor.registry import Case
 from minimind.inspection import data_paths
 from minimind.planning.planned_runs import PlannedRun, stage_of
-from minimind.stage_directory import require_stage
+from minimind.stage_directory import auto_class, require_stage, reward_config
 from minimind.stages import StageSpec, load_rows, load_start
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import fit_virtual_tokens
 from minimind.training.command_line import parse, with_recipe
 from minimind.training.parser import StageParser
 from minimind.training.starting_point import check_attention, check_length
@@ -53,7 +53,9 @@ def read_case(
     case.data_args = data_args.or_embedded(spec.corpus)
     load_model_of(case, spec, model_args)
     if case.model is not None:
-        check_length(spec.length_option, getattr(case.args, spec.length_option), case.base.config)
+        lengths = spec.lengths(case.args, case.chat_args)
+        check_length(lengths, case.base.config)
+        fit_virtual_tokens(model_args, case.args, lengths, case.base.config)
     load_rows_of(case, spec)
     return case
 
@@ -99,10 +101,10 @@ def load_stand_in(case: Case, parent: str, attn_implementation: str | None) -> N
         return
     check_attention(attn_implementation)
     config, case.tokenizer, _ = writer.starting_point()
+    if case.spec.scores:
+        config = reward_config(config)
     with torch.device("meta"):
-        case.model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attn_implementation
-        )
+        case.model = auto_class(config).from_config(config, attn_implementation=attn_implementation)
     case.stand_in = True
     case.notes.append(f"its shape and tokenizer are taken from {os.path.relpath(writer.path)}")
 

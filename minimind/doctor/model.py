@@ -25,13 +25,15 @@ def vocabulary(case: Case) -> tuple:
 @check("weights")
 def tied_weights(case: Case) -> tuple:
     model = case.base
+    if case.spec.scores:
+        return "ok", "a reward model has no head that could be tied"
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     same = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
     if same:
         return "ok", "embeddings and head are one"
     if not model.config.tie_word_embeddings:
         return "ok", "embeddings and head are two, as configured"
-    if isinstance(case.model, PeftModel) and case.model.active_peft_config.modules_to_save:
+    if isinstance(case.model, PeftModel) and _saved_modules(case.model):
         found = "embeddings and head are apart (modules_to_save)"
         return "warning", found, "one matrix", "Intended? Then leave it."
     expected = "one: tie_word_embeddings is true"
@@ -48,7 +50,7 @@ def untrained_tokens(case: Case) -> tuple:
         return "ok", "no adapter: every embedding is trained"
     trained = getattr(case.lora, "lora_modules_to_save", None) or []
     if isinstance(case.model, PeftModel):
-        trained = case.model.active_peft_config.modules_to_save or []
+        trained = _saved_modules(case.model)
     if any("embed" in name for name in trained):
         return "ok", "embeddings are trained beside the adapter"
 
@@ -76,6 +78,11 @@ def untrained_tokens(case: Case) -> tuple:
         )
         return "warning", found, "a base that has seen its chat template", fix
     return "ok", f"{len(wanted)} special tokens have trained embeddings"
+
+
+def _saved_modules(model: PeftModel) -> list[str]:
+    """The modules that are trained beside the adapter; kinds with virtual tokens have none."""
+    return getattr(model.active_peft_config, "modules_to_save", None) or []
 
 
 def at_initialisation(rows: torch.Tensor, std: float) -> torch.Tensor:

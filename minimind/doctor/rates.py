@@ -17,6 +17,7 @@ SCHEDULE_SAMPLE = 1000  # steps whose rates are summed
 LITTLE = {"pretrain": 4.0, "sft": 2.0, "dpo": 0.15}
 # Parts of the middle rate, see `usual_learning_rates`.
 USUAL = {"pretrain": (1 / FAR, FAR), "sft": (1 / 300, 3), "dpo": (1 / 2000, 1 / 20)}
+USUAL["reward"] = (1 / 100, 1)
 USUAL["kto"] = USUAL["dpo"]  # KTO: 5e-7 to 5e-6 at 7B (Ethayarajh et al., 2024, appendix C)
 
 
@@ -28,7 +29,8 @@ def usual_learning_rates(stage: str, parameters: int, lora: bool) -> tuple[float
     table 2.1); 10 times around it. Others are parts of that: full SFT from a 300th (Tulu 3: 5e-6 at
     8B) to 3 times it; LoRA 10 times full SFT (Schulman et al. 2025, "LoRA Without Regret"; Biderman
     et al. 2024, https://arxiv.org/abs/2405.09673); DPO from a 2,000th (Tulu 3: 5e-7 at 8B) to a
-    20th, and with LoRA 10 times that.
+    20th, and with LoRA 10 times that; reward models from a 100th (Tulu 3: 3e-6 at 8B; InstructGPT:
+    9e-6 at 6B) to the middle (TRL's default).
     """
     middle = max(0.003239 - 0.0001395 * math.log(max(parameters, 2)), 1e-4)
     low, high = USUAL[stage]
@@ -48,6 +50,8 @@ def learning_rate(case: Case) -> tuple:
         return "ok", f"{rate:g}; usual rates are known for AdamW only"
     if stage not in USUAL:
         return "ok", f"{rate:g}; no usual rates are known for {stage}"
+    if kind := _other_adapter(case):
+        return "ok", f"{rate:g}; docs/adapters.md has rates for {kind}"
     embeddings = case.base.get_input_embeddings().weight.numel()
     parameters = sum(p.numel() for p in case.base.parameters()) - embeddings
     lora = case.lora is not None or isinstance(case.model, PeftModel)
@@ -80,7 +84,7 @@ def updates(case: Case) -> tuple:
     """Whether the run can move the model's weights far enough to change what it writes."""
     if not is_adamw_like(case):
         return "ok", f"{case.steps:,} updates; how far they move weights is known for AdamW only"
-    if case.stage not in LITTLE:
+    if case.stage not in LITTLE or _other_adapter(case):
         return "ok", f"{case.steps:,} updates; how far they have to move weights is not known"
     config, least = case.base.config, LITTLE[case.stage]
     total = summed_rate(case.args, case.steps)
@@ -127,6 +131,14 @@ def movement(
     """
     reach = rates * width if rank is None else rates * math.sqrt(width * rank / 3) * scale
     return reach / (2 * std * math.sqrt(width))
+
+
+def _other_adapter(case: Case) -> str | None:
+    """The kind of the run's adapter, unless it is LoRA or there is none."""
+    kind = getattr(case.lora, "peft_type", "lora")
+    if isinstance(case.model, PeftModel):
+        kind = case.model.active_peft_config.peft_type.value.lower()
+    return kind if kind != "lora" else None
 
 
 def _rank_and_scale(case: Case) -> tuple:

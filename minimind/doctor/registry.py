@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import UserError
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import TemplateArguments
 from minimind.stages import STAGES, StageSpec
 
 SAMPLED_ROWS = 256
@@ -59,7 +59,7 @@ class Case:
     lora: Any = None
     world: int = 1
     data_args: Any = None
-    chat_args: ChatArguments | None = None
+    chat_args: TemplateArguments | None = None
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rows: Any = None

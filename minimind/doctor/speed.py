@@ -5,11 +5,11 @@ import time
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
 
 from minimind.costs.units import duration
 from minimind.doctor.budget import plan_of
 from minimind.doctor.registry import Case, check, sample
+from minimind.stage_directory import auto_class
 
 SLOW_PASS = 10.0  # seconds, after which no second pass is measured
 BATCHES = 8  # that the data loader is timed with
@@ -93,7 +93,8 @@ def seconds_of_step(case: Case, batch: dict | None = None) -> float:
         if batch is None:
             size = min(case.args.per_device_train_batch_size, len(case.train))
             batch = case.collator([case.train[i] for i in sample(len(case.train), size)])
-        model = AutoModelForCausalLM.from_config(case.model.config) if case.stand_in else case.model
+        config = case.model.config
+        model = auto_class(config).from_config(config) if case.stand_in else case.model
         case.step_seconds = measure_pass(model, batch, case.args)
     return case.step_seconds
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from minimind.data.packing import IGNORED, PackedCollator
+from minimind.stage_directory import virtual_tokens
 from minimind.tokenizer import token_byte_lengths
 
 MAX_LOGITS = 2**26  # of one batch of `row_metrics`
@@ -108,9 +109,12 @@ def bits_per_nat(counts: dict) -> float | None:
 def label_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """A collated batch -> loss in nats of each of its labels, (labels,), on the CPU."""
     inputs = {key: value.to(model.device) for key, value in batch.items() if key in INPUTS}
+    if virtual_tokens(model):  # then each row is one text, and peft computes the positions
+        inputs.pop("position_ids", None)
     targets = batch["labels"][:, 1:].flatten().to(model.device)
     with torch.inference_mode():
-        logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] :]
+        logits = logits[:, :-1].flatten(0, 1).float()
         return cross_entropy(logits, targets, reduction="none")[targets != IGNORED].cpu()
 
 

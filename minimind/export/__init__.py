@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -41,7 +40,9 @@ from minimind.export.verification import (
     make_probes,
 )
 from minimind.stage_directory import (
+    auto_class,
     check_vocabulary,
+    holds_reward_model,
     library_versions,
     load_config,
     load_model,
@@ -74,7 +75,8 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
             f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or"
             " bfloat16."
         )
-    source, tokenizer = load_model(path).eval(), load_tokenizer(path)
+    source = load_model(path, scores=holds_reward_model(path)).eval()
+    tokenizer = load_tokenizer(path)
     check_vocabulary(source, tokenizer, path)
     if reasons := obstacles(source.config, format):
         fitting = [name for name in FORMATS if not obstacles(source.config, name)]
@@ -118,7 +120,7 @@ def write_layout(
     tensors = model.state_dict()
     if format in STOCK:
         save_for_all_versions(model.to(target), tokenizer, out)
-        reloaded = AutoModelForCausalLM.from_pretrained(
+        reloaded = auto_class(model.config).from_pretrained(
             out, dtype=torch.float32, trust_remote_code=False
         )
     else:

@@ -10,23 +10,28 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3MoeForSequenceClassification,
 )
 
 from minimind.common.errors import UserError
 from minimind.common.files import read_json, write_json
+from minimind.stage_directory import is_reward_config
 from minimind.tokenizer.loading import COPY
 
+# Configuration, language model and reward model
 STOCK = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeForSequenceClassification),
+    "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification),
 }
 FORMATS = (*STOCK, "minimind", "gguf")
 
@@ -75,6 +80,9 @@ def gguf_obstacles(config: PreTrainedConfig, layout: str) -> dict[str, bool]:
     rope = config.rope_parameters
     kind = rope["rope_type"]
     reasons = {
+        "it is a reward model, and these GGUF files hold language models": (
+            is_reward_config(config)
+        ),
         "attention_bias is true, and llama.cpp's Qwen3 has no bias after attention": (
             config.attention_bias and layout != "llama"
         ),
@@ -96,18 +104,22 @@ def gguf_obstacles(config: PreTrainedConfig, layout: str) -> dict[str, bool]:
 
 def stock_model(source: PreTrainedModel, layout: str) -> PreTrainedModel:
     """The library's model of `layout` with the weights of a MiniMind, in fp32."""
-    config_class, model_class = STOCK[layout]
+    config_class, *classes = STOCK[layout]
+    scores = is_reward_config(source.config)
     names = FIELDS + (MOE_FIELDS if layout == "qwen3-moe" else ())
     fields = {name: getattr(source.config, name) for name in names}
     try:
         config = config_class(**fields, use_cache=True)
+        if scores:
+            config.num_labels = source.config.num_labels
     except StrictDataclassError as error:
         raise UserError(
             f"the layout {layout} cannot express this model: {error.__cause__ or error}"
         ) from error
-    model = model_class(config).eval()
+    model = classes[scores](config).eval()
     model.load_state_dict(source.state_dict(), strict=True)
-    model.generation_config = source.generation_config
+    if not scores:
+        model.generation_config = source.generation_config
     return model
 
 

@@ -10,6 +10,7 @@ from minimind.common.files import write_json
 from minimind.export.verification import check_model, make_probes
 from minimind.stage_directory import (
     check_vocabulary,
+    holds_reward_model,
     is_adapter,
     library_versions,
     load_adapter,
@@ -42,7 +43,7 @@ def merge(adapter: str | Path, out: str | Path) -> dict:
         merged.config.use_cache = True
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        compared = check_model(probes, load_model(partial).eval())
+        compared = check_model(probes, load_model(partial, scores=holds_reward_model(path)).eval())
         record = {
             "stage": "merge",
             "parent": provenance(path),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.templates import bounded
+from minimind.stage_directory import is_reward_config
 
 # Relative to the largest logit, or to 1: the same fp32 arithmetic in another order
 LOGIT_TOLERANCE = 1e-5
@@ -61,7 +62,7 @@ class Probes:
 
     prompts: list[torch.Tensor]  # (1, S) each
     sequences: list[torch.Tensor]  # (1, S + N) each: prompt and greedy continuation
-    logits: list[torch.Tensor]  # (S + N, V) each, of the sequences
+    logits: list[torch.Tensor]  # (S + N, V) each, of the sequences; of a reward model (1,)
 
 
 def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probes:
@@ -78,7 +79,9 @@ def make_probes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> P
 
 def continuations(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each prompt with the NEW_TOKENS of greedy decoding, which an end token does not stop; in one
-    batch with padding on the left."""
+    batch with padding on the left. A reward model continues nothing."""
+    if is_reward_config(model.config):
+        return prompts
     width = max(ids.shape[1] for ids in prompts)
     ids = torch.cat([pad(row, (width - row.shape[1], 0)) for row in prompts])
     mask = torch.cat([pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in prompts])
@@ -89,7 +92,7 @@ def continuations(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[t
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
-    """(S, V) for each sequence (1, S), in fp32."""
+    """(S, V) for each sequence (1, S), in fp32; of a reward model (1,)."""
     return [model(ids, use_cache=False).logits[0].float() for ids in sequences]
 
 
@@ -148,7 +151,10 @@ def check_model(probes: Probes, model: PreTrainedModel) -> dict:
         "max_logit_difference": difference,
         "tolerance": tolerance,
         "prompts": len(probes.prompts),
-        "greedy_tokens_equal": NEW_TOKENS * len(probes.prompts),
+        "greedy_tokens_equal": sum(
+            sequence.shape[1] - prompt.shape[1]
+            for sequence, prompt in zip(probes.sequences, probes.prompts, strict=True)
+        ),
     }
 
 

@@ -11,6 +11,7 @@ from minimind.common.severities import COLOURS
 from minimind.common.streams import json_text
 from minimind.common.terminal import Terminal
 from minimind.inspection.inspection import Inspection
+from minimind.inspection.lengths import PARTS, suggested
 from minimind.inspection.readable import ReadableRows, role_colour
 
 BAR = 40  # characters of the longest bar
@@ -44,19 +45,22 @@ def print_report(report: dict, console: Terminal) -> None:
     console.print()
 
     lengths = report["lengths"]
-    shares = "  ".join(f"{name} %: {value:,}" for name, value in lengths["percentiles"].items())
-    line = f"[bold]tokens per {lengths['of']}[/]  mean {lengths['mean']:,}  {shares}"
-    console.print(translated(line))
+    named = {lengths["of"]: lengths} | {name: lengths[name] for name in PARTS if name in lengths}
+    for name, each in named.items():
+        shares = "  ".join(f"{share} %: {value:,}" for share, value in each["percentiles"].items())
+        line = f"[bold]tokens per {name}[/]  mean {each['mean']:,}  {shares}"
+        console.print(translated(line))
     counts, edges = lengths["histogram"]["counts"], lengths["histogram"]["edges"]
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         console.print(f"{low:>8,} to {high:<7,} {count:>9,}  [green]{bar(count / max(counts))}[/]")
     console.print()
 
     console.print(windows_table(lengths))
-    fitting = (
-        f"99 % fit into {option(lengths)} {lengths['suggested_max_length']} (a multiple of 64)\n"
-    )
-    console.print(translated(fitting))
+    fitting = f"{option(lengths)} {lengths['suggested_max_length']}"
+    if "prompt" in lengths:  # pairs have two limits
+        prompt, *replies = (suggested(lengths[name]["percentiles"]) for name in PARTS)
+        fitting = f"--max_prompt_length {prompt} --max_completion_length {max(replies)}"
+    console.print(translated(f"99 % fit into {fitting} (a multiple of 64)\n"))
     print_findings(report["findings"], console)
 
 
@@ -84,7 +88,9 @@ def bar(share: float) -> str:
 
 
 def option(lengths: dict) -> str:
-    """The option that sets the length of a row."""
+    """The option that sets the length of a row; of pairs, which have two, what it is."""
+    if "prompt" in lengths:
+        return "length"
     return "--block_size" if lengths["of"] == "document" else "--max_length"
 
 
@@ -106,7 +112,7 @@ def roles_table(report: dict) -> Table:
 
 
 def windows_table(lengths: dict) -> Table:
-    """What fits into which --max_length; pairs are never packed."""
+    """What fits into which length; pairs are never packed."""
     is_packed = not lengths["of"].startswith("pair")
     columns = ("packed into", "padding", "unpacked") if is_packed else ("padding",)
     table = empty_table(option(lengths), "fits", "tokens", *columns)

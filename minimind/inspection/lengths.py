@@ -7,6 +7,7 @@ from minimind.inspection.tokens import ratio
 
 WINDOWS = (256, 512, 1024, 2048)
 PERCENTILES = (50, 90, 95, 99, 100)
+PARTS = ("prompt", "chosen", "rejected")  # of a pair, whose lengths are reported each
 BINS = 16  # of the histogram
 BATCH = 8  # rows padded to the longest of them, where padding is estimated
 
@@ -25,6 +26,16 @@ def percentiles(lengths: np.ndarray) -> dict[str, int]:
     """Lengths -> {"50": the length that half of them do not exceed, ...}."""
     values = np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
     return dict(zip(map(str, PERCENTILES), values, strict=True))
+
+
+def describe(lengths: np.ndarray) -> dict:
+    """The mean of some lengths and their percentiles."""
+    return {"mean": round(float(lengths.mean()), 1), "percentiles": percentiles(lengths)}
+
+
+def suggested(shares: dict[str, int]) -> int:
+    """The smallest multiple of 64 into which 99 % fit."""
+    return -(-shares["99"] // 64) * 64
 
 
 def describe_lengths(lengths: np.ndarray, of: str = "row") -> dict:
@@ -58,9 +69,8 @@ def describe_lengths(lengths: np.ndarray, of: str = "row") -> dict:
         )
     return {
         "of": of,
-        "mean": round(float(lengths.mean()), 1),
-        "percentiles": shares,
+        **describe(lengths),
         "histogram": {"edges": [*edges, longest], "counts": counts.tolist()},
         "windows": windows,
-        "suggested_max_length": -(-shares["99"] // 64) * 64,
+        "suggested_max_length": suggested(shares),
     }

@@ -36,14 +36,19 @@ def check_mask(
     replies: Replies,
     tokenizer: PreTrainedTokenizerFast,
     every_reply: bool = True,
+    cut: np.ndarray | None = None,
 ) -> None:
-    """Find wrong labels. `every_reply`: whether all replies should be trained (never of pairs)."""
+    """Find wrong labels.
+
+    `every_reply`: whether all replies should be trained (never of pairs). `cut` (rows,): where a
+    reply has no end, since it was cut or since that of its pair was.
+    """
     if not tokens.trained.any():
         text = "no token has a label: nothing would be learnt"
         findings.add("nothing_trained", "error", len(tokens), text, TAGS)
         return
     trained_in_row = _check_labels(findings, tokens, messages)
-    _check_ends(findings, tokens, replies, tokenizer.eos_token)
+    _check_ends(findings, tokens, replies, tokenizer.eos_token, cut)
 
     # Replies of which a part, or nothing, is trained.
     is_trained = replies.trained > 0
@@ -91,9 +96,13 @@ def _check_labels(findings: Findings, tokens: Tokens, messages: Messages) -> np.
     return trained_in_row
 
 
-def _check_ends(findings: Findings, tokens: Tokens, replies: Replies, end: str) -> None:
+def _check_ends(
+    findings: Findings, tokens: Tokens, replies: Replies, end: str, cut: np.ndarray | None
+) -> None:
     """Find trained replies without a trained end token, and labels beyond the words of a reply."""
     is_trained = replies.trained > 0
+    if cut is not None:
+        is_trained &= ~cut[replies.row]
     count = is_trained.sum()
     missing = is_trained & ~replies.end_trained
     places = tokens.places(replies.row[missing])

@@ -49,14 +49,20 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
             findings.add("unread_columns", "error", count, text, advice, places)
             findings[-1]["column"] = name
 
-    # Conversations that do not fit, and those with nothing to train.
-    dropped, untrained, split = counts["dropped"], counts["untrained"], counts["split"]
-    reasons = [reason for bad in reading.too_long for reason in bad.reasons.values()]
-    problem = next((problem for _, problem, _ in reasons), "")
-    example = f"in the first {problem}" if dropped > 1 else problem
-    text = f"{dropped:,} of {total:,} rows ({ratio(dropped, total):.1%}) are left out: {example}"
-    places = reading.places.get("dropped", ())
-    findings.add("too_long_rows", "warning", dropped, text, "Raise it, or shorten them.", places)
+    # What does not fit, pairs whose replies are equal once they are cut, and what has nothing to
+    # train.
+    dropped, identical = counts["dropped"], counts["identical"]
+    untrained, split = counts["untrained"], counts["split"]
+    problems = [problem for bad in reading.too_long for _, problem, _ in bad.reasons.values()]
+    equal = [problem for problem in problems if BAD_ROWS[0][0] in problem]
+    too_long, advice = (
+        [each for each in problems if each not in equal],
+        "Raise it, or shorten them.",
+    )
+    text, places = left_out(dropped, total, too_long), reading.places.get("dropped", ())
+    findings.add("too_long_rows", "warning", dropped, text, advice, places)
+    text, places = left_out(identical, total, equal), reading.places.get("identical", ())
+    findings.add("identical_pairs", "warning", identical, text, advice, places)
 
     text = f"{untrained:,} of {total:,} rows have no reply to train and are left out"
     advice = "Their flags, weights or the options leave all of their replies out."
@@ -67,7 +73,7 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
     places = reading.places.get("split", ())
     findings.add("split_rows", "info", split, text, "Nothing to do.", places)
 
-    lost = sum(bad.count for bad in reading.bad) + dropped + untrained
+    lost = sum(bad.count for bad in reading.bad) + dropped + identical + untrained
     if lost > LOST_SHARE * total:
         text = f"{lost:,} of {total:,} rows ({ratio(lost, total):.1%}) are left out"
         advice = (
@@ -77,6 +83,40 @@ def check_left_out(findings: Findings, reading: Reading, on_bad_rows: str | None
         findings.add("rows_lost", "error", lost, text, advice)
 
 
+def left_out(count: int, total: int, problems: Sequence[str]) -> str:
+    """The text of a finding about rows that a limit leaves out, with the first of the problems."""
+    problem = next(iter(problems), "")
+    example = f"in the first {problem}" if count > 1 else problem
+    return f"{count:,} of {total:,} rows ({ratio(count, total):.1%}) are left out: {example}"
+
+
+def check_pair_cuts(findings: Findings, reading: Reading) -> None:
+    """Find pairs of which a prompt or a reply was cut."""
+    total, places = len(reading.lengths), reading.places
+    cut = reading.counts["prompts_cut"]
+    share = ratio(cut, total)
+    severity = "warning" if share > CUT_SHARE else "info"
+    text = (
+        f"{cut:,} of {total:,} pairs ({share:.1%}) have a prompt longer than --max_prompt_length,"
+        " of which only the end is used"
+    )
+    advice = "Raise it if the beginnings matter."
+    findings.add("prompts_cut", severity, cut, text, advice, places.get("prompts_cut", ()))
+
+    cut = reading.counts["replies_cut"]
+    share = ratio(cut, total)
+    severity = "warning" if share > CUT_SHARE else "info"
+    text = (
+        f"{cut:,} of {total:,} pairs ({share:.1%}) have a reply longer than"
+        " --max_completion_length, which is cut"
+    )
+    advice = (
+        "They teach nothing about where a reply ends. Raise it, or leave them out with"
+        " --long_completions drop."
+    )
+    findings.add("replies_cut", severity, cut, text, advice, places.get("replies_cut", ()))
+
+
 def check_cuts(
     findings: Findings, tokens: Tokens, lengths_before: np.ndarray, size: int = 1
 ) -> tuple[int, int]:
@@ -84,13 +124,16 @@ def check_cuts(
     lost.
 
     `lengths_before` (rows,) are the lengths of the conversations before any cut; the rows of one
-    conversation are neighbours. Of pairs (`size` 2) the longer side counts.
+    conversation are neighbours. Of pairs (`size` 2), which have findings of their own, the side
+    counts that lost more.
     """
-    lengths = tokens.lengths.reshape(-1, size).max(1)
-    before, where = lengths_before[::size], np.array(tokens.where[::size], object)
+    lengths, before = tokens.lengths.reshape(-1, size), lengths_before.reshape(-1, size)
+    where = np.array(tokens.where[::size], object)
     first = np.flatnonzero(np.append(True, where[1:] != where[:-1]))
-    lost = np.maximum(before[first] - np.add.reduceat(lengths, first), 0)
+    lost = np.maximum(before[first] - np.add.reduceat(lengths, first), 0).max(1)
     cut, lost_tokens = int((lost > 0).sum()), int(lost.sum())
+    if size > 1:
+        return cut, lost_tokens
     share = ratio(cut, len(first))
     text = (
         f"{cut:,} of {len(first):,} rows ({share:.1%}) were cut to --max_length, and with that"

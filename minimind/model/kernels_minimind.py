@@ -1,4 +1,5 @@
-"""Faster routes to the library's results: grouped experts, blocked attention, cross-entropy.
+"""Faster routes to the library's results: norms, gates, grouped experts, blocked attention,
+cross-entropy.
 
 `benchmarks/model_step.py` times them. This file is copied into every checkpoint: it imports torch
 and transformers only.
@@ -6,7 +7,8 @@ and transformers only.
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding, pad, silu
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
@@ -15,6 +17,112 @@ BLOCK = 128  # queries per block of `blocked_attention_forward`
 MAX_BLOCKED_LENGTH = 1024  # beyond it the probabilities take too much memory for the time they save
 # Logits per piece of `CrossEntropy`: on a CPU (True) what fits into a cache, elsewhere (False) more
 PIECE = {True: 2**19, False: 2**26}
+
+
+# Norms and gates
+
+
+class RMSNorm(torch.autograd.Function):
+    """states (..., E), weight (E,) -> states / rms(states) * weight in `dtype`, statistics in fp32.
+
+    Identical to the library's except: it keeps only its input and one number per row for the
+    backward, where autograd keeps three tensors as large as the states in fp32; and the gradients
+    are not rounded to half precision on their way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, states: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        values = states.float()
+        square_sum = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
+        scale = square_sum.div_(states.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(states, weight, scale)
+        # The library rounds to half precision before the weight
+        return ((values * scale).to(states.dtype) * weight).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        states, weight, scale = ctx.saved_tensors
+        grad, factors = grad_output.float(), weight.float()
+        normed = states.float() * scale
+        products = (grad * normed).flatten(0, -2)
+        mean = (products @ factors).view(scale.shape).div_(len(factors))
+        grad_states = (grad * factors).addcmul_(normed, mean, value=-1).mul_(scale)
+        return grad_states.to(states.dtype), products.sum(dim=0).to(weight.dtype), None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up.
+
+    Identical to autograd's except: silu(gate) is computed again in the backward instead of kept.
+    """
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad_output * up, gate)
+        return grad_gate, silu(gate) * grad_output
+
+
+def rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """states / rms(states) * weight over the last dimension, statistics in fp32.
+
+    Under autocast, fp32 states give a result in autocast's dtype: all that reads it would cast it,
+    each projection into a copy of its own.
+    """
+    device = states.device.type
+    dtype = torch.promote_types(states.dtype, weight.dtype)
+    if states.dtype == torch.float and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+
+    if device == "cpu" and not is_torchdynamo_compiling():
+        return RMSNorm.apply(states, weight, eps, dtype)
+    if states.dtype == torch.float:
+        return nn.functional.rms_norm(states, weight.shape, weight, eps).to(dtype)
+    return weight * nn.functional.rms_norm(states, weight.shape, None, eps).to(states.dtype)
+
+
+def gated(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """act_fn(gate) * up."""
+    if isinstance(act_fn, nn.SiLU | SiLUActivation) and not is_torchdynamo_compiling():
+        return SwiGLU.apply(gate, up)
+    return act_fn(gate) * up
+
+
+# Positions
+
+
+class Rotation(torch.autograd.Function):
+    """See `apply_rotary_pos_emb`. Its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = states.dtype
+        return rotate(states, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grad_output, cos, -sin).to(ctx.dtype), None, None
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary_pos_emb` in two passes over the states."""
+    outputs = states * cos
+    halves = outputs.chunk(2, dim=-1), states.chunk(2, dim=-1)[::-1], sin.chunk(2, dim=-1)
+    for output, other, factor in zip(*halves, strict=True):
+        output.addcmul_(other, factor)
+    return outputs
 
 
 # Mixture of experts
@@ -82,7 +190,9 @@ def eager_experts_forward(
 
     # SwiGLU of every slice
     gate, up = GroupedLinear.apply(states, experts.gate_up_proj.to(dtype), sizes).chunk(2, dim=-1)
-    outputs = GroupedLinear.apply(experts.act_fn(gate) * up, experts.down_proj.to(dtype), sizes)
+    outputs = GroupedLinear.apply(
+        gated(experts.act_fn, gate, up), experts.down_proj.to(dtype), sizes
+    )
 
     # Sort back, and add up each token's experts
     outputs = embedding(order.argsort(), outputs).unflatten(0, top_k_index.shape)

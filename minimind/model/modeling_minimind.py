@@ -13,7 +13,7 @@ E hidden_size, I moe_intermediate_size, V vocabulary.
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, linear, rms_norm, softmax
+from torch.nn.functional import dropout, linear, softmax
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -31,17 +31,24 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import (
+    TransformersKwargs,
+    can_return_tuple,
+    is_torchdynamo_compiling,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_minimind import MiniMindConfig
 from .kernels_minimind import (
+    Rotation,
     blocked_attention_forward,
     blocks_are_faster,
     causal_lm_loss,
     eager_experts_forward,
     find_targets,
+    gated,
+    rms_norm,
 )
 
 
@@ -54,11 +61,7 @@ class MiniMindRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        shape, dtype, eps = self.weight.shape, hidden_states.dtype, self.variance_epsilon
-        if dtype == torch.float:
-            return rms_norm(hidden_states, shape, self.weight, eps)
-        # The library rounds to half precision before the weight
-        return self.weight * rms_norm(hidden_states, shape, None, eps).to(dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -75,8 +78,8 @@ class MiniMindMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.act_fn(self.gate_proj(hidden_states))
-        return self.down_proj(gate * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(gated(self.act_fn, gate, up))
 
 
 class MiniMindTopKRouter(nn.Module):
@@ -174,6 +177,8 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     """Rotate (B, S, heads, D) by cos and sin (B, S, D): with x1, x2 the halves of D, the result is
     (x1 cos - x2 sin, x2 cos + x1 sin). The minus is in sin, so that one roll swaps the halves."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if states.device.type == "cpu" and not is_torchdynamo_compiling():
+        return Rotation.apply(states, cos, sin)
     return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
 
@@ -526,8 +531,12 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 
 
 class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMindPreTrainedModel):
-    """Token ids (B, S) -> scores (B, num_labels) of the last token before padding, for reward
-    models."""
+    """Token ids (B, S) -> scores (B, num_labels), read from the last token that is not padding.
+
+    With one label it is a reward model. For the same weights the scores are Qwen3's (Qwen3-MoE's).
+    In training, a mixture of experts returns its load-balancing loss as `aux_loss`, and with
+    `labels` adds `router_aux_loss_coef` times it to the loss.
+    """
 
     def __init__(self, config: MiniMindConfig):
         # Identical to the library's except: it names the base class. The library's looks it up in
@@ -537,6 +546,81 @@ class MiniMindForSequenceClassification(GenericForSequenceClassification, MiniMi
         self.model = MiniMindModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        last_tokens: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """The scores are `logits`; without a mask (B, S), padding is `pad_token_id`.
+
+        Args:
+            last_tokens: (N,) places in 0 .. B * S from which the scores (N, num_labels) are read
+                instead, where a row holds several sequences.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        train_router = self.training and self.config.router_aux_loss_coef > 0
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits or train_router,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        batch_size, length = hidden_states.shape[:2]
+        mask = None if input_ids is None else input_ids != self.config.pad_token_id
+        if attention_mask is not None and attention_mask.ndim == 2:
+            mask = attention_mask[:, -length:]  # it also covers the tokens in the cache
+
+        places = torch.arange(batch_size * length, device=hidden_states.device)
+        if last_tokens is None:
+            places = places.view(batch_size, length)
+            last_tokens = places[:, -1] if mask is None else (places * mask).amax(dim=1)
+            # A row of nothing but padding has no last token
+            last_tokens = torch.maximum(last_tokens, places[:, 0])
+        hidden_states = hidden_states.flatten(0, 1)[last_tokens]
+        # Two replies may differ by less than half precision has digits for
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = self.score(hidden_states.to(self.score.weight.dtype))
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs
+            )
+        if outputs.router_logits:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits,
+                self.config.num_experts_per_tok,
+                batch_size,
+                mask,
+                self.config.seq_aux,
+            )
+        if train_router and loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
 
 
 # In files, each expert and projection is a tensor of its own, as in Qwen2-MoE's and Qwen3-MoE's

@@ -15,6 +15,7 @@ from minimind.costs.units import duration
 from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
+from minimind.training.adapters import fit_virtual_tokens
 from minimind.training.preference_losses import needs_reference
 
 BATCH_LIMIT = 2**16
@@ -58,6 +59,8 @@ def make_plan(
     options = recipe.options
     config, tokenizer, notes = recipe.starting_point()
     model = empty_model(config, recipe.adapter)
+    if notice := fit_virtual_tokens(options, options, recipe.spec.lengths(options), config):
+        notes.append(notice)
     rows = rows or recipe.rows(tokenizer)
     precision = precision_of(options, device)
     if options.optim != "muon" and not options.optim.startswith("adamw_torch"):
@@ -83,7 +86,7 @@ def make_plan(
         counted=rows.counted,
         unpaired=recipe.spec.family == "kto" and options.loss_type == "kto",
         reference=reference_kind(options, recipe.adapter is not None, device.kind),
-        weighted=bool(recipe.chat_args and recipe.chat_args.needs_weights),
+        weighted=getattr(recipe.chat_args, "needs_weights", False),
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,

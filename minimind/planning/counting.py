@@ -12,7 +12,7 @@ from trl import pack_dataset
 
 from minimind.common.cache import find
 from minimind.common.errors import BadRowError
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import TemplateArguments
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.conversations import to_conversation
@@ -58,7 +58,7 @@ class RowCounts:
 def count_rows(
     spec: StageSpec,
     data_args: DataArguments,
-    chat_args: ChatArguments | None,
+    chat_args: TemplateArguments | None,
     tokenizer: PreTrainedTokenizerFast,
     options: Namespace,
 ) -> RowCounts:
@@ -140,13 +140,16 @@ def _sample_chats(
     spec, paths, data_args, chat_args, tokenizer, options, size: int
 ) -> tuple[list[RowLength], float]:
     """The lengths of the rows of a sample, and how many times more rows there are."""
-    parse, tokenize = {
-        "sft": (to_conversation, tokenize_conversations),
-        "dpo": (to_preference, tokenize_preferences),
-        "kto": (to_rated, tokenize_rated),
-    }["dpo" if spec.pairs else spec.family]
-    parsed, factor = sample(paths, parse, data_args, size)
-    results = tokenize(parsed, ChatEncoder(tokenizer), options.max_length, chat_args)
+    encoder = ChatEncoder(tokenizer)
+    if spec.pairs:
+        parsed, factor = sample(paths, to_preference, data_args, size)
+        results = tokenize_preferences(parsed, encoder, chat_args)
+    else:
+        parse, tokenize = (to_conversation, tokenize_conversations)
+        if spec.family == "kto":
+            parse, tokenize = to_rated, tokenize_rated
+        parsed, factor = sample(paths, parse, data_args, size)
+        results = tokenize(parsed, encoder, options.max_length, chat_args)
     rows = [row for each in results if not isinstance(each, BadRowError) for row in each.rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return row_lengths(columns, spec.pairs, spec.shared_prompts), factor

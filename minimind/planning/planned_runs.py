@@ -11,19 +11,25 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerFast
-from trl import get_peft_config
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError
 from minimind.common.options import option_names
 from minimind.common.recipes import read_deepspeed, read_recipe
-from minimind.data.chat_arguments import ChatArguments
+from minimind.data.chat_arguments import TemplateArguments
 from minimind.data.columns import Columns
 from minimind.inspection import recognise_stage
 from minimind.planning.counting import RowCounts, count_rows
-from minimind.stage_directory import check_kind, load_config
+from minimind.stage_directory import (
+    check_kind,
+    check_scores,
+    load_config,
+    require_stage,
+    reward_config,
+)
 from minimind.stages import LORA, PRETRAIN, SFT, STAGES, StageSpec
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import peft_config
 from minimind.training.command_line import parse_options
 from minimind.training.data_arguments import DataArguments
 from minimind.training.model_arguments import ModelArguments
@@ -71,16 +77,17 @@ class PlannedRun:
         return self._arguments(DataArguments).or_embedded(self.spec.corpus)
 
     @property
-    def chat_args(self) -> ChatArguments | None:
-        """How its conversations become rows; None where it reads documents."""
-        return None if self.spec.reads_documents else self._arguments(ChatArguments)
+    def chat_args(self) -> TemplateArguments | None:
+        """How its conversations or pairs become rows; None where it reads documents."""
+        kind = self.spec.chat_arguments
+        return kind and self._arguments(kind)
 
     @property
     def adapter(self) -> PeftConfig | None:
         """The adapter it trains, or None."""
         if not getattr(self.options, "use_peft", False):
             return None
-        return get_peft_config(self._arguments(ModelArguments))
+        return peft_config(self._arguments(ModelArguments))
 
     @property
     def parent(self) -> str | None:
@@ -91,7 +98,7 @@ class PlannedRun:
     @property
     def length(self) -> int:
         """Tokens of the longest row it allows."""
-        return getattr(self.options, self.spec.length_option)
+        return sum(self.spec.lengths(self.options).values())
 
     def starting_point(self) -> tuple[MiniMindConfig, PreTrainedTokenizerFast, list[str]]:
         """Configuration and tokenizer of the model it trains, and notes on where they come from.
@@ -109,6 +116,8 @@ class PlannedRun:
             notes = [note for note in notes if "train_files" not in note]
             notes.append(f"{parent} is still to be written; its model is taken from {writer.path}")
         elif parent:
+            if not self.spec.scores:
+                check_scores(require_stage(parent), scores=False)
             config, tokenizer = load_config(parent), load_tokenizer(parent)
             check_kind(config, parent)
         else:
@@ -125,7 +134,9 @@ class PlannedRun:
         if not self.options.train_files and not self.tokens:
             hint = "; --tokens 1e9 plans without data" if self.spec is PRETRAIN else ""
             notes.append(f"{self.path} names no train_files: planned for the embedded corpus{hint}")
-        check_length(self.spec.length_option, self.length, config)
+        if self.spec.scores:
+            config = reward_config(config)
+        check_length(self.spec.lengths(self.options), config)
         return config, tokenizer, notes
 
     def writer(self, directory: str) -> "PlannedRun | None":

@@ -40,7 +40,7 @@ def require_stage(path: str | Path) -> Path:
     if missing:
         raise UserError(
             f"{path} is not a complete stage directory: {', '.join(missing)} not found. "
-            "Expected the output of pretrain.py, finetune_sft.py, train_dpo.py or train_kto.py."
+            "Expected the output of pretrain.py or of another stage."
         )
 
     count_tensors(path, weights)

@@ -1,5 +1,6 @@
 """Load the configuration and model of a stage directory, or say what does not fit."""
 
+import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import torch
 import transformers.dynamic_module_utils
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,6 +40,9 @@ transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 transformers.utils.logging.disable_progress_bar()
 # An old name for which peft 0.21 still asks transformers; nothing that a user could fix
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+# Peft gives a model with virtual tokens the positions that it computes itself
+warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
 # Initialisations of LoRA that change the base's weights by chance, data or quantisation, so that
 # loading the adapter may not repeat them. PiSSA by full SVD and OLoRA are repeatable.
@@ -81,14 +86,18 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     return config
 
 
-def load_model(path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load the causal LM of a stage directory in fp32; an adapter is merged into its base.
+def load_model(
+    path: str | Path, attn_implementation: str | None = None, scores: bool = False
+) -> PreTrainedModel:
+    """Load the causal LM of a stage directory in fp32, or the reward model if it `scores` replies;
+    an adapter is merged into its base.
 
     Raises:
-        UserError: the directory is not a stage directory, or its files cannot be read or do not
-            belong together.
+        UserError: the directory is not a stage directory, holds the other kind of model, or its
+            files cannot be read or do not belong together.
     """
     path = require_stage(path)
+    check_scores(path, scores)
     if is_adapter(path):
         model = load_adapter(path, attn_implementation)
         with loading_errors(path):
@@ -97,16 +106,10 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
         model.requires_grad_(True)
         return model
 
-    architectures = load_config(path).architectures or []
-    if any("SequenceClassification" in str(name) for name in architectures):
-        raise UserError(
-            f"{path} holds a reward model, which scores replies and writes none. Give a language"
-            " model."
-        )
     check_generation_config(path)
     check_unchanged(path)
     with loading_errors(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(load_config(path)).from_pretrained(
             path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
@@ -117,19 +120,45 @@ def load_model(path: str | Path, attn_implementation: str | None = None) -> PreT
     return model
 
 
-def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftModel:
+def load_for_reading(path: str | Path) -> PreTrainedModel | PeftModel:
+    """Load what a stage directory generates with and is measured by: as `load_model` does, but with
+    the virtual tokens of prompt and prefix tuning in front of the text, which cannot be merged."""
+    path = require_stage(path)
+    if is_adapter(path):
+        with loading_errors(path):
+            is_virtual = PeftConfig.from_pretrained(path).is_prompt_learning
+        if is_virtual:
+            return load_adapter(path, to_merge=False)
+    return load_model(path)
+
+
+def virtual_tokens(model: torch.nn.Module, embedded: bool = False) -> int:
+    """The number of virtual tokens in front of a model's text; `embedded`: only of those that it
+    computes like tokens, with logits of their own (prompt tuning), not of keys and values."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    config = model.active_peft_config
+    is_counted = not embedded or config.peft_type != PeftType.PREFIX_TUNING
+    return config.num_virtual_tokens * is_counted
+
+
+def load_adapter(
+    path: Path, attn_implementation: str | None = None, to_merge: bool = True
+) -> PeftModel:
     """Load an adapter on its base, both in fp32 and not merged.
 
     Raises:
-        UserError: it cannot be merged, or the base it was trained on cannot be restored.
+        UserError: it cannot be merged, where it is `to_merge`, or the base it was trained on cannot
+            be restored.
     """
     with loading_errors(path):
         config = PeftConfig.from_pretrained(path)
-    if config.is_prompt_learning:
+    if config.is_prompt_learning and to_merge:
         raise UserError(
             f"{path} holds {config.peft_type.value.lower().replace('_', ' ')}: tokens in front of"
             " the text, which no weights can express, so it can be neither merged, exported nor"
-            " trained on. Use it through peft (docs/export.md), or train a LoRA adapter."
+            " trained on. Chat and generate with it as it is (docs/adapters.md), or train a LoRA"
+            " adapter."
         )
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(UNREPEATABLE_INITS):
@@ -141,14 +170,19 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
         )
 
     check_unchanged(path)
-    base = load_model(adapter_base(path), attn_implementation)
+    base_path = adapter_base(path)
+    base = load_model(base_path, attn_implementation, holds_reward_model(base_path))
+    if holds_reward_model(path):  # the adapter brings its own score head
+        base = with_score_head(base)
     # A chat template's end token may not be the base's
     align_special_tokens(base, load_tokenizer(path))
     with loading_errors(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # errors below
         model = PeftModel.from_pretrained(base, path, config=config)
         report = model.load_adapter(path, model.active_adapter)  # again: the first reports nothing
-    check_fit(path, report.missing_keys, report.unexpected_keys)
+    # Peft reports this one although it has read it
+    unexpected = {*report.unexpected_keys} - {"prompt_embeddings" * config.is_prompt_learning}
+    check_fit(path, report.missing_keys, unexpected)
 
     adapted = {
         key.split(".lora_")[0].split(".")[-1] for key in model.state_dict() if ".lora_" in key
@@ -162,6 +196,70 @@ def load_adapter(path: Path, attn_implementation: str | None = None) -> PeftMode
             " their own."
         )
     return model
+
+
+# Reward models
+
+
+def holds_reward_model(path: Path) -> bool:
+    """Whether a stage directory holds a model that scores replies, as an adapter or complete;
+    raises UserError."""
+    if is_adapter(path):
+        fields = {"task_type": str | None}
+        adapter = read_json(path / "adapter_config.json", COPY, fields=fields)
+        return adapter.get("task_type") == TaskType.SEQ_CLS
+    return is_reward_config(load_config(path))
+
+
+def is_reward_config(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a model that scores replies."""
+    return any("SequenceClassification" in str(name) for name in config.architectures or ())
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The library's class that builds the model of a configuration."""
+    reward = is_reward_config(config)
+    return AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+
+
+def check_scores(path: Path, scores: bool) -> None:
+    """Raises UserError unless the model of a stage directory `scores` replies, or writes them."""
+    if holds_reward_model(path) and not scores:
+        raise UserError(
+            f"{path} holds a reward model, which scores replies and writes none. Give a language"
+            " model."
+        )
+    if scores and not holds_reward_model(path):
+        raise UserError(
+            f"{path} holds a language model, which writes replies and scores none. Give a reward"
+            " model, the output of train_reward.py."
+        )
+
+
+def reward_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the reward model on a language model's body; that of a reward model as
+    it is."""
+    if is_reward_config(config):
+        return config
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    config.architectures = ["MiniMindForSequenceClassification"]
+    return config
+
+
+def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The reward model on a language model's body, with a score head drawn from the normal
+    distribution of `initializer_range`; a reward model as it is."""
+    if is_reward_config(model.config):
+        return model
+    with torch.device("meta"):
+        reward = AutoModelForSequenceClassification.from_config(
+            reward_config(model.config), attn_implementation=model.config._attn_implementation
+        )
+    reward.model = model.model
+    reward.score = torch.nn.Linear(*reward.score.weight.shape[::-1], bias=False)
+    torch.nn.init.normal_(reward.score.weight, std=reward.config.initializer_range)
+    return reward.to(model.device).train(model.training)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
-from trl import DPOConfig, KTOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from minimind.common.bounds import seconds_of
 from minimind.common.launch import bf16_is_fast
@@ -21,6 +21,8 @@ from minimind.training.output_directory import RUN, checkpoints
 from minimind.training.preference_losses import LOSSES, OWN_LOSSES, check_kto, check_losses
 from minimind.training.schedules import check_recomputation, check_schedule, check_time_budget
 
+# Parts of the names of metrics that are better if lower, beside the losses
+LOWER_IS_BETTER = ("bits_per_byte", "rewards/rejected", "logps/rejected", "kl/")
 SCHEDULES = {"choices": [each.value for each in SchedulerType]}
 
 
@@ -215,7 +217,9 @@ class StageConfig(TrainingArguments):
                 " --eval_steps"
             )
         self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-        if self.greater_is_better is None and "bits_per_byte" in self.metric_for_best_model:
+        if self.greater_is_better is None and any(
+            part in self.metric_for_best_model for part in LOWER_IS_BETTER
+        ):
             self.greater_is_better = False  # the library maximises everything but a loss
         strategy = SaveStrategy(self.save_strategy or "no")
         if self.load_best_model_at_end and strategy == SaveStrategy.NO:
@@ -311,7 +315,9 @@ class DPOStageConfig(StageConfig, DPOConfig):
     simpo_gamma: float = HfArg(
         default=0.5, help="SimPO's margin between the rewards of chosen and rejected replies."
     )
-    max_length: int | None = HfArg(default=2048, help="Tokens of a prompt with its reply at most.")
+    # Not options: the rows are within the limits of PreferenceArguments
+    max_length: int | None = dataclasses.field(default=None, init=False)
+    truncation_mode: str = dataclasses.field(default="keep_start", init=False)
     precompute_ref_log_probs: bool = HfArg(
         default=True,
         help="Compute the reference's log-probabilities once, before training, and keep them; with "
@@ -370,6 +376,34 @@ class KTOStageConfig(StageConfig, KTOConfig):
         refuse_meaningless(self, model_init_kwargs="the model is loaded before TRL sees it")
         super().__post_init__()
         check_kto(self)
+
+
+@dataclass
+class RewardStageConfig(StageConfig, RewardConfig):
+    """Arguments of train_reward.py."""
+
+    output_dir: str | None = HfArg(default="runs/reward", help="The stage directory to write.")
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
+    # Not an option: the rows are within the limits of PreferenceArguments
+    max_length: int | None = dataclasses.field(default=None, init=False)
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data.")
+    weight_decay: float = HfArg(default=0.01, help="Weight decay of AdamW.")
+
+    def __post_init__(self):
+        refuse_meaningless(
+            self,
+            chat_template_path="give --chat_template",
+            eos_token="the chat template decides",
+            pad_token="the tokenizer has its own",
+            model_init_kwargs="the model is loaded before TRL sees it",
+            sample_prompts="a reward model writes no text",
+        )
+        if self.sample_steps > 0:
+            raise ValueError(
+                f"--sample_steps {self.sample_steps} has no meaning here: a reward model writes no"
+                " text"
+            )
+        super().__post_init__()
 
 
 def refuse_meaningless(arguments: Any, **answers: str) -> None:

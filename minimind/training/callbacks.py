@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from minimind.common.errors import UserError
 from minimind.common.language import say
+from minimind.evaluation import TIMES
 from minimind.model.modeling_minimind import MiniMindTopKRouter
 from minimind.training.callback_handler import Decoration
 
@@ -79,11 +80,21 @@ class EarlyStopping(EarlyStoppingCallback):
 
 class Baseline(TrainerCallback):
     """Makes the evaluation before the first step the best so far, which the run has to beat, unless
-    it is not finite: nothing compares with that."""
+    it is not finite: nothing compares with that.
+
+    Raises:
+        UserError: an evaluation has no `--metric_for_best_model`.
+    """
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         name = args.metric_for_best_model
         value = metrics.get(name if name.startswith("eval_") else f"eval_{name}") if name else None
+        if name and value is None:
+            names = [key for key in metrics if key.startswith("eval_") and not key.endswith(TIMES)]
+            raise UserError(
+                f"--metric_for_best_model {name}: the evaluation has no such metric, only"
+                f" {', '.join(names)}."
+            )
         if not state.global_step and value is not None and math.isfinite(value):
             state.best_metric = value
 

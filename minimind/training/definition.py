@@ -37,7 +37,8 @@ HARMLESS = frozenset(HARMLESS_NAMES.split())
 EVALUATIONS = {"eval_strategy", "eval_steps", "eval_delay"}
 # Without these the files of a checkpoint fit neither the model nor the optimizer.
 DECISIVE = (
-    *("stage", "model", "tokenizer", "optim", "deepspeed", "use_peft", "lora_r"),
+    *("stage", "model", "tokenizer", "optim", "deepspeed", "use_peft", "peft_type"),
+    *("num_virtual_tokens", "lora_r"),
     *("lora_target_modules", "lora_target_parameters", "modules_to_save", "use_dora"),
 )
 INFORMATION = ("libraries", "device", "threads")  # may change the last bits: reported, not refused

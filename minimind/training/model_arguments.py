@@ -1,5 +1,6 @@
 """Which model a stage trains."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from minimind.common.bounds import check_numbers
 from minimind.common.errors import UserError
 from minimind.common.files import read_json
 from minimind.common.options import suggestion
+from minimind.training.adapters import ADAPTERS, VIRTUAL
 from minimind.training.arguments import refuse_meaningless
 
 
@@ -36,8 +38,17 @@ class PretrainModelArguments:
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's model arguments; LoRA reaches every linear layer by default."""
+    """TRL's model arguments, and peft's other adapters; LoRA reaches every linear layer by
+    default."""
 
+    peft_type: str = HfArg(
+        default="lora",
+        help="The adapter of --use_peft; see docs/adapters.md.",
+        metadata={"choices": list(ADAPTERS)},
+    )
+    num_virtual_tokens: int = HfArg(
+        default=16, help="Virtual tokens of prompt_tuning and prefix_tuning."
+    )
     lora_target_modules: list[str] | None = HfArg(
         default_factory=lambda: ["all-linear"], help="LoRA target modules."
     )
@@ -51,11 +62,34 @@ class ModelArguments(ModelConfig):
             load_in_8bit="nothing is trained on quantised weights",
             load_in_4bit="nothing is trained on quantised weights",
         )
+        self._check_adapter()
         if self.lora_target_parameters and (self.use_dora or self.lora_dropout):
             raise UserError(
                 "--lora_target_parameters adapts stacked tensors, for which peft has neither DoRA"
                 " nor dropout. Leave out --use_dora and --lora_dropout, or the target parameters."
             )
+
+    def _check_adapter(self) -> None:
+        """Raise UserError for options of another adapter than that of --peft_type."""
+        kind = self.peft_type
+        if kind != "lora" and not self.use_peft:
+            raise UserError(f"--peft_type {kind} is about adapters: give --use_peft too.")
+        defaults = {each.name: _default(each) for each in dataclasses.fields(self)}
+        defaults["lora_target_modules"] = "all-linear"  # as TRL has shortened it
+        owners = {"num_virtual_tokens": VIRTUAL}
+        owners |= {name: ("lora",) for name in defaults if name.startswith(("lora_", "use_dora"))}
+        owners |= {"use_rslora": ("lora",)}
+        for name, kinds in owners.items():
+            if getattr(self, name) != defaults[name] and kind not in kinds:
+                raise UserError(
+                    f"--{name} is an option of --peft_type {' and '.join(kinds)}, and this one is"
+                    f" {kind}. Leave it out."
+                )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    has_factory = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if has_factory else field.default
 
 
 def load_model_config_file(path: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from minimind.common.options import HelpAll, OptionFormatter, Version
 NAMES = {
     "data": "train_files eval_files",
     "model": (
-        "model_name_or_path model_config tokenizer attn_implementation use_peft lora_r lora_alpha "
-        "lora_dropout lora_target_modules"
+        "model_name_or_path model_config tokenizer attn_implementation use_peft peft_type lora_r "
+        "lora_alpha lora_dropout lora_target_modules num_virtual_tokens"
     ),
     "training": (
         "num_train_epochs max_steps time_budget per_device_train_batch_size "
@@ -43,7 +43,9 @@ NAMES = {
     ),
 }
 GROUPS = {heading: names.split() for heading, names in NAMES.items()}
-HEADINGS = {"DataArguments": "data", "ChatArguments": "data"}
+HEADINGS = dict.fromkeys(
+    ("DataArguments", "TemplateArguments", "ChatArguments", "PreferenceArguments"), "data"
+)
 HEADINGS |= {"PretrainModelArguments": "model", "ModelArguments": "model"}
 REST = "everything else, of transformers and TRL"
 LENGTH = 130  # characters of a library's description in the short help

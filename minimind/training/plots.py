@@ -21,6 +21,25 @@ CHARTS = (
     ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
     ("Reward margin", "", ("rewards/margins", "eval_rewards/margins"), False),
+    *(
+        (title, unit, tuple(f"{part}{key}" for key in keys for part in ("", "eval_")), from_zero)
+        for title, unit, keys, from_zero in (
+            ("Rewards", "", ("rewards/chosen", "rewards/rejected"), False),
+            ("Log-probability", "nats per reply", ("logps/chosen", "logps/rejected"), False),
+            ("Log-odds of chosen over rejected", "nats", ("log_odds_chosen",), False),
+            ("KL to the reference", "nats per token of the data", ("kl/token",), False),
+            ("Entropy", "nats per token", ("entropy",), True),
+            ("Length", "tokens per reply", ("lengths/chosen", "lengths/rejected"), True),
+            (
+                "Reward accuracy by which reply is longer",
+                "share of pairs",
+                ("rewards/accuracies_longer", "rewards/accuracies_shorter"),
+                True,
+            ),
+        )
+    ),
+    ("Accuracy", "share of pairs", ("accuracy", "eval_accuracy"), True),
+    ("Margin", "reward of chosen less that of rejected", ("margin", "eval_margin"), False),
     ("Learning rate", "", ("learning_rate",), True),
     ("Gradient norm", "", ("grad_norm",), True),
     ("Speed", "tokens/s", ("tokens_per_second",), True),
@@ -46,7 +65,8 @@ def read_log(file: Path) -> list[dict]:
 
 def loss_unit(stage: str) -> str:
     """What a stage's loss is a mean of."""
-    return {"dpo": "per pair", "kto": "per reply"}.get(stage, "nats per token")
+    units = {"dpo": "per pair", "reward": "per pair", "kto": "per reply"}
+    return units.get(stage, "nats per token")
 
 
 def curve(log: Sequence[dict], key: str) -> list[tuple[float, float]]:

@@ -18,11 +18,12 @@ from minimind.data.packing import IGNORED
 from minimind.data.preference_batches import PreferenceCollator, repetitions, visible_tokens
 from minimind.model.kernels_minimind import PIECE, CrossEntropy
 from minimind.training.preference_losses import OWN_LOSSES, needs_reference
+from minimind.training.preference_metrics import PreferenceMetrics
 from minimind.training.references import CachedReferences
 from minimind.training.trainers import ScheduledTrainer
 
 
-class PreferenceTrainer(ScheduledTrainer, CachedReferences, DPOTrainer):
+class PreferenceTrainer(PreferenceMetrics, ScheduledTrainer, CachedReferences, DPOTrainer):
     """For rows of `load_preferences`. Identical to TRL's except:
 
     It takes token ids, where TRL would tokenise texts and take control tokens in somebody's words
@@ -36,13 +37,15 @@ class PreferenceTrainer(ScheduledTrainer, CachedReferences, DPOTrainer):
 
     The losses of preference_losses.py are added. Where there is no reference, rewards are beta
     times the mean log-probability of a reply's tokens.
+
+    It logs more, see `PreferenceMetrics`.
     """
 
     # TRL gathers the rewards of a micro-batch, of which every process needs as many
     shares_last_rows = False
 
     reference_inputs = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-    reference_options = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16")
+    reference_options = ("ld_alpha", "bf16", "fp16")
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(self, *, model: PreTrainedModel, ref_model=None, args, processing_class, **kwargs):
@@ -52,8 +55,6 @@ class PreferenceTrainer(ScheduledTrainer, CachedReferences, DPOTrainer):
         self.cpu_reference = ref_model if on_cpu else None
         collator = PreferenceCollator(
             processing_class.pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
             packed=True,
             # Flash attention knows no such mask

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedModel
 
 from minimind.common.errors import UserError
 from minimind.common.language import say
 from minimind.data.packing import IGNORED
-from minimind.stage_directory import load_model
+from minimind.stage_directory import (
+    holds_reward_model,
+    is_reward_config,
+    load_model,
+    require_stage,
+)
 from minimind.tokenizer import load_tokenizer
 from minimind.training.kept_batches import read_batch
 
@@ -44,7 +49,8 @@ def replay(
             " compute with, such as the run's directory or its last checkpoint: --model DIR."
         )
     path = Path(model) if model is not None else directory / record["weights"]
-    network, tokenizer = load_model(path).train(), load_tokenizer(path)
+    scores = holds_reward_model(require_stage(path))
+    network, tokenizer = load_model(path, scores=scores).train(), load_tokenizer(path)
     micro_batches = [
         ({"process": process, "micro_batch": number}, batch)
         for process, batches in processes.items()
@@ -104,9 +110,14 @@ def _token_losses(
     """The loss of every predicted token, 0 where none is trained, and the labels; both (rows,
     length - 1).
 
-    Of a preference pair's batch the replies count: its loss is computed from their likelihoods.
+    Of a preference pair's batch the replies count: its loss is computed from their likelihoods. A
+    reward model has one loss for a pair, which both its rows get here.
     """
     inputs = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
+    if is_reward_config(model.config):
+        chosen, rejected = model(**inputs, use_cache=False).logits.float().chunk(2)
+        losses = -logsigmoid(chosen - rejected).repeat(2, 1)
+        return losses, torch.zeros_like(losses, dtype=torch.long)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     labels = batch.get("labels", batch["input_ids"])
     if "labels" not in batch and "completion_mask" in batch:

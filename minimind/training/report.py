@@ -18,7 +18,7 @@ from minimind.common.charts import bar_chart
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import read_json, write_text
 from minimind.common.page import page, table
-from minimind.evaluation import TIMES
+from minimind.evaluation import TIMES, read_rewards
 from minimind.stage_directory import read_stage
 from minimind.training.callback_handler import Decoration
 from minimind.training.plots import charts, loss_unit, read_log
@@ -40,6 +40,7 @@ TILES = (  # key of the log, name on the page, format
     ("eval_loss", "held-out loss", "{:.4f}"),
     ("eval_bits_per_byte", "held-out bits per byte", "{:.4f}"),
     ("eval_rewards/accuracies", "held-out reward accuracy", "{:.1%}"),
+    ("eval_accuracy", "held-out accuracy", "{:.1%}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("mfu", "MFU", "{:.1%}"),
     ("memory_gib", "memory", "{:.2f} GiB"),
@@ -103,8 +104,10 @@ def report_page(directory: Path, record: dict[str, Any]) -> str:
     sections = {
         "": lambda: _summary(record, log),
         "Curves": lambda: charts(log, loss_unit(stage)),
+        "What the curves say": lambda: _reading(record.get("reading")),
         "Loss of single tokens": lambda: histogram(record.get("token_loss")),
         "Held-out metrics": lambda: _metrics(record, log),
+        "Rewards": lambda: _rewards(stage, record),
         "Samples": lambda: _samples(read_samples(directory / "samples.jsonl")),
         "Data": lambda: _data(record.get("data") or {}),
         "What is trained": lambda: _mask(directory / "mask_report.json"),
@@ -156,6 +159,15 @@ def histogram(counts: dict | None) -> str:
     )
 
 
+def _reading(findings: Sequence[dict] | None) -> str:
+    """What is wrong with a preference training; see `preference_reading.read_curves`."""
+    if findings is None:
+        return ""
+    fields = ("severity", "text", "advice")
+    rows = [[finding[field] for field in fields] for finding in findings]
+    return table(fields, rows) or "<p>Nothing unusual.</p>"
+
+
 def _metrics(record: dict, log: Sequence[dict]) -> str:
     metrics = record.get("metrics")
     if not metrics and (evaluations := [entry for entry in log if "eval_loss" in entry]):
@@ -177,6 +189,14 @@ def _metrics(record: dict, log: Sequence[dict]) -> str:
         metric, value = escape(best["metric"]), best["value"]
         shown += f"<p>Best: {metric} {value:.6g} after step {best['step']:,}.</p>"
     return shown
+
+
+def _rewards(stage: str, record: dict) -> str:
+    """What a reward model's held-out metrics say, in sentences."""
+    metrics = (record.get("metrics") or {}).get("after")
+    if stage != "reward" or not metrics:
+        return ""
+    return "".join(f"<p>{escape(sentence)}.</p>" for sentence in read_rewards(metrics))
 
 
 def _samples(rows: Sequence[dict]) -> str:

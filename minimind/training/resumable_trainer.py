@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from minimind.common.errors import UserError, reason
 from minimind.common.language import say
-from minimind.stage_directory import check_fit
+from minimind.stage_directory import check_fit, virtual_tokens
 from minimind.training.checkpoints import best_of, restore_logs
 from minimind.training.definition import LENGTH, is_about
 from minimind.training.guards import GuardedTrainer
@@ -120,7 +120,11 @@ class ResumableTrainer(GuardedTrainer):
         tied = getattr(self.model, "all_tied_weights_keys", ())
         missing = [key for key in load_result.missing_keys if key not in tied]
         path = Path(self.args.resume_from_checkpoint or self.args.output_dir)
-        check_fit(path, missing, load_result.unexpected_keys)
+        # Peft reports this one although it has read it
+        unexpected = {*load_result.unexpected_keys}
+        if virtual_tokens(self.accelerator.unwrap_model(self.model)):
+            unexpected.discard("prompt_embeddings")
+        check_fit(path, missing, unexpected)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """The library's; then an accepted change of rate, decay or betas replaces the

@@ -57,6 +57,7 @@ from minimind.training.memory_growth import MemoryCallback
 from minimind.training.output_directory import unlock_directory
 from minimind.training.plan_callback import PlanCallback, planned_speed
 from minimind.training.plots import loss_unit, plot_loss, read_log
+from minimind.training.preference_reading import read_curves, say_findings
 from minimind.training.progress import ProgressCallback
 from minimind.training.record import best_evaluation, changed_options, git_commit, token_loss
 from minimind.training.report import ReportCallback, title_of, write_report
@@ -192,7 +193,7 @@ class Stage:
         per_nat = bits_per_nat(self.facts["train"])
         self.progress = ProgressCallback(self.output_dir, trainer, per_nat)
         self.samples = None
-        if args.sample_steps >= 0:
+        if args.sample_steps >= 0 and not self.spec.scores:
             tokenizer, positions = trainer.processing_class, config.max_position_embeddings
             prompts = prepare_prompts(args, not self.spec.reads_documents, tokenizer, positions)
             self.samples = SampleCallback(
@@ -360,6 +361,12 @@ class Stage:
         if report:
             with decoration("keeping the mask report"):
                 write_json(self.output_dir / "mask_report.json", report)
+        with decoration("reading the curves"):
+            pairs = len(trainer.eval_dataset) if self.data.eval is not None else 0
+            findings = read_curves(read_log(self.output_dir / "train_log.jsonl"), pairs)
+            if findings is not None:
+                record["reading"] = findings
+                say_findings(findings)
         with decoration("the losses of single tokens"):
             is_of_tokens = loss_unit(self.name) == "nats per token"
             record["token_loss"] = token_loss(trainer) if is_of_tokens else None

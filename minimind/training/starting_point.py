@@ -1,21 +1,31 @@
 """The model and tokenizer that a stage starts from, and whether the options fit them."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from minimind import MiniMindConfig
 from minimind.common.errors import UserError, reason
 from minimind.common.language import say
 from minimind.common.launch import is_main_process
 from minimind.costs.parameters import empty_model
-from minimind.stage_directory import check_kind, check_vocabulary, load_model, require_stage
+from minimind.stage_directory import (
+    check_kind,
+    check_vocabulary,
+    holds_reward_model,
+    is_reward_config,
+    load_model,
+    require_stage,
+    with_score_head,
+)
 from minimind.tokenizer import load_tokenizer
+from minimind.training.adapters import peft_config
 from minimind.training.model_arguments import load_model_config_file
 
 
@@ -61,12 +71,16 @@ def check_memory(config: MiniMindConfig, config_file: str) -> None:
 
 
 def starting_point(
-    directory: str | None, attn_implementation: str | None = None, default: str | None = None
+    directory: str | None,
+    attn_implementation: str | None = None,
+    default: str | None = None,
+    scores: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Path | None]:
     """The model, tokenizer and directory of the stage that the next one starts from.
 
     Without a `directory` it is `default`; if that does not exist either, a tiny model with
-    random weights and the default tokenizer, so that every script runs on its own.
+    random weights and the default tokenizer, so that every script runs on its own. A model that
+    `scores` replies gets a new score head, unless the stage was one of reward models.
     """
     if directory is None and not (default and (Path(default) / "stage.json").exists()):
         if is_main_process():
@@ -75,14 +89,15 @@ def starting_point(
                 " (--model_name_or_path)"
             )
         tokenizer = load_tokenizer()
-        return new_model("configs/model/tiny.json", tokenizer, attn_implementation), tokenizer, None
+        model = new_model("configs/model/tiny.json", tokenizer, attn_implementation)
+        return with_score_head(model) if scores else model, tokenizer, None
     path = require_stage(directory or default)
     check_attention(attn_implementation)
     tokenizer = load_tokenizer(path)
-    model = load_model(path, attn_implementation)
+    model = load_model(path, attn_implementation, scores and holds_reward_model(path))
     check_kind(model.config, path)
     check_vocabulary(model, tokenizer, path)
-    return model, tokenizer, path
+    return with_score_head(model) if scores else model, tokenizer, path
 
 
 def check_attention(attn_implementation: str | None) -> None:
@@ -118,20 +133,22 @@ def reference_model(model: PreTrainedModel, options, args: ModelConfig) -> PreTr
 def adapter_config(args: ModelConfig, model: PreTrainedModel) -> PeftConfig | None:
     """The adapter that the options configure, or None; raises UserError where it does not fit the
     model."""
-
-    config = get_peft_config(args)
+    config = peft_config(args)
     if config is not None:
+        if is_reward_config(model.config):
+            config.task_type = TaskType.SEQ_CLS  # the score head is trained and saved too
         empty_model(copy.deepcopy(model.config), config)
     return config
 
 
-def check_length(name: str, length: int, config: MiniMindConfig) -> None:
+def check_length(lengths: Mapping[str, int], config: MiniMindConfig) -> None:
     """Raise UserError for rows longer than the model has positions, or too short to predict
-    anything."""
+    anything. `lengths`: the options of which the sum is the length of a row."""
+    name, length = " + --".join(lengths), sum(lengths.values())
     if length > config.max_position_embeddings:
         raise UserError(
             f"--{name} {length:,} is beyond the model's max_position_embeddings"
-            f" ({config.max_position_embeddings:,}). Lower --{name}, or train a model with more"
+            f" ({config.max_position_embeddings:,}). Lower it, or train a model with more"
             " positions."
         )
     if length < 2:

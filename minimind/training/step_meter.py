@@ -99,12 +99,12 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     """The step of a trainer, and the mean length of its rows as the batches hold them."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     unpaired = hasattr(trainer, "calculate_KL")  # KTO's
-    pairs = hasattr(trainer, "ref_model") and not unpaired
     adapter = isinstance(model, PeftModel)
 
     # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
+    pairs = "prompt_ids" in rows
     shared_prompts = pairs  # see PreferenceTrainer
     if rows:
         found = row_lengths(rows, pairs, shared_prompts)

@@ -14,8 +14,9 @@ from trl import SFTTrainer, pack_dataset
 
 from minimind.common.bounds import MOST
 from minimind.common.errors import UserError, decoration
-from minimind.data.packing import IGNORED, PackedCollator
+from minimind.data.packing import IGNORED, PackedCollator, PaddedCollator
 from minimind.evaluation import bits_per_byte
+from minimind.stage_directory import virtual_tokens
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
 from minimind.training.dataloaders import LoadingTrainer
 from minimind.training.optimizers import build_optimizer
@@ -247,18 +248,21 @@ class ChatSFTTrainer(ScheduledTrainer, ModelLossTrainer):
     a step: those of its micro-batches and of all processes.
 
     Packing is best-fit over all of the data, not over each 1,000 rows, and a batch of rows stays in
-    rows.
+    rows. Rows behind virtual tokens are padded instead, see `adapters.fit_virtual_tokens`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.weighted = "loss_weights" in self.train_dataset.column_names
+        model = self.accelerator.unwrap_model(self.model)
         if self.weighted:
-            model = self.accelerator.unwrap_model(self.model)
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             base.loss_function = weighted_causal_lm_loss
         pad_id, multiple = self.processing_class.pad_token_id, self.args.pad_to_multiple_of
         self.data_collator = PackedCollator(pad_id, multiple)
+        if virtual_tokens(model):
+            embedded = virtual_tokens(model, embedded=True)
+            self.data_collator = PaddedCollator(pad_id, multiple, embedded)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class, args, packing: bool, *rest
