@@ -222,7 +222,7 @@ def test_a_run_from_a_file_of_ratings_writes_a_stage(
     file = write_jsonl("rated.jsonl", chats)
     run_cli("inspect", file, "--json", "--rows", "1")
     report = json.loads(capsys.readouterr().out)
-    assert (report["stage"], report["rows"]) == ("sft", 20)
+    assert (report["stage"], len(report["rows"]), report["replies_trained"]) == ("sft", 1, 20)
 
     words = short_run(tmp_path / "kto", max_length=64)
     run_script(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from pipeline import pair_rows, run_script, short_run
 from torch.nn.functional import log_softmax
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -302,3 +303,19 @@ REFUSED = [
 def test_options_that_do_not_fit_the_losses_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DPOStageConfig(output_dir=str(tmp_path), **{"per_device_train_batch_size": 2} | options)
+
+
+@pytest.mark.parametrize("option", ["sync_ref_model", "ref_model_on_cpu"])
+def test_with_an_adapter_an_option_about_a_second_model_stops_before_anything_is_written(
+    model, tokenizer, tmp_path, monkeypatch, write_jsonl, capsys, option
+):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = short_run(tmp_path / "out", precompute_ref_log_probs=False, use_peft=True)
+    words += [f"--{option}", "true", "--model_name_or_path", tmp_path / "base", "--max_length", 64]
+    with pytest.raises(SystemExit):
+        run_script(
+            monkeypatch, "train_dpo", *words, "--train_files", write_jsonl("p.jsonl", pair_rows())
+        )
+    assert f"--{option} is about a second model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
