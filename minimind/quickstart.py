@@ -30,12 +30,13 @@ from minimind.training.arguments import PretrainConfig
 from minimind.training.model_arguments import load_model_config_file
 from minimind.training.optimizers import build_optimizer
 
-STAGES = ("pretrain", "sft", "lora", "dpo")
+STAGES = ("pretrain", "sft", "lora", "dpo", "reward")
+CHAT_STAGES = STAGES[:-1]  # whose models answer questions
 # The options of length; of pairs they are two
 LENGTHS = ("block_size", "max_length", "max_prompt_length", "max_completion_length")
 VOCABULARY = 1200  # as the script trains it
-# What the script starts, each with the same libraries: data, tokenizer, four stages, summary
-PROCESSES = 7
+# What the script starts, each with the same libraries: data, tokenizer, five stages, summary
+PROCESSES = 8
 
 
 def processor() -> str:
@@ -88,7 +89,7 @@ def steps_in_all(recipes: dict[str, dict]) -> float:
     for name, recipe in recipes.items():
         rows = recipe["max_steps"] * recipe["per_device_train_batch_size"]
         length = sum(recipe.get(option, 0) for option in LENGTHS)
-        tokens[name] = rows * length * (2 if name == "dpo" else 1)
+        tokens[name] = rows * length * (2 if name in ("dpo", "reward") else 1)
     return sum(tokens.values()) / tokens["pretrain"] * recipes["pretrain"]["max_steps"]
 
 
@@ -116,13 +117,12 @@ def read_measured(stage: Path) -> dict:
     number, remedy = int | float, "Delete the directory and run scripts/quickstart.sh again."
     fields = {"seconds": number, "tokens_seen": int, "tokens_per_second": number, "metrics": dict}
     record = read_json(stage / "stage.json", remedy, fields=fields)
-    if stage.name == "pretrain":
+    measures = {"pretrain": "bits_per_byte", "reward": "accuracy"}
+    if measure := measures.get(stage.name):
         for when in ("before", "after"):
             where = f"{stage / 'stage.json'}: the metrics"
             require_fields(where, record["metrics"], {when: dict}, remedy)
-            require_fields(
-                f"{where} {when}", record["metrics"][when], {"bits_per_byte": number}, remedy
-            )
+            require_fields(f"{where} {when}", record["metrics"][when], {measure: number}, remedy)
     return record
 
 
@@ -131,8 +131,8 @@ def summarise(run: Path) -> dict:
     facts = read_questions([str(run / "data" / "sft_eval.jsonl")])
     skill = read_questions([str(run / "data" / "lora_eval.jsonl")])
     records = {name: read_measured(run / name) for name in STAGES}
-    models = {name: load_for_generation(str(run / name)) for name in STAGES}
-    on_facts = {name: score(*models[name], facts) for name in STAGES}
+    models = {name: load_for_generation(str(run / name)) for name in CHAT_STAGES}
+    on_facts = {name: score(*models[name], facts) for name in CHAT_STAGES}
     on_skill = {name: score(*models[name], skill) for name in ("sft", "lora")}
 
     def change(scores: dict, before: str, after: str, measure: str = "exact_match") -> dict:
@@ -151,6 +151,7 @@ def summarise(run: Path) -> dict:
             "preferred": change(on_facts, "sft", "dpo", "courteous"),
             "kept": change(on_facts, "sft", "dpo"),
         },
+        "reward": change(records["reward"]["metrics"], "before", "after", "accuracy"),
         "questions": {"facts": len(facts), "new_skill": len(skill)},
         "stages": {name: {key: record[key] for key in timing} for name, record in records.items()},
         "chat": sample_chat(*models["dpo"], facts),
@@ -190,6 +191,7 @@ def show(summary: dict, console: Terminal) -> None:
     row("lora", "held-out questions right", summary["lora"]["kept"], ".1%", first=False)
     row("dpo", "courteous answers", summary["dpo"]["preferred"], ".1%")
     row("dpo", "held-out questions right", summary["dpo"]["kept"], ".1%", first=False)
+    row("reward", "held-out pairs right", summary["reward"], ".1%")
     console.print(table)
     for message in summary["chat"]:
         mark = ">" if message["role"] == "user" else " "

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to an aligned chat model on the embedded corpus: tokenizer, pretraining, SFT, LoRA, DPO, evaluation.
+# From nothing to an aligned chat model on the embedded corpus: tokenizer, pretraining, SFT, LoRA, DPO,
+# a reward model, evaluation.
 # 2 CPU cores are enough, no network after the install; the first lines say about how long it takes on this machine.
 # A finished stage is not repeated: delete runs/quickstart to start afresh.
 set -euo pipefail
@@ -28,6 +29,7 @@ stage pretrain  $run/pretrain/stage.json       python pretrain.py --config confi
 stage sft       $run/sft/stage.json            python finetune_sft.py --config configs/sft/quickstart.yaml
 stage lora      $run/lora/stage.json           python finetune_sft.py --config configs/lora/quickstart.yaml
 stage dpo       $run/dpo/stage.json            python train_dpo.py --config configs/dpo/quickstart.yaml
+stage reward    $run/reward/stage.json         python train_reward.py --config configs/reward/quickstart.yaml
 echo "== evaluation"
 python -m minimind.quickstart $run
 echo "The figures are in $run/summary.json after $((SECONDS - began)) s. Next:  minimind chat $run/dpo"
