@@ -311,8 +311,14 @@ def test_with_an_adapter_an_option_about_a_second_model_stops_before_anything_is
 ):
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    words = short_run(tmp_path / "out", precompute_ref_log_probs=False, use_peft=True)
-    words += [f"--{option}", "true", "--model_name_or_path", tmp_path / "base", "--max_length", 64]
+    words = short_run(
+        tmp_path / "out",
+        max_prompt_length=64,
+        max_completion_length=64,
+        precompute_ref_log_probs=False,
+        use_peft=True,
+    )
+    words += [f"--{option}", "true", "--model_name_or_path", tmp_path / "base"]
     with pytest.raises(SystemExit):
         run_script(
             monkeypatch, "train_dpo", *words, "--train_files", write_jsonl("p.jsonl", pair_rows())

@@ -104,8 +104,8 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     # Lengths: each batch is padded to its longest row, but for pairs that share rows
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
-    pairs = "prompt_ids" in rows
-    shared_prompts = pairs  # see PreferenceTrainer
+    pairs = "rejected_ids" in rows
+    shared_prompts = pairs and hasattr(trainer, "ref_model")  # see PreferenceTrainer
     if rows:
         found = row_lengths(rows, pairs, shared_prompts)
         lengths = [row.length for row in found]
