@@ -169,7 +169,6 @@ REWARD = replace(
     family="reward",
     script="train_reward.py",
     arguments=(DataArguments, PreferenceArguments, ModelArguments, RewardStageConfig),
-    shared_prompts=False,
     scores=True,
 )
 STAGES = {spec.name: spec for spec in (PRETRAIN, SFT, LORA, DPO, KTO, REWARD)}

@@ -210,6 +210,8 @@ def stage_of(path: Path, overrides: Sequence[str]) -> str:
     if len(fitting) > 1 and (files := recipe.get("train_files")):
         columns = Columns(recipe.get("columns"))
         fitting = [recognise_stage(files if isinstance(files, list) else [files], columns)]
+    if fitting == ["dpo", "kto"]:  # the same options, and no data that would tell
+        fitting = ["dpo"]
     if len(fitting) > 1:
         raise UserError(
             f"{path} could be a recipe of {' or '.join(fitting)}. Say which with --stage"

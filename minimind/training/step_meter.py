@@ -105,7 +105,7 @@ def step_of(trainer: Trainer, device: Device) -> tuple[Step, float]:
     dataset = trainer.train_dataset
     rows = dataset[:SAMPLED_ROWS] if hasattr(dataset, "__getitem__") else {}
     pairs = "rejected_ids" in rows
-    shared_prompts = pairs and hasattr(trainer, "ref_model")  # see PreferenceTrainer
+    shared_prompts = pairs  # see PreferenceTrainer and RewardStageTrainer
     if rows:
         found = row_lengths(rows, pairs, shared_prompts)
         lengths = [row.length for row in found]
