@@ -153,7 +153,8 @@ def test_a_long_prompt_loses_its_oldest_turns_then_its_system_message_then_its_b
         assert counts == {"truncated": 1, "prompts_cut": 1}
     nothing = len(last) - len(words)
     assert pair_rows_of(pair, either, nothing) == ([], {"dropped": 1})
-    assert pair_rows_of(pair, either, 99999)[1] == {}
+    fitting = len(whole["prompt_ids"])
+    assert pair_rows_of(pair, either, fitting) == ([whole], {})
     assert pair_rows_of(pair, either, len(last), long_prompts="drop") == ([], {"dropped": 1})
 
 
