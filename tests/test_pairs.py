@@ -312,6 +312,7 @@ def test_keys_in_a_real_browser_choose_and_a_new_command_continues(serve, tmp_pa
         browser.wait_for("left", "<b>c</b>")  # the text, not its meaning
         browser.press("ArrowDown")
         browser.wait_for("left", "e")
+        assert choices == {0: "right", 1: "tie"}
         browser.press("ArrowUp")  # back, and another choice
         browser.wait_for("left", "<b>c</b>")
         browser.press("KeyS")
