@@ -17,7 +17,7 @@ from transformers import (
 
 from minimind import MiniMindConfig, MiniMindForSequenceClassification, generation
 from minimind.data.template_choice import set_chat_template
-from minimind.evaluation import RewardModel
+from minimind.evaluation import RewardModel, score_files
 from minimind.generation import Reply
 from minimind.stage_directory import read_stage
 from minimind.training.starting_point import starting_point
@@ -104,6 +104,18 @@ def test_the_score_head_is_new_and_small_and_a_reward_stage_keeps_its_own(world)
     again, *_ = starting_point(str(world / "reward"), scores=True)
     saved = load_file(world / "reward" / "model.safetensors")["score.weight"]
     torch.testing.assert_close(again.score.weight, saved)
+
+
+def test_an_adapter_on_an_adapter_scores_as_in_its_own_evaluation(world, monkeypatch, tmp_path):
+    words = ["--train_files", world / "pairs.jsonl", "--eval_files", world / "pairs.jsonl"]
+    words += ["--model_name_or_path", world / "lora", "--use_peft", "--on_findings", "warn"]
+    options = {"max_prompt_length": 32, "max_completion_length": 32, "max_steps": 1}
+    run_script(monkeypatch, "train_reward", *short_run(tmp_path / "on", **options), *words)
+    adapter = json.loads((tmp_path / "on" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(world / "lora")
+    _, metrics = score_files(RewardModel.load(tmp_path / "on"), [str(world / "pairs.jsonl")])
+    recorded = read_stage(tmp_path / "on")["metrics"]["after"]
+    assert metrics["margin"] == pytest.approx(recorded["margin"], abs=1e-4)
 
 
 def test_each_reply_of_a_conversation_is_scored_after_all_before_it(world, write_jsonl, tmp_path):
