@@ -102,9 +102,9 @@ def load_model(
         model = load_adapter(path, attn_implementation)
         with loading_errors(path):
             model = model.merge_and_unload()
-        # Peft froze the base, and a merged model is trained like any other. It is the adapter's: one
-        # that is trained on it has this directory as its base
+        # Peft froze the base, and a merged model is trained like any other
         model.requires_grad_(True)
+        # An adapter that is trained on it has this directory as its base
         model.config._name_or_path = str(path)
         return model
 
