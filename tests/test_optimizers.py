@@ -124,7 +124,7 @@ def test_a_matrix_moves_at_every_second_step_twice_as_far_as_by_torchs_muon(monk
             if (time + index) % 2:
                 assert not move.any()
             else:
-                assert torch.cosine_similarity(move.flatten(), reference.flatten(), dim=0) > 0.98
+                assert torch.cosine_similarity(move.flatten(), reference.flatten(), dim=0) > 0.96
                 assert 2 < move.norm() / reference.norm() < 2.6
 
 

@@ -39,15 +39,13 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     sum of their fourth powers. The products and the result are in bf16 where the device is fast in
     it, else in fp32.
     """
-    dtype = torch.bfloat16 if bf16_is_fast(matrices.device.type) else torch.float32
-    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = (matrices / norm.clamp(min=1e-7)).to(dtype)
+    x = matrices.to(torch.bfloat16 if bf16_is_fast(matrices.device.type) else torch.float32)
 
     # The root of the Gram matrix's norm is nearer to the largest singular value than x's norm is
     gram = x @ x.mT
     bound = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    bound = (1.01**2 * bound).clamp(min=1e-7)
-    x, gram = (x / bound.sqrt()).to(dtype), (gram / bound).to(dtype)
+    scale = (1.01**2 * bound).clamp(min=1e-14).rsqrt().to(x.dtype)
+    x, gram = x * scale, (gram * scale.float().square()).to(x.dtype)
 
     for step, (a, b, c) in enumerate(POLAR_EXPRESS):
         gram = x @ x.mT if step else gram
