@@ -105,23 +105,38 @@ def bf16(monkeypatch, fast):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_step_is_nearly_that_of_torchs_muon(monkeypatch, fast, decay):
+def test_a_matrix_moves_at_every_second_step_twice_as_far_as_by_torchs_muon(monkeypatch, fast):
     """Both are orthogonal only within the tolerance of their iterations."""
     bf16(monkeypatch, fast)
-    shapes = SHAPES[:4]
-    start = [matrix.detach().clone() for matrix in muon(shapes)[0]]
-    ours = moved(*muon(shapes, weight_decay=decay))
-    twins = muon(shapes)[0]
-    theirs = moved(
-        twins,
-        torch.optim.Muon(twins, lr=0.1, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-    )
-    for first, one, other in zip(start, ours, theirs, strict=True):
-        ours_move, theirs_move = one - first, other - first
-        cosine = torch.cosine_similarity(ours_move.flatten(), theirs_move.flatten(), dim=0)
-        assert cosine > 0.98
-        assert 1 < ours_move.norm() / theirs_move.norm() < 1.3
+    ours, optimizer = muon(SHAPES[:2], weight_decay=0.0)
+    twins = muon(SHAPES[:2])[0]
+    other = torch.optim.Muon(twins, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    draw = torch.Generator().manual_seed(1)
+    for time in range(4):
+        before = [[matrix.detach().clone() for matrix in each] for each in (ours, twins)]
+        for one, twin in zip(ours, twins, strict=True):
+            one.grad = torch.randn(*one.shape, generator=draw)
+            twin.grad = one.grad.clone()
+        optimizer.step()
+        other.step()
+        for index, (one, twin) in enumerate(zip(ours, twins, strict=True)):
+            move, reference = one - before[0][index], twin - before[1][index]
+            if (time + index) % 2:
+                assert not move.any()
+            else:
+                assert torch.cosine_similarity(move.flatten(), reference.flatten(), dim=0) > 0.96
+                assert 2 < move.norm() / reference.norm() < 2.6
+
+
+def test_every_matrix_decays_at_every_step():
+    matrices, optimizer = muon()
+    expected = [0.99**3 * matrix.detach() for matrix in matrices]
+    for matrix in matrices:
+        matrix.grad = torch.zeros_like(matrix)
+    for _ in range(3):
+        optimizer.step()
+    for matrix, each in zip(matrices, expected, strict=True):
+        torch.testing.assert_close(matrix.detach(), each)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -130,16 +145,16 @@ def test_singular_values_become_1_within_the_tolerance_of_the_method(monkeypatch
     draw = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(144, 144, generator=draw))[0]
     right = torch.linalg.qr(torch.randn(160, 144, generator=draw))[0]
-    values = torch.logspace(0, -1.9, 144)
-    values /= values.norm()
-    assert 0.003 < values.min() < 0.004
+    values = torch.logspace(0, -1.75, 144)
+    values /= values.norm(p=4)
+    assert 0.01 < values.min() < 0.011
     matrix = left * values @ right.T
     result = orthogonalized(torch.stack([matrix, 1e3 * matrix, 0 * matrix])).float()
     assert not result[2].any()
     for each in result[:2]:
         found = torch.linalg.svdvals(each)
-        assert 0.77 < found.min() < found.max() < 1.23
-        assert (torch.cosine_similarity(each, left @ right.T, dim=1) > 0.98).all()
+        assert 0.7 < found.min() < found.max() < 1.3
+        assert (torch.cosine_similarity(each, left @ right.T, dim=1) > 0.97).all()
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -150,7 +165,7 @@ def test_a_matrix_of_low_rank_keeps_singular_values_of_1_at_most(monkeypatch, fa
     draw = torch.Generator().manual_seed(0)
     matrix = torch.randn(256, rank, generator=draw) @ torch.randn(rank, 704, generator=draw)
     found = torch.linalg.svdvals(orthogonalized(matrix[None])[0].float())
-    assert found.max() < 1.25
+    assert found.max() < 1.3
 
 
 def best_quintic(low, high):
@@ -167,7 +182,7 @@ def best_quintic(low, high):
 
 
 def test_the_polynomials_are_those_of_polar_express():
-    low, high = 0.003, 1.0
+    low, high = 0.01, 1.0
     for step, found in enumerate(POLAR_EXPRESS):
         # The paper's cushion: an interval that is not so wide; then the middle back to 1
         cushioned = max(low, 0.02407327424182761 * high)
@@ -177,7 +192,7 @@ def test_the_polynomials_are_those_of_polar_express():
         high = 2 - low
         safety = 1.01 if step < len(POLAR_EXPRESS) - 1 else 1.0
         np.testing.assert_allclose(found, best / safety ** np.array([1, 3, 5]), rtol=2e-6)
-    assert low > 0.79
+    assert low > 0.72
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -197,23 +212,24 @@ def test_a_batch_of_matrices_moves_as_each_alone(monkeypatch, fast, limit):
     for one, other, third in zip(together, alone, moved(*muon()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(one, third, rtol=1e-3, atol=1e-3)
-    assert sum(calls) == 3 * 9
-    assert len(calls) == 3 * (2 if limit > 1 else 6)
+    assert sum(calls) == 5 + 4 + 5
+    assert len(calls) == (2 + 1 + 2 if limit > 1 else 3 + 3 + 3)
 
 
 def test_stacked_experts_move_as_single_matrices(monkeypatch):
     bf16(monkeypatch, False)
     for shape in ((3, 24, 40), (3, 40, 24)):
         (stack,), optimizer = muon([shape])
-        twins, other = muon([shape[1:]] * 3)
+        twins, others = zip(*(muon([shape[1:]]) for _ in range(3)), strict=True)
+        twins = [twin for (twin,) in twins]
         for twin, one in zip(twins, stack.detach(), strict=True):
             twin.data.copy_(one)
-        for _ in range(2):
+        for _ in range(3):
             stack.grad = torch.randn(shape)
-            for twin, gradient in zip(twins, stack.grad, strict=True):
+            for twin, other, gradient in zip(twins, others, stack.grad, strict=True):
                 twin.grad = gradient.clone()
+                other.step()
             optimizer.step()
-            other.step()
         torch.testing.assert_close(stack.detach(), torch.stack([t.detach() for t in twins]))
 
 
@@ -309,6 +325,18 @@ def test_a_step_with_found_inf_changes_nothing(model):
     assert step(model, optimizer) == step(twin, other)
 
 
+def test_an_optimizer_without_turns_continues(model):
+    """Until 2026-11-28 all matrices moved at every step."""
+    optimizer = build_optimizer(model, ARGS)
+    step(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["turn"]
+    twin = copy.deepcopy(model)
+    resumed = build_optimizer(twin, ARGS)
+    resumed.load_state_dict(saved)
+    assert step(twin, resumed, 3) == step(model, optimizer, 3)
+
+
 def test_an_optimizer_of_an_earlier_version_continues(model):
     """Until the stage directory of 2026-11 it was torch's Muon and AdamW, one after the other."""
     optimizer = build_optimizer(model, ARGS)
@@ -323,6 +351,7 @@ def test_an_optimizer_of_an_earlier_version_continues(model):
     resumed = build_optimizer(twin, ARGS)
     resumed.load_state_dict({"parts": parts})
     assert {group["lr"] for group in resumed.param_groups} == {5e-3}
+    optimizer.param_groups[0]["turn"] = 0  # the earlier version had none
     for group in optimizer.param_groups:
         group["lr"] = 5e-3
     for group in resumed.param_groups:
@@ -355,7 +384,7 @@ def test_one_schedule_drives_both_groups(model):
 
 def test_a_restored_optimizer_continues_as_if_it_had_not_stopped(model):
     optimizer = build_optimizer(model, ARGS)
-    step(model, optimizer, 2)
+    step(model, optimizer, 3)
     twin = copy.deepcopy(model)
     resumed = build_optimizer(twin, ARGS)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
