@@ -30,9 +30,9 @@ def test_the_first_lines_name_the_kind_of_machine_and_the_time_from_a_measured_s
     machine, time, advice = capsys.readouterr().out.splitlines()[-3:]
     assert machine.startswith(f"This machine: {quickstart.processor()}, ")
     assert said in machine
-    # 7 times 10 s of starting, and 250 + 127.5 + 52.5 + 96 steps of 2 s: 1,122 s
+    # 8 times 10 s of starting, and 250 + 127.5 + 52.5 + 96 + 96 steps of 2 s: 1,324 s
     assert time.startswith(
-        "A pretraining step takes 2 s just now, and all stages are worth 526 of them: about 19 min"
+        "A pretraining step takes 2 s just now, and all stages are worth 622 of them: about 22 min"
     )
     assert advice == "It could be faster: a busy process."
 

@@ -159,7 +159,7 @@ def memory(model: nn.Module, step: Step) -> dict[str, float]:
         moments.append(moment(gradients, left, casts, temporary=temporary))
 
     # The embedding's own gradient is as large as the head's, to which it is added; Muon works on
-    # all matrices of a shape, in batches.
+    # half of the matrices of a shape, in batches.
     muon = 16 * (step.optimizer == "muon") * _largest_batch(in_layer, layers)
     embedding = 4 * counts["embedding"] * (counts["trained"] == counts["total"])
     moments.append(moment(states["gradients"], 0, 0, temporary=max(muon, embedding)))
@@ -177,7 +177,7 @@ def _largest_batch(in_layer: list[nn.Parameter], layers: int) -> int:
         if p.ndim > 1:
             sizes[tuple(sorted(p.shape[-2:]))] += layers * p.numel()
             largest = max(largest, p.numel())
-    return max(largest, min(MUON_BATCH, max(sizes.values(), default=0)))
+    return max(largest, min(MUON_BATCH, max(sizes.values(), default=0)) // 2)
 
 
 def evaluation_memory(model: nn.Module, step: Step, batch_size: int) -> float:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,11 @@ def save_model(trainer: Trainer, directory: Path) -> None:
         model.peft_config[model.active_adapter].base_model_name_or_path = base_path
     use_cache, base.config.use_cache = base.config.use_cache, True
     try:
-        model.save_pretrained(directory, state_dict=state_dict)
+        with warnings.catch_warnings():
+            # A base that is an adapter has no config.json: peft says that it takes the vocabulary
+            # to be unchanged, which it is
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            model.save_pretrained(directory, state_dict=state_dict)
     finally:
         base.config.use_cache = use_cache  # an evaluation may follow
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, a form with empty fields
