@@ -169,7 +169,7 @@ def test_the_packed_collator_restarts_positions_and_pads_without_training_the_pa
         {"input_ids": [4, 3], "labels": [-100, 3], "seq_lengths": [2]},
     ]
     batch = PackedCollator(PAD)(rows)
-    assert batch.pop("max_targets") == 4
+    assert batch.pop("max_targets") == 8  # 4, rounded up, but for 8 positions
     expected = {
         "input_ids": [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]],
         "labels": [[-100, 6, 7, -100, 9], [-100, 3, -100, -100, -100]],
@@ -233,7 +233,8 @@ def test_the_head_sees_only_the_positions_with_a_target_and_the_loss_is_the_same
     """`spare` positions more than there are targets change nothing."""
     rows, seen = tokenized(CONVERSATIONS, tokenizer, 192), []
     batch = PackedCollator(PAD)([packed(rows[:2]), rows[2]])
-    targets = batch.pop("max_targets")
+    assert batch.pop("max_targets") % 128 == 0
+    targets = int((batch["labels"][:, 1:] != -100).sum())
     head = model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
     results = []
     for options in ({}, {"max_targets": targets + spare}):

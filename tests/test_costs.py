@@ -139,7 +139,7 @@ def test_flops_of_a_pair_that_shares_its_prompt_are_those_that_torch_counts():
     add_packed_forward(model)
     row = {
         f"{name}_{kind}": torch.randint(3, 400, (length,), generator=numbers).tolist()
-        for name, length in (("prompt", 60), ("chosen", 20), ("rejected", 20))
+        for name, length in (("prompt", 64), ("chosen", 64), ("rejected", 64))
         for kind in ("ids", "mask")
     }
     row |= {name: [1] * len(values) for name, values in row.items() if name.endswith("_mask")}
@@ -147,7 +147,7 @@ def test_flops_of_a_pair_that_shares_its_prompt_are_those_that_torch_counts():
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     with FlopCounterMode(display=False) as counter:
         model(**batch, labels=labels, fused_lm_head=True).log_probs.sum().backward()
-    step = Step(1, 100, pairs=True, shared_prompts=True, predicting=40 / 100)
+    step = Step(1, 192, pairs=True, shared_prompts=True, predicting=128 / 192)
     assert flops(empty_model(config), step)["hardware"] == counter.get_total_flops()
 
 

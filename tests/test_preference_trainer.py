@@ -222,7 +222,8 @@ def test_a_batch_has_each_prompt_once_and_hardly_any_padding():
         assert sizes[0] + sizes[1] == len(row["prompt_ids"] + row["chosen_ids"])
         assert sizes[0] + sizes[2] == len(row["prompt_ids"] + row["rejected_ids"])
     assert parts.shape[1] <= ROW
-    assert (parts == PADDING).float().mean() < 0.05
+    assert (parts == PADDING).float().mean() < 0.06
+    assert parts.shape[1] % 64 == 0  # few shapes
     # Each place holds the token that TRL's batch has there, and predicts the next
     flat, targets = batch["packed_ids"].flatten(), batch["packed_targets"]
     assert flat[batch["packed_states"]].equal(batch["input_ids"][:, :-1].flatten()[targets])

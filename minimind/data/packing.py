@@ -19,6 +19,9 @@ from minimind.common.errors import UserError
 # Tokens among which bfd_split looks for what fits; more would hardly fill the rows better
 WINDOW = 2**22
 IGNORED = -100
+# Sizes that differ from batch to batch are rounded up to a multiple of this. On a CPU oneDNN keeps
+# what it prepared for each of the last 1,024 shapes of a product in bf16, about 1 MB or more each.
+SHAPE_STEP = 128
 STRATEGIES = ("wrapped", "bfd_split")
 
 
@@ -186,6 +189,12 @@ class BlockCollator:
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
+def max_targets(labels: torch.Tensor) -> int:
+    """The number of labels other than -100, rounded up to a multiple of `SHAPE_STEP`."""
+    count = int((labels != IGNORED).sum())
+    return min(-(-count // SHAPE_STEP) * SHAPE_STEP, labels.numel())
+
+
 class PaddedCollator:
     """Rows of one conversation each (input_ids, labels) -> a batch with an attention_mask, for
     models with virtual tokens in front of each row, which take no position_ids.
@@ -210,7 +219,7 @@ class PaddedCollator:
                 values[index, : len(row["input_ids"])] = torch.as_tensor(row.get(name, 1))
         if "loss_weights" in batch:
             batch["loss_weights"] = pad(batch["loss_weights"], (self.embedded, 0))
-        return {**batch, "max_targets": int((batch["labels"] != IGNORED).sum())}
+        return {**batch, "max_targets": max_targets(batch["labels"])}
 
 
 class PackedCollator:
@@ -221,7 +230,8 @@ class PackedCollator:
     mask. Identical to TRL's padding-free collator except: the rows stay rows, since one row of
     batch x length tokens would need a mask of that size squared. A row without seq_lengths is one
     conversation; loss_weights are kept where rows have them. Batches are as long as a `multiple`.
-    `max_targets` is the number of labels to predict: here it is known without waiting for a device.
+    `max_targets` is about the number of labels to predict: here it is known without waiting for a
+    device.
 
         input_ids    a a a b b pad        position_ids 0 1 2 0 1 0
     """
@@ -241,5 +251,5 @@ class PackedCollator:
                 values[index, :used] = torch.as_tensor(row[name])
             lengths = (*row.get("seq_lengths", [used]), shape[1] - used)
             positions[index] = torch.cat([torch.arange(length) for length in lengths])
-        targets = int((batch["labels"][:, 1:] != IGNORED).sum())
+        targets = max_targets(batch["labels"][:, 1:])
         return {**batch, "position_ids": positions, "max_targets": targets}

@@ -13,6 +13,7 @@ import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 ROW = 1024  # tokens up to which pairs share a row; a longer pair has a row for itself
+ROW_STEP = 64  # rows are as long as a multiple of it, see `packing.SHAPE_STEP`
 # What a token belongs to: PARTS * pair + one of these. A token sees the earlier ones of its part,
 # and those of its pair's SHARED part.
 SHARED, CHOSEN, REJECTED, PARTS = 0, 1, 2, 3
@@ -65,7 +66,8 @@ def packed_pairs(batch: dict[str, torch.Tensor], collator: PreferenceCollator) -
             common[pair] = int(differ[0]) if len(differ) else shorter
     sizes = [lengths[pair] + lengths[pair + pairs] - common[pair] for pair in range(pairs)]
     rows = balanced_rows(sizes, max(ROW, *sizes))
-    shape = len(rows), max(sum(sizes[pair] for pair in row) for row in rows)
+    longest = max(sum(sizes[pair] for pair in row) for row in rows)
+    shape = len(rows), -(-longest // ROW_STEP) * ROW_STEP
 
     packed_ids = np.full(shape, collator.pad_token_id)
     positions, parts = np.zeros(shape, dtype=int), np.full(shape, PADDING)

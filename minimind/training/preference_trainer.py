@@ -8,13 +8,13 @@ from types import MethodType
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from minimind.data.packing import IGNORED
+from minimind.data.packing import IGNORED, SHAPE_STEP
 from minimind.data.preference_batches import PreferenceCollator, repetitions, visible_tokens
 from minimind.model.kernels_minimind import PIECE, CrossEntropy
 from minimind.training.preference_losses import OWN_LOSSES, needs_reference
@@ -205,8 +205,10 @@ def add_packed_forward(model: PreTrainedModel, with_squares: bool = False) -> No
         )
 
         # The head. embedding(i, x) is x[i], with a backward that is parallel on a CPU
-        states = embedding(packed_states, outputs.last_hidden_state.flatten(0, 1))
-        logits = self.get_output_embeddings()(states)
+        count = len(packed_states)
+        padded = pad(packed_states, (0, -count % SHAPE_STEP))
+        states = embedding(padded, outputs.last_hidden_state.flatten(0, 1))
+        logits = self.get_output_embeddings()(states)[:count]
         shape = kwargs["labels"].shape[0], kwargs["labels"].shape[1] - 1
         labels = kwargs["labels"][:, 1:].flatten()[packed_targets]
         log_probs = -CrossEntropy.apply(logits, labels, IGNORED)
