@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from minimind.common.language import say, translated
+from minimind.evaluation import wilson_interval
 
 Finding = tuple[str, str, str, str]  # name, severity, text, advice
 
@@ -118,13 +119,13 @@ def _accuracy(end: dict, pairs: int) -> Iterator[Finding]:
     accuracy = end.get("rewards/accuracies")
     if not pairs or accuracy is None:
         return
-    chance = _deviation(0.5, pairs)
-    if abs(accuracy - 0.5) <= chance:
+    low, high = wilson_interval(accuracy, pairs)
+    if low <= 0.5 <= high:
         yield (
             "chance",
             "warning",
             f"The held-out accuracy, {accuracy:.1%} of {pairs:,} pairs, is not distinguishable from"
-            f" chance ({0.5 - chance:.1%} to {0.5 + chance:.1%}).",
+            f" chance (95 % interval {low:.1%} to {high:.1%}).",
             "Look at the pairs (minimind inspect), train on more of them, or give more held-out"
             " ones (--max_eval_rows, --eval_ratio).",
         )
