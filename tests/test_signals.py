@@ -99,7 +99,13 @@ def interrupted(*args, code=INTERRUPTED, **options):
 def test_a_signal_leaves_a_whole_checkpoint_and_exit_code_75_although_saving_is_off(
     name, model, tmp_path, capsys
 ):
-    interrupted(model, tmp_path, Tell(2, getattr(signal, name)))
+    # Tests started with nohup ignore SIGHUP, as runs do
+    number, handler = getattr(signal, name), signal.default_int_handler
+    before = signal.signal(number, handler if name == "SIGINT" else signal.SIG_DFL)
+    try:
+        interrupted(model, tmp_path, Tell(2, number))
+    finally:
+        signal.signal(number, before)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     assert names >= WHOLE | {"optimizer.pt", "rng_state.pth"}
