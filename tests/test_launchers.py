@@ -272,12 +272,22 @@ def test_a_mixture_of_experts_learns_the_same_in_two_processes_as_in_one(world, 
     assert any(key.startswith("router_load/") for key in log_of(two)[-3])
 
 
+@pytest.fixture
+def weighted_chats(world):
+    """Weights that differ a hundredfold between rows, in place of the other tests' rows."""
+    file, rows = world / "chats.jsonl", chat_rows()
+    before = file.read_text()
+    rows = [{**row, "weight": [0.1, 10][index % 2]} for index, row in enumerate(rows)]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    yield
+    file.write_text(before)
+
+
 @pytest.mark.slow
-def test_weighted_losses_are_the_same_in_two_processes_as_in_one(world, tokenizer_dir):
-    """Weights that differ a hundredfold between rows: a denominator per rank or micro-batch could
-    not be missed."""
-    rows = [{**row, "weight": [0.1, 10][index % 2]} for index, row in enumerate(chat_rows())]
-    (world / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+def test_weighted_losses_are_the_same_in_two_processes_as_in_one(
+    world, tokenizer_dir, weighted_chats
+):
+    """A denominator per rank or micro-batch could not be missed."""
     if not (world / "pretrain").exists():
         run_here(world, tokenizer_dir, "pretrain.py").rename(world / "pretrain")
     weighted = (
