@@ -31,11 +31,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import (
-    TransformersKwargs,
-    can_return_tuple,
-    is_torchdynamo_compiling,
-)
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -48,6 +44,7 @@ from .kernels_minimind import (
     eager_experts_forward,
     find_targets,
     gated,
+    own_backward_is_better,
     rms_norm,
 )
 
@@ -177,7 +174,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     """Rotate (B, S, heads, D) by cos and sin (B, S, D): with x1, x2 the halves of D, the result is
     (x1 cos - x2 sin, x2 cos + x1 sin). The minus is in sin, so that one roll swaps the halves."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    if states.device.type == "cpu" and not is_torchdynamo_compiling():
+    if own_backward_is_better(states):
         return Rotation.apply(states, cos, sin)
     return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
