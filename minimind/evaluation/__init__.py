@@ -28,6 +28,6 @@ from minimind.evaluation.rewards import (
     pair_metrics,
     read_rewards,
     reward_metrics,
-    wilson_interval,
 )
 from minimind.evaluation.scored_files import score_files
+from minimind.evaluation.statistics import Measure, estimate, wilson_interval

@@ -11,7 +11,7 @@ from minimind.data.conversations import Conversation
 from minimind.evaluation.files import evaluate
 from minimind.evaluation.judges import Judge, PairwiseJudge
 from minimind.evaluation.replies import Replies
-from minimind.evaluation.rewards import wilson_interval
+from minimind.evaluation.statistics import wilson_interval
 from minimind.generation import Reply
 
 NGRAM = 4  # tokens

@@ -1,7 +1,6 @@
 """Rewards: replies scored by a reward model, and how well its scores tell the chosen reply of a
 pair from the rejected one."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.conversations import Conversation
 from minimind.data.messages import Message
 from minimind.evaluation.losses import held_out_metrics
+from minimind.evaluation.statistics import wilson_interval
 from minimind.generation import best_device, check_finite
 from minimind.stage_directory import check_vocabulary, load_model, require_stage
 from minimind.tokenizer import load_tokenizer
 
 BATCH_TOKENS = 2**14  # of one batch, padding included
-Z95 = 1.959964  # standard deviations on each side of 95 % of a normal distribution
 # Pairs by the length of their replies: how much longer the chosen one is, as a share of the longer
 MUCH = 1 / 3
 BY_LENGTH = {
@@ -177,18 +176,6 @@ def pair_metrics(rewards: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
     if lengths.std() and rewards.std():
         metrics["length_correlation"] = np.corrcoef(rewards.ravel(), lengths.ravel())[0, 1]
     return {name: float(value) for name, value in metrics.items()}
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` independent trials (Wilson, 1927).
-
-    >>> [round(limit, 3) for limit in wilson_interval(0.8, 10)]
-    [0.49, 0.943]
-    """
-    z = Z95**2 / count
-    middle = (share + z / 2) / (1 + z)
-    half = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def read_rewards(metrics: dict[str, float]) -> list[str]:
