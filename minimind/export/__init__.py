@@ -21,6 +21,7 @@ from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.gguf import require_gguf, rounded, write_gguf
+from minimind.export.instructions import write_instructions
 from minimind.export.layouts import (
     FORMATS,
     STOCK,
@@ -29,6 +30,7 @@ from minimind.export.layouts import (
     save_for_all_versions,
     stock_model,
 )
+from minimind.export.prompts import speaker
 from minimind.export.verification import (
     Probes,
     check_llama_cpp,
@@ -98,10 +100,13 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
             "libraries": library_versions(),
             "verification": write(source, tokenizer, format, dtype, partial),
         }
-        chats = bool(tokenizer.chat_template) and record["source"]["stage"] != "pretrain"
+        if as_gguf:
+            facts = speaker(source, tokenizer, record["source"]["stage"])
+        if format == "gguf":
+            write_instructions(partial, facts, dtype)
         if format == "web":
             file = partial / "model.gguf"
-            write_page(partial, file, dtype, source, tokenizer, chats, program)
+            write_page(partial, file, dtype, facts, program)
             file.unlink()  # the page holds it
         write_json(partial / "export.json", record)
     return record
