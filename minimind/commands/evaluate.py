@@ -6,7 +6,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from minimind.commands.options import add_bad_rows, add_columns, add_json, select
-from minimind.common.errors import UserError
 from minimind.common.files import check_output
 from minimind.common.streams import json_text
 
@@ -32,6 +31,10 @@ def add_parser(commands) -> None:
     add("--stage", choices=("sft", "pretrain"), help=stage)
     pairs = "minimal pairs: rows with sentence_good and sentence_bad (BLiMP, ZhoBLiMP)"
     add("--pairs", nargs="+", metavar="FILE", help=pairs)
+    own = "minimal pairs of our own in English and Chinese; the default without files and tasks"
+    add("--own_set", choices=("all", "en", "zh"), help=own)
+    write = "evaluate by our own pairs, and write them there, for --pairs or --eval_pairs"
+    add("--write_own_set", metavar="FILE", help=write)
     output = "write card.json, card.md, card.png and items.jsonl there; finished tasks are kept"
     add("--output", metavar="DIR", help=output)
     add_json(parser, "print one JSON object, as when the output is no terminal")
@@ -74,7 +77,7 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     """What the models are scored by.
 
     Raises:
-        UserError: a file cannot be used, or there is nothing to do.
+        UserError: a file cannot be used.
     """
     from minimind.data.columns import Columns
     from minimind.score_card import HeldOutTask, PairsTask, read_pairs
@@ -84,11 +87,23 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
         columns = Columns(args.columns, args.unread_columns)
         options = select(args, "max_length", "max_new_tokens", "batch_size")
         tasks.append(HeldOutTask(files, args.stage, args.on_bad_rows, columns, **options))
-    if args.pairs:
-        tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
-    if not tasks:
-        raise UserError("found nothing to evaluate by. Give held-out files, or --pairs FILE.")
-    return tasks
+    pairs = read_pairs(args.pairs, args.on_bad_rows) if args.pairs else []
+    if args.own_set or args.write_own_set:
+        pairs += make_own_pairs(args)
+    if pairs:
+        tasks.append(PairsTask(pairs))
+    return tasks or [PairsTask(make_own_pairs(args))]
+
+
+def make_own_pairs(args: Namespace) -> list:
+    """The pairs of our own set, written to a file where that is wanted; raises UserError."""
+    from minimind.score_card import own_pairs, write_pairs
+
+    pairs = own_pairs() if args.own_set in (None, "all") else own_pairs([args.own_set])
+    if args.write_own_set:
+        check_output(args.write_own_set)
+        write_pairs(pairs, Path(args.write_own_set))
+    return pairs
 
 
 def split_paths(paths: list[str]) -> tuple[list[str], list[str]]:
