@@ -112,10 +112,24 @@ def test_the_metrics_before_are_the_first_evaluation_and_those_after_the_last(tr
     first = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(3)
+    trainer.state.global_step = 1
     metrics = held_out_metrics(trainer)
     assert metrics["before"]["loss"] == pytest.approx(first, abs=1e-5)
     assert metrics["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
     assert metrics["before"] != metrics["after"]
+
+
+@pytest.mark.parametrize(("best", "evaluations"), [(False, 1), (True, 2)])
+def test_a_last_step_that_was_evaluated_is_not_evaluated_again_unless_the_best_one_was_loaded(
+    trainer, monkeypatch, best, evaluations
+):
+    trainer.args.load_best_model_at_end = best
+    calls = []
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda: calls.append(1) or evaluate())
+    expected = trainer.evaluate()["eval_loss"]
+    assert held_out_metrics(trainer)["after"]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert len(calls) == evaluations
 
 
 def test_without_held_out_rows_there_are_no_metrics():
