@@ -158,6 +158,24 @@ def test_each_of_several_files_has_its_total(write_jsonl, card):
     assert "pair_files" not in card("--pairs", files[1])
 
 
+def test_a_directory_of_files_has_a_paradigm_a_file(write_jsonl, tmp_path):
+    """The layout of ZhoBLiMP; several files may number their pairs alike."""
+    (tmp_path / "zh").mkdir()
+    row = {"sentence_good": "狐狸", "sentence_bad": "狸狐", "phenomenon": "order", "pairID": 0}
+    for name in ("one", "two"):
+        write_jsonl(f"zh/{name}.jsonl", [row])
+    found = read_pairs([str(tmp_path / "zh")])
+    assert [(each.paradigm, each.phenomenon) for each in found] == [
+        ("one", "order"),
+        ("two", "order"),
+    ]
+    assert len({each.key for each in found}) == 2
+    row = {name: row[name] for name in ("sentence_good", "sentence_bad")}
+    found = read_pairs([write_jsonl("a.jsonl", [row] * 2), write_jsonl("b.jsonl", [row])])
+    assert len({each.key for each in found}) == 3
+    assert {each.paradigm for each in found} == {None}
+
+
 # Texts
 
 
