@@ -50,7 +50,14 @@ def add_parser(commands) -> None:
 def run(args: Namespace) -> None:
     """Evaluate the models, and print the card."""
     from minimind.common.terminal import Terminal
-    from minimind.score_card import Finished, cards_json, make_card, table_of, write_cards
+    from minimind.score_card import (
+        Finished,
+        cards_json,
+        check_model,
+        make_card,
+        table_of,
+        write_cards,
+    )
 
     directories, files = split_paths(args.paths)
     output = Path(args.output) if args.output else None
@@ -59,6 +66,8 @@ def run(args: Namespace) -> None:
         if output:
             check_output(output, directory=True)
         tasks = make_tasks(args, files)
+        for directory in directories:
+            check_model(directory, tasks)
 
         if output:
             output.mkdir(parents=True, exist_ok=True)

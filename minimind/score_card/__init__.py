@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (the public names of this room)
 
-from minimind.score_card.card import cards_json, make_card, write_cards
+from minimind.score_card.card import cards_json, check_model, make_card, write_cards
 from minimind.score_card.finished import Finished
 from minimind.score_card.held_out import held_out_task
 from minimind.score_card.minimal_pairs import PairsTask, read_pairs
