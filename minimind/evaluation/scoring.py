@@ -10,6 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.language import translated
+from minimind.evaluation.replies import Sampling, sample_replies
+from minimind.generation import Reply
 
 BATCH_TOKENS = 2**11  # of one batch, padding included
 MAX_LOGITS = 2**25  # of one batch
@@ -32,6 +34,10 @@ class Subject(Protocol):
         self, requests: Sequence[Request], title: str = "scoring"
     ) -> list[np.ndarray]:
         """In nats, of each token of each continuation: float64 arrays of (tokens,)."""
+        ...
+
+    def replies(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """What follows each prompt of token ids; the first sample."""
         ...
 
 
@@ -69,3 +75,13 @@ class ModelSubject:
                         results[index] = found.double().cpu().numpy()
                     progress.update(len(owners[ids]))
         return results
+
+    def replies(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """See `Subject`; those of about one length are in one batch."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        chosen = [prompts[index] for index in order]
+        steps = sample_replies(
+            self.model, self.tokenizer, chosen, sampling, title=translated("replies")
+        )
+        found = [samples[0] for _, step in steps for samples in step]
+        return [found[place] for place in np.argsort(order)]
