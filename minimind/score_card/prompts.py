@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.errors import UserError
+from minimind.common.errors import BadRowError, UserError
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.columns import Fields
 from minimind.data.conversations import Conversation
@@ -30,7 +30,10 @@ def read_prompt(row: Fields) -> Prompt:
     BadRowError."""
     if isinstance(row.get("text"), str) and not row.find("prompt") and not row.find("messages"):
         return Prompt(text=to_document(row))
-    return Prompt(to_prompt(row))
+    conversation = to_prompt(row)
+    if not conversation.messages[-1]["content"].strip():
+        raise BadRowError("found an empty question, expected words")
+    return Prompt(conversation)
 
 
 def require_chat_model(directory: str, option: str) -> None:

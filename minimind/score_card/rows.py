@@ -34,16 +34,17 @@ class Keys:
     """Names of the rows of one file, by which the items of two models are paired."""
 
     def __init__(self, name: str):
-        self.name, self.seen = name, set[str]()
+        self.name, self.count, self.seen = name, 0, set[str]()
 
     def of(self, row: Fields) -> str:
         """The file's name and the row's id, or else its number; raises BadRowError for an id that
         was there before."""
         ids = (row.get(name) for name in IDS)
-        number = next((each for each in ids if isinstance(each, str | int) and each != ""), None)
-        key = f"{self.name}/{len(self.seen) if number is None else number}"
+        found = next((each for each in ids if isinstance(each, str | int) and each != ""), None)
+        key = f"{self.name}#{self.count}" if found is None else f"{self.name}/{found}"
+        self.count += 1
         if key in self.seen:
-            raise BadRowError(f"found the id {shown(number)} twice, expected one row of an id")
+            raise BadRowError(f"found the id {shown(found)} twice, expected one row of an id")
         self.seen.add(key)
         return key
 
