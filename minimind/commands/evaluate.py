@@ -3,47 +3,175 @@
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
+from pathlib import Path
 
-from minimind.commands.options import add_bad_rows, add_columns, select
+from minimind.commands.options import add_bad_rows, add_columns, add_json, select
+from minimind.common.errors import UserError
+from minimind.common.files import check_output
 from minimind.common.streams import json_text
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="measure held-out files: loss, bits per byte, exact answers",
+        help="the score card of one or several models: loss, bits per byte, minimal pairs ...",
         description=(
-            "Prints one JSON object: the loss of the trained replies of conversations, or of"
-            " documents; for conversations also how many last replies the model reproduces word for"
-            " word."
+            "Measures models by held-out files (the loss of the trained replies of conversations,"
+            " or of documents; for conversations also how many last replies the model reproduces"
+            " word for word) and by tasks, each score with its interval and beside chance."
         ),
     )
-    parser.set_defaults(run=run, json=True)  # without the option: its output is always JSON
+    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("directory", help="a stage directory; adapters included")
-    add("files", nargs="+", help="files, directories or globs of conversations or documents")
-    stage = "default: recognised from the first rows"
+    paths = (
+        "stage directories, adapters and exports; after them held-out files, directories or globs"
+        " of conversations or documents"
+    )
+    add("paths", nargs="+", metavar="DIR", help=paths)
+    stage = "of the held-out files; default: recognised from the first rows"
     add("--stage", choices=("sft", "pretrain"), help=stage)
+    pairs = "minimal pairs: rows with sentence_good and sentence_bad (BLiMP, ZhoBLiMP)"
+    add("--pairs", nargs="+", metavar="FILE", help=pairs)
+    choices = (
+        "multiple choice: rows with question, choices and answer, or a folder of C-Eval, CMMLU"
+    )
+    add("--choices", nargs="+", metavar="FILE", help=choices)
+    shots = "of --choices: examples from the split dev that precede a question"
+    add("--num_shots", type=int, default=0, help=shots)
+    chat = "of --choices: ask the questions as a user, in the chat template"
+    add("--chat", action="store_true", help=chat)
+    rules = "prompts with rules that the greedy reply has to follow: answer, number, regex ..."
+    add("--rules", nargs="+", metavar="FILE", help=rules)
+    replies = "prompts or chats to reply to: repetition, variety, ends, overlap with references"
+    add("--replies", nargs="+", metavar="FILE", help=replies)
+    decoding = "of --replies: greedy (default), or such as temperature=0.7,top_p=0.9; several too"
+    add("--decoding", nargs="+", metavar="SETTING", help=decoding)
+    output = "write card.json, card.md, card.png and items.jsonl there; finished tasks are kept"
+    add("--output", metavar="DIR", help=output)
+    add_json(parser, "print one JSON object, as when the output is no terminal")
     add_bad_rows(parser)
     length = "tokens of a row: longer documents are cut into several"
     add("--max_length", type=int, default=1024, help=length)
-    new_tokens = "maximum tokens of an answer; 0 measures the loss alone"
-    add("--max_new_tokens", type=int, default=64, help=new_tokens)
+    new_tokens = (
+        "maximum tokens of an answer (64; 256 of --rules and --replies); 0 measures the loss alone"
+    )
+    add("--max_new_tokens", type=int, help=new_tokens)
     add("--batch_size", type=int, default=64, help="maximum rows at a time")
     add_columns(parser)
 
 
 def run(args: Namespace) -> None:
-    """Evaluate the model on the files."""
-    from minimind.data.columns import Columns
-    from minimind.evaluation import evaluate
-    from minimind.generation import load_for_generation
+    """Evaluate the models, and print the card."""
+    from minimind.common.terminal import Terminal
+    from minimind.score_card import Finished, cards_json, make_card, table_of, write_cards
 
-    columns = Columns(args.columns, args.unread_columns)
-    options = select(args, "max_length", "max_new_tokens", "batch_size")
+    directories, files = split_paths(args.paths)
+    output = Path(args.output) if args.output else None
     with redirect_stdout(sys.stderr):  # stdout is the report's alone
-        model, tokenizer = load_for_generation(args.directory)
-        result = evaluate(
-            model, tokenizer, args.files, args.stage, args.on_bad_rows, columns, **options
+        # What can be refused at once
+        if output:
+            check_output(output, directory=True)
+        tasks = make_tasks(args, files)
+        check_chats(directories, tasks)
+
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+        finished = Finished(output / "finished.jsonl" if output else None)
+        cards = [make_card(directory, tasks, finished) for directory in directories]
+        if output:
+            write_cards(output, cards)
+
+    if args.json or not sys.stdout.isatty():
+        print(json_text(cards_json(cards), indent=2))
+    else:
+        Terminal().print(table_of(cards))
+
+
+def make_tasks(args: Namespace, files: list[str]) -> list:
+    """What the models are scored by.
+
+    Raises:
+        UserError: a file cannot be used, or there is nothing to do.
+    """
+    from minimind.data.columns import Columns
+    from minimind.score_card import HeldOutTask, PairsTask, read_pairs
+
+    tasks = []
+    if files:
+        columns = Columns(args.columns, args.unread_columns)
+        options = select(args, "max_length", "batch_size")
+        options["max_new_tokens"] = 64 if args.max_new_tokens is None else args.max_new_tokens
+        tasks.append(HeldOutTask(files, args.stage, args.on_bad_rows, columns, **options))
+    if args.pairs:
+        tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
+    tasks += make_asking_tasks(args)
+    if not tasks:
+        raise UserError("found nothing to evaluate by. Give held-out files, or --pairs FILE.")
+    return tasks
+
+
+def make_asking_tasks(args: Namespace) -> list:
+    """Multiple choice, and the tasks that judge replies; raises UserError."""
+    from minimind.data.columns import Columns
+    from minimind.score_card import (
+        ChoicesTask,
+        RepliesTask,
+        RulesTask,
+        parse_decodings,
+        read_multiple_choice,
+        read_referenced_prompts,
+        read_ruled_prompts,
+    )
+
+    for given, options, task in (
+        (args.chat or args.num_shots, "--chat and --num_shots", "choices"),
+        (args.decoding, "--decoding", "replies"),
+    ):
+        if given and not getattr(args, task):
+            raise UserError(f"{options}: found no --{task} that they could belong to. Give it too.")
+    if args.max_new_tokens == 0 and (args.rules or args.replies):
+        raise UserError("--max_new_tokens 0: --rules and --replies judge replies. Give 1 or more.")
+
+    tasks, options = [], {"max_new_tokens": 256, **select(args, "batch_size")}
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    if args.choices:
+        reading = args.on_bad_rows, Columns(args.columns)
+        tasks.append(
+            ChoicesTask(*read_multiple_choice(args.choices, args.num_shots, *reading), args.chat)
         )
-    print(json_text(result, indent=2))
+    if args.rules:
+        rows = read_ruled_prompts(args.rules, args.on_bad_rows, Columns(args.columns))
+        tasks.append(RulesTask(rows, **options))
+    if args.replies:
+        decodings = parse_decodings(args.decoding or ["greedy"])
+        rows = read_referenced_prompts(args.replies, args.on_bad_rows, Columns(args.columns))
+        tasks.append(RepliesTask(rows, decodings, **options))
+    return tasks
+
+
+def check_chats(directories: list[str], tasks: list) -> None:
+    """Raise UserError for a base model where a task asks it questions as a user."""
+    from minimind.commands.chat import is_base_model
+    from minimind.stage_directory import require_stage
+    from minimind.tokenizer import load_tokenizer
+
+    asking = [task.name for task in tasks if getattr(task, "needs_chat", False)]
+    for directory in directories if asking else ():
+        if is_base_model(directory, load_tokenizer(require_stage(directory))):
+            raise UserError(
+                f"{directory} is a base model, which continues texts, and --{asking[0]} asks it"
+                " questions as a user. Give a chat model, or leave --chat out, or give rows with"
+                " 'text', which is continued."
+            )
+
+
+def split_paths(paths: list[str]) -> tuple[list[str], list[str]]:
+    """The directories with models, of which the first path is one, and the other paths."""
+    directories = [path for path in paths[1:] if is_model(Path(path))]
+    return [paths[0], *directories], [path for path in paths[1:] if path not in directories]
+
+
+def is_model(path: Path) -> bool:
+    """Whether a directory holds a model or an adapter."""
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))

@@ -28,8 +28,8 @@ INTERVALS = {
     ),
     "(0, most]": "eval_steps logging_steps num_train_epochs save_steps",
     "[0, most]": (
-        "eval_delay lr_decay_steps max_eval_rows max_nonfinite_steps min_frequency rows"
-        " warmup_steps"
+        "eval_delay lr_decay_steps max_eval_rows max_nonfinite_steps min_frequency num_shots"
+        " rows warmup_steps"
     ),
     "[1, most]": (
         "batch_size early_stopping_patience eval_accumulation_steps gradient_accumulation_steps"
@@ -66,7 +66,15 @@ CHOICES = {
 }
 # Options that the libraries read, write or send, and that have to be UTF-8.
 FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "directory_a", "directory_b")
-FOR_LIBRARIES += ("model", "model_name_or_path", "out", "output_dir", "project", "reward_model")
+FOR_LIBRARIES += (
+    "paths",
+    "model",
+    "model_name_or_path",
+    "out",
+    "output_dir",
+    "project",
+    "reward_model",
+)
 FOR_LIBRARIES += ("run_name", "source", "tokenizer")
 # Options that are durations, each with its unit.
 DURATIONS = ("time_budget",)

@@ -14,8 +14,7 @@ from minimind.data.prompts import to_prompt
 from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import Subject
 from minimind.generation import Reply
-from minimind.stage_directory import read_stage, require_stage
-from minimind.tokenizer import load_tokenizer, text_encoder
+from minimind.tokenizer import text_encoder
 
 
 class Prompt(NamedTuple):
@@ -34,17 +33,6 @@ def read_prompt(row: Fields) -> Prompt:
     if not conversation.messages[-1]["content"].strip():
         raise BadRowError("found an empty question, expected words")
     return Prompt(conversation)
-
-
-def require_chat_model(directory: str, option: str) -> None:
-    """Raise UserError for a base model, before its weights are loaded; `option` asks it."""
-    path = require_stage(directory)
-    if not load_tokenizer(path).chat_template or read_stage(path).get("stage") == "pretrain":
-        raise UserError(
-            f"{directory} is a base model, which continues texts, and {option} asks it questions"
-            " as a user. Give a model trained on conversations (finetune_sft.py), or questions that"
-            " a text begins with (rows with 'text', or no --chat)."
-        )
 
 
 def beginning(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from minimind.score_card.prompts import Prompt, fitting_replies, read_prompt
 from minimind.score_card.rows import groups_of, named, read_items
 from minimind.score_card.tasks import Result
 
-BOUNDS = {"temperature": (0, 10), "top_p": (0, 1), "seed": (0, 2**63 - 1)}
+BOUNDS = {"temperature": (0, 10), "top_p": (0, 1), "seed": (0, 2**32 - 1)}
 
 
 class ReferencedPrompt(NamedTuple):
