@@ -2,16 +2,16 @@
 
 import json
 from decimal import Decimal
-from types import SimpleNamespace
 
 import pytest
+from pipeline import failure, run_cli
 
 from minimind.common.errors import UserError
 from minimind.data.template_choice import set_chat_template
 from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import Reply, complete
-from minimind.score_card import RulesTask, read_ruled_prompts, require_chat_model
+from minimind.score_card import RulesTask, read_ruled_prompts
 from minimind.score_card.checks import RULES, follows, normalised, numbers_in, read_rules
 from minimind.tokenizer import load_tokenizer, save_tokenizer
 
@@ -178,18 +178,61 @@ def test_replies_of_a_model_are_greedy_and_in_the_order_of_the_prompts(model, ch
     assert [reply.text for reply in found] == alone
 
 
-def test_a_base_model_is_refused_where_a_chat_is_asked_for(tmp_path, chatty, tokenizer, model):
-    def directory(name, tokenizer, stage):
-        model.save_pretrained(tmp_path / name)
-        save_tokenizer(tokenizer, tmp_path / name)
-        (tmp_path / name / "stage.json").write_text(json.dumps({"stage": stage}))
-        return str(tmp_path / name)
+@pytest.fixture
+def stage(tmp_path, chatty, model):
+    """A directory with a model that can be asked."""
+    model.save_pretrained(tmp_path / "sft")
+    save_tokenizer(chatty, tmp_path / "sft")
+    (tmp_path / "sft/stage.json").write_text(json.dumps({"stage": "sft"}))
+    return tmp_path / "sft"
 
-    require_chat_model(directory("sft", chatty, "sft"), "--rules")
-    for name, stage in (("pretrain", "pretrain"), ("plain", "sft")):
-        used = chatty if name == "pretrain" else SimpleNamespace(chat_template=None)
-        path = directory(name, chatty, stage)
-        if used is not chatty:
-            (tmp_path / name / "chat_template.jinja").unlink()
-        with pytest.raises(UserError, match=f"{name} is a base model, .* --rules asks it"):
-            require_chat_model(path, "--rules")
+
+def test_a_base_model_is_refused_before_it_is_loaded_where_it_is_asked_as_a_chat(
+    stage, write_jsonl, capsys, monkeypatch
+):
+    monkeypatch.delattr("minimind.score_card.card.load_for_generation")
+    choices = write_jsonl("q.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 0}])
+    rules = write_jsonl("rules.jsonl", [{"prompt": "q", "answer": "a"}])
+    asking = {"choices": (choices, "--chat"), "rules": (rules,), "replies": (rules,)}
+    for name, (file, *options) in asking.items():
+        for change in (
+            lambda: (stage / "stage.json").write_text(json.dumps({"stage": "pretrain"})),
+            lambda: (stage / "chat_template.jinja").unlink(missing_ok=True),
+        ):
+            change()
+            error = failure(capsys, run_cli, "evaluate", str(stage), f"--{name}", file, *options)
+            assert error.startswith(f"{stage} is a base model, which continues texts, and --{name}")
+
+
+def test_the_command_keeps_each_reply_and_what_was_wrong_with_it(
+    stage, write_jsonl, tmp_path, capsys
+):
+    file = write_jsonl("rules.jsonl", [{"text": "the dog", "rules": {"json": True}, "id": "x"}])
+    out = tmp_path / "out"
+    command = "evaluate", stage, "--rules", file, "--max_new_tokens", 3, "--output", out
+    run_cli(*command)
+    printed = capsys.readouterr().out
+    (line,) = map(json.loads, (out / "items.jsonl").read_text().splitlines())
+    assert line["item"] == "rules/x"
+    assert line["values"] == {"rules/all": 0.0}
+    assert line["broken"] == ["json"]
+    assert isinstance(line["reply"], str)
+    (out / "items.jsonl").unlink()
+    run_cli(*command)  # from the kept results
+    assert capsys.readouterr().out == printed
+    assert json.loads((out / "items.jsonl").read_text()) == line
+
+
+WRONG = {
+    ("--chat",): "--chat and --num_shots: found no --choices that they could belong to",
+    ("--decoding", "greedy"): "--decoding: found no --replies",
+    ("--rules", "{file}", "--max_new_tokens", "0"): "--max_new_tokens 0: --rules and --replies",
+}
+
+
+@pytest.mark.parametrize("options", WRONG, ids=" ".join)
+def test_options_without_their_task_are_refused(options, write_jsonl, tmp_path, capsys):
+    file = write_jsonl("rules.jsonl", [{"prompt": "q", "answer": "a"}])
+    options = [word.format(file=file) for word in options]
+    error = failure(capsys, run_cli, "evaluate", tmp_path, *options)
+    assert error.startswith(WRONG[tuple(w.replace(file, "{file}") for w in options)])

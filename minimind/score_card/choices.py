@@ -36,6 +36,7 @@ from minimind.tokenizer import text_encoder
 ANSWER = {"en": "Answer:", "zh": "答案："}
 # The first stands for the task: acc_norm of lm-evaluation-harness. "cloze_sum" is its acc.
 ANSWERS = ("answer", "answerkey", "label")  # before other columns with a response
+TIE = 1e-6  # nats
 FORMS = ("cloze_characters", "letters", "cloze_sum", "cloze_tokens", "cloze_bytes")
 SPLITS = ("val", "validation", "valid", "test")  # scored; examples come from "dev" beside them
 
@@ -181,9 +182,11 @@ def read_answer(row: Fields, choices: Sequence[str], labels: Sequence[str] | Non
     if len(readings) == 1:
         return readings.pop()
 
-    expected = f"one of {', '.join(labels or letters)}, or the text of a choice"
+    names = ", ".join(labels or letters)
+    expected = f"one of {names}, or the text of a choice"
     if not labels:
-        expected = f"an index from 0 to {len(choices) - 1}, {expected}"
+        last = len(choices) - 1
+        expected = f"an index from 0 to {last}, one of {names}, or the text of a choice"
     if readings:
         raise BadRowError(
             f"{name}: found {shown(value)}, which is the text of one choice and stands for another,"
@@ -252,10 +255,10 @@ def fitting(requests: Sequence[Request], max_length: int, key: str) -> tuple[lis
 
 
 def first_places(scores: Sequence[float]) -> list[float]:
-    """The share of each score in the first place: 1 for the highest; k equal ones have 1 / k."""
-    scores = np.asarray(scores)
-    first = scores == scores.max()
-    return list(first / first.sum())
+    """The share of each score in the first place: 1 for the highest; k equal ones have 1 / k. The
+    same numbers added in another order are equal too."""
+    first = np.asarray(scores) >= max(scores) - TIE
+    return (first / first.sum()).tolist()
 
 
 class ChoicesTask:
@@ -301,11 +304,17 @@ class ChoicesTask:
         letters, cloze = scores[: len(self.questions)], scores[len(self.questions) :]
         right: dict[str, dict[str, float]] = {form: {} for form in FORMS}
         chosen: dict[str, list[float]] = {}
+        details = {}
         for question, by_letter, by_text in zip(self.questions, letters, cloze, strict=True):
             shares = first_places([each.sum() for each in by_letter])
             right["letters"][question.key] = shares[question.answer]
             chosen[question.key] = shares
             sums = np.array([each.sum() for each in by_text])
+            details[question.key] = {
+                "answer": LETTERS[question.answer],
+                "letters": [float(each.sum()) for each in by_letter],
+                "cloze": sums.tolist(),
+            }
             lengths = {
                 "sum": np.ones(len(sums)),
                 "tokens": np.array([len(each) for each in by_text]),
@@ -315,7 +324,18 @@ class ChoicesTask:
             for name, length in lengths.items():
                 shares = first_places(sums / length)
                 right[f"cloze_{name}"][question.key] = shares[question.answer]
-        return self._result(right, chosen, truncated)
+        return self._result(right, chosen, truncated)._replace(details=details)
+
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {question.key: (question.text,) for question in self.questions}
+
+    def shuffled(self, generator: np.random.Generator) -> "ChoicesTask":
+        """See `Task`: which choice is the right one is drawn anew."""
+        drawn = [int(generator.integers(len(each.choices))) for each in self.questions]
+        pairs = zip(self.questions, drawn, strict=True)
+        questions = [question._replace(answer=answer) for question, answer in pairs]
+        return ChoicesTask(questions, self.shots, self.chat)
 
     def _requests(self, tokenizer: PreTrainedTokenizerFast, form: str) -> list[list[Request]]:
         """The requests of each question, after its examples."""

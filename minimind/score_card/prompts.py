@@ -23,6 +23,11 @@ class Prompt(NamedTuple):
     conversation: Conversation | None = None
     text: str = ""
 
+    @property
+    def asked(self) -> str:
+        """The words of the question, or the text."""
+        return self.conversation.messages[-1]["content"] if self.conversation else self.text
+
 
 def read_prompt(row: Fields) -> Prompt:
     """The prompt of a row: its `text` where it has no question, else as `prompts.to_prompt`; raises

@@ -2,10 +2,12 @@
 references."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.bad_rows import check_text, shown
@@ -161,14 +163,17 @@ class RepliesTask:
         """See `Task`; raises UserError, see `fitting_replies`."""
         section: dict[str, dict] = {}
         measures: dict[str, Measure] = {}
+        details: dict[str, dict] = {}
         for name, *choice in self.decodings:
             sampling = Sampling(1, self.max_new_tokens, *choice, self.batch_size)
             prompts = [row.prompt for row in self.rows]
             replies = fitting_replies(subject, prompts, sampling, "--replies")
             groups = defaultdict(list)
             for index, reply in replies.items():
-                for group in ("all", *self.rows[index].groups):
-                    groups[group].append((self.rows[index], reply))
+                row = self.rows[index]
+                details.setdefault(row.key, {"replies": {}})["replies"][name] = reply.text
+                for group in ("all", *row.groups):
+                    groups[group].append((row, reply))
             section[name] = {}
             for group, pairs in groups.items():
                 if group != "all" and len(pairs) == len(replies):
@@ -177,7 +182,14 @@ class RepliesTask:
                 section[name][group] = entry
                 measures |= {f"replies/{name}/{group}/{each}": found[each] for each in found}
             section[name]["all"]["too_long"] = len(self.rows) - len(replies)
-        return Result(measures, section)
+        return Result(measures, section, details=details)
+
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {row.key: (row.prompt.asked, *row.references) for row in self.rows}
+
+    def shuffled(self, generator: np.random.Generator) -> None:
+        """See `Task`: references are no labels."""
 
 
 def described(pairs: Sequence[tuple[ReferencedPrompt, Reply]]) -> tuple[dict, dict[str, Measure]]:

@@ -71,7 +71,8 @@ def read_items(
 
 
 def groups_of(row: Fields, default: str, language: str | None = None) -> tuple[str, ...]:
-    """What a row is counted under: its subject, category or kind, and its language.
+    """What a row is counted under: its subject, category or kind, and its language;
+    raises BadRowError for one named "all".
 
     Args:
         default: the first group of a row that names none.
@@ -81,6 +82,8 @@ def groups_of(row: Fields, default: str, language: str | None = None) -> tuple[s
     subject = next((each for each in subjects if isinstance(each, str) and each.strip()), default)
     language = row.get("language") if language is None else language
     names = (subject, language) if isinstance(language, str) and language.strip() else (subject,)
+    if "all" in names:
+        raise BadRowError("found the group 'all', which stands for all rows, expected another name")
     return tuple(dict.fromkeys(names))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minimind.common.errors import BadRowError
 from minimind.data.bad_rows import shown
 from minimind.data.calls import parse_literal
@@ -88,6 +90,7 @@ class RulesTask:
         # Which rules each reply follows
         groups: dict[str, dict[str, float]] = defaultdict(dict)
         by_rule: dict[str, list[bool]] = defaultdict(list)
+        details = {}
         for index, reply in replies.items():
             row = self.rows[index]
             text = split_reasoning(reply.text)[1].strip()
@@ -98,6 +101,8 @@ class RulesTask:
                 by_rule[name].append(good)
             for group in ("all", *row.groups):
                 groups[group][row.key] = float(all(followed))
+            broken = [name for (name, _), good in zip(row.rules, followed, strict=True) if not good]
+            details[row.key] = {"reply": reply.text, "broken": broken}
 
         section, measures = {}, {}
         for group, values in groups.items():
@@ -115,4 +120,11 @@ class RulesTask:
             },
             "too_long": len(self.rows) - len(replies),
         }
-        return Result(measures, section)
+        return Result(measures, section, details=details)
+
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {row.key: (row.prompt.asked,) for row in self.rows}
+
+    def shuffled(self, generator: np.random.Generator) -> None:
+        """See `Task`: rules are no labels."""
