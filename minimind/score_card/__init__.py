@@ -5,7 +5,7 @@
 from minimind.score_card.card import cards_json, make_card, write_cards
 from minimind.score_card.choices import ChoicesTask, read_multiple_choice
 from minimind.score_card.finished import Finished
-from minimind.score_card.held_out import HeldOutTask
+from minimind.score_card.held_out import held_out_task
 from minimind.score_card.minimal_pairs import PairsTask, read_pairs
 from minimind.score_card.replies import RepliesTask, parse_decodings, read_referenced_prompts
 from minimind.score_card.report import table_of

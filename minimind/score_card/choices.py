@@ -241,15 +241,19 @@ def exchange(question: str, answer: str | None = None) -> list[Message]:
 
 
 def fitting(requests: Sequence[Request], max_length: int, key: str) -> tuple[list[Request], bool]:
-    """The requests of a question without the start of their context, where that is too long, and
-    whether it was; raises UserError where a continuation alone is too long, or has no token."""
+    """The requests of a question without the start of their context, where that is too long for an
+    input of `max_length`, and whether it was.
+
+    Raises:
+        UserError: a continuation alone is too long, or has no token.
+    """
     longest = max(len(request.continuation) for request in requests)
-    if longest >= max_length or not all(request.continuation for request in requests):
+    if longest > max_length or not all(request.continuation for request in requests):
         raise UserError(
-            f"--choices: a choice of {key} has {longest:,} tokens, expected 1 to"
-            f" {max_length - 1:,}, so that it fits behind a question. Leave the row out."
+            f"--choices: a choice of {key} has {longest:,} tokens, expected 1 to {max_length:,}, so"
+            " that it fits behind a question. Leave the row out."
         )
-    room = max_length - longest
+    room = max_length + 1 - longest  # the last token is predicted, not read
     cut = len(requests[0].context) > room
     return [Request(context[-room:], each) for context, each in requests], cut
 
