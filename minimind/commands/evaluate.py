@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from minimind.commands.options import add_bad_rows, add_columns, add_json, select
+from minimind.common.errors import UserError
 from minimind.common.files import check_output
 from minimind.common.streams import json_text
 
