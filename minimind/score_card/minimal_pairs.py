@@ -46,8 +46,8 @@ def read_pairs(files: Sequence[str], on_bad_rows: str | None = None) -> list[Min
             texts.append(text)
         if texts[0] == texts[1]:
             raise BadRowError("found the same text twice, expected a good and a bad sentence")
-        paradigm = str(row.get("UID") or "all pairs")
-        key = f"{paradigm}/{row.get('pairID', len(keys))}"
+        paradigm = str(row.get("uid") or "all pairs")
+        key = f"{paradigm}/{row.get('pairid', len(keys))}"
         if key in keys:
             raise BadRowError(f"found {key} twice, expected one pair of a name")
         keys.add(key)
