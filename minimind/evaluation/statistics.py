@@ -101,7 +101,7 @@ def difference(a: Measure, b: Measure) -> dict | None:
     they share no item, or weigh one differently, as by the tokens of two tokenizers.
 
     Returns:
-        `n`; the scores `a` and `b` of these items; their `difference`, its 95 % `interval`; `p`,
+        `n`; of these items `score_a` and `score_b`; their `difference`, its 95 % `interval`; `p`,
         how often chance alone would make one as large; and who is `better` (see `better`). The
         interval is that of Bonett and Price (2012) for right and wrong items, else a percentile
         bootstrap over the items.
@@ -118,8 +118,8 @@ def difference(a: Measure, b: Measure) -> dict | None:
         interval = bootstrap_interval(differences, weights)
     result = {
         "n": len(keys),
-        "a": float(np.average(of_a, weights=weights)),
-        "b": float(np.average(of_b, weights=weights)),
+        "score_a": float(np.average(of_a, weights=weights)),
+        "score_b": float(np.average(of_b, weights=weights)),
         "difference": float(np.average(differences, weights=weights)),
         "interval": list(interval),
         "p": sign_flip_test(weights * differences),
