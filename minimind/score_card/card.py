@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind.common.errors import UserError
 from minimind.common.files import write_json, write_text
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import load_for_generation
 from minimind.score_card.finished import Finished, result_key
 from minimind.score_card.report import markdown, picture
 from minimind.score_card.tasks import Card, Task
-from minimind.stage_directory import require_stage
+from minimind.stage_directory import read_stage, require_stage
+from minimind.tokenizer import load_tokenizer
 
 
 def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card:
@@ -21,6 +23,8 @@ def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card
         UserError: the model cannot be loaded, or does not fit a task.
     """
     path = require_stage(directory)
+    if any(getattr(task, "asks", False) for task in tasks):
+        check_answers(path)
     subject, results = None, {}
     for task in tasks:
         key = result_key(path, task)
@@ -31,6 +35,17 @@ def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card
             finished.add(key, result)
         results[task.name] = result
     return Card(directory, results)
+
+
+def check_answers(path: Path) -> None:
+    """Raises UserError for a model that has not learned to answer."""
+    is_base = read_stage(path).get("stage") == "pretrain"
+    if is_base or not load_tokenizer(path).chat_template:
+        found = "a base model" if is_base else "a model without a chat template"
+        raise UserError(
+            f"{path}: found {found}, which has not learned to answer, expected a chat model. Give"
+            " the directory of a later stage, or measure the loss alone with --max_new_tokens 0."
+        )
 
 
 def cards_json(cards: Sequence[Card]) -> dict[str, Any]:

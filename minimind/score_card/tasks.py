@@ -28,6 +28,7 @@ class Task(Protocol):
     """
 
     name: str  # of the section in the card's JSON, such as "pairs"
+    asks: bool = False  # whether the model has to answer, which a base model has not learned
 
     def run(self, subject: Subject) -> Result:
         """Score a model, or a control in its place."""
