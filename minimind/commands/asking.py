@@ -16,6 +16,7 @@ from minimind.commands.options import (
     select,
 )
 
+LENGTH = 256  # tokens of a reply at most, where the command names no number
 SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
 
 
@@ -44,7 +45,7 @@ def ask(args: Namespace, directories: Sequence[str], files: Sequence[str], *othe
     from minimind.evaluation import Asked, Sampling, encode_fitting, make_judge
     from minimind.generation import load_for_generation
 
-    option = given_judge(args, *others)
+    option, length = given_judge(args, *others), args.max_new_tokens or LENGTH
     with redirect_stdout(sys.stderr):  # stdout is the report's alone
         judge = None if option.keys() & set(others) else make_judge(**option)
         models = [load_for_generation(directory) for directory in directories]
@@ -52,6 +53,7 @@ def ask(args: Namespace, directories: Sequence[str], files: Sequence[str], *othe
             check_chattable(directory, tokenizer)
         encoder, columns = ChatEncoder(models[0][1]), Columns(args.columns)
         found = read_prompts(files, encoder, args.on_bad_rows, columns)
-        prompts, ids = encode_fitting(found, models, args.max_new_tokens)
-    sampling, too_long = Sampling(**select(args, *SAMPLING)), len(found) - len(prompts)
+        prompts, ids = encode_fitting(found, models, length)
+    sampling = Sampling(**select(args, *SAMPLING) | {"max_new_tokens": length})
+    too_long = len(found) - len(prompts)
     return Asked(directories, models, prompts, ids, sampling, judge, option, too_long)

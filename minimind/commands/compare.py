@@ -66,22 +66,30 @@ def run(args: Namespace) -> None:
         show(found.report)
 
 
+COLUMNS = ("measure", "A", "B")
+
+
 def show(report: dict) -> None:
     """Print a report: a table, what it says, and the warnings."""
-    from rich.table import Table
-
     from minimind.common.terminal import Terminal
     from minimind.evaluation.comparison import sentence, summary_rows
+    from minimind.score_card import Table
 
-    table = Table()
-    table.add_column(translated("measure"))
-    for name in ("A", "B"):
-        table.add_column(name, justify="right")
-    for title, *values in summary_rows(report):
-        table.add_row(translated(title), *values)
+    lines = [[translated(title), *values] for title, *values in summary_rows(report)]
     for name in "ab":
         say(f"{name.upper()}: {report[name]['directory']}")
-    Terminal().print(table)
+    Terminal().print(Table(COLUMNS, lines, lines).for_terminal())
     say(sentence(report["win_rate"]))
     for warning in report["warnings"]:
         say(f"warning: {warning}")
+
+
+def in_markdown(report: dict) -> str:
+    """The same for a file."""
+    from minimind.evaluation.comparison import sentence, summary_rows
+    from minimind.score_card import Table
+
+    names = "".join(f"{name.upper()}: {report[name]['directory']}\n" for name in "ab")
+    said = [sentence(report["win_rate"]), *report["warnings"]]
+    table = Table(COLUMNS, summary_rows(report), ()).markdown()
+    return f"{names}\n{table}\n" + "".join(f"{text}\n" for text in said)

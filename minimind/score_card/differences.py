@@ -1,18 +1,19 @@
 """Differences between the cards of models: which is better, and where that may be chance."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from minimind.common.language import translated
 from minimind.evaluation.statistics import VERDICTS, better, difference, holm
-from minimind.score_card.report import SHOWN, is_share
+from minimind.score_card.report import SHOWN, Table, is_share
 from minimind.score_card.tasks import Card, Result
 
-COLUMNS = ("B", "measure", "n", "A", "B", "B - A", "95 % interval", "p", "verdict")
+COLUMNS = ("against A", "measure", "n", "A", "B", "B - A", "95 % interval", "p", "verdict")
 
 
 def differences(cards: Sequence[Card]) -> list[dict]:
-    """Each later card against the first, measure by measure, on the items that both have; see
-    `task_differences`."""
+    """Each later card (B) against the first (A), measure by measure, on the items that both have;
+    see `task_differences`."""
     first, *others = cards
     return [
         {"a": first.directory, "b": card.directory, "task": task, **found}
@@ -35,14 +36,14 @@ def task_differences(a: Result, b: Result) -> list[dict]:
             found.append({"measure": name, "is_share": is_share(measure), **result})
     others = [each for each in found if each["measure"] != next(iter(b.measures))]
     for each, p in zip(others, holm([each["p"] for each in others]), strict=True):
-        is_better = b.measures[each["measure"]].higher_is_better
-        each |= {"p_adjusted": p, "better": better(each, p, is_better)}
+        measure = b.measures[each["measure"]]
+        each |= {"p_adjusted": p, "better": better(each, p, measure.higher_is_better)}
     for each in found:
         each["verdict"] = VERDICTS[each["better"]]
     return found
 
 
-# In words
+# For people
 
 
 def cells(found: dict) -> list[str]:
@@ -56,12 +57,14 @@ def cells(found: dict) -> list[str]:
     return [found["b"], found["measure"], *shown, translated(found["verdict"])]
 
 
-def shown_differences(found: Sequence[dict], most: int = SHOWN) -> list[list[str]]:
-    """The rows of a table for a terminal: at most so many measures of a task."""
-    counts: dict[tuple[str, str], int] = {}
-    rows = []
+def differences_table(found: Sequence[dict]) -> Table:
+    """All of them; a terminal shows the first of each task."""
+    lines, shown = [], []
+    counts: Counter[tuple[str, str]] = Counter()
     for each in found:
+        lines.append(cells(each))
         key = each["b"], each["task"]
-        counts[key] = counts.get(key, 0) + 1
-        rows += [cells(each)] if counts[key] <= most else []
-    return rows
+        counts[key] += 1
+        if counts[key] <= SHOWN:
+            shown.append(lines[-1])
+    return Table(COLUMNS, lines, shown)
