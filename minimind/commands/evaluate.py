@@ -103,8 +103,8 @@ def run(args: Namespace) -> None:
         else:
             found = differences(cards)
             report = cards_json(cards, differences=found, win_rates=wins)
-            tables, draw = [card_table(cards)], picture
-            tables += [differences_table(found)] if found else []
+            tables, draw = [card_table(cards), differences_table(found)], picture
+        tables = [table for table in tables if table.lines]
         if output:
             text = "\n".join([*(table.markdown() for table in tables), *map(in_markdown, wins)])
             write_cards(output, cards, report, text, draw)
