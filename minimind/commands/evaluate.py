@@ -42,6 +42,10 @@ def add_parser(commands) -> None:
     add("--stage", choices=("sft", "pretrain"), help=stage)
     pairs = "minimal pairs: rows with sentence_good and sentence_bad (BLiMP, ZhoBLiMP)"
     add("--pairs", nargs="+", metavar="FILE", help=pairs)
+    own = "minimal pairs of our own in English and Chinese; the default without files and tasks"
+    add("--own_set", choices=("all", "en", "zh"), help=own)
+    write = "evaluate by our own pairs, and write them there, for --pairs or --eval_pairs"
+    add("--write_own_set", metavar="FILE", help=write)
     prompts = (
         "of several models: prompts, one a line, or chats; the replies of the later ones are judged"
         " against the first one's, by one of the options that follow"
@@ -71,6 +75,7 @@ def run(args: Namespace) -> None:
         Finished,
         card_table,
         cards_json,
+        check_model,
         curve_of,
         curve_picture,
         curve_table,
@@ -91,6 +96,8 @@ def run(args: Namespace) -> None:
         curve = curve_of(directories, args.checkpoints)
         directories = curve or directories
         tasks = make_tasks(args, files)
+        for directory in directories:
+            check_model(directory, tasks)
         asked = ask_models(args, directories)
 
         if output:
@@ -151,7 +158,7 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     """What the models are scored by.
 
     Raises:
-        UserError: a file cannot be used, or there is nothing to do.
+        UserError: a file cannot be used.
     """
     from minimind.data.columns import Columns
     from minimind.score_card import PairsTask, held_out_task, read_pairs
@@ -161,11 +168,25 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
         columns = Columns(args.columns, args.unread_columns)
         options = select(args, "max_length", "max_new_tokens", "batch_size")
         tasks.append(held_out_task(files, args.stage, args.on_bad_rows, columns, **options))
-    if args.pairs:
-        tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
-    if not (tasks or args.prompts):
-        raise UserError("found nothing to evaluate by. Give held-out files, or --pairs FILE.")
-    return tasks
+    pairs = read_pairs(args.pairs, args.on_bad_rows) if args.pairs else []
+    if args.own_set or args.write_own_set:
+        pairs += make_own_pairs(args)
+    if pairs:
+        tasks.append(PairsTask(pairs))
+    if tasks or args.prompts:
+        return tasks
+    return [PairsTask(make_own_pairs(args))]
+
+
+def make_own_pairs(args: Namespace) -> list:
+    """The pairs of our own set, written to a file where that is wanted; raises UserError."""
+    from minimind.score_card import own_pairs, write_pairs
+
+    pairs = own_pairs() if args.own_set in (None, "all") else own_pairs([args.own_set])
+    if args.write_own_set:
+        check_output(args.write_own_set)
+        write_pairs(pairs, Path(args.write_own_set))
+    return pairs
 
 
 def split_paths(paths: list[str]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,28 @@ from minimind.generation import load_for_generation
 from minimind.score_card.finished import Finished, result_key
 from minimind.score_card.tasks import Card, Task
 from minimind.stage_directory import read_stage, require_stage
+from minimind.stage_directory.loading import check_scores
 from minimind.tokenizer import load_tokenizer
+
+
+def check_model(directory: str, tasks: Sequence[Task]) -> None:
+    """Check that a directory holds a model that can do the tasks, before any is loaded.
+
+    Raises:
+        UserError: it does not, or holds a reward model; or a task asks, and the model has not
+            learned to answer.
+    """
+    path = require_stage(directory)
+    check_scores(path, scores=False)
+    if any(getattr(task, "needs_chat", False) for task in tasks):
+        is_base = read_stage(path).get("stage") == "pretrain"
+        if is_base or not load_tokenizer(path).chat_template:
+            found = "a base model" if is_base else "a model without a chat template"
+            raise UserError(
+                f"{path}: found {found}, which has not learned to answer, expected a chat model."
+                " Give the directory of a later stage, or measure the loss alone with"
+                " --max_new_tokens 0."
+            )
 
 
 def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card:
@@ -22,8 +43,6 @@ def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card
         UserError: the model cannot be loaded, or does not fit a task.
     """
     path = require_stage(directory)
-    if any(getattr(task, "asks", False) for task in tasks):
-        check_answers(path)
     subject, results = None, {}
     for task in tasks:
         key = result_key(path, task)
@@ -34,17 +53,6 @@ def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card
             finished.add(key, result)
         results[task.name] = result
     return Card(directory, results)
-
-
-def check_answers(path: Path) -> None:
-    """Raises UserError for a model that has not learned to answer."""
-    is_base = read_stage(path).get("stage") == "pretrain"
-    if is_base or not load_tokenizer(path).chat_template:
-        found = "a base model" if is_base else "a model without a chat template"
-        raise UserError(
-            f"{path}: found {found}, which has not learned to answer, expected a chat model. Give"
-            " the directory of a later stage, or measure the loss alone with --max_new_tokens 0."
-        )
 
 
 def cards_json(cards: Sequence[Card], **others: Any) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def curve_picture(file: Path, cards: Sequence[Card]) -> None:
         for name, axes in zip(names, panels, strict=True):
             axes.set_title(name, fontsize=9, parse_math=False)
             axes.grid(color=GRID)
+            axes.set_ymargin(0.1)
         for curve in found:
             axes, colour = panels[names.index(curve.name)], COLOURS[runs.index(curve.run) % 6]
             steps, points = zip(*curve.points, strict=True)
