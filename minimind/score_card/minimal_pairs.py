@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minimind.common.errors import BadRowError
 from minimind.data.bad_rows import BadRows
 from minimind.data.columns import Columns
@@ -92,6 +94,18 @@ class PairsTask:
                 found = estimate(measure)
                 section[group] |= {form: found["score"], f"{form}_interval": found["interval"]}
         return Result(measures, section)
+
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {pair.key: (pair.good, pair.bad) for pair in self.pairs}
+
+    def shuffled(self, generator: np.random.Generator) -> "PairsTask":
+        """See `Task`: which sentence is the good one is drawn anew."""
+        swaps = generator.random(len(self.pairs)) < 0.5
+        pairs = zip(self.pairs, swaps, strict=True)
+        return PairsTask(
+            [pair._replace(good=pair.bad, bad=pair.good) if swap else pair for pair, swap in pairs]
+        )
 
 
 def won(good: float, bad: float) -> float:

@@ -1,7 +1,9 @@
 """What a task of the score card is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from minimind.evaluation.scoring import Subject
 from minimind.evaluation.statistics import Measure
@@ -22,4 +24,13 @@ class Task(Protocol):
 
     def run(self, subject: Subject) -> Result:
         """Score a model, or a control in its place."""
+        ...
+
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """What a model could have learned by heart of each item, by the item's key in the
+        measures."""
+        ...
+
+    def shuffled(self, generator: np.random.Generator) -> "Task | None":
+        """The same items with random labels; None where they have none."""
         ...

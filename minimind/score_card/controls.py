@@ -1,0 +1,169 @@
+"""Controls: the same card where it must come out at chance.
+
+    random    the model's architecture with random weights
+    length    every token is equally probable: of two texts, the sum of the log-probabilities
+              prefers the one of fewer tokens
+    unigram   each token is as probable as in the training text, whatever is before it
+    shuffled  the model itself, and labels that say nothing
+
+Where one of the first three scores better than chance, a part of a task can be solved without
+knowing the language: by the length of texts or by the frequency of words. A model's score has to be
+read against that score, not against chance. Shuffled labels check the procedure itself.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from minimind.evaluation.scoring import ModelSubject, Request, Subject
+from minimind.evaluation.statistics import estimate
+from minimind.score_card.tasks import Result, Task
+from minimind.score_card.training_text import read_texts, training_files
+from minimind.stage_directory import auto_class, lineage
+from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
+
+SEED = 0
+MOST_TEXT, MOST_OF_ROW = 2**26, 2**18  # characters in which tokens are counted
+CONTROLS = {  # who scores, and what it means if that is not chance
+    "random": (
+        "a model with random weights",
+        "lengths, or tokens that always decide, are not balanced between right and wrong",
+    ),
+    "length": (
+        "a model for which all tokens are equally probable",
+        "the lengths of the texts are not balanced between right and wrong",
+    ),
+    "unigram": (
+        "a model of the frequencies of tokens",
+        "frequencies or lengths give a part of the answers away",
+    ),
+    "shuffled": (
+        "the model with shuffled labels",
+        "the right answers are not spread evenly, or this is one of the 20 cases in which a 95 %"
+        " interval is wrong",
+    ),
+}
+
+
+class UnigramSubject:
+    """A `Subject` for which a token's probability is its share of a text, whatever is before it.
+
+    Args:
+        counts: (vocabulary,), how often each token occurs. One is added to each (Laplace), so
+            that none is impossible; zeros make all tokens equally probable.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int, counts: np.ndarray):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.log_shares = np.log((counts + 1.0) / (counts + 1.0).sum())
+
+    def log_probabilities(
+        self, requests: Sequence[Request], title: str = "scoring"
+    ) -> list[np.ndarray]:
+        """See `Subject`."""
+        return [self.log_shares[list(request.continuation)] for request in requests]
+
+
+class RememberingSubject:
+    """A `Subject` that computes each request once; else it is the subject that it is made of."""
+
+    def __init__(self, subject: Subject):
+        self._subject = subject
+        self._known: dict[Request, np.ndarray] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._subject, name)
+
+    def log_probabilities(
+        self, requests: Sequence[Request], title: str = "scoring"
+    ) -> list[np.ndarray]:
+        """See `Subject`."""
+        new = [each for each in dict.fromkeys(requests) if each not in self._known]
+        if new:
+            scores = self._subject.log_probabilities(new, title)
+            self._known.update(zip(new, scores, strict=True))
+        return [self._known[each] for each in requests]
+
+
+def random_subject(subject: ModelSubject, seed: int = SEED) -> ModelSubject:
+    """A model's architecture with random weights, drawn from a seed, in the model's place."""
+    config = subject.model.config
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto_class(config).from_config(config)
+    return ModelSubject(model.to(subject.model.device), subject.tokenizer)
+
+
+def count_tokens(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], vocab_size: int
+) -> np.ndarray:
+    """How often each token occurs in texts, with the end token after each: (vocab_size,). Only the
+    first `MOST_TEXT` characters are counted, and `MOST_OF_ROW` of one text."""
+    counts, room = np.zeros(vocab_size, np.int64), MOST_TEXT
+    encoder, texts = DocumentEncoder(tokenizer), iter(texts)
+    while room > 0 and (batch := [text[:MOST_OF_ROW] for text in islice(texts, 256)]):
+        try:
+            ids = encoder(batch)
+        except WrongIdsError:
+            encoder = DocumentEncoder(tokenizer, fast=False)
+            ids = encoder(batch)
+        counts += np.bincount(ids, minlength=vocab_size)
+        room -= sum(map(len, batch))
+    return counts
+
+
+def controls(subject: ModelSubject, directory: str | Path, tasks: Sequence[Task]) -> Result:
+    """The results of the tasks that have labels, for each control in the place of a model.
+
+    Without training files, tokens are counted in the texts of the tasks.
+
+    Raises:
+        UserError: a record or a training file of the model's lineage is broken.
+    """
+    labelled = {task.name: task.shuffled(np.random.default_rng(SEED)) for task in tasks}
+    tasks = [task for task in tasks if labelled[task.name]]
+    files = training_files(reversed(lineage(directory)))
+    if files:
+        texts = (text for _, text in read_texts(files, "token frequencies"))
+    else:
+        texts = (text for task in tasks for parts in task.texts().values() for text in parts)
+    counts = count_tokens(subject.tokenizer, texts, subject.model.config.vocab_size)
+
+    limits = subject.tokenizer, subject.max_length
+    subjects: dict[str, Subject] = {
+        "random": random_subject(subject),
+        "length": UnigramSubject(*limits, np.zeros_like(counts)),
+        "unigram": UnigramSubject(*limits, counts),
+    }
+    results = {
+        name: {task.name: task.run(control) for task in tasks} for name, control in subjects.items()
+    }
+    results["shuffled"] = {task.name: labelled[task.name].run(subject) for task in tasks}
+
+    # The first measure of each task is shown, all are in the section
+    measures, section = {}, {"unigrams_of": list(map(str, files)) or "the tasks' own texts"}
+    remarks = []
+    for name, found in results.items():
+        section[name] = {task: result.section for task, result in found.items()}
+        for result in found.values():
+            measure = next(iter(result.measures))
+            measures[f"controls/{name}/{measure}"] = result.measures[measure]
+            remarks += _remarks(name, measure, estimate(result.measures[measure]))
+    return Result(measures, section | {"remarks": remarks})
+
+
+def _remarks(control: str, measure: str, found: dict) -> Iterator[str]:
+    """In words, where a control is not at chance."""
+    if found.get("above_chance") is None:
+        return
+    who, cause = CONTROLS[control]
+    score, chance = f"{found['score']:.1%}", f"{found['chance']:.1%}"
+    if found["above_chance"]:
+        yield f"{measure}: {who} scores {score}, better than chance ({chance}): {cause}"
+    else:
+        yield f"{measure}: {who} scores {score}, worse than chance ({chance}): {cause}"
