@@ -187,15 +187,16 @@ class NgramIndex:
     def __init__(self, prefix: int):
         self.prefix = prefix
         self.ids: dict[str, int] = {}
-        self.items: dict[tuple[int, ...], set[Any]] = {}
+        self.items: dict[tuple[int, ...], list[Any]] = {}
         self.hashes, self.lengths = np.empty(0, np.uint64), []
 
-    def add(self, units: list[str], n: int, item: Any = None) -> None:
-        """Remember every n-gram of the units; if there are fewer than n, all of them as one."""
+    def add(self, units: list[str], n: int, item: Any = None, step: int = 1) -> None:
+        """Remember every n-gram of the units, or those at every `step`; if there are fewer than n,
+        all of them as one."""
         ids = [self.ids.setdefault(unit, len(self.ids) + 1) for unit in units]
         n = min(n, len(ids))
-        for start in range(len(ids) - n + 1):
-            self.items.setdefault(tuple(ids[start : start + n]), set()).add(item)
+        for start in range(0, len(ids) - n + 1, step):
+            self.items.setdefault(tuple(ids[start : start + n]), []).append(item)
 
     def freeze(self) -> None:
         """Call after the last `add`."""
@@ -212,7 +213,7 @@ class NgramIndex:
             keys ^= keys >> np.uint64(29)
         return keys
 
-    def find(self, units: list[str]) -> Iterator[tuple[int, int, set[Any]]]:
+    def find(self, units: list[str]) -> Iterator[tuple[int, int, list[Any]]]:
         """The n-grams in the text with these units: start, length, and the items they are from."""
         ids = [self.ids.get(unit, 0) for unit in units]
         keys = self._hash(np.array(ids, np.uint64))

@@ -66,7 +66,16 @@ CHOICES = {
 }
 # Options that the libraries read, write or send, and that have to be UTF-8.
 FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "directory_a", "directory_b")
-FOR_LIBRARIES += ("model", "model_name_or_path", "out", "output_dir", "project", "reward_model")
+FOR_LIBRARIES += (
+    "paths",
+    "include_path",
+    "model",
+    "model_name_or_path",
+    "out",
+    "output_dir",
+    "project",
+    "reward_model",
+)
 FOR_LIBRARIES += ("run_name", "source", "tokenizer")
 # Options that are durations, each with its unit.
 DURATIONS = ("time_budget",)

@@ -6,11 +6,11 @@ characters, which are about as many words; these are the numbers of the cleaning
 `decontaminate`. Letter case and punctuation do not count. A shorter text is compared in full from
 `SHORTEST` words or characters on: most sentences of minimal pairs are shorter.
 
-In memory are the n-grams of the items, never the training text.
+In memory are the n-grams of the items, never the training text; of a text longer than `LONG` only
+n-grams that do not overlap, which still finds each copy of twice their length.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from minimind.cleaning.duplicates import Decontaminate, NgramIndex
@@ -19,10 +19,11 @@ from minimind.data.sources import File
 from minimind.evaluation.statistics import estimate
 from minimind.score_card.tasks import Result, Task
 from minimind.score_card.training_text import lineage_json, read_texts, training_files
-from minimind.stage_directory import lineage
+from minimind.stage_directory import Ancestor
 
 WORDS, CHARACTERS = Decontaminate.words, Decontaminate.characters
 SHORTEST = 4
+LONG = 200  # words or characters of a text from which on not each n-gram is kept
 EXAMPLES = 5  # of a task, in the JSON
 
 
@@ -34,17 +35,17 @@ class Overlap(NamedTuple):
 
 
 def contamination(
-    directory: str | Path, tasks: Sequence[Task], results: Mapping[str, Result]
+    tasks: Sequence[Task], results: Mapping[str, Result], ancestors: Sequence[Ancestor]
 ) -> Result:
     """How many items of each task are in the training text of a model, and its scores without them.
 
     Args:
         results: what the tasks found, by their names.
+        ancestors: the lineage of the model.
 
     Raises:
-        UserError: a record or a training file is broken.
+        UserError: a training file is broken.
     """
-    ancestors = lineage(directory)
     texts = {task.name: task.texts() for task in tasks}
     overlaps = find_overlaps(texts, training_files(ancestors))
     sections = {
@@ -110,8 +111,9 @@ def find_overlaps(
     for task, items in texts.items():
         for key, parts in items.items():
             for text in parts:
-                if ngrams := _ngrams(text):
-                    index.add(*ngrams, (task, key))
+                if found := _ngrams(text):
+                    units, n = found
+                    index.add(units, n, (task, key), n if len(units) > LONG else 1)
     overlaps: dict[str, dict[str, Overlap]] = {task: {} for task in texts}
     if not index.items or not files:
         return overlaps

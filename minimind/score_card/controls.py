@@ -11,9 +11,8 @@ knowing the language: by the length of texts or by the frequency of words. A mod
 read against that score, not against chance. Shuffled labels check the procedure itself.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from minimind.evaluation.scoring import ModelSubject, Request, Subject
 from minimind.evaluation.statistics import estimate
 from minimind.score_card.tasks import Result, Task
 from minimind.score_card.training_text import read_texts, training_files
-from minimind.stage_directory import auto_class, lineage
+from minimind.stage_directory import Ancestor, auto_class
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 SEED = 0
@@ -117,17 +116,22 @@ def count_tokens(
     return counts
 
 
-def controls(subject: ModelSubject, directory: str | Path, tasks: Sequence[Task]) -> Result:
+def controls(
+    load: Callable[[], ModelSubject], tasks: Sequence[Task], ancestors: Sequence[Ancestor]
+) -> Result:
     """The results of the tasks that have labels, for each control in the place of a model.
 
-    Without training files, tokens are counted in the texts of the tasks.
+    Args:
+        load: returns the model.
+        ancestors: its lineage; without training files, tokens are counted in the tasks' texts.
 
     Raises:
-        UserError: a record or a training file of the model's lineage is broken.
+        UserError: a training file is broken.
     """
+    subject = load()
     labelled = {task.name: task.shuffled(np.random.default_rng(SEED)) for task in tasks}
     tasks = [task for task in tasks if labelled[task.name]]
-    files = training_files(reversed(lineage(directory)))
+    files = training_files(ancestors)
     if files:
         texts = (text for _, text in read_texts(files, "token frequencies"))
     else:

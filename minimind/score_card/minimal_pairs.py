@@ -1,72 +1,107 @@
 """Minimal pairs: does the model find the good sentence more probable than the bad one?
 
-The layout of BLiMP (Warstadt et al., 2020, arXiv 1912.00582) and ZhoBLiMP.
+The layout of BLiMP (Warstadt et al., 2020, arXiv 1912.00582) and ZhoBLiMP (Liu et al., 2024, arXiv
+2411.06096).
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from minimind.common.errors import BadRowError
-from minimind.data.bad_rows import BadRows
+from minimind.data.bad_rows import BadRows, check_text, shown
 from minimind.data.columns import Columns
 from minimind.data.files import read_rows
 from minimind.evaluation.scoring import Request, Subject
 from minimind.evaluation.statistics import Measure, estimate
+from minimind.score_card.report import VERDICTS
 from minimind.score_card.tasks import Result
 from minimind.tokenizer import text_encoder
 
+ALL = "all"  # the group of all pairs
+
 
 class MinimalPair(NamedTuple):
-    """Two texts that differ in one property, and the names that pairs are grouped by."""
+    """Two texts that differ in one property, and the names that pairs are grouped by, if they have
+    them."""
 
     key: str
     good: str
     bad: str
-    paradigm: str
-    phenomenon: str
+    paradigm: str | None
+    phenomenon: str | None
+    file: str
 
 
 def read_pairs(files: Sequence[str], on_bad_rows: str | None = None) -> list[MinimalPair]:
-    """Rows with `sentence_good` and `sentence_bad`; `UID` is the paradigm, `linguistics_term` the
-    phenomenon, `pairID` the number in the paradigm.
+    """Rows with `sentence_good` and `sentence_bad`; `UID` is the paradigm, `linguistics_term` or
+    `phenomenon` the phenomenon, `pairID` the number in the paradigm.
 
     Raises:
         UserError: see `files.read_rows`; a text is missing, the two are equal, or a pair occurs
             twice.
     """
     keys: set[str] = set()
+    bad_rows, pairs = BadRows(on_bad_rows), []
 
-    def convert(row: Mapping[str, Any]) -> MinimalPair:
+    def convert(row: Mapping) -> tuple:
         texts = []
         for name in ("sentence_good", "sentence_bad"):
             text = row.get(name)
             if not isinstance(text, str) or not text.strip():
-                raise BadRowError(f"found {text!r} as {name}, expected a text")
+                found = shown(text) if name in row else "nothing"
+                raise BadRowError(f"{name}: found {found}, expected a text")
+            check_text(text, name)
             texts.append(text)
         if texts[0] == texts[1]:
-            raise BadRowError("found the same text twice, expected a good and a bad sentence")
-        paradigm = str(row.get("UID") or "all pairs")
-        key = f"{paradigm}/{row.get('pairID', len(keys))}"
+            raise BadRowError(
+                "found the same text as sentence_good and sentence_bad, expected two that differ"
+            )
+        paradigm, number = row.get("uid"), row.get("pairid")
+        if paradigm == ALL:
+            raise BadRowError("UID: found 'all', which stands for all pairs")
+        key = f"{paradigm or 'pair'}/{len(keys) if number is None else number}"
         if key in keys:
-            raise BadRowError(f"found {key} twice, expected one pair of a name")
+            raise BadRowError(f"found the pair {key} again, expected each once")
         keys.add(key)
-        return MinimalPair(key, *texts, paradigm, str(row.get("linguistics_term") or paradigm))
+        phenomenon = row.get("linguistics_term") or row.get("phenomenon")
+        return key, *texts, *(each and str(each) for each in (paradigm, phenomenon))
 
-    return [row.data for row in read_rows(files, BadRows(on_bad_rows), convert, columns=Columns())]
+    for file in files:
+        rows = read_rows([file], bad_rows, convert, columns=Columns())
+        pairs += [MinimalPair(*row.data, str(file)) for row in rows]
+    return pairs
 
 
 class PairsTask:
     """Shares of pairs won by the good sentence, ties half: by the `sum` of the log-probabilities of
-    the tokens and by their `mean`. Each sentence follows the end token, as a document in
-    training."""
+    the tokens, which stands for the task, and by their `mean`. Each sentence follows the end token,
+    as a document in training.
+
+    The sum favours the shorter sentence, the mean a longer one. So each group of pairs also has
+    `same_length`, its share of pairs whose sentences have equally many tokens, and `good_longer`,
+    the share of its other pairs whose good sentence has more.
+    """
 
     name = "pairs"
 
     def __init__(self, pairs: Sequence[MinimalPair]):
-        self.pairs = pairs
+        self.pairs = list(pairs)
+
+    def groups(self) -> dict[tuple[str, str], list[str]]:
+        """(section of the card's JSON, name) -> the keys of the pairs in this group, all of them
+        first."""
+        groups = {("pairs", ALL): [pair.key for pair in self.pairs]}
+        fields = {"phenomena": "phenomenon", "pairs": "paradigm"}
+        if len({pair.file for pair in self.pairs}) > 1:
+            fields = {"pair_files": "file", **fields}
+        for section, field in fields.items():
+            for pair in self.pairs:
+                if name := getattr(pair, field):
+                    groups.setdefault((section, name), []).append(pair.key)
+        return groups
 
     def run(self, subject: Subject) -> Result:
         """See `Task`."""
@@ -77,23 +112,23 @@ class PairsTask:
         requests = [Request(context, tuple(each.ids)) for each in encoded]
         scores = iter(subject.log_probabilities(requests, "minimal pairs"))
 
-        # Who wins each pair
-        groups: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+        # Who wins each pair, and how much longer its good sentence is
+        wins: dict[str, dict[str, float]] = {"sum": {}, "mean": {}}
+        longer = {}
         for pair in self.pairs:
             good, bad = next(scores), next(scores)
-            for name in ("all", pair.paradigm):
-                groups[name]["sum"][pair.key] = won(good.sum(), bad.sum())
-                groups[name]["mean"][pair.key] = won(good.mean(), bad.mean())
+            wins["sum"][pair.key] = won(good.sum(), bad.sum())
+            wins["mean"][pair.key] = won(good.mean(), bad.mean())
+            longer[pair.key] = len(good) - len(bad)
 
-        section, measures = {}, {}
-        for group, wins in groups.items():
-            section[group] = {"n": len(wins["sum"])}
-            for form in ("sum", "mean"):
-                measure = Measure(wins[form], chance=0.5)
-                measures[f"pairs/{group}/{form}"] = measure
-                found = estimate(measure)
-                section[group] |= {form: found["score"], f"{form}_interval": found["interval"]}
-        return Result(measures, section)
+        measures, sections = {}, defaultdict(dict)
+        for (section, name), keys in self.groups().items():
+            found = {
+                form: Measure({key: wins[form][key] for key in keys}, chance=0.5) for form in wins
+            }
+            measures |= {f"{section}/{name}/{form}": found[form] for form in found}
+            sections[section][name] = describe(found) | lengths([longer[key] for key in keys])
+        return Result(measures, sections.pop("pairs"), dict(sections))
 
     def texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
@@ -111,3 +146,23 @@ class PairsTask:
 def won(good: float, bad: float) -> float:
     """1 if the good text scores higher, 0 if the bad one does, 1/2 for a tie."""
     return (1 + (good > bad) - (good < bad)) / 2
+
+
+def describe(measures: Mapping[str, Measure]) -> dict:
+    """The scores of a group by `sum` and by `mean` with their intervals, and the verdict on the
+    sum in words."""
+    found = {form: estimate(measure) for form, measure in measures.items()}
+    scores = {form: each["score"] for form, each in found.items()}
+    intervals = {f"{form}_interval": each["interval"] for form, each in found.items()}
+    one = found["sum"]
+    verdict = VERDICTS[one["above_chance"]]
+    return {"n": one["n"], **scores, **intervals, "chance": one["chance"], "verdict": verdict}
+
+
+def lengths(differences: Sequence[int]) -> dict[str, float]:
+    """How many tokens more the good sentence has, of each pair -> `same_length`, `good_longer`."""
+    unequal = [difference for difference in differences if difference]
+    shares = {"same_length": 1 - len(unequal) / len(differences)}
+    if unequal:
+        shares["good_longer"] = sum(each > 0 for each in unequal) / len(unequal)
+    return shares

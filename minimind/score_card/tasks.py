@@ -1,7 +1,7 @@
-"""What a task of the score card is."""
+"""What a task of the score card is, and the card of a model."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -10,15 +10,24 @@ from minimind.evaluation.statistics import Measure
 
 
 class Result(NamedTuple):
-    """What a task found: its `measures` by name (first the one that stands for all), which are
-    compared between models and drawn, and the `section` of the card's JSON."""
+    """What a task found: its `measures` by name, the `section` of the card's JSON with the task's
+    name, and other `entries` of the card's JSON.
+
+    The measures are compared between models and drawn. The first stands for all, and those that
+    matter more come first: a table shows only as many as fit.
+    """
 
     measures: Mapping[str, Measure]
     section: dict
+    entries: Mapping[str, Any] = {}
 
 
 class Task(Protocol):
-    """Something a model can be scored by. It read and checked its file when it was made."""
+    """Something a model can be scored by. It read and checked its file when it was made.
+
+    Its attributes decide, together with the model, what `run` returns: a result is used again as
+    long as they have the same `repr`. Names that begin with _ are left out of that.
+    """
 
     name: str  # of the section in the card's JSON, such as "pairs"
 
@@ -34,3 +43,18 @@ class Task(Protocol):
     def shuffled(self, generator: np.random.Generator) -> "Task | None":
         """The same items with random labels; None where they have none."""
         ...
+
+
+class Card(NamedTuple):
+    """What a model's directory scored: the result of each task by the task's name."""
+
+    directory: str
+    results: Mapping[str, Result]
+
+    def entries(self) -> dict[str, Any]:
+        """The card as JSON."""
+        entries: dict[str, Any] = {"directory": self.directory}
+        for name, result in self.results.items():
+            entries |= {name: result.section} if result.section else {}
+            entries |= result.entries
+        return entries

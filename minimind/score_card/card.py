@@ -1,0 +1,86 @@
+"""The score card: tasks run on models, and what they found as JSON, items, table and picture."""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from minimind.common.files import write_json, write_text
+from minimind.evaluation.scoring import ModelSubject
+from minimind.generation import load_for_generation
+from minimind.score_card.contamination import contamination
+from minimind.score_card.controls import RememberingSubject, controls
+from minimind.score_card.finished import Finished, key_of, result_key
+from minimind.score_card.report import markdown, picture
+from minimind.score_card.tasks import Card, Result, Task
+from minimind.stage_directory import lineage, require_stage
+
+
+def make_card(
+    directory: str, tasks: Sequence[Task], finished: Finished, checks: Collection[str] = ()
+) -> Card:
+    """Run the tasks that are not finished on the model of a stage directory.
+
+    Args:
+        checks: "controls" and "contamination" add these sections.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not fit a task.
+    """
+    path, results = require_stage(directory), {}
+
+    @cache
+    def subject() -> ModelSubject:
+        loaded = ModelSubject(*load_for_generation(directory))
+        return RememberingSubject(loaded) if "controls" in checks else loaded
+
+    def find(key: str, run: Callable[[], Result]) -> Result:
+        result = finished.get(key)
+        if result is None:
+            result = run()
+            finished.add(key, result)
+        return result
+
+    for task in tasks:
+        results[task.name] = find(result_key(path, task), lambda task=task: task.run(subject()))
+    ancestors = lineage(path) if checks else []
+    key = [result_key(path, task) for task in tasks], ancestors
+    if "controls" in checks:
+        run = partial(controls, subject, tasks, ancestors)
+        results["controls"] = find(key_of(("controls", key)), run)
+    if "contamination" in checks:
+        run = partial(contamination, tasks, dict(results), ancestors)
+        results["contamination"] = find(key_of(("contamination", key)), run)
+    return Card(directory, results)
+
+
+def cards_json(cards: Sequence[Card]) -> dict[str, Any]:
+    """The card of one model as one object; of several: `models`."""
+    if len(cards) == 1:
+        return cards[0].entries()
+    return {"models": [card.entries() for card in cards]}
+
+
+def item_lines(cards: Sequence[Card]) -> list[str]:
+    """A line of JSON for each item of each task: its value in every measure that has it."""
+    lines = []
+    for card in cards:
+        for name, result in card.results.items():
+            items: dict[str, dict] = {}
+            for measure_name, measure in result.measures.items():
+                for key, value in measure.values.items():
+                    items.setdefault(key, {})[measure_name] = value
+            for key, values in items.items():
+                line = {"directory": card.directory, "task": name, "item": key, "values": values}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines
+
+
+def write_cards(output: Path, cards: Sequence[Card]) -> None:
+    """Write card.json, card.md, card.png and items.jsonl, each complete or not at all; raises
+    OSError."""
+    write_text(output / "items.jsonl", "".join(item_lines(cards)))
+    write_text(output / "card.md", markdown(cards))
+    picture(output / "card.png", cards)
+    write_json(output / "card.json", cards_json(cards))

@@ -1,0 +1,138 @@
+"""Score cards for people: a table on a terminal, Markdown, a picture."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from minimind.common.charts import COLOURS, GRID, canvas, to_png
+from minimind.common.errors import decoration
+from minimind.common.files import write_bytes
+from minimind.common.language import translated
+from minimind.evaluation.statistics import Measure, estimate
+from minimind.score_card.tasks import Card
+
+SHOWN = 30  # measures of a task in a table on a terminal and in the picture
+COLUMNS = ("model", "measure", "n", "score", "95 % interval", "chance", "verdict")
+VERDICTS = {
+    True: "better than chance",
+    False: "worse than chance",
+    None: "not distinguishable from chance",
+}
+
+
+class Row(NamedTuple):
+    """One measure of one model."""
+
+    directory: str
+    name: str
+    n: int
+    score: float
+    interval: tuple[float, float]
+    chance: float | None
+    verdict: str
+    is_share: bool
+
+    def cells(self) -> list[str]:
+        """The row as texts."""
+        low, high = map(self.shown, self.interval)
+        chance = "" if self.chance is None else self.shown(self.chance)
+        score = self.shown(self.score)
+        verdict = translated(self.verdict) if self.verdict else ""
+        return [self.name, f"{self.n:,}", score, f"{low} - {high}", chance, verdict]
+
+    def shown(self, value: float) -> str:
+        """A value as a text: a share in percent."""
+        return f"{value:.1%}" if self.is_share else f"{value:,.4f}"
+
+
+def is_share(measure: Measure) -> bool:
+    """Whether a measure counts right and wrong items."""
+    return measure.weights is None and all(0 <= value <= 1 for value in measure.values.values())
+
+
+def rows(cards: Sequence[Card], most: int | None = None) -> Iterator[Row]:
+    """The measures of each task, of each the models in their order; at most so many of a task."""
+    names = dict.fromkeys(
+        (task, name)
+        for card in cards
+        for task in card.results
+        for name in list(card.results[task].measures)[:most]
+    )
+    for task, name in names:
+        for card in cards:
+            if measure := card.results[task].measures.get(name):
+                found = estimate(measure)
+                verdict = VERDICTS[found["above_chance"]] if "chance" in found else ""
+                yield Row(
+                    card.directory,
+                    name,
+                    found["n"],
+                    found["score"],
+                    tuple(found["interval"]),
+                    found.get("chance"),
+                    verdict,
+                    is_share(measure),
+                )
+
+
+def table_of(cards: Sequence[Card]):
+    """A rich table of the first measures of each task."""
+    from rich.table import Table
+
+    table = Table()
+    several = len(cards) > 1
+    for name in COLUMNS[not several :]:
+        right = name in ("n", "score", "chance")
+        table.add_column(translated(name), justify="right" if right else "left")
+    for row in rows(cards, SHOWN):
+        table.add_row(*([row.directory] if several else []), *row.cells())
+    return table
+
+
+def remarks(cards: Sequence[Card]) -> Iterator[str]:
+    """What controls and contamination say in words; of several models with the directory."""
+    for card in cards:
+        for result in card.results.values():
+            for remark in result.section.get("remarks", ()):
+                text = translated(remark)
+                yield f"{card.directory}: {text}" if len(cards) > 1 else text
+
+
+def markdown(cards: Sequence[Card]) -> str:
+    """One table of all measures, and the remarks."""
+    lines = [COLUMNS, [" --- "] * len(COLUMNS)]
+    lines += [[row.directory, *row.cells()] for row in rows(cards)]
+    escaped = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    return table + "".join(f"\n- {remark}\n" for remark in remarks(cards))
+
+
+def picture(file: Path, cards: Sequence[Card]) -> None:
+    """Write the scores with their intervals and chance lines as a PNG, if there are any."""
+    found = [row for row in rows(cards, SHOWN) if row.is_share]
+    if not found:
+        return
+    with decoration("the picture of the card"):
+        directories = [card.directory for card in cards]
+        names = list(dict.fromkeys(row.name for row in found))
+        with canvas(8, 1.2 + 0.28 * len(names) * max(1, len(cards) * 0.6)) as figure:
+            axes = figure.subplots()
+            for row in found:
+                index = directories.index(row.directory)
+                place = names.index(row.name) + 0.6 * (index + 0.5) / len(cards) - 0.3
+                colour = COLOURS[index % len(COLOURS)]
+                axes.plot(row.interval, [place, place], color=colour, linewidth=2)
+                axes.plot([row.score], [place], "o", color=colour, markersize=4)
+                if row.chance is not None:
+                    edges = [names.index(row.name) - 0.45, names.index(row.name) + 0.45]
+                    axes.plot([row.chance] * 2, edges, color="#888888", linestyle=":")
+            for index, directory in enumerate(directories):
+                axes.plot([], [], "o-", color=COLOURS[index % len(COLOURS)], label=directory)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlim(0, 1)
+            axes.xaxis.set_major_formatter("{x:.0%}")
+            axes.grid(axis="x", color=GRID)
+            figure.legend(loc="lower right", fontsize=8)
+            figure.tight_layout()
+            write_bytes(file, to_png(figure))
