@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
 
 from minimind.common.errors import UserError, reason
 from minimind.common.streams import printable
@@ -19,12 +21,32 @@ from minimind.stage_directory import (
 from minimind.tokenizer import load_tokenizer
 
 
-class Streamer(TextStreamer):
-    """Identical to the library's except: the text cannot control the terminal."""
+class Streamer(BaseStreamer):
+    """Prints the text of new tokens as soon as its characters are complete, and keeps it.
 
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        """Called with each piece of the text."""
-        super().on_finalized_text(printable(text), stream_end)
+    Half a character, such as the first bytes of one that the last token cut, is never shown; nor
+    can the text control the terminal.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.text, self.tokens, self.is_prompt = "", [], True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt's tokens (1, S), then with each new one, (1,)."""
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        for token in value.tolist():
+            self.tokens.append(token)
+            if piece := self.stream.step(self.tokenizer, token):
+                self.text += piece
+                print(printable(piece), end="", flush=True)
+
+    def end(self) -> None:
+        """Called after the last token."""
+        print(flush=True)
 
 
 def load_for_generation(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -57,6 +79,15 @@ def best_device() -> str:
     return next((name for name, backend in backends.items() if backend.is_available()), "cpu")
 
 
+class Reply(NamedTuple):
+    """What a model wrote: its text, its tokens without the end token, and whether it ended there
+    by itself."""
+
+    text: str
+    tokens: list[int]
+    stopped: bool
+
+
 def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -64,23 +95,39 @@ def decode(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-) -> str:
-    """Generate after `input_ids` (1, S), printing the text as it grows; returns the new text.
+) -> Reply:
+    """Generate after `input_ids` (1, S), printing the text as it grows.
 
     Raises:
         UserError: the model's generation settings cannot be used here, or its probabilities are not
             numbers.
     """
     room = model.config.max_position_embeddings - virtual_tokens(model) - input_ids.shape[1]
-    with generation_errors(model):
-        output = model.generate(
+    streamer = Streamer(tokenizer)
+    with torch.inference_mode(), generation_errors(model):
+        model.generate(
             input_ids.to(model.device),
             attention_mask=torch.ones_like(input_ids, device=model.device),
             max_new_tokens=max(1, min(max_new_tokens, room)),
-            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            use_cache=True,  # training turns it off in the configuration
+            streamer=streamer,
             **sampling_options(temperature, top_p),
         )
-    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+    tokens = streamer.tokens
+    end = next((place for place, token in enumerate(tokens) if token in end_tokens(model)), None)
+    return Reply(streamer.text, tokens[:end], end is not None)
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The ids that end a text."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def text_start(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids of a text that a model continues: like a document in training, it follows the end
+    token."""
+    return [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
 
 
 def sampling_options(temperature: float, top_p: float) -> dict:
@@ -106,15 +153,6 @@ def generation_errors(model: PreTrainedModel) -> Iterator[None]:
         raise UserError(
             "the model's probabilities are not numbers: its configuration or weights are damaged."
         ) from error
-
-
-class Reply(NamedTuple):
-    """What a model wrote: its text, its tokens without the end token, and whether it ended there
-    by itself."""
-
-    text: str
-    tokens: list[int]
-    stopped: bool
 
 
 def generate_batch(
@@ -148,9 +186,7 @@ def generate_batch(
             use_cache=True,  # training turns it off in the configuration
             **sampling_options(temperature, top_p),
         )
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    replies = []
+    ends, replies = end_tokens(model), []
     for tokens in output[:, length:].tolist():
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)

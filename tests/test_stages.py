@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minimind.commands.chat import check_chattable
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
+from minimind.generation import Reply
 from minimind.stage_directory import load_model, read_stage, require_stage, weights_hash
 from minimind.tokenizer import DEFAULT_TOKENIZER, save_tokenizer, train_tokenizer
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
@@ -236,39 +237,39 @@ def test_chat_answers_each_line_of_its_input(runs, stage, capsys, monkeypatch):
     assert said.index("> who runs?") < said.index("> again")
 
 
-def test_chat_answers_commands_itself_and_sends_the_model_nothing_of_them(
-    runs, capsys, monkeypatch
-):
+def test_chat_obeys_commands_and_sends_the_model_nothing_of_them(runs, capsys, monkeypatch):
     sent = []
-    monkeypatch.setattr(
-        "minimind.generation.decode",
-        lambda _, tokenizer, ids, *__: sent.append(tokenizer.decode(ids[0])),
-    )
-    monkeypatch.setattr(
-        "minimind.data.messages.parse_message",
-        lambda *_: [{"role": "assistant", "content": "(reply)"}],
-    )
-    lines = "/help\n/system be brief\n /home is it\n/etc/passwd?\n/new\nlast\n/exit\nnot read\n"
+
+    def decode(_, tokenizer, ids, *__):
+        sent.append(tokenizer.decode(ids[0]))
+        return Reply("(reply)", [], True)
+
+    monkeypatch.setattr("minimind.generation.decode", decode)
+    lines = "/help\n/nothing\n /home is it\n/etc/passwd?\n/new\nlast\n/exit\nnot read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     run_cli("chat", runs / "sft", "--max_new_tokens", "4")
     said = capsys.readouterr()
     assert said.out.startswith("Enter sends a message;")
-    assert "\n/system: no such command. See /help.\n> /home is it\n" in said.out
+    assert "\n/nothing: no such command. See /help.\n> /home is it\n" in said.out
     assert ["/home is it" in sent[0], "/etc/passwd?" in sent[1], "last" in sent[2]] == [True] * 3
-    assert not re.search("be brief|/new|/exit|not read", "".join(sent))
+    assert not re.search("/nothing|/new|/exit|not read", "".join(sent))
     assert "(reply)" in sent[1]
     assert "(reply)" not in sent[2]
     assert len(sent) == 3
     assert not said.err
 
 
-def test_chat_says_of_a_base_model_that_it_has_not_learned_to_answer(runs, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    run_cli("chat", runs / "pretrain")
-    assert re.match(
-        r"notice: .*pretrain is a base model: .* has not learned to answer.*\n$",
-        capsys.readouterr().err,
-    )
+def test_chat_continues_the_texts_of_a_base_model_and_says_so(runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n"))
+    run_cli("chat", runs / "pretrain", "--max_new_tokens", "4")
+    said = capsys.readouterr()
+    assert re.match(r"notice: .*pretrain is a base model: it continues the texts", said.err)
+    assert said.out.startswith("> the fox\n")
+
+
+def test_chat_refuses_a_system_prompt_for_a_base_model(runs, capsys):
+    message = failure(capsys, run_cli, "chat", runs / "pretrain", "--system", "be brief")
+    assert "is a base model, which continues texts" in message
 
 
 def test_chat_refuses_a_model_without_a_chat_template(tokenizer):

@@ -13,7 +13,6 @@ import sys
 import warnings
 from importlib.util import find_spec
 from pickle import UnpicklingError
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -327,7 +326,7 @@ def is_harmless(text):
     return not any(ord(sign) < 32 or 127 <= ord(sign) < 160 or sign == "\u202e" for sign in text)
 
 
-def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog):
+def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog, tokenizer):
     table = Table(ESCAPES, title=ESCAPES)
     table.add_row(ESCAPES, Text(ESCAPES))
     shown = io.StringIO()
@@ -338,9 +337,10 @@ def test_no_text_that_is_shown_controls_the_terminal(capsys, caplog):
     assert "\x1b[31m" in coloured.getvalue()
 
     say(ESCAPES)
-    Streamer(SimpleNamespace(decode=lambda *args, **kwargs: ESCAPES)).on_finalized_text(
-        ESCAPES, stream_end=True
-    )
+    streamer = Streamer(tokenizer)
+    streamer.put(torch.zeros(1, 1))  # the prompt
+    streamer.put(torch.tensor(tokenizer(ESCAPES).input_ids))
+    streamer.end()
     reports_user_errors(lambda: logging.getLogger("minimind").warning("%s", ESCAPES))()
     with pytest.raises(SystemExit):
         run_cli("inspect", "--" + ESCAPES, ESCAPES)

@@ -38,40 +38,32 @@ def load_reward_model(args: Namespace) -> Any:
     return RewardModel.load(args.reward_model)
 
 
-def write_best(model, tokenizer, reward, ids: list[int], messages: list, args: Namespace) -> str:
+def write_best(model, tokenizer, reward, ids: list[int], messages: list, args: Namespace) -> Any:
     """Sample --best_of replies after the prompt `ids`, and print and return the one to `messages`
-    with the highest reward.
+    with the highest reward, a `generation.Reply`.
 
     Raises:
         UserError: see `decode`; or no reply can be scored.
     """
-    from minimind.data.messages import parse_message
+    from minimind.data.messages import reply_message
     from minimind.generation import generate_batch
 
     room = max(1, min(args.max_new_tokens, model.config.max_position_embeddings - len(ids)))
-    texts = []
-    while (left := args.best_of - len(texts)) > 0:
+    replies: list = []
+    while (left := args.best_of - len(replies)) > 0:
         batch = [ids] * min(left, BATCH)
-        replies = generate_batch(model, tokenizer, batch, room, args.temperature, args.top_p)
-        texts += [reply.text for reply in replies]
+        replies += generate_batch(model, tokenizer, batch, room, args.temperature, args.top_p)
 
-    def conversation(text: str) -> list:
-        reply = {"role": "assistant", "content": text}
-        try:
-            return messages + parse_message(reply, "the reply")
-        except BadRowError:  # as it is
-            return [*messages, reply]
-
-    encoded = reward.encode(list(map(conversation, texts)))
+    encoded = reward.encode([[*messages, reply_message(reply.text)] for reply in replies])
     fitting = [i for i, each in enumerate(encoded) if not isinstance(each, BadRowError)]
     if not fitting:
         raise UserError(f"the reward model can score none of the answers: {encoded[0]}.")
     rewards = reward.score_ids([encoded[i] for i in fitting])
     best = max(range(len(fitting)), key=rewards.__getitem__)
-    text = texts[fitting[best]]
-    print(printable(text))
+    reply = replies[fitting[best]]
+    print(printable(reply.text))
     say(
-        f"best of {len(texts)}: reward {rewards[best]:.2f}, mean {fmean(rewards):.2f}",
+        f"best of {len(replies)}: reward {rewards[best]:.2f}, mean {fmean(rewards):.2f}",
         file=sys.stderr,
     )
-    return text
+    return reply

@@ -1,27 +1,18 @@
 """`minimind chat`: talk to a model in the terminal."""
 
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-from minimind.commands.best_of import add_best_of, load_reward_model, write_best
+from minimind.commands.best_of import add_best_of, load_reward_model
 from minimind.commands.options import add_decoding
 from minimind.common.errors import UserError
 from minimind.common.language import say
-from minimind.common.streams import printable
 from minimind.common.terminal import read_messages
-
-HELP = """Enter sends a message; a paste of several lines is one. The arrows reach earlier messages.
-Ctrl-C drops the line, or stops an answer.
-/new  forgets the conversation
-/exit ends it, as Ctrl-D does
-A message that begins with / needs a space before it."""
-COMMAND = re.compile(r"(/\w+)(?:\s.*)?")  # not /etc/passwd, nor several lines
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("chat", help="talk to a chat model in the terminal")
+    parser = commands.add_parser("chat", help="talk to a model in the terminal")
     parser.set_defaults(run=run)
     add_decoding(parser)
     add_best_of(parser)
@@ -31,65 +22,36 @@ def add_parser(commands) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Read messages from standard input until its end and answer each, with all turns so far as the
-    prompt.
-
-    When the conversation fills the model's window, the oldest turns are left out of the prompt.
-    """
-    import torch
+    """Read messages from standard input until its end, and answer each or obey it."""
     from transformers import set_seed
 
-    from minimind.data.chat_encoder import ChatEncoder, encode_prompts
-    from minimind.data.messages import parse_message
-    from minimind.generation import decode, load_for_generation
+    from minimind.commands.conversation import ChatConversation, TextConversation
+    from minimind.generation import load_for_generation
 
     reward = load_reward_model(args)
     model, tokenizer = load_for_generation(args.directory)
-    check_chattable(args.directory, tokenizer)
+    continues = is_base_model(args.directory, tokenizer)
+    if continues and (reward or args.system):
+        raise UserError(
+            f"{args.directory} is a base model, which continues texts: --system and --best_of need"
+            " a chat model. Train it on conversations with finetune_sft.py."
+        )
     set_seed(args.seed)
+    kind = TextConversation if continues else ChatConversation
+    conversation = kind(model, tokenizer, args, reward)
+    if continues:
+        say(
+            f"notice: {args.directory} is a base model: it continues the texts you begin, and has"
+            " not learned to answer. Train it on conversations with finetune_sft.py.",
+            file=sys.stderr,
+        )
     interactive = sys.stdin.isatty()
     if interactive:
         millions = f"{model.num_parameters() / 1e6:.1f}"
         say(f"{args.directory}: {millions} M parameters. Type a message, or /help.")
-    encoder = ChatEncoder(tokenizer)
-    window = max(1, model.config.max_position_embeddings - args.max_new_tokens)
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(opening)
-
     for text in read_messages(None if args.no_history or not interactive else history_file()):
-        # A command is answered here.
-        command = COMMAND.fullmatch(text)
-        if command and command[1] in ("/exit", "/quit"):
+        if not conversation.take(text, interactive):
             return
-        if command and command[1] == "/new":
-            messages = list(opening)
-        elif command:
-            say(HELP if command[1] == "/help" else f"{command[1]}: no such command. See /help.")
-        if command or not text.strip():
-            continue
-
-        # The prompt: all turns that fit into the window.
-        if not interactive:
-            print(f"> {printable(text.strip())}")
-        messages.append({"role": "user", "content": text.strip()})
-        ids = torch.tensor(encode_prompts([messages], encoder))
-        while ids.shape[1] > window and len(messages) > len(opening) + 1:
-            del messages[len(opening) : len(opening) + 2]
-            ids = torch.tensor(encode_prompts([messages], encoder))
-
-        # The answer, printed as it is generated; Ctrl-C drops it, and the conversation continues.
-        sampling = (args.max_new_tokens, args.temperature, args.top_p)
-        try:
-            if reward:
-                prompt = ids[0, -window:].tolist()
-                reply = write_best(model, tokenizer, reward, prompt, messages, args)
-            else:
-                reply = decode(model, tokenizer, ids[:, -window:], *sampling)
-        except KeyboardInterrupt:
-            print()
-            messages.pop()
-            continue
-        messages += parse_message({"role": "assistant", "content": reply}, "the reply")
     print()
 
 
@@ -104,17 +66,22 @@ def history_file() -> Path | None:
         return None
 
 
-def check_chattable(directory: str, tokenizer) -> None:
-    """Raise UserError if there is no chat template; warn if the model is only pretrained."""
+def is_base_model(directory: str, tokenizer) -> bool:
+    """Whether a model only continues texts: it comes from pretraining, or has no chat template."""
     from minimind.stage_directory import read_stage
 
+    return not tokenizer.chat_template or read_stage(directory).get("stage") == "pretrain"
+
+
+def check_chattable(directory: str, tokenizer) -> None:
+    """Raise UserError if there is no chat template; warn if the model is only pretrained."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{directory}: its tokenizer has no chat template, which separates messages from"
             " replies. `minimind generate` continues texts; finetune_sft.py --chat_template chatml"
             " turns it into a chat model."
         )
-    if read_stage(directory).get("stage") == "pretrain":
+    if is_base_model(directory, tokenizer):
         say(
             f"notice: {directory} is a base model: it continues texts and has not learned to"
             " answer. See `minimind generate`, or train it on conversations with finetune_sft.py.",

@@ -20,17 +20,15 @@ def run(args: Namespace) -> None:
     import torch
     from transformers import set_seed
 
-    from minimind.generation import decode, load_for_generation
+    from minimind.generation import decode, load_for_generation, text_start
 
     reward = load_reward_model(args)
     model, tokenizer = load_for_generation(args.directory)
     set_seed(args.seed)
-    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False).input_ids.long()
-    if not ids.numel():  # an empty prompt starts a new document, as after the end of another
-        ids = torch.tensor([[tokenizer.eos_token_id]])
+    ids = text_start(tokenizer, args.prompt)
     print(printable(args.prompt), end="", flush=True)
     if reward:  # it reads the prompt as the user's message
         messages = [{"role": "user", "content": args.prompt}]
-        write_best(model, tokenizer, reward, ids[0].tolist(), messages, args)
+        write_best(model, tokenizer, reward, ids, messages, args)
         return
-    decode(model, tokenizer, ids, args.max_new_tokens, args.temperature, args.top_p)
+    decode(model, tokenizer, torch.tensor([ids]), args.max_new_tokens, args.temperature, args.top_p)

@@ -8,6 +8,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from minimind.common.errors import BadRowError
@@ -253,6 +254,14 @@ def _parse_reply(
     if (weight := parse_weight(message, name)) is not None:
         reply["weight"] = weight
     return reply
+
+
+def reply_message(text: str) -> Message:
+    """What a model wrote as a message, its reasoning and calls apart from its words."""
+    message = {"role": "assistant", "content": text}
+    with suppress(BadRowError):  # else as it is
+        (message,) = parse_message(message, "the reply")
+    return message
 
 
 def _parse_reasoning(message: Mapping, parsed: Content, name: str) -> tuple[str, str]:

@@ -20,8 +20,7 @@ import numpy as np
 from minimind.common.errors import BadRowError, UserError, first_line
 from minimind.data.bad_rows import shown
 from minimind.data.conversations import Conversation
-from minimind.data.messages import Message
-from minimind.evaluation.replies import reply_message
+from minimind.data.messages import Message, reply_message
 from minimind.evaluation.rewards import RewardModel
 
 LENGTHS = {"shorter": -1, "longer": 1}

@@ -1,7 +1,6 @@
 """Several replies of a model to each of many prompts, sampled in batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +8,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minimind.common.errors import BadRowError, UserError
+from minimind.common.errors import UserError
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.conversations import Conversation
-from minimind.data.messages import Message, parse_message
 from minimind.generation import Reply, generate_batch
 
 Model = tuple[PreTrainedModel, PreTrainedTokenizerFast]
@@ -53,14 +51,6 @@ def encode_fitting(
             " --max_new_tokens."
         )
     return [prompts[i] for i in kept], [[ids[i] for i in kept] for ids in encoded]
-
-
-def reply_message(text: str) -> Message:
-    """A reply as a message, its reasoning and calls apart from its words."""
-    message = {"role": "assistant", "content": text}
-    with suppress(BadRowError):  # else as it is
-        (message,) = parse_message(message, "the reply")
-    return message
 
 
 def sample_replies(

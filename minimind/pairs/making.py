@@ -11,9 +11,9 @@ from minimind.common.errors import BadRowError, UserError
 from minimind.common.files import write_text
 from minimind.data.conversations import Conversation
 from minimind.data.message_order import check_order
-from minimind.data.messages import Message
+from minimind.data.messages import Message, reply_message
 from minimind.evaluation.judges import Judge
-from minimind.evaluation.replies import Replies, reply_message
+from minimind.evaluation.replies import Replies
 from minimind.generation import Reply
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are not UTF-8, such as half a character
