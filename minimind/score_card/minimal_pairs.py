@@ -21,6 +21,7 @@ from minimind.score_card.tasks import Result
 from minimind.tokenizer import text_encoder
 
 ALL = "all"  # the group of all pairs
+TIE = 1e-6  # nats; the same numbers added in another order differ by less
 
 
 class MinimalPair(NamedTuple):
@@ -144,8 +145,8 @@ class PairsTask:
 
 
 def won(good: float, bad: float) -> float:
-    """1 if the good text scores higher, 0 if the bad one does, 1/2 for a tie."""
-    return (1 + (good > bad) - (good < bad)) / 2
+    """1 if the good text scores higher, 0 if the bad one does, 1/2 for a tie, up to rounding."""
+    return (1 + (good > bad + TIE) - (good < bad - TIE)) / 2
 
 
 def describe(measures: Mapping[str, Measure]) -> dict:
