@@ -11,6 +11,7 @@ knowing the language: by the length of texts or by the frequency of words. A mod
 read against that score, not against chance. Shuffled labels check the procedure itself.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minimind.evaluation.scoring import ModelSubject, Request, Subject
 from minimind.evaluation.statistics import estimate
+from minimind.score_card.report import VERDICTS
 from minimind.score_card.tasks import Result, Task
 from minimind.score_card.training_text import read_texts, training_files
 from minimind.stage_directory import Ancestor, auto_class
@@ -28,6 +30,9 @@ from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
 SEED = 0
 MOST_TEXT, MOST_OF_ROW = 2**26, 2**18  # characters in which tokens are counted
+# Standard errors from chance on which a remark is made: by chance 1 of 1,000 controls gets one. A
+# card has many controls, and of 20 one is outside of its 95 % interval by chance.
+CLEAR = 3.29
 CONTROLS = {  # who scores, and what it means if that is not chance
     "random": (
         "a model with random weights",
@@ -43,8 +48,7 @@ CONTROLS = {  # who scores, and what it means if that is not chance
     ),
     "shuffled": (
         "the model with shuffled labels",
-        "the right answers are not spread evenly, or this is one of the 20 cases in which a 95 %"
-        " interval is wrong",
+        "the right answers are not spread evenly over the choices",
     ),
 }
 
@@ -55,11 +59,15 @@ class UnigramSubject:
     Args:
         counts: (vocabulary,), how often each token occurs. One is added to each (Laplace), so
             that none is impossible; zeros make all tokens equally probable.
+
+    The log-probabilities are multiples of 2^-32, so that the sums of the same tokens in any order
+    are equal, and tie.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int, counts: np.ndarray):
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.log_shares = np.log((counts + 1.0) / (counts + 1.0).sum())
+        log_shares = np.log((counts + 1.0) / (counts + 1.0).sum())
+        self.log_shares = np.round(log_shares * 2.0**32) / 2.0**32
 
     def log_probabilities(
         self, requests: Sequence[Request], title: str = "scoring"
@@ -163,11 +171,9 @@ def controls(
 
 def _remarks(control: str, measure: str, found: dict) -> Iterator[str]:
     """In words, where a control is not at chance."""
-    if found.get("above_chance") is None:
+    chance = found.get("chance") or 0.0
+    error = math.sqrt(chance * (1 - chance) / found["n"])
+    if not error or abs(found["score"] - chance) < CLEAR * error:
         return
-    who, cause = CONTROLS[control]
-    score, chance = f"{found['score']:.1%}", f"{found['chance']:.1%}"
-    if found["above_chance"]:
-        yield f"{measure}: {who} scores {score}, better than chance ({chance}): {cause}"
-    else:
-        yield f"{measure}: {who} scores {score}, worse than chance ({chance}): {cause}"
+    (who, cause), verdict = CONTROLS[control], VERDICTS[found["score"] > chance]
+    yield f"{measure}: {who} scores {found['score']:.1%}, {verdict} ({chance:.1%}): {cause}"
