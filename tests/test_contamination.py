@@ -191,7 +191,7 @@ class Items:
 
     name = "items"
 
-    def texts(self):
+    def item_texts(self):
         return {"seen": ["the fox runs home"], "new": ["the owl sleeps here"], "short": ["owl"]}
 
 

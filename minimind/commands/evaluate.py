@@ -91,13 +91,13 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
         UserError: a file cannot be used, or there is nothing to do.
     """
     from minimind.data.columns import Columns
-    from minimind.score_card import HarnessTask, HeldOutTask, PairsTask, read_pairs
+    from minimind.score_card import HarnessTask, PairsTask, held_out_task, read_pairs
 
     tasks = []
     if files:
         columns = Columns(args.columns, args.unread_columns)
         options = select(args, "max_length", "max_new_tokens", "batch_size")
-        tasks.append(HeldOutTask(files, args.stage, args.on_bad_rows, columns, **options))
+        tasks.append(held_out_task(files, args.stage, args.on_bad_rows, columns, **options))
     if args.pairs:
         tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
     if args.lm_eval:

@@ -28,8 +28,12 @@ def held_out_metrics(trainer: Trainer) -> dict[str, dict[str, float]]:
     """
     if trainer.eval_dataset is None:
         return {"before": {}, "after": {}}
-    after = trainer.evaluate()
-    before = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), {})
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    before, last = (logged[0], logged[-1]) if logged else ({}, {})
+    # What was measured of these very weights is not measured again
+    measured = last.get("step") == trainer.state.global_step
+    is_last = measured and not trainer.args.load_best_model_at_end
+    after = last if is_last else trainer.evaluate()
     return {
         moment: {
             name: round(float(value), 6)

@@ -5,7 +5,7 @@
 from minimind.score_card.card import cards_json, make_card, write_cards
 from minimind.score_card.finished import Finished
 from minimind.score_card.harness import HarnessTask
-from minimind.score_card.held_out import HeldOutTask
+from minimind.score_card.held_out import held_out_task
 from minimind.score_card.minimal_pairs import PairsTask, read_pairs
 from minimind.score_card.report import remarks, table_of
 from minimind.score_card.tasks import Card, Result, Task

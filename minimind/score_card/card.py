@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from minimind.common.errors import UserError
 from minimind.common.files import write_json, write_text
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import load_for_generation
@@ -14,7 +15,8 @@ from minimind.score_card.controls import RememberingSubject, controls
 from minimind.score_card.finished import Finished, key_of, result_key
 from minimind.score_card.report import markdown, picture
 from minimind.score_card.tasks import Card, Result, Task
-from minimind.stage_directory import lineage, require_stage
+from minimind.stage_directory import lineage, read_stage, require_stage
+from minimind.tokenizer import load_tokenizer
 
 
 def make_card(
@@ -29,6 +31,8 @@ def make_card(
         UserError: the model cannot be loaded, or does not fit a task.
     """
     path, results = require_stage(directory), {}
+    if any(getattr(task, "asks", False) for task in tasks):
+        check_answers(path)
 
     @cache
     def subject() -> ModelSubject:
@@ -53,6 +57,17 @@ def make_card(
         run = partial(contamination, tasks, dict(results), ancestors)
         results["contamination"] = find(key_of(("contamination", key)), run)
     return Card(directory, results)
+
+
+def check_answers(path: Path) -> None:
+    """Raises UserError for a model that has not learned to answer."""
+    is_base = read_stage(path).get("stage") == "pretrain"
+    if is_base or not load_tokenizer(path).chat_template:
+        found = "a base model" if is_base else "a model without a chat template"
+        raise UserError(
+            f"{path}: found {found}, which has not learned to answer, expected a chat model. Give"
+            " the directory of a later stage, or measure the loss alone with --max_new_tokens 0."
+        )
 
 
 def cards_json(cards: Sequence[Card]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def contamination(
     Raises:
         UserError: a training file is broken.
     """
-    texts = {task.name: task.texts() for task in tasks}
+    texts = {task.name: task.item_texts() for task in tasks if hasattr(task, "item_texts")}
     overlaps = find_overlaps(texts, training_files(ancestors))
     sections = {
         name: _section(results[name], items, overlaps[name])

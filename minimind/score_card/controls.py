@@ -137,13 +137,12 @@ def controls(
         UserError: a training file is broken.
     """
     subject = load()
-    labelled = {task.name: task.shuffled(np.random.default_rng(SEED)) for task in tasks}
-    tasks = [task for task in tasks if labelled[task.name]]
+    tasks = [task for task in tasks if hasattr(task, "shuffled")]
     files = training_files(ancestors)
     if files:
         texts = (text for _, text in read_texts(files, "token frequencies"))
     else:
-        texts = (text for task in tasks for parts in task.texts().values() for text in parts)
+        texts = (text for task in tasks for parts in task.item_texts().values() for text in parts)
     counts = count_tokens(subject.tokenizer, texts, subject.model.config.vocab_size)
 
     limits = subject.tokenizer, subject.max_length
@@ -155,7 +154,8 @@ def controls(
     results = {
         name: {task.name: task.run(control) for task in tasks} for name, control in subjects.items()
     }
-    results["shuffled"] = {task.name: labelled[task.name].run(subject) for task in tasks}
+    generator = np.random.default_rng(SEED)
+    results["shuffled"] = {task.name: task.shuffled(generator).run(subject) for task in tasks}
 
     # The first measure of each task is shown, all are in the section
     measures, section = {}, {"unigrams_of": list(map(str, files)) or "the tasks' own texts"}

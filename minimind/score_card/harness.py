@@ -7,7 +7,7 @@ empty context it does not score the first token if that is the end token.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from minimind.common.errors import UserError, install, reason
 from minimind.evaluation.scoring import ModelSubject
 from minimind.evaluation.statistics import Measure
-from minimind.score_card.tasks import Result, Task
+from minimind.score_card.tasks import Result
 from minimind.stage_directory import virtual_tokens
 
 BATCH = 16  # rows
@@ -95,14 +95,6 @@ class HarnessTask:
                     measures[f"{self.name}/{task}/{metric}"] = measure
         section = {"version": found["lm_eval_version"], "results": _plain(found["results"])}
         return Result(measures, section)
-
-    def texts(self) -> Mapping[str, Sequence[str]]:
-        """See `Task`."""
-        return {}
-
-    def shuffled(self, generator: np.random.Generator) -> Task | None:
-        """See `Task`."""
-        return None
 
 
 def _measure(

@@ -131,7 +131,7 @@ class PairsTask:
             sections[section][name] = describe(found) | lengths([longer[key] for key in keys])
         return Result(measures, sections.pop("pairs"), dict(sections))
 
-    def texts(self) -> Mapping[str, Sequence[str]]:
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {pair.key: (pair.good, pair.bad) for pair in self.pairs}
 

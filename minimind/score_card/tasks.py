@@ -1,9 +1,7 @@
 """What a task of the score card is, and the card of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
 
 from minimind.evaluation.scoring import Subject
 from minimind.evaluation.statistics import Measure
@@ -27,21 +25,20 @@ class Task(Protocol):
 
     Its attributes decide, together with the model, what `run` returns: a result is used again as
     long as they have the same `repr`. Names that begin with _ are left out of that.
+
+    It may have two more methods:
+
+        item_texts() -> Mapping[str, Sequence[str]]
+            the texts of each item that a model may have learned by heart, by the item's key
+        shuffled(generator: np.random.Generator) -> Task
+            the same items with labels that are drawn anew, if only `Subject` is used to score them
     """
 
     name: str  # of the section in the card's JSON, such as "pairs"
+    asks: bool = False  # whether the model has to answer, which a base model has not learned
 
     def run(self, subject: Subject) -> Result:
         """Score a model, or a control in its place."""
-        ...
-
-    def texts(self) -> Mapping[str, Sequence[str]]:
-        """What a model could have learned by heart of each item, by the item's key in the
-        measures."""
-        ...
-
-    def shuffled(self, generator: np.random.Generator) -> "Task | None":
-        """The same items with random labels; None where they have none."""
         ...
 
 
