@@ -32,6 +32,20 @@ def add_parser(commands) -> None:
     add("--stage", choices=("sft", "pretrain"), help=stage)
     pairs = "minimal pairs: rows with sentence_good and sentence_bad (BLiMP, ZhoBLiMP)"
     add("--pairs", nargs="+", metavar="FILE", help=pairs)
+    choices = (
+        "multiple choice: rows with question, choices and answer, or a folder of C-Eval, CMMLU"
+    )
+    add("--choices", nargs="+", metavar="FILE", help=choices)
+    shots = "of --choices: examples from the split dev that precede a question"
+    add("--num_shots", type=int, default=0, help=shots)
+    chat = "of --choices: ask the questions as a user, in the chat template"
+    add("--chat", action="store_true", help=chat)
+    rules = "prompts with rules that the greedy reply has to follow: answer, number, regex ..."
+    add("--rules", nargs="+", metavar="FILE", help=rules)
+    replies = "prompts or chats to reply to: repetition, variety, ends, overlap with references"
+    add("--replies", nargs="+", metavar="FILE", help=replies)
+    decoding = "of --replies: greedy (default), or such as temperature=0.7,top_p=0.9; several too"
+    add("--decoding", nargs="+", metavar="SETTING", help=decoding)
     tasks = "tasks of lm-evaluation-harness (the extra lm-eval), such as blimp"
     add("--lm_eval", nargs="+", metavar="TASK", help=tasks)
     add("--include_path", metavar="DIR", help="a directory with task files of your own for it")
@@ -48,8 +62,10 @@ def add_parser(commands) -> None:
     add_bad_rows(parser)
     length = "tokens of a row: longer documents are cut into several"
     add("--max_length", type=int, default=1024, help=length)
-    new_tokens = "maximum tokens of an answer; 0 measures the loss alone"
-    add("--max_new_tokens", type=int, default=64, help=new_tokens)
+    new_tokens = (
+        "maximum tokens of an answer (64; 256 of --rules and --replies); 0 measures the loss alone"
+    )
+    add("--max_new_tokens", type=int, help=new_tokens)
     add("--batch_size", type=int, default=64, help="maximum rows at a time")
     add_columns(parser)
 
@@ -67,6 +83,7 @@ def run(args: Namespace) -> None:
         if output:
             check_output(output, directory=True)
         tasks = make_tasks(args, files)
+        check_chats(directories, tasks)
 
         if output:
             output.mkdir(parents=True, exist_ok=True)
@@ -96,15 +113,73 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     tasks = []
     if files:
         columns = Columns(args.columns, args.unread_columns)
-        options = select(args, "max_length", "max_new_tokens", "batch_size")
+        options = select(args, "max_length", "batch_size")
+        options["max_new_tokens"] = 64 if args.max_new_tokens is None else args.max_new_tokens
         tasks.append(held_out_task(files, args.stage, args.on_bad_rows, columns, **options))
     if args.pairs:
         tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
+    tasks += make_asking_tasks(args)
     if args.lm_eval:
         tasks.append(HarnessTask(args.lm_eval, args.include_path))
     if not tasks:
         raise UserError("found nothing to evaluate by. Give held-out files, or --pairs FILE.")
     return tasks
+
+
+def make_asking_tasks(args: Namespace) -> list:
+    """Multiple choice, and the tasks that judge replies; raises UserError."""
+    from minimind.data.columns import Columns
+    from minimind.score_card import (
+        ChoicesTask,
+        RepliesTask,
+        RulesTask,
+        parse_decodings,
+        read_multiple_choice,
+        read_referenced_prompts,
+        read_ruled_prompts,
+    )
+
+    for given, options, task in (
+        (args.chat or args.num_shots, "--chat and --num_shots", "choices"),
+        (args.decoding, "--decoding", "replies"),
+    ):
+        if given and not getattr(args, task):
+            raise UserError(f"{options}: found no --{task} that they could belong to. Give it too.")
+    if args.max_new_tokens == 0 and (args.rules or args.replies):
+        raise UserError("--max_new_tokens 0: --rules and --replies judge replies. Give 1 or more.")
+
+    tasks, options = [], {"max_new_tokens": 256, **select(args, "batch_size")}
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    if args.choices:
+        reading = args.on_bad_rows, Columns(args.columns)
+        tasks.append(
+            ChoicesTask(*read_multiple_choice(args.choices, args.num_shots, *reading), args.chat)
+        )
+    if args.rules:
+        rows = read_ruled_prompts(args.rules, args.on_bad_rows, Columns(args.columns))
+        tasks.append(RulesTask(rows, **options))
+    if args.replies:
+        decodings = parse_decodings(args.decoding or ["greedy"])
+        rows = read_referenced_prompts(args.replies, args.on_bad_rows, Columns(args.columns))
+        tasks.append(RepliesTask(rows, decodings, **options))
+    return tasks
+
+
+def check_chats(directories: list[str], tasks: list) -> None:
+    """Raise UserError for a base model where a task asks it questions as a user."""
+    from minimind.commands.chat import is_base_model
+    from minimind.stage_directory import require_stage
+    from minimind.tokenizer import load_tokenizer
+
+    asking = [task.name for task in tasks if getattr(task, "needs_chat", False)]
+    for directory in directories if asking else ():
+        if is_base_model(directory, load_tokenizer(require_stage(directory))):
+            raise UserError(
+                f"{directory} is a base model, which continues texts, and --{asking[0]} asks it"
+                " questions as a user. Give a chat model, or leave --chat out, or give rows with"
+                " 'text', which is continued."
+            )
 
 
 def split_paths(paths: list[str]) -> tuple[list[str], list[str]]:

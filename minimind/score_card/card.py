@@ -78,7 +78,8 @@ def cards_json(cards: Sequence[Card]) -> dict[str, Any]:
 
 
 def item_lines(cards: Sequence[Card]) -> list[str]:
-    """A line of JSON for each item of each task: its value in every measure that has it."""
+    """A line of JSON for each item of each task: its value in every measure that has it, and its
+    details."""
     lines = []
     for card in cards:
         for name, result in card.results.items():
@@ -88,6 +89,7 @@ def item_lines(cards: Sequence[Card]) -> list[str]:
                     items.setdefault(key, {})[measure_name] = value
             for key, values in items.items():
                 line = {"directory": card.directory, "task": name, "item": key, "values": values}
+                line |= result.details.get(key, {})
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines
 
