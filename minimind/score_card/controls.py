@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import ModelSubject, Request, Subject
 from minimind.evaluation.statistics import estimate
+from minimind.generation import Reply
 from minimind.score_card.report import VERDICTS
 from minimind.score_card.tasks import Result, Task
 from minimind.score_card.training_text import read_texts, training_files
@@ -75,9 +77,23 @@ class UnigramSubject:
         """See `Subject`."""
         return [self.log_shares[list(request.continuation)] for request in requests]
 
+    def replies(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """See `Subject`: tokens drawn by their shares, whatever the sampling."""
+        generator = np.random.default_rng(SEED)
+        shares, replies = np.exp(self.log_shares), []
+        for _ in prompts:
+            size, p = sampling.max_new_tokens, shares / shares.sum()
+            tokens = generator.choice(len(shares), size, p=p).tolist()
+            stopped = self.tokenizer.eos_token_id in tokens
+            tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)] if stopped else tokens
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            replies.append(Reply(text, tokens, stopped))
+        return replies
+
 
 class RememberingSubject:
-    """A `Subject` that computes each request once; else it is the subject that it is made of."""
+    """A `Subject` that computes each log-probability once; else it is the subject that it is made
+    of."""
 
     def __init__(self, subject: Subject):
         self._subject = subject
@@ -127,7 +143,7 @@ def count_tokens(
 def controls(
     load: Callable[[], ModelSubject], tasks: Sequence[Task], ancestors: Sequence[Ancestor]
 ) -> Result:
-    """The results of the tasks that have labels, for each control in the place of a model.
+    """The results of the tasks for each control in the place of a model.
 
     Args:
         load: returns the model.
@@ -155,7 +171,8 @@ def controls(
         name: {task.name: task.run(control) for task in tasks} for name, control in subjects.items()
     }
     generator = np.random.default_rng(SEED)
-    results["shuffled"] = {task.name: task.shuffled(generator).run(subject) for task in tasks}
+    shuffled = [each for task in tasks if (each := task.shuffled(generator))]
+    results["shuffled"] = {task.name: task.run(subject) for task in shuffled}
 
     # The first measure of each task is shown, all are in the section
     measures, section = {}, {"unigrams_of": list(map(str, files)) or "the tasks' own texts"}

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.data.bad_rows import BadRows
@@ -91,6 +93,9 @@ class TextsTask:
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {each.key: [each.text] for each in self.texts}
+
+    def shuffled(self, generator: np.random.Generator) -> None:
+        """See `Task`: documents have no labels."""
 
 
 class ChatsTask:
