@@ -105,7 +105,7 @@ def test_scores_are_those_of_single_forwards_in_each_form(model, subject, tokeni
 def test_sums_equal_the_oracle_to_a_millionth(model, subject, tokenizer):
     encoder = text_encoder(tokenizer)
     prompt, continuations = "the quick brown fox\nAnswer:", [" the lazy dog", " 狐狸"]
-    requests = text_requests(encoder, (), prompt, continuations)
+    (requests,) = text_requests(encoder, (), [(prompt, continuations)])
     found = [each.sum() for each in subject.log_probabilities(requests)]
     assert found == pytest.approx(oracle(model, tokenizer, prompt, continuations), abs=1e-5)
 
@@ -163,7 +163,7 @@ def test_a_token_across_the_border_is_scored_and_so_is_its_text_in_the_other_cho
     whole = encoder.encode("xab").ids
     alone = encoder.encode("xa").ids
     assert whole[: len(alone)] != alone  # the trap: "a" and "ab" are different tokens
-    first, second = text_requests(encoder, (), "xa", ["b", "c"])
+    ((first, second),) = text_requests(encoder, (), [("xa", ["b", "c"])])
     assert first.context == second.context
     for request, text in ((first, "xab"), (second, "xac")):
         assert [*request.context, *request.continuation] == encoder.encode(text).ids
@@ -172,10 +172,8 @@ def test_a_token_across_the_border_is_scored_and_so_is_its_text_in_the_other_cho
 
 def test_the_space_belongs_to_the_continuation_also_where_the_prompt_ends_with_it(tokenizer):
     encoder = text_encoder(tokenizer)
-    after, before = (
-        text_requests(encoder, (), *args)
-        for args in (("the dog", [" runs"]), ("the dog ", ["runs"]))
-    )
+    items = [("the dog", [" runs"]), ("the dog ", ["runs"])]
+    after, before = text_requests(encoder, (), items)
     assert after == before
     assert tokenizer.decode(after[0].continuation) == " runs"
 

@@ -1,7 +1,9 @@
 """Rules that a reply is checked by, and the score they make."""
 
 import json
+import re
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from pipeline import failure, run_cli
@@ -201,7 +203,7 @@ def test_a_base_model_is_refused_before_it_is_loaded_where_it_is_asked_as_a_chat
         ):
             change()
             error = failure(capsys, run_cli, "evaluate", str(stage), f"--{name}", file, *options)
-            assert error.startswith(f"{stage} is a base model, which continues texts, and --{name}")
+            assert f"has not learned to answer the questions of {name}, expected a chat" in error
 
 
 def test_the_command_keeps_each_reply_and_what_was_wrong_with_it(
@@ -236,3 +238,12 @@ def test_options_without_their_task_are_refused(options, write_jsonl, tmp_path, 
     options = [word.format(file=file) for word in options]
     error = failure(capsys, run_cli, "evaluate", tmp_path, *options)
     assert error.startswith(WRONG[tuple(w.replace(file, "{file}") for w in options)])
+
+
+def test_the_guides_name_every_rule_and_no_other():
+    for guide in ("docs/evaluate.md", "docs/evaluate_zh.md"):
+        text = (Path(__file__).parents[1] / guide).read_text(encoding="utf-8")
+        (table,) = re.findall(r"\| (?:rule|规则) \|.*?\n\n", text, re.DOTALL)
+        names = " ".join(line.split("|")[1] for line in table.splitlines() if line)
+        named = re.findall(r"`(\w+)`", names)
+        assert sorted(named) == sorted(RULES)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from minimind.common.errors import UserError
 from minimind.evaluation import scoring
@@ -75,3 +77,40 @@ def test_a_text_beyond_the_models_positions_is_refused(sharp, tokenizer):
     assert len(subject.log_probabilities([longest])[0]) == subject.max_length
     with pytest.raises(UserError, match="found 258 tokens, expected at most 257"):
         subject.log_probabilities([Request((2,), (40,) * 257)])
+
+
+def test_an_exports_scores_are_those_of_each_text_alone(sharp, tokenizer):
+    """A library's model of the same shape, which reads the trees too; and one with a window."""
+    shape = sharp.config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    shape = {name: shape[name] for name in names}
+    torch.manual_seed(2)
+    for window in ({}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}):
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8, **window)).eval()
+        subject = ModelSubject(model, tokenizer)
+        assert subject.with_trees == (not window)
+        for request, found in zip(REQUESTS, subject.log_probabilities(REQUESTS), strict=True):
+            assert found == pytest.approx(alone(model, request), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+def test_scores_of_adapters_are_those_of_each_text_alone(sharp, tokenizer, kind):
+    virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    config = {
+        "lora": lambda: LoraConfig(
+            task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+        ),
+        "prompt": lambda: PromptTuningConfig(**virtual),
+        "prefix": lambda: PrefixTuningConfig(**virtual),
+    }[kind]()
+    model = get_peft_model(sharp, config).eval()
+    subject = ModelSubject(model, tokenizer)
+    assert subject.max_length == 256 - 3 * (kind != "lora")
+    for request, found in zip(REQUESTS, subject.log_probabilities(REQUESTS), strict=True):
+        assert found == pytest.approx(alone(model, request), abs=1e-4)
+    with model.disable_adapter():
+        without = alone(model, REQUESTS[0])
+    assert without != pytest.approx(alone(model, REQUESTS[0]), abs=1e-3)

@@ -32,6 +32,10 @@ def add_parser(commands) -> None:
     add("--stage", choices=("sft", "pretrain"), help=stage)
     pairs = "minimal pairs: rows with sentence_good and sentence_bad (BLiMP, ZhoBLiMP)"
     add("--pairs", nargs="+", metavar="FILE", help=pairs)
+    own = "minimal pairs of our own in English and Chinese; the default without files and tasks"
+    add("--own_set", choices=("all", "en", "zh"), help=own)
+    write = "evaluate by our own pairs, and write them there, for --pairs or --eval_pairs"
+    add("--write_own_set", metavar="FILE", help=write)
     choices = (
         "multiple choice: rows with question, choices and answer, or a folder of C-Eval, CMMLU"
     )
@@ -73,7 +77,15 @@ def add_parser(commands) -> None:
 def run(args: Namespace) -> None:
     """Evaluate the models, and print the card."""
     from minimind.common.terminal import Terminal
-    from minimind.score_card import Finished, cards_json, make_card, remarks, table_of, write_cards
+    from minimind.score_card import (
+        Finished,
+        cards_json,
+        check_model,
+        make_card,
+        remarks,
+        table_of,
+        write_cards,
+    )
 
     directories, files = split_paths(args.paths)
     checks = [name for name in ("controls", "contamination") if getattr(args, name)]
@@ -83,7 +95,8 @@ def run(args: Namespace) -> None:
         if output:
             check_output(output, directory=True)
         tasks = make_tasks(args, files)
-        check_chats(directories, tasks)
+        for directory in directories:
+            check_model(directory, tasks)
 
         if output:
             output.mkdir(parents=True, exist_ok=True)
@@ -105,7 +118,7 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     """What the models are scored by.
 
     Raises:
-        UserError: a file cannot be used, or there is nothing to do.
+        UserError: a file cannot be used.
     """
     from minimind.data.columns import Columns
     from minimind.score_card import HarnessTask, PairsTask, held_out_task, read_pairs
@@ -116,14 +129,26 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
         options = select(args, "max_length", "batch_size")
         options["max_new_tokens"] = 64 if args.max_new_tokens is None else args.max_new_tokens
         tasks.append(held_out_task(files, args.stage, args.on_bad_rows, columns, **options))
-    if args.pairs:
-        tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
+    pairs = read_pairs(args.pairs, args.on_bad_rows) if args.pairs else []
+    if args.own_set or args.write_own_set:
+        pairs += make_own_pairs(args)
+    if pairs:
+        tasks.append(PairsTask(pairs))
     tasks += make_asking_tasks(args)
     if args.lm_eval:
         tasks.append(HarnessTask(args.lm_eval, args.include_path))
-    if not tasks:
-        raise UserError("found nothing to evaluate by. Give held-out files, or --pairs FILE.")
-    return tasks
+    return tasks or [PairsTask(make_own_pairs(args))]
+
+
+def make_own_pairs(args: Namespace) -> list:
+    """The pairs of our own set, written to a file where that is wanted; raises UserError."""
+    from minimind.score_card import own_pairs, write_pairs
+
+    pairs = own_pairs() if args.own_set in (None, "all") else own_pairs([args.own_set])
+    if args.write_own_set:
+        check_output(args.write_own_set)
+        write_pairs(pairs, Path(args.write_own_set))
+    return pairs
 
 
 def make_asking_tasks(args: Namespace) -> list:
@@ -164,22 +189,6 @@ def make_asking_tasks(args: Namespace) -> list:
         rows = read_referenced_prompts(args.replies, args.on_bad_rows, Columns(args.columns))
         tasks.append(RepliesTask(rows, decodings, **options))
     return tasks
-
-
-def check_chats(directories: list[str], tasks: list) -> None:
-    """Raise UserError for a base model where a task asks it questions as a user."""
-    from minimind.commands.chat import is_base_model
-    from minimind.stage_directory import require_stage
-    from minimind.tokenizer import load_tokenizer
-
-    asking = [task.name for task in tasks if getattr(task, "needs_chat", False)]
-    for directory in directories if asking else ():
-        if is_base_model(directory, load_tokenizer(require_stage(directory))):
-            raise UserError(
-                f"{directory} is a base model, which continues texts, and --{asking[0]} asks it"
-                " questions as a user. Give a chat model, or leave --chat out, or give rows with"
-                " 'text', which is continued."
-            )
 
 
 def split_paths(paths: list[str]) -> tuple[list[str], list[str]]:

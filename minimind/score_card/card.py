@@ -16,7 +16,29 @@ from minimind.score_card.finished import Finished, key_of, result_key
 from minimind.score_card.report import markdown, picture
 from minimind.score_card.tasks import Card, Result, Task
 from minimind.stage_directory import lineage, read_stage, require_stage
+from minimind.stage_directory.loading import check_scores
 from minimind.tokenizer import load_tokenizer
+
+
+def check_model(directory: str, tasks: Sequence[Task]) -> None:
+    """Check that a directory holds a model that can do the tasks, before any is loaded.
+
+    Raises:
+        UserError: it does not, or holds a reward model; or a task asks, and the model has not
+            learned to answer.
+    """
+    path = require_stage(directory)
+    check_scores(path, scores=False)
+    asking = [task.name for task in tasks if getattr(task, "needs_chat", False)]
+    if asking:
+        is_base = read_stage(path).get("stage") == "pretrain"
+        if is_base or not load_tokenizer(path).chat_template:
+            found = "a base model" if is_base else "a model without a chat template"
+            raise UserError(
+                f"{path}: found {found}, which has not learned to answer the questions of"
+                f" {asking[0]}, expected a chat model. Give the directory of a later stage, or what"
+                " a base model can do: --max_new_tokens 0, rows with 'text', no --chat."
+            )
 
 
 def make_card(
@@ -31,8 +53,6 @@ def make_card(
         UserError: the model cannot be loaded, or does not fit a task.
     """
     path, results = require_stage(directory), {}
-    if any(getattr(task, "asks", False) for task in tasks):
-        check_answers(path)
 
     @cache
     def subject() -> ModelSubject:
@@ -57,17 +77,6 @@ def make_card(
         run = partial(contamination, tasks, dict(results), ancestors)
         results["contamination"] = find(key_of(("contamination", key)), run)
     return Card(directory, results)
-
-
-def check_answers(path: Path) -> None:
-    """Raises UserError for a model that has not learned to answer."""
-    is_base = read_stage(path).get("stage") == "pretrain"
-    if is_base or not load_tokenizer(path).chat_template:
-        found = "a base model" if is_base else "a model without a chat template"
-        raise UserError(
-            f"{path}: found {found}, which has not learned to answer, expected a chat model. Give"
-            " the directory of a later stage, or measure the loss alone with --max_new_tokens 0."
-        )
 
 
 def cards_json(cards: Sequence[Card]) -> dict[str, Any]:

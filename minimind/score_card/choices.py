@@ -214,9 +214,9 @@ def lines_of(question: Question) -> dict[str, Line]:
 
 
 def text_requests(
-    encoder: Tokenizer, begin: tuple[int, ...], prompt: str, continuations: Sequence[str]
-) -> list[Request]:
-    """The requests of continuations that follow a prompt as text.
+    encoder: Tokenizer, begin: tuple[int, ...], items: Sequence[tuple[str, Sequence[str]]]
+) -> list[list[Request]]:
+    """For each prompt and its continuations, the requests of these as text.
 
     Prompt and continuation are encoded as one text, as in training: the space between them belongs
     to the continuation's first token. Where a token reaches across the border, in any of the
@@ -224,14 +224,21 @@ def text_requests(
     scored by the same part of the text.
 
     Args:
-        begin: the ids that begin a text; one at least, if the prompt has no token of its own.
+        begin: the ids that begin a text; one at least, if a prompt has no token of its own.
     """
-    texts = [prompt.rstrip(), *(prompt + each for each in continuations)]
-    encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
-    alone, *wholes = [each.ids for each in encoded]
-    same = [len(set(ids)) == 1 for ids in zip(alone, *wholes, strict=False)]
-    border = [*same, False].index(False)
-    return [Request((*begin, *ids[:border]), tuple(ids[border:])) for ids in wholes]
+    texts = [
+        text
+        for prompt, continuations in items
+        for text in (prompt.rstrip(), *(prompt + each for each in continuations))
+    ]
+    encoded = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
+    requests = []
+    for _, continuations in items:
+        alone, *wholes = [next(encoded).ids for _ in range(len(continuations) + 1)]
+        same = [len(set(ids)) == 1 for ids in zip(alone, *wholes, strict=False)]
+        border = [*same, False].index(False)
+        requests.append([Request((*begin, *ids[:border]), tuple(ids[border:])) for ids in wholes])
+    return requests
 
 
 def exchange(question: str, answer: str | None = None) -> list[Message]:
@@ -350,16 +357,16 @@ class ChoicesTask:
         ]
         encoder = text_encoder(tokenizer)
         if not self.chat:
-            begin, requests = beginning(tokenizer), []
-            for line, shots in zip(lines, examples, strict=True):
-                prompt = "".join([*(f"{shot.answered}\n\n" for shot in shots), line.prompt])
-                spaced = [line.space + each for each in line.continuations]
-                requests.append(text_requests(encoder, begin, prompt, spaced))
-                # A text without anything in front of it is a document, which follows an end token
-                if not requests[-1][0].context:
-                    end = (tokenizer.eos_token_id,)
-                    requests[-1] = [Request(end, each) for _, each in requests[-1]]
-            return requests
+            prompts = [
+                "".join([*(f"{shot.answered}\n\n" for shot in shots), line.prompt])
+                for line, shots in zip(lines, examples, strict=True)
+            ]
+            spaced = [[line.space + each for each in line.continuations] for line in lines]
+            items = list(zip(prompts, spaced, strict=True))
+            requests = text_requests(encoder, beginning(tokenizer), items)
+            # A text without anything in front of it is a document, which follows an end token
+            end = (tokenizer.eos_token_id,)
+            return [[Request(context or end, ids) for context, ids in each] for each in requests]
 
         # A reply follows the header that the template writes, which ends with a border of tokens
         prompts = []
@@ -368,11 +375,10 @@ class ChoicesTask:
             messages = [message for turn in turns for message in exchange(*turn)]
             prompts.append([*messages, *exchange(line.prompt)])
         contexts = encode_prompts(prompts, ChatEncoder(tokenizer))
+        texts = [text for line in lines for text in line.continuations]
+        encoded = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
         return [
-            [
-                Request(tuple(context), tuple(each.ids))
-                for each in encoder.encode_batch_fast(line.continuations, add_special_tokens=False)
-            ]
+            [Request(tuple(context), tuple(next(encoded).ids)) for _ in line.continuations]
             for line, context in zip(lines, contexts, strict=True)
         ]
 

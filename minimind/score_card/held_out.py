@@ -112,7 +112,7 @@ class ChatsTask:
         **options: Any,
     ):
         self.options = {"on_bad_rows": on_bad_rows, **options}
-        self.asks = options["max_new_tokens"] > 0
+        self.needs_chat = options["max_new_tokens"] > 0
         self.content = content_hash(expand(data_paths(files)))
         self._files, self._columns = files, columns
 

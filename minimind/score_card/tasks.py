@@ -37,7 +37,7 @@ class Task(Protocol):
     """
 
     name: str  # of the section in the card's JSON, such as "pairs"
-    asks: bool = False  # whether the model has to answer, which a base model has not learned
+    needs_chat: bool = False  # whether it asks, so that a base model cannot do it
 
     def run(self, subject: Subject) -> Result:
         """Score a model, or a control in its place."""
