@@ -60,6 +60,16 @@ def add_parser(commands) -> None:
     add("--replies", nargs="+", metavar="FILE", help=replies)
     decoding = "of --replies: greedy (default), or such as temperature=0.7,top_p=0.9; several too"
     add("--decoding", nargs="+", metavar="SETTING", help=decoding)
+    tasks = "tasks of lm-evaluation-harness (the extra lm-eval), such as blimp"
+    add("--lm_eval", nargs="+", metavar="TASK", help=tasks)
+    add("--include_path", metavar="DIR", help="a directory with task files of your own for it")
+    controls = (
+        "also score random weights, a model of lengths, one of token frequencies, and shuffled"
+        " labels: each should be at chance"
+    )
+    add("--controls", action="store_true", help=controls)
+    overlap = "count the items that are in the training text, and give the scores without them"
+    add("--contamination", action="store_true", help=overlap)
     prompts = (
         "of several models: prompts, one a line, or chats; the replies of the later ones are judged"
         " against the first one's, by one of the options that follow"
@@ -100,10 +110,12 @@ def run(args: Namespace) -> None:
         differences_table,
         make_card,
         picture,
+        remarks,
         write_cards,
     )
 
     directories, files = split_paths(args.paths)
+    checks = [name for name in ("controls", "contamination") if getattr(args, name)]
     output = Path(args.output) if args.output else None
     with redirect_stdout(sys.stderr):  # stdout is the report's alone
         # What can be refused at once
@@ -119,7 +131,7 @@ def run(args: Namespace) -> None:
         if output:
             output.mkdir(parents=True, exist_ok=True)
         finished = Finished(output / "finished.jsonl" if output else None)
-        cards = [make_card(directory, tasks, finished) for directory in directories]
+        cards = [make_card(directory, tasks, finished, checks) for directory in directories]
         wins = judged(asked, cards)
         if curve:
             report, tables, draw = curves_json(cards), [curve_table(cards)], curve_picture
@@ -129,7 +141,8 @@ def run(args: Namespace) -> None:
             tables, draw = [card_table(cards), differences_table(found)], picture
         tables = [table for table in tables if table.lines]
         if output:
-            text = "\n".join([*(table.markdown() for table in tables), *map(in_markdown, wins)])
+            parts = [table.markdown() for table in tables] + [*map(in_markdown, wins)]
+            text = "\n".join([*parts, *(f"- {remark}\n" for remark in remarks(cards))])
             write_cards(output, cards, report, text, draw)
 
     if args.json or not sys.stdout.isatty():
@@ -139,6 +152,8 @@ def run(args: Namespace) -> None:
         Terminal().print(table.for_terminal())
     for win in wins:
         show(win)
+    for remark in remarks(cards):
+        Terminal().print(remark, markup=False)
 
 
 def ask_models(args: Namespace, directories: list[str]):
@@ -177,7 +192,7 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
         UserError: a file cannot be used.
     """
     from minimind.data.columns import Columns
-    from minimind.score_card import PairsTask, held_out_task, read_pairs
+    from minimind.score_card import HarnessTask, PairsTask, held_out_task, read_pairs
 
     tasks = []
     if files:
@@ -191,6 +206,8 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     if pairs:
         tasks.append(PairsTask(pairs))
     tasks += make_asking_tasks(args)
+    if args.lm_eval:
+        tasks.append(HarnessTask(args.lm_eval, args.include_path))
     if tasks or args.prompts:
         return tasks
     return [PairsTask(make_own_pairs(args))]

@@ -69,6 +69,7 @@ CHOICES = {
 FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "directory_a", "directory_b")
 FOR_LIBRARIES += (
     "paths",
+    "include_path",
     "model",
     "model_name_or_path",
     "out",

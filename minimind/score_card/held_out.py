@@ -2,8 +2,10 @@
 exact answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
@@ -22,6 +24,7 @@ from minimind.evaluation.texts import (
 )
 from minimind.inspection import data_paths, recognise_stage
 from minimind.score_card.tasks import Result, Task
+from minimind.score_card.training_text import read_texts
 
 
 def held_out_task(
@@ -87,6 +90,13 @@ class TextsTask:
         fields = metrics_with_ends(self.texts, losses)
         return Result(measures, section, {**fields, "bad_rows": self.bad_rows})
 
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {each.key: [each.text] for each in self.texts}
+
+    def shuffled(self, generator: np.random.Generator) -> None:
+        """See `Task`: documents have no labels."""
+
 
 class ChatsTask:
     """The loss of conversations and their exact answers: `evaluate`, whose fields are `entries` of
@@ -110,3 +120,8 @@ class ChatsTask:
         """See `Task`."""
         options = {"stage": "sft", "columns": self._columns, **self.options}
         return Result({}, {}, evaluate(subject.model, subject.tokenizer, self._files, **options))
+
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        rows = read_texts(expand(data_paths(self._files)), "conversations")
+        return {row.where: [row.data] for row in rows}

@@ -114,6 +114,15 @@ def card_table(cards: Sequence[Card]) -> Table:
     return Table(COLUMNS, lines, shown)
 
 
+def remarks(cards: Sequence[Card]) -> Iterator[str]:
+    """What controls and contamination say in words; of several models with the directory."""
+    for card in cards:
+        for result in card.results.values():
+            for remark in result.section.get("remarks", ()):
+                text = translated(remark)
+                yield f"{card.directory}: {text}" if len(cards) > 1 else text
+
+
 def picture(file: Path, cards: Sequence[Card]) -> None:
     """Write the shares with their intervals and chance lines as a PNG, and below them the bits per
     byte, if there are any."""
