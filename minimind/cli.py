@@ -25,7 +25,9 @@ from minimind.commands import (
     prepare,
     replay,
     score,
+    serve,
     tokenizer,
+    web,
     world,
 )
 from minimind.common.bounds import check_options
@@ -34,7 +36,7 @@ from minimind.common.options import HelpAll, OptionFormatter, Version, option_na
 
 # In the order of the help
 COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, compare, score, pairs)
-COMMANDS += (export, merge, import_, clean, prepare, plan, world)
+COMMANDS += (web, serve, export, merge, import_, clean, prepare, plan, world)
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,12 +17,12 @@ import numpy as np
 import xxhash
 
 from minimind.cleaning.extras import require
-from minimind.cleaning.filters import is_chinese, units_of
 from minimind.cleaning.options import check_positive, check_share
 from minimind.cleaning.steps import Dedup, Filter
 from minimind.common.errors import UserError
 from minimind.data.files import read_rows
 from minimind.data.sources import expand
+from minimind.data.units import is_chinese, units_of
 
 NOT_WORD = re.compile(r"\W+")
 SEED = 42  # of the permutations

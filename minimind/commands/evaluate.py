@@ -32,14 +32,34 @@ def add_parser(commands) -> None:
     add("--stage", choices=("sft", "pretrain"), help=stage)
     pairs = "minimal pairs: rows with sentence_good and sentence_bad (BLiMP, ZhoBLiMP)"
     add("--pairs", nargs="+", metavar="FILE", help=pairs)
+    own = "minimal pairs of our own in English and Chinese; the default without files and tasks"
+    add("--own_set", choices=("all", "en", "zh"), help=own)
+    write = "evaluate by our own pairs, and write them there, for --pairs or --eval_pairs"
+    add("--write_own_set", metavar="FILE", help=write)
+    choices = (
+        "multiple choice: rows with question, choices and answer, or a folder of C-Eval, CMMLU"
+    )
+    add("--choices", nargs="+", metavar="FILE", help=choices)
+    shots = "of --choices: examples from the split dev that precede a question"
+    add("--num_shots", type=int, default=0, help=shots)
+    chat = "of --choices: ask the questions as a user, in the chat template"
+    add("--chat", action="store_true", help=chat)
+    rules = "prompts with rules that the greedy reply has to follow: answer, number, regex ..."
+    add("--rules", nargs="+", metavar="FILE", help=rules)
+    replies = "prompts or chats to reply to: repetition, variety, ends, overlap with references"
+    add("--replies", nargs="+", metavar="FILE", help=replies)
+    decoding = "of --replies: greedy (default), or such as temperature=0.7,top_p=0.9; several too"
+    add("--decoding", nargs="+", metavar="SETTING", help=decoding)
     output = "write card.json, card.md, card.png and items.jsonl there; finished tasks are kept"
     add("--output", metavar="DIR", help=output)
     add_json(parser, "print one JSON object, as when the output is no terminal")
     add_bad_rows(parser)
     length = "tokens of a row: longer documents are cut into several"
     add("--max_length", type=int, default=1024, help=length)
-    new_tokens = "maximum tokens of an answer; 0 measures the loss alone"
-    add("--max_new_tokens", type=int, default=64, help=new_tokens)
+    new_tokens = (
+        "maximum tokens of an answer (64; 256 of --rules and --replies); 0 measures the loss alone"
+    )
+    add("--max_new_tokens", type=int, help=new_tokens)
     add("--batch_size", type=int, default=64, help="maximum rows at a time")
     add_columns(parser)
 
@@ -83,7 +103,7 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     """What the models are scored by.
 
     Raises:
-        UserError: a file cannot be used, or there is nothing to do.
+        UserError: a file cannot be used.
     """
     from minimind.data.columns import Columns
     from minimind.score_card import PairsTask, held_out_task, read_pairs
@@ -91,12 +111,66 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     tasks = []
     if files:
         columns = Columns(args.columns, args.unread_columns)
-        options = select(args, "max_length", "max_new_tokens", "batch_size")
+        options = select(args, "max_length", "batch_size")
+        options["max_new_tokens"] = 64 if args.max_new_tokens is None else args.max_new_tokens
         tasks.append(held_out_task(files, args.stage, args.on_bad_rows, columns, **options))
-    if args.pairs:
-        tasks.append(PairsTask(read_pairs(args.pairs, args.on_bad_rows)))
-    if not tasks:
-        raise UserError("found nothing to evaluate by. Give held-out files, or --pairs FILE.")
+    pairs = read_pairs(args.pairs, args.on_bad_rows) if args.pairs else []
+    if args.own_set or args.write_own_set:
+        pairs += make_own_pairs(args)
+    if pairs:
+        tasks.append(PairsTask(pairs))
+    tasks += make_asking_tasks(args)
+    return tasks or [PairsTask(make_own_pairs(args))]
+
+
+def make_own_pairs(args: Namespace) -> list:
+    """The pairs of our own set, written to a file where that is wanted; raises UserError."""
+    from minimind.score_card import own_pairs, write_pairs
+
+    pairs = own_pairs() if args.own_set in (None, "all") else own_pairs([args.own_set])
+    if args.write_own_set:
+        check_output(args.write_own_set)
+        write_pairs(pairs, Path(args.write_own_set))
+    return pairs
+
+
+def make_asking_tasks(args: Namespace) -> list:
+    """Multiple choice, and the tasks that judge replies; raises UserError."""
+    from minimind.data.columns import Columns
+    from minimind.score_card import (
+        ChoicesTask,
+        RepliesTask,
+        RulesTask,
+        parse_decodings,
+        read_multiple_choice,
+        read_referenced_prompts,
+        read_ruled_prompts,
+    )
+
+    for given, options, task in (
+        (args.chat or args.num_shots, "--chat and --num_shots", "choices"),
+        (args.decoding, "--decoding", "replies"),
+    ):
+        if given and not getattr(args, task):
+            raise UserError(f"{options}: found no --{task} that they could belong to. Give it too.")
+    if args.max_new_tokens == 0 and (args.rules or args.replies):
+        raise UserError("--max_new_tokens 0: --rules and --replies judge replies. Give 1 or more.")
+
+    tasks, options = [], {"max_new_tokens": 256, **select(args, "batch_size")}
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    if args.choices:
+        reading = args.on_bad_rows, Columns(args.columns)
+        tasks.append(
+            ChoicesTask(*read_multiple_choice(args.choices, args.num_shots, *reading), args.chat)
+        )
+    if args.rules:
+        rows = read_ruled_prompts(args.rules, args.on_bad_rows, Columns(args.columns))
+        tasks.append(RulesTask(rows, **options))
+    if args.replies:
+        decodings = parse_decodings(args.decoding or ["greedy"])
+        rows = read_referenced_prompts(args.replies, args.on_bad_rows, Columns(args.columns))
+        tasks.append(RepliesTask(rows, decodings, **options))
     return tasks
 
 

@@ -26,14 +26,15 @@ def check_model(directory: str, tasks: Sequence[Task]) -> None:
     """
     path = require_stage(directory)
     check_scores(path, scores=False)
-    if any(getattr(task, "needs_chat", False) for task in tasks):
+    asking = [task.name for task in tasks if getattr(task, "needs_chat", False)]
+    if asking:
         is_base = read_stage(path).get("stage") == "pretrain"
         if is_base or not load_tokenizer(path).chat_template:
             found = "a base model" if is_base else "a model without a chat template"
             raise UserError(
-                f"{path}: found {found}, which has not learned to answer, expected a chat model."
-                " Give the directory of a later stage, or measure the loss alone with"
-                " --max_new_tokens 0."
+                f"{path}: found {found}, which has not learned to answer the questions of"
+                f" {asking[0]}, expected a chat model. Give the directory of a later stage, or what"
+                " a base model can do: --max_new_tokens 0, rows with 'text', no --chat."
             )
 
 
@@ -64,7 +65,8 @@ def cards_json(cards: Sequence[Card]) -> dict[str, Any]:
 
 
 def item_lines(cards: Sequence[Card]) -> list[str]:
-    """A line of JSON for each item of each task: its value in every measure that has it."""
+    """A line of JSON for each item of each task: its value in every measure that has it, and its
+    details."""
     lines = []
     for card in cards:
         for name, result in card.results.items():
@@ -74,6 +76,7 @@ def item_lines(cards: Sequence[Card]) -> list[str]:
                     items.setdefault(key, {})[measure_name] = value
             for key, values in items.items():
                 line = {"directory": card.directory, "task": name, "item": key, "values": values}
+                line |= result.details.get(key, {})
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines
 

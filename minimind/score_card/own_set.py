@@ -36,24 +36,24 @@ CONTEXT, TESTED = re.compile(r"\(([^|)]*)\|([^)]*)\)"), re.compile(r"<([^|>]*)\|
 Word = str | tuple[str, ...]
 
 
-def own_set(
-    languages: Sequence[str] = tuple(PARADIGMS), count: int = PAIRS, seed: int = 0
+def own_pairs(
+    languages: Sequence[str] = ("en", "zh"), count: int = PAIRS, seed: int = 0
 ) -> list[MinimalPair]:
     """At most `count` different pairs of each paradigm (fewer where its words give no more), the
     same on every machine and under every version of Python."""
     pairs = []
     for language in languages:
         for name, paradigm in PARADIGMS[language].items():
-            paradigm_name = f"{language}_{name}"
-            for number, (good, bad) in enumerate(_draw(paradigm, count, f"{seed} {paradigm_name}")):
-                key = f"{paradigm_name}/{number}"
-                group = (paradigm_name, paradigm["phenomenon"], f"own set, {language}")
-                pairs.append(MinimalPair(key, good, bad, *group))
+            uid = f"{language}_{name}"
+            groups = (uid, f"{language} {paradigm['phenomenon']}", f"own set, {language}")
+            for number, (good, bad) in enumerate(draw(paradigm, count, f"{seed} {uid}")):
+                pairs.append(MinimalPair(f"{uid}/{number}", good, bad, *groups))
     return pairs
 
 
 def write_pairs(pairs: Iterable[MinimalPair], path: Path) -> None:
-    """Write pairs in the layout that `read_pairs` reads (BLiMP's), one JSON object on a line.
+    """Write pairs of `own_pairs` in the layout that `read_pairs` reads (BLiMP's), one JSON object
+    on a line.
 
     Raises:
         OSError: the file cannot be written.
@@ -65,14 +65,14 @@ def write_pairs(pairs: Iterable[MinimalPair], path: Path) -> None:
             "UID": pair.paradigm,
             "linguistics_term": pair.phenomenon,
             "pairID": pair.key.rpartition("/")[2],
-            "language": pair.paradigm[:2],
+            "language": pair.file[-2:],
         }
         for pair in pairs
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _draw(paradigm: dict, count: int, seed: str) -> list[tuple[str, str]]:
+def draw(paradigm: dict, count: int, seed: str) -> list[tuple[str, str]]:
     """Different (good, bad) sentences of a paradigm, `count` at most; its templates take turns."""
     # Python promises the same numbers in all versions for `random()` alone, not for `choice`
     generator = random.Random(seed)
@@ -85,7 +85,7 @@ def _draw(paradigm: dict, count: int, seed: str) -> list[tuple[str, str]]:
             drawn: list[Word] = []
             while len(drawn) < len(names):
                 word = choices[int(generator.random() * len(choices))]
-                if all(_differ(word, other) for other in drawn):
+                if all(differ(word, other) for other in drawn):
                     drawn.append(word)
             values |= zip(names, drawn, strict=True)
         twins = expand(templates[number % len(templates)].format(**values))
@@ -102,7 +102,7 @@ def parse_words(text: str) -> list[Word]:
     return [tuple(word.split("/")) if "/" in word else word for word in words]
 
 
-def _differ(word: Word, other: Word) -> bool:
+def differ(word: Word, other: Word) -> bool:
     """Whether no field of a word is the same in another: words drawn together, such as `a b`, are
     right in each other's place nowhere."""
     if isinstance(word, str):

@@ -137,7 +137,7 @@ PARADIGMS: dict[str, dict] = {
         "phenomenon": "quantifiers",
         "templates": ["<{q[0]}|{q[1]}> ({s[0]}|{s[1]}) {did}."],
         "words": {
-            "q": "Every/All, Each/Both, Every/Many, Each/Some",
+            "q": "Every/All, Each/Both, Every/Many, Each/Several",
             "s": LIVING,
             "did": "went home, ate some bread, slept well, came to us, sat down, ran away",
         },
@@ -395,7 +395,7 @@ PARADIGMS: dict[str, dict] = {
         "templates": ["{who} (was|{v}) very <{adj[0]}|{adj[1]}>."],
         "words": {
             "who": WHO,
-            "v": "spoke, sang, answered, worked",
+            "v": "spoke, sang, answered",
             "adj": "sad/sadly, happy/happily, angry/angrily, quiet/quietly, careful/carefully,"
             " polite/politely, brave/bravely, rude/rudely, clever/cleverly",
         },

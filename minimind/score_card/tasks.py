@@ -9,7 +9,8 @@ from minimind.evaluation.statistics import Measure
 
 class Result(NamedTuple):
     """What a task found: its `measures` by name, the `section` of the card's JSON with the task's
-    name, and other `entries` of the card's JSON.
+    name, other `entries` of the card's JSON, and by the keys of items `details` of them, such as
+    the replies.
 
     The measures are compared between models and drawn. The first stands for all, and those that
     matter more come first: a table shows only as many as fit.
@@ -18,6 +19,7 @@ class Result(NamedTuple):
     measures: Mapping[str, Measure]
     section: dict
     entries: Mapping[str, Any] = {}
+    details: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Task(Protocol):
