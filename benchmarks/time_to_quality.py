@@ -40,6 +40,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
@@ -48,9 +49,9 @@ from minimind.common.errors import reports_user_errors
 from minimind.common.launch import bf16_is_fast
 from minimind.data.files import read_documents
 from minimind.data.held_out import HoldOut
-from minimind.evaluation.files import document_rows
 from minimind.evaluation.losses import row_metrics
 from minimind.tokenizer import load_tokenizer
+from minimind.tokenizer.encoding import DocumentEncoder
 
 ROOT = Path(__file__).parents[1]
 # hidden size and layers; the rest is what minimind derives from them, which has no option there
@@ -258,10 +259,9 @@ def held_out_rows(
 ) -> list[dict]:
     """Documents -> one row each of a start token, their ids and EOS, `length` at most; the start
     is not predicted."""
-    rows = []
-    for row in document_rows(texts, tokenizer, sys.maxsize):
-        ids = row["input_ids"][:length]
-        ids[0] = start_token_id
+    encoder, rows = DocumentEncoder(tokenizer, fast=False), []
+    for text in texts:
+        ids = np.append([start_token_id], encoder([text])).astype(np.int32)[:length]
         rows.append({"input_ids": ids, "labels": ids})
     return rows
 

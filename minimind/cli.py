@@ -25,7 +25,9 @@ from minimind.commands import (
     prepare,
     replay,
     score,
+    serve,
     tokenizer,
+    web,
     world,
 )
 from minimind.common.bounds import check_options
@@ -34,7 +36,7 @@ from minimind.common.options import HelpAll, OptionFormatter, Version, option_na
 
 # In the order of the help
 COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, compare, score, pairs)
-COMMANDS += (export, merge, import_, clean, prepare, plan, world)
+COMMANDS += (web, serve, export, merge, import_, clean, prepare, plan, world)
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"unrecognized arguments: {' '.join(others)}.{guess} See {command.prog} --help."
         )
-    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
+    prints_json = getattr(args, "json", None) or ("json" in args and not sys.stdout.isatty())
+    if prints_json and os.environ.get("WANDB_MODE") == "offline":
         # transformers 5.23 prints a line on this variable when it is imported; stdout is the
         # report's alone.
         with redirect_stdout(sys.stderr):

@@ -15,6 +15,7 @@ from minimind.common.streams import printable
 from minimind.stage_directory import (
     check_vocabulary,
     load_for_reading,
+    read_stage,
     require_stage,
     virtual_tokens,
 )
@@ -77,6 +78,11 @@ def best_device() -> str:
     """The name of the device that computes fastest here."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
     return next((name for name, backend in backends.items() if backend.is_available()), "cpu")
+
+
+def is_base_model(directory: str | Path, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a model only continues texts: it comes from pretraining, or has no chat template."""
+    return not tokenizer.chat_template or read_stage(directory).get("stage") == "pretrain"
 
 
 class Reply(NamedTuple):

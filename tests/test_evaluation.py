@@ -112,10 +112,24 @@ def test_the_metrics_before_are_the_first_evaluation_and_those_after_the_last(tr
     first = trainer.evaluate()["eval_loss"]
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(3)
+    trainer.state.global_step = 1
     metrics = held_out_metrics(trainer)
     assert metrics["before"]["loss"] == pytest.approx(first, abs=1e-5)
     assert metrics["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
     assert metrics["before"] != metrics["after"]
+
+
+@pytest.mark.parametrize(("best", "evaluations"), [(False, 1), (True, 2)])
+def test_a_last_step_that_was_evaluated_is_not_evaluated_again_unless_the_best_one_was_loaded(
+    trainer, monkeypatch, best, evaluations
+):
+    trainer.args.load_best_model_at_end = best
+    calls = []
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda: calls.append(1) or evaluate())
+    expected = trainer.evaluate()["eval_loss"]
+    assert held_out_metrics(trainer)["after"]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert len(calls) == evaluations
 
 
 def test_without_held_out_rows_there_are_no_metrics():
@@ -286,18 +300,20 @@ def test_the_loss_of_documents_is_that_of_each_after_an_end_token(
     }
 
 
-def test_a_document_longer_than_a_row_is_cut_and_every_token_predicted_once(
+def test_each_token_of_a_long_document_is_predicted_once_in_a_window(
     talkative, tokenizer, write_jsonl
 ):
+    """Windows of 4 tokens; the last one reaches back as far as it can."""
     path = write_jsonl("docs.jsonl", [{"text": TEXTS[0]}])
     end = tokenizer.eos_token_id
-    ids = [end, *tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"], end]
-    nll = sum(
-        loss_written_out(talkative, ids[start : start + 4], 1)
-        for start in range(0, len(ids) - 1, 3)
-    )
+    ids = [end, *tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]]
+    nll = loss_written_out(talkative, [*ids[-4:], end], 4)  # of the end token
+    for start in range(1, len(ids), 4):
+        stop = min(start + 4, len(ids))
+        window = ids[max(0, stop - 5) : stop]
+        nll += loss_written_out(talkative, window, len(window) - (stop - start))
     found = evaluate(talkative, tokenizer, [path], max_length=4)
-    assert found["tokens"] == len(ids) - 1
+    assert found["tokens"] == len(ids)
     assert found["loss"] == pytest.approx(nll / found["tokens"], rel=1e-4)
 
 

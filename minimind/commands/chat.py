@@ -26,7 +26,7 @@ def run(args: Namespace) -> None:
     from transformers import set_seed
 
     from minimind.commands.conversation import ChatConversation, TextConversation
-    from minimind.generation import load_for_generation
+    from minimind.generation import is_base_model, load_for_generation
 
     reward = load_reward_model(args)
     model, tokenizer = load_for_generation(args.directory)
@@ -66,15 +66,10 @@ def history_file() -> Path | None:
         return None
 
 
-def is_base_model(directory: str, tokenizer) -> bool:
-    """Whether a model only continues texts: it comes from pretraining, or has no chat template."""
-    from minimind.stage_directory import read_stage
-
-    return not tokenizer.chat_template or read_stage(directory).get("stage") == "pretrain"
-
-
 def check_chattable(directory: str, tokenizer) -> None:
     """Raise UserError if there is no chat template; warn if the model is only pretrained."""
+    from minimind.generation import is_base_model
+
     if not tokenizer.chat_template:
         raise UserError(
             f"{directory}: its tokenizer has no chat template, which separates messages from"

@@ -1,8 +1,11 @@
-"""The shell of every HTML page that is written: one file that loads nothing and runs no script.
+"""The shell of every HTML page that is written: one file that loads nothing and runs no script; and
+the policy of the pages that a server of ours shows, which run their own script.
 
 Texts that come from data are escaped: here in titles and tables, elsewhere with `html.escape`.
 """
 
+import base64
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
@@ -36,6 +39,17 @@ def page(title: str, body: str, style: str = "") -> str:
 <h1>{escape(title)}</h1>
 {body}</body></html>
 """
+
+
+def script_policy(content: str) -> str:
+    """The Content-Security-Policy of a page with a script that talks to its own server: it runs
+    this script and nothing else, whatever texts it shows, and loads nothing from elsewhere."""
+    script = re.search(r"<script>(.*)</script>", content, re.DOTALL)[1].encode()
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    return (
+        "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; script-src"
+        f" 'sha256-{digest}'"
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], texts: Collection[int] = ()) -> str:

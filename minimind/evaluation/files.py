@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import BadRowError, UserError
@@ -12,13 +11,13 @@ from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation
-from minimind.data.files import read_documents
 from minimind.evaluation.answers import read_questions, score
-from minimind.evaluation.losses import row_metrics
+from minimind.evaluation.losses import RowLoss, loss_metrics, row_losses
+from minimind.evaluation.scoring import ModelSubject
+from minimind.evaluation.texts import losses_of, read_held_out_texts, text_losses
 from minimind.inspection import recognise_stage
 from minimind.tokenizer import text_encoder
 from minimind.tokenizer.cutting import Cutter
-from minimind.tokenizer.encoding import DocumentEncoder
 
 
 def evaluate(
@@ -36,8 +35,8 @@ def evaluate(
     `score`.
 
     The loss of a conversation is that of its trained replies; `without_loss` counts conversations
-    that have none. A document (stage "pretrain") follows an end token and ends with one. If it is
-    longer than `max_length` it is cut, and each part begins with the last token of the one before.
+    that have none. A document (stage "pretrain") follows an end token and ends with one; see
+    `text_losses` for one longer than `max_length`.
 
     Raises:
         UserError: see `files.read_rows` and `Columns.stop`; or the files hold preference pairs, or
@@ -47,38 +46,46 @@ def evaluate(
     stage = stage or recognise_stage(files, columns)
     if stage == "dpo":
         raise UserError(f"{files[0]}: found preference pairs, expected conversations or documents.")
-    max_length = min(max_length, model.config.max_position_embeddings)
     bad_rows = BadRows(on_bad_rows)
     if stage == "pretrain":
         check = Cutter(text_encoder(tokenizer)).check
-        texts = list(read_documents(files, bad_rows, columns=columns, check=check))
-        columns.stop()
-        result = {"documents": len(texts)}
-        rows = document_rows(texts, tokenizer, max_length)
-    else:
-        encoder = ChatEncoder(tokenizer)
-        questions = read_questions(files, bad_rows, encoder, columns)
-        columns.stop()
-        result = {}
-        if max_new_tokens:
-            result = score(model, tokenizer, questions, max_new_tokens, batch_size)
-        conversations = reply_rows(questions, encoder, max_length)
-        result["without_loss"] = sum(not rows for rows in conversations)
-        rows = [row for rows in conversations for row in rows]
-    return {**result, **row_metrics(model, tokenizer, rows, batch_size), "bad_rows": bad_rows.count}
+        texts = read_held_out_texts(files, bad_rows, columns, check)
+        losses = text_losses(ModelSubject(model, tokenizer), texts, max_length)
+        metrics = loss_metrics(losses_of(texts, losses, with_ends=True))
+        return {"documents": len(texts), **metrics, "bad_rows": bad_rows.count}
+
+    questions = read_questions(files, bad_rows, ChatEncoder(tokenizer), columns)
+    columns.stop()
+    found = {}
+    if max_new_tokens:
+        found = score(model, tokenizer, questions, max_new_tokens, batch_size)
+    losses = conversation_losses(model, tokenizer, questions, max_length, batch_size)
+    return {**found, **conversation_metrics(losses), "bad_rows": bad_rows.count}
 
 
-def document_rows(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> list[dict]:
-    """Documents -> rows of ids and labels; the first id of a row is not predicted."""
-    encoder, rows = DocumentEncoder(tokenizer, fast=False), []
-    for text in texts:
-        ids = np.append([tokenizer.eos_token_id], encoder([text])).astype(np.int32)
-        starts = range(0, len(ids) - 1, max_length - 1)
-        parts = [ids[start : start + max_length] for start in starts]
-        rows += [{"input_ids": part, "labels": part} for part in parts]
-    return rows
+def conversation_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[dict],
+    max_length: int,
+    batch_size: int,
+) -> list[RowLoss | None]:
+    """The loss of the trained replies of each conversation; None if none of them fits into a
+    row."""
+    length = min(max_length, model.config.max_position_embeddings)
+    conversations = reply_rows(questions, ChatEncoder(tokenizer), length)
+    rows = [row for rows in conversations for row in rows]
+    losses = iter(row_losses(model, tokenizer, rows, batch_size))
+    found = []
+    for rows in conversations:
+        own = [next(losses) for _ in rows]
+        found.append(RowLoss(*map(sum, zip(*own, strict=True))) if own else None)
+    return found
+
+
+def conversation_metrics(losses: Sequence[RowLoss | None]) -> dict:
+    """`loss_metrics`, and `without_loss`, the number of conversations without one."""
+    return {"without_loss": losses.count(None), **loss_metrics([x for x in losses if x])}
 
 
 def reply_rows(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from minimind.common.errors import BadRowError, UserError, first_line
 from minimind.data.bad_rows import shown
 from minimind.data.conversations import Conversation
 from minimind.data.messages import Message, reply_message
+from minimind.evaluation.replies import Model, Sampling
 from minimind.evaluation.rewards import RewardModel
 
 LENGTHS = {"shorter": -1, "longer": 1}
@@ -132,15 +134,23 @@ def make_judge(
         return PairwiseJudge(compare)
     if rule_regex:
         try:
-            pattern = re.compile(rule_regex)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"--rule_regex {shown(rule_regex)}: not a regular expression ({error}). Write a"
-                " special character such as ( or * as \\( or \\*."
-            ) from error
+            pattern = to_pattern(rule_regex)
+        except BadRowError as problem:
+            raise UserError(f"--rule_regex {shown(rule_regex)}: {problem}") from None
         return Judge(lambda messages, reply: float(bool(pattern.search(reply))))
     sign = LENGTHS[by_length]
     return Judge(lambda messages, reply: float(sign * len(reply)))
+
+
+def to_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression; raises BadRowError for a text that is none."""
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise BadRowError(
+            f"not a regular expression ({error}). Write a special character such as ( or * as \\("
+            " or \\*."
+        ) from error
 
 
 def load_rule(option: str, spec: str, parameters: Sequence[str]) -> Callable[..., float]:
@@ -204,3 +214,16 @@ def _raised(error: Exception, file: str) -> str:
         lines.append(error.lineno)
     place = f"line {lines[-1]}: " if lines else ""
     return f"{place}{type(error).__name__}: {first_line(error)}"
+
+
+class Asked(NamedTuple):
+    """Models, the prompts that fit all of them, and who judges their replies."""
+
+    directories: Sequence[str]
+    models: Sequence[Model]
+    prompts: Sequence[Conversation]
+    ids: Sequence[list[list[int]]]  # for each model, those of the prompts
+    sampling: Sampling
+    judge: Judge | None  # None where a person judges
+    judge_option: dict[str, Any]
+    too_long: int  # prompts left out

@@ -1,9 +1,6 @@
 """A local web page on which a person chooses between two replies, by keyboard or mouse."""
 
-import base64
-import hashlib
 import json
-import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +10,12 @@ from typing import Any
 
 from minimind.common.errors import UserError
 from minimind.common.language import is_chinese
+from minimind.common.page import script_policy
 from minimind.pairs.making import Question
 
 PAGE = Path(__file__).with_name("choosing.html").read_text(encoding="utf-8")
 CHOICES = ("left", "right", "tie", "skip")
 LONGEST = 1000  # bytes of a choice
-# The page runs its own script and nothing else, whatever the replies contain
-SCRIPT = re.search(r"<script>(.*)</script>", PAGE, re.DOTALL)[1].encode()
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; script-src"
-    f" 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT).digest()).decode()}'"
-)
 
 
 class ChoiceServer(ThreadingHTTPServer):
@@ -126,7 +118,7 @@ class ChoiceHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("Content-Security-Policy", script_policy(PAGE))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(content)

@@ -5,13 +5,18 @@ The layout of BLiMP (Warstadt et al., 2020, arXiv 1912.00582) and ZhoBLiMP (Liu 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from minimind.common.errors import BadRowError
-from minimind.data.bad_rows import BadRows, check_text, shown
+from minimind.data.bad_rows import check_text, shown
 from minimind.data.columns import Columns
 from minimind.data.files import read_rows
+from minimind.data.sources import expand
 from minimind.evaluation.scoring import Request, Subject
 from minimind.evaluation.statistics import Measure, estimate
 from minimind.score_card.report import VERDICTS
@@ -19,6 +24,7 @@ from minimind.score_card.tasks import Result
 from minimind.tokenizer import text_encoder
 
 ALL = "all"  # the group of all pairs
+TIE = 1e-6  # nats; the same numbers added in another order differ by less
 
 
 class MinimalPair(NamedTuple):
@@ -34,43 +40,53 @@ class MinimalPair(NamedTuple):
 
 
 def read_pairs(files: Sequence[str], on_bad_rows: str | None = None) -> list[MinimalPair]:
-    """Rows with `sentence_good` and `sentence_bad`; `UID` is the paradigm, `linguistics_term` or
-    `phenomenon` the phenomenon, `pairID` the number in the paradigm.
+    """Rows with `sentence_good` and `sentence_bad`.
+
+    `UID` or `paradigm` is the paradigm, or else the file's name where one of the `files` is a
+    directory; `linguistics_term` or `phenomenon` is the phenomenon, `pairID` the number in the
+    paradigm.
 
     Raises:
         UserError: see `files.read_rows`; a text is missing, the two are equal, or a pair occurs
             twice.
     """
-    keys: set[str] = set()
-    bad_rows, pairs = BadRows(on_bad_rows), []
+    pairs: dict[str, MinimalPair] = {}
+    for given in files:
+        found = expand([given])
+        for file in found:
+            stem = Path(str(file)).stem if len(found) > 1 else None
+            convert = partial(to_pair, pairs, str(given), stem)
+            for row in read_rows([file], on_bad_rows, convert, columns=Columns()):
+                pairs[row.data.key] = row.data
+    return list(pairs.values())
 
-    def convert(row: Mapping) -> tuple:
-        texts = []
-        for name in ("sentence_good", "sentence_bad"):
-            text = row.get(name)
-            if not isinstance(text, str) or not text.strip():
-                found = shown(text) if name in row else "nothing"
-                raise BadRowError(f"{name}: found {found}, expected a text")
-            check_text(text, name)
-            texts.append(text)
-        if texts[0] == texts[1]:
-            raise BadRowError(
-                "found the same text as sentence_good and sentence_bad, expected two that differ"
-            )
-        paradigm, number = row.get("uid"), row.get("pairid")
-        if paradigm == ALL:
-            raise BadRowError("UID: found 'all', which stands for all pairs")
-        key = f"{paradigm or 'pair'}/{len(keys) if number is None else number}"
-        if key in keys:
-            raise BadRowError(f"found the pair {key} again, expected each once")
-        keys.add(key)
-        phenomenon = row.get("linguistics_term") or row.get("phenomenon")
-        return key, *texts, *(each and str(each) for each in (paradigm, phenomenon))
 
-    for file in files:
-        rows = read_rows([file], bad_rows, convert, columns=Columns())
-        pairs += [MinimalPair(*row.data, str(file)) for row in rows]
-    return pairs
+def to_pair(
+    earlier: Collection[str], file: str, paradigm: str | None, row: Mapping[str, Any]
+) -> MinimalPair:
+    """The pair of a row, whose key is none of the `earlier` ones; raises BadRowError."""
+    texts = []
+    for name in ("sentence_good", "sentence_bad"):
+        text = row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            found = shown(text) if name in row else "nothing"
+            raise BadRowError(f"{name}: found {found}, expected a text")
+        check_text(text, name)
+        texts.append(text)
+    if texts[0] == texts[1]:
+        raise BadRowError(
+            "found the same text as sentence_good and sentence_bad, expected two that differ"
+        )
+    paradigm = row.get("uid") or row.get("paradigm") or paradigm
+    phenomenon = row.get("linguistics_term") or row.get("phenomenon")
+    if paradigm == ALL:
+        raise BadRowError("UID: found 'all', which stands for all pairs")
+    number = row.get("pairid")
+    key = f"{paradigm or file}/{len(earlier) if number is None else number}"
+    if key in earlier:
+        raise BadRowError(f"found the pair {key} again, expected each once")
+    names = (name and str(name) for name in (paradigm, phenomenon))
+    return MinimalPair(key, *texts, *names, file)
 
 
 class PairsTask:
@@ -128,10 +144,22 @@ class PairsTask:
             sections[section][name] = describe(found) | lengths([longer[key] for key in keys])
         return Result(measures, sections.pop("pairs"), dict(sections))
 
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {pair.key: (pair.good, pair.bad) for pair in self.pairs}
+
+    def shuffled(self, generator: np.random.Generator) -> "PairsTask":
+        """See `Task`: which sentence is the good one is drawn anew."""
+        swaps = generator.random(len(self.pairs)) < 0.5
+        pairs = zip(self.pairs, swaps, strict=True)
+        return PairsTask(
+            [pair._replace(good=pair.bad, bad=pair.good) if swap else pair for pair, swap in pairs]
+        )
+
 
 def won(good: float, bad: float) -> float:
-    """1 if the good text scores higher, 0 if the bad one does, 1/2 for a tie."""
-    return (1 + (good > bad) - (good < bad)) / 2
+    """1 if the good text scores higher, 0 if the bad one does, 1/2 for a tie, up to rounding."""
+    return (1 + (good > bad + TIE) - (good < bad - TIE)) / 2
 
 
 def describe(measures: Mapping[str, Measure]) -> dict:
