@@ -73,7 +73,6 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
     as_gguf = format in ("gguf", "web")
     if as_gguf:
         require_gguf(format)
-    program = wllama() if format == "web" else None
     saved = str(load_config(path).dtype or "float32").removeprefix("torch.")
     dtype = dtype or ("q8_0" if format == "web" else saved)
     if dtype not in DTYPES or (dtype == "q8_0" and not as_gguf):
@@ -91,6 +90,7 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
             f" {', '.join(fitting)}."
         )
 
+    program = wllama() if format == "web" else {}
     with new_directory(out) as partial:
         write = write_gguf_directory if as_gguf else write_layout
         record = {

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from http.client import HTTPException
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -60,7 +61,7 @@ def wllama() -> dict[str, bytes]:
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
             content = answer.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"{address}: cannot be downloaded ({error}). {remedy}") from error
     files = unpack(content)
     write_bytes(file, content)
