@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from browser import COMMAND, open_browser
-from pipeline import failure, run_cli
+from pipeline import failure, run_cli, wait_until
 from talking import CHATS, write_learned
 
 import minimind.export
@@ -139,7 +139,7 @@ def test_a_gguf_file_has_a_modelfile_and_commands_beside_it(learned, tmp_path, t
     assert text.startswith("FROM ./model.gguf\n")
     template = re.search('TEMPLATE """(.*?)"""\n', text, re.DOTALL)[1]
     assert go(template, SYSTEM, WORDS[:1]) == rendered(tokenizer, SYSTEM, WORDS[:1])
-    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 256\n' in text
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\n' in text
     assert "llama-server -m model.gguf" in (tmp_path / "out/README.md").read_text()
 
 
@@ -293,19 +293,16 @@ def browser(tmp_path):
 
 
 def ask(browser, text, **settings):
+    wait_until(lambda: browser.evaluate("!stopping"))
     for name, value in settings.items():
         browser.evaluate(f"element({name!r}).value = {json.dumps(value)}")
     browser.evaluate(f"element('input').value = {json.dumps(text)}")
     browser.evaluate("element('form').requestSubmit()")
 
 
-def last_reply(browser):
-    return browser.evaluate("stopping ? null : turns.at(-1)?.assistant")
-
-
 GENERATE = """(async () => {
     turns = %s; element("system").value = %s; cached = [];
-    const tokens = [], texts = [], ids = await prompt(200);
+    const tokens = [], texts = [], ids = await prompt(400);
     const write = (text, token) => { texts.push(text); tokens.push(token); };
     const { end } = await generate(ids, 30, 0, { aborted: false }, write);
     turns = [];
@@ -359,23 +356,21 @@ def test_a_double_click_opens_a_chat(page, browser):
     browser.evaluate("element('new').click()")
     assert (browser.text("log"), browser.text("notice")) == ("", "")
     browser.evaluate("element('language').click()")
-    ask(browser, "你好")
+    ask(browser, "你好", max="100")
     browser.wait_for("log", "您\n你好\n模型\n" + CHATS["你好"])
 
     # A stop keeps what is there; another message can follow
-    browser.evaluate("facts.ends = []; element('max').value = 200; element('new').click()")
-    ask(browser, "你好")
+    browser.evaluate("facts.ends = []; element('new').click()")
+    ask(browser, "你好", max="400")
     browser.evaluate("new Promise((done) => setTimeout(done, 50))")
     browser.evaluate("element('stop').click()")
-    wait = browser.evaluate("new Promise((done) => setInterval(() => stopping || done(1), 10))")
-    assert wait == 1
-    assert browser.evaluate("cached.length") < 200
+    wait_until(lambda: browser.evaluate("!stopping"))
+    assert browser.evaluate("cached.length") < 400
     assert browser.evaluate("element('send').disabled") is False
 
     # What does not fit is left out from the left, and that is said
-    browser.evaluate("turns = []; cached = []; element('max').value = 16")
-    ask(browser, "狐狸 " * 200)
+    browser.evaluate("turns = []")
+    ask(browser, "狐狸 " * 200, max="16")
     browser.wait_for("notice", "这条消息超出了模型能读的长度，开头部分没有读入。")
-    browser.evaluate("new Promise((done) => setInterval(() => stopping || done(1), 10))")
     ask(browser, "再来")
     browser.wait_for("notice", "对话超出了模型能读的长度，最前面的 1 轮没有读入。")
