@@ -73,7 +73,6 @@ def run(args: Namespace) -> None:
     from minimind.common.terminal import Terminal
     from minimind.score_card import (
         Finished,
-        card_table,
         cards_json,
         check_model,
         curve_of,
@@ -83,7 +82,9 @@ def run(args: Namespace) -> None:
         differences,
         differences_table,
         make_card,
+        markdown,
         picture,
+        table_of,
         write_cards,
     )
 
@@ -106,21 +107,25 @@ def run(args: Namespace) -> None:
         cards = [make_card(directory, tasks, finished) for directory in directories]
         wins = judged(asked, cards)
         if curve:
-            report, tables, draw = curves_json(cards), [curve_table(cards)], curve_picture
+            table = curve_table(cards)
+            report, draw = curves_json(cards), curve_picture
+            tables, texts = [table.for_terminal()], [table.markdown()]
         else:
             found = differences(cards)
-            report = cards_json(cards, differences=found, win_rates=wins)
-            tables, draw = [card_table(cards), differences_table(found)], picture
-        tables = [table for table in tables if table.lines]
+            table = differences_table(found)
+            report, draw = cards_json(cards, differences=found, win_rates=wins), picture
+            tables, texts = [table_of(cards)], [markdown(cards), *map(in_markdown, wins)]
+            if found:
+                tables.append(table.for_terminal())
+                texts.insert(1, table.markdown())
         if output:
-            text = "\n".join([*(table.markdown() for table in tables), *map(in_markdown, wins)])
-            write_cards(output, cards, report, text, draw)
+            write_cards(output, cards, report, "\n".join(texts), draw)
 
     if args.json or not sys.stdout.isatty():
         print(json_text(report, indent=2))
         return
     for table in tables:
-        Terminal().print(table.for_terminal())
+        Terminal().print(table)
     for win in wins:
         show(win)
 

@@ -9,5 +9,5 @@ from minimind.score_card.finished import Finished
 from minimind.score_card.held_out import held_out_task
 from minimind.score_card.minimal_pairs import MinimalPair, PairsTask, read_pairs
 from minimind.score_card.own_set import own_pairs, write_pairs
-from minimind.score_card.report import Table, card_table, picture
+from minimind.score_card.report import Table, markdown, picture, table_of
 from minimind.score_card.tasks import Card, Result, Task
