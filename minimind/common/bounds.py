@@ -28,8 +28,8 @@ INTERVALS = {
     ),
     "(0, most]": "eval_steps logging_steps num_train_epochs save_steps",
     "[0, most]": (
-        "eval_delay lr_decay_steps max_eval_rows max_nonfinite_steps min_frequency rows"
-        " warmup_steps"
+        "eval_delay lr_decay_steps max_eval_rows max_nonfinite_steps min_frequency num_shots"
+        " rows warmup_steps"
     ),
     "[1, most]": (
         "batch_size early_stopping_patience eval_accumulation_steps gradient_accumulation_steps"
@@ -69,6 +69,7 @@ CHOICES = {
 FOR_LIBRARIES = ("adapter", "destination", "directories", "directory", "directory_a", "directory_b")
 FOR_LIBRARIES += (
     "paths",
+    "include_path",
     "model",
     "model_name_or_path",
     "out",

@@ -113,20 +113,24 @@ def describe_replies(replies: Replies) -> dict:
     The repetition rate is the share of runs of 4 tokens that occurred before in the same reply.
     """
     everything: list[Reply] = [reply for each in replies for reply in each]
-    total = distinct = 0
-    for reply in everything:
-        runs = [tuple(reply.tokens[i : i + NGRAM]) for i in range(len(reply.tokens) - NGRAM + 1)]
-        total += len(runs)
-        distinct += len(set(runs))
+    repeated, total = map(
+        sum, zip(*(repeated_runs(each.tokens) for each in everything), strict=True)
+    )
     return rounded(
         {
             "replies": len(everything),
             "tokens": fmean(len(reply.tokens) for reply in everything),
             "characters": fmean(len(reply.text) for reply in everything),
             "stopped": fmean(reply.stopped for reply in everything),
-            "repetition": 1 - distinct / total if total else 0.0,
+            "repetition": repeated / total if total else 0.0,
         }
     )
+
+
+def repeated_runs(tokens: Sequence[int]) -> tuple[int, int]:
+    """How many runs of 4 tokens occurred before in the same reply, and how many runs it has."""
+    runs = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return len(runs) - len(set(runs)), len(runs)
 
 
 def rounded(values: dict) -> dict:

@@ -134,15 +134,23 @@ def make_judge(
         return PairwiseJudge(compare)
     if rule_regex:
         try:
-            pattern = re.compile(rule_regex)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"--rule_regex {shown(rule_regex)}: not a regular expression ({error}). Write a"
-                " special character such as ( or * as \\( or \\*."
-            ) from error
+            pattern = to_pattern(rule_regex)
+        except BadRowError as problem:
+            raise UserError(f"--rule_regex {shown(rule_regex)}: {problem}") from None
         return Judge(lambda messages, reply: float(bool(pattern.search(reply))))
     sign = LENGTHS[by_length]
     return Judge(lambda messages, reply: float(sign * len(reply)))
+
+
+def to_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression; raises BadRowError for a text that is none."""
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise BadRowError(
+            f"not a regular expression ({error}). Write a special character such as ( or * as \\("
+            " or \\*."
+        ) from error
 
 
 def load_rule(option: str, spec: str, parameters: Sequence[str]) -> Callable[..., float]:

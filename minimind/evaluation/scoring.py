@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import UserError
 from minimind.common.language import translated
+from minimind.evaluation.replies import Sampling, sample_replies
+from minimind.generation import Reply
 from minimind.stage_directory import virtual_tokens
 
 # Tokens up to which inputs share a row, by the share of its tokens that one has in common with the
@@ -38,6 +40,10 @@ class Subject(Protocol):
         self, requests: Sequence[Request], title: str = "scoring"
     ) -> list[np.ndarray]:
         """In nats, of each token of each continuation: float64 arrays of (tokens,)."""
+        ...
+
+    def replies(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """What follows each prompt of token ids; the first sample."""
         ...
 
 
@@ -130,6 +136,16 @@ class ModelSubject:
                     results[index] = values
                 progress.update(len(indices))
         return results
+
+    def replies(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Reply]:
+        """See `Subject`; those of about one length are in one batch."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        chosen = [prompts[index] for index in order]
+        steps = sample_replies(
+            self.model, self.tokenizer, chosen, sampling, title=translated("replies")
+        )
+        found = [samples[0] for _, step in steps for samples in step]
+        return [found[place] for place in np.argsort(order)]
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Rows of about one length, the longest first; trees apart from the others."""

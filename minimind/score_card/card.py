@@ -1,7 +1,8 @@
 """The score card: tasks run on models, and what they found as JSON, items, table and picture."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from minimind.common.errors import UserError
 from minimind.common.files import write_json, write_text
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import load_for_generation
-from minimind.score_card.finished import Finished, result_key
-from minimind.score_card.tasks import Card, Task
-from minimind.stage_directory import read_stage, require_stage
+from minimind.score_card.contamination import contamination
+from minimind.score_card.controls import RememberingSubject, controls
+from minimind.score_card.finished import Finished, key_of, result_key
+from minimind.score_card.tasks import Card, Result, Task
+from minimind.stage_directory import lineage, read_stage, require_stage
 from minimind.stage_directory.loading import check_scores
 from minimind.tokenizer import load_tokenizer
 
@@ -25,33 +28,53 @@ def check_model(directory: str, tasks: Sequence[Task]) -> None:
     """
     path = require_stage(directory)
     check_scores(path, scores=False)
-    if any(getattr(task, "needs_chat", False) for task in tasks):
+    asking = [task.name for task in tasks if getattr(task, "needs_chat", False)]
+    if asking:
         is_base = read_stage(path).get("stage") == "pretrain"
         if is_base or not load_tokenizer(path).chat_template:
             found = "a base model" if is_base else "a model without a chat template"
             raise UserError(
-                f"{path}: found {found}, which has not learned to answer, expected a chat model."
-                " Give the directory of a later stage, or measure the loss alone with"
-                " --max_new_tokens 0."
+                f"{path}: found {found}, which has not learned to answer the questions of"
+                f" {asking[0]}, expected a chat model. Give the directory of a later stage, or what"
+                " a base model can do: --max_new_tokens 0, rows with 'text', no --chat."
             )
 
 
-def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card:
+def make_card(
+    directory: str, tasks: Sequence[Task], finished: Finished, checks: Collection[str] = ()
+) -> Card:
     """Run the tasks that are not finished on the model of a stage directory.
+
+    Args:
+        checks: "controls" and "contamination" add these sections.
 
     Raises:
         UserError: the model cannot be loaded, or does not fit a task.
     """
-    path = require_stage(directory)
-    subject, results = None, {}
-    for task in tasks:
-        key = result_key(path, task)
+    path, results = require_stage(directory), {}
+
+    @cache
+    def subject() -> ModelSubject:
+        loaded = ModelSubject(*load_for_generation(directory))
+        return RememberingSubject(loaded) if "controls" in checks else loaded
+
+    def find(key: str, run: Callable[[], Result]) -> Result:
         result = finished.get(key)
         if result is None:
-            subject = subject or ModelSubject(*load_for_generation(directory))
-            result = task.run(subject)
+            result = run()
             finished.add(key, result)
-        results[task.name] = result
+        return result
+
+    for task in tasks:
+        results[task.name] = find(result_key(path, task), lambda task=task: task.run(subject()))
+    ancestors = lineage(path) if checks else []
+    key = [result_key(path, task) for task in tasks], ancestors
+    if "controls" in checks:
+        run = partial(controls, subject, tasks, ancestors)
+        results["controls"] = find(key_of(("controls", key)), run)
+    if "contamination" in checks:
+        run = partial(contamination, tasks, dict(results), ancestors)
+        results["contamination"] = find(key_of(("contamination", key)), run)
     return Card(directory, results)
 
 
@@ -64,7 +87,8 @@ def cards_json(cards: Sequence[Card], **others: Any) -> dict[str, Any]:
 
 
 def item_lines(cards: Sequence[Card]) -> list[str]:
-    """A line of JSON for each item of each task: its value in every measure that has it."""
+    """A line of JSON for each item of each task: its value in every measure that has it, and its
+    details."""
     lines = []
     for card in cards:
         for name, result in card.results.items():
@@ -74,6 +98,7 @@ def item_lines(cards: Sequence[Card]) -> list[str]:
                     items.setdefault(key, {})[measure_name] = value
             for key, values in items.items():
                 line = {"directory": card.directory, "task": name, "item": key, "values": values}
+                line |= result.details.get(key, {})
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines
 

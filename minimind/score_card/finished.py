@@ -23,9 +23,10 @@ class Finished:
         self.file = file
         self.results: dict[str, Result] = {}
         for line in json_lines(file) if file else ():
-            if {"key", "measures", "section", "entries"} <= line.keys():
+            if {"key", *Result._fields} <= line.keys():
                 measures = {name: Measure(**fields) for name, fields in line["measures"].items()}
-                self.results[line["key"]] = Result(measures, line["section"], line["entries"])
+                others = [line[name] for name in Result._fields[1:]]
+                self.results[line["key"]] = Result(measures, *others)
 
     def get(self, key: str) -> Result | None:
         """The result with this key, if it is there."""

@@ -103,16 +103,24 @@ class Table(NamedTuple):
         return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def table_of(cards: Sequence[Card]):
-    """A rich table of the first measures of each task."""
-    several = len(cards) > 1
-    shown = [[row.directory, *row.cells()][not several :] for row in rows(cards, SHOWN)]
-    return Table(COLUMNS[not several :], shown, shown).for_terminal()
+def card_table(cards: Sequence[Card]) -> Table:
+    """The measures of each task; a terminal shows the first of them, and names the model where
+    there are several."""
+    lines, shown = (
+        [[row.directory, *row.cells()] for row in rows(cards, most)] for most in (None, SHOWN)
+    )
+    if len(cards) == 1:
+        return Table(COLUMNS[1:], [line[1:] for line in lines], [line[1:] for line in shown])
+    return Table(COLUMNS, lines, shown)
 
 
-def markdown(cards: Sequence[Card]) -> str:
-    """One table of all measures."""
-    return Table(COLUMNS, [[row.directory, *row.cells()] for row in rows(cards)], ()).markdown()
+def remarks(cards: Sequence[Card]) -> Iterator[str]:
+    """What controls and contamination say in words; of several models with the directory."""
+    for card in cards:
+        for result in card.results.values():
+            for remark in result.section.get("remarks", ()):
+                text = translated(remark)
+                yield f"{card.directory}: {text}" if len(cards) > 1 else text
 
 
 def picture(file: Path, cards: Sequence[Card]) -> None:

@@ -9,7 +9,8 @@ from minimind.evaluation.statistics import Measure
 
 class Result(NamedTuple):
     """What a task found: its `measures` by name, the `section` of the card's JSON with the task's
-    name, and other `entries` of the card's JSON.
+    name, other `entries` of the card's JSON, and by the keys of items `details` of them, such as
+    the replies.
 
     The measures are compared between models and drawn. The first stands for all, and those that
     matter more come first: a table shows only as many as fit.
@@ -18,6 +19,7 @@ class Result(NamedTuple):
     measures: Mapping[str, Measure]
     section: dict
     entries: Mapping[str, Any] = {}
+    details: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Task(Protocol):
@@ -25,6 +27,13 @@ class Task(Protocol):
 
     Its attributes decide, together with the model, what `run` returns: a result is used again as
     long as they have the same `repr`. Names that begin with _ are left out of that.
+
+    It may have two more methods, the second only if a control can take the model's place:
+
+        item_texts() -> Mapping[str, Sequence[str]]
+            the texts of each item that a model may have learned by heart, by the item's key
+        shuffled(generator: np.random.Generator) -> Task | None
+            the same items with labels that are drawn anew; None where items have no labels
     """
 
     name: str  # of the section in the card's JSON, such as "pairs"
