@@ -5,13 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.data.bad_rows import BadRows
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.columns import Columns
 from minimind.data.sources import expand
-from minimind.evaluation.answers import answer_metrics, answer_questions, read_questions
+from minimind.evaluation.answers import answer_metrics, answer_questions, read_question_rows
 from minimind.evaluation.files import conversation_losses, conversation_metrics
 from minimind.evaluation.losses import RowLoss, loss_metrics
 from minimind.evaluation.scoring import ModelSubject, Subject
@@ -24,6 +26,7 @@ from minimind.evaluation.texts import (
 )
 from minimind.inspection import data_paths, recognise_stage
 from minimind.score_card.tasks import Result, Task
+from minimind.score_card.training_text import read_texts
 
 
 def held_out_task(
@@ -83,6 +86,13 @@ class TextsTask:
         entries = {"documents": len(found), **metrics, "bad_rows": self.bad_rows}
         return Result(measures, section, entries)
 
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {each.key: [each.text] for each in self.texts}
+
+    def shuffled(self, generator: np.random.Generator) -> None:
+        """See `Task`: documents have no labels."""
+
 
 def bits_measure(losses: Mapping[str, RowLoss]) -> Measure:
     """Bits per byte of items, weighted by their bytes."""
@@ -114,20 +124,27 @@ class ChatsTask:
         model, tokenizer = subject.model, subject.tokenizer
         bad_rows = BadRows(self.options["on_bad_rows"])
         encoder = ChatEncoder(tokenizer)
-        questions = read_questions(self._files, bad_rows, encoder, self._columns)
+        rows = read_question_rows(self._files, bad_rows, encoder, self._columns)
         self._columns.stop()
+        keys, questions = [row.where for row in rows], [row.data for row in rows]
         size = self.options["batch_size"]
 
         measures, fields = {}, {}
         if new_tokens := self.options["max_new_tokens"]:
             answers = answer_questions(model, tokenizer, questions, new_tokens, size)
             fields = answer_metrics(questions, answers)
-            exact = {str(number): float(each.exact) for number, each in enumerate(answers)}
+            exact = {key: float(each.exact) for key, each in zip(keys, answers, strict=True)}
             measures["chats/exact_match"] = Measure(exact)
         length = self.options["max_length"]
         losses = conversation_losses(model, tokenizer, questions, length, size)
-        with_bytes = {str(i): each for i, each in enumerate(losses) if each and each.bytes}
+        found = zip(keys, losses, strict=True)
+        with_bytes = {key: each for key, each in found if each and each.bytes}
         if with_bytes:
             measures["chats/bits_per_byte"] = bits_measure(with_bytes)
         fields |= {**conversation_metrics(losses), "bad_rows": bad_rows.count}
         return Result(measures, {}, fields)
+
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        rows = read_texts(expand(data_paths(self._files)), "conversations")
+        return {row.where: [row.data] for row in rows}
