@@ -1,4 +1,4 @@
-"""A chat page in one file: a model as GGUF, and llama.cpp for the browser, which runs it in the tab.
+"""A chat page in one file: a model as GGUF, and llama.cpp for the browser, which runs it there.
 
 llama.cpp for the browser is wllama's WebAssembly, from its npm package: the last version whose
 program has a build for one thread, which is small and needs no headers that only a server can
