@@ -166,19 +166,20 @@ class NearDedup(Dedup):
         return NearIndex(self.threshold, self.num_perm, self.bands)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings in a value of JSON, without the names of fields."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from strings_in(item)
 
 
 class NgramIndex:
-    """The n-grams of evaluation texts, over lower-cased units.
+    """The n-grams of evaluation texts, over lower-cased units, and the items they are from.
 
     N-grams are found by a rolling hash of their first `prefix` units and then compared in full, so
-    no hash collision removes a row.
+    no hash collision counts.
     """
 
     MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -186,39 +187,42 @@ class NgramIndex:
     def __init__(self, prefix: int):
         self.prefix = prefix
         self.ids: dict[str, int] = {}
-        self.ngrams: dict[int, set[tuple[int, ...]]] = {}
-        self.hashes = np.empty(0, np.uint64)
+        self.items: dict[tuple[int, ...], list[Any]] = {}
+        self.hashes, self.lengths = np.empty(0, np.uint64), []
 
-    def add(self, units: list[str], n: int) -> None:
-        """Remember every n-gram of the units; if there are fewer than n, all of them as one."""
+    def add(self, units: list[str], n: int, item: Any = None, step: int = 1) -> None:
+        """Remember every n-gram of the units, or those at every `step`; if there are fewer than n,
+        all of them as one."""
         ids = [self.ids.setdefault(unit, len(self.ids) + 1) for unit in units]
         n = min(n, len(ids))
-        keys = self._hash(np.array(ids, np.uint64))
-        for start in range(len(ids) - n + 1):
-            self.ngrams.setdefault(int(keys[start]), set()).add(tuple(ids[start : start + n]))
+        for start in range(0, len(ids) - n + 1, step):
+            self.items.setdefault(tuple(ids[start : start + n]), []).append(item)
 
     def freeze(self) -> None:
         """Call after the last `add`."""
-        self.hashes = np.array(sorted(self.ngrams), np.uint64)
+        prefixes = np.array([ngram[: self.prefix] for ngram in self.items], np.uint64)
+        self.hashes = np.unique(self._hash(prefixes.T)[0]) if len(prefixes) else self.hashes
+        self.lengths = sorted({len(ngram) for ngram in self.items})
 
     def _hash(self, ids: np.ndarray) -> np.ndarray:
-        """(units,) -> (units - prefix + 1,), one hash for each start."""
-        count = len(ids) - self.prefix + 1
-        keys = np.zeros(max(count, 0), np.uint64)
-        for offset in range(self.prefix if count > 0 else 0):
+        """(units, ...) -> (units - prefix + 1, ...), one hash for each start."""
+        count = max(len(ids) - self.prefix + 1, 0)
+        keys = np.zeros((count, *ids.shape[1:]), np.uint64)
+        for offset in range(self.prefix if count else 0):
             keys = keys * self.MULTIPLIER + ids[offset : offset + count]
             keys ^= keys >> np.uint64(29)
         return keys
 
-    def contains(self, units: list[str]) -> bool:
-        """Whether one of the n-grams is in the text with these units."""
+    def find(self, units: list[str]) -> Iterator[tuple[int, int, list[Any]]]:
+        """The n-grams in the text with these units: start, length, and the items they are from."""
         ids = [self.ids.get(unit, 0) for unit in units]
         keys = self._hash(np.array(ids, np.uint64))
-        for start in np.flatnonzero(np.isin(keys, self.hashes)).tolist():
-            for ngram in self.ngrams[int(keys[start])]:
-                if tuple(ids[start : start + len(ngram)]) == ngram:
-                    return True
-        return False
+        places = np.searchsorted(self.hashes, keys).clip(max=len(self.hashes) - 1)
+        for start in np.flatnonzero(self.hashes[places] == keys).tolist():
+            for length in self.lengths:
+                items = self.items.get(tuple(ids[start : start + length]))
+                if items and start + length <= len(ids):
+                    yield start, length, items
 
 
 @dataclass(frozen=True)
@@ -255,14 +259,14 @@ class Decontaminate(Filter):
     def _index(self) -> NgramIndex:
         index = NgramIndex(min(self.words, self.characters, self.min_words, self.min_characters))
         for row in read_rows(self.against, "error"):
-            for text in _strings(row.data):
+            for text in strings_in(row.data):
                 units = units_of(text.casefold())
                 shortest, n = self.min_words, self.words
                 if is_chinese(text, len(units)):
                     shortest, n = self.min_characters, self.characters
                 if len(units) >= shortest:
                     index.add(units, n)
-        if not index.ngrams:
+        if not index.items:
             raise UserError(
                 f"decontaminate: {', '.join(self.against)}: found no text of at least"
                 f" {self.min_words} words or {self.min_characters} Chinese characters, expected"
@@ -272,4 +276,5 @@ class Decontaminate(Filter):
         return index
 
     def reason(self, text: str) -> str | None:
-        return "in an evaluation set" if self._index.contains(units_of(text.casefold())) else None
+        is_shared = any(self._index.find(units_of(text.casefold())))
+        return "in an evaluation set" if is_shared else None

@@ -145,7 +145,7 @@ def load_blocks(
     facts = {}
     for part, groups in (("train", files), ("eval", held_out)):
         paths = [str(path) for paths in groups for path in paths]
-        facts[part] = {"files": paths, "hash": _join(key["files"][part]), **prepared[part]}
+        facts[part] = {"files": paths, "hash": join_hashes(key["files"][part]), **prepared[part]}
     facts["train"] |= source_facts(sources, prepared["sources"], counts)
     if len(prepared["eval_sources"]) > 1:
         names = source_names(data_args.eval_files or [" ".join(source.paths) for source in sources])
@@ -168,7 +168,8 @@ def source_names(words: Sequence[str]) -> list[str]:
     return [f"{n}-{1 + count}" if count else n for n, count in zip(names, earlier, strict=True)]
 
 
-def _join(hashes: Sequence[str]) -> str | None:
+def join_hashes(hashes: Sequence[str]) -> str | None:
+    """One hash over those of several sources; that of one as it is, None for none."""
     if len(hashes) < 2:
         return hashes[0] if hashes else None
     return xxhash.xxh3_128_hexdigest("".join(hashes).encode())

@@ -1,7 +1,8 @@
 """The score card: tasks run on models, and what they found as JSON, items, table and picture."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from minimind.common.errors import UserError
 from minimind.common.files import write_json, write_text
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import load_for_generation
-from minimind.score_card.finished import Finished, result_key
-from minimind.score_card.report import markdown, picture
-from minimind.score_card.tasks import Card, Task
-from minimind.stage_directory import read_stage, require_stage
+from minimind.score_card.contamination import contamination
+from minimind.score_card.controls import RememberingSubject, controls
+from minimind.score_card.finished import Finished, key_of, result_key
+from minimind.score_card.tasks import Card, Result, Task
+from minimind.stage_directory import lineage, read_stage, require_stage
 from minimind.stage_directory.loading import check_scores
 from minimind.tokenizer import load_tokenizer
 
@@ -38,30 +40,50 @@ def check_model(directory: str, tasks: Sequence[Task]) -> None:
             )
 
 
-def make_card(directory: str, tasks: Sequence[Task], finished: Finished) -> Card:
+def make_card(
+    directory: str, tasks: Sequence[Task], finished: Finished, checks: Collection[str] = ()
+) -> Card:
     """Run the tasks that are not finished on the model of a stage directory.
+
+    Args:
+        checks: "controls" and "contamination" add these sections.
 
     Raises:
         UserError: the model cannot be loaded, or does not fit a task.
     """
-    path = require_stage(directory)
-    subject, results = None, {}
-    for task in tasks:
-        key = result_key(path, task)
+    path, results = require_stage(directory), {}
+
+    @cache
+    def subject() -> ModelSubject:
+        loaded = ModelSubject(*load_for_generation(directory))
+        return RememberingSubject(loaded) if "controls" in checks else loaded
+
+    def find(key: str, run: Callable[[], Result]) -> Result:
         result = finished.get(key)
         if result is None:
-            subject = subject or ModelSubject(*load_for_generation(directory))
-            result = task.run(subject)
+            result = run()
             finished.add(key, result)
-        results[task.name] = result
+        return result
+
+    for task in tasks:
+        results[task.name] = find(result_key(path, task), lambda task=task: task.run(subject()))
+    ancestors = lineage(path) if checks else []
+    key = [result_key(path, task) for task in tasks], ancestors
+    if "controls" in checks:
+        run = partial(controls, subject, tasks, ancestors)
+        results["controls"] = find(key_of(("controls", key)), run)
+    if "contamination" in checks:
+        run = partial(contamination, tasks, dict(results), ancestors)
+        results["contamination"] = find(key_of(("contamination", key)), run)
     return Card(directory, results)
 
 
-def cards_json(cards: Sequence[Card]) -> dict[str, Any]:
-    """The card of one model as one object; of several: `models`."""
-    if len(cards) == 1:
-        return cards[0].entries()
-    return {"models": [card.entries() for card in cards]}
+def cards_json(cards: Sequence[Card], **others: Any) -> dict[str, Any]:
+    """The card of one model as one object; of several: `models`. After it come the `others` that
+    are not empty."""
+    cards = [card.entries() for card in cards]
+    others = {name: value for name, value in others.items() if value}
+    return {**(cards[0] if len(cards) == 1 else {"models": cards}), **others}
 
 
 def item_lines(cards: Sequence[Card]) -> list[str]:
@@ -81,10 +103,16 @@ def item_lines(cards: Sequence[Card]) -> list[str]:
     return lines
 
 
-def write_cards(output: Path, cards: Sequence[Card]) -> None:
-    """Write card.json, card.md, card.png and items.jsonl, each complete or not at all; raises
-    OSError."""
+def write_cards(
+    output: Path,
+    cards: Sequence[Card],
+    report: dict[str, Any],
+    text: str,
+    draw: Callable[[Path, Sequence[Card]], None],
+) -> None:
+    """Write card.json (the `report`), card.md, card.png and items.jsonl, each complete or not at
+    all; raises OSError."""
     write_text(output / "items.jsonl", "".join(item_lines(cards)))
-    write_text(output / "card.md", markdown(cards))
-    picture(output / "card.png", cards)
-    write_json(output / "card.json", cards_json(cards))
+    write_text(output / "card.md", text)
+    draw(output / "card.png", cards)
+    write_json(output / "card.json", report)

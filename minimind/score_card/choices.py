@@ -337,7 +337,7 @@ class ChoicesTask:
                 right[f"cloze_{name}"][question.key] = shares[question.answer]
         return self._result(right, chosen, truncated)._replace(details=details)
 
-    def texts(self) -> Mapping[str, Sequence[str]]:
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {question.key: (question.text,) for question in self.questions}
 

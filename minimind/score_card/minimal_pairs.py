@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minimind.common.errors import BadRowError
 from minimind.data.bad_rows import check_text, shown
 from minimind.data.columns import Columns
@@ -141,6 +143,18 @@ class PairsTask:
             measures |= {f"{section}/{name}/{form}": found[form] for form in found}
             sections[section][name] = describe(found) | lengths([longer[key] for key in keys])
         return Result(measures, sections.pop("pairs"), dict(sections))
+
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """See `Task`."""
+        return {pair.key: (pair.good, pair.bad) for pair in self.pairs}
+
+    def shuffled(self, generator: np.random.Generator) -> "PairsTask":
+        """See `Task`: which sentence is the good one is drawn anew."""
+        swaps = generator.random(len(self.pairs)) < 0.5
+        pairs = zip(self.pairs, swaps, strict=True)
+        return PairsTask(
+            [pair._replace(good=pair.bad, bad=pair.good) if swap else pair for pair, swap in pairs]
+        )
 
 
 def won(good: float, bad: float) -> float:

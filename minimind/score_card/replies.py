@@ -184,7 +184,7 @@ class RepliesTask:
             section[name]["all"]["too_long"] = len(self.rows) - len(replies)
         return Result(measures, section, details=details)
 
-    def texts(self) -> Mapping[str, Sequence[str]]:
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {row.key: (row.prompt.asked, *row.references) for row in self.rows}
 

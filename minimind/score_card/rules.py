@@ -123,7 +123,7 @@ class RulesTask:
         }
         return Result(measures, section, details=details)
 
-    def texts(self) -> Mapping[str, Sequence[str]]:
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {row.key: (row.prompt.asked,) for row in self.rows}
 

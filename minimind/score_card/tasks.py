@@ -27,6 +27,13 @@ class Task(Protocol):
 
     Its attributes decide, together with the model, what `run` returns: a result is used again as
     long as they have the same `repr`. Names that begin with _ are left out of that.
+
+    It may have two more methods, the second only if a control can take the model's place:
+
+        item_texts() -> Mapping[str, Sequence[str]]
+            the texts of each item that a model may have learned by heart, by the item's key
+        shuffled(generator: np.random.Generator) -> Task | None
+            the same items with labels that are drawn anew; None where items have no labels
     """
 
     name: str  # of the section in the card's JSON, such as "pairs"

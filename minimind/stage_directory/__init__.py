@@ -14,6 +14,7 @@ and `stage.json` last: a directory that has it is complete.
 # ruff: noqa: F401 (the public names of this room)
 
 from minimind.stage_directory.contents import is_adapter, require_stage, shards_of
+from minimind.stage_directory.lineage import Ancestor, lineage
 from minimind.stage_directory.loading import (
     GENERATION_FIELDS,
     auto_class,
