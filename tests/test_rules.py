@@ -157,7 +157,7 @@ def test_an_item_counts_only_if_all_its_rules_hold_and_groups_are_by_kind_and_la
     }  # fmt: skip
     assert next(iter(result.measures)) == "rules/all"
     assert task.needs_chat
-    assert subject.asked[3] == "the dog"
+    assert subject.asked[3] == "<|im_end|>the dog"  # as a document in training
     assert subject.asked[0].endswith("1 + 1?<|im_end|>\n<|im_start|>assistant\n")
 
 
