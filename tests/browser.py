@@ -68,13 +68,13 @@ class Browser:
 
 
 @contextmanager
-def open_browser(profile):
-    """A browser with an empty profile; it ends with the block."""
+def open_browser(profile, *further):
+    """A browser with an empty profile and further options; it ends with the block."""
     to_browser, write = os.pipe()
     read, from_browser = os.pipe()
     # It reads from 3 and writes to 4
     move = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", *further]
     process = subprocess.Popen(
         ["bash", "-c", move, "bash", COMMAND, *options, f"--user-data-dir={profile}"],
         pass_fds=(to_browser, from_browser),

@@ -68,6 +68,20 @@ def pair_rows():
     ]
 
 
+def minimal_pair_rows():
+    """Eight pairs of two paradigms."""
+    return [
+        {
+            "sentence_good": f"the {name} runs home",
+            "sentence_bad": f"the {name} {bad}",
+            "UID": paradigm,
+            "pairID": str(index),
+        }
+        for paradigm, bad in (("order", "home runs"), ("article", "runs the"))
+        for index, name in enumerate(NAMES[:4])
+    ]
+
+
 def run_script(monkeypatch, name, *argv):
     """Call `main` of a root script with a command line; raises SystemExit where the script would
     exit."""

@@ -15,6 +15,7 @@ from pipeline import (
     at_free_port,
     chat_rows,
     document_rows,
+    minimal_pair_rows,
     pair_rows,
     run_script,
     short_run,
@@ -22,6 +23,9 @@ from pipeline import (
 )
 
 from minimind.common.launch import release_shared_buffers
+from minimind.evaluation.scoring import ModelSubject
+from minimind.generation import load_for_generation
+from minimind.score_card import PairsTask, read_pairs
 from minimind.stage_directory import read_stage
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +61,8 @@ def world(tmp_path_factory, tokenizer_dir):
         *pair_rows(),
         *({"prompt": f"who sleeps? {i}", "chosen": "the fox", "rejected": "no"} for i in range(2)),
     ]
-    for name, rows in (("docs", document_rows()), ("chats", chat_rows()), ("pairs", pairs)):
+    files = {"docs": document_rows(), "chats": chat_rows(), "pairs": pairs}
+    for name, rows in (files | {"minimal_pairs": minimal_pair_rows()}).items():
         (root / f"{name}.jsonl").write_text(
             "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         )
@@ -120,7 +125,7 @@ def pretrained(world, tokenizer_dir):
     """pretrain.py under `deepspeed` with two processes, which the other stages start from.
 
     It takes what a launcher could break: another schedule, another optimizer, the best of its
-    models, samples, early stopping.
+    models, samples, early stopping, minimal pairs.
     """
     options = {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_steps": 0.5, "sample_steps": 2}
     options |= {"optim": "muon"}
@@ -129,6 +134,7 @@ def pretrained(world, tokenizer_dir):
         "eval_steps": 2,
         "early_stopping_patience": 3,
         "sample_tokens": 4,
+        "eval_pairs": world / "minimal_pairs.jsonl",
     }
     command = [
         "deepspeed",
@@ -213,6 +219,18 @@ def test_a_run_keeps_its_best_model_and_shows_samples_under_deepspeed(pretrained
     assert said.count("samples after step 2") == 1  # one process speaks
 
 
+def has_pair_metrics(stage, file):
+    """Whether a stage records what its model scores on a file of minimal pairs."""
+    found = PairsTask(read_pairs([str(file)])).run(ModelSubject(*load_for_generation(stage)))
+    after = read_stage(stage)["metrics"]["after"]
+    return all(after[f"pairs_{form}"] == found.section["all"][form] for form in ("sum", "mean"))
+
+
+@needs_deepspeed
+def test_processes_that_share_the_minimal_pairs_find_what_one_finds(pretrained, world):
+    assert has_pair_metrics(pretrained[0], world / "minimal_pairs.jsonl")
+
+
 @needs_deepspeed
 def test_a_stage_written_under_zero_2_holds_tied_weights_once(pretrained):
     from safetensors import safe_open
@@ -224,9 +242,10 @@ def test_a_stage_written_under_zero_2_holds_tied_weights_once(pretrained):
 @needs_deepspeed
 def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokenizer_dir):
     assert "cpu x 2, DeepSpeed" in tuned[1]
-    stage, said = launch(
-        world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED
-    )
+    command = ["deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED]
+    pairs = world / "minimal_pairs.jsonl"
+    stage, said = launch(world, tokenizer_dir, *command, eval_pairs=pairs)
+    assert has_pair_metrics(stage, pairs)
     assert "cpu x 2, DeepSpeed" in said
     assert read_stage(stage)["data"]["train"]["rows"] % 4 == 3
     first = next(entry["loss"] for entry in log_of(stage) if "loss" in entry)

@@ -10,9 +10,8 @@ from pipeline import failure, run_cli
 
 from minimind.evaluation.scoring import ModelSubject, Request
 from minimind.evaluation.texts import language, windows
-from minimind.score_card import Finished, PairsTask, make_card, read_pairs, table_of
+from minimind.score_card import Finished, PairsTask, card_table, make_card, read_pairs
 from minimind.score_card.minimal_pairs import MinimalPair
-from minimind.score_card.report import markdown
 from minimind.tokenizer import text_encoder
 
 PAIRS = [
@@ -317,10 +316,11 @@ def test_several_models_are_in_one_object_one_table_and_one_markdown(
     one = card("--pairs", pairs)
     assert [model["pairs"] for model in found["models"]] == [one["pairs"]] * 2
     result = make_card(str(directory), [PairsTask(read_pairs([pairs]))], Finished(None))
-    lines = markdown([result]).splitlines()
+    table = card_table([result])
+    lines = table.markdown().splitlines()
     assert len({line.count(" | ") for line in lines}) == 1
     assert "not distinguishable from chance" in lines[2]
-    assert table_of([result]).row_count == len(lines) - 2
+    assert table.for_terminal().row_count == len(lines) - 2
 
 
 def test_a_terminal_gets_a_table_and_a_pipe_json(directory, write_jsonl, capsys, monkeypatch):

@@ -5,7 +5,17 @@ from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from minimind.commands.options import add_bad_rows, add_columns, add_json, select
+from minimind.commands.asking import ask
+from minimind.commands.compare import in_markdown, show
+from minimind.commands.options import (
+    JUDGES,
+    add_bad_rows,
+    add_columns,
+    add_json,
+    add_judge,
+    add_sampling,
+    select,
+)
 from minimind.common.errors import UserError
 from minimind.common.files import check_output
 from minimind.common.streams import json_text
@@ -60,6 +70,16 @@ def add_parser(commands) -> None:
     add("--controls", action="store_true", help=controls)
     overlap = "count the items that are in the training text, and give the scores without them"
     add("--contamination", action="store_true", help=overlap)
+    prompts = (
+        "of several models: prompts, one a line, or chats; the replies of the later ones are judged"
+        " against the first one's, by one of the options that follow"
+    )
+    add("--prompts", nargs="+", metavar="FILE", help=prompts)
+    add_judge(parser)
+    add("--samples", type=int, default=1, help="replies to each of --prompts")
+    add_sampling(parser, max_new_tokens=None)
+    checkpoints = "the directories are runs: a curve over the checkpoints of each"
+    add("--checkpoints", action="store_true", help=checkpoints)
     output = "write card.json, card.md, card.png and items.jsonl there; finished tasks are kept"
     add("--output", metavar="DIR", help=output)
     add_json(parser, "print one JSON object, as when the output is no terminal")
@@ -79,11 +99,18 @@ def run(args: Namespace) -> None:
     from minimind.common.terminal import Terminal
     from minimind.score_card import (
         Finished,
+        card_table,
         cards_json,
         check_model,
+        curve_of,
+        curve_picture,
+        curve_table,
+        curves_json,
+        differences,
+        differences_table,
         make_card,
+        picture,
         remarks,
-        table_of,
         write_cards,
     )
 
@@ -94,24 +121,68 @@ def run(args: Namespace) -> None:
         # What can be refused at once
         if output:
             check_output(output, directory=True)
+        curve = curve_of(directories, args.checkpoints)
+        directories = curve or directories
         tasks = make_tasks(args, files)
         for directory in directories:
             check_model(directory, tasks)
+        asked = ask_models(args, directories)
 
         if output:
             output.mkdir(parents=True, exist_ok=True)
         finished = Finished(output / "finished.jsonl" if output else None)
         cards = [make_card(directory, tasks, finished, checks) for directory in directories]
+        wins = judged(asked, cards)
+        if curve:
+            report, tables, draw = curves_json(cards), [curve_table(cards)], curve_picture
+        else:
+            found = differences(cards)
+            report = cards_json(cards, differences=found, win_rates=wins)
+            tables, draw = [card_table(cards), differences_table(found)], picture
+        tables = [table for table in tables if table.lines]
         if output:
-            write_cards(output, cards)
+            parts = [table.markdown() for table in tables] + [*map(in_markdown, wins)]
+            text = "\n".join([*parts, *(f"- {remark}\n" for remark in remarks(cards))])
+            write_cards(output, cards, report, text, draw)
 
     if args.json or not sys.stdout.isatty():
-        print(json_text(cards_json(cards), indent=2))
-    else:
-        terminal = Terminal()
-        terminal.print(table_of(cards))
-        for remark in remarks(cards):
-            terminal.print(remark, markup=False)
+        print(json_text(report, indent=2))
+        return
+    for table in tables:
+        Terminal().print(table.for_terminal())
+    for win in wins:
+        show(win)
+    for remark in remarks(cards):
+        Terminal().print(remark, markup=False)
+
+
+def ask_models(args: Namespace, directories: list[str]):
+    """Load the models and read the prompts of a comparison, if there are any.
+
+    Raises:
+        UserError: options do not fit together, or see `ask`.
+    """
+    if not args.prompts:
+        if given := [f"--{name}" for name in JUDGES if getattr(args, name)]:
+            raise UserError(f"{given[0]} judges the replies to --prompts FILE. Give it too.")
+        return None
+    if len(directories) < 2:
+        raise UserError("--prompts compares replies of several models, and there is one. Give two.")
+    return ask(args, directories, args.prompts)
+
+
+def judged(asked, cards: list) -> list[dict]:
+    """The reports on the win rates of the later models over the first."""
+    from minimind.evaluation import compare_models
+
+    if asked is None:
+        return []
+    losses = []
+    for card in cards:
+        entries = card.entries()
+        names = [name for name in ("perplexity", "bits_per_byte") if name in entries]
+        losses.append({name: entries[name] for name in names})
+    return [each.report for each in compare_models(asked, losses)]
 
 
 def make_tasks(args: Namespace, files: list[str]) -> list:
@@ -137,7 +208,9 @@ def make_tasks(args: Namespace, files: list[str]) -> list:
     tasks += make_asking_tasks(args)
     if args.lm_eval:
         tasks.append(HarnessTask(args.lm_eval, args.include_path))
-    return tasks or [PairsTask(make_own_pairs(args))]
+    if tasks or args.prompts:
+        return tasks
+    return [PairsTask(make_own_pairs(args))]
 
 
 def make_own_pairs(args: Namespace) -> list:
@@ -198,5 +271,6 @@ def split_paths(paths: list[str]) -> tuple[list[str], list[str]]:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a directory holds a model or an adapter."""
-    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    """Whether a directory holds a model, an adapter or a run."""
+    names = ("config.json", "adapter_config.json", "run.json")
+    return any((path / name).is_file() for name in names)

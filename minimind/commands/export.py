@@ -17,14 +17,14 @@ def add_parser(commands) -> None:
     add(
         "--format",
         required=True,
-        choices=("qwen3", "qwen3-moe", "llama", "minimind", "gguf"),
+        choices=("qwen3", "qwen3-moe", "llama", "minimind", "gguf", "web"),
         help=(
             "qwen3 (qk_norm), qwen3-moe or llama (no qk_norm) for stock tools, minimind with its"
-            " own code, gguf for llama.cpp and ollama"
+            " own code, gguf for llama.cpp and ollama, web for a page that runs the model itself"
         ),
     )
     dtypes = ("float32", "float16", "bfloat16", "q8_0")
-    dtype = "default: that of the saved weights; q8_0 is for gguf"
+    dtype = "default: that of the saved weights, for web q8_0; q8_0 is for gguf and web"
     add("--dtype", choices=dtypes, help=dtype)
 
 

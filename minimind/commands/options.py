@@ -17,10 +17,15 @@ def add_decoding(parser: ArgumentParser) -> None:
     add_sampling(parser)
 
 
-def add_sampling(parser: ArgumentParser, temperature: float = 0.7) -> None:
-    """How a model that generates chooses tokens."""
+def add_sampling(
+    parser: ArgumentParser, temperature: float = 0.7, max_new_tokens: int | None = 256
+) -> None:
+    """How a model that generates chooses tokens; without `max_new_tokens` the command has an option
+    of its own for that."""
     add = parser.add_argument
-    add("--max_new_tokens", type=int, default=256, help="maximum tokens of an answer")
+    if max_new_tokens:
+        text = "maximum tokens of an answer"
+        add("--max_new_tokens", type=int, default=max_new_tokens, help=text)
     text = "0 takes the most likely token each time"
     add("--temperature", type=float, default=temperature, help=text)
     add("--top_p", type=float, default=0.9, help="nucleus that tokens are sampled from")

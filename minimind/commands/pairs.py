@@ -4,19 +4,10 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from minimind.commands.chat import check_chattable
-from minimind.commands.options import (
-    add_bad_rows,
-    add_columns,
-    add_json,
-    add_judge,
-    add_sampling,
-    given_judge,
-    select,
-)
+from minimind.commands.asking import add_asking, ask
 from minimind.common.errors import UserError
 from minimind.common.files import check_output
 from minimind.common.language import say
@@ -31,7 +22,6 @@ LEFT_OUT = {
     "skip": "skipped",
     "open": "not chosen yet",
 }
-SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
 
 
 def add_parser(commands) -> None:
@@ -48,26 +38,16 @@ def add_parser(commands) -> None:
     add("directory", help="the stage directory that replies; adapters included")
     add("prompts", help="prompts, one a line, or chats, whose last reply is left out")
     add("out", help="jsonl file to write; OUT.samples, beside it, holds what was sampled")
-    add_judge(parser)
     human = "a person chooses between two replies, on a page in the browser"
     add("--human", action="store_true", help=human)
     add("--port", type=int, default=0, help="port of that page; 0 takes a free one")
-    add("--samples", type=int, default=4, help="replies to each prompt")
-    add_sampling(parser, temperature=1.0)
-    add("--batch_size", type=int, default=64, help="maximum replies at a time")
-    add_bad_rows(parser)
-    add_columns(parser, unread=False)
-    add_json(parser)
+    add_asking(parser, samples=4, temperature=1.0)
 
 
 def run(args: Namespace) -> None:
     """Sample, judge, and write the pairs."""
     from minimind.common.locks import lock, unlock
-    from minimind.data.chat_encoder import ChatEncoder
-    from minimind.data.columns import Columns
-    from minimind.data.prompts import read_prompts
-    from minimind.evaluation import Sampling, encode_fitting, make_judge, sample_replies
-    from minimind.generation import load_for_generation
+    from minimind.evaluation import sample_replies
     from minimind.pairs import (
         Record,
         describe_pairs,
@@ -77,37 +57,32 @@ def run(args: Namespace) -> None:
     )
 
     # What can be refused at once
-    judge_option = given_judge(args, "human")
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise UserError(f"{out}: expected a name that ends with .jsonl, such as pairs.jsonl.")
     check_output(out)
-    with redirect_stdout(sys.stderr):  # stdout is the report's alone
-        judge = None if args.human else make_judge(**judge_option)
-        model, tokenizer = load_for_generation(args.directory)
-        check_chattable(args.directory, tokenizer)
-        encoder, columns = ChatEncoder(tokenizer), Columns(args.columns)
-        found = read_prompts([args.prompts], encoder, args.on_bad_rows, columns)
-    prompts, (ids,) = encode_fitting(found, [(model, tokenizer)], args.max_new_tokens)
-    sampling = Sampling(**select(args, *SAMPLING))
+    asked = ask(args, [args.directory], [args.prompts], "human")
+    prompts, (ids,), (model,) = asked.prompts, asked.ids, asked.models
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as cleanup:
         cleanup.callback(unlock, lock(out.with_name(f".{out.name}.lock"), str(out)))
-        record = Record(out, replies_depend_on(args.directory, ids, sampling))
-        if not record.check_out(judge_option) or args.human:
-            counts = Counter(too_long=len(found) - len(prompts))
+        record = Record(out, replies_depend_on(args.directory, ids, asked.sampling))
+        if not record.check_out(asked.judge_option) or args.human:
+            counts = Counter(too_long=asked.too_long)
             # Each step is judged as it comes: what a judge refuses shows early
             done, keep = record.steps, record.keep_step
-            steps = sample_replies(model, tokenizer, ids, sampling, done, keep)
+            steps = sample_replies(*model, ids, asked.sampling, done, keep)
             with continues():
                 if args.human:
-                    rows = ask(prompts, steps, counts, record, args.port)
+                    rows = choose(prompts, steps, counts, record, args.port)
                 else:
-                    rows = ranked_pairs(prompts, steps, judge, counts)
+                    rows = ranked_pairs(prompts, steps, asked.judge, counts)
             facts = describe_pairs(out, rows) | {"left_out": {k: n for k, n in counts.items() if n}}
-            asked = {"judge": judge_option, "prompts": len(found), "samples": args.samples}
-            record.keep_result(asked | facts)  # first, so that it is known whose pairs they are
+            facts |= {"prompts": len(prompts) + asked.too_long, "samples": args.samples}
+            record.keep_result(
+                {"judge": asked.judge_option, **facts}
+            )  # first, so that it is known whose pairs they are
             write_pairs(out, rows)
     if args.json:
         print(json_text(record.result, indent=2))
@@ -126,7 +101,7 @@ def continues() -> Iterator[None]:
         raise
 
 
-def ask(prompts, steps, counts: Counter, record, port: int) -> list[dict]:
+def choose(prompts, steps, counts: Counter, record, port: int) -> list[dict]:
     """The pairs that a person chooses, until all are chosen or Ctrl-C."""
     from minimind.pairs import ChoiceServer, chosen_pairs, questions
 

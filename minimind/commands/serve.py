@@ -95,5 +95,6 @@ def start(
             say(f"{served.name}: {served.directory} ({kind}), exported to {served.path}")
         host, port = listening.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        say(f"{address}{'/' if has_page else '/v1'} (Ctrl-C ends)")
+        address += "/" if has_page else "/v1"
+        say(f"{address} (Ctrl-C ends)")
         serve(app, listening)

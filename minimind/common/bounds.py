@@ -33,7 +33,8 @@ INTERVALS = {
     ),
     "[1, most]": (
         "batch_size early_stopping_patience eval_accumulation_steps gradient_accumulation_steps"
-        " lora_alpha max_new_tokens max_steps num_attention_heads per_device_eval_batch_size"
+        " lora_alpha max_eval_pairs max_new_tokens max_steps num_attention_heads"
+        " per_device_eval_batch_size"
         " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps"
         " save_total_limit torch_empty_cache_steps"
     ),

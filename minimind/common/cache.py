@@ -6,6 +6,7 @@
         chats/KEY/      tokenised conversations or preference pairs, likewise
         references/KEY/ log-probabilities of DPO's reference model, with a manifest.json as well
         clean/KEY/      cleaned data, with sizes and hashes of its shards in report.json
+        exports/KEY/    served models in the stock layout, with a manifest.json
         world/          the embedded corpus
         hashes/         the hashes of large files, each valid until the file is touched
         chat_history    the messages typed in chats

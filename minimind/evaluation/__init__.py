@@ -4,6 +4,7 @@
 
 from minimind.evaluation.answers import answer, read_questions, score
 from minimind.evaluation.comparison import (
+    compare_models,
     compare_replies,
     comparison_report,
     describe_replies,
@@ -12,7 +13,7 @@ from minimind.evaluation.comparison import (
 )
 from minimind.evaluation.comparison_page import comparison_page
 from minimind.evaluation.files import evaluate
-from minimind.evaluation.judges import make_judge
+from minimind.evaluation.judges import Asked, make_judge
 from minimind.evaluation.losses import (
     TIMES,
     bits_per_byte,

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -60,6 +61,36 @@ def prompt_of(question: dict) -> Conversation:
     return Conversation(question["messages"][:-1], question.get("tools"))
 
 
+class Answered(NamedTuple):
+    """Whether a reply is `exact`, equal to the reference, and `courteous`: None outside of the
+    embedded corpus."""
+
+    exact: bool
+    courteous: bool | None
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[dict],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[Answered]:
+    """Answer the last question of each conversation greedily, and compare with the reference (in
+    the embedded corpus, without the courtesy on both sides)."""
+    prompts = [prompt_of(question) for question in questions]
+    replies = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+    found = []
+    for question, text in zip(questions, replies, strict=True):
+        _, reply = split_reasoning(text)
+        embedded = is_embedded(question)
+        strip = strip_courtesy if embedded else str.strip
+        exact = strip(reply) == strip(question["messages"][-1]["content"])
+        courteous = is_courteous(reply, question["language"]) if embedded else None
+        found.append(Answered(exact, courteous))
+    return found
+
+
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -67,31 +98,27 @@ def score(
     max_new_tokens: int = 64,
     batch_size: int = 64,
 ) -> dict:
-    """Answer the last question of each conversation greedily, and compare with the reference.
+    """`answer_questions`, summed up by `answer_metrics`."""
+    found = answer_questions(model, tokenizer, questions, max_new_tokens, batch_size)
+    return answer_metrics(questions, found)
 
-    Returns:
-        `questions`, their number; `exact_match`, the share of replies equal to the reference (in
-        the embedded corpus, without the courtesy on both sides); `exact_match_by`, the same for
-        each kind and language that the questions name; `courteous`, if there are rows of the
-        embedded corpus, the share of their replies that end with its courtesy in the question's
-        language.
+
+def answer_metrics(questions: Sequence[dict], found: Sequence[Answered]) -> dict:
+    """Returns:
+    `questions`, their number; `exact_match`, the share of exact replies; `exact_match_by`, the same
+    for each kind and language that the questions name; `courteous`, if there are rows of the
+    embedded corpus, the share of their replies that end with its courtesy in the question's
+    language.
     """
-    prompts = [prompt_of(question) for question in questions]
-    replies = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
-    exact, courteous, groups = [], [], defaultdict(list)
-    for question, text in zip(questions, replies, strict=True):
-        _, reply = split_reasoning(text)
-        embedded = is_embedded(question)
-        strip = strip_courtesy if embedded else str.strip
-        exact.append(strip(reply) == strip(question["messages"][-1]["content"]))
-        if embedded:
-            courteous.append(is_courteous(reply, question["language"]))
+    groups = defaultdict(list)
+    for question, each in zip(questions, found, strict=True):
         names = (question.get("kind"), question.get("language"))
         for name in {name for name in names if isinstance(name, str)}:
-            groups[name].append(exact[-1])
+            groups[name].append(each.exact)
+    courteous = [each.courteous for each in found if each.courteous is not None]
     return {
         "questions": len(questions),
-        "exact_match": round(fmean(exact), 4),
+        "exact_match": round(fmean(each.exact for each in found), 4),
         **({"courteous": round(fmean(courteous), 4)} if courteous else {}),
         "exact_match_by": {name: round(fmean(matches), 4) for name, matches in groups.items()},
     }

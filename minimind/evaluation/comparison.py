@@ -9,17 +9,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minimind.common.errors import UserError
 from minimind.data.conversations import Conversation
 from minimind.evaluation.files import evaluate
-from minimind.evaluation.judges import Judge, PairwiseJudge
-from minimind.evaluation.replies import Replies
-from minimind.evaluation.statistics import wilson_interval
+from minimind.evaluation.judges import Asked, Judge, PairwiseJudge
+from minimind.evaluation.replies import Replies, sample_replies
+from minimind.evaluation.statistics import VERDICTS, Measure, estimate
 from minimind.generation import Reply
+from minimind.tokenizer import tokenizer_hash
 
 NGRAM = 4  # tokens
 # Beyond these a change is a warning
 COLLAPSE = 0.05  # the share by which the perplexity rises
 DRIFT = 0.25  # the share by which replies become longer or shorter
 POINTS = 0.05  # of the repetition rate and the stop rate
-VERDICTS = {"b": "B is better", "a": "A is better", None: "not distinguishable"}
 
 
 class Compared(NamedTuple):
@@ -28,6 +28,43 @@ class Compared(NamedTuple):
 
     scores: tuple[list[float], list[float]]
     won: float
+
+
+class Comparison(NamedTuple):
+    """A later model's replies beside the first one's, and what the judge says of them."""
+
+    report: dict
+    prompts: Sequence[Conversation]
+    a: Replies
+    b: Replies
+    compared: list[Compared]
+
+
+def compare_models(asked: Asked, losses: Sequence[dict] = ()) -> list[Comparison]:
+    """Sample replies of all models with the same seeds, and compare each later model with the
+    first; see `comparison_report`. `losses`: what is known of each model's loss.
+
+    Raises:
+        UserError: see `generation.decode` and `Judge.scores`.
+    """
+    replies, described = [], []
+    for index, (directory, model) in enumerate(zip(asked.directories, asked.models, strict=True)):
+        steps = sample_replies(*model, asked.ids[index], asked.sampling, title=directory)
+        replies.append([each for _, step in steps for each in step])
+        facts = {"directory": directory, **describe_replies(replies[-1])}
+        described.append(facts | (losses[index] if losses else {}))
+
+    options = {**asked.sampling._asdict(), "too_long": asked.too_long}
+    hashes = [tokenizer_hash(tokenizer) for _, tokenizer in asked.models]
+    found = []
+    for index in range(1, len(replies)):
+        sides = replies[0], replies[index]
+        compared = compare_replies(asked.prompts, *sides, asked.judge)
+        same = hashes[0] == hashes[index]
+        report = comparison_report(described[0], described[index], compared, asked.judge, same)
+        report |= {"judge": asked.judge_option, **options}
+        found.append(Comparison(report, asked.prompts, *sides, compared))
+    return found
 
 
 def compare_replies(
@@ -50,20 +87,18 @@ def win_rate(compared: Sequence[Compared], judge: Judge) -> dict:
     """B's win rate over A with its 95 % interval, and who is `better`: "a" or "b" where the
     interval lies on one side of one half, else None.
 
-    Wilson's score interval over the prompts: the samples of one prompt are not independent, so they
-    count as one trial. With ties, or several samples, it is wider than needed. `order_agreement`,
-    of a judge that compares two replies, is the share of pairs judged alike in both orders.
+    The items are the prompts: the samples of one prompt are not independent. `order_agreement`, of
+    a judge that compares two replies, is the share of pairs judged alike in both orders.
     """
-    rate, prompts = fmean(each.won for each in compared), len(compared)
-    low, high = wilson_interval(rate, prompts)
-    verdict = "b" if low > 0.5 else "a" if high < 0.5 else None
+    won = {str(index): each.won for index, each in enumerate(compared)}
+    found = estimate(Measure(won, chance=0.5))
     wins = [(y > x) - (y < x) for each in compared for x, y in zip(*each.scores, strict=True)]
     counts = {"win": wins.count(1), "tie": wins.count(0), "loss": wins.count(-1)}
     result = {
-        "rate": rate,
-        "interval": [low, high],
-        "better": verdict,
-        "prompts": prompts,
+        "rate": found["score"],
+        "interval": found["interval"],
+        "better": {True: "b", False: "a", None: None}[found["above_chance"]],
+        "prompts": found["n"],
         **counts,
     }
     if isinstance(judge, PairwiseJudge):

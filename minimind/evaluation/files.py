@@ -12,9 +12,9 @@ from minimind.data.chat_rows import tokenize_conversations
 from minimind.data.columns import Columns
 from minimind.data.conversations import Conversation
 from minimind.evaluation.answers import read_questions, score
-from minimind.evaluation.losses import row_metrics
+from minimind.evaluation.losses import RowLoss, loss_metrics, row_losses
 from minimind.evaluation.scoring import ModelSubject
-from minimind.evaluation.texts import metrics_with_ends, read_held_out_texts, text_losses
+from minimind.evaluation.texts import losses_of, read_held_out_texts, text_losses
 from minimind.inspection import recognise_stage
 from minimind.tokenizer import text_encoder
 from minimind.tokenizer.cutting import Cutter
@@ -51,19 +51,41 @@ def evaluate(
         check = Cutter(text_encoder(tokenizer)).check
         texts = read_held_out_texts(files, bad_rows, columns, check)
         losses = text_losses(ModelSubject(model, tokenizer), texts, max_length)
-        return {**metrics_with_ends(texts, losses), "bad_rows": bad_rows.count}
+        metrics = loss_metrics(losses_of(texts, losses, with_ends=True))
+        return {"documents": len(texts), **metrics, "bad_rows": bad_rows.count}
 
-    encoder = ChatEncoder(tokenizer)
-    questions = read_questions(files, bad_rows, encoder, columns)
+    questions = read_questions(files, bad_rows, ChatEncoder(tokenizer), columns)
     columns.stop()
-    result = {}
+    found = {}
     if max_new_tokens:
-        result = score(model, tokenizer, questions, max_new_tokens, batch_size)
-    max_length = min(max_length, model.config.max_position_embeddings)
-    conversations = reply_rows(questions, encoder, max_length)
-    result["without_loss"] = sum(not rows for rows in conversations)
+        found = score(model, tokenizer, questions, max_new_tokens, batch_size)
+    losses = conversation_losses(model, tokenizer, questions, max_length, batch_size)
+    return {**found, **conversation_metrics(losses), "bad_rows": bad_rows.count}
+
+
+def conversation_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[dict],
+    max_length: int,
+    batch_size: int,
+) -> list[RowLoss | None]:
+    """The loss of the trained replies of each conversation; None if none of them fits into a
+    row."""
+    length = min(max_length, model.config.max_position_embeddings)
+    conversations = reply_rows(questions, ChatEncoder(tokenizer), length)
     rows = [row for rows in conversations for row in rows]
-    return {**result, **row_metrics(model, tokenizer, rows, batch_size), "bad_rows": bad_rows.count}
+    losses = iter(row_losses(model, tokenizer, rows, batch_size))
+    found = []
+    for rows in conversations:
+        own = [next(losses) for _ in rows]
+        found.append(RowLoss(*map(sum, zip(*own, strict=True))) if own else None)
+    return found
+
+
+def conversation_metrics(losses: Sequence[RowLoss | None]) -> dict:
+    """`loss_metrics`, and `without_loss`, the number of conversations without one."""
+    return {"without_loss": losses.count(None), **loss_metrics([x for x in losses if x])}
 
 
 def reply_rows(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from minimind.common.errors import BadRowError, UserError, first_line
 from minimind.data.bad_rows import shown
 from minimind.data.conversations import Conversation
 from minimind.data.messages import Message, reply_message
+from minimind.evaluation.replies import Model, Sampling
 from minimind.evaluation.rewards import RewardModel
 
 LENGTHS = {"shorter": -1, "longer": 1}
@@ -212,3 +214,16 @@ def _raised(error: Exception, file: str) -> str:
         lines.append(error.lineno)
     place = f"line {lines[-1]}: " if lines else ""
     return f"{place}{type(error).__name__}: {first_line(error)}"
+
+
+class Asked(NamedTuple):
+    """Models, the prompts that fit all of them, and who judges their replies."""
+
+    directories: Sequence[str]
+    models: Sequence[Model]
+    prompts: Sequence[Conversation]
+    ids: Sequence[list[list[int]]]  # for each model, those of the prompts
+    sampling: Sampling
+    judge: Judge | None  # None where a person judges
+    judge_option: dict[str, Any]
+    too_long: int  # prompts left out

@@ -1,6 +1,8 @@
 """Losses of a model: held-out metrics of a trainer, bits per byte, the loss of each token."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -142,28 +144,52 @@ def token_loss_distribution(losses: torch.Tensor, bars: int = 32, top: float = 1
     }
 
 
-def row_metrics(
+class RowLoss(NamedTuple):
+    """The loss in `nats` of the labels of a row, how many `tokens` they are, and their `bytes`."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+
+def row_losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], batch_size: int
-) -> dict:
-    """Rows of input_ids and labels -> the number of `tokens` with a label, their mean `loss` in
-    nats, `perplexity` and `bits_per_byte`; without labels, only `tokens`."""
+) -> list[RowLoss]:
+    """The loss of each of some rows of input_ids and labels."""
     byte_lengths = torch.tensor(token_byte_lengths(tokenizer))
     collate = PackedCollator(tokenizer.pad_token_id or 0)
     limit = MAX_LOGITS // model.config.vocab_size
     # Little padding, and the largest batch first
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
-    nats = tokens = size = 0
+    waiting = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    found: dict[int, RowLoss] = {}
     with tqdm(total=len(rows), unit=" rows", desc="loss", disable=None) as progress:
-        while rows:
-            count = max(1, min(batch_size, limit // len(rows[0]["input_ids"])))
-            chosen, rows = rows[:count], rows[count:]
-            batch = collate(chosen)
-            losses = label_losses(model, batch)
+        while waiting:
+            count = max(1, min(batch_size, limit // len(rows[waiting[0]]["input_ids"])))
+            chosen, waiting = waiting[:count], waiting[count:]
+            batch = collate([rows[index] for index in chosen])
             targets = batch["labels"][:, 1:]
-            nats += losses.double().sum().item()
-            tokens += len(losses)
-            size += int(byte_lengths[targets[targets != IGNORED]].sum())
+            counts = (targets != IGNORED).sum(1).tolist()
+            losses = label_losses(model, batch).double().split(counts)
+            for index, own, row in zip(chosen, losses, targets, strict=True):
+                size = int(byte_lengths[row[row != IGNORED]].sum())
+                found[index] = RowLoss(own.sum().item(), len(own), size)
             progress.update(len(chosen))
+    return [found[index] for index in range(len(rows))]
+
+
+def row_metrics(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], batch_size: int
+) -> dict:
+    """`loss_metrics` of rows of input_ids and labels."""
+    return loss_metrics(row_losses(model, tokenizer, rows, batch_size))
+
+
+def loss_metrics(losses: Sequence[RowLoss]) -> dict:
+    """The number of `tokens` with a label, their mean `loss` in nats, `perplexity` and
+    `bits_per_byte`; without labels, only `tokens`."""
+    nats, tokens, size = (
+        (sum(column) for column in zip(*losses, strict=True)) if losses else (0,) * 3
+    )
     if not tokens:
         return {"tokens": 0}
     loss = nats / tokens

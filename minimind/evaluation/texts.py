@@ -1,6 +1,5 @@
 """Held-out documents: the log-probability of each of their tokens, and bits per byte."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from minimind.data.bad_rows import BadRows
 from minimind.data.columns import Columns
 from minimind.data.files import read_rows, to_document
 from minimind.data.markers import Boundaries
-from minimind.evaluation.losses import perplexity
+from minimind.evaluation.losses import RowLoss
 from minimind.evaluation.scoring import Request, Subject
 from minimind.tokenizer.encoding import DocumentEncoder
 from minimind.tokenizer_evaluation.texts import script
@@ -122,20 +121,11 @@ def windows(ids: Sequence[int], first: int, length: int) -> Iterator[Request]:
         yield Request(tuple(ids[max(0, end - 1 - length) : start]), tuple(ids[start:end]))
 
 
-def text_metrics(nats: float, tokens: int, size: int) -> dict[str, float]:
-    """The number of `tokens`, their mean `loss` in nats, `perplexity` and `bits_per_byte`."""
-    loss = nats / tokens
-    metrics = {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": nats / (math.log(2) * size),
-    }
-    return {"tokens": tokens} | {name: round(value, 6) for name, value in metrics.items()}
-
-
-def metrics_with_ends(texts: Sequence[HeldOutText], losses: Sequence[Losses]) -> dict[str, float]:
-    """`text_metrics` of documents with their end tokens, as pretraining computes its loss."""
-    nats = sum(each.tokens.sum() + each.end for each in losses)
-    tokens = sum(len(each.tokens) + 1 for each in losses)
-    metrics = text_metrics(nats, tokens, sum(text.bytes for text in texts))
-    return {"documents": len(texts), **metrics}
+def losses_of(
+    texts: Sequence[HeldOutText], losses: Sequence[Losses], with_ends: bool = False
+) -> list[RowLoss]:
+    """The loss of each document; `with_ends`, with its end token, as pretraining computes it."""
+    return [
+        RowLoss(each.tokens.sum() + with_ends * each.end, len(each.tokens) + with_ends, text.bytes)
+        for text, each in zip(texts, losses, strict=True)
+    ]

@@ -39,6 +39,7 @@ from minimind.export.verification import (
     logits_of,
     make_probes,
 )
+from minimind.export.web import wllama, write_page
 from minimind.stage_directory import (
     auto_class,
     check_vocabulary,
@@ -58,19 +59,22 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
     """Write the model of a stage directory to directory `out`, and return its `export.json`.
 
     Args:
-        format: one of FORMATS; "gguf" writes `model.gguf`.
-        dtype: one of DTYPES, "q8_0" only for GGUF; by default that of the saved weights, or of an
-            adapter's base.
+        format: one of FORMATS, or "web"; "gguf" writes `model.gguf`, "web" a page that holds one.
+        dtype: one of DTYPES, "q8_0" only for GGUF and pages; by default "q8_0" in a page, else that
+            of the saved weights, or of an adapter's base.
 
     Raises:
         UserError: the format cannot express the model, or the written model differs from the
             source. `out` does not appear then.
     """
     path = require_stage(directory)
-    if format == "gguf":
-        require_gguf()
-    dtype = dtype or str(load_config(path).dtype or "float32").removeprefix("torch.")
-    if dtype not in DTYPES or (dtype == "q8_0" and format != "gguf"):
+    as_gguf = format in ("gguf", "web")
+    if as_gguf:
+        require_gguf(format)
+    program = wllama() if format == "web" else None
+    saved = str(load_config(path).dtype or "float32").removeprefix("torch.")
+    dtype = dtype or ("q8_0" if format == "web" else saved)
+    if dtype not in DTYPES or (dtype == "q8_0" and not as_gguf):
         raise UserError(
             f"--dtype {dtype} does not go with --format {format}. Choose float32, float16 or"
             " bfloat16."
@@ -78,7 +82,7 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
     source = load_model(path, scores=holds_reward_model(path)).eval()
     tokenizer = load_tokenizer(path)
     check_vocabulary(source, tokenizer, path)
-    if reasons := obstacles(source.config, format):
+    if reasons := obstacles(source.config, "gguf" if as_gguf else format):
         fitting = [name for name in FORMATS if not obstacles(source.config, name)]
         raise UserError(
             f"--format {format} cannot express this model: {'; '.join(reasons)}. Possible:"
@@ -86,7 +90,7 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
         )
 
     with new_directory(out) as partial:
-        write = write_gguf_directory if format == "gguf" else write_layout
+        write = write_gguf_directory if as_gguf else write_layout
         record = {
             "format": format,
             "dtype": dtype,
@@ -94,6 +98,11 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
             "libraries": library_versions(),
             "verification": write(source, tokenizer, format, dtype, partial),
         }
+        chats = bool(tokenizer.chat_template) and record["source"]["stage"] != "pretrain"
+        if format == "web":
+            file = partial / "model.gguf"
+            write_page(partial, file, dtype, source, tokenizer, chats, program)
+            file.unlink()  # the page holds it
         write_json(partial / "export.json", record)
     return record
 

@@ -23,11 +23,11 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 Q8_BLOCK = 32  # weights that share a scale
 
 
-def require_gguf() -> None:
+def require_gguf(format: str) -> None:
     """Raises UserError if the `gguf` package is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            f"--format gguf needs the package gguf, which is not installed: {install('gguf')}"
+            f"--format {format} needs the package gguf, which is not installed: {install('gguf')}"
         )
 
 

@@ -13,7 +13,6 @@ from minimind.generation import load_for_generation
 from minimind.score_card.contamination import contamination
 from minimind.score_card.controls import RememberingSubject, controls
 from minimind.score_card.finished import Finished, key_of, result_key
-from minimind.score_card.report import markdown, picture
 from minimind.score_card.tasks import Card, Result, Task
 from minimind.stage_directory import lineage, read_stage, require_stage
 from minimind.stage_directory.loading import check_scores
@@ -79,11 +78,12 @@ def make_card(
     return Card(directory, results)
 
 
-def cards_json(cards: Sequence[Card]) -> dict[str, Any]:
-    """The card of one model as one object; of several: `models`."""
-    if len(cards) == 1:
-        return cards[0].entries()
-    return {"models": [card.entries() for card in cards]}
+def cards_json(cards: Sequence[Card], **others: Any) -> dict[str, Any]:
+    """The card of one model as one object; of several: `models`. After it come the `others` that
+    are not empty."""
+    cards = [card.entries() for card in cards]
+    others = {name: value for name, value in others.items() if value}
+    return {**(cards[0] if len(cards) == 1 else {"models": cards}), **others}
 
 
 def item_lines(cards: Sequence[Card]) -> list[str]:
@@ -103,10 +103,16 @@ def item_lines(cards: Sequence[Card]) -> list[str]:
     return lines
 
 
-def write_cards(output: Path, cards: Sequence[Card]) -> None:
-    """Write card.json, card.md, card.png and items.jsonl, each complete or not at all; raises
-    OSError."""
+def write_cards(
+    output: Path,
+    cards: Sequence[Card],
+    report: dict[str, Any],
+    text: str,
+    draw: Callable[[Path, Sequence[Card]], None],
+) -> None:
+    """Write card.json (the `report`), card.md, card.png and items.jsonl, each complete or not at
+    all; raises OSError."""
     write_text(output / "items.jsonl", "".join(item_lines(cards)))
-    write_text(output / "card.md", markdown(cards))
-    picture(output / "card.png", cards)
-    write_json(output / "card.json", cards_json(cards))
+    write_text(output / "card.md", text)
+    draw(output / "card.png", cards)
+    write_json(output / "card.json", report)

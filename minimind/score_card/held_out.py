@@ -10,17 +10,19 @@ import numpy as np
 from minimind.common.cache import content_hash
 from minimind.common.errors import UserError
 from minimind.data.bad_rows import BadRows
+from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.columns import Columns
 from minimind.data.sources import expand
-from minimind.evaluation.files import evaluate
+from minimind.evaluation.answers import answer_metrics, answer_questions, read_questions
+from minimind.evaluation.files import conversation_losses, conversation_metrics
+from minimind.evaluation.losses import RowLoss, loss_metrics
 from minimind.evaluation.scoring import ModelSubject, Subject
 from minimind.evaluation.statistics import Measure, estimate
 from minimind.evaluation.texts import (
     HeldOutText,
-    metrics_with_ends,
+    losses_of,
     read_held_out_texts,
     text_losses,
-    text_metrics,
 )
 from minimind.inspection import data_paths, recognise_stage
 from minimind.score_card.tasks import Result, Task
@@ -61,8 +63,8 @@ class TextsTask:
     def run(self, subject: Subject) -> Result:
         """See `Task`."""
         losses = text_losses(subject, self.texts, self.max_length)
-        nats = [each.tokens.sum() for each in losses]
-        groups: dict[tuple[str, str], list[int]] = {("all", ""): list(range(len(nats)))}
+        found = losses_of(self.texts, losses)
+        groups: dict[tuple[str, str], list[int]] = {("all", ""): list(range(len(found)))}
         for kind in ("languages", "sources"):
             for index, text in enumerate(self.texts):
                 name = text.language if kind == "languages" else text.source
@@ -70,25 +72,19 @@ class TextsTask:
 
         measures, section = {}, {"all": {}, "languages": {}, "sources": {}}
         for (kind, name), members in groups.items():
-            texts = [self.texts[index] for index in members]
-            sizes = {text.key: text.bytes for text in texts}
-            values = {
-                text.key: nats[index] / (math.log(2) * text.bytes)
-                for index, text in zip(members, texts, strict=True)
-            }
-            measure = Measure(values, weights=sizes, higher_is_better=False)
-            tokens = sum(len(losses[index].tokens) for index in members)
-            found = {
-                "documents": len(texts),
-                "bytes": sum(sizes.values()),
-                **text_metrics(sum(nats[index] for index in members), tokens, sum(sizes.values())),
+            measure = bits_measure({self.texts[index].key: found[index] for index in members})
+            fields = {
+                "documents": len(members),
+                "bytes": sum(found[index].bytes for index in members),
+                **loss_metrics([found[index] for index in members]),
                 "bits_per_byte_interval": estimate(measure)["interval"],
             }
-            section[kind] |= {name: found} if name else found
-            if not name or len(members) < len(nats):  # a group of everything says nothing new
+            section[kind] |= {name: fields} if name else fields
+            if not name or len(members) < len(found):  # a group of everything says nothing new
                 measures["/".join(filter(None, ("texts", kind, name, "bits_per_byte")))] = measure
-        fields = metrics_with_ends(self.texts, losses)
-        return Result(measures, section, {**fields, "bad_rows": self.bad_rows})
+        metrics = loss_metrics(losses_of(self.texts, losses, with_ends=True))
+        entries = {"documents": len(found), **metrics, "bad_rows": self.bad_rows}
+        return Result(measures, section, entries)
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
@@ -98,9 +94,16 @@ class TextsTask:
         """See `Task`: documents have no labels."""
 
 
+def bits_measure(losses: Mapping[str, RowLoss]) -> Measure:
+    """Bits per byte of items, weighted by their bytes."""
+    values = {key: each.nats / (math.log(2) * each.bytes) for key, each in losses.items()}
+    sizes = {key: each.bytes for key, each in losses.items()}
+    return Measure(values, weights=sizes, higher_is_better=False)
+
+
 class ChatsTask:
-    """The loss of conversations and their exact answers: `evaluate`, whose fields are `entries` of
-    the card."""
+    """The loss of the replies of conversations, and how many of the last ones the model gives word
+    for word. `entries` are the fields of `evaluate`."""
 
     name = "chats"
 
@@ -114,12 +117,30 @@ class ChatsTask:
         self.options = {"on_bad_rows": on_bad_rows, **options}
         self.needs_chat = options["max_new_tokens"] > 0
         self.content = content_hash(expand(data_paths(files)))
-        self._files, self._columns = files, columns
+        self._files, self._columns = files, columns or Columns()
 
     def run(self, subject: ModelSubject) -> Result:
         """See `Task`."""
-        options = {"stage": "sft", "columns": self._columns, **self.options}
-        return Result({}, {}, evaluate(subject.model, subject.tokenizer, self._files, **options))
+        model, tokenizer = subject.model, subject.tokenizer
+        bad_rows = BadRows(self.options["on_bad_rows"])
+        encoder = ChatEncoder(tokenizer)
+        questions = read_questions(self._files, bad_rows, encoder, self._columns)
+        self._columns.stop()
+        size = self.options["batch_size"]
+
+        measures, fields = {}, {}
+        if new_tokens := self.options["max_new_tokens"]:
+            answers = answer_questions(model, tokenizer, questions, new_tokens, size)
+            fields = answer_metrics(questions, answers)
+            exact = {str(number): float(each.exact) for number, each in enumerate(answers)}
+            measures["chats/exact_match"] = Measure(exact)
+        length = self.options["max_length"]
+        losses = conversation_losses(model, tokenizer, questions, length, size)
+        with_bytes = {str(i): each for i, each in enumerate(losses) if each and each.bytes}
+        if with_bytes:
+            measures["chats/bits_per_byte"] = bits_measure(with_bytes)
+        fields |= {**conversation_metrics(losses), "bad_rows": bad_rows.count}
+        return Result(measures, {}, fields)
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""

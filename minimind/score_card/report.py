@@ -13,6 +13,7 @@ from minimind.score_card.tasks import Card
 
 SHOWN = 30  # measures of a task in a table on a terminal and in the picture
 COLUMNS = ("model", "measure", "n", "score", "95 % interval", "chance", "verdict")
+NUMBERS = ("n", "score", "chance", "A", "B", "B - A", "p", "step", "tokens")
 VERDICTS = {
     True: "better than chance",
     False: "worse than chance",
@@ -75,18 +76,42 @@ def rows(cards: Sequence[Card], most: int | None = None) -> Iterator[Row]:
                 )
 
 
-def table_of(cards: Sequence[Card]):
-    """A rich table of the first measures of each task."""
-    from rich.table import Table
+class Table(NamedTuple):
+    """A table: all its lines for a file, and those that fit on a terminal."""
 
-    table = Table()
-    several = len(cards) > 1
-    for name in COLUMNS[not several :]:
-        right = name in ("n", "score", "chance")
-        table.add_column(translated(name), justify="right" if right else "left")
-    for row in rows(cards, SHOWN):
-        table.add_row(*([row.directory] if several else []), *row.cells())
-    return table
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    shown: Sequence[Sequence[str]]
+
+    def for_terminal(self):
+        """A rich table, with numbers on the right."""
+        from rich.table import Table as RichTable
+
+        table = RichTable()
+        for name in self.columns:
+            table.add_column(translated(name), justify="right" if name in NUMBERS else "left")
+        for line in self.shown:
+            table.add_row(*line)
+        return table
+
+    def markdown(self) -> str:
+        """All lines in Markdown."""
+        escaped = [
+            [str(cell).replace("|", "\\|") for cell in line]
+            for line in (self.columns, ["---"] * len(self.columns), *self.lines)
+        ]
+        return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def card_table(cards: Sequence[Card]) -> Table:
+    """The measures of each task; a terminal shows the first of them, and names the model where
+    there are several."""
+    lines, shown = (
+        [[row.directory, *row.cells()] for row in rows(cards, most)] for most in (None, SHOWN)
+    )
+    if len(cards) == 1:
+        return Table(COLUMNS[1:], [line[1:] for line in lines], [line[1:] for line in shown])
+    return Table(COLUMNS, lines, shown)
 
 
 def remarks(cards: Sequence[Card]) -> Iterator[str]:
@@ -96,15 +121,6 @@ def remarks(cards: Sequence[Card]) -> Iterator[str]:
             for remark in result.section.get("remarks", ()):
                 text = translated(remark)
                 yield f"{card.directory}: {text}" if len(cards) > 1 else text
-
-
-def markdown(cards: Sequence[Card]) -> str:
-    """One table of all measures, and the remarks."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [[row.directory, *row.cells()] for row in rows(cards)]
-    escaped = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
-    return table + "".join(f"\n- {remark}\n" for remark in remarks(cards))
 
 
 def picture(file: Path, cards: Sequence[Card]) -> None:

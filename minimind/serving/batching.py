@@ -91,7 +91,9 @@ class Batch:
         # What generation_config.json says about logits, such as a repetition_penalty
         settings = copy.deepcopy(model.generation_config)
         settings.do_sample = False  # each job has its own way
-        self.processors = model._get_logits_processor(settings)
+        self.processors = model._get_logits_processor(
+            settings, input_ids_seq_length=1, device=str(model.device)
+        )
         self.cache, self.mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.long)
 
     def forward(
@@ -170,7 +172,7 @@ class Batcher(threading.Thread):
 
     def __init__(self, model: PreTrainedModel, most: int):
         super().__init__(name="batcher", daemon=True)
-        self.model, self.most = model, most
+        self.batch, self.most = Batch(model), most
         self.waiting: deque[Job] = deque()
         self.changed, self.is_stopped = threading.Condition(), False
 
@@ -190,7 +192,7 @@ class Batcher(threading.Thread):
 
     def run(self) -> None:
         """The thread."""
-        batch = Batch(self.model)
+        batch = self.batch
         while not self.is_stopped:
             new = self._next(batch.jobs)
             try:
@@ -205,7 +207,7 @@ class Batcher(threading.Thread):
                 say(f"error: {type(error).__name__}: {error}", file=sys.stderr)
                 for job in {*batch.jobs, *new}:
                     job.fail(error)
-                batch = Batch(self.model)
+                batch.jobs = []
 
     def _next(self, running: list[Job]) -> list[Job]:
         """The jobs to admit now; waits for one where nothing is running."""

@@ -137,7 +137,7 @@ class Served:
     def text_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """The ids that texts, or lists of ids, are continued from; raises RequestError."""
         rows = []
-        for prompt in prompts:
+        for prompt in prompts or [[]]:
             ids = text_start(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             if not ids or not all(0 <= token < self.model.config.vocab_size for token in ids):
                 raise RequestError(400, "prompt: expected texts, or ids of tokens.", "prompt")

@@ -29,7 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=256)
     except (OSError, UnicodeError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None) or 0  # below 0: of the resolver
+        problem = os.strerror(number) if number > 0 else getattr(error, "strerror", str(error))
         raise UserError(
             f"--host {host} --port {port}: cannot be used ({problem}). Give another port, or 0 for"
             " any that is free."

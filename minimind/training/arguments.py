@@ -16,6 +16,8 @@ from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from minimind.common.bounds import seconds_of
 from minimind.common.launch import bf16_is_fast
 from minimind.data.packing import STRATEGIES
+from minimind.score_card import MinimalPair
+from minimind.training.eval_pairs import choose_pairs
 from minimind.training.optimizers import check_optimizer
 from minimind.training.output_directory import RUN, checkpoints
 from minimind.training.preference_losses import LOSSES, OWN_LOSSES, check_kto, check_losses
@@ -105,6 +107,14 @@ class StageConfig(TrainingArguments):
     early_stopping_threshold: float = HfArg(
         default=0.0, help="An evaluation improves if it is better than the best by more than this."
     )
+    eval_pairs: list[str] | None = HfArg(
+        default=None,
+        help="Files of minimal pairs (sentence_good, sentence_bad); the share of them that the "
+        "model wins joins each evaluation as eval_pairs_sum and eval_pairs_mean.",
+    )
+    max_eval_pairs: int = HfArg(
+        default=1000, help="Pairs of each such file to evaluate at most, as many of each paradigm."
+    )
     sample_steps: int = HfArg(
         default=0, help="Show what the model writes every N steps; 0 only at the end, -1 never."
     )
@@ -170,6 +180,7 @@ class StageConfig(TrainingArguments):
         self.save_strategy = self.save_strategy or "steps"
         self._check_resume()
         super().__post_init__()
+        self.held_out_pairs()
 
         # What the libraries would refuse only later, or ignore
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
@@ -186,6 +197,10 @@ class StageConfig(TrainingArguments):
         check_time_budget(self)
         check_schedule(self)
         check_recomputation(self)
+
+    def held_out_pairs(self) -> dict[str, list[MinimalPair]]:
+        """The pairs of each of `--eval_pairs`; raises UserError where a file cannot be used."""
+        return choose_pairs(tuple(self.eval_pairs or ()), self.max_eval_pairs)
 
     def _check_resume(self) -> None:
         """Normalise --resume_from_checkpoint, and check that there is a checkpoint if one is
@@ -217,9 +232,10 @@ class StageConfig(TrainingArguments):
                 " --eval_steps"
             )
         self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-        if self.greater_is_better is None and any(
-            part in self.metric_for_best_model for part in LOWER_IS_BETTER
-        ):
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if self.greater_is_better is None and name.startswith("pairs_"):
+            self.greater_is_better = True  # also of a file named loss
+        elif self.greater_is_better is None and any(part in name for part in LOWER_IS_BETTER):
             self.greater_is_better = False  # the library maximises everything but a loss
         strategy = SaveStrategy(self.save_strategy or "no")
         if self.load_best_model_at_end and strategy == SaveStrategy.NO:
@@ -397,6 +413,7 @@ class RewardStageConfig(StageConfig, RewardConfig):
             pad_token="the tokenizer has its own",
             model_init_kwargs="the model is loaded before TRL sees it",
             sample_prompts="a reward model writes no text",
+            eval_pairs="a reward model gives no probabilities",
         )
         if self.sample_steps > 0:
             raise ValueError(

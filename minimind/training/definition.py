@@ -29,12 +29,12 @@ HARMLESS_NAMES = """
     include_for_metrics skip_memory_metrics dataloader_num_workers dataloader_prefetch_factor
     dataloader_pin_memory dataloader_persistent_workers dataloader_multiprocessing_context
     dataset_num_proc ddp_timeout restore_callback_states_from_checkpoint torch_empty_cache_steps
-    debug sample_steps sample_prompts sample_tokens model_config tokenizer model_name_or_path
-    trust_remote_code model_revision
+    debug eval_pairs max_eval_pairs sample_steps sample_prompts sample_tokens model_config tokenizer
+    model_name_or_path trust_remote_code model_revision
 """
 HARMLESS = frozenset(HARMLESS_NAMES.split())
 # Evaluations do matter where they stop the run or choose its weights.
-EVALUATIONS = {"eval_strategy", "eval_steps", "eval_delay"}
+EVALUATIONS = {"eval_strategy", "eval_steps", "eval_delay", "eval_pairs"}
 # Without these the files of a checkpoint fit neither the model nor the optimizer.
 DECISIVE = (
     *("stage", "model", "tokenizer", "optim", "deepspeed", "use_peft", "peft_type"),
@@ -64,6 +64,10 @@ def definition_of(
         definition["optim"] = "muon"
     if isinstance(args.deepspeed, str):
         definition["deepspeed"] = read_deepspeed(args.deepspeed)
+
+    if definition.get("eval_pairs"):  # their content: the file may be elsewhere today
+        texts = [[each[:3] for each in pairs] for pairs in args.held_out_pairs().values()]
+        definition["eval_pairs"] = xxhash.xxh3_64_hexdigest(repr(texts).encode())
 
     # The model, without what the library adds to its configuration
     config = model.config.to_dict()

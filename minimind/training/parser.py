@@ -31,7 +31,8 @@ NAMES = {
     "evaluation": (
         "eval_strategy eval_steps per_device_eval_batch_size prediction_loss_only "
         "metric_for_best_model load_best_model_at_end early_stopping_patience "
-        "early_stopping_threshold sample_steps sample_prompts sample_tokens"
+        "early_stopping_threshold eval_pairs max_eval_pairs sample_steps sample_prompts "
+        "sample_tokens"
     ),
     "saving": (
         "output_dir overwrite_output_dir save_strategy save_steps save_total_limit "

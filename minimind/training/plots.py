@@ -14,11 +14,13 @@ POINTS = 300  # of a curve at most: about one for each second pixel
 # Values of the step that logs them; all others of training are means over the steps since the last
 # log.
 MOMENTARY = ("learning_rate", "grad_norm", "memory_gib")
-SOURCE = "eval_bits_per_byte/"  # followed by the name of a data source
+# Followed by the name of a data source, and of a file of minimal pairs
+SOURCE, PAIRS = "eval_bits_per_byte/", ("eval_pairs_sum/", "eval_pairs_mean/")
 # Title, unit, the keys that are drawn, and whether the axis begins at 0. The loss comes before
 # them, see `loss_unit`.
 CHARTS = (
     ("Bits per byte", "", ("bits_per_byte", "eval_bits_per_byte"), False),
+    ("Minimal pairs", "share won, 0.5 by chance", ("eval_pairs_sum", "eval_pairs_mean"), False),
     ("Reward accuracy", "share of pairs", ("rewards/accuracies", "eval_rewards/accuracies"), True),
     ("Reward margin", "", ("rewards/margins", "eval_rewards/margins"), False),
     *(
@@ -92,12 +94,14 @@ def thin(points: Sequence[tuple[float, float]], limit: int = POINTS) -> list[tup
 
 def charts(log: Sequence[dict], unit_of_loss: str) -> str:
     """The HTML of the charts that the log has values for."""
-    sources = sorted({key for entry in log for key in entry if key.startswith(SOURCE)})
+    every = sorted({key for entry in log for key in entry})
+    sources, files = ([key for key in every if key.startswith(start)] for start in (SOURCE, PAIRS))
     drawn = []
     for title, unit, keys, from_zero in (
         ("Loss", unit_of_loss, ("loss", "eval_loss"), False),
         *CHARTS,
-        ("Held-out bits per byte of each source", "", tuple(sources), False),
+        ("Held-out bits per byte of each source", "", sources, False),
+        ("Minimal pairs of each file", "share won, 0.5 by chance", files, False),
     ):
         curves = {key.removeprefix(SOURCE): thin(curve(log, key)) for key in keys}
         if curves := {name: points for name, points in curves.items() if points}:

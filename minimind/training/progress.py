@@ -30,6 +30,8 @@ SHOWN = {
     "accuracy": "accuracy {:.4f}",
     "eval_accuracy": "eval_accuracy {:.4f}",
     "margin": "margin {:.4f}",
+    "eval_pairs_sum": "eval_pairs_sum {:.4f}",
+    "eval_pairs_mean": "eval_pairs_mean {:.4f}",
     "grad_norm": "grad {:.3f}",
     "router_load/max": "router_load/max {:.3f}",
     "learning_rate": "lr {:.2e}",

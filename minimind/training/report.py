@@ -41,6 +41,7 @@ TILES = (  # key of the log, name on the page, format
     ("eval_bits_per_byte", "held-out bits per byte", "{:.4f}"),
     ("eval_rewards/accuracies", "held-out reward accuracy", "{:.1%}"),
     ("eval_accuracy", "held-out accuracy", "{:.1%}"),
+    ("eval_pairs_sum", "minimal pairs won", "{:.1%}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("mfu", "MFU", "{:.1%}"),
     ("memory_gib", "memory", "{:.2f} GiB"),

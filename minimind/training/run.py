@@ -133,6 +133,11 @@ class Stage:
                     "choosing the best model and stopping early need held-out rows, and there are"
                     " none. Give --eval_files, or a larger --eval_ratio."
                 )
+            if args.eval_pairs:
+                raise UserError(
+                    "--eval_pairs join the evaluation of held-out rows, and there are none. Give"
+                    " --eval_files, or a larger --eval_ratio."
+                )
             args.eval_strategy = IntervalStrategy.NO  # the Trainer refuses to evaluate on nothing
         # A chat template may have brought another end token
         align_special_tokens(self.model, self.tokenizer)

@@ -19,6 +19,7 @@ from minimind.evaluation import bits_per_byte
 from minimind.stage_directory import virtual_tokens
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
 from minimind.training.dataloaders import LoadingTrainer
+from minimind.training.eval_pairs import pair_metrics
 from minimind.training.optimizers import build_optimizer
 from minimind.training.schedules import schedule_options, steps_on_time
 from minimind.training.time_budget import TimeBudget
@@ -69,6 +70,8 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
 
     Under `--time_budget` the schedule runs on time, epochs repeat without end, and the callback
     `time_budget` ends the run; see `TimeBudget`.
+
+    The shares of `--eval_pairs` that the model wins join each evaluation.
 
     An upload that fails does not end a run. `init_hf_repo` fails before the first step.
 
@@ -122,6 +125,12 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
         if self.optimizer is None and getattr(self.args, "use_muon", False):
             self.optimizer = build_optimizer(self.model if model is None else model, self.args)
         return super().create_optimizer(model)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """The library's; beside the metrics of an evaluation those of `--eval_pairs`."""
+        if "eval_loss" in logs and getattr(self.args, "eval_pairs", None):
+            logs |= pair_metrics(self)
+        super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The library's schedule, warmed up as above; raises UserError where the rate of every step
