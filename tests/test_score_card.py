@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from pipeline import failure, run_cli
@@ -39,9 +40,7 @@ class Table:
     def log_probabilities(self, requests, title=""):
         self.requests += requests
         return [
-            torch.tensor([math.log(self.probabilities.get(i, 0.1)) for i in request.continuation])
-            .double()
-            .numpy()
+            np.log([self.probabilities.get(token, 0.1) for token in request.continuation])
             for request in requests
         ]
 
@@ -103,8 +102,8 @@ def test_pairs_are_won_by_the_sum_and_by_the_mean_of_all_tokens_after_the_end_to
 
 def test_a_tie_counts_one_half_and_never_as_right(bytewise):
     """A model that finds everything equally probable, and word orders under one without order."""
-    same = pair("1", "ab", "cd"), pair("2", "xyz", "zxy")
-    uneven = dict(zip(bytewise("xyz")["input_ids"], (0.1, 0.2, 0.3), strict=True))
+    same = pair("1", "ab", "cd"), pair("2", "wxyz", "ywzx")
+    uneven = dict(zip(bytewise("wxyz")["input_ids"], (0.1, 0.2, 0.3, 0.7), strict=True))
     for probabilities in ({}, uneven):
         section = PairsTask(same).run(Table(bytewise, probabilities)).section["all"]
         assert (section["sum"], section["mean"]) == (0.5, 0.5)
