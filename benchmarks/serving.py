@@ -102,9 +102,10 @@ async def client(address: str, number: int, end: float, args: argparse.Namespace
                 stream_options={"include_usage": True},
             )
             async for chunk in stream:
-                first = first or time.perf_counter() - began
+                if chunk.choices and chunk.choices[0].delta.content:
+                    first = first or time.perf_counter() - began
                 usage = chunk.usage or usage
-            answers.append((usage.completion_tokens, first))
+            answers.append((usage.completion_tokens, first or 0.0))
     return answers
 
 

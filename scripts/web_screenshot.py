@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import open_browser
 from pipeline import wait_until
 
-QUESTIONS = ("What does a fox eat?", "北京是哪个国家的首都？")
+QUESTIONS = ("What instrument does Greta play?", "Greta 最喜欢的颜色是什么？")
 SIZE = {"width": 960, "height": 720, "deviceScaleFactor": 1, "mobile": False}
 
 

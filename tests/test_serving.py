@@ -391,7 +391,7 @@ def test_a_malformed_request_gets_its_reason(address, message):
     assert error["message"].startswith(message)
 
 
-def test_other_refusals_have_their_status(address, client, monkeypatch):
+def test_other_refusals_have_their_status(address, client, endpoint, monkeypatch):
     with pytest.raises(openai.NotFoundError, match="no such model: 'other'"):
         client.chat.completions.create(**BODY | {"model": "other"})
     with pytest.raises(openai.NotFoundError):
@@ -411,8 +411,11 @@ def test_other_refusals_have_their_status(address, client, monkeypatch):
     neutral |= {"response_format": {"type": "text"}, "tool_choice": "auto", "n": None}
     assert client.chat.completions.create(**BODY, **neutral).choices
     monkeypatch.setattr(serving_app, "MOST_WAITING", 1)
-    with pytest.raises(openai.RateLimitError):
+    with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**BODY, n=2)
+    monkeypatch.setattr(endpoint.models["chat"].batcher, "waiting", [None])
+    with pytest.raises(openai.RateLimitError):
+        client.chat.completions.create(**BODY)
 
 
 def test_sixteen_clients_get_what_each_gets_alone(client):
@@ -448,11 +451,12 @@ def test_a_dropped_connection_ends_the_text(address, endpoint, monkeypatch, stre
     wait_until(lambda: len(jobs[0].written) <= count + 2)
 
 
-def test_a_conversation_that_is_too_long_loses_its_first_turns(address, endpoint, capsys):
+@pytest.mark.parametrize("count", [60, 600])
+def test_a_conversation_that_is_too_long_loses_its_first_turns(address, endpoint, capsys, count):
     served = endpoint.models["chat"]
     turns = [
         message
-        for number in range(60)
+        for number in range(count)
         for message in (
             user(f"{number} fox runs home"),
             {"role": "assistant", "content": "the dog"},
@@ -463,13 +467,13 @@ def test_a_conversation_that_is_too_long_loses_its_first_turns(address, endpoint
         f"{address}/v1/chat/completions", json=BODY | {"messages": messages}, timeout=PATIENCE
     )
     left_out = int(answer.headers["X-Messages-Left-Out"])
-    assert left_out % 2 == 0 < left_out < 120
+    assert left_out % 2 == 0 < left_out < 2 * count
     room = served.positions - endpoint.max_new_tokens
     kept = [messages[0], *messages[1 + left_out :]]
     more = [messages[0], *messages[1 + left_out - 2 :]]
     ids, longer = encode_prompts([kept, more], served.encoder)
     assert answer.json()["usage"]["prompt_tokens"] == len(ids) <= room < len(longer)
-    assert f"its first {left_out} messages are left out" in capsys.readouterr().err
+    assert f"its first {left_out:,} messages are left out" in capsys.readouterr().err
 
 
 def test_a_key_is_required_and_never_shown(endpoint, capsys):

@@ -59,6 +59,10 @@ class Writing:
             for given, kept in [(getattr(request, name), getattr(settings, name, None))]
         }
         rows = [ids for ids in prompts for _ in range(request.n or 1)]
+        if len(rows) > MOST_WAITING:
+            raise RequestError(
+                400, f"prompt: found {len(rows):,}, expected {MOST_WAITING:,} or fewer."
+            )
         if len(served.batcher.waiting) + len(rows) > MOST_WAITING:
             raise RequestError(429, "the server has too much to do. Try again later.")
         for index, ids in enumerate(rows):

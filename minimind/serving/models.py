@@ -3,6 +3,7 @@
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -119,6 +120,7 @@ class Served:
         opening = messages[: borders[0][0]]
         room = max(self.positions - limit, self.positions // 2)
 
+        @cache
         def encode(first: int) -> list[int]:
             kept = [*opening, *messages[borders[first][0] :]]
             (encoded,) = self.encoder.encode([conversation._replace(messages=kept)], prompt=True)
@@ -126,12 +128,19 @@ class Served:
                 raise RequestError(400, f"{encoded}.", "messages")
             return list(encoded.ids)
 
-        ids = encode(0)
-        if len(ids) <= room:
-            return ids, 0
-        first = bisect_left(range(len(borders)), True, key=lambda n: len(encode(n)) <= room)
-        if first == len(borders):
-            self.refuse_long(len(encode(first - 1)), room)
+        def fits(first: int) -> bool:
+            return len(encode(first)) <= room
+
+        # Of a conversation that is far too long, at most twice the last turns that fit are encoded
+        first, last, count = 0, len(borders) - 1, 1
+        if sum(len(message["content"]) for message in messages) > 8 * self.positions:
+            while count <= last and fits(last + 1 - count):
+                count *= 2
+            first = max(0, last + 1 - count)
+        if not fits(first):
+            first += 1 + bisect_left(range(first + 1, last + 1), True, key=fits)
+        if first > last:
+            self.refuse_long(len(encode(last)), room)
         return encode(first), borders[first][0] - len(opening)
 
     def text_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
