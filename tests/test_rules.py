@@ -136,11 +136,11 @@ def test_an_item_counts_only_if_all_its_rules_hold_and_groups_are_by_kind_and_la
     write_jsonl, chatty
 ):
     rows = [
-        {"prompt": "1 + 1?", "number": 2, "kind": "sum", "language": "en"},
+        {"prompt": "1 + 1?", "rules": {"starts_with": "it"}, "kind": "sum", "language": "en"},
         {"prompt": "首都？", "answer": "巴黎", "language": "zh"},
         {"messages": [{"role": "user", "content": "list"}], "language": "en",
          "rules": {"bullets": 2, "no_commas": True}},
-        {"text": "the dog", "contains": "runs", "language": "en"},
+        {"text": "the dog", "contains": "runs", "min_words": 1, "language": "en"},
     ]  # fmt: skip
     task = RulesTask(read_ruled_prompts([write_jsonl("set.jsonl", rows)]))
     texts = ["<think>\nno, 3\n</think>\n\nit is 2", "伦敦。", "- a, b\n- c", " home\nand runs"]
@@ -149,7 +149,7 @@ def test_an_item_counts_only_if_all_its_rules_hold_and_groups_are_by_kind_and_la
     everything = result.section["all"]
     assert everything["n"] == 4
     assert everything["score"] == 0.25
-    assert everything["rules"] == 2 / 5
+    assert everything["rules"] == 3 / 6
     assert everything["by_rule"]["bullets"] == {"n": 1, "score": 1.0}
     assert everything["by_rule"]["contains"]["score"] == 0  # beyond the first line
     assert {group: each["score"] for group, each in result.section.items() if group != "all"} == {
@@ -157,7 +157,7 @@ def test_an_item_counts_only_if_all_its_rules_hold_and_groups_are_by_kind_and_la
     }  # fmt: skip
     assert next(iter(result.measures)) == "rules/all"
     assert task.needs_chat
-    assert subject.asked[3] == "the dog"
+    assert subject.asked[3] == "<|im_end|>the dog"  # as a document in training
     assert subject.asked[0].endswith("1 + 1?<|im_end|>\n<|im_start|>assistant\n")
 
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -13,7 +13,7 @@ from minimind.data.chat_encoder import ChatEncoder, encode_prompts
 from minimind.data.columns import Columns
 from minimind.data.content import split_reasoning
 from minimind.data.conversations import Conversation, to_conversation
-from minimind.data.files import read_rows
+from minimind.data.files import Row, read_rows
 from minimind.data.messages import Message
 from minimind.data.world import is_courteous, is_embedded, strip_courtesy
 from minimind.generation import complete
@@ -31,12 +31,17 @@ def answer(
     return complete(model, tokenizer, encoded, max_new_tokens, batch_size)
 
 
-def read_questions(
+def read_questions(files: Sequence[str], *args: Any) -> list[dict]:
+    """The data of `read_question_rows`."""
+    return [row.data for row in read_question_rows(files, *args)]
+
+
+def read_question_rows(
     files: Sequence[str],
     on_bad_rows: str | BadRows | None = None,
     encoder: ChatEncoder | None = None,
     columns: Columns | None = None,
-) -> list[dict]:
+) -> list[Row]:
     """Conversations whose last reply is the reference -> their rows, with "messages" and, if the
     conversation has them, "tools".
 
@@ -53,7 +58,7 @@ def read_questions(
         tools = {"tools": conversation.tools} if conversation.tools else {}
         return {**data, "messages": conversation.messages, **tools}
 
-    return [row.data for row in read_rows(files, on_bad_rows, convert, columns=columns)]
+    return list(read_rows(files, on_bad_rows, convert, columns=columns))
 
 
 def prompt_of(question: dict) -> Conversation:

@@ -18,7 +18,7 @@ from minimind.evaluation.judges import to_pattern
 
 # Not within a word of Latin letters, and without the minus of "3-4"
 NUMBER = re.compile(
-    r"(?<![A-Za-z0-9_.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
+    r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
 )
 FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 BULLET = re.compile(r"^\s*[-*•·]\s+\S", re.MULTILINE)

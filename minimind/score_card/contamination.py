@@ -90,12 +90,14 @@ def _remarks(section: dict) -> list[str]:
     if not any(stage["files"] for stage in section["lineage"]):
         return remarks
     for name, task in section["tasks"].items():
-        remark = f"{name}: {task['overlapping']:,} of {task['n']:,} items are in the training text"
+        found, count = task["overlapping"], task["n"]
+        parts = [f"{name}: {found:,} of {count:,} items are in the training text"]
         for measure, score in list(task["scores"].items())[:1]:
             before, without = score["all"]["score"], score["without"]
-            after = f"{without['score']:.1%}" if without else "nothing"
-            remark += f"; {measure} is {before:.1%} with them and {after} without"
-        remarks.append(remark)
+            if without:
+                after = without["score"]
+                parts.append(f"{measure} is {before:.4g} with them and {after:.4g} without")
+        remarks.append("; ".join(parts))
     return remarks
 
 

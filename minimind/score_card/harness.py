@@ -52,10 +52,10 @@ class HarnessTask:
         for name in names:
             if name not in self._manager.all_tasks:
                 close = get_close_matches(name, self._manager.all_tasks, 3)
-                known = f" Similar ones: {', '.join(close)}." * bool(close)
                 raise UserError(
-                    f"--lm_eval {name}: lm-evaluation-harness has no such task.{known} Tasks of"
-                    " your own are found in the directory --include_path."
+                    f"--lm_eval {name}: lm-evaluation-harness has no such task, only for example"
+                    f" {', '.join(close or ('blimp', 'arc_easy'))}. Tasks of your own are looked"
+                    " for in the directory --include_path."
                 )
             try:
                 self._manager.load([name])

@@ -13,7 +13,7 @@ from minimind.data.bad_rows import BadRows
 from minimind.data.chat_encoder import ChatEncoder
 from minimind.data.columns import Columns
 from minimind.data.sources import expand
-from minimind.evaluation.answers import answer_metrics, answer_questions, read_questions
+from minimind.evaluation.answers import answer_metrics, answer_questions, read_question_rows
 from minimind.evaluation.files import conversation_losses, conversation_metrics
 from minimind.evaluation.losses import RowLoss, loss_metrics
 from minimind.evaluation.scoring import ModelSubject, Subject
@@ -124,19 +124,21 @@ class ChatsTask:
         model, tokenizer = subject.model, subject.tokenizer
         bad_rows = BadRows(self.options["on_bad_rows"])
         encoder = ChatEncoder(tokenizer)
-        questions = read_questions(self._files, bad_rows, encoder, self._columns)
+        rows = read_question_rows(self._files, bad_rows, encoder, self._columns)
         self._columns.stop()
+        keys, questions = [row.where for row in rows], [row.data for row in rows]
         size = self.options["batch_size"]
 
         measures, fields = {}, {}
         if new_tokens := self.options["max_new_tokens"]:
             answers = answer_questions(model, tokenizer, questions, new_tokens, size)
             fields = answer_metrics(questions, answers)
-            exact = {str(number): float(each.exact) for number, each in enumerate(answers)}
+            exact = {key: float(each.exact) for key, each in zip(keys, answers, strict=True)}
             measures["chats/exact_match"] = Measure(exact)
         length = self.options["max_length"]
         losses = conversation_losses(model, tokenizer, questions, length, size)
-        with_bytes = {str(i): each for i, each in enumerate(losses) if each and each.bytes}
+        found = zip(keys, losses, strict=True)
+        with_bytes = {key: each for key, each in found if each and each.bytes}
         if with_bytes:
             measures["chats/bits_per_byte"] = bits_measure(with_bytes)
         fields |= {**conversation_metrics(losses), "bad_rows": bad_rows.count}

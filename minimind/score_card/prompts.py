@@ -13,8 +13,7 @@ from minimind.data.files import to_document
 from minimind.data.prompts import to_prompt
 from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import Subject
-from minimind.generation import Reply
-from minimind.tokenizer import text_encoder
+from minimind.generation import Reply, text_start
 
 
 class Prompt(NamedTuple):
@@ -56,13 +55,10 @@ def fitting_replies(
         UserError: no prompt fits, a template cannot express one, or see `generation.decode`.
     """
     tokenizer = subject.tokenizer
-    encoder, begin = text_encoder(tokenizer), beginning(tokenizer)
     chats = [prompt.conversation for prompt in prompts if prompt.conversation]
     encoded = iter(encode_prompts(chats, ChatEncoder(tokenizer)))
     ids = [
-        next(encoded)
-        if prompt.conversation
-        else [*begin, *encoder.encode(prompt.text, add_special_tokens=False).ids]
+        next(encoded) if prompt.conversation else text_start(tokenizer, prompt.text)
         for prompt in prompts
     ]
     room = subject.max_length - sampling.max_new_tokens

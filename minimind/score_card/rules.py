@@ -16,12 +16,13 @@ from minimind.data.sources import expand
 from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import Subject
 from minimind.evaluation.statistics import Measure, estimate
-from minimind.score_card.checks import follows, read_rules
+from minimind.score_card.checks import RULES, follows, read_rules
 from minimind.score_card.prompts import Prompt, fitting_replies, read_prompt
 from minimind.score_card.rows import groups_of, named, read_items
 from minimind.score_card.tasks import Result
 
-COLUMNS = ("answer", "number", "regex", "contains")  # rules that may be columns of a row
+# Rules that may be columns of a row; "language" is a group
+COLUMNS = tuple(name for name in RULES if name != "language")
 
 
 class RuledPrompt(NamedTuple):
@@ -37,7 +38,7 @@ def read_ruled_prompts(
     files: Sequence[str], on_bad_rows: str | None = None, columns: Columns | None = None
 ) -> list[RuledPrompt]:
     """Rows with a prompt (see `prompts.read_prompt`) and rules: in the column `rules`, an object of
-    names in `checks.RULES` and values, or in one of `COLUMNS`.
+    names in `checks.RULES` and values, or in the columns `COLUMNS`.
 
     The kind of a row is its `kind`, else the first rule.
 
