@@ -147,6 +147,9 @@ def test_the_first_measure_stands_for_a_task_and_the_others_are_corrected_for_th
     group = found["t/0"]  # the same six items, but one of ten groups
     assert group["p"] == found["t/all"]["p"] < 0.05 < group["p_adjusted"]
     assert group["verdict"] == "not distinguishable"
+    for each in (a, b):
+        each.results["controls"] = each.results["t"]
+    assert len(differences([a, b])) == len(found)
     alone = differences([a, card("c", [1] * 10 + [0] * 90)])
     assert [each["measure"] for each in alone if each["better"]] == ["t/all", "t/0"]
 

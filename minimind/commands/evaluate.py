@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
             " word for word) and by tasks, each score with its interval and beside chance."
         ),
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, json_in_pipes=True)
     add = parser.add_argument
     paths = (
         "stage directories, adapters and exports; after them held-out files, directories or globs"

@@ -13,7 +13,7 @@ from minimind.generation import load_for_generation
 from minimind.score_card.contamination import contamination
 from minimind.score_card.controls import RememberingSubject, controls
 from minimind.score_card.finished import Finished, key_of, result_key
-from minimind.score_card.tasks import Card, Result, Task
+from minimind.score_card.tasks import CONTROLS, Card, Result, Task
 from minimind.stage_directory import lineage, read_stage, require_stage
 from minimind.stage_directory.loading import check_scores
 from minimind.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def make_card(
     key = [result_key(path, task) for task in tasks], ancestors
     if "controls" in checks:
         run = partial(controls, subject, tasks, ancestors)
-        results["controls"] = find(key_of(("controls", key)), run)
+        results[CONTROLS] = find(key_of(("controls", key)), run)
     if "contamination" in checks:
         run = partial(contamination, tasks, dict(results), ancestors)
         results["contamination"] = find(key_of(("contamination", key)), run)

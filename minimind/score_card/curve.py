@@ -9,7 +9,7 @@ from minimind.common.charts import COLOURS, GRID, canvas, to_png
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import read_json, write_bytes
 from minimind.score_card.report import Row, Table, rows
-from minimind.score_card.tasks import Card
+from minimind.score_card.tasks import CONTROLS, Card
 from minimind.stage_directory import read_stage
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -96,7 +96,11 @@ class Curve(NamedTuple):
 def curves(cards: Sequence[Card]) -> list[Curve]:
     """The first measures of each task."""
     found: dict[tuple[str, str], Curve] = {}
-    for row in rows(cards, DRAWN):
+    of_tasks = [
+        card._replace(results={k: v for k, v in card.results.items() if k != CONTROLS})
+        for card in cards
+    ]
+    for row in rows(of_tasks, DRAWN):
         key = run_of(row.directory), row.name
         found.setdefault(key, Curve(*key, [])).points.append((place(row.directory)["step"], row))
     return list(found.values())

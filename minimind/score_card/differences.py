@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from minimind.common.language import translated
 from minimind.evaluation.statistics import VERDICTS, better, difference, holm
 from minimind.score_card.report import SHOWN, Table, is_share
-from minimind.score_card.tasks import Card, Result
+from minimind.score_card.tasks import CONTROLS, Card, Result
 
 COLUMNS = ("against A", "measure", "n", "A", "B", "B - A", "95 % interval", "p", "verdict")
 
 
 def differences(cards: Sequence[Card]) -> list[dict]:
-    """Each later card (B) against the first (A), measure by measure, on the items that both have;
-    see `task_differences`."""
+    """Each later card (B) against the first (A), measure by measure, on the items that both have,
+    without those of controls; see `task_differences`."""
     first, *others = cards
     return [
         {"a": first.directory, "b": card.directory, "task": task, **found}
         for card in others
         for task, result in card.results.items()
-        if task in first.results
+        if task in first.results and task != CONTROLS
         for found in task_differences(first.results[task], result)
     ]
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 from minimind.evaluation.scoring import Subject
 from minimind.evaluation.statistics import Measure
 
+CONTROLS = "controls"  # the result of those, in a card beside the tasks'
+
 
 class Result(NamedTuple):
     """What a task found: its `measures` by name, the `section` of the card's JSON with the task's
