@@ -93,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"unrecognized arguments: {' '.join(others)}.{guess} See {command.prog} --help."
         )
-    prints_json = getattr(args, "json", None) or ("json" in args and not sys.stdout.isatty())
-    if prints_json and os.environ.get("WANDB_MODE") == "offline":
+    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
         # transformers 5.23 prints a line on this variable when it is imported; stdout is the
         # report's alone.
         with redirect_stdout(sys.stderr):
