@@ -48,9 +48,9 @@ def by_generate(model: PreTrainedModel, prompts: list[list[int]], count: int) ->
     return output[:, ids.shape[1] :].tolist()
 
 
-def by_batch(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+def by_batch(batcher: Batcher, prompts: list[list[int]], count: int) -> list[list[int]]:
     """The same by the server's batch."""
-    batcher, done = Batcher(model, len(prompts)), Queue()
+    done: Queue = Queue()
 
     def take(token: int, job: int) -> bool:
         if len(jobs[job].written) == count:
@@ -62,27 +62,28 @@ def by_batch(model: PreTrainedModel, prompts: list[list[int]], count: int) -> li
         for number, ids in enumerate(prompts)
     ]
     batcher.submit(jobs)
-    batcher.start()
     for _ in prompts:
         if problem := done.get():
             raise problem
-    batcher.stop()
     return [job.written for job in jobs]
 
 
 def measure_generation(model: PreTrainedModel, args: argparse.Namespace) -> None:
     """Print how fast both write 1 and 16 texts."""
     model.generation_config.eos_token_id = None  # all texts have the same length
+    batcher = Batcher(model, most=16)
+    batcher.start()
     for size in (1, 16):
         prompts = torch.randint(3, model.config.vocab_size, (size, 64)).tolist()
         runs = {
             "generate": partial(by_generate, model, prompts, args.new_tokens),
-            "batch": partial(by_batch, model, prompts, args.new_tokens),
+            "batch": partial(by_batch, batcher, prompts, args.new_tokens),
         }
         same = "same tokens" if runs["generate"]() == runs["batch"]() else "OTHER TOKENS"
         for name, (seconds, ratio) in side_by_side(runs, args.rounds).items():
             speed = size * args.new_tokens / seconds
             print(f"{size:3} texts  {name:9} {speed:7.0f} tokens/s  x {1 / ratio:.2f}  {same}")
+    batcher.stop()
 
 
 async def client(address: str, number: int, end: float, args: argparse.Namespace) -> list[tuple]:

@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"unrecognized arguments: {' '.join(others)}.{guess} See {command.prog} --help."
         )
-    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
+    in_pipes = getattr(args, "json_in_pipes", False) and not sys.stdout.isatty()
+    if (in_pipes or getattr(args, "json", False)) and os.environ.get("WANDB_MODE") == "offline":
         # transformers 5.23 prints a line on this variable when it is imported; stdout is the
         # report's alone.
         with redirect_stdout(sys.stderr):

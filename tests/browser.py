@@ -50,8 +50,9 @@ class Browser:
         self.call("Page.navigate", url=address)
 
     def evaluate(self, script):
-        """The value of an expression of JavaScript."""
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of an expression of JavaScript, or of what it promises."""
+        options = {"returnByValue": True, "awaitPromise": True}
+        result = self.call("Runtime.evaluate", expression=script, **options)
         return result["result"].get("value")
 
     def text(self, name):

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from pipeline import failure, run_cli
+from talking import CHATS, write_learned
 from test_export import SIZE, read_gguf_by_hand, write_stages
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -171,9 +172,33 @@ def test_a_tokenizer_of_every_known_rule_is_exported(rule, tmp_path, stages):
         assert again(text).input_ids == other(text).input_ids
 
 
-@pytest.mark.skipif(
+needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
+
+
+@needs_llama_cpp
+def test_llama_cpp_chats_as_transformers_does(tmp_path, tokenizer):
+    """Both languages, through the chat template in the file, up to the end token."""
+    import llama_cpp
+
+    model = load_model(write_learned(tmp_path / "sft", tokenizer)).eval()
+    minimind.export.export(tmp_path / "sft", tmp_path / "out", "gguf", "float32")
+    llama = llama_cpp.Llama(str(tmp_path / "out/model.gguf"), n_ctx=256, verbose=False)
+    for question, answer in CHATS.items():
+        messages = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=60)[0]
+        reply = tokenizer.decode(out[inputs.input_ids.shape[1] :])
+        assert reply == f"{answer}<|im_end|>"
+        said = llama.create_chat_completion(messages, temperature=0, max_tokens=60)["choices"][0]
+        assert (said["message"]["content"], said["finish_reason"]) == (answer, "stop")
+    llama.close()
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 @pytest.mark.parametrize(
     "variant",

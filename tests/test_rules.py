@@ -13,8 +13,16 @@ from minimind.data.template_choice import set_chat_template
 from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import Reply, complete
-from minimind.score_card import RulesTask, read_ruled_prompts
+from minimind.score_card import (
+    ChoicesTask,
+    RepliesTask,
+    RulesTask,
+    read_multiple_choice,
+    read_referenced_prompts,
+    read_ruled_prompts,
+)
 from minimind.score_card.checks import RULES, follows, normalised, numbers_in, read_rules
+from minimind.score_card.controls import controls
 from minimind.tokenizer import load_tokenizer, save_tokenizer
 
 # rule, value -> replies that follow it, replies that do not
@@ -178,6 +186,22 @@ def test_replies_of_a_model_are_greedy_and_in_the_order_of_the_prompts(model, ch
     found = subject.replies(prompts, Sampling(1, 5, 0.0, 1.0, 0, 2))
     alone = [complete(model, chatty, [each], 5)[0] for each in prompts]
     assert [reply.text for reply in found] == alone
+
+
+def test_controls_take_the_models_place_where_there_are_choices_and_not_where_it_replies(
+    model, chatty, write_jsonl
+):
+    row = {"question": "the dog", "choices": ["runs", "fox"], "answer": 0}
+    questions, _ = read_multiple_choice([write_jsonl("q.jsonl", [row, row, row, row])])
+    asked = write_jsonl("rules.jsonl", [{"prompt": "q", "answer": "a"}])
+    tasks = [
+        ChoicesTask(questions),
+        RulesTask(read_ruled_prompts([asked])),
+        RepliesTask(read_referenced_prompts([write_jsonl("plain.jsonl", [{"prompt": "q"}])])),
+    ]
+    section = controls(lambda: ModelSubject(model, chatty), tasks, []).section
+    assert {*section["random"]} == {*section["shuffled"]} == {"choices"}
+    assert section["length"]["choices"]["all"]["cloze_tokens"] == 0.5  # every token is as probable
 
 
 @pytest.fixture

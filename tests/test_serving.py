@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -17,7 +18,7 @@ from judged import write_scorer, write_talker
 from pipeline import PATIENCE, failure, run_cli, user, wait_until
 from serving import serving
 
-from minimind import MiniMindConfig
+from minimind import MiniMindConfig, MiniMindForCausalLM
 from minimind.common.errors import UserError
 from minimind.data.chat_encoder import encode_prompts
 from minimind.data.messages import reply_message
@@ -25,7 +26,7 @@ from minimind.generation import load_for_generation
 from minimind.serving import app as serving_app
 from minimind.serving import models as serving_models
 from minimind.serving.app import Endpoint, build_app
-from minimind.serving.batching import Batcher, Job, choose
+from minimind.serving.batching import Batcher, Job, choose, nucleus
 from minimind.serving.models import Served, names_of
 from minimind.serving.texts import ReplyStream, TextStream
 
@@ -79,10 +80,17 @@ def post(address, path="/v1/chat/completions", **options):
 # The batch
 
 
+@pytest.fixture
+def sensitive(config):
+    """A model whose next token depends on all tokens before it, and on where they stand."""
+    config.initializer_range = 0.3
+    torch.manual_seed(0)
+    return MiniMindForCausalLM(config).eval()
+
+
 def written(batcher, *jobs):
-    """The tokens of jobs (ids, limit, options), submitted one after the other while the earlier
-    ones are being written."""
-    outputs, done = [[] for _ in jobs], Queue()
+    """The tokens of jobs (ids, limit, options) that are submitted at once."""
+    outputs, done, submitted = [[] for _ in jobs], Queue(), []
     for output, (ids, limit, options) in zip(outputs, jobs, strict=True):
 
         def take(token, output=output, limit=limit):
@@ -92,7 +100,8 @@ def written(batcher, *jobs):
             return True
 
         settings = {"temperature": 0, "top_p": 1.0, "fail": done.put} | options
-        batcher.submit([Job(ids, limit, take=take, **settings)])
+        submitted.append(Job(ids, limit, take=take, **settings))
+    batcher.submit(submitted)
     for _ in jobs:
         problem = done.get(timeout=PATIENCE)
         assert problem is None, problem
@@ -100,11 +109,13 @@ def written(batcher, *jobs):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_texts_that_join_and_leave_a_batch_are_those_of_generate(model, penalty):
-    model.eval()
+def test_texts_that_join_and_leave_a_batch_are_those_of_generate(sensitive, penalty):
+    """Three at a time: the first three begin together, and the others where one ends."""
+    model = sensitive
     model.generation_config.repetition_penalty = penalty
     prompts = [[5, 6, 7], [9] * 40, [11], [30, 31, 32, 33, 34], [50] * 17, [200, 201]]
     limits = [30, 3, 12, 20, 7, 1]
+    prompts, limits = [*prompts, [8] * 9, [77]], [*limits, 5, 90]
     expected = [
         model.generate(
             torch.tensor([ids]),
@@ -123,8 +134,8 @@ def test_texts_that_join_and_leave_a_batch_are_those_of_generate(model, penalty)
     batcher.stop()
 
 
-def test_a_seed_gives_the_same_text_alone_and_among_others(model):
-    batcher = Batcher(model.eval(), most=4)
+def test_a_seed_gives_the_same_text_alone_and_among_others(sensitive):
+    batcher = Batcher(sensitive, most=4)
     batcher.start()
 
     def job(seed):
@@ -153,8 +164,12 @@ def test_sampling_follows_the_distribution_within_the_nucleus():
     assert counts(1.0, 1.0) == counts(0.5, 1.0) == [9, 36, 18, 27]
     assert counts(1.0, 0.8) == [0, 40, 20, 30]  # 0.4 + 0.3 is below it
     assert counts(1.0, 0.0) == [0, 90, 0, 0]  # one token is always left
+    # Among many tokens, a nucleus larger than what is sorted first
+    even = Job([], 1, 1.0, 0.5, None, None, Drawn(0.999))
+    assert choose(torch.zeros(1, 1000), [even])[0] < 1000
+    assert [len(nucleus(np.ones(1000), top_p)) for top_p in (0.5, 0.1)] == [500, 100]
     mixed = [Job([], 1, temperature, 1.0, None, None, Drawn(0.99)) for temperature in (0, 1.0)]
-    assert choose(shares.log().expand(2, 4), mixed) == [1, 0]
+    assert choose(shares.log().expand(2, 4), mixed) == [1, 3]
 
 
 def test_an_error_ends_the_texts_of_its_batch_and_no_others(model, monkeypatch, capsys):

@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
             " word for word) and by tasks, each score with its interval and beside chance."
         ),
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, json_in_pipes=True)
     add = parser.add_argument
     paths = (
         "stage directories, adapters and exports; after them held-out files, directories or globs"
@@ -97,24 +97,23 @@ def add_parser(commands) -> None:
 def run(args: Namespace) -> None:
     """Evaluate the models, and print the card."""
     from minimind.common.terminal import Terminal
+    from minimind.score_card import (
+        Finished,
+        card_table,
+        cards_json,
+        check_model,
+        curve_of,
+        curve_picture,
+        curve_table,
+        curves_json,
+        differences,
+        differences_table,
+        make_card,
+        picture,
+        remarks,
+        write_cards,
+    )
 
-    with redirect_stdout(sys.stderr):  # a library prints a line where it is imported first
-        from minimind.score_card import (
-            Finished,
-            card_table,
-            cards_json,
-            check_model,
-            curve_of,
-            curve_picture,
-            curve_table,
-            curves_json,
-            differences,
-            differences_table,
-            make_card,
-            picture,
-            remarks,
-            write_cards,
-        )
     directories, files = split_paths(args.paths)
     checks = [name for name in ("controls", "contamination") if getattr(args, name)]
     output = Path(args.output) if args.output else None

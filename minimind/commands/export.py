@@ -39,3 +39,5 @@ def run(args: Namespace) -> None:
     record = export(args.directory, args.out, args.format, args.dtype)
     say(f"{args.directory} -> {args.out} ({record['format']}, {record['dtype']})")
     say(report(record["verification"]))
+    if args.format == "web":
+        say(f"Open {args.out}/index.html: a double click is enough.")

@@ -8,6 +8,7 @@
         clean/KEY/      cleaned data, with sizes and hashes of its shards in report.json
         exports/KEY/    served models in the stock layout, with a manifest.json
         world/          the embedded corpus
+        wllama/         the npm package of llama.cpp for the browser
         hashes/         the hashes of large files, each valid until the file is touched
         chat_history    the messages typed in chats
 

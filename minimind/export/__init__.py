@@ -21,6 +21,7 @@ from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.gguf import require_gguf, rounded, write_gguf
+from minimind.export.instructions import write_instructions
 from minimind.export.layouts import (
     FORMATS,
     STOCK,
@@ -29,6 +30,7 @@ from minimind.export.layouts import (
     save_for_all_versions,
     stock_model,
 )
+from minimind.export.prompts import speaker
 from minimind.export.verification import (
     Probes,
     check_llama_cpp,
@@ -71,7 +73,6 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
     as_gguf = format in ("gguf", "web")
     if as_gguf:
         require_gguf(format)
-    program = wllama() if format == "web" else None
     saved = str(load_config(path).dtype or "float32").removeprefix("torch.")
     dtype = dtype or ("q8_0" if format == "web" else saved)
     if dtype not in DTYPES or (dtype == "q8_0" and not as_gguf):
@@ -89,6 +90,7 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
             f" {', '.join(fitting)}."
         )
 
+    program = wllama() if format == "web" else {}
     with new_directory(out) as partial:
         write = write_gguf_directory if as_gguf else write_layout
         record = {
@@ -98,10 +100,13 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
             "libraries": library_versions(),
             "verification": write(source, tokenizer, format, dtype, partial),
         }
-        chats = bool(tokenizer.chat_template) and record["source"]["stage"] != "pretrain"
+        if as_gguf:
+            facts = speaker(source, tokenizer, record["source"]["stage"])
+        if format == "gguf":
+            write_instructions(partial, facts, dtype)
         if format == "web":
             file = partial / "model.gguf"
-            write_page(partial, file, dtype, source, tokenizer, chats, program)
+            write_page(partial, file, dtype, facts, program)
             file.unlink()  # the page holds it
         write_json(partial / "export.json", record)
     return record

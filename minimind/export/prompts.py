@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.errors import BadRowError
 from minimind.data.templates import bounded
 
 REASONING = re.compile(r"<think>.*?</think>\n*", re.DOTALL)
+WINDOW = 4096  # tokens of a conversation at most: each takes memory, and a browser's tab has little
 SYSTEM, QUESTIONS, REPLIES = "SYSTEM", ("FIRST", "SECOND"), "REPLY"
 # What the pieces are tried on: system prompt, questions and replies by turns
 TRIALS = (
@@ -52,6 +53,38 @@ class PromptPieces:
         if self.drops_reasoning and (reasoning := REASONING.match(reply)):
             reply = reply[reasoning.end() :]
         return reply.strip() if self.strips_replies else reply
+
+
+@dataclass
+class Speaker:
+    """What a program needs to know of a model to speak with it."""
+
+    chats: bool  # whether it answers messages, and does not only continue texts
+    pieces: PromptPieces | None  # of a chat model, if its template consists of pieces
+    start: str  # the control token before a text, as before a document in training
+    ends: list[int]  # the tokens that end a reply
+    special: dict[int, str]  # control tokens
+    window: int  # tokens
+    parameters: int
+
+
+def speaker(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stage: str | None
+) -> Speaker:
+    """What is to know of the model that a stage wrote."""
+    chats = bool(tokenizer.chat_template) and stage != "pretrain"
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    added = tokenizer.added_tokens_decoder
+    return Speaker(
+        chats=chats,
+        pieces=prompt_pieces(tokenizer) if chats else None,
+        start=tokenizer.eos_token or "",
+        ends=ends if isinstance(ends, list) else [ends],
+        special={index: token.content for index, token in added.items() if token.special},
+        window=min(model.config.max_position_embeddings, WINDOW),
+        parameters=model.num_parameters(),
+    )
 
 
 def prompt_pieces(tokenizer: PreTrainedTokenizerFast) -> PromptPieces | None:

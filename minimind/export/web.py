@@ -17,16 +17,16 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from http.client import HTTPException
 from pathlib import Path
 
 from huggingface_hub import constants
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minimind.common.cache import cache_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_bytes
 from minimind.common.language import is_chinese, say
-from minimind.export.prompts import prompt_pieces
+from minimind.export.prompts import Speaker
 
 PAGE = Path(__file__).with_name("web.html").read_text(encoding="utf-8")
 VERSION = "2.4.0"
@@ -37,7 +37,6 @@ INTEGRITY = (
 CODE, WASM, LICENCE = "esm/index.js", "esm/single-thread/wllama.wasm", "LICENCE"
 REGISTRY = "https://registry.npmjs.org"
 LARGEST = 2**30  # bytes of a model
-WINDOW = 4096  # tokens of a conversation at most: a tab has little memory
 BLOCK = 3 * 2**20  # bytes of a file in one element of the page
 
 
@@ -50,10 +49,10 @@ def wllama() -> dict[str, bytes]:
     file = cache_directory("wllama") / f"wllama-{VERSION}.tgz"
     with suppress(OSError):
         return unpack(file.read_bytes())
-    address = f"{os.environ.get('NPM_CONFIG_REGISTRY') or REGISTRY}".rstrip("/")
-    address += f"/@wllama/wllama/-/{file.name}"
+    registry = os.environ.get("NPM_CONFIG_REGISTRY") or REGISTRY
+    address = f"{registry.rstrip('/')}/@wllama/wllama/-/{file.name}"
     remedy = (
-        f"Run `npm pack @wllama/wllama@{VERSION}` on a computer that has it, and put the file at"
+        f"Run `npm pack @wllama/wllama@{VERSION}` on a computer that has npm, and put the file at"
         f" {file}; or set NPM_CONFIG_REGISTRY to another npm registry."
     )
     if constants.HF_HUB_OFFLINE:
@@ -62,7 +61,7 @@ def wllama() -> dict[str, bytes]:
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
             content = answer.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"{address}: cannot be downloaded ({error}). {remedy}") from error
     files = unpack(content)
     write_bytes(file, content)
@@ -83,56 +82,42 @@ def unpack(archive: bytes) -> dict[str, bytes]:
 
 
 def write_page(
-    out: Path,
-    gguf: Path,
-    dtype: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    chats: bool,
-    program: dict[str, bytes],
+    out: Path, gguf: Path, dtype: str, speaker: Speaker, program: dict[str, bytes]
 ) -> None:
     """Write `index.html` and wllama's licence into a directory.
 
     Args:
         gguf: the model's file; its data type is `dtype`.
-        model: the source, of which the window, the end tokens and the size are read.
-        chats: whether it answers messages, and does not only continue texts.
         program: wllama's files.
 
     Raises:
         UserError: the chat template cannot be written as pieces of text, or the model is too large.
     """
-    pieces = prompt_pieces(tokenizer) if chats else None
-    if chats and pieces is None:
+    if speaker.chats and speaker.pieces is None:
         raise UserError(
-            "the chat template of this tokenizer is more than fixed text around the messages, and"
-            " the page has no Jinja to render it. Use --format gguf with"
-            " `llama-server --jinja`, or fine-tune with --chat_template chatml."
+            "the chat template of this tokenizer is more than fixed text around the messages, and a"
+            " page cannot render it. Use --format gguf with llama-server, or fine-tune with"
+            " --chat_template chatml."
         )
     if (size := gguf.stat().st_size) > LARGEST:
         raise UserError(
-            f"the model has {size / 2**20:,.0f} MiB, and a page may have {LARGEST / 2**20:,.0f}."
-            " Use --dtype q8_0, or --format gguf."
+            f"the model's file has {size / 2**20:,.0f} MiB, and a page has room for"
+            f" {LARGEST / 2**20:,.0f}. Use --dtype q8_0, or --format gguf."
         )
-    window = min(model.config.max_position_embeddings, WINDOW)
-    added = tokenizer.added_tokens_decoder
-    special = [index for index, token in added.items() if token.special]
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
     facts = {
         "language": "zh" if is_chinese() else "en",
-        "millions": f"{model.num_parameters() / 1e6:.1f}",
+        "millions": f"{speaker.parameters / 1e6:.1f}",
         "dtype": dtype,
-        "window": window,
+        "window": speaker.window,
         "batch": 64,  # tokens that are read before the page looks at its stop button
-        "max": min(256, window // 2),
+        "max": min(256, speaker.window // 2),
         "temperature": 0.7,
         "top_p": 0.9,
-        "pieces": pieces and asdict(pieces),
-        "start": tokenizer.eos_token,  # before a text, as before a document in training
-        "controls": [added[index].content for index in special],
-        "special": special,
-        "ends": ends if isinstance(ends, list) else [ends],
+        "pieces": speaker.pieces and asdict(speaker.pieces),
+        "start": speaker.start,
+        "controls": list(speaker.special.values()),
+        "special": list(speaker.special),
+        "ends": speaker.ends,
     }
     licence = program[LICENCE].decode()
     files = {

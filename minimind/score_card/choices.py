@@ -28,6 +28,7 @@ from minimind.data.sources import File, expand
 from minimind.data.units import HAN_CHARACTER
 from minimind.evaluation.scoring import Request, Subject
 from minimind.evaluation.statistics import Measure, estimate
+from minimind.score_card.minimal_pairs import TIE
 from minimind.score_card.prompts import beginning
 from minimind.score_card.rows import groups_of, named, read_choices, read_items, take_text
 from minimind.score_card.tasks import Result
@@ -36,7 +37,6 @@ from minimind.tokenizer import text_encoder
 ANSWER = {"en": "Answer:", "zh": "答案："}
 # The first stands for the task: acc_norm of lm-evaluation-harness. "cloze_sum" is its acc.
 ANSWERS = ("answer", "answerkey", "label")  # before other columns with a response
-TIE = 1e-6  # nats
 FORMS = ("cloze_characters", "letters", "cloze_sum", "cloze_tokens", "cloze_bytes")
 SPLITS = ("val", "validation", "valid", "test")  # scored; examples come from "dev" beside them
 

@@ -77,7 +77,7 @@ class TextsTask:
                 "documents": len(members),
                 "bytes": sum(found[index].bytes for index in members),
                 **loss_metrics([found[index] for index in members]),
-                "bits_per_byte_interval": estimate(measure)["interval"],
+                "bits_per_byte_interval": [round(end, 6) for end in estimate(measure)["interval"]],
             }
             section[kind] |= {name: fields} if name else fields
             if not name or len(members) < len(found):  # a group of everything says nothing new

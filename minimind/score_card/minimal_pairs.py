@@ -166,8 +166,11 @@ def describe(measures: Mapping[str, Measure]) -> dict:
     """The scores of a group by `sum` and by `mean` with their intervals, and the verdict on the
     sum in words."""
     found = {form: estimate(measure) for form, measure in measures.items()}
-    scores = {form: each["score"] for form, each in found.items()}
-    intervals = {f"{form}_interval": each["interval"] for form, each in found.items()}
+    scores = {form: round(each["score"], 6) for form, each in found.items()}
+    intervals = {
+        f"{form}_interval": [round(end, 6) for end in each["interval"]]
+        for form, each in found.items()
+    }
     one = found["sum"]
     verdict = VERDICTS[one["above_chance"]]
     return {"n": one["n"], **scores, **intervals, "chance": one["chance"], "verdict": verdict}
@@ -176,7 +179,7 @@ def describe(measures: Mapping[str, Measure]) -> dict:
 def lengths(differences: Sequence[int]) -> dict[str, float]:
     """How many tokens more the good sentence has, of each pair -> `same_length`, `good_longer`."""
     unequal = [difference for difference in differences if difference]
-    shares = {"same_length": 1 - len(unequal) / len(differences)}
+    shares = {"same_length": round(1 - len(unequal) / len(differences), 6)}
     if unequal:
-        shares["good_longer"] = sum(each > 0 for each in unequal) / len(unequal)
+        shares["good_longer"] = round(sum(each > 0 for each in unequal) / len(unequal), 6)
     return shares

@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from minimind.common.errors import BadRowError, UserError
 from minimind.data.bad_rows import check_text, shown
 from minimind.data.calls import parse_literal
@@ -187,9 +185,6 @@ class RepliesTask:
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {row.key: (row.prompt.asked, *row.references) for row in self.rows}
-
-    def shuffled(self, generator: np.random.Generator) -> None:
-        """See `Task`: references are no labels."""
 
 
 def described(pairs: Sequence[tuple[ReferencedPrompt, Reply]]) -> tuple[dict, dict[str, Measure]]:

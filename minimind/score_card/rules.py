@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from minimind.common.errors import BadRowError
 from minimind.data.bad_rows import shown
 from minimind.data.calls import parse_literal
@@ -126,6 +124,3 @@ class RulesTask:
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
         return {row.key: (row.prompt.asked,) for row in self.rows}
-
-    def shuffled(self, generator: np.random.Generator) -> None:
-        """See `Task`: rules are no labels."""

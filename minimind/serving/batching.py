@@ -13,13 +13,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from minimind.common.language import say
 
 READ_AT_ONCE = 8192  # tokens of new prompts between two tokens of the texts that are being written
+
+SMALL = 256  # tokens of a nucleus that is found without sorting the vocabulary
 
 
 @dataclass(eq=False)
@@ -56,28 +60,74 @@ class Job:
 
 
 def choose(logits: torch.Tensor, jobs: Sequence[Job]) -> list[int]:
-    """The next token of each job, from logits (B, V).
-
-    Samples by the inverse of the cumulative distribution, with one number in [0, 1) from each job's
-    own random state: what a seed gives depends neither on the device nor on the other jobs.
-    """
+    """The next token of each job, from logits (B, V)."""
     if not any(job.temperature for job in jobs):
         return logits.argmax(-1).tolist()
-    temperatures = torch.tensor([job.temperature or 1.0 for job in jobs], device=logits.device)
-    shares = torch.tensor([job.top_p for job in jobs], device=logits.device)
-    draws = torch.tensor(
-        [job.draws.random() if job.temperature else 0.0 for job in jobs], device=logits.device
-    )
-    scaled = logits.float() / temperatures[:, None]
-    probabilities, tokens = scaled.softmax(-1).sort(descending=True, stable=True)
-    mass = probabilities.cumsum(-1)
-    # The smallest set of tokens whose probability reaches top_p (Holtzman et al., 2020)
-    in_nucleus = mass - probabilities < shares[:, None]
-    in_nucleus[:, 0] = True
-    total = (probabilities * in_nucleus).sum(-1)
-    places = (mass <= (draws * total)[:, None]).sum(-1)
-    places = places.minimum(in_nucleus.sum(-1) - 1)
-    return tokens.gather(1, places[:, None])[:, 0].tolist()
+    # Row by row in numpy: torch would sort all rows in full, in the time of a third of a step
+    rows = logits.float().cpu().numpy()
+    return [sample(row, job) for row, job in zip(rows, jobs, strict=True)]
+
+
+def sample(logits: np.ndarray, job: Job) -> int:
+    """One token, from logits (V,), by the inverse of the cumulative distribution.
+
+    The number in [0, 1) comes from the job's own random state: what a seed gives depends neither on
+    the device nor on the other jobs.
+    """
+    if not job.temperature:
+        return int(logits.argmax())
+    shares = np.exp((logits - logits.max()) / job.temperature)
+    tokens = nucleus(shares, job.top_p) if job.top_p < 1 else np.arange(len(shares))
+    mass = shares[tokens].cumsum(dtype=np.float64)
+    place = np.searchsorted(mass, job.draws.random() * mass[-1], side="right")
+    return int(tokens[min(place, len(tokens) - 1)])
+
+
+def nucleus(shares: np.ndarray, top_p: float) -> np.ndarray:
+    """The smallest set of tokens whose part of all shares (V,) reaches `top_p` (Holtzman et al.,
+    2020), the most likely first."""
+    limit, size = top_p * shares.sum(dtype=np.float64), len(shares)
+    for count in (min(SMALL, size), size):  # it is seldom larger
+        tokens = np.argpartition(-shares, count - 1)[:count]
+        tokens = tokens[np.argsort(-shares[tokens], kind="stable")]
+        mass = shares[tokens].cumsum(dtype=np.float64)
+        if mass[-1] >= limit:
+            break
+    return tokens[: np.searchsorted(mass, limit) + 1]
+
+
+class RoomyLayer(DynamicLayer):
+    """The library's layer of keys and values, except: it has room for more tokens, so that one more
+    is written into it and does not copy all others."""
+
+    room: Sequence[torch.Tensor] = ()  # keys and values are views of their beginnings
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by each layer of the model with the keys and values (B, H, S, D) of new tokens;
+        returns those of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        given = (self.keys, key_states), (self.values, value_states)
+        if not self.room or self.keys is not self.known or end > self.room[0].shape[-2]:
+            size = end + end // 4 + 64
+            self.room = [new.new_zeros(*new.shape[:2], size, new.shape[-1]) for _, new in given]
+            if begin:
+                for room, (old, _) in zip(self.room, given, strict=True):
+                    room[:, :, :begin] = old
+        for room, (_, new) in zip(self.room, given, strict=True):
+            room[:, :, begin:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        self.known = self.keys  # others, where rows were added or removed, are copied
+        return self.keys, self.values
+
+
+def new_cache() -> Cache:
+    """An empty cache."""
+    return Cache(layer_class_to_replicate=RoomyLayer)
 
 
 class Batch:
@@ -94,10 +144,10 @@ class Batch:
         self.processors = model._get_logits_processor(
             settings, input_ids_seq_length=1, device=str(model.device)
         )
-        self.cache, self.mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.long)
+        self.cache, self.mask = new_cache(), torch.zeros(0, 0, dtype=torch.long)
 
     def forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
     ) -> torch.Tensor:
         """Logits (B, V) of the token after `ids` (B, S); `mask` (B, L) includes what is cached."""
         return self.model(
@@ -114,7 +164,7 @@ class Batch:
         device, length = self.model.device, max(len(job.ids) for job in jobs)
         ids = torch.tensor([[0] * (length - len(job.ids)) + list(job.ids) for job in jobs])
         mask = torch.tensor([[0] * (length - len(j.ids)) + [1] * len(j.ids) for j in jobs])
-        ids, mask, cache = ids.to(device), mask.to(device), DynamicCache()
+        ids, mask, cache = ids.to(device), mask.to(device), new_cache()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self.forward(ids, mask, positions, cache)
 
@@ -158,7 +208,7 @@ class Batch:
         """Remove the other rows, and the columns that are padding in all that stay."""
         self.jobs = [job for job, stays in zip(self.jobs, kept, strict=True) if stays]
         if not self.jobs:
-            self.mask, self.cache = self.mask[:0], DynamicCache()
+            self.mask, self.cache = self.mask[:0], new_cache()
             return
         rows = torch.tensor(kept, device=self.mask.device).nonzero()[:, 0]
         first = self.mask.shape[1] - max(job.length for job in self.jobs)
