@@ -39,7 +39,8 @@ from minimind.serving.texts import ReplyStream, TextStream
 
 LARGEST = 2**20  # bytes of a request's body
 MOST_WAITING = 256  # texts that wait for room in the batch
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+TYPES |= {500: "server_error", 503: "server_error"}
 KINDS = {"chat": ("chat.completion", "chatcmpl-"), "text": ("text_completion", "cmpl-")}
 
 
@@ -59,6 +60,8 @@ class Writing:
             for given, kept in [(getattr(request, name), getattr(settings, name, None))]
         }
         rows = [ids for ids in prompts for _ in range(request.n or 1)]
+        if not served.batcher.is_alive():
+            raise RequestError(503, "the model works no more; the server's log says why.")
         if len(rows) > MOST_WAITING:
             raise RequestError(
                 400, f"prompt: found {len(rows):,}, expected {MOST_WAITING:,} or fewer."
