@@ -306,7 +306,10 @@ GENERATE = """(async () => {
     const write = (text, token) => { texts.push(text); tokens.push(token); };
     const { end } = await generate(ids, 30, 0, { aborted: false }, write);
     turns = [];
-    return { ids, tokens, texts, end };
+    await wllama.kvClear();
+    await wllama.decode(ids, {});
+    const [{ p }] = await wllama.getLogits(1);
+    return { ids, tokens, texts, end, p };
 })()"""
 
 
@@ -331,6 +334,8 @@ def test_the_tab_gives_the_tokens_of_transformers(page, learned, browser, tokeni
             assert done["ids"] == list(ids)
             out = model.generate(torch.tensor([done["ids"]]), do_sample=False, max_new_tokens=30)
             expected = out[0, len(ids) :].tolist()
+            likeliest = model(torch.tensor([done["ids"]])).logits[0, -1].softmax(-1).max().item()
+            assert done["p"] == pytest.approx(likeliest, rel=1e-4)
             assert done["end"] == ("end" if expected[-1] == 2 else "full")
             expected = [token for token in expected if token > 2]
             assert done["tokens"] == expected
