@@ -40,25 +40,26 @@ def write_stage(directory, stage, files, parent=None, **facts):
 @pytest.fixture
 def runs(write_jsonl, tmp_path):
     """An adapter on a model on its pretraining, each with a file of its own."""
+    (tmp_path / "data").mkdir()
     for name in ("a", "b", "c"):
-        write_jsonl(f"{name}.jsonl", [{"text": f"text of {name}"}])
-    write_stage(tmp_path / "pretrain", "pretrain", ["a.jsonl"])
-    write_stage(tmp_path / "sft", "sft", ["b.jsonl"], "pretrain")
-    return write_stage(tmp_path / "lora", "lora", ["c.jsonl"], "sft")
+        write_jsonl(f"data/{name}.jsonl", [{"text": f"text of {name}"}])
+    write_stage(tmp_path / "pretrain", "pretrain", ["data/a.jsonl"])
+    write_stage(tmp_path / "sft", "sft", ["data/b.jsonl"], "pretrain")
+    return write_stage(tmp_path / "lora", "lora", ["data/c.jsonl"], "sft")
 
 
 def test_a_lineage_goes_back_to_random_weights_from_any_directory(runs, tmp_path):
     found = lineage(runs)
     assert [each.stage for each in found] == ["lora", "sft", "pretrain"]
-    files = [[tmp_path / f"{name}.jsonl"] for name in "cba"]
+    files = [[tmp_path / "data" / f"{name}.jsonl"] for name in "cba"]
     assert [each.files for each in found] == files
     assert {each.problem for each in found} == {None}
 
 
 def test_changed_and_missing_training_files_are_named(runs, tmp_path):
-    with (tmp_path / "c.jsonl").open("a") as file:
+    with (tmp_path / "data" / "c.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "data" / "b.jsonl").unlink()
     lora, sft, pretrain = lineage(runs)
     assert lora.files == sft.files == []
     assert "c.jsonl: not as they were (stage.json has another hash)" in lora.problem
@@ -171,13 +172,14 @@ def test_the_index_finds_what_a_search_of_all_places_finds():
         for start in range(len(units) - n + 1):
             ngrams.setdefault(tuple(units[start : start + n]), []).append(number)
     index.freeze()
+    short = next(list(ngram) for ngram in ngrams if len(ngram) == 3)
     for length in (1, 2, 5, 200):
-        text = draw.choices("abcde", k=length)
+        text = [*draw.choices("abcde", k=length), *short]
         expected = [
             (start, n, ngrams[tuple(text[start : start + n])])
-            for start in range(length)
+            for start in range(len(text))
             for n in range(3, 6)
-            if start + n <= length and tuple(text[start : start + n]) in ngrams
+            if start + n <= len(text) and tuple(text[start : start + n]) in ngrams
         ]
         assert list(index.find(text)) == expected
     assert expected

@@ -76,7 +76,7 @@ def test_the_length_control_ties_on_all_pairs_of_equal_length(bytewise, fair):
 
 
 def test_word_order_is_nothing_to_a_unigram_model(bytewise):
-    """Each pair is of the same tokens, whose sums must tie to the last bit."""
+    """Each pair is of the same tokens, whose sums in another order must tie."""
     draw = random.Random(1)
     texts = []
     for _ in range(100):

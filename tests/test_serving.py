@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
@@ -428,9 +429,21 @@ def test_other_refusals_have_their_status(address, client, endpoint, monkeypatch
     monkeypatch.setattr(serving_app, "MOST_WAITING", 1)
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**BODY, n=2)
-    monkeypatch.setattr(endpoint.models["chat"].batcher, "waiting", [None])
+
+    class Long(deque):
+        def __len__(self):
+            return 1000
+
+        def __bool__(self):
+            return False
+
+    batcher = endpoint.models["chat"].batcher
+    monkeypatch.setattr(batcher, "waiting", Long())
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(**BODY)
+    monkeypatch.setattr(batcher, "is_alive", lambda: False)
+    assert post(address, json=BODY)[0] == 503
+    assert httpx.get(f"{address}/health").status_code == 503
 
 
 def test_sixteen_clients_get_what_each_gets_alone(client):

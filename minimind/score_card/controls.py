@@ -61,15 +61,11 @@ class UnigramSubject:
     Args:
         counts: (vocabulary,), how often each token occurs. One is added to each (Laplace), so
             that none is impossible; zeros make all tokens equally probable.
-
-    The log-probabilities are multiples of 2^-32, so that the sums of the same tokens in any order
-    are equal, and tie.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int, counts: np.ndarray):
         self.tokenizer, self.max_length = tokenizer, max_length
-        log_shares = np.log((counts + 1.0) / (counts + 1.0).sum())
-        self.log_shares = np.round(log_shares * 2.0**32) / 2.0**32
+        self.log_shares = np.log((counts + 1.0) / (counts + 1.0).sum())
 
     def log_probabilities(
         self, requests: Sequence[Request], title: str = "scoring"

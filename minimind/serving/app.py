@@ -31,7 +31,7 @@ from minimind.serving.models import Served
 from minimind.serving.requests import (
     ChatRequest,
     CompletionRequest,
-    Request,
+    GenerationRequest,
     RequestError,
     parse,
 )
@@ -39,14 +39,17 @@ from minimind.serving.texts import ReplyStream, TextStream
 
 LARGEST = 2**20  # bytes of a request's body
 MOST_WAITING = 256  # texts that wait for room in the batch
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+TYPES |= {500: "server_error", 503: "server_error"}
 KINDS = {"chat": ("chat.completion", "chatcmpl-"), "text": ("text_completion", "cmpl-")}
 
 
-class Writing:
+class RequestedTexts:
     """The texts of one request while they are written: its prompts `n` times each."""
 
-    def __init__(self, served: Served, prompts: Sequence[list[int]], request: Request, limit: int):
+    def __init__(
+        self, served: Served, prompts: Sequence[list[int]], request: GenerationRequest, limit: int
+    ):
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, str, str | None] | Exception] = asyncio.Queue()
         self.prompt_tokens = sum(map(len, prompts))
@@ -59,6 +62,8 @@ class Writing:
             for given, kept in [(getattr(request, name), getattr(settings, name, None))]
         }
         rows = [ids for ids in prompts for _ in range(request.n or 1)]
+        if not served.batcher.is_alive():
+            raise RequestError(503, "the model works no more; the server's log says why.")
         if len(rows) > MOST_WAITING:
             raise RequestError(
                 400, f"prompt: found {len(rows):,}, expected {MOST_WAITING:,} or fewer."
@@ -125,7 +130,7 @@ class Writing:
 class Answer:
     """What a request is answered with: as one object, or as the events of a stream."""
 
-    def __init__(self, writing: Writing, request: Request):
+    def __init__(self, writing: RequestedTexts, request: GenerationRequest):
         self.writing, self.is_chat = writing, isinstance(request, ChatRequest)
         self.request = request
         kind, prefix = KINDS["chat" if self.is_chat else "text"]
@@ -312,7 +317,9 @@ class Endpoint:
                 f" {served.name}: its first {left_out:,} messages are left out.",
                 file=sys.stderr,
             )
-        return await self.answer(http, request, Writing(served, [ids], request, limit), headers)
+        return await self.answer(
+            http, request, RequestedTexts(served, [ids], request, limit), headers
+        )
 
     async def complete(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
@@ -320,10 +327,14 @@ class Endpoint:
         served = self.find(request.model)
         prompts = served.text_prompts(request.prompts)
         limit = request.max_tokens or self.max_new_tokens
-        return await self.answer(http, request, Writing(served, prompts, request, limit), {})
+        return await self.answer(http, request, RequestedTexts(served, prompts, request, limit), {})
 
     async def answer(
-        self, http: HttpRequest, request: Request, writing: Writing, headers: dict[str, str]
+        self,
+        http: HttpRequest,
+        request: GenerationRequest,
+        writing: RequestedTexts,
+        headers: dict[str, str],
     ) -> Response:
         """The response to a request whose texts are being written."""
         answer = Answer(writing, request)

@@ -47,7 +47,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Request(BaseModel):
+class GenerationRequest(BaseModel):
     """What both kinds of requests have."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -85,7 +85,7 @@ class Request(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class CompletionRequest(Request):
+class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -99,7 +99,7 @@ class CompletionRequest(Request):
         return [self.prompt] if is_one else self.prompt  # type: ignore[return-value]
 
 
-class ChatRequest(Request):
+class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -120,7 +120,7 @@ class ChatRequest(Request):
             raise RequestError(400, f"{problem}.", "messages") from problem
 
 
-def parse(kind: type[Request], body: bytes) -> Any:
+def parse(kind: type[GenerationRequest], body: bytes) -> Any:
     """A request from the JSON of its body; raises RequestError."""
     try:
         return kind.model_validate_json(body)
