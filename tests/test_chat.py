@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from minimind.commands.conversation import ChatConversation, TextConversation
+from minimind.commands.session import ChatSession, TextSession
 from minimind.generation import Reply, Streamer, decode
 
 
@@ -21,7 +21,7 @@ def make(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr("minimind.generation.decode", decode)
 
-    def make(kind=ChatConversation, **options):
+    def make(kind=ChatSession, **options):
         args = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9, "system": None, **options}
         return kind(model.eval(), tokenizer, Namespace(**args)), prompts
 
@@ -145,7 +145,7 @@ def test_a_message_beyond_the_window_is_cut_on_the_left_and_that_is_said(make, c
 
 
 def test_a_base_model_continues_the_text_and_an_empty_line_continues_further(make, tokenizer):
-    chat, prompts = make(TextConversation)
+    chat, prompts = make(TextSession)
     type_lines(chat, "", "The fox", "", "/retry", "/undo", "")
     end = tokenizer.eos_token
     assert [prompt for prompt, *_ in prompts] == [

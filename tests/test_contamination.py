@@ -12,7 +12,7 @@ from minimind.common.errors import UserError
 from minimind.data.documents import load_blocks
 from minimind.evaluation.statistics import Measure
 from minimind.score_card.contamination import contamination, find_overlaps
-from minimind.score_card.tasks import Result
+from minimind.score_card.tasks import TaskResult
 from minimind.stage_directory import Ancestor, lineage
 from minimind.tokenizer import save_tokenizer
 from minimind.training.data_arguments import DataArguments
@@ -200,7 +200,7 @@ class Items:
 def section(tmp_path, values, text):
     file = tmp_path / "train.jsonl"
     file.write_text(json.dumps({"text": text}) + "\n")
-    results = {"items": Result({"items/all": Measure(values, chance=0.5)}, {})}
+    results = {"items": TaskResult({"items/all": Measure(values, chance=0.5)}, {})}
     ancestors = [Ancestor("runs/sft", "sft", [file]), Ancestor("gone", None, [], "no such one")]
     return contamination([Items()], results, ancestors).section
 

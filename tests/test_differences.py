@@ -19,7 +19,7 @@ from minimind.evaluation.statistics import (
     paired_interval,
     sign_flip_test,
 )
-from minimind.score_card import Card, Result, differences
+from minimind.score_card import Card, TaskResult, differences
 
 
 def measure(values, **options):
@@ -136,7 +136,7 @@ def card(name, values):
     """A card whose first measure is that of all items, and the others those of ten each."""
     groups = {"all": values} | {str(i): values[i : i + 10] for i in range(0, len(values), 10)}
     measures = {f"t/{group}": measure(each) for group, each in groups.items()}
-    return Card(name, {"t": Result(measures, {})})
+    return Card(name, {"t": TaskResult(measures, {})})
 
 
 def test_the_first_measure_stands_for_a_task_and_the_others_are_corrected_for_their_number():

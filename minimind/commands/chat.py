@@ -25,7 +25,7 @@ def run(args: Namespace) -> None:
     """Read messages from standard input until its end, and answer each or obey it."""
     from transformers import set_seed
 
-    from minimind.commands.conversation import ChatConversation, TextConversation
+    from minimind.commands.session import ChatSession, TextSession
     from minimind.generation import is_base_model, load_for_generation
 
     reward = load_reward_model(args)
@@ -37,8 +37,8 @@ def run(args: Namespace) -> None:
             " a chat model. Train it on conversations with finetune_sft.py."
         )
     set_seed(args.seed)
-    kind = TextConversation if continues else ChatConversation
-    conversation = kind(model, tokenizer, args, reward)
+    kind = TextSession if continues else ChatSession
+    session = kind(model, tokenizer, args, reward)
     if continues:
         say(
             f"notice: {args.directory} is a base model: it continues the texts you begin, and has"
@@ -50,7 +50,7 @@ def run(args: Namespace) -> None:
         millions = f"{model.num_parameters() / 1e6:.1f}"
         say(f"{args.directory}: {millions} M parameters. Type a message, or /help.")
     for text in read_messages(None if args.no_history or not interactive else history_file()):
-        if not conversation.take(text, interactive):
+        if not session.take(text, interactive):
             return
     print()
 

@@ -47,7 +47,7 @@ class Subject(Protocol):
         ...
 
 
-class Row:
+class InputRow:
     """Inputs that are computed together, since they begin alike: a tree of tokens.
 
         who is he / who is she       ids         who is he she
@@ -147,7 +147,7 @@ class ModelSubject:
         found = [samples[0] for _, step in steps for samples in step]
         return [found[place] for place in np.argsort(order)]
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    def _batches(self, rows: Sequence[InputRow]) -> Iterator[list[InputRow]]:
         """Rows of about one length, the longest first; trees apart from the others."""
         tokens, logits = LIMITS["cpu" if self.model.device.type == "cpu" else "other"]
         limit = min(tokens, logits // self.model.config.vocab_size)
@@ -158,7 +158,7 @@ class ModelSubject:
                 chosen, waiting = waiting[:count], waiting[count:]
                 yield chosen
 
-    def _logits(self, batch: Sequence[Row], needed: np.ndarray) -> torch.Tensor:
+    def _logits(self, batch: Sequence[InputRow], needed: np.ndarray) -> torch.Tensor:
         """The logits (needed, V) at some places of a batch's (R * L) tokens, in fp32."""
         width, device = len(batch[0].ids), self.model.device
         ids = np.zeros((len(batch), width), dtype=np.int64)
@@ -185,32 +185,32 @@ class ModelSubject:
         ).logits.float()
 
 
-def shared_rows(inputs: Sequence[tuple[int, ...]], with_trees: bool) -> list[Row]:
+def shared_rows(inputs: Sequence[tuple[int, ...]], with_trees: bool) -> list[InputRow]:
     """Sorted inputs -> rows with one or several of them, in their order.
 
     An input that is the beginning of the next one costs nothing. `with_trees`, the next may also
     branch off, see `ROWS`.
     """
-    rows: list[Row] = []
+    rows: list[InputRow] = []
     last: tuple[int, ...] = ()
     for ids in inputs:
         common = next(
             (i for i, (a, b) in enumerate(zip(last, ids, strict=False)) if a != b), len(last)
         )
-        row = rows[-1] if rows else Row()
+        row = rows[-1] if rows else InputRow()
         size = len(row.ids) + len(ids) - common
         branches = with_trees and any(
             common >= share * len(ids) and size <= most for share, most in ROWS.items()
         )
         if not rows or not (branches or common == len(last) == len(row.ids)):
-            rows.append(row := Row())
+            rows.append(row := InputRow())
             common = 0
         row.add(ids, common)
         last = ids
     return rows
 
 
-def visible(batch: Sequence[Row], width: int) -> np.ndarray:
+def visible(batch: Sequence[InputRow], width: int) -> np.ndarray:
     """The attention mask (R, 1, L, L) of trees, True where a token sees another; padding sees
     itself, since a softmax over nothing is no number."""
     mask = np.repeat(np.eye(width, dtype=bool)[None], len(batch), axis=0)

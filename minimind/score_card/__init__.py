@@ -14,4 +14,4 @@ from minimind.score_card.own_set import own_pairs, write_pairs
 from minimind.score_card.replies import RepliesTask, parse_decodings, read_referenced_prompts
 from minimind.score_card.report import Table, card_table, picture, remarks
 from minimind.score_card.rules import RulesTask, read_ruled_prompts
-from minimind.score_card.tasks import Card, Result, Task
+from minimind.score_card.tasks import Card, Task, TaskResult

@@ -13,7 +13,7 @@ from minimind.generation import load_for_generation
 from minimind.score_card.contamination import contamination
 from minimind.score_card.controls import RememberingSubject, controls
 from minimind.score_card.finished import Finished, key_of, result_key
-from minimind.score_card.tasks import CONTROLS, Card, Result, Task
+from minimind.score_card.tasks import CONTROLS, Card, Task, TaskResult
 from minimind.stage_directory import lineage, read_stage, require_stage
 from minimind.stage_directory.loading import check_scores
 from minimind.tokenizer import load_tokenizer
@@ -58,7 +58,7 @@ def make_card(
         loaded = ModelSubject(*load_for_generation(directory))
         return RememberingSubject(loaded) if "controls" in checks else loaded
 
-    def find(key: str, run: Callable[[], Result]) -> Result:
+    def find(key: str, run: Callable[[], TaskResult]) -> TaskResult:
         result = finished.get(key)
         if result is None:
             result = run()

@@ -31,7 +31,7 @@ from minimind.evaluation.statistics import Measure, estimate
 from minimind.score_card.minimal_pairs import TIE
 from minimind.score_card.prompts import beginning
 from minimind.score_card.rows import groups_of, named, read_choices, read_items, take_text
-from minimind.score_card.tasks import Result
+from minimind.score_card.tasks import TaskResult
 from minimind.tokenizer import text_encoder
 
 ANSWER = {"en": "Answer:", "zh": "答案："}
@@ -41,7 +41,7 @@ FORMS = ("cloze_characters", "letters", "cloze_sum", "cloze_tokens", "cloze_byte
 SPLITS = ("val", "validation", "valid", "test")  # scored; examples come from "dev" beside them
 
 
-class Question(NamedTuple):
+class ChoiceQuestion(NamedTuple):
     """A question, its choices, and the index of the right one; `language` is "en" or "zh"."""
 
     key: str
@@ -75,7 +75,7 @@ def read_multiple_choice(
     num_shots: int = 0,
     on_bad_rows: str | None = None,
     columns: Columns | None = None,
-) -> tuple[list[Question], dict[str, list[Question]]]:
+) -> tuple[list[ChoiceQuestion], dict[str, list[ChoiceQuestion]]]:
     """The questions of files, and for each subject the examples that precede them: the first
     `num_shots` of the split "dev" beside the file.
 
@@ -140,7 +140,7 @@ def _split_name(stem: str) -> tuple[str, str]:
     return (name, split) if name and split in (*SPLITS, "dev") else (stem, "")
 
 
-def to_question(row: Fields, key: str, stem: str) -> Question:
+def to_question(row: Fields, key: str, stem: str) -> ChoiceQuestion:
     """A question of a row; raises BadRowError."""
     text = take_text(row, "prompt")
     if row.get(row.find("context")):
@@ -153,7 +153,7 @@ def to_question(row: Fields, key: str, stem: str) -> Question:
     if language not in ANSWER:
         raise BadRowError(f"language: found {shown(language)}, expected en or zh")
     groups = groups_of(row, _split_name(stem)[0], language)
-    return Question(key, groups, groups[0], language, text, choices, answer)
+    return ChoiceQuestion(key, groups, groups[0], language, text, choices, answer)
 
 
 def read_answer(row: Fields, choices: Sequence[str], labels: Sequence[str] | None) -> int:
@@ -198,7 +198,7 @@ def read_answer(row: Fields, choices: Sequence[str], labels: Sequence[str] | Non
 # Prompts
 
 
-def lines_of(question: Question) -> dict[str, Line]:
+def lines_of(question: ChoiceQuestion) -> dict[str, Line]:
     """The prompt and continuations of a question in both forms.
 
     Between them is a space, as lm-evaluation-harness has it, but none before a choice in Chinese.
@@ -287,8 +287,8 @@ class ChoicesTask:
 
     def __init__(
         self,
-        questions: Sequence[Question],
-        shots: Mapping[str, Sequence[Question]] | None = None,
+        questions: Sequence[ChoiceQuestion],
+        shots: Mapping[str, Sequence[ChoiceQuestion]] | None = None,
         chat: bool = False,
     ):
         self.questions, self.shots, self.chat = questions, dict(shots or {}), chat
@@ -298,7 +298,7 @@ class ChoicesTask:
         """Whether it asks questions of a chat model."""
         return self.chat
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, subject: Subject) -> TaskResult:
         """See `Task`; raises UserError where a choice does not fit into the model's positions."""
         requests, truncated = [], 0
         for form in ("letters", "cloze"):
@@ -382,7 +382,7 @@ class ChoicesTask:
             for line, context in zip(lines, contexts, strict=True)
         ]
 
-    def _result(self, right: Mapping, chosen: Mapping, truncated: int) -> Result:
+    def _result(self, right: Mapping, chosen: Mapping, truncated: int) -> TaskResult:
         groups = defaultdict(list)
         for question in self.questions:
             for group in ("all", *question.groups):
@@ -402,4 +402,4 @@ class ChoicesTask:
             entry["letters_chosen"] = dict(zip(LETTERS, map(fmean, picked), strict=False))
             section[group] = entry
         section["all"]["truncated"] = truncated
-        return Result(measures, section)
+        return TaskResult(measures, section)

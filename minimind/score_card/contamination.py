@@ -17,7 +17,7 @@ from minimind.cleaning.duplicates import Decontaminate, NgramIndex
 from minimind.cleaning.filters import is_chinese, units_of
 from minimind.data.sources import File
 from minimind.evaluation.statistics import estimate
-from minimind.score_card.tasks import Result, Task
+from minimind.score_card.tasks import Task, TaskResult
 from minimind.score_card.training_text import lineage_json, read_texts, training_files
 from minimind.stage_directory import Ancestor
 
@@ -35,8 +35,8 @@ class Overlap(NamedTuple):
 
 
 def contamination(
-    tasks: Sequence[Task], results: Mapping[str, Result], ancestors: Sequence[Ancestor]
-) -> Result:
+    tasks: Sequence[Task], results: Mapping[str, TaskResult], ancestors: Sequence[Ancestor]
+) -> TaskResult:
     """How many items of each task are in the training text of a model, and its scores without them.
 
     Args:
@@ -59,10 +59,10 @@ def contamination(
         "lineage": lineage_json(ancestors),
         "tasks": sections,
     }
-    return Result({}, section | {"remarks": _remarks(section)})
+    return TaskResult({}, section | {"remarks": _remarks(section)})
 
 
-def _section(result: Result, items: Mapping, overlaps: Mapping[str, Overlap]) -> dict:
+def _section(result: TaskResult, items: Mapping, overlaps: Mapping[str, Overlap]) -> dict:
     """What is said of one task."""
     scores = {}
     for name, measure in result.measures.items():

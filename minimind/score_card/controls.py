@@ -25,7 +25,7 @@ from minimind.evaluation.scoring import ModelSubject, Request, Subject
 from minimind.evaluation.statistics import estimate
 from minimind.generation import Reply
 from minimind.score_card.report import VERDICTS
-from minimind.score_card.tasks import Result, Task
+from minimind.score_card.tasks import Task, TaskResult
 from minimind.score_card.training_text import read_texts, training_files
 from minimind.stage_directory import Ancestor, auto_class
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
@@ -138,7 +138,7 @@ def count_tokens(
 
 def controls(
     load: Callable[[], ModelSubject], tasks: Sequence[Task], ancestors: Sequence[Ancestor]
-) -> Result:
+) -> TaskResult:
     """The results of the tasks for each control in the place of a model.
 
     Args:
@@ -179,7 +179,7 @@ def controls(
             measure = next(iter(result.measures))
             measures[f"controls/{name}/{measure}"] = result.measures[measure]
             remarks += _remarks(name, measure, estimate(result.measures[measure]))
-    return Result(measures, section | {"remarks": remarks})
+    return TaskResult(measures, section | {"remarks": remarks})
 
 
 def _remarks(control: str, measure: str, found: dict) -> Iterator[str]:

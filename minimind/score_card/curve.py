@@ -8,7 +8,7 @@ from typing import NamedTuple
 from minimind.common.charts import COLOURS, GRID, canvas, to_png
 from minimind.common.errors import UserError, decoration
 from minimind.common.files import read_json, write_bytes
-from minimind.score_card.report import Row, Table, rows
+from minimind.score_card.report import ScoreRow, Table, rows
 from minimind.score_card.tasks import CONTROLS, Card
 from minimind.stage_directory import read_stage
 
@@ -90,7 +90,7 @@ class Curve(NamedTuple):
 
     run: str
     name: str
-    points: list[tuple[int, Row]]
+    points: list[tuple[int, ScoreRow]]
 
 
 def curves(cards: Sequence[Card]) -> list[Curve]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from minimind.common.language import translated
 from minimind.evaluation.statistics import VERDICTS, better, difference, holm
 from minimind.score_card.report import SHOWN, Table, is_share
-from minimind.score_card.tasks import CONTROLS, Card, Result
+from minimind.score_card.tasks import CONTROLS, Card, TaskResult
 
 COLUMNS = ("against A", "measure", "n", "A", "B", "B - A", "95 % interval", "p", "verdict")
 
@@ -24,7 +24,7 @@ def differences(cards: Sequence[Card]) -> list[dict]:
     ]
 
 
-def task_differences(a: Result, b: Result) -> list[dict]:
+def task_differences(a: TaskResult, b: TaskResult) -> list[dict]:
     """The `difference` of each measure of a task, and its `verdict` in words.
 
     The first measure stands for the task, and its p-value is taken as it is. Among many others some

@@ -7,7 +7,7 @@ import xxhash
 
 from minimind.common.files import append_json, json_lines
 from minimind.evaluation.statistics import Measure
-from minimind.score_card.tasks import Result, Task
+from minimind.score_card.tasks import Task, TaskResult
 from minimind.stage_directory import provenance
 
 FORMAT = 1  # changed with what tasks compute
@@ -21,18 +21,18 @@ class Finished:
 
     def __init__(self, file: Path | None):
         self.file = file
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, TaskResult] = {}
         for line in json_lines(file) if file else ():
-            if {"key", *Result._fields} <= line.keys():
+            if {"key", *TaskResult._fields} <= line.keys():
                 measures = {name: Measure(**fields) for name, fields in line["measures"].items()}
-                others = [line[name] for name in Result._fields[1:]]
-                self.results[line["key"]] = Result(measures, *others)
+                others = [line[name] for name in TaskResult._fields[1:]]
+                self.results[line["key"]] = TaskResult(measures, *others)
 
-    def get(self, key: str) -> Result | None:
+    def get(self, key: str) -> TaskResult | None:
         """The result with this key, if it is there."""
         return self.results.get(key)
 
-    def add(self, key: str, result: Result) -> None:
+    def add(self, key: str, result: TaskResult) -> None:
         """Keep a result; raises OSError."""
         self.results[key] = result
         if self.file:

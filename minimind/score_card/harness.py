@@ -19,7 +19,7 @@ import numpy as np
 from minimind.common.errors import UserError, install, reason
 from minimind.evaluation.scoring import ModelSubject
 from minimind.evaluation.statistics import Measure
-from minimind.score_card.tasks import Result
+from minimind.score_card.tasks import TaskResult
 from minimind.stage_directory import virtual_tokens
 
 BATCH = 16  # rows
@@ -68,7 +68,7 @@ class HarnessTask:
                     " file in --include_path has to name local files; see docs/evaluate.md."
                 ) from error
 
-    def run(self, subject: ModelSubject) -> Result:
+    def run(self, subject: ModelSubject) -> TaskResult:
         """See `Task`."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -96,7 +96,7 @@ class HarnessTask:
                 if measure := _measure(task, metric, samples, directions.get(metric)):
                     measures[f"{self.name}/{task}/{metric}"] = measure
         section = {"version": found["lm_eval_version"], "results": _plain(found["results"])}
-        return Result(measures, section)
+        return TaskResult(measures, section)
 
 
 def _measure(

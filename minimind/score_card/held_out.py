@@ -25,7 +25,7 @@ from minimind.evaluation.texts import (
     text_losses,
 )
 from minimind.inspection import data_paths, recognise_stage
-from minimind.score_card.tasks import Result, Task
+from minimind.score_card.tasks import Task, TaskResult
 from minimind.score_card.training_text import read_texts
 
 
@@ -60,7 +60,7 @@ class TextsTask:
     def __init__(self, texts: Sequence[HeldOutText], max_length: int, bad_rows: int = 0):
         self.texts, self.max_length, self.bad_rows = list(texts), max_length, bad_rows
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, subject: Subject) -> TaskResult:
         """See `Task`."""
         losses = text_losses(subject, self.texts, self.max_length)
         found = losses_of(self.texts, losses)
@@ -84,7 +84,7 @@ class TextsTask:
                 measures["/".join(filter(None, ("texts", kind, name, "bits_per_byte")))] = measure
         metrics = loss_metrics(losses_of(self.texts, losses, with_ends=True))
         entries = {"documents": len(found), **metrics, "bad_rows": self.bad_rows}
-        return Result(measures, section, entries)
+        return TaskResult(measures, section, entries)
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
@@ -119,7 +119,7 @@ class ChatsTask:
         self.content = content_hash(expand(data_paths(files)))
         self._files, self._columns = files, columns or Columns()
 
-    def run(self, subject: ModelSubject) -> Result:
+    def run(self, subject: ModelSubject) -> TaskResult:
         """See `Task`."""
         model, tokenizer = subject.model, subject.tokenizer
         bad_rows = BadRows(self.options["on_bad_rows"])
@@ -142,7 +142,7 @@ class ChatsTask:
         if with_bytes:
             measures["chats/bits_per_byte"] = bits_measure(with_bytes)
         fields |= {**conversation_metrics(losses), "bad_rows": bad_rows.count}
-        return Result(measures, {}, fields)
+        return TaskResult(measures, {}, fields)
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""

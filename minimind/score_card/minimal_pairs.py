@@ -20,7 +20,7 @@ from minimind.data.sources import expand
 from minimind.evaluation.scoring import Request, Subject
 from minimind.evaluation.statistics import Measure, estimate
 from minimind.score_card.report import VERDICTS
-from minimind.score_card.tasks import Result
+from minimind.score_card.tasks import TaskResult
 from minimind.tokenizer import text_encoder
 
 ALL = "all"  # the group of all pairs
@@ -117,7 +117,7 @@ class PairsTask:
                     groups.setdefault((section, name), []).append(pair.key)
         return groups
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, subject: Subject) -> TaskResult:
         """See `Task`."""
         encode = text_encoder(subject.tokenizer)
         context = (subject.tokenizer.eos_token_id,)
@@ -142,7 +142,7 @@ class PairsTask:
             }
             measures |= {f"{section}/{name}/{form}": found[form] for form in found}
             sections[section][name] = describe(found) | lengths([longer[key] for key in keys])
-        return Result(measures, sections.pop("pairs"), dict(sections))
+        return TaskResult(measures, sections.pop("pairs"), dict(sections))
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""

@@ -16,7 +16,7 @@ from minimind.evaluation.scoring import Subject
 from minimind.generation import Reply, text_start
 
 
-class Prompt(NamedTuple):
+class TaskPrompt(NamedTuple):
     """What is asked: a conversation up to its last question, or a text to be continued."""
 
     conversation: Conversation | None = None
@@ -28,15 +28,15 @@ class Prompt(NamedTuple):
         return self.conversation.messages[-1]["content"] if self.conversation else self.text
 
 
-def read_prompt(row: Fields) -> Prompt:
+def read_prompt(row: Fields) -> TaskPrompt:
     """The prompt of a row: its `text` where it has no question, else as `prompts.to_prompt`; raises
     BadRowError."""
     if isinstance(row.get("text"), str) and not row.find("prompt") and not row.find("messages"):
-        return Prompt(text=to_document(row))
+        return TaskPrompt(text=to_document(row))
     conversation = to_prompt(row)
     if not conversation.messages[-1]["content"].strip():
         raise BadRowError("found an empty question, expected words")
-    return Prompt(conversation)
+    return TaskPrompt(conversation)
 
 
 def beginning(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def beginning(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 
 def fitting_replies(
-    subject: Subject, prompts: Sequence[Prompt], sampling: Sampling, option: str
+    subject: Subject, prompts: Sequence[TaskPrompt], sampling: Sampling, option: str
 ) -> dict[int, Reply]:
     """The replies to the prompts by their index, without those of prompts that leave the model too
     few positions for `sampling.max_new_tokens`.

@@ -23,9 +23,9 @@ from minimind.evaluation.scoring import Subject
 from minimind.evaluation.statistics import Measure, estimate
 from minimind.generation import Reply
 from minimind.score_card.overlap import corpus_scores, ngrams, require_sacrebleu, rouge
-from minimind.score_card.prompts import Prompt, fitting_replies, read_prompt
+from minimind.score_card.prompts import TaskPrompt, fitting_replies, read_prompt
 from minimind.score_card.rows import groups_of, named, read_items
-from minimind.score_card.tasks import Result
+from minimind.score_card.tasks import TaskResult
 
 BOUNDS = {"temperature": (0, 10), "top_p": (0, 1), "seed": (0, 2**32 - 1)}
 
@@ -35,7 +35,7 @@ class ReferencedPrompt(NamedTuple):
 
     key: str
     groups: tuple[str, ...]
-    prompt: Prompt
+    prompt: TaskPrompt
     references: tuple[str, ...]
 
 
@@ -80,7 +80,7 @@ def to_referenced_prompt(row: Fields, key: str, stem: str) -> ReferencedPrompt:
 def to_asked(row: Fields, key: str, stem: str) -> ReferencedPrompt:
     """A line of a txt file as a prompt; raises BadRowError."""
     conversation = Conversation([{"role": "user", "content": to_document(row)}])
-    return ReferencedPrompt(key, (stem,), Prompt(conversation), ())
+    return ReferencedPrompt(key, (stem,), TaskPrompt(conversation), ())
 
 
 def last_reply(row: Fields) -> list[str]:
@@ -157,7 +157,7 @@ class RepliesTask:
         """Whether it asks questions of a chat model."""
         return any(row.prompt.conversation for row in self.rows)
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, subject: Subject) -> TaskResult:
         """See `Task`; raises UserError, see `fitting_replies`."""
         section: dict[str, dict] = {}
         measures: dict[str, Measure] = {}
@@ -180,7 +180,7 @@ class RepliesTask:
                 section[name][group] = entry
                 measures |= {f"replies/{name}/{group}/{each}": found[each] for each in found}
             section[name]["all"]["too_long"] = len(self.rows) - len(replies)
-        return Result(measures, section, details=details)
+        return TaskResult(measures, section, details=details)
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""

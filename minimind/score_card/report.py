@@ -21,7 +21,7 @@ VERDICTS = {
 }
 
 
-class Row(NamedTuple):
+class ScoreRow(NamedTuple):
     """One measure of one model."""
 
     directory: str
@@ -51,7 +51,7 @@ def is_share(measure: Measure) -> bool:
     return measure.weights is None and all(0 <= value <= 1 for value in measure.values.values())
 
 
-def rows(cards: Sequence[Card], most: int | None = None) -> Iterator[Row]:
+def rows(cards: Sequence[Card], most: int | None = None) -> Iterator[ScoreRow]:
     """The measures of each task, of each the models in their order; at most so many of a task."""
     names = dict.fromkeys(
         (task, name)
@@ -64,7 +64,7 @@ def rows(cards: Sequence[Card], most: int | None = None) -> Iterator[Row]:
             if measure := card.results[task].measures.get(name):
                 found = estimate(measure)
                 verdict = VERDICTS[found["above_chance"]] if "chance" in found else ""
-                yield Row(
+                yield ScoreRow(
                     card.directory,
                     name,
                     found["n"],
@@ -147,7 +147,9 @@ def picture(file: Path, cards: Sequence[Card]) -> None:
             write_bytes(file, to_png(figure))
 
 
-def draw_panel(axes: Any, title: str, panel: Sequence[Row], directories: Sequence[str]) -> None:
+def draw_panel(
+    axes: Any, title: str, panel: Sequence[ScoreRow], directories: Sequence[str]
+) -> None:
     """Draw the scores of one unit: a line for each measure, the models below each other on it."""
     names = list(dict.fromkeys(row.name for row in panel))
     for row in panel:

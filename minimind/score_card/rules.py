@@ -15,9 +15,9 @@ from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import Subject
 from minimind.evaluation.statistics import Measure, estimate
 from minimind.score_card.checks import RULES, follows, read_rules
-from minimind.score_card.prompts import Prompt, fitting_replies, read_prompt
+from minimind.score_card.prompts import TaskPrompt, fitting_replies, read_prompt
 from minimind.score_card.rows import groups_of, named, read_items
-from minimind.score_card.tasks import Result
+from minimind.score_card.tasks import TaskResult
 
 # Rules that may be columns of a row; "language" is a group
 COLUMNS = tuple(name for name in RULES if name != "language")
@@ -28,7 +28,7 @@ class RuledPrompt(NamedTuple):
 
     key: str
     groups: tuple[str, ...]
-    prompt: Prompt
+    prompt: TaskPrompt
     rules: tuple[tuple[str, Any], ...]
 
 
@@ -80,7 +80,7 @@ class RulesTask:
         """Whether it asks questions of a chat model."""
         return any(row.prompt.conversation for row in self.rows)
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, subject: Subject) -> TaskResult:
         """See `Task`; raises UserError, see `fitting_replies`."""
         sampling = Sampling(1, self.max_new_tokens, 0.0, 1.0, 0, self.batch_size)
         prompts = [row.prompt for row in self.rows]
@@ -119,7 +119,7 @@ class RulesTask:
             },
             "too_long": len(self.rows) - len(replies),
         }
-        return Result(measures, section, details=details)
+        return TaskResult(measures, section, details=details)
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""

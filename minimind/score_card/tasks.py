@@ -9,7 +9,7 @@ from minimind.evaluation.statistics import Measure
 CONTROLS = "controls"  # the result of those, in a card beside the tasks'
 
 
-class Result(NamedTuple):
+class TaskResult(NamedTuple):
     """What a task found: its `measures` by name, the `section` of the card's JSON with the task's
     name, other `entries` of the card's JSON, and by the keys of items `details` of them, such as
     the replies.
@@ -41,7 +41,7 @@ class Task(Protocol):
     name: str  # of the section in the card's JSON, such as "pairs"
     needs_chat: bool = False  # whether it asks, so that a base model cannot do it
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, subject: Subject) -> TaskResult:
         """Score a model, or a control in its place."""
         ...
 
@@ -50,7 +50,7 @@ class Card(NamedTuple):
     """What a model's directory scored: the result of each task by the task's name."""
 
     directory: str
-    results: Mapping[str, Result]
+    results: Mapping[str, TaskResult]
 
     def entries(self) -> dict[str, Any]:
         """The card as JSON."""

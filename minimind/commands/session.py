@@ -29,7 +29,7 @@ A message that begins with / needs a space before it."""
 COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)  # not /etc/passwd
 
 
-class Conversation:
+class Session:
     """What `minimind chat` does with each line; subclasses know what a turn is.
 
     A command is a method: /new is `new`. It takes the rest of the line, and raises UserError.
@@ -135,13 +135,13 @@ class Conversation:
         self.window = max(positions - self.args.max_new_tokens, positions // 2)
 
 
-class ChatConversation(Conversation):
+class ChatSession(Session):
     """Messages and replies through the chat template; a turn is the messages of one exchange.
 
     When the conversation fills the model's window, the oldest turns are left out of the prompt.
     """
 
-    COMMANDS = (*Conversation.COMMANDS, "system", "save", "load")
+    COMMANDS = (*Session.COMMANDS, "system", "save", "load")
 
     def __init__(self, model, tokenizer, args: Namespace, reward: Any = None):
         from minimind.data.chat_encoder import ChatEncoder
@@ -247,7 +247,7 @@ class ChatConversation(Conversation):
         say(f"{argument}: {len(messages):,} messages. Type the next one.")
 
 
-class TextConversation(Conversation):
+class TextSession(Session):
     """The continuation of texts by a base model; a turn is one text."""
 
     def message(self, text: str, interactive: bool) -> None:
