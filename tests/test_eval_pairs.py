@@ -69,7 +69,7 @@ def test_as_many_pairs_of_each_paradigm_are_chosen_and_the_same_ones_each_time(w
     chosen = choose_pairs((file,), 12)["pairs"]
     counts = [[pair.paradigm for pair in chosen].count(name) for name in "abc"]
     assert counts == [5, 2, 5]
-    assert {pair.key for pair in chosen} != {f"{n}/{i}" for n in "abc" for i in range(5)}
+    assert {pair.key for pair in chosen if pair.paradigm == "a"} != {f"a/{i}" for i in range(5)}
     choose_pairs.cache_clear()
     random.seed(5)
     assert choose_pairs((file,), 12)["pairs"] == chosen
