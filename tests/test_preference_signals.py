@@ -255,7 +255,7 @@ def test_a_run_logs_reads_and_draws_its_curves(base, monkeypatch, tmp_path, writ
 
     # The metrics agree with TRL's
     log = read_log(stage / "train_log.jsonl")
-    for prefix, count in (("", 4), ("eval_", 4)):
+    for prefix, count in (("", 4), ("eval_", 3)):
         entries = [
             {key.removeprefix(prefix): value for key, value in entry.items()}
             for entry in log

@@ -521,27 +521,32 @@ def test_a_key_is_required_and_never_shown(endpoint, capsys):
 
 
 def test_a_signal_ends_the_command_cleanly(directories, capsys, monkeypatch, tmp_path):
+    # Tests that a script starts in the background ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     addresses: Queue = Queue()
     key = tmp_path / "key"
     key.write_text(f"{KEY}\n")
 
+    said: Queue = Queue()
+    monkeypatch.setattr("minimind.commands.serve.say", said.put)
+
     def use_and_stop():
-        said = ""
-        while "Ctrl-C" not in said:
-            said += capsys.readouterr().out
-        address = said.split("http://")[1].split("/v1")[0]
-        headers = {"Authorization": f"Bearer {KEY}"}
-        body = BODY | {"max_tokens": 2}
-        url = f"http://{address}/v1/chat/completions"
-        addresses.put(httpx.post(url, json=body, headers=headers, timeout=PATIENCE).status_code)
-        os.kill(os.getpid(), number)
+        try:
+            while "Ctrl-C" not in (text := said.get(timeout=PATIENCE)):
+                pass
+            url = f"{text.split()[0]}/chat/completions"
+            headers = {"Authorization": f"Bearer {KEY}"}
+            body = BODY | {"max_tokens": 2}
+            addresses.put(httpx.post(url, json=body, headers=headers, timeout=PATIENCE).status_code)
+        finally:
+            os.kill(os.getpid(), number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         thread = threading.Thread(target=use_and_stop)
         thread.start()
         run_cli("serve", directories[0], "--port", 0, "--api_key_file", key)
         thread.join()
-        assert addresses.get() == 200
+        assert addresses.get(timeout=PATIENCE) == 200
         assert signal.getsignal(number) not in (None, signal.SIG_IGN)
         assert capsys.readouterr().err.endswith("stopped\n")
 

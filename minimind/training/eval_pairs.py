@@ -36,11 +36,15 @@ def choose_pairs(files: tuple[str, ...], most: int) -> dict[str, list[MinimalPai
                 " can tell apart. Rename one of them."
             )
         paradigms = defaultdict(list)
-        for pair in read_pairs([file]):
+        try:
+            pairs = read_pairs([file])
+        except UserError as problem:
+            raise UserError(f"--eval_pairs: {problem}") from problem
+        for pair in pairs:
             paradigms[pair.paradigm].append(pair)
         generator = random.Random(SEED)
-        for pairs in paradigms.values():
-            generator.shuffle(pairs)
+        for group in paradigms.values():
+            generator.shuffle(group)
         in_turn = chain.from_iterable(zip_longest(*paradigms.values()))
         chosen[name] = [pair for pair in in_turn if pair is not None][:most]
     return chosen

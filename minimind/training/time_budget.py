@@ -7,7 +7,7 @@ from functools import cache
 
 import psutil
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import IntervalStrategy, TrainerCallback
+from transformers import TrainerCallback
 
 from minimind.common.bounds import MOST
 from minimind.common.errors import UserError
@@ -142,9 +142,9 @@ class TimeBudget(TrainerCallback):
     def _advance(self, state, schedule) -> None:
         """Read the clocks, and set the position and the learning rate of the step to come; all
         processes call it."""
-        # What is set aside for the end: the last evaluation and that of stage.json, the last
-        # checkpoint and the stage directory
-        passes = 1 + (self.trainer.args.eval_strategy != IntervalStrategy.NO)
+        # What is set aside for the end: the last evaluation, another of the best model where it is
+        # loaded (see `held_out_metrics`), the last checkpoint and the stage directory
+        passes = 1 + self.trainer.args.load_best_model_at_end
         reserve = passes * self.evaluation_seconds + 2 * self.saving_seconds
 
         # Where the run is in its budget, the same for all processes
