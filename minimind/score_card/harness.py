@@ -3,9 +3,9 @@
 Its tasks, prompts and scores are used as they are, on the model as it is loaded here. Two things
 differ from the tasks of this project: among choices with equal scores it takes the first, so that
 a tie in BLiMP, where the good sentence is the first, counts as right; and of a choice after an
-empty context it does not score the first token if that is the end token. And in 0.4.13, rolling
-windows with the same tokens but another border (of text that repeats itself word by word) are
-summed over wrong places: `Collator.get_cache` returns the logits of the longest continuation.
+empty context it does not score the first token if that is the end token. And with 0.4.13 the bits
+per byte of a text that repeats itself word by word differed, perhaps because windows with the same
+tokens but another border share one result (`Collator.get_cache`); no upstream issue is known.
 """
 
 import logging
