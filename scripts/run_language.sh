@@ -19,6 +19,8 @@ fi
 if [ ! -e $run/data/zh.jsonl ]; then
     # shellcheck disable=SC2086
     python scripts/sentences.py $run/data "${files[@]}" ${WEIGHTS:+--weights $WEIGHTS}
+else
+    echo "== sentences: those in $run/data are used, whatever files are named; delete $run to start afresh"
 fi
 python pretrain.py --config configs/pretrain/language.yaml "$@"
 # shellcheck disable=SC2086
