@@ -1,0 +1,264 @@
+"""The guides: their commands run, in a short form, and are the same in both languages."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from guides import (
+    LANGUAGES,
+    PROGRAMS,
+    ROOT,
+    SHELL,
+    blocks,
+    check_options,
+    commands,
+    guides,
+    in_short_form,
+)
+from judged import PROMPTS
+from pipeline import MODEL, minimal_pair_rows, wait_until
+from published import Published
+
+TESTS = Path(__file__).parent
+GUIDES = guides()
+WITH_BLOCKS = [guide for guide in GUIDES if blocks(guide)]
+# Files of the embedded corpus -> the names of guides for files of that kind, here of a few rows
+DATA = {
+    "pretrain": (
+        "corpus.jsonl corpus_en.jsonl corpus_zh.jsonl corpus_eval.jsonl held_out.jsonl"
+        " corpus/a.jsonl raw/a.jsonl pretrain_zh.jsonl pretrain_en.jsonl"
+    ),
+    "sft": "chats.jsonl chats_eval.jsonl tools.jsonl replies.jsonl sft_zh.jsonl sft_en.jsonl",
+    "dpo": "pairs.jsonl",
+    "lora": "skill.jsonl",
+}
+EXAM = [
+    "id,Question,A,B,C,D,Answer",
+    *(f"{n},谁？,狐狸,狗,猫,牛,{'ABCD'[n % 4]}" for n in range(5)),
+]
+
+
+def rated_rows():
+    return [
+        {"prompt": f"who? {n}", "completion": f"the fox {n}", "label": n % 2 == 0}
+        for n in range(20)
+    ]
+
+
+def in_chinese(guide):
+    return guide.removesuffix(".md") + "_zh.md"
+
+
+def code(block):
+    """What has to be equal in both languages: a comment or a value of a row may be translated."""
+    if block.language == "json":
+        return [sorted(row) for row in rows_of(block)]
+    lines = (re.sub(r"(^| +)#.*", "", line) for line in block.text.splitlines())
+    return [re.sub(r"\s+", " ", line) for line in lines if line] if block.language else []
+
+
+def rows_of(block):
+    """The JSON values of a block: one a line, or one in all."""
+    try:
+        return [json.loads(line) for line in block.text.splitlines()]
+    except ValueError:
+        return [json.loads(block.text)]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_both_languages_have_the_same_code_at_the_same_lines(guide):
+    here, there = blocks(guide), blocks(in_chinese(guide))
+    assert [block[1:4] for block in here] == [block[1:4] for block in there]
+    for block, other in zip(here, there, strict=True):
+        if block.language != "text":
+            assert code(block) == code(other), block.place
+
+
+@pytest.mark.parametrize("guide", WITH_BLOCKS)
+def test_a_rule_covers_each_block(guide):
+    for block in blocks(guide):
+        assert block.language in LANGUAGES, f"{block.place}: say in tests/guides.py how to test it"
+        if block.language == "json":
+            assert rows_of(block)
+        elif block.language == "yaml":
+            assert yaml.safe_load(block.text)
+        elif block.language == "python":
+            compile(block.text, block.place, "exec")
+        elif block.language == "bash":
+            for words in commands(block.text):
+                assert words[0] in (*PROGRAMS, *SHELL), (
+                    f"{block.place}: `{words[0]}` is not known. Add it to PROGRAMS in"
+                    " tests/guides.py, where it is run in a short form or, with a reason in"
+                    " ONLY_CHECKED, is not run; or to SHELL, where the shell runs it."
+                )
+
+
+@pytest.mark.parametrize("guide", WITH_BLOCKS)
+def test_options_and_files_that_a_command_names_exist(guide):
+    for block in blocks(guide):
+        for words in commands(block.text) if block.language == "bash" else ():
+            if words[0] == "minimind":
+                check_options(words[1:])
+            for word in words:
+                if re.fullmatch(r"(configs|scripts|benchmarks)/[\w./-]+|\w+\.py|ds_[\w.]+", word):
+                    assert (ROOT / word).is_file(), f"{block.place}: {word}"
+
+
+class Sandbox:
+    """A directory that looks like a checkout after the quickstart, in which programs are stand-ins
+    that run in forks of one process."""
+
+    def __init__(self, root):
+        self.root, self.prepared, self.socket = (
+            root / "checkout",
+            root / "prepared",
+            root / "socket",
+        )
+        programs = root / "bin"
+        programs.mkdir()
+        for program in PROGRAMS:
+            client = f"{sys.executable} -IS {TESTS / 'forking.py'} {self.socket} {program}"
+            (programs / program).write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+            (programs / program).chmod(0o755)
+        self.environment = {
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "PYTHONPATH": f"{self.root}:{TESTS}",
+            "HOME": str(root),
+            "LANG": "C.UTF-8",
+            "MINIMIND_CACHE": str(root / "cache"),
+            "MINIMIND_LANG": "en",
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "offline",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def start(self):
+        """Start the process that runs the commands."""
+        command = [sys.executable, TESTS / "guides.py", self.socket]
+        process = subprocess.Popen(command, cwd=self.root, env=self.environment)
+        wait_until(lambda: self.socket.exists() or process.poll() is not None)
+        return process
+
+    def run(self, text, place="", line=0, status=0):
+        """Run a text by bash until a command fails; returns what it printed."""
+        trap = f"trap 'echo \"{place}:$LINENO: status $?: $BASH_COMMAND\"' ERR"
+        script = f"set -Eeo pipefail; {trap}{chr(10) * line}{in_short_form(text)}"
+        done = subprocess.run(
+            ["/bin/bash", "-c", script],
+            cwd=self.root,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == status, done.stdout[-5000:]
+        return done.stdout
+
+    def fill(self, tokenizer_dir):
+        """Write the checkout, run the quickstart in it, and write the files that guides name."""
+        root = self.root
+        for name in ("configs", "scripts"):
+            shutil.copytree(ROOT / name, root / name)
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "pyproject.toml"]:
+            shutil.copy(path, root)
+        for name in ("minimind", "benchmarks"):
+            (root / name).symlink_to(ROOT / name)
+        (root / ".venv/bin").mkdir(parents=True)
+        (root / ".venv/bin/activate").touch()
+        (root / "configs/model/short.json").write_text(json.dumps(MODEL))
+
+        self.run("bash scripts/quickstart.sh", "README.md")
+        self.write_stages()
+        self.write_data()
+        self.write_published(tokenizer_dir)
+        shutil.copytree(root, self.prepared, symlinks=True)
+
+    def write_stages(self):
+        """The quickstart's stages under the other names of guides."""
+        for stage in ("pretrain", "sft", "lora", "dpo", "reward"):
+            for name in (f"runs/26m/{stage}", f"runs/{stage}"):
+                shutil.copytree(self.root / "runs/quickstart" / stage, self.root / name)
+
+    def write_data(self):
+        """Files of a few rows, under the names of guides."""
+        for source, names in DATA.items():
+            lines = (self.root / f"runs/quickstart/data/{source}.jsonl").read_text().splitlines()
+            for name in names.split():
+                self.write(name, lines[:: len(lines) // 40])
+        self.write("rated.jsonl", map(json.dumps, rated_rows()))
+        for name in ("blimp.jsonl", "zhoblimp.jsonl"):
+            self.write(name, map(json.dumps, minimal_pair_rows()))
+        for name in ("prompts.txt", "others.txt"):
+            self.write(name, PROMPTS)
+        for name in ("ceval", "cmmlu"):
+            for split in ("val", "dev"):
+                self.write(f"{name}/{split}/law_{split}.csv", EXAM)
+        self.write(
+            "qa.jsonl", ['{"问题": "谁？", "回答": "狐狸", "hint": "a fox", "notes": "b"}'] * 20
+        )
+
+    def write_published(self, tokenizer_dir):
+        """Checkpoints as MiniMind publishes them."""
+        Published("2").folder(self.root / "MiniMind2", tokenizer_dir)
+        torch.save(Published("2").tensors, self.root / "full_sft_512.pth")
+
+    def write(self, name, lines):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+    def reset(self):
+        """Leave nothing of the guide before."""
+        shutil.rmtree(self.root)
+        shutil.copytree(self.prepared, self.root, symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokenizer_dir):
+    sandbox = Sandbox(tmp_path_factory.mktemp("guides"))
+    sandbox.root.mkdir()
+    (sandbox.root / "minimind").symlink_to(ROOT / "minimind")
+    process = sandbox.start()
+    try:
+        sandbox.fill(tokenizer_dir)
+        yield sandbox
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def sandbox(prepared):
+    prepared.reset()
+    return prepared
+
+
+def run_block(sandbox, block):
+    """Run a block, or write its file; returns what it printed."""
+    if block.title:
+        sandbox.write(block.title, [block.text])
+    if block.language == "bash":
+        return sandbox.run(block.text, block.guide, block.line)
+    if block.language == "python" and not block.title:
+        sandbox.write("block.py", [chr(10) * block.line + block.text])
+        return sandbox.run("python block.py", block.place)
+    return ""
+
+
+def words_of(text):
+    return set(re.findall(r"[A-Za-z_]{3,}", text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", WITH_BLOCKS)
+def test_the_commands_of_a_guide_run(sandbox, guide):
+    for block in blocks(guide):
+        run_block(sandbox, block)
