@@ -43,6 +43,7 @@ def answer(connection, run):
     if child == 0:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
+        sys.stdin, sys.stdout, sys.stderr = map(open, range(3), "rww")
         os.chdir(directory)
         os.environ.clear()
         os.environ.update(environment)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,17 @@ from guides import (
     commands,
     guides,
     in_short_form,
+    why_only_checked,
 )
 from judged import PROMPTS
 from pipeline import MODEL, minimal_pair_rows, wait_until
 from published import Published
+from serving import serving
 
+from minimind.serving.app import Endpoint, build_app
+from minimind.serving.models import Served
+
+SERVER = "http://127.0.0.1:8000"
 TESTS = Path(__file__).parent
 GUIDES = guides()
 WITH_BLOCKS = [guide for guide in GUIDES if blocks(guide)]
@@ -35,7 +42,7 @@ DATA = {
         " corpus/a.jsonl raw/a.jsonl pretrain_zh.jsonl pretrain_en.jsonl"
     ),
     "sft": "chats.jsonl chats_eval.jsonl tools.jsonl replies.jsonl sft_zh.jsonl sft_en.jsonl",
-    "dpo": "pairs.jsonl",
+    "dpo": "pairs.jsonl dpo_zh_derived.jsonl",
     "lora": "skill.jsonl",
 }
 EXAM = [
@@ -137,16 +144,18 @@ class Sandbox:
             "WANDB_MODE": "offline",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
+            # Where DeepSpeed's operator is, if an earlier run has compiled it
+            "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache/torch_extensions"),
         }
 
     def start(self):
         """Start the process that runs the commands."""
         command = [sys.executable, TESTS / "guides.py", self.socket]
-        process = subprocess.Popen(command, cwd=self.root, env=self.environment)
+        process = subprocess.Popen(command, cwd=self.root.parent, env=self.environment)
         wait_until(lambda: self.socket.exists() or process.poll() is not None)
         return process
 
-    def run(self, text, place="", line=0, status=0):
+    def run(self, text, place="", line=1, status=0):
         """Run a text by bash until a command fails; returns what it printed."""
         trap = f"trap 'echo \"{place}:$LINENO: status $?: $BASH_COMMAND\"' ERR"
         script = f"set -Eeo pipefail; {trap}{chr(10) * line}{in_short_form(text)}"
@@ -162,24 +171,18 @@ class Sandbox:
         assert done.returncode == status, done.stdout[-5000:]
         return done.stdout
 
-    def fill(self, tokenizer_dir):
-        """Write the checkout, run the quickstart in it, and write the files that guides name."""
-        root = self.root
+    def fill(self):
+        """Write what a checkout has that commands need."""
         for name in ("configs", "scripts"):
-            shutil.copytree(ROOT / name, root / name)
+            shutil.copytree(ROOT / name, self.root / name)
         for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json"), ROOT / "pyproject.toml"]:
-            shutil.copy(path, root)
+            shutil.copy(path, self.root)
         for name in ("minimind", "benchmarks"):
-            (root / name).symlink_to(ROOT / name)
-        (root / ".venv/bin").mkdir(parents=True)
-        (root / ".venv/bin/activate").touch()
-        (root / "configs/model/short.json").write_text(json.dumps(MODEL))
-
-        self.run("bash scripts/quickstart.sh", "README.md")
-        self.write_stages()
-        self.write_data()
-        self.write_published(tokenizer_dir)
-        shutil.copytree(root, self.prepared, symlinks=True)
+            (self.root / name).symlink_to(ROOT / name)
+        self.write(".venv/bin/activate", [])
+        self.write(
+            "configs/model/short.json", [json.dumps(MODEL | {"max_position_embeddings": 2048})]
+        )
 
     def write_stages(self):
         """The quickstart's stages under the other names of guides."""
@@ -224,11 +227,14 @@ class Sandbox:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tokenizer_dir):
     sandbox = Sandbox(tmp_path_factory.mktemp("guides"))
-    sandbox.root.mkdir()
-    (sandbox.root / "minimind").symlink_to(ROOT / "minimind")
+    sandbox.fill()
     process = sandbox.start()
     try:
-        sandbox.fill(tokenizer_dir)
+        sandbox.run("bash scripts/quickstart.sh", "README.md")
+        sandbox.write_stages()
+        sandbox.write_data()
+        sandbox.write_published(tokenizer_dir)
+        shutil.copytree(sandbox.root, sandbox.prepared, symlinks=True)
         yield sandbox
     finally:
         process.terminate()
@@ -241,24 +247,47 @@ def sandbox(prepared):
     return prepared
 
 
-def run_block(sandbox, block):
-    """Run a block, or write its file; returns what it printed."""
-    if block.title:
-        sandbox.write(block.title, [block.text])
-    if block.language == "bash":
-        return sandbox.run(block.text, block.guide, block.line)
-    if block.language == "python" and not block.title:
-        sandbox.write("block.py", [chr(10) * block.line + block.text])
-        return sandbox.run("python block.py", block.place)
-    return ""
-
-
-def words_of(text):
-    return set(re.findall(r"[A-Za-z_]{3,}", text))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", WITH_BLOCKS)
-def test_the_commands_of_a_guide_run(sandbox, guide):
-    for block in blocks(guide):
-        run_block(sandbox, block)
+def test_the_commands_of_a_guide_run_and_print_what_it_shows(sandbox, guide):
+    found = blocks(guide)
+    for block in found:
+        if block.title:
+            sandbox.write(block.title, [block.text])
+    printed = None  # by the block before, if it was run
+    for block in found:
+        if block.language in ("bash", "python") and not block.title:
+            printed = run_block(sandbox, block)
+            if block.language == "bash" and all(map(why_only_checked, commands(block.text))):
+                printed = None
+            continue
+        if block.language in ("text", ""):
+            shown = block.text
+            if block.printed_by and not why_only_checked(next(commands(block.printed_by))):
+                refused = 2 * shown.startswith("error: ")
+                printed = sandbox.run(block.printed_by, block.guide, block.line, status=refused)
+            elif not block.follows:
+                printed = None
+            if printed is not None:
+                assert share_of_words(shown, printed) > 0.75, f"{block.place}: {printed}"
+        printed = None
+
+
+def run_block(sandbox, block):
+    """Run a block, beside a server if it calls one; returns what it printed."""
+    text, line = block.text, block.line
+    with ExitStack() as cleanup:
+        if SERVER in text:
+            served = Served(str(sandbox.root / "runs/quickstart/dpo"), "dpo", 8)
+            address = cleanup.enter_context(serving(build_app(Endpoint([served], 16))))
+            text = text.replace(SERVER, address)
+        if block.language == "python":
+            sandbox.write("block.py", ["\n" * line + text])
+            text = "python block.py"
+        return sandbox.run(text, block.guide, line)
+
+
+def share_of_words(shown, printed):
+    """How many of the words that a guide shows were printed, names of numbers and columns alike."""
+    shown, printed = (set(re.findall(r"[A-Za-z_]{3,}", text)) for text in (shown, printed))
+    return len(shown & printed) / len(shown)
