@@ -1,7 +1,7 @@
 """The code blocks of the guides, and how each of their commands is run in a short form.
 
 A guide is README.md or a page below docs/. Its bash and Python blocks are run one after the other,
-unchanged, in a directory that looks like a checkout after the quickstart (`Sandbox` in
+in a directory that looks like a checkout after the quickstart (`Sandbox` in
 test_guides.py); the programs in `PROGRAMS` are stand-ins there, which run here. A block with
 `title="NAME"` behind its language is the file NAME for those that follow.
 """
@@ -40,7 +40,7 @@ ONLY_CHECKED = {
     r"python -m onnxruntime_genai|transformers |vllm |llama-\w+ |ollama ": "is not ours",
 }
 
-# What a guide says -> what is run in its place
+# Words of a command -> what is given in their place
 INSTEAD = {
     r"--max_steps 100000": "--max_steps 12",
     r"--max_steps 11000 --lr_decay_steps 1000": "--max_steps 11 --lr_decay_steps 1",
@@ -48,27 +48,23 @@ INSTEAD = {
     r"--save_steps 1000": "--save_steps 1",
     r"checkpoint-10000": "checkpoint-10",
     r"--time_budget \w+": "--time_budget 3s",
-    r"--processes \d": "--processes 1",
-    r"\(Glad to help!\|很高兴帮到您！\)\$": "[a-m]",  # a model of a few steps is never courteous
+    r"\(Glad.to.help[^\0]*": "[a-m]",  # which an untrained model never says
 }
 
-# What is added to a command for the short form, unless it gives the option itself. Pattern ->
-# options.
+# Options that are added to a command, unless it has them. Pattern -> options.
+STAGE = r"python (?!.*--(max_steps|time_budget|num_train_epochs))"
 ADDED = {
     r"python \w+\.py": (
         "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --logging_steps 1"
         " --max_eval_rows 4 --report_to none"
     ),
-    r"python (?!.*--(max_steps|time_budget|num_train_epochs))(?!finetune)\w+\.py": "--max_steps 2",
-    # Enough for replies that end
-    r"python (?!.*--(max_steps|time_budget))finetune_sft\.py": (
-        "--max_steps 40 --learning_rate 5e-3"
-    ),
     r"python (?!.*--(allow_changed|resume_from))\w+\.py": "--overwrite_output_dir true",
     r"python pretrain\.py": "--model_config configs/model/short.json --block_size 64",
+    r"python .*language\.yaml": "--time_budget 3s",  # this recipe has no steps
+    rf"{STAGE}finetune_sft\.py": "--max_steps 40 --learning_rate 5e-3",  # its replies end
+    rf"{STAGE}\w+\.py": "--max_steps 2",
     r"minimind plan .*measured": "--model_config configs/model/short.json --block_size 64",
     r"minimind (chat|generate|evaluate|pairs|compare) ": "--max_new_tokens 12",
-    r"minimind pairs ": "--samples 4",
     r"minimind (serve|web) ": "--port 0",
 }
 
@@ -137,13 +133,6 @@ def commands(text):
                 command.append(word)
 
 
-def in_short_form(text):
-    """A block's text with what is run in place of long runs."""
-    for pattern, words in INSTEAD.items():
-        text = re.sub(pattern, words, text)
-    return text
-
-
 def why_only_checked(words):
     """The reason why a command is not run, or None."""
     line = " ".join(words)
@@ -156,10 +145,7 @@ def run(words):
     if why_only_checked(words):
         check(words)
         return
-    line = " ".join(words)
-    for pattern, options in ADDED.items():
-        if re.match(pattern, line):
-            words += new_options(words, options.split())
+    words = in_short_form(words)
     program, *argv = words
     if program == "bash":
         os.execv("/bin/bash", words)
@@ -178,10 +164,17 @@ def run(words):
         runpy.run_path(argv[0], run_name="__main__")
 
 
-def new_options(words, options):
-    """Those of the options, `--name value` each, whose name is not among the words."""
-    pairs = zip(options[::2], options[1::2], strict=True)
-    return [word for name, value in pairs if name not in words for word in (name, value)]
+def in_short_form(words):
+    """The words of a command with those of `INSTEAD` and `ADDED`."""
+    text = "\0".join(words)
+    for pattern, instead in INSTEAD.items():
+        text = re.sub(pattern.replace(" ", "\0"), instead.replace(" ", "\0"), text)
+    words = text.split("\0")
+    for pattern, options in ADDED.items():
+        if re.match(pattern, " ".join(words)):
+            pairs = re.findall(r"(--\w+) (\S+)", options)
+            words += [word for pair in pairs if pair[0] not in words for word in pair]
+    return words
 
 
 def without_launcher(words):

@@ -20,7 +20,6 @@ from guides import (
     check_options,
     commands,
     guides,
-    in_short_form,
     why_only_checked,
 )
 from judged import PROMPTS
@@ -158,7 +157,7 @@ class Sandbox:
     def run(self, text, place="", line=1, status=0):
         """Run a text by bash until a command fails; returns what it printed."""
         trap = f"trap 'echo \"{place}:$LINENO: status $?: $BASH_COMMAND\"' ERR"
-        script = f"set -Eeo pipefail; {trap}{chr(10) * line}{in_short_form(text)}"
+        script = f"set -Eeo pipefail; {trap}{chr(10) * line}{text}"
         done = subprocess.run(
             ["/bin/bash", "-c", script],
             cwd=self.root,
