@@ -9,6 +9,7 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from minimind.common.files import read_json
+from minimind.common.streams import printable
 from minimind.costs.parameters import empty_model, parameter_counts
 from minimind.costs.units import duration
 from minimind.data.hub import PREFIX
@@ -170,9 +171,10 @@ def languages_of(stages: Iterable[StageRecord]) -> list[str]:
 
 
 def public_name(file: str) -> str:
-    """The name of a data file without the directories of this machine; a dataset of the Hub as it
-    is."""
-    return file if file.startswith(PREFIX) else PurePosixPath(file.replace("\\", "/")).name
+    """The name of a data file without the directories of this machine, as code in Markdown can hold
+    it; a dataset of the Hub as it is."""
+    name = file if file.startswith(PREFIX) else PurePosixPath(file.replace("\\", "/")).name
+    return name.replace("`", "'")
 
 
 def lesson(stage: StageRecord, recipe: dict) -> Lesson:
@@ -204,7 +206,7 @@ def lesson(stage: StageRecord, recipe: dict) -> Lesson:
 
 def part_of_data(facts: dict, part: str) -> str:
     """Files, counts and hash of the training or held-out rows."""
-    names = ", ".join(f"`{public_name(str(file))}`" for file in facts.get("files") or ())
+    names = ", ".join(f"`{public_name(file)}`" for file in map(str, facts.get("files") or ()))
     counts = [
         f"{value:,} {key.replace('_', ' ')}"
         for key, value in facts.items()
@@ -239,4 +241,4 @@ def training_of(record: dict, recipe: dict) -> str:
 
 def one_line(text: str) -> str:
     """A text in a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(printable(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -121,7 +121,7 @@ def model_card(directory: Path, choices: Choices) -> str:
         repository=REPOSITORY,
         base=choices.base_model or BASE,
     )
-    return str(card).rstrip("\n") + "\n"
+    return str(card).rstrip("\n") + "\n\n"
 
 
 def read_export(directory: Path) -> tuple[Path, dict]:
@@ -210,6 +210,7 @@ def metadata(
             metric_value=each.after,
         )
         for each in measured
+        if each.name
     ]
     results += [
         EvalResult(
