@@ -97,8 +97,9 @@ def cache_directory(kind: str = "", permanent: bool = False) -> Path:
 
 def shown(directory: Path) -> Path:
     """A directory as messages name it: without the working directory, if it lies in that."""
-    here = Path.cwd()
-    return directory.relative_to(here) if directory.is_relative_to(here) else directory
+    with suppress(ValueError, OSError):
+        return directory.relative_to(Path.cwd())
+    return directory
 
 
 @contextmanager
