@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.cache import Contents, find_or_build
+from minimind.common.cache import Contents, find_or_build, join_hashes
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
@@ -166,13 +165,6 @@ def source_names(words: Sequence[str]) -> list[str]:
     names = [Path(word).name.split(".")[0] or "source" for word in words]
     earlier = [names[:index].count(name) for index, name in enumerate(names)]
     return [f"{n}-{1 + count}" if count else n for n, count in zip(names, earlier, strict=True)]
-
-
-def join_hashes(hashes: Sequence[str]) -> str | None:
-    """One hash over those of several sources; that of one as it is, None for none."""
-    if len(hashes) < 2:
-        return hashes[0] if hashes else None
-    return xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
 def _open(path: Path) -> Dataset:
