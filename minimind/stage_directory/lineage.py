@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind.common.cache import content_hash
+from minimind.common.cache import content_hash, join_hashes
 from minimind.common.errors import UserError
-from minimind.data.documents import join_hashes
 from minimind.data.sources import File, expand
 from minimind.stage_directory.contents import adapter_base, is_adapter
 from minimind.stage_directory.record import read_stage, weights_hash
