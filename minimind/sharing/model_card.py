@@ -159,7 +159,7 @@ def load_card(file: Path) -> ModelCard:
     """A card with its front matter; raises UserError where that is not as the Hub has it."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        return ModelCard(text if text.lstrip().startswith("---") else f"---\n---\n{text}")
+        return ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(
             f"{file}: the front matter between the lines --- is no metadata of the Hub"
@@ -231,6 +231,6 @@ def metadata(
         tags=tags,
         base_model=choices.base_model,
         datasets=facts.datasets or None,
-        model_name=facts.title,
+        model_name=facts.title if results else None,
         eval_results=results or None,
     )
