@@ -2,6 +2,7 @@
 enough for seconds."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -35,6 +36,25 @@ collect_ignore = ["conformance"]
 
 ENGLISH = "the quick brown fox jumps over the lazy dog and runs home"
 CHINESE = "敏捷的棕色狐狸跳过了懒惰的狗然后跑回家"
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of garbage collections, of which every training makes one: it
+    is a million objects, and a quarter of the time of a short run."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """The charts of a run are drawn only where a file of tests is marked `pictures`: they take half
+    of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("pictures"):
+            patch.setattr("minimind.training.plots.line_chart", lambda *args: "<svg></svg>")
+            patch.setattr("minimind.training.report.bar_chart", lambda *args: "<svg></svg>")
+            patch.setattr("minimind.training.run.plot_loss", lambda log, path, *args: path.touch())
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +95,14 @@ def either(request, tokenizer, default):
 def llama2():
     tokenizer = load_tokenizer()
     set_chat_template(tokenizer, "llama2")
+    return tokenizer
+
+
+@pytest.fixture
+def chatty(tokenizer_dir):
+    """The tiny tokenizer with a chat template."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    set_chat_template(tokenizer, "chatml")
     return tokenizer
 
 

@@ -1,4 +1,5 @@
-"""A stage directory whose model writes short random replies, and rules that judge them."""
+"""Replies to judge, of a stage directory whose model writes short random ones or given as they are,
+and rules that judge them."""
 
 import json
 
@@ -30,6 +31,21 @@ def broken(messages, reply):
 
 number = 3
 """
+
+
+class Scripted:
+    """A subject that gives these replies in turn, and keeps what it was asked."""
+
+    max_length = 512
+
+    def __init__(self, tokenizer, replies):
+        self.tokenizer, self.given = tokenizer, replies
+        self.asked, self.samplings = [], []
+
+    def replies(self, prompts, sampling):
+        self.asked += [self.tokenizer.decode(each) for each in prompts]
+        self.samplings.append(sampling)
+        return self.given[: len(prompts)]
 
 
 def write_talker(directory, config, tokenizer, seed=0, ends=10):

@@ -1,6 +1,7 @@
 """Cleaning is the same to the byte whatever the processes, and resumes after a kill."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,9 +48,12 @@ Cleaning._finish_part = finish_and_die
 def start(arguments, before=""):
     """`minimind clean` as a process of its own."""
     command = [sys.executable, "-c", before + "from minimind.cli import main; main()", "clean"]
+    environment = {**os.environ}
+    del environment["WANDB_MODE"]  # with it --json waits for the import of transformers
     return subprocess.Popen(
         [*command, *map(str, arguments)],
         cwd=ROOT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,13 +122,13 @@ def test_a_changed_recipe_or_input_starts_anew(tmp_path, write_jsonl, monkeypatc
     path = write_jsonl("a.jsonl", rows)
     interrupted(monkeypatch, path, out, steps)
     path = write_jsonl("a.jsonl", [*rows[1:], rows[0]])
-    assert clean([path], out, steps)["run"]["rows_found_finished"] == 0
+    assert clean([path], out, steps, 1)["run"]["rows_found_finished"] == 0
     assert output(out)[0]["id"] == 1
 
     other = tmp_path / "other"
     interrupted(monkeypatch, path, other, steps)
     Path(steps).write_text(Path(steps).read_text().replace("min_chars: 20", "min_chars: 1"))
-    assert clean([path], other, steps)["run"]["rows_found_finished"] == 0
+    assert clean([path], other, steps, 1)["run"]["rows_found_finished"] == 0
     assert any(row["text"].startswith("No. ") for row in output(other))
 
 
@@ -139,7 +143,7 @@ def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, monkeypatch):
         interrupted(monkeypatch, path, tmp_path / name, steps)
         partial = tmp_path / f".{name}.partial"
         (partial / damaged).write_bytes((partial / damaged).read_bytes()[:-20])
-        report = clean([path], tmp_path / name, steps, 2, "skip")
+        report = clean([path], tmp_path / name, steps, 1, "skip")
         assert report["run"]["rows_found_finished"] == 40
         assert report["rows"]["bad"] == 1
         assert tree(tmp_path / name) == tree(tmp_path / "expected")

@@ -35,6 +35,7 @@ from minimind.training.output_directory import RUN_LOGS
 from minimind.training.plots import plot_loss
 from minimind.training.samples import Prompt, SampleCallback, read_samples
 
+pytestmark = pytest.mark.pictures
 HOSTILE_NAME = "a$\\frac{$ [/b]\n[bold]{}%s中文\x1b[2J\\"
 
 

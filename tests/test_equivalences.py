@@ -2,17 +2,12 @@
 checkpointing."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from pipeline import document_rows, run_script, short_run, write_model
+from ranks import run_ranks
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 STEPS = 6
 RECIPE = {"max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2, "logging_steps": 1}
 
@@ -90,21 +85,12 @@ def test_one_process_computes_the_same_step(
     assert_equal(directory, whole)
 
 
-@pytest.mark.launcher
 @pytest.mark.parametrize("zero", [False, True], ids=["ddp", "zero2"])
 def test_two_processes_compute_the_same_step(zero, options, whole):
     if zero:
         pytest.importorskip("deepspeed")
     extra = ("--deepspeed", "ds_config_zero2.json") if zero else ()
     directory, words = options("zero2" if zero else "ddp", 4, 1, *extra)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MINIMIND_CACHE": str(directory.parent / "cache"),
-    }
-    launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "pretrain.py"]
-    done = subprocess.run(
-        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"cpu x 2, {'DeepSpeed' if zero else 'plain'}" in done.stdout
+    said = run_ranks("pretrain.py", *words, log=directory.with_suffix(".log"))
+    assert f"cpu x 2, {'DeepSpeed' if zero else 'plain'}" in said
     assert_equal(directory, whole)

@@ -1,15 +1,12 @@
 """A step that is not finite is skipped, and several in a row end the run."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from pipeline import document_rows, run_script, short_run, write_model
+from ranks import run_ranks
 from small_run import STEPS, equal, spoil
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -192,16 +189,7 @@ def test_the_counts_reach_the_log_of_a_whole_run(monkeypatch, tmp_path, write_js
 def several_processes(output, steps, *deepspeed):
     """Run guarded_run.py in two processes; returns what each saw."""
     output.mkdir()
-    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [*map(str, command), "tests/guarded_run.py", str(output), steps, *deepspeed],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run_ranks("tests/guarded_run.py", output, steps, *deepspeed, log=output / "log")
     return [json.loads((output / f"seen-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -210,7 +198,6 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-@pytest.mark.launcher
 @pytest.mark.parametrize(
     "engine",
     [

@@ -1,4 +1,5 @@
-"""Every launcher line of the README, started as a user would, with processes of its own."""
+"""Every launcher line of the README, started as a user would, with processes of its own; and what
+two processes compute."""
 
 import json
 import math
@@ -21,6 +22,7 @@ from pipeline import (
     short_run,
     write_model,
 )
+from ranks import run_ranks, start, until_done
 
 from minimind.common.launch import release_shared_buffers
 from minimind.evaluation.scoring import ModelSubject
@@ -149,11 +151,16 @@ def pretrained(world, tokenizer_dir):
     return world / "pretrain", said
 
 
+def run_pair(world, tokenizer_dir, script, **options):
+    """Run two processes under DeepSpeed as its launcher starts them; returns what they printed."""
+    output = Path(tempfile.mkdtemp(dir=world)) / "run"
+    words = stage_words(world, tokenizer_dir, output, script, options)
+    return output, run_ranks(script, *DEEPSPEED, *words, log=output.with_suffix(".log"))
+
+
 @pytest.fixture(scope="module")
 def tuned(pretrained, world, tokenizer_dir):
-    output, said = launch(
-        world, tokenizer_dir, "deepspeed", "--num_accelerators", "2", "finetune_sft.py", *DEEPSPEED
-    )
+    output, said = run_pair(world, tokenizer_dir, "finetune_sft.py")
     output.rename(world / "sft")
     return world / "sft", said
 
@@ -242,9 +249,8 @@ def test_a_stage_written_under_zero_2_holds_tied_weights_once(pretrained):
 @needs_deepspeed
 def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokenizer_dir):
     assert "cpu x 2, DeepSpeed" in tuned[1]
-    command = ["deepspeed", "--num_accelerators", "2", "train_dpo.py", *DEEPSPEED]
     pairs = world / "minimal_pairs.jsonl"
-    stage, said = launch(world, tokenizer_dir, *command, eval_pairs=pairs)
+    stage, said = run_pair(world, tokenizer_dir, "train_dpo.py", eval_pairs=pairs)
     assert has_pair_metrics(stage, pairs)
     assert "cpu x 2, DeepSpeed" in said
     assert read_stage(stage)["data"]["train"]["rows"] % 4 == 3
@@ -254,21 +260,29 @@ def test_sft_and_dpo_run_under_deepspeed_with_two_processes(tuned, world, tokeni
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    ("command", "processes"),
+    "command",
     [
         pytest.param(
-            ["accelerate", "launch", "--num_processes", "1", "pretrain.py", *DEEPSPEED],
-            1,
-            marks=pytest.mark.slow,
+            ["accelerate", "launch", "--num_processes", "1", "pretrain.py"], marks=pytest.mark.slow
         ),
-        ([sys.executable, "finetune_sft.py", "--use_peft", *DEEPSPEED], 1),
+        ["torchrun", "--nproc_per_node", "1", "pretrain.py"],
     ],
-    ids=["accelerate", "python-lora"],
+    ids=["accelerate", "torchrun"],
 )
-def test_every_launcher_starts_deepspeed(command, processes, pretrained, world, tokenizer_dir):
-    """The third, torchrun, in test_equivalences.py."""
-    _, said = launch(world, tokenizer_dir, *command)
-    assert f"cpu x {processes}, DeepSpeed" in said
+def test_the_other_launchers_start_deepspeed(command, world, tokenizer_dir):
+    _, said = launch(world, tokenizer_dir, *command, *DEEPSPEED)
+    assert "cpu x 1, DeepSpeed" in said
+
+
+@needs_deepspeed
+def test_a_process_without_a_launcher_trains_an_adapter_under_deepspeed(
+    pretrained, world, tokenizer_dir
+):
+    output = Path(tempfile.mkdtemp(dir=world)) / "run"
+    words = stage_words(world, tokenizer_dir, output, "finetune_sft.py", {})
+    log = output.with_suffix(".log")
+    process = start("finetune_sft.py", "--use_peft", *DEEPSPEED, *words, log=log)
+    assert "cpu x 1, DeepSpeed" in until_done(process, log=log)
 
 
 @pytest.mark.slow

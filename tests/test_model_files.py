@@ -81,15 +81,17 @@ def test_every_class_saves_the_code_and_the_names_for_all_auto_classes(tmp_path,
 
 
 STRANGER = """
-import sys
+import os, sys
 sys.modules["minimind"] = None  # importing it raises ModuleNotFoundError
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification
 
 trusted = {"trust_remote_code": True}
-ids = torch.load("ids.pt")
-with torch.no_grad():
+for directory in sys.argv[1:]:
+    os.chdir(directory)
+    ids = torch.load("ids.pt")
+    torch.set_grad_enabled(False)
     config = AutoConfig.from_pretrained("saved", **trusted)
     model = AutoModelForCausalLM.from_pretrained("saved", **trusted)
     base = AutoModel.from_pretrained("saved", **trusted)
@@ -100,28 +102,40 @@ with torch.no_grad():
     results = {"names": names, "model": model(ids).logits, "reloaded": reloaded(ids).logits}
     results["scores"] = scorer(ids).logits
     results["base"] = model.lm_head(base(ids).last_hidden_state)
-torch.save(results, "results.pt")
+    torch.save(results, "results.pt")
 """
+STRANGERS = {"dense": 0, "MoE": 4}  # their experts
 
 
-@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "MoE"])
-def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tmp_path, experts):
-    model, ids = build(num_experts=experts), random_ids(2, 9)
-    scorer = MiniMindForSequenceClassification(model.config).eval()
-    model.save_pretrained(tmp_path / "saved")
-    scorer.save_pretrained(tmp_path / "scorer")
-    torch.save(ids, tmp_path / "ids.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """Models that a process without the package has opened and saved again."""
+    root, made = tmp_path_factory.mktemp("strangers"), {}
+    for name, experts in STRANGERS.items():
+        directory = root / name
+        model, ids = build(num_experts=experts), random_ids(2, 9)
+        scorer = MiniMindForSequenceClassification(model.config).eval()
+        model.save_pretrained(directory / "saved")
+        scorer.save_pretrained(directory / "scorer")
+        torch.save(ids, directory / "ids.pt")
+        made[name] = directory, model, scorer, ids
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules")}
     environment.pop("PYTHONPATH", None)
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", STRANGER],
-        cwd=tmp_path,
+        [sys.executable, "-W", "error", "-c", STRANGER, *(root / name for name in STRANGERS)],
+        cwd=root,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    results = torch.load(tmp_path / "results.pt")
+    return made
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(strangers, name):
+    directory, model, scorer, ids = strangers[name]
+    results = torch.load(directory / "results.pt")
     assert results.pop("names") == [
         "MiniMindConfig",
         "MiniMindForCausalLM",
@@ -134,8 +148,8 @@ def test_a_checkpoint_opens_and_saves_again_where_minimind_cannot_be_imported(tm
     for logits in results.values():
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
     # What a stranger saved is ours again
-    assert {file.name for file in (tmp_path / "again").iterdir()} >= CODE
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert {file.name for file in (directory / "again").iterdir()} >= CODE
+    loaded = AutoModelForCausalLM.from_pretrained(directory / "again")
     assert type(loaded) is MiniMindForCausalLM
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from minimind.training import optimizers
+from minimind.training.arguments import PretrainConfig
 from minimind.training.optimizers import (
     POLAR_EXPRESS,
     MuonWithAdamW,
@@ -364,14 +365,17 @@ def test_an_optimizer_of_an_earlier_version_continues(model):
 
 def test_a_cpu_kept_from_its_bf16_instructions_is_one_without_them():
     limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    question = (
-        "from minimind.training.arguments import PretrainConfig as C; print(C(use_cpu=True,"
-        " report_to=[]).bf16)"
-    )
+    question = "from minimind.common.launch import bf16_is_fast; print(bf16_is_fast('cpu'))"
     answer = subprocess.run(
         [sys.executable, "-c", question], env=os.environ | limits, capture_output=True, text=True
     )
     assert answer.stdout.split()[-1:] == ["False"], answer.stderr
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_run_takes_bf16_where_it_is_fast(monkeypatch, fast, tmp_path):
+    monkeypatch.setattr("minimind.training.arguments.bf16_is_fast", lambda device: fast)
+    assert PretrainConfig(str(tmp_path), use_cpu=True, report_to=[]).bf16 == fast
 
 
 def test_one_schedule_drives_both_groups(model):

@@ -185,22 +185,30 @@ def test_the_stage_is_told_from_folder_keys_or_data(tmp_path, files, stage):
     assert planned_runs.stage_of(path, []) == ("dpo" if stage == "reward" else stage)
 
 
-@pytest.mark.parametrize("stage", DATA)
-@pytest.mark.parametrize("packing", [True, False])
+SAMPLED = {
+    "pretrain": [{"packing_strategy": "wrapped"}, {"packing_strategy": "bfd_split"}],
+    "sft": [{"packing": True}, {"packing": False}],
+    "lora": [{"packing": True}],
+    "dpo": [{}],
+    "reward": [{}],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "packing"), [(stage, each) for stage, every in SAMPLED.items() for each in every]
+)
 def test_a_sample_of_large_files_estimates_what_counting_finds(
     tmp_path, write_jsonl, tokenizer_dir, monkeypatch, stage, packing
 ):
-    rows = [row for _ in range(40) for row in DATA[stage]()]
+    rows = [row for _ in range(20) for row in DATA[stage]()]
     files = [write_jsonl(f"{stage}{i}.jsonl", rows) for i in range(2)]
     keys = (
         {"block_size": 32, "tokenizer": str(tokenizer_dir)}
         if stage == "pretrain"
-        else (PAIR_LENGTHS if stage in ("dpo", "reward") else {"max_length": 64}) | {}
-    )
-    if stage == "pretrain":
-        keys["packing_strategy"] = "wrapped" if packing else "bfd_split"
-    elif stage not in ("dpo", "reward"):
-        keys["packing"] = packing
+        else PAIR_LENGTHS
+        if stage in ("dpo", "reward")
+        else {"max_length": 64}
+    ) | packing
     (recipe,) = read(tmp_path, stage, eval_files=files[:1], train_files=files, **keys)
     tokenizer = recipe.starting_point()[1]
     counted = recipe.rows(tokenizer)
@@ -480,6 +488,8 @@ def test_a_report_in_json_has_stdout_for_itself_whatever_the_libraries_say():
         "configs/pretrain/quickstart.yaml",
         "--tokens",
         "1e6",
+        "--device",
+        "h100",
     ]
     environment = os.environ | {"WANDB_MODE": "offline"}
     root = Path(__file__).parent.parent

@@ -5,16 +5,15 @@ import math
 
 import pytest
 import sacrebleu
+from judged import Scripted
 
 from minimind.common.errors import UserError
-from minimind.data.template_choice import set_chat_template
 from minimind.evaluation.comparison import describe_replies
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import Reply
 from minimind.score_card import RepliesTask, parse_decodings, read_referenced_prompts
 from minimind.score_card.overlap import corpus_scores, longest_common_subsequence, rouge
 from minimind.score_card.replies import GREEDY, Decoding
-from minimind.tokenizer import load_tokenizer
 
 
 def longest_by_table(a, b):
@@ -105,24 +104,6 @@ def test_wrong_settings_are_refused(text):
 
 
 # The task
-
-
-@pytest.fixture
-def chatty(tokenizer_dir):
-    tokenizer = load_tokenizer(tokenizer_dir)
-    set_chat_template(tokenizer, "chatml")
-    return tokenizer
-
-
-class Scripted:
-    max_length = 512
-
-    def __init__(self, tokenizer, replies):
-        self.tokenizer, self.given, self.samplings = tokenizer, replies, []
-
-    def replies(self, prompts, sampling):
-        self.samplings.append(sampling)
-        return self.given[: len(prompts)]
 
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b c"}]

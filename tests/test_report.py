@@ -23,6 +23,8 @@ HOSTILE = (
 )
 VOID = {"meta"}
 
+pytestmark = pytest.mark.pictures
+
 
 class Page(HTMLParser):
     """Collects tags, attributes and text; complains where tags do not close in order."""

@@ -6,10 +6,10 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from judged import Scripted
 from pipeline import failure, run_cli
 
 from minimind.common.errors import UserError
-from minimind.data.template_choice import set_chat_template
 from minimind.evaluation.replies import Sampling
 from minimind.evaluation.scoring import ModelSubject
 from minimind.generation import Reply, complete
@@ -23,7 +23,7 @@ from minimind.score_card import (
 )
 from minimind.score_card.checks import RULES, follows, normalised, numbers_in, read_rules
 from minimind.score_card.controls import controls
-from minimind.tokenizer import load_tokenizer, save_tokenizer
+from minimind.tokenizer import save_tokenizer
 
 # rule, value -> replies that follow it, replies that do not
 CASES = [
@@ -119,27 +119,6 @@ def test_wrong_rows_are_named_with_their_line(write_jsonl, name):
     assert message in str(error.value)
 
 
-@pytest.fixture
-def chatty(tokenizer_dir):
-    tokenizer = load_tokenizer(tokenizer_dir)
-    set_chat_template(tokenizer, "chatml")
-    return tokenizer
-
-
-class Scripted:
-    """A subject that gives these replies in turn."""
-
-    max_length = 512
-
-    def __init__(self, tokenizer, texts):
-        self.tokenizer, self.texts, self.asked = tokenizer, texts, []
-
-    def replies(self, prompts, sampling):
-        self.asked += [self.tokenizer.decode(each) for each in prompts]
-        assert sampling.temperature == 0
-        return [Reply(text, [], True) for text in self.texts]
-
-
 def test_an_item_counts_only_if_all_its_rules_hold_and_groups_are_by_kind_and_language(
     write_jsonl, chatty
 ):
@@ -152,8 +131,9 @@ def test_an_item_counts_only_if_all_its_rules_hold_and_groups_are_by_kind_and_la
     ]  # fmt: skip
     task = RulesTask(read_ruled_prompts([write_jsonl("set.jsonl", rows)]))
     texts = ["<think>\nno, 3\n</think>\n\nit is 2", "伦敦。", "- a, b\n- c", " home\nand runs"]
-    subject = Scripted(chatty, texts)
+    subject = Scripted(chatty, [Reply(text, [], True) for text in texts])
     result = task.run(subject)
+    assert [sampling.temperature for sampling in subject.samplings] == [0]
     everything = result.section["all"]
     assert everything["n"] == 4
     assert everything["score"] == 0.25
@@ -173,11 +153,12 @@ def test_prompts_that_leave_no_room_for_a_reply_are_left_out_and_counted(write_j
     rows = [{"prompt": "a", "answer": "b"}, {"prompt": "the dog runs " * 199, "answer": "b"}]
     path = write_jsonl("set.jsonl", rows)
     task = RulesTask(read_ruled_prompts([path]), max_new_tokens=64)
-    result = task.run(Scripted(chatty, ["b"]))
+    subject = Scripted(chatty, [Reply("b", [], True)])
+    result = task.run(subject)
     assert result.section["all"]["too_long"] == 1
     assert result.measures["rules/all"].values == {"set#0": 1.0}
     with pytest.raises(UserError, match=r"--rules: all prompts are too long: .* positions for 0"):
-        RulesTask(task.rows, max_new_tokens=512).run(Scripted(chatty, ["b"]))
+        RulesTask(task.rows, max_new_tokens=512).run(subject)
 
 
 def test_replies_of_a_model_are_greedy_and_in_the_order_of_the_prompts(model, chatty):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from pipeline import PATIENCE, at_free_port, document_rows, short_run, wait_until, write_model
+from ranks import start_ranks
 from transformers import TrainerCallback, TrainingArguments
 
 from minimind.training import checkpointing_trainer, saving, signals
@@ -432,20 +433,29 @@ def test_workers_of_a_deepspeed_launcher_that_died_save_and_end(command, tmp_pat
         assert shards == {"zero_pp_rank_0", "zero_pp_rank_1"}
 
 
-@pytest.mark.launcher
 def test_all_ranks_stop_at_the_step_at_which_one_of_them_is_told(command, tmp_path):
-    words = command(tmp_path / "run", "torchrun", "--nproc_per_node", "2")
-    with Run(words, tmp_path / "run") as run:
-        run.wait_for_step()
-        run.workers[-1].send_signal(signal.SIGUSR1)
-        run.wait_for_all_to_be_gone()
-        run.process.wait(PATIENCE)
-        assert "interrupted (SIGUSR1)" in run.said
-        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-        assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {
-            "rng_state_0.pth",
-            "rng_state_1.pth",
-        }
+    log = tmp_path / "log"
+    ranks = start_ranks(*command(tmp_path / "run"), log=log)
+    try:
+        wait_until(
+            lambda: (
+                re.search("step +2/", log.read_text()) or not all(rank.is_alive() for rank in ranks)
+            ),
+            log.read_text,
+        )
+        os.kill(ranks[1].pid, signal.SIGUSR1)
+        for rank in ranks:
+            rank.join(PATIENCE)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.exitcode for rank in ranks] == [INTERRUPTED] * 2
+    assert "interrupted (SIGUSR1)" in log.read_text()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert {path.name for path in checkpoint.iterdir()} >= WHOLE | {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
 
 
 @pytest.mark.launcher

@@ -37,7 +37,10 @@ from minimind.training.checkpointing_trainer import CheckpointingTrainer
 STAGES = ("pretrain", "sft", "lora", "dpo")
 
 # transformers' own call of torch's former name of a collective, until it moves to all_gather_single
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
+    pytest.mark.pictures,
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """Two processes that split a model by its own plan compute what one does."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from ranks import run_ranks
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
 
@@ -56,10 +54,7 @@ def test_two_processes_compute_the_logits_the_loss_and_the_gradients_of_one(tmp_
                 parameter.normal_(mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
         models[name].save_pretrained(tmp_path / name)
     (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [tmp_path / "rank.py", *(tmp_path / name for name in SHAPES)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(tmp_path / "rank.py", *(tmp_path / name for name in SHAPES), log=tmp_path / "log")
 
     ids = torch.arange(3, 69).view(2, 33)
     for name, model in models.items():

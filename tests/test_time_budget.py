@@ -1,14 +1,14 @@
 """Under --time_budget the learning rate follows the clock, and the run ends with the budget."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pipeline import at_free_port, document_rows, run_script, short_run, write_model
+from pipeline import document_rows, run_script, short_run, write_model
+from ranks import run_ranks
 from small_run import STEPS, Ticks, under_budget
 from transformers import SchedulerType, TrainerCallback, TrainerControl
 
@@ -23,7 +23,7 @@ from minimind.training.schedules import TRIED
 from minimind.training.time_budget import TimeBudget, seconds_since_start
 from minimind.training.trainers import ScheduledTrainer
 
-ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
+BIN = Path(sys.executable).parent
 PEAK = 1e-2
 
 
@@ -323,11 +323,8 @@ def test_a_resumed_run_is_the_undisturbed_one_and_a_longer_budget_extends_it(pre
 def test_processes_with_different_clocks_agree(tmp_path):
     """Under DeepSpeed where it is installed, else plain."""
     deepspeed = ["ds_config_zero2.json"] if (BIN / "deepspeed").exists() else []
-    command = [BIN / "torchrun", "--nproc_per_node=2", "tests/budget_run.py", tmp_path / "run"]
-    words = at_free_port(*command, *deepspeed)
     (tmp_path / "run").mkdir()
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("tests/budget_run.py", tmp_path / "run", *deepspeed, log=tmp_path / "log")
     one, two = (
         json.loads((tmp_path / "run" / f"rates-{rank}.json").read_text()) for rank in (0, 1)
     )

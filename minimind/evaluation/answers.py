@@ -100,12 +100,10 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[dict],
-    max_new_tokens: int = 64,
-    batch_size: int = 64,
+    **options: int,
 ) -> dict:
-    """`answer_questions`, summed up by `answer_metrics`."""
-    found = answer_questions(model, tokenizer, questions, max_new_tokens, batch_size)
-    return answer_metrics(questions, found)
+    """`answer_metrics` of the answers; `options` are those of `answer_questions`."""
+    return answer_metrics(questions, answer_questions(model, tokenizer, questions, **options))
 
 
 def answer_metrics(questions: Sequence[dict], found: Sequence[Answered]) -> dict:

@@ -58,7 +58,8 @@ def evaluate(
     columns.stop()
     found = {}
     if max_new_tokens:
-        found = score(model, tokenizer, questions, max_new_tokens, batch_size)
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        found = score(model, tokenizer, questions, **options)
     losses = conversation_losses(model, tokenizer, questions, max_length, batch_size)
     return {**found, **conversation_metrics(losses), "bad_rows": bad_rows.count}
 

@@ -63,14 +63,10 @@ def read_held_out_texts(
         source = facts.get("source") or Path(where.rpartition(":")[0]).name
         for number, text in enumerate(documents):
             key = f"{where}:{number}" if number else where
-            texts.append(HeldOutText(key, text, source, facts.get("language") or language(text)))
+            language = facts.get("language") or script(text).language
+            texts.append(HeldOutText(key, text, source, language))
     columns.stop()
     return texts
-
-
-def language(text: str) -> str:
-    """ "zh", "en" or "other", by the writing of a text."""
-    return script(text).language
 
 
 def text_losses(

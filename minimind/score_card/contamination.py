@@ -18,7 +18,7 @@ from minimind.cleaning.filters import is_chinese, units_of
 from minimind.data.sources import File
 from minimind.evaluation.statistics import estimate
 from minimind.score_card.tasks import Task, TaskResult
-from minimind.score_card.training_text import lineage_json, read_texts, training_files
+from minimind.score_card.training_text import lineage_json, read_row_texts, training_files
 from minimind.stage_directory import Ancestor
 
 WORDS, CHARACTERS = Decontaminate.words, Decontaminate.characters
@@ -121,7 +121,7 @@ def find_overlaps(
         return overlaps
 
     index.freeze()
-    for where, text in read_texts(files, "contamination"):
+    for where, text in read_row_texts(files, "contamination"):
         units = units_of(text.casefold())
         for start, length, items in index.find(units):
             shared = Overlap(where, " ".join(units[start : start + length]))

@@ -26,7 +26,7 @@ from minimind.evaluation.statistics import estimate
 from minimind.generation import Reply
 from minimind.score_card.report import VERDICTS
 from minimind.score_card.tasks import Task, TaskResult
-from minimind.score_card.training_text import read_texts, training_files
+from minimind.score_card.training_text import read_row_texts, training_files
 from minimind.stage_directory import Ancestor, auto_class
 from minimind.tokenizer.encoding import DocumentEncoder, WrongIdsError
 
@@ -152,7 +152,7 @@ def controls(
     tasks = [task for task in tasks if hasattr(task, "shuffled")]
     files = training_files(ancestors)
     if files:
-        texts = (text for _, text in read_texts(files, "token frequencies"))
+        texts = (text for _, text in read_row_texts(files, "token frequencies"))
     else:
         texts = (text for task in tasks for parts in task.item_texts().values() for text in parts)
     counts = count_tokens(subject.tokenizer, texts, subject.model.config.vocab_size)

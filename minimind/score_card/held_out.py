@@ -26,7 +26,7 @@ from minimind.evaluation.texts import (
 )
 from minimind.inspection import data_paths, recognise_stage
 from minimind.score_card.tasks import Task, TaskResult
-from minimind.score_card.training_text import read_texts
+from minimind.score_card.training_text import read_row_texts
 
 
 def held_out_task(
@@ -146,5 +146,5 @@ class ChatsTask:
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
         """See `Task`."""
-        rows = read_texts(expand(data_paths(self._files)), "conversations")
+        rows = read_row_texts(expand(data_paths(self._files)), "conversations")
         return {row.where: [row.data] for row in rows}

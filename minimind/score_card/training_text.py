@@ -26,7 +26,7 @@ def lineage_json(ancestors: Sequence[Ancestor]) -> list[dict]:
     ]
 
 
-def read_texts(files: Sequence[File], title: str) -> Iterator[Row]:
+def read_row_texts(files: Sequence[File], title: str) -> Iterator[Row]:
     """The place and the text of each row of training files, with a progress bar; of a row whose
     columns have names of their own, all its strings.
 
