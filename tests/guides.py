@@ -22,6 +22,7 @@ ONLY_CHECKED = {
     r"python benchmarks/": "takes minutes",
     r"minimind evaluate .*--lm_eval": "needs a package and data sets from the network",
     r"minimind export .*--format web": "needs a package of npm; see test_export_web.py",
+    r"minimind push ": "needs the network; see test_push.py",
     r"minimind pairs .*--human": "waits for a person; see test_pairs.py",
     r"minimind doctor sick\.yaml": "is about a recipe and a DeepSpeed JSON with many faults",
     r"minimind replay |.*runs/again": "needs a run with a bad batch; see test_replay.py",

@@ -46,7 +46,7 @@ class Sandbox:
         programs = root / "bin"
         programs.mkdir()
         for program in PROGRAMS:
-            client = f"{sys.executable} -IS {TESTS / 'forking.py'} {self.socket} {program}"
+            client = f"{sys.executable} -IS {TESTS / 'command_server.py'} {self.socket} {program}"
             (programs / program).write_text(f'#!/bin/sh\nexec {client} "$@"\n')
             (programs / program).chmod(0o755)
         self.environment = {

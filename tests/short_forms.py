@@ -1,10 +1,13 @@
 """Runs a command of a guide in its short form. As a script: the process whose forks do so."""
 
 import argparse
+import gc
 import importlib
+import io
 import os
 import re
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -33,6 +36,7 @@ ADDED = {
         " --max_eval_rows 4 --report_to none"
     ),
     r"python (?!.*--(allow_changed|resume_from))\w+\.py": "--overwrite_output_dir true",
+    r"python finetune_sft\.py": "--max_length 128",
     r"python (pretrain|finetune_sft|train_dpo)\.py": "--sample_tokens 4",
     r"python pretrain\.py": "--model_config configs/model/short.json --block_size 64",
     r"python .*language\.yaml": "--time_budget 3s",  # this recipe has no steps
@@ -66,6 +70,10 @@ def run(words):
         exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
     elif argv[0] == "-m":
         sys.argv = argv[1:]
+        if argv[1] == "minimind.quickstart":  # reads the stages' commands
+            lines = map(shlex.split, sys.stdin)
+            texts = (shlex.join([*line[:2], *in_short_form(line[2:])]) for line in lines)
+            sys.stdin = io.StringIO("\n".join(texts))
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = argv
@@ -190,10 +198,12 @@ def parse_alone(argv):
 
 
 if __name__ == "__main__":  # the process that test_guides.py starts
-    from forking import serve
+    from command_server import serve
 
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # each fork would collect the garbage of all imports
     # Charts take half of the time of a short run; test_report.py draws them
     sys.modules["minimind.training.plots"].line_chart = lambda *args: "<svg></svg>"
     sys.modules["minimind.training.report"].bar_chart = lambda *args: "<svg></svg>"
