@@ -10,6 +10,7 @@ import sys
 from contextlib import redirect_stdout
 
 from minimind.commands import (
+    card,
     chat,
     clean,
     compare,
@@ -23,6 +24,7 @@ from minimind.commands import (
     pairs,
     plan,
     prepare,
+    push,
     replay,
     score,
     serve,
@@ -36,7 +38,7 @@ from minimind.common.options import HelpAll, OptionFormatter, Version, option_na
 
 # In the order of the help
 COMMANDS = (tokenizer, inspect, doctor, replay, chat, generate, evaluate, compare, score, pairs)
-COMMANDS += (web, serve, export, merge, import_, clean, prepare, plan, world)
+COMMANDS += (web, serve, export, merge, import_, card, push, clean, prepare, plan, world)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,14 +1,19 @@
-"""The first and the last lines of scripts/quickstart.sh: what this machine is and how long it will
-take; what each stage changed, and the last model's own words.
+"""What scripts/quickstart.sh runs: what this machine is and how long it will take; its stages; what
+each of them changed, and the last model's own words.
 
-python -m minimind.quickstart                   # the first
-python -m minimind.quickstart runs/quickstart   # the last
+    python -m minimind.quickstart runs/quickstart < STAGES
+
+A line of STAGES is the name of a stage, the file that it writes last, and its command.
 """
 
 import os
 import platform
+import runpy
+import shlex
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -19,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from minimind import MiniMindConfig
 from minimind.common.errors import reports_user_errors
 from minimind.common.files import read_json, require_fields, write_json
+from minimind.common.forking import run_forked
 from minimind.common.language import say, translated
 from minimind.common.launch import bf16_is_fast, prepare_launch
 from minimind.common.recipes import read_recipe
@@ -35,7 +41,8 @@ CHAT_STAGES = STAGES[:-1]  # whose models answer questions
 # The options of length; of pairs they are two
 LENGTHS = ("block_size", "max_length", "max_prompt_length", "max_completion_length")
 VOCABULARY = 1200  # as the script trains it
-# What the script starts, each with the same libraries: data, tokenizer, five stages, summary
+# Elsewhere the system's own libraries do not survive a fork, and each stage loads them itself
+FORKS = sys.platform == "linux"
 PROCESSES = 8
 
 
@@ -94,14 +101,14 @@ def steps_in_all(recipes: dict[str, dict]) -> float:
 
 
 def introduce(started: float) -> None:
-    """Print what this machine is, and about how long the script will take; `started`: when this
-    process began."""
-    starting = time.time() - started
+    """Print what this machine is, and about how long the script will take; `started`: when the
+    script's process began, which has loaded the libraries since."""
+    loading = time.time() - started
     prepare_launch(uses_deepspeed=False)
     recipes = {name: read_recipe(Path(f"configs/{name}/quickstart.yaml")) for name in STAGES}
     before = usage()
     step, steps = seconds_of_a_step(recipes["pretrain"]), steps_in_all(recipes)
-    minutes = (PROCESSES * starting + steps * step) / 60
+    minutes = ((1 if FORKS else PROCESSES) * loading + steps * step) / 60
     say(f"This machine: {kind_of_machine()}.")
     say(
         f"A pretraining step takes {step:.2g} s just now, and all stages are worth {steps:.0f} of"
@@ -110,6 +117,36 @@ def introduce(started: float) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for reason in seen_reasons(before, usage(), device, "fp32"):
         say(f"It could be faster: {reason}.")
+
+
+def run_stages(lines: Sequence[str]) -> None:
+    """Run the command of each line whose last file is not there; ends as the first that fails."""
+    for line in lines:
+        name, file, *words = shlex.split(line)
+        if Path(file).exists():
+            print(f"== {name}: finished before ({file})", flush=True)
+            continue
+        print(f"== {name}: {shlex.join(words)}", flush=True)
+        if code := run_command(words):
+            sys.exit(code if code > 0 else 128 - code)
+
+
+def run_command(words: list[str]) -> int:
+    """Run `minimind OPTION...` or `python FILE OPTION...`; returns the exit code."""
+    if not FORKS:
+        module = ["-m", "minimind.cli"] if words[0] == "minimind" else []
+        return subprocess.run([sys.executable, *module, *words[1:]]).returncode
+    return run_forked(become, words)
+
+
+def become(words: list[str]) -> None:
+    """Do in this process what a command of these words does."""
+    if words[0] == "minimind":
+        sys.argv = words
+        runpy.run_module("minimind.cli", run_name="__main__")
+    else:
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
 
 
 def read_measured(stage: Path) -> dict:
@@ -200,12 +237,18 @@ def show(summary: dict, console: Terminal) -> None:
 
 @reports_user_errors
 def main() -> None:
-    """Introduce the script; given the directory of its finished run, write summary.json into it and
-    show it."""
-    if len(sys.argv) == 1:
-        introduce(psutil.Process().create_time())
-        return
-    run = Path(sys.argv[1])
+    """Run the stages of the lines on stdin, then write summary.json beside them and show it."""
+    run, lines = Path(sys.argv[1]), sys.stdin.read().splitlines()
+    started = psutil.Process().create_time()
+    if FORKS:
+        # What the scripts import, once for all; under this name their main() does not run
+        for script in {words[3] for words in map(str.split, lines) if words[2] == "python"}:
+            runpy.run_path(script)
+        run_forked(introduce, started)
+    else:
+        introduce(started)
+    run_stages(lines)
+    print("== evaluation", flush=True)
     summary = summarise(run)
     write_json(run / "summary.json", summary)
     show(summary, Terminal())

@@ -1,5 +1,5 @@
-"""The first lines of scripts/quickstart.sh: which kind of machine this is, and about how long it
-takes there."""
+"""scripts/quickstart.sh: which kind of machine this is, about how long it takes there, and how its
+stages are run."""
 
 from pathlib import Path
 
@@ -25,14 +25,15 @@ def test_the_first_lines_name_the_kind_of_machine_and_the_time_from_a_measured_s
     monkeypatch.setattr(quickstart, "bf16_is_fast", lambda: fast)
     monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda recipe: 2.0)
     monkeypatch.setattr(quickstart, "seen_reasons", lambda *given: ["a busy process"])
-    monkeypatch.setattr(quickstart.time, "time", lambda: 110.0)
+    monkeypatch.setattr(quickstart, "FORKS", True)
+    monkeypatch.setattr(quickstart.time, "time", lambda: 1300.0)
     quickstart.introduce(started=100.0)
     machine, time, advice = capsys.readouterr().out.splitlines()[-3:]
     assert machine.startswith(f"This machine: {quickstart.processor()}, ")
     assert said in machine
-    # 8 times 10 s of starting, and 250 + 127.5 + 52.5 + 96 + 96 steps of 2 s: 1,324 s
+    # 20 min of loading, here once, and 250 + 127.5 + 52.5 + 96 + 96 steps of 2 s: 2,444 s
     assert time.startswith(
-        "A pretraining step takes 2 s just now, and all stages are worth 622 of them: about 22 min"
+        "A pretraining step takes 2 s just now, and all stages are worth 622 of them: about 41 min"
     )
     assert advice == "It could be faster: a busy process."
 
@@ -56,3 +57,26 @@ def test_the_measured_step_is_one_of_the_recipe(monkeypatch):
 
 def test_the_vocabulary_of_the_measured_step_is_the_one_that_the_script_trains():
     assert f"--vocab_size {quickstart.VOCABULARY}" in Path("scripts/quickstart.sh").read_text()
+
+
+def test_stages_run_in_order_until_one_fails_and_finished_ones_are_left_out(
+    tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(quickstart, "FORKS", False)  # no fork of the process that runs the tests
+    for name, code in (("first", 0), ("second", 0), ("third", 5), ("last", 0)):
+        (tmp_path / f"{name}.py").write_text(f"import sys\nprint(sys.argv)\nsys.exit({code})")
+    (tmp_path / "second.json").touch()
+    lines = [
+        f"{name} {tmp_path}/{name}.json python {tmp_path}/{name}.py --option 'two words'"
+        for name in ("first", "second", "third", "last")
+    ]
+    with pytest.raises(SystemExit) as ended:
+        quickstart.run_stages(lines)
+    assert ended.value.code == 5
+    said = [line for line in capfd.readouterr().out.splitlines() if line]
+    expected = []
+    for name in ("first", "third"):
+        words = [f"{tmp_path}/{name}.py", "--option", "two words"]
+        expected += [f"== {name}: python {words[0]} --option 'two words'", str(words)]
+    expected.insert(2, f"== second: finished before ({tmp_path}/second.json)")
+    assert said == expected

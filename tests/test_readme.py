@@ -1,5 +1,5 @@
-"""The READMEs: their commands exist, and both languages agree. The scripts: which Python they
-use."""
+"""The READMEs: links and table; for their commands see test_guides.py. The scripts: which Python
+they use."""
 
 import os
 import re
@@ -9,49 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind.cli import build_parser
-
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
-
-
-def blocks(name, language="bash"):
-    return re.findall(
-        rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL
-    )
-
-
-def commands(name):
-    lines = [line.split("#")[0].strip() for block in blocks(name) for line in block.splitlines()]
-    return [re.sub(r"\s+", " ", line) for line in lines if line]
-
-
-def test_both_readmes_have_the_same_commands():
-    assert commands("README.md") == commands("README_zh.md")
-    assert blocks("README.md", "python") != []
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_every_file_that_a_command_names_is_there(name):
-    named = {
-        word
-        for line in commands(name)
-        for word in line.split()
-        if re.match(r"(configs|scripts)/|\w+\.py$|ds_", word)
-    }
-    assert len(named) > 10
-    assert [word for word in named if not (ROOT / word).exists()] == []
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_every_minimind_command_parses(name):
-    lines = [line for line in commands(name) if line.startswith("minimind ")]
-    assert len(lines) >= 4
-    for line in lines:
-        words = re.findall(r'"[^"]*"|\S+', line.removeprefix("minimind "))
-        args, others = build_parser().parse_known_args([word.strip('"') for word in words])
-        assert args.run
-        assert not others or args.takes_stage_options
 
 
 @pytest.mark.parametrize("name", READMES)

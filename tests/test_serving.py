@@ -1,5 +1,7 @@
 """`minimind serve`: its batch, its texts, and the endpoint as OpenAI's client and others see it."""
 
+import asyncio
+import copy
 import json
 import os
 import random
@@ -8,7 +10,7 @@ import socket
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from queue import Queue
+from queue import Full, Queue
 
 import httpx
 import numpy as np
@@ -26,9 +28,11 @@ from minimind.data.messages import reply_message
 from minimind.generation import load_for_generation
 from minimind.serving import app as serving_app
 from minimind.serving import models as serving_models
+from minimind.serving import server as serving_server
 from minimind.serving.app import Endpoint, build_app
 from minimind.serving.batching import Batcher, Job, choose, nucleus
 from minimind.serving.models import Served, names_of
+from minimind.serving.server import host_names
 from minimind.serving.texts import ReplyStream, TextStream
 
 KEY = "a-secret-of-this-test"
@@ -390,6 +394,10 @@ BAD_BODIES = {
     "max_new_tokens: Extra inputs": BODY | {"max_new_tokens": 5},
     "base is a base model": BODY | {"model": "base"},
     "the prompt has": BODY | {"messages": [user("fox " * 1000)]},
+    "temperature: Input should be a finite": b'{"model": "chat", "temperature": NaN}',
+    "Invalid JSON: number out of range": b'{"model": "chat", "seed": 1' + b"0" * 5000 + b"}",
+    "Invalid JSON: unexpected end of hex": b'{"model": "\\ud800"}',
+    f"{'x' * 100}: Extra inputs": BODY | {"x" * 1000: 1},
     "Invalid JSON": b"{",
     "Invalid JSON: recursion": b"[" * 10_000,
     "Invalid JSON: expected value": b"\xff",
@@ -419,6 +427,8 @@ def test_other_refusals_have_their_status(address, client, endpoint, monkeypatch
     assert post(address, json=huge)[0] == 413
     assert post(address, content=json.dumps(BODY))[0] == 415
     assert post(address, "/v1/other", json=BODY)[0] == 404
+    for path in ("/../etc/passwd", "/%2e%2e/etc/passwd", "/v1/models/../../etc/passwd"):
+        assert httpx.get(address + path).status_code == 404
     assert httpx.get(f"{address}/v1/chat/completions").status_code == 405
     # The name of another site that leads to this machine
     assert httpx.get(f"{address}/v1/models", headers={"Host": "evil.org"}).status_code == 400
@@ -430,20 +440,107 @@ def test_other_refusals_have_their_status(address, client, endpoint, monkeypatch
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**BODY, n=2)
 
-    class Long(deque):
-        def __len__(self):
-            return 1000
-
-        def __bool__(self):
-            return False
-
     batcher = endpoint.models["chat"].batcher
-    monkeypatch.setattr(batcher, "waiting", Long())
+    monkeypatch.setattr(batcher, "waiting", deque([Job([5], 1, 0, 1.0, None, None)]))
     with pytest.raises(openai.RateLimitError):
         client.chat.completions.create(**BODY)
     monkeypatch.setattr(batcher, "is_alive", lambda: False)
     assert post(address, json=BODY)[0] == 503
     assert httpx.get(f"{address}/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),  # another server of this machine
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "{address}"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"}, 400),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "app://chat"}, 400),
+        ({"Origin": "{address}"}, 400),
+    ],
+)
+def test_a_page_of_another_site_cannot_use_the_server(address, headers, status):
+    headers = {name: value.format(address=address) for name, value in headers.items()}
+    assert post(address, json={}, headers=headers)[0] == status
+
+
+def test_a_server_of_this_machine_has_its_own_names_only():
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert {host, "127.0.0.1", "localhost", "[::1]"} == {*host_names(host), host}
+        assert "*" not in host_names(host)
+    assert host_names("0.0.0.0") == ("*",)
+
+
+def test_headers_without_end_are_refused(address):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 100_000)
+        assert connection.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_body_that_does_not_arrive_is_given_up(endpoint, monkeypatch):
+    monkeypatch.setattr(serving_app, "BODY_SECONDS", 0.01)
+
+    async def half():
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def send():
+        transport = httpx.ASGITransport(build_app(endpoint))
+        async with httpx.AsyncClient(transport=transport, base_url="http://served") as client:
+            headers = {"Content-Type": "application/json"}
+            return await client.post("/v1/completions", content=half(), headers=headers)
+
+    assert asyncio.run(send()).status_code == 408
+
+
+def test_a_prompt_is_tokenised_while_other_clients_get_their_tokens(
+    address, client, endpoint, monkeypatch
+):
+    """The stream goes on after the prompt's reading has begun, and ends before it ends."""
+    begun, streamed = threading.Event(), threading.Event()
+    accept, chat_prompt = Job.accept, Served.chat_prompt
+
+    def wait_for_prompt(job, token):
+        assert len(job.written) < 2 or begun.wait(PATIENCE)
+        return accept(job, token)
+
+    def wait_for_stream(*args):
+        begun.set()
+        assert streamed.wait(PATIENCE)
+        return chat_prompt(*args)
+
+    monkeypatch.setattr(Job, "accept", wait_for_prompt)
+    stream = client.completions.create(model="base", prompt="the fox", max_tokens=8, stream=True)
+    next(stream)
+    monkeypatch.setattr(Served, "chat_prompt", wait_for_stream)
+    monkeypatch.setattr(serving_app, "MOST_WAITING", 1)
+
+    def ask():
+        return httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=PATIENCE).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask), pool.submit(ask)]
+        list(stream)
+        # One is read, one waits, and a third is refused
+        wait_until(lambda: endpoint.reader.statistics().tasks_waiting == 1)
+        assert ask() == 429
+        streamed.set()
+        assert [each.result() for each in asked] == [200, 200]
+
+
+def test_clients_that_are_gone_leave_room_to_others(model):
+    batcher = Batcher(model, most=1)
+    job, other = (Job([5], 1, 0, 1.0, None, None) for _ in range(2))
+    batcher.submit([job], most_waiting=1)
+    with pytest.raises(Full):
+        batcher.submit([other], most_waiting=1)
+    job.cancel()
+    batcher.submit([other], most_waiting=1)
+    assert list(batcher.waiting) == [other]
 
 
 def test_sixteen_clients_get_what_each_gets_alone(client):
@@ -463,7 +560,9 @@ def test_sixteen_clients_get_what_each_gets_alone(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_dropped_connection_ends_the_text(address, endpoint, monkeypatch, stream):
     jobs, submit = [], Batcher.submit
-    monkeypatch.setattr(Batcher, "submit", lambda own, new: (jobs.extend(new), submit(own, new)))
+    monkeypatch.setattr(
+        Batcher, "submit", lambda own, new, most: jobs.extend(new) or submit(own, new)
+    )
     # A text that would go on for long
     monkeypatch.setattr(Job, "accept", lambda job, token: job.written.append(token) is None)
     body = json.dumps(BODY | {"stream": stream}).encode()
@@ -515,6 +614,39 @@ def test_a_key_is_required_and_never_shown(endpoint, capsys):
             assert client.chat.completions.create(**BODY).choices
     said = capsys.readouterr()
     assert KEY not in said.out + said.err
+
+
+@pytest.fixture
+def stopped_early(endpoint, monkeypatch):
+    """An application of its own whose answers get no time to end."""
+    monkeypatch.setattr(serving_server, "PATIENCE", 0)
+    monkeypatch.setattr(serving_server, "GRACE", 1)
+    served = copy.copy(endpoint.models["chat"])
+    served.batcher = Batcher(served.model, 8)
+    served.batcher.start()
+    return build_app(Endpoint([served], 12))
+
+
+def test_the_end_of_the_server_ends_answers_with_an_error(stopped_early, monkeypatch, capsys):
+    """Neither a text without end nor a body that does not arrive keeps it from ending."""
+    # The batch's thread waits for the stop in the middle of a text
+    monkeypatch.setattr(Job, "accept", lambda job, token: job.written.append(token) is None)
+    body = json.dumps(BODY | {"stream": True, "max_tokens": 1000}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json"
+    request = f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with serving(stopped_early) as address:
+        host, port = address.removeprefix("http://").split(":")
+        streaming, silent = (socket.create_connection((host, int(port))) for _ in range(2))
+        silent.sendall(request[:-1])
+        streaming.sendall(request)
+        received = streaming.recv(1 << 16)  # the stream has begun
+    with streaming, silent:
+        while chunk := streaming.recv(1 << 16):
+            received += chunk
+        assert b'"the server is being stopped."' in received
+        assert received.endswith(b"\r\n0\r\n\r\n")  # complete, as HTTP has it
+        assert silent.recv(10) == b"HTTP/1.1 5"
+    assert "Traceback" not in capsys.readouterr().err
 
 
 # The command

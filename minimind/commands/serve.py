@@ -8,8 +8,6 @@ from typing import Any
 from minimind.common.errors import UserError, install
 from minimind.common.language import say
 
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
-
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
@@ -63,15 +61,14 @@ def start(
     from minimind.common.launch import prepare_launch
     from minimind.serving.app import Endpoint, build_app
     from minimind.serving.models import Served, names_of
-    from minimind.serving.server import is_loopback, listen, read_key
+    from minimind.serving.server import host_names, is_loopback, listen, read_key
     from minimind.serving.server import run as serve
     from minimind.serving.web import routes
 
     # What can be refused at once
     names, key = names_of(directories), read_key(args.api_key_file)
     with listen(args.host, args.port) as listening:
-        local = is_loopback(args.host)
-        if not local and not key:
+        if not is_loopback(args.host) and not key:
             say(
                 f"notice: everybody who reaches {args.host} can use this server. --api_key_file"
                 " FILE asks for a key.",
@@ -88,8 +85,8 @@ def start(
                 f"{bases[0]} is a base model, which continues texts: replies are compared of chat"
                 " models only. Train it on conversations with finetune_sft.py."
             )
-        endpoint, hosts = Endpoint(models, args.max_new_tokens), LOCAL_NAMES if local else ("*",)
-        app = build_app(endpoint, key, hosts, routes(votes) if has_page else ())
+        endpoint = Endpoint(models, args.max_new_tokens)
+        app = build_app(endpoint, key, host_names(args.host), routes(votes) if has_page else ())
         for served in models:
             kind = "base model: completions only" if served.is_base else "chat model"
             say(f"{served.name}: {served.directory} ({kind}), exported to {served.path}")

@@ -24,7 +24,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,13 @@ def cache_directory(kind: str = "", permanent: bool = False) -> Path:
     with report_cache_errors(root):
         directory = _temporary_directory(root, reason) / kind
         directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def shown(directory: Path) -> Path:
+    """A directory as messages name it: without the working directory, if it lies in that."""
+    with suppress(ValueError, OSError):
+        return directory.relative_to(Path.cwd())
     return directory
 
 
@@ -179,6 +186,13 @@ def content_hash(files: Iterable[Path | Dataset]) -> str:
     """One hash over the contents of files, in their order, and the revisions of datasets of the
     Hub."""
     return Contents(files).hash
+
+
+def join_hashes(hashes: Sequence[str]) -> str | None:
+    """One hash over those of several sources; that of one as it is, None for none."""
+    if len(hashes) < 2:
+        return hashes[0] if hashes else None
+    return xxhash.xxh3_128_hexdigest("".join(hashes).encode())
 
 
 def remembered_hash(path: Path) -> str:

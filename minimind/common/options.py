@@ -82,16 +82,24 @@ class OptionFormatter(argparse.HelpFormatter):
         return f"{option} {_value_format(action)}".strip()
 
     def _expand_help(self, action: argparse.Action) -> str:
-        # Descriptions of dataclasses are plain text: unlike argparse's they may hold a percent
-        # sign.
-        text = (action.help or "").replace("%%", "%")
-        default = action.default
-        is_unset = default in (None, [], argparse.SUPPRESS) or default is False
-        if is_unset or not action.option_strings or "default" in text.lower():
-            return text
-        values = default if isinstance(default, list) else [default]
-        words = " ".join(str(getattr(value, "value", value)) for value in values)
-        return f"{text} (default: {words})"
+        text, default = description(action), default_text(action)
+        return f"{text} (default: {default})" if default else text
+
+
+def description(action: argparse.Action) -> str:
+    """What an option's help says of it. Descriptions of dataclasses are plain text: unlike
+    argparse's they may hold a percent sign."""
+    return (action.help or "").replace("%%", "%")
+
+
+def default_text(action: argparse.Action) -> str:
+    """An option's default in words; empty if it has none, or its description names it."""
+    default = action.default
+    is_unset = default in (None, [], argparse.SUPPRESS) or default is False
+    if is_unset or not action.option_strings or "default" in description(action).lower():
+        return ""
+    values = default if isinstance(default, list) else [default]
+    return " ".join(str(getattr(value, "value", value)) for value in values)
 
 
 def _value_format(action: argparse.Action) -> str:

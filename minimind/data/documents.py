@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.cache import Contents, find_or_build
+from minimind.common.cache import Contents, find_or_build, join_hashes, shown
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
@@ -168,13 +167,6 @@ def source_names(words: Sequence[str]) -> list[str]:
     return [f"{n}-{1 + count}" if count else n for n, count in zip(names, earlier, strict=True)]
 
 
-def join_hashes(hashes: Sequence[str]) -> str | None:
-    """One hash over those of several sources; that of one as it is, None for none."""
-    if len(hashes) < 2:
-        return hashes[0] if hashes else None
-    return xxhash.xxh3_128_hexdigest("".join(hashes).encode())
-
-
 def _open(path: Path) -> Dataset:
     try:
         return Dataset.from_file(str(path)).with_format("numpy")
@@ -185,7 +177,7 @@ def _open(path: Path) -> Dataset:
 def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: bool = True) -> dict:
     """Write the Arrow files of all parts into `directory` and return their counts."""
     everything = [path for paths in files for path in paths]
-    say(f"preparing {', '.join(map(str, everything))} (once; kept in {directory.parent})")
+    say(f"preparing {', '.join(map(str, everything))} (once; kept in {shown(directory.parent)})")
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
     reading = {name: options[name] for name in ("on_bad_rows", "text_unit")}

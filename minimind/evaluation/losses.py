@@ -55,24 +55,26 @@ def language_model_metrics(trainer: Trainer, counts: dict) -> dict[str, dict[str
     return metrics
 
 
-def token_losses(trainer: Trainer, rows: int = 64) -> torch.Tensor:
-    """Loss in nats of each trained token of the first held-out rows, (tokens,), on the main
-    process.
+def token_losses(trainer: Trainer, rows: int = 64) -> list[torch.Tensor]:
+    """Loss in nats of each trained token of the first held-out rows, (tokens,) for each row, on the
+    main process.
 
     The trainer's collator must turn the rows into input_ids and labels.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     dataset, size = trainer.eval_dataset, trainer.args.eval_batch_size
     rows = min(rows, len(dataset))
-    training, losses = model.training, [torch.empty(0)]
+    training, losses = model.training, []
     model.eval()
     try:
         for start in range(0, rows, size):
             chosen = [dataset[index] for index in range(start, min(start + size, rows))]
-            losses.append(label_losses(model, trainer.data_collator(chosen)))
+            batch = trainer.data_collator(chosen)
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
+            losses += label_losses(model, batch).split(counts)
     finally:
         model.train(training)
-    return torch.cat(losses)
+    return losses
 
 
 # Units

@@ -21,7 +21,7 @@ from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.gguf import require_gguf, rounded, write_gguf
-from minimind.export.instructions import write_instructions
+from minimind.export.instructions import write_modelfile
 from minimind.export.layouts import (
     FORMATS,
     STOCK,
@@ -42,6 +42,7 @@ from minimind.export.verification import (
     make_probes,
 )
 from minimind.export.web import wllama, write_page
+from minimind.sharing import write_model_card
 from minimind.stage_directory import (
     auto_class,
     check_vocabulary,
@@ -103,12 +104,13 @@ def export(directory: str | Path, out: str | Path, format: str, dtype: str | Non
         if as_gguf:
             facts = speaker(source, tokenizer, record["source"]["stage"])
         if format == "gguf":
-            write_instructions(partial, facts, dtype)
+            record["commands"] = write_modelfile(partial, facts, dtype)
         if format == "web":
             file = partial / "model.gguf"
             write_page(partial, file, dtype, facts, program)
             file.unlink()  # the page holds it
         write_json(partial / "export.json", record)
+        write_model_card(partial)
     return record
 
 

@@ -1,4 +1,4 @@
-"""What stands beside a GGUF file: ollama's Modelfile, and a README with the commands."""
+"""How a GGUF file is used: ollama's Modelfile beside it, and the commands for its model card."""
 
 from pathlib import Path
 
@@ -13,14 +13,6 @@ PARAMETER temperature 0.7
 PARAMETER top_p 0.9
 PARAMETER repeat_penalty 1
 '''
-README = """# model.gguf
-
-The commands for this directory. / 在本目录中可用的命令：
-
-```bash
-{commands}
-```
-"""
 CHAT = """# In the terminal; a page and the interface of OpenAI / 终端对话；网页与 OpenAI 接口
 llama-cli -m model.gguf
 llama-server -m model.gguf --port 8080"""
@@ -33,8 +25,9 @@ OLLAMA = """# ollama
 ollama create mine -f Modelfile && ollama run mine"""
 
 
-def write_instructions(out: Path, speaker: Speaker, dtype: str) -> None:
-    """Write `README.md`, and `Modelfile` unless the chat template is more than pieces of text."""
+def write_modelfile(out: Path, speaker: Speaker, dtype: str) -> str:
+    """Write `Modelfile`, unless the chat template is more than pieces of text; returns the commands
+    for the directory."""
     start = speaker.start
     template = ollama_template(speaker.pieces) if speaker.chats else f"{start}{{{{ .Prompt }}}}"
     commands = [CHAT if speaker.chats else TEXT.format(start=start)]
@@ -46,7 +39,7 @@ def write_instructions(out: Path, speaker: Speaker, dtype: str) -> None:
         stops = "\n".join(f'PARAMETER stop "{end}"' for end in ends)
         text = MODELFILE.format(template=template, stops=stops, window=speaker.window)
         write_text(out / "Modelfile", text)
-    write_text(out / "README.md", README.format(commands="\n".join(commands)))
+    return "\n".join(commands)
 
 
 def ollama_template(pieces: PromptPieces | None) -> str | None:

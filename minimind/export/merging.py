@@ -8,6 +8,7 @@ from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.files import write_json
 from minimind.export.verification import check_model, make_probes
+from minimind.sharing import write_model_card
 from minimind.stage_directory import (
     check_vocabulary,
     holds_reward_model,
@@ -56,4 +57,5 @@ def merge(adapter: str | Path, out: str | Path) -> dict:
             "libraries": library_versions(),
         }
         write_json(partial / "stage.json", record)
+        write_model_card(partial)
     return record

@@ -17,6 +17,7 @@ from minimind.importing.configurations import read_config, resolve
 from minimind.importing.layouts import canonical, halve_rotary_pairs
 from minimind.importing.side_files import read_generation_config, read_tokenizer, take_special_ids
 from minimind.importing.weights import build_model, read_tensors
+from minimind.sharing import write_model_card
 from minimind.stage_directory import weights_hash
 from minimind.tokenizer import tokenizer_hash
 
@@ -72,6 +73,8 @@ def import_checkpoint(
             **asdict(report),
         }
         write_json(partial / "stage.json", record)
+        if loaded:
+            write_model_card(partial)
     return model, report
 
 

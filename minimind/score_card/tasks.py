@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from minimind.evaluation.scoring import Subject
-from minimind.evaluation.statistics import Measure
+from minimind.evaluation.statistics import Measure, estimate
 
 CONTROLS = "controls"  # the result of those, in a card beside the tasks'
 
@@ -53,9 +53,15 @@ class Card(NamedTuple):
     results: Mapping[str, TaskResult]
 
     def entries(self) -> dict[str, Any]:
-        """The card as JSON."""
+        """The card as JSON: the section of each task, and by its name in "measures" all its
+        measures, as `estimate` describes them."""
         entries: dict[str, Any] = {"directory": self.directory}
         for name, result in self.results.items():
             entries |= {name: result.section} if result.section else {}
             entries |= result.entries
-        return entries
+        estimates = {
+            task: {name: estimate(measure) for name, measure in result.measures.items()}
+            for task, result in self.results.items()
+            if result.measures
+        }
+        return entries | {"measures": estimates}

@@ -11,11 +11,13 @@ import json
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from queue import Full
+from typing import Any, TypeVar
 from uuid import uuid4
 
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,7 +28,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from minimind.common.language import say
-from minimind.serving.batching import Job
+from minimind.serving.batching import Job, Stopped
 from minimind.serving.models import Served
 from minimind.serving.requests import (
     ChatRequest,
@@ -38,10 +40,13 @@ from minimind.serving.requests import (
 from minimind.serving.texts import ReplyStream, TextStream
 
 LARGEST = 2**20  # bytes of a request's body
-MOST_WAITING = 256  # texts that wait for room in the batch
+BODY_SECONDS = 60  # for a client to send it
+MOST_WAITING = 256  # texts that wait for room in the batch, and bodies that wait to be read
+BUSY = "the server has too much to do. Try again later."
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 TYPES |= {500: "server_error", 503: "server_error"}
 KINDS = {"chat": ("chat.completion", "chatcmpl-"), "text": ("text_completion", "cmpl-")}
+T = TypeVar("T")
 
 
 class RequestedTexts:
@@ -68,8 +73,6 @@ class RequestedTexts:
             raise RequestError(
                 400, f"prompt: found {len(rows):,}, expected {MOST_WAITING:,} or fewer."
             )
-        if len(served.batcher.waiting) + len(rows) > MOST_WAITING:
-            raise RequestError(429, "the server has too much to do. Try again later.")
         for index, ids in enumerate(rows):
             room = min(limit, served.positions - len(ids))
             text = TextStream(served.decoder, served.ends, request.stops, room)
@@ -85,7 +88,10 @@ class RequestedTexts:
                     draws=random.Random(seed),
                 )
             )
-        served.batcher.submit(self.jobs)
+        try:
+            served.batcher.submit(self.jobs, MOST_WAITING)
+        except Full:
+            raise RequestError(429, BUSY) from None
 
     def _take(self, index: int, text: TextStream, token: int) -> bool:
         """Called by the batch's thread with each token of a text."""
@@ -106,6 +112,8 @@ class RequestedTexts:
         going = len(self.jobs)
         while going:
             item = await self.queue.get()
+            if isinstance(item, Stopped):
+                raise RequestError(503, "the server is being stopped.")
             if isinstance(item, Exception):
                 raise RequestError(500, "the model failed; the server's log says why.")
             going -= item[2] is not None
@@ -233,18 +241,36 @@ async def whole_or_gone(http: HttpRequest, answer: Answer, headers: dict[str, st
         answer.writing.cancel()
 
 
+def is_from_other_site(http: HttpRequest) -> bool:
+    """Whether a page of another site made a browser send a request; decided as Go's
+    net/http.CrossOriginProtection does, except: pages of an app, such as app://chat, are none."""
+    site, origin = http.headers.get("sec-fetch-site"), http.headers.get("origin")
+    if origin and not origin.startswith(("http://", "https://", "null")):
+        return False
+    if site:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("://")[2] != http.headers.get("host")
+
+
 async def read_body(http: HttpRequest) -> bytes:
-    """The body of a request; raises RequestError where it is too large or no JSON."""
+    """The body of a request; raises RequestError where it is too large or slow, no JSON, or sent
+    by a page of another site."""
+    if is_from_other_site(http):
+        raise RequestError(403, "a page of another site sent this request.")
     if http.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         # What a browser sends to another site without asking it first is of another type
         raise RequestError(415, "expected the header Content-Type: application/json.")
     body, size = bytearray(), 0
-    async for chunk in http.stream():
-        size += len(chunk)
-        if size <= LARGEST:
-            body += chunk
-        elif size > 16 * LARGEST:  # up to that it is read, so that the client reads the answer
-            break
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in http.stream():
+                size += len(chunk)
+                if size <= LARGEST:
+                    body += chunk
+                elif size > 16 * LARGEST:  # up to that it is read: the client then reads the answer
+                    break
+    except TimeoutError:
+        raise RequestError(408, f"the body took more than {BODY_SECONDS:,} seconds.") from None
     if size > LARGEST:
         raise RequestError(413, f"the body has more than {LARGEST:,} bytes.")
     return bytes(body)
@@ -293,6 +319,18 @@ class Endpoint:
         self.models = {served.name: served for served in models}
         self.max_new_tokens = max_new_tokens
         self.began = int(time.time())
+        self.reader = CapacityLimiter(1)
+
+    async def in_thread(self, read: Callable[[bytes], T], body: bytes) -> T:
+        """Call `read` in a thread: a large body takes seconds to tokenise, in which the loop goes
+        on serving other clients. One at a time, because tokenizers are not safe in threads.
+
+        Raises:
+            RequestError: too many wait for it.
+        """
+        if self.reader.statistics().tasks_waiting >= MOST_WAITING:
+            raise RequestError(429, BUSY)
+        return await to_thread.run_sync(read, body, limiter=self.reader)
 
     def find(self, name: str) -> Served:
         """The model with a name; raises RequestError."""
@@ -305,10 +343,14 @@ class Endpoint:
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        request: ChatRequest = parse(ChatRequest, await read_body(http))
-        served = self.find(request.model)
-        limit = request.max_completion_tokens or request.max_tokens or self.max_new_tokens
-        ids, left_out = served.chat_prompt(request.conversation, limit)
+
+        def read(body: bytes) -> tuple[ChatRequest, Served, list[int], int, int]:
+            request: ChatRequest = parse(ChatRequest, body)
+            served = self.find(request.model)
+            limit = request.max_completion_tokens or request.max_tokens or self.max_new_tokens
+            return request, served, *served.chat_prompt(request.conversation, limit), limit
+
+        request, served, ids, left_out, limit = await self.in_thread(read, await read_body(http))
         headers = {}
         if left_out:
             headers["X-Messages-Left-Out"] = str(left_out)
@@ -323,9 +365,13 @@ class Endpoint:
 
     async def complete(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
-        request: CompletionRequest = parse(CompletionRequest, await read_body(http))
-        served = self.find(request.model)
-        prompts = served.text_prompts(request.prompts)
+
+        def read(body: bytes) -> tuple[CompletionRequest, Served, list[list[int]]]:
+            request: CompletionRequest = parse(CompletionRequest, body)
+            served = self.find(request.model)
+            return request, served, served.text_prompts(request.prompts)
+
+        request, served, prompts = await self.in_thread(read, await read_body(http))
         limit = request.max_tokens or self.max_new_tokens
         return await self.answer(http, request, RequestedTexts(served, prompts, request, limit), {})
 
@@ -393,8 +439,7 @@ def build_app(
 
     Args:
         key: what requests have to send as a bearer token.
-        hosts: names by which the server may be addressed. Where it listens on this machine alone,
-            others would let a page of another site read it by a name that leads here.
+        hosts: names by which the server may be addressed; see `host_names`.
         routes: more of them.
     """
 
@@ -418,7 +463,7 @@ def build_app(
 
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
     middleware += [Middleware(RequireKey, key=key)] if key else []
-    return Starlette(
+    app = Starlette(
         routes=[*endpoint.routes(), *routes],
         middleware=middleware,
         lifespan=lifespan,
@@ -429,3 +474,5 @@ def build_app(
             Exception: fail,
         },
     )
+    app.state.stop = endpoint.stop
+    return app

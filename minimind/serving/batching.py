@@ -6,12 +6,14 @@ of the first and one random state, and knows no stop strings. On a CPU it is slo
 """
 
 import copy
+import math
 import random
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import Full
 
 import numpy as np
 import torch
@@ -22,8 +24,11 @@ from transformers.cache_utils import DynamicLayer
 from minimind.common.language import say
 
 READ_AT_ONCE = 8192  # tokens of new prompts between two tokens of the texts that are being written
-
 SMALL = 256  # tokens of a nucleus that is found without sorting the vocabulary
+
+
+class Stopped(Exception):  # noqa: N818 (what happened, not what is wrong)
+    """What ends the texts that are not complete when their batch is stopped."""
 
 
 @dataclass(eq=False)
@@ -232,19 +237,26 @@ class Batcher(threading.Thread):
         self.waiting: deque[Job] = deque()
         self.changed, self.is_stopped = threading.Condition(), False
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Write the texts of jobs when there is room."""
+    def submit(self, jobs: Sequence[Job], most_waiting: float = math.inf) -> None:
+        """Write the texts of jobs when there is room; raises queue.Full where more than
+        `most_waiting` would wait for it."""
         with self.changed:
+            # Clients that are gone leave room to others
+            self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
+            if len(self.waiting) + len(jobs) > most_waiting:
+                raise Full
             self.waiting += jobs
             self.changed.notify()
 
     def stop(self) -> None:
-        """End the thread after the token that it is at; the jobs get no more."""
+        """End the thread after the token that it is at; the jobs fail with Stopped."""
         with self.changed:
             self.is_stopped = True
             self.changed.notify()
         if self.is_alive():
             self.join()
+        for job in (*self.batch.jobs, *self.waiting):
+            job.fail(Stopped())
 
     def run(self) -> None:
         """The thread."""

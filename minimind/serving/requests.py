@@ -126,6 +126,6 @@ def parse(kind: type[GenerationRequest], body: bytes) -> Any:
         return kind.model_validate_json(body)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = next(iter(map(str, problem["loc"])), None)
+    param = next((str(name)[:100] for name in problem["loc"]), None)
     where = f"{param}: " if param else ""
     raise RequestError(400, f"{where}{problem['msg']}.", param)

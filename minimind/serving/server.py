@@ -1,6 +1,8 @@
 """Run an application on a socket until a signal ends it."""
 
+import asyncio
 import ipaddress
+import logging
 import os
 import re
 import signal
@@ -15,8 +17,10 @@ from minimind.common.errors import UserError
 from minimind.common.files import read_file
 from minimind.common.language import say
 
+LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 KEY = "MINIMIND_API_KEY"
 PATIENCE = 5  # seconds for answers that are under way when a signal comes
+GRACE = 2  # more, for clients to receive that theirs was stopped
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -45,6 +49,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def host_names(host: str) -> tuple[str, ...]:
+    """The names by which requests may address a server that listens at `host`: where only this
+    machine reaches it, its own ones, because a page of another site could use it by a name that
+    leads here; else any."""
+    return (*LOCAL_NAMES, host) if is_loopback(host) else ("*",)
+
+
 def read_key(file: str | None) -> str | None:
     """The key that requests have to send, from a file or $MINIMIND_API_KEY; None without one.
 
@@ -63,14 +74,32 @@ def read_key(file: str | None) -> str | None:
     return key or None
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server, except: answers that are not complete PATIENCE seconds after a signal end
+    with an error, which cancelled tasks would not send."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called after a signal."""
+        timer = asyncio.get_running_loop().call_later(PATIENCE, self.end)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def end(self) -> None:
+        """End all answers."""
+        self.config.app.state.stop()
+        # Clients that neither send nor receive are cut GRACE later, each with a traceback
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+
 def make_server(app: Starlette) -> uvicorn.Server:
-    """The server of an application; answers under way get PATIENCE seconds to end."""
-    return uvicorn.Server(
+    """The server of an application, whose `state.stop` ends what it is doing."""
+    return Server(
         uvicorn.Config(
             app,
+            http="h11",  # it limits the size of headers; httptools does not
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=PATIENCE,
+            timeout_graceful_shutdown=PATIENCE + GRACE,
             server_header=False,
             ws="none",
         )

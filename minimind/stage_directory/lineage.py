@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind.common.cache import content_hash
+from minimind.common.cache import content_hash, join_hashes
 from minimind.common.errors import UserError
-from minimind.data.documents import join_hashes
 from minimind.data.sources import File, expand
 from minimind.stage_directory.contents import adapter_base, is_adapter
 from minimind.stage_directory.record import read_stage, weights_hash
@@ -25,32 +24,62 @@ class Ancestor(NamedTuple):
     problem: str | None = None
 
 
-def lineage(directory: str | Path) -> list[Ancestor]:
-    """The stages of a model by the records of its directories, the last stage first.
+class StageRecord(NamedTuple):
+    """One stage as its directory records it; `problem` where a later stage recorded a directory
+    that is not there, or has other weights now: then `record` has no more than the later one
+    says."""
 
-    A path in a record is looked for from the working directory, then from each directory above the
-    record's own, since a run is started in one of these; a parent also beside the record's
-    directory. The weights and the files must have the hashes recorded.
+    directory: Path
+    record: dict
+    problem: str | None = None
+
+
+def stage_records(directory: str | Path) -> Iterator[StageRecord]:
+    """The records of a model's stages, the last stage first.
+
+    A parent is looked for from the working directory, then from each directory above that of its
+    record, since a run is started in one of these; also beside that directory. It must have the
+    weights recorded.
 
     Raises:
         UserError: a record cannot be read.
     """
-    ancestors: list[Ancestor] = []
-    path: Path | None = Path(directory)
-    while path is not None:
+    path = Path(directory)
+    while True:
         record = read_stage(path)
-        files, problem = _training_files(path, record)
-        ancestors.append(Ancestor(str(path), record.get("stage"), files, problem))
+        yield StageRecord(path, record)
         parent = record.get("parent") or {}
         if not record and is_adapter(path):
             parent = {"directory": str(adapter_base(path))}
-        name, weights = parent.get("directory"), parent.get("weights")
-        if not isinstance(name, str):
-            break
-        path = next((each for each in _places(path, name) if _has_weights(each, weights)), None)
-        if path is None:
+        if not isinstance(parent.get("directory"), str):
+            return
+        origin = find_origin(path, parent)
+        if origin is None:
             problem = "the directory is not there, or holds other weights now"
-            ancestors.append(Ancestor(name, parent.get("stage"), [], problem))
+            known = {"stage": parent.get("stage"), "weights": parent.get("weights")}
+            yield StageRecord(Path(parent["directory"]), known, problem)
+            return
+        path = origin
+
+
+def find_origin(directory: Path, origin: dict) -> Path | None:
+    """The directory that the record of another one names as its origin (see `provenance`), with the
+    weights it had; None if it is not there."""
+    places = _places(directory, origin["directory"])
+    return next((each for each in places if _has_weights(each, origin.get("weights"))), None)
+
+
+def lineage(directory: str | Path) -> list[Ancestor]:
+    """The stages of a model with their training files, which must have the hashes recorded, the
+    last stage first; see `stage_records`.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    ancestors = []
+    for path, record, problem in stage_records(directory):
+        files, missing = ([], problem) if problem else _training_files(path, record)
+        ancestors.append(Ancestor(str(path), record.get("stage"), files, missing))
     return ancestors
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from minimind.common.errors import UserError
 from minimind.common.files import read_json
 from minimind.common.locks import lock, unlock
+from minimind.sharing import CARD, SCORE_CARD, is_generated
 
 RUN, STAGE, LOCK, PARTIAL = "run.json", "stage.json", ".run.lock", ".partial"
 MANIFEST, RECIPE = "manifest.json", "recipe.json"
@@ -37,7 +38,7 @@ MODEL_FILES = (
 )
 RUN_FILES = (
     *(RUN, STAGE, LOCK, PARTIAL, *MODEL_FILES, *RUN_LOGS, "report.html", "loss.png"),
-    *("mask_report.json", ".universal-checkpoint-*", ".writable-*"),
+    *("mask_report.json", SCORE_CARD, ".universal-checkpoint-*", ".writable-*"),
 )
 CHECKPOINT_FILES = (
     *(MANIFEST, RECIPE, INCOMPLETE, *MODEL_FILES, *RUN_LOGS, "trainer_state.json", "README.md"),
@@ -216,6 +217,8 @@ def clear(output_dir: Path) -> None:
     for path in sorted(output_dir.iterdir()):
         if matches(path.name, RUN_FILES) and path.name not in (RUN, LOCK):
             _delete(path)
+    if is_generated(output_dir / CARD):  # what a person wrote stays
+        _delete(output_dir / CARD)
 
 
 # One run at a time

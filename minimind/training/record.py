@@ -4,16 +4,22 @@ import dataclasses
 import json
 import math
 import subprocess
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.language import say
-from minimind.evaluation import token_loss_distribution, token_losses
+from minimind.evaluation import Measure, estimate, token_loss_distribution, token_losses
+from minimind.evaluation.texts import language
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
+
+LANGUAGE_ROWS = 200  # of the training rows, whose languages are counted
+IDS = ("input_ids", "prompt_ids", "chosen_ids", "completion_ids")  # columns of token ids
 
 
 def changed_options(args: TrainingArguments) -> dict:
@@ -70,10 +76,38 @@ def best_evaluation(trainer: CheckpointingTrainer) -> dict | None:
 
 
 def token_loss(trainer: Trainer) -> dict | None:
-    """How the losses of single held-out tokens are distributed; None without held-out rows, and
-    where ZeRO-3 divides the weights."""
+    """How the losses of single held-out tokens are distributed, and the 95 % interval of their mean
+    if the held-out `rows` were drawn anew; None without held-out rows, and where ZeRO-3 divides the
+    weights."""
     if not isinstance(trainer.eval_dataset, Dataset) or is_deepspeed_zero3_enabled():
         return None
-    losses = token_losses(trainer)
-    losses = losses[~losses.isnan()]
-    return token_loss_distribution(losses) if len(losses) else None
+    rows = [losses[~losses.isnan()].double() for losses in token_losses(trainer)]
+    rows = [losses for losses in rows if len(losses)]
+    if not rows:
+        return None
+    means = Measure(
+        {str(index): losses.mean().item() for index, losses in enumerate(rows)},
+        weights={str(index): float(len(losses)) for index, losses in enumerate(rows)},
+    )
+    return token_loss_distribution(torch.cat(rows).float()) | {
+        "rows": len(rows),
+        "held_out_rows": len(trainer.eval_dataset),
+        "interval": [round(end, 6) for end in estimate(means)["interval"]],
+    }
+
+
+def hardware(args: TrainingArguments) -> dict:
+    """The device of each process, and the number of processes."""
+    names = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU (MPS)"}
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    return {"device": names.get(args.device.type, lambda: cpu)(), "processes": args.world_size}
+
+
+def language_shares(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """The share of each language, by the writing of `LANGUAGE_ROWS` rows that are spread over all:
+    "zh", "en" and "other"; empty where rows hold no token ids."""
+    counts: Counter[str] = Counter()
+    for index in range(0, len(rows), -(-len(rows) // LANGUAGE_ROWS)):
+        if ids := [rows[index][name] for name in IDS if name in rows.column_names]:
+            counts[language(" ".join(tokenizer.batch_decode(ids, skip_special_tokens=True)))] += 1
+    return {name: round(count / counts.total(), 3) for name, count in counts.most_common()}

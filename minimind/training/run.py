@@ -35,6 +35,7 @@ from minimind.common.streams import keep_output_writable
 from minimind.costs.parameters import active_parameters
 from minimind.costs.units import amount, duration
 from minimind.evaluation import bits_per_nat
+from minimind.sharing import CARD, SCORE_CARD, write_model_card
 from minimind.stage_directory import (
     library_versions,
     provenance,
@@ -59,7 +60,14 @@ from minimind.training.plan_callback import PlanCallback, planned_speed
 from minimind.training.plots import loss_unit, plot_loss, read_log
 from minimind.training.preference_reading import read_curves, say_findings
 from minimind.training.progress import ProgressCallback
-from minimind.training.record import best_evaluation, changed_options, git_commit, token_loss
+from minimind.training.record import (
+    best_evaluation,
+    changed_options,
+    git_commit,
+    hardware,
+    language_shares,
+    token_loss,
+)
 from minimind.training.report import ReportCallback, title_of, write_report
 from minimind.training.resumable_trainer import ResumeCallback
 from minimind.training.resume import begin
@@ -172,6 +180,7 @@ class Stage:
             "command": " ".join(sys.argv),
             "python": sys.version.split()[0],
             "libraries": library_versions(),
+            "hardware": hardware(self.args),
         }
 
     def attach(self, trainer: CheckpointingTrainer) -> None:
@@ -335,7 +344,7 @@ class Stage:
         sync_files(partial)
 
         # Of the run before: first what declares it complete
-        stale = ("stage.json", "adapter_config.json", "adapter_model.safetensors")
+        stale = ("stage.json", SCORE_CARD, "adapter_config.json", "adapter_model.safetensors")
         for name in (*stale, "config.json", "model.safetensors"):
             (self.output_dir / name).unlink(missing_ok=True)
         for file in partial.iterdir():
@@ -375,10 +384,19 @@ class Stage:
         with decoration("the losses of single tokens"):
             is_of_tokens = loss_unit(self.name) == "nats per token"
             record["token_loss"] = token_loss(trainer) if is_of_tokens else None
+        with decoration("the languages of the training rows"):
+            record["languages"] = language_shares(trainer.train_dataset, trainer.processing_class)
+        with decoration("keeping what was found"):
             write_json(self.output_dir / "stage.json", record)
         with decoration("loss.png"):
             log = read_log(self.output_dir / "train_log.jsonl")
             title = title_of(self.name, self.output_dir)
             plot_loss(log, self.output_dir / "loss.png", title, loss_unit(self.name))
+        with decoration("the model card"):
+            if not write_model_card(self.output_dir):
+                say(
+                    f"notice: {self.output_dir / CARD} is not as minimind wrote it, and is kept. It"
+                    " may describe an earlier model; minimind card --overwrite writes it anew."
+                )
         if written := write_report(self.output_dir):
             say(f"report: {written}")

@@ -114,10 +114,7 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
             super()._finish_current_push()
 
     def create_model_card(self, *args, **kwargs):
-        """TRL's form with empty fields only for the Hub: a user's README.md stays."""
-        if self.args.push_to_hub:
-            with decoration("the model card"):
-                super().create_model_card(*args, **kwargs)
+        """No form with empty fields, as TRL's is: `Stage.finish` writes the model card."""
 
     def create_optimizer(self, model=None):
         """The library's, or the one of `--optim muon`, also under DeepSpeed, to which no trainer
