@@ -1,11 +1,14 @@
 """How fast `minimind serve` writes: its batch beside the library's `generate` on the same stock
 model, and 1 and 16 clients of the server.
 
-    python benchmarks/serving.py [--size 26m] [--seconds 60] [--new_tokens 64] [--quick]
+    python benchmarks/serving.py [--size 26m] [--seconds 60] [--new_tokens 64] [--gguf] [--quick]
 
 The model has random weights, which take as long as trained ones. Prints tokens per second of both
 ways of generating, the tokens of each compared; then, for each number of clients, the answers, the
 tokens per second, and the time to the first token. An answer that fails ends the benchmark.
+
+--gguf adds llama.cpp with the model's GGUF files (pip install llama-cpp-python), which writes one
+text at a time, and in q8_0 other tokens.
 """
 
 import argparse
@@ -17,8 +20,10 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import openai
 import torch
@@ -27,6 +32,7 @@ from transformers import PreTrainedModel
 from twins import library_twin, read_size
 
 from minimind import MiniMindForCausalLM
+from minimind.export import export
 from minimind.serving.batching import Batcher, Job
 from minimind.tokenizer import load_tokenizer, save_tokenizer
 
@@ -68,21 +74,43 @@ def by_batch(batcher: Batcher, prompts: list[list[int]], count: int) -> list[lis
     return [job.written for job in jobs]
 
 
-def measure_generation(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    """Print how fast both write 1 and 16 texts."""
+def by_llama_cpp(llama: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The same by llama.cpp."""
+    return [list(islice(llama.generate(ids, temp=0.0), count)) for ids in prompts]
+
+
+def load_gguf(directory: Path, dtype: str) -> Any:
+    """llama.cpp with the GGUF export of a stage directory, keys and values in fp32."""
+    import llama_cpp
+
+    out = Path(f"{directory}.{dtype}")
+    export(directory, out, "gguf", dtype)
+    fp32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
+    return llama_cpp.Llama(str(out / "model.gguf"), n_ctx=1024, verbose=False, **fp32, **threads)
+
+
+def measure_generation(model: PreTrainedModel, directory: Path, args: argparse.Namespace) -> None:
+    """Print how fast each way writes 1 and 16 texts."""
     model.generation_config.eos_token_id = None  # all texts have the same length
     batcher = Batcher(model, most=16)
     batcher.start()
+    ways = {"generate": partial(by_generate, model), "batch": partial(by_batch, batcher)}
+    for dtype in ("float32", "q8_0") if args.gguf else ():
+        ways[f"llama.cpp {dtype}"] = partial(by_llama_cpp, load_gguf(directory, dtype))
     for size in (1, 16):
         prompts = torch.randint(3, model.config.vocab_size, (size, 64)).tolist()
         runs = {
-            "generate": partial(by_generate, model, prompts, args.new_tokens),
-            "batch": partial(by_batch, batcher, prompts, args.new_tokens),
+            name: partial(way, prompts, args.new_tokens)
+            for name, way in ways.items()
+            if size == 1 or not name.startswith("llama")  # it writes one after the other
         }
-        same = "same tokens" if runs["generate"]() == runs["batch"]() else "OTHER TOKENS"
+        expected = runs["generate"]()
+        same = {name: run() == expected for name, run in runs.items()}
         for name, (seconds, ratio) in side_by_side(runs, args.rounds).items():
             speed = size * args.new_tokens / seconds
-            print(f"{size:3} texts  {name:9} {speed:7.0f} tokens/s  x {1 / ratio:.2f}  {same}")
+            tokens = "same tokens" if same[name] else "OTHER TOKENS"
+            print(f"{size:3} texts  {name:17} {speed:7.0f} tokens/s  x {1 / ratio:.2f}  {tokens}")
     batcher.stop()
 
 
@@ -145,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of 16 clients")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gguf", action="store_true", help="also llama.cpp")
     parser.add_argument("--quick", action="store_true", help="a small model and short times")
     args = parser.parse_args()
     if args.quick:
@@ -155,11 +184,11 @@ def main() -> None:
     twin = library_twin(config).to(DEVICE).eval()
     twin.load_state_dict(model.state_dict())
     print(f"{device_name()}, {args.size}, texts of {args.new_tokens} tokens")
-    measure_generation(twin, args)
     with tempfile.TemporaryDirectory() as root:
         directory = Path(root) / "model"
         model.save_pretrained(directory)
         save_tokenizer(load_tokenizer(), directory)
+        measure_generation(twin, directory, args)
         measure_server(directory, args)
 
 

@@ -1,6 +1,7 @@
 """`minimind chat`: what a conversation keeps, its commands, and what is shown of an answer."""
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -58,6 +59,20 @@ def test_a_stopped_answer_is_forgotten_and_a_stopped_retry_keeps_the_old_one(mak
     assert contents(chat) == ["one", "reply 1"]
 
 
+def test_ctrl_c_before_the_first_token_keeps_the_session(make, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for kind in (ChatSession, TextSession):
+        chat, _ = make(kind)
+        type_lines(chat, "one")
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "prompt", stop)
+            type_lines(chat, "/retry")
+        type_lines(chat, "two")
+        assert [len(turn) for turn in chat.turns] == [2, 2]
+
+
 def test_a_saved_conversation_is_a_training_row_and_can_be_loaded(make, tmp_path):
     chat, prompts = make(system="be brief")
     file = tmp_path / "new" / "chat.jsonl"
@@ -71,6 +86,24 @@ def test_a_saved_conversation_is_a_training_row_and_can_be_loaded(make, tmp_path
     type_lines(later, f"/load {file}", "again")
     assert contents(later) == ["be brief", "一", "reply 1", "again", "reply 2"]
     assert "be brief" in prompts[-1][0] and "reply 1" in prompts[-1][0]
+
+
+def test_the_signs_that_chinese_input_methods_write_for_a_slash_begin_commands(make):
+    chat, _ = make()
+    type_lines(chat, "one", "two", "／undo", "、temperature 0")
+    assert contents(chat) == ["one", "reply 1"] and chat.args.temperature == 0
+    assert type_lines(chat, "、你好", "／exit") == [True, False]
+    assert contents(chat)[-2:] == ["、你好", "reply 3"]
+
+
+@pytest.mark.parametrize("kind", [ChatSession, TextSession])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_help_names_the_commands_that_there_are(make, kind, language, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMIND_LANG", language)
+    chat, _ = make(kind)
+    type_lines(chat, "/help")
+    named = re.findall(r"^/([a-z]+)", capsys.readouterr().out, re.MULTILINE)
+    assert {*named} == {*kind.COMMANDS, "exit"} - {"help"}
 
 
 @pytest.mark.parametrize(

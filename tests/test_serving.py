@@ -458,6 +458,7 @@ def test_other_refusals_have_their_status(address, client, endpoint, monkeypatch
         ({"Sec-Fetch-Site": "cross-site", "Origin": "{address}"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"}, 400),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "app://chat"}, 400),
         ({"Origin": "{address}"}, 400),
     ],
 )

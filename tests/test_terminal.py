@@ -185,6 +185,18 @@ def test_a_history_that_cannot_be_written_does_not_end_the_chat(terminal, tmp_pa
     line.type(CTRL_D, "the end", "")
 
 
+def test_bytes_of_another_encoding_are_question_marks(terminal, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as with most locales
+    done = subprocess.run([sys.executable, "-c", CODE], input=b"a\xff\n", capture_output=True)
+    assert done.stdout.decode().splitlines() == ["got 'a?'", "the end"]
+    monkeypatch.delenv("PYTHONIOENCODING")
+    line = terminal(tmp_path / "history")
+    line.type("", "> ")
+    os.write(line.master, b"a\xff\r")
+    line.type("", "got 'a?'", "> ")
+    line.type(UP, "> a?")
+
+
 def test_a_pipe_is_read_line_by_line():
     done = subprocess.run(
         [sys.executable, "-c", CODE], input="a\n\n /b\r\n你", capture_output=True, text=True

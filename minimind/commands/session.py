@@ -26,7 +26,18 @@ Ctrl-C drops the line, or stops an answer.
 /max N          the maximum tokens of an answer
 /exit           ends the chat, as Ctrl-D does
 A message that begins with / needs a space before it."""
-COMMAND = re.compile(r"(/[a-z]+)(?:\s+(.*))?", re.DOTALL)  # not /etc/passwd
+TEXT_HELP = """Enter continues the text that you begin; Enter alone continues it further.
+A paste of several lines is one text. The arrows reach earlier texts.
+Ctrl-C drops the line, or stops the text.
+/new            forgets all texts
+/undo           forgets the last text
+/retry          continues the last text again, from where your words end
+/temperature X  how freely tokens are chosen; 0 takes the most likely one
+/max N          the maximum tokens of a continuation
+/exit           ends the chat, as Ctrl-D does
+A text that begins with / needs a space before it."""
+# Not /etc/passwd. Chinese input methods write the key / as the other two signs
+COMMAND = re.compile(r"[/／、]([a-z]+)(?:\s+(.*))?", re.DOTALL)
 
 
 class Session:
@@ -49,12 +60,12 @@ class Session:
         try:
             if command is None:
                 self.message(text.strip(), interactive)
-            elif command[1] in ("/exit", "/quit"):
+            elif (name := command[1]) in ("exit", "quit"):
                 return False
-            elif (name := command[1].removeprefix("/")) in self.COMMANDS:
+            elif name in self.COMMANDS:
                 getattr(self, name)((command[2] or "").strip())
             else:
-                say(f"{command[1]}: no such command. See /help.")
+                say(f"/{name}: no such command. See /help.")
         except UserError as problem:
             say(str(problem))
         return True
@@ -73,9 +84,9 @@ class Session:
 
         from minimind.generation import decode
 
-        ids, options = self.prompt(), self.args
-        began = time.perf_counter()
+        options, began = self.args, time.perf_counter()
         try:
+            ids = self.prompt()
             if self.reward:
                 reply = write_best(
                     self.model, self.tokenizer, self.reward, ids, self.messages(), options
@@ -249,6 +260,10 @@ class ChatSession(Session):
 
 class TextSession(Session):
     """The continuation of texts by a base model; a turn is one text."""
+
+    def help(self, _: str) -> None:
+        """List the commands."""
+        say(TEXT_HELP)
 
     def message(self, text: str, interactive: bool) -> None:
         """Continue a text, or without one the last text."""

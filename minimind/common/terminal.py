@@ -27,6 +27,11 @@ class Terminal(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
+def valid(text: str) -> str:
+    """A text in which ? is what the terminal sent and its encoding does not know."""
+    return text.encode(errors="replace").decode()
+
+
 def read_messages(history: Path | None = None) -> Iterator[str]:
     """Yield messages from standard input until its end: the lines of a pipe, or the edited input of
     a terminal.
@@ -35,7 +40,9 @@ def read_messages(history: Path | None = None) -> Iterator[str]:
     `history` file; pasting several lines makes one message; Ctrl-C drops the line.
     """
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        yield from (valid(line.rstrip("\r\n")) for line in sys.stdin)
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory
@@ -43,7 +50,7 @@ def read_messages(history: Path | None = None) -> Iterator[str]:
     class History(FileHistory):
         def store_string(self, string: str) -> None:
             with suppress(OSError):  # a full disk does not end the chat
-                super().store_string(string)
+                super().store_string(valid(string))
 
     if history:
         try:
@@ -64,4 +71,4 @@ def read_messages(history: Path | None = None) -> Iterator[str]:
             continue
         except EOFError:
             return
-        yield message
+        yield valid(message)

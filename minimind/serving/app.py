@@ -243,8 +243,10 @@ async def whole_or_gone(http: HttpRequest, answer: Answer, headers: dict[str, st
 
 def is_from_other_site(http: HttpRequest) -> bool:
     """Whether a page of another site made a browser send a request; decided as Go's
-    net/http.CrossOriginProtection does."""
+    net/http.CrossOriginProtection does, except: pages of an app, such as app://chat, are none."""
     site, origin = http.headers.get("sec-fetch-site"), http.headers.get("origin")
+    if origin and not origin.startswith(("http://", "https://", "null")):
+        return False
     if site:
         return site not in ("same-origin", "none")
     return origin is not None and origin.partition("://")[2] != http.headers.get("host")

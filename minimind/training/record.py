@@ -108,6 +108,7 @@ def language_shares(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> dict[s
     "zh", "en" and "other"; empty where rows hold no token ids."""
     counts: Counter[str] = Counter()
     for index in range(0, len(rows), -(-len(rows) // LANGUAGE_ROWS)):
-        if ids := [rows[index][name] for name in IDS if name in rows.column_names]:
+        row = rows[index]
+        if ids := [row[name] for name in IDS if name in row]:
             counts[language(" ".join(tokenizer.batch_decode(ids, skip_special_tokens=True)))] += 1
     return {name: round(count / counts.total(), 3) for name, count in counts.most_common()}
