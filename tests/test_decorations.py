@@ -121,7 +121,7 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
     assert not (bare / "report.html").exists()
 
 
-def test_names_are_plain_text_everywhere(pretrain, capsys):
+def test_names_are_plain_text_everywhere_and_the_loss_is_drawn(pretrain, capsys):
     stage = pretrain(HOSTILE_NAME, max_steps=1, report_to="none", run_name=HOSTILE_NAME)
     said = capsys.readouterr()
     assert "notice: " not in said.err
@@ -129,6 +129,8 @@ def test_names_are_plain_text_everywhere(pretrain, capsys):
     assert "[bold]{}%s中文\\x1b[2J\\  (from random weights)" in said.out
     for name in ("report.html", "loss.png", "samples.jsonl", "stage.json", "README.md"):
         assert (stage / name).is_file()
+    assert (stage / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (stage / "report.html").read_text().count("<svg") > 4
 
 
 def test_the_model_is_written_before_the_last_evaluation_and_complete_only_after_it(
