@@ -105,7 +105,7 @@ def test_a_stage_directory_is_complete(runs, stage):
         "stage.json",
     }
     report = set() if stage == "pretrain" else {"mask_report.json"}
-    told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json"}
+    told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json", "README.md"}
     assert names == weights | common | report | told
 
 
