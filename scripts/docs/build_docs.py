@@ -187,9 +187,7 @@ class Pages:
             for title, part in contents(self.language).items()
             if title != self.language.section
         ]
-        names = [
-            {name.removeprefix("minimind "): page} for name, page in self.commands.items()
-        ]
+        names = [{name.removeprefix("minimind "): page} for name, page in self.commands.items()]
         place = list(contents(self.language)).index(self.language.section)
         sections.insert(place, {self.language.section: ["commands/index.md", *names]})
         return sections

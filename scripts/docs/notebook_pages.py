@@ -30,7 +30,9 @@ def notebook_page(notebook: Path, pictures: dict[str, bytes]) -> str:
                 elif "text/plain" in data:
                     printed += "".join(data["text/plain"]) + "\n"
                 else:
-                    raise ValueError(f"{notebook}: an output of {output['output_type']}, {list(data)}")
+                    raise ValueError(
+                        f"{notebook}: an output of {output['output_type']}, {list(data)}"
+                    )
             if printed.strip():
                 parts.append(_fence("text", printed))
     return "\n\n".join(parts)
