@@ -26,6 +26,9 @@ from minimind.common import errors
 from minimind.data.template_choice import set_chat_template
 from minimind.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
+# Nothing of a test has to outlive a power cut, and a short run waits for a hundred of these
+os.fsync = lambda descriptor: None
+
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 # At these sizes a second thread gains nothing, and stalls where other work runs

@@ -380,6 +380,12 @@ def test_a_temporary_directory_replaces_an_unusable_cache_with_one_notice(
     assert len(list((temporary / "blocks").glob("*/manifest.json"))) == 1
 
 
+def test_messages_name_a_cache_in_the_working_directory_from_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cache.shown(tmp_path / "cache" / "blocks") == Path("cache/blocks")
+    assert cache.shown(tmp_path.parent) == tmp_path.parent
+
+
 def test_complete_rows_in_a_read_only_cache_are_used(load, tmp_path, monkeypatch, capsys):
     rows = load()
     read_only(monkeypatch, tmp_path)

@@ -18,6 +18,7 @@ from minimind.common.files import append_json, json_lines
 from minimind.common.language import say
 from minimind.doctor import examination
 from minimind.doctor.registry import Check
+from minimind.sharing import model_card
 from minimind.stage_directory import load_model, read_stage, weights_hash
 from minimind.training import (
     heartbeat,
@@ -90,6 +91,7 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
         (samples, "complete"),
         (report, "report_page"),
         (record, "token_losses"),
+        (model_card, "describe"),
         (progress, "peak_memory"),
         (progress.ProgressCallback, "_line"),
         (memory_growth, "process_bytes"),
@@ -108,7 +110,7 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
         f"notice: {what}"
         for what in (
             *("heartbeat", "loss.png", "measuring the speed", "memory", "progress", "sampling"),
-            *("the losses of single tokens", "the report", "wandb"),
+            *("the losses of single tokens", "the model card", "the report", "wandb"),
         )
     ]
     assert "warning: planted: the check itself failed (RuntimeError: planted" in said.out
@@ -119,14 +121,16 @@ def test_all_that_decorates_may_fail_at_once_and_the_run_is_what_it_would_have_b
     assert not (bare / "report.html").exists()
 
 
-def test_names_are_plain_text_everywhere(pretrain, capsys):
+def test_names_are_plain_text_everywhere_and_the_loss_is_drawn(pretrain, capsys):
     stage = pretrain(HOSTILE_NAME, max_steps=1, report_to="none", run_name=HOSTILE_NAME)
     said = capsys.readouterr()
     assert "notice: " not in said.err
     assert "\x1b" not in said.out
     assert "[bold]{}%s中文\\x1b[2J\\  (from random weights)" in said.out
-    for name in ("report.html", "loss.png", "samples.jsonl", "stage.json"):
+    for name in ("report.html", "loss.png", "samples.jsonl", "stage.json", "README.md"):
         assert (stage / name).is_file()
+    assert (stage / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (stage / "report.html").read_text().count("<svg") > 4
 
 
 def test_the_model_is_written_before_the_last_evaluation_and_complete_only_after_it(

@@ -149,14 +149,18 @@ def test_a_base_model_continues_texts_and_another_template_has_no_modelfile(
     model = load_model(learned)
     base = prompts.speaker(model, tokenizer, "pretrain")
     assert (base.chats, base.pieces, base.start) == (False, None, "<|im_end|>")
-    minimind.export.write_instructions(tmp_path, base, "float32")
+    commands = minimind.export.write_modelfile(tmp_path, base, "float32")
+    assert 'llama-completion -m model.gguf -no-cnv -p "<|im_end|>The text begins"' in commands
     assert 'TEMPLATE """<|im_end|>{{ .Prompt }}"""\n' in (tmp_path / "Modelfile").read_text()
 
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}")
-    minimind.export.write_instructions(other, prompts.speaker(model, tokenizer, "sft"), "q8_0")
-    assert [path.name for path in other.iterdir()] == ["README.md"]
+    commands = minimind.export.write_modelfile(
+        other, prompts.speaker(model, tokenizer, "sft"), "q8_0"
+    )
+    assert "ollama" not in commands
+    assert list(other.iterdir()) == []
 
 
 # The page
@@ -174,7 +178,7 @@ def test_the_page_holds_the_model_and_forbids_connections(learned, tmp_path, mon
     run_cli("export", learned, tmp_path / "out", "--format", "web")
     run_cli("export", learned, tmp_path / "gguf", "--format", "gguf", "--dtype", "q8_0")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["LICENSE.wllama", "export.json", "index.html"]
+    assert files == ["LICENSE.wllama", "README.md", "export.json", "index.html"]
     page = (tmp_path / "out/index.html").read_text()
     assert unpacked(page, "model.gguf") == (tmp_path / "gguf/model.gguf").read_bytes()
     assert unpacked(page, "wllama.wasm") == PROGRAM[web.WASM]

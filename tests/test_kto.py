@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from one_step import loss_of, move
 from peft import LoraConfig
 from pipeline import assistant, run_script, short_run, user
 from torch.nn.functional import log_softmax
@@ -63,19 +64,11 @@ def make(tokenizer, tmp_path):
             processing_class=tokenizer,
             peft_config=peft,
         )
-        torch.manual_seed(2)  # with it the KL estimate is above 0
-        for parameter in dict(sorted(trainer.model.named_parameters())).values():
-            if parameter.requires_grad and not same:
-                parameter.data += 0.05 * torch.randn_like(parameter)
+        if not same:
+            move(trainer.model, seed=2, scale=0.05)  # with it the KL estimate is above 0
         return trainer
 
     return make
-
-
-def loss_of(trainer):
-    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    trainer.model.train()
-    return trainer.compute_loss(trainer.model, batch)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from test_resume import KilledError, command, kill_at, log_of, run
 from minimind.common.directories import new_directory
 from minimind.common.errors import UserError
 from minimind.common.locks import lock, unlock
+from minimind.sharing import CARD, is_generated
 from minimind.stage_directory import read_stage, weights_hash
 from minimind.training.definition import changed
 from minimind.training.output_directory import (
@@ -160,8 +161,16 @@ def test_overwriting_a_run_deletes_what_it_wrote_and_nothing_else(tmp_path, fini
     assert content(outside) == {"config.json": b"mine"}
 
 
+def test_overwriting_a_run_keeps_a_model_card_that_was_edited(finished):
+    assert is_generated(finished / CARD)
+    with (finished / CARD).open("a") as file:
+        file.write("More of mine.\n")
+    clear(finished)
+    assert (finished / CARD).read_text().endswith("More of mine.\n")
+
+
 def test_the_lists_name_all_that_a_run_writes(finished):
-    names = {path.name for path in finished.iterdir()} - {"checkpoint-2", "checkpoint-4"}
+    names = {path.name for path in finished.iterdir()} - {"checkpoint-2", "checkpoint-4", CARD}
     assert {name for name in names if not matches(name, RUN_FILES)} == set()
     names = {path.name for checkpoint in checkpoints(finished) for path in checkpoint.iterdir()}
     assert {name for name in names if not matches(name, CHECKPOINT_FILES)} == set()

@@ -65,7 +65,8 @@ def test_each_language_has_more_than_twenty_paradigms_of_forty_pairs():
 
 def test_fewer_pairs_are_the_first_ones_and_another_seed_draws_others(pairs):
     fewer = own_pairs(count=10)
-    assert len(fewer) == 10 * sum(map(len, PARADIGMS.values()))
+    phenomena = [each for found in PARADIGMS.values() for each in found.values()]
+    assert len(fewer) == 10 * sum(map(len, phenomena))
     assert set(fewer) < set(pairs)
     assert set(own_pairs(count=10, seed=1)) != set(fewer)
 
@@ -152,7 +153,10 @@ def test_written_pairs_are_read_back(tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """The first paradigm of each language alone."""
-    small = {language: dict(list(found.items())[:1]) for language, found in PARADIGMS.items()}
+    small = {}
+    for language, found in PARADIGMS.items():
+        phenomenon, paradigms = next(iter(found.items()))
+        small[language] = {phenomenon: dict(list(paradigms.items())[:1])}
     monkeypatch.setattr(own_set, "PARADIGMS", small)
 
 

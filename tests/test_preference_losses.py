@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from one_step import loss_of, move
 from peft import LoraConfig
 from pipeline import pair_rows, run_script, short_run
 from torch.nn.functional import log_softmax
@@ -58,19 +59,11 @@ def make(tokenizer, tmp_path):
             processing_class=tokenizer,
             peft_config=peft,
         )
-        torch.manual_seed(1)
-        for parameter in dict(sorted(trainer.model.named_parameters())).values():
-            if parameter.requires_grad and not same:
-                parameter.data += 0.05 * torch.randn_like(parameter)
+        if not same:
+            move(trainer.model, seed=1, scale=0.05)
         return trainer
 
     return make
-
-
-def loss_of(trainer):
-    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    trainer.model.train()
-    return trainer.compute_loss(trainer.model, batch)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from one_step import move, step_of
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
@@ -82,24 +83,10 @@ def make(tokenizer, tmp_path):
             processing_class=tokenizer,
             peft_config=peft,
         )
-        torch.manual_seed(1)
-        for name, parameter in sorted(trainer.model.named_parameters()):
-            if parameter.requires_grad and "ref" not in name:
-                parameter.data += 0.02 * torch.randn_like(parameter)
+        move(trainer.model, seed=1, scale=0.02)
         return trainer
 
     return make
-
-
-def step_of(trainer):
-    """Loss, gradients and metrics of one batch of all rows."""
-    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), {name: p.grad for name, p in parameters.items()}, metrics
 
 
 def assert_same_step(ours, theirs):

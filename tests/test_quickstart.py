@@ -31,9 +31,9 @@ def test_the_first_lines_name_the_kind_of_machine_and_the_time_from_a_measured_s
     machine, time, advice = capsys.readouterr().out.splitlines()[-3:]
     assert machine.startswith(f"This machine: {quickstart.processor()}, ")
     assert said in machine
-    # 20 min of loading, here once, and 250 + 127.5 + 52.5 + 96 + 96 steps of 2 s: 2,444 s
+    # 20 min of loading, here once, and 250 + 82.5 + 52.5 + 96 + 96 steps of 2 s: 2,354 s
     assert time.startswith(
-        "A pretraining step takes 2 s just now, and all stages are worth 622 of them: about 41 min"
+        "A pretraining step takes 2 s just now, and all stages are worth 577 of them: about 39 min"
     )
     assert advice == "It could be faster: a busy process."
 

@@ -71,7 +71,7 @@ def test_the_stage_directory_is_complete_and_scores_as_its_record_says(world, na
     }  # fmt: skip
     told = {"train_log.jsonl", "loss.png", "report.html", "run.json", "mask_report.json"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert names == weights | told | tokenizer | {"training_args.bin", "stage.json"}
+    assert names == weights | told | tokenizer | {"training_args.bin", "stage.json", "README.md"}
 
     record = read_stage(world / name)
     assert record["stage"] == "reward"

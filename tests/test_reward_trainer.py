@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from one_step import step_of
 from peft import LoraConfig
 from torch.nn.functional import logsigmoid
 from trl import RewardConfig, RewardTrainer
@@ -72,17 +73,6 @@ def make(tokenizer, tmp_path):
         )
 
     return make
-
-
-def step_of(trainer):
-    """Loss, gradients and metrics of one batch of all rows."""
-    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), {name: p.grad for name, p in parameters.items()}, metrics
 
 
 @pytest.mark.parametrize("variant", ["plain", "centred", "LoRA"])

@@ -37,10 +37,7 @@ from minimind.training.checkpointing_trainer import CheckpointingTrainer
 STAGES = ("pretrain", "sft", "lora", "dpo")
 
 # transformers' own call of torch's former name of a collective, until it moves to all_gather_single
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning"),
-    pytest.mark.pictures,
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +105,7 @@ def test_a_stage_directory_is_complete(runs, stage):
         "stage.json",
     }
     report = set() if stage == "pretrain" else {"mask_report.json"}
-    told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json"}
+    told = {"train_log.jsonl", "loss.png", "samples.jsonl", "report.html", "run.json", "README.md"}
     assert names == weights | common | report | told
 
 
@@ -152,10 +149,6 @@ def test_every_log_line_has_step_and_the_training_ones_speed_and_eta(runs):
     assert [entry["step"] for entry in training] == [1, 2]
     for entry in training:
         assert {"learning_rate", "grad_norm", "tokens_per_second", "elapsed", "eta"} <= set(entry)
-
-
-def test_the_loss_picture_is_a_png(runs):
-    assert (runs / "sft" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("stage", ["sft", "lora", "dpo"])
@@ -344,9 +337,8 @@ def test_options_of_trl_that_would_mean_nothing_are_refused(runs, monkeypatch, t
         assert f"{option} {word} has no meaning here" in message
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_was_not(
-    runs, monkeypatch, tmp_path, tokenizer_dir, optim, capsys
+    runs, monkeypatch, tmp_path, tokenizer_dir, capsys
 ):
     def pretrain(name, *argv):
         options = {
@@ -354,7 +346,6 @@ def test_a_run_that_was_cut_off_and_resumed_ends_with_the_weights_of_one_that_wa
             "max_steps": 4,
             "save_strategy": "steps",
             "save_steps": 2,
-            "optim": optim,
         }
         data = ["--train_files", runs / "docs.jsonl", "--tokenizer", tokenizer_dir]
         words = [

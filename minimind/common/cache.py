@@ -95,6 +95,13 @@ def cache_directory(kind: str = "", permanent: bool = False) -> Path:
     return directory
 
 
+def shown(directory: Path) -> Path:
+    """A directory as messages name it: without the working directory, if it lies in that."""
+    with suppress(ValueError, OSError):
+        return directory.relative_to(Path.cwd())
+    return directory
+
+
 @contextmanager
 def report_cache_errors(directory: Path | str) -> Iterator[None]:
     """Turn an OSError in a block that writes into a directory of the cache into one UserError."""

@@ -20,7 +20,11 @@ OFFLOADING = dict.fromkeys(("offload_optimizer", "offload_param"), dict | None)
 MOST_BYTES, MOST_DEPTH, MOST_VALUES = 2**20, 50, 10_000
 
 
-class RecipeLoader(yaml.SafeLoader):
+# libyaml's parser takes a tenth of the time; a PyYAML that was built without it has only its own
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class RecipeLoader(SafeLoader):
     """Loads YAML's plain values; a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -69,7 +73,7 @@ def read_recipe(path: str | Path) -> Any:
 def _check_depth(path: str | Path, text: str) -> None:
     """Raise UserError for deeply nested lists and mappings, which would take the loader minutes."""
     depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:

@@ -18,7 +18,7 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from minimind.common.cache import Contents, find_or_build, join_hashes
+from minimind.common.cache import Contents, find_or_build, join_hashes, shown
 from minimind.common.errors import UserError
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
@@ -177,7 +177,7 @@ def _open(path: Path) -> Dataset:
 def _prepare(directory: Path, files, held_out, tokenizer, options: dict, fast: bool = True) -> dict:
     """Write the Arrow files of all parts into `directory` and return their counts."""
     everything = [path for paths in files for path in paths]
-    say(f"preparing {', '.join(map(str, everything))} (once; kept in {directory.parent})")
+    say(f"preparing {', '.join(map(str, everything))} (once; kept in {shown(directory.parent)})")
     encoder, bytes_of = DocumentEncoder(tokenizer, fast), np.asarray(token_byte_lengths(tokenizer))
     columns = Columns(options["columns"], options["unread_columns"])
     reading = {name: options[name] for name in ("on_bad_rows", "text_unit")}

@@ -25,7 +25,8 @@ from minimind.common.files import write_text
 from minimind.score_card import own_set_en, own_set_zh
 from minimind.score_card.minimal_pairs import MinimalPair
 
-PARADIGMS: dict[str, dict[str, dict]] = {
+# Language -> phenomenon -> paradigm
+PARADIGMS: dict[str, dict[str, dict[str, dict]]] = {
     "en": own_set_en.PARADIGMS,
     "zh": own_set_zh.PARADIGMS,
 }
@@ -43,11 +44,12 @@ def own_pairs(
     same on every machine and under every version of Python."""
     pairs = []
     for language in languages:
-        for name, paradigm in PARADIGMS[language].items():
-            uid = f"{language}_{name}"
-            groups = (uid, f"{language} {paradigm['phenomenon']}", f"own set, {language}")
-            for number, (good, bad) in enumerate(draw(paradigm, count, f"{seed} {uid}")):
-                pairs.append(MinimalPair(f"{uid}/{number}", good, bad, *groups))
+        for phenomenon, paradigms in PARADIGMS[language].items():
+            for name, paradigm in paradigms.items():
+                uid = f"{language}_{name}"
+                groups = (uid, f"{language} {phenomenon}", f"own set, {language}")
+                for number, (good, bad) in enumerate(draw(paradigm, count, f"{seed} {uid}")):
+                    pairs.append(MinimalPair(f"{uid}/{number}", good, bad, *groups))
     return pairs
 
 

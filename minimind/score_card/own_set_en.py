@@ -1,8 +1,7 @@
 """The English templates and words of our own evaluation set; see `own_set` for the notation.
 
-A paradigm has a `phenomenon`, `templates` and `words`: by the name of a slot its choices, fields
-separated by a slash. Under a name of two slots ("a b"), two words are drawn that differ in every
-field.
+A paradigm has `templates` and `words`: by the name of a slot its choices, fields separated by a
+slash. Under a name of two slots ("a b"), two words are drawn that differ in every field.
 """
 
 PEOPLE = (
@@ -48,10 +47,8 @@ COMPARED = (
     " happy/happier/happiest, heavy/heavier/heaviest"
 )
 
-PARADIGMS: dict[str, dict] = {
-    # Agreement of subject and verb
+SUBJECT_VERB_AGREEMENT: dict[str, dict] = {
     "subject_verb": {
-        "phenomenon": "subject-verb agreement",
         "templates": ["The ({s[0]}|{s[1]}) <{v[1]}|{v[0]}> {end}."],
         "words": {
             "s": LIVING,
@@ -60,7 +57,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "subject_auxiliary": {
-        "phenomenon": "subject-verb agreement",
         "templates": [
             "The ({s[0]}|{s[1]}) <is|are> very {adj}.",
             "The ({s[0]}|{s[1]}) <was|were> very {adj}.",
@@ -69,7 +65,6 @@ PARADIGMS: dict[str, dict] = {
         "words": {"s": LIVING, "adj": STATES},
     },
     "subject_verb_distractor": {
-        "phenomenon": "subject-verb agreement",
         "templates": [
             "The ({s[0]}|{s[1]}) near the ({t[1]}|{t[0]}) <is|are> {adj}.",
             "The ({s[0]}|{s[1]}) behind the ({t[1]}|{t[0]}) <was|were> {adj}.",
@@ -82,7 +77,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "subject_verb_relative": {
-        "phenomenon": "subject-verb agreement",
         "templates": [
             "The ({a[0]}|{a[1]}) that {v} the ({b[1]}|{b[0]}) <is|are> {adj}.",
             "The ({a[0]}|{a[1]}) that {v} the ({b[1]}|{b[0]}) <was|were> {adj}.",
@@ -90,16 +84,16 @@ PARADIGMS: dict[str, dict] = {
         "words": {"a b": LIVING, "v": "saw, liked, followed, found, heard", "adj": STATES},
     },
     "there_be": {
-        "phenomenon": "subject-verb agreement",
         "templates": [
             "There <is|are> (a {t[0]}|two {t[1]}) {place}.",
             "There <was|were> (a {t[0]}|many {t[1]}) {place}.",
         ],
         "words": {"t": f"{ANIMALS}, {THINGS}", "place": PLACES},
     },
-    # Agreement inside the noun phrase
+}
+
+DETERMINER_NOUN_AGREEMENT: dict[str, dict] = {
     "demonstrative_noun": {
-        "phenomenon": "determiner-noun agreement",
         "templates": [
             "{who} {v} <this|these> ({t[0]}|{t[1]}).",
             "{who} {v} <that|those> ({t[0]}|{t[1]}).",
@@ -107,7 +101,6 @@ PARADIGMS: dict[str, dict] = {
         "words": {"who": WHO, "v": "likes, wants, bought, took", "t": THINGS},
     },
     "demonstrative_adjective_noun": {
-        "phenomenon": "determiner-noun agreement",
         "templates": [
             "{who} {v} <this|these> {adj} ({t[0]}|{t[1]}).",
             "{who} {v} <that|those> {adj} ({t[0]}|{t[1]}).",
@@ -120,7 +113,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "number_noun": {
-        "phenomenon": "determiner-noun agreement",
         "templates": [
             "{who} {v} (one|{many}) <{t[0]}|{t[1]}>.",
             "{who} {v} (one|{many}) {adj} <{t[0]}|{t[1]}>.",
@@ -133,8 +125,10 @@ PARADIGMS: dict[str, dict] = {
             "t": THINGS,
         },
     },
+}
+
+QUANTIFIERS: dict[str, dict] = {
     "quantifier_number": {
-        "phenomenon": "quantifiers",
         "templates": ["<{q[0]}|{q[1]}> ({s[0]}|{s[1]}) {did}."],
         "words": {
             "q": "Every/All, Each/Both, Every/Many, Each/Several",
@@ -143,7 +137,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "much_many": {
-        "phenomenon": "quantifiers",
         "templates": [
             "How <much|many> ({m}|{t[1]}) do you {v}?",
             "{who} does not have <much|many> ({m}|{t[1]}).",
@@ -152,7 +145,6 @@ PARADIGMS: dict[str, dict] = {
         "words": {"who": WHO, "m": MASSES, "t": THINGS, "v": "want, need, have, see"},
     },
     "a_an": {
-        "phenomenon": "quantifiers",
         "templates": ["{who} {v} <a|an> ({c}|{vowel})."],
         "words": {
             "who": WHO,
@@ -162,9 +154,10 @@ PARADIGMS: dict[str, dict] = {
             " empty box",
         },
     },
-    # Pronouns
+}
+
+ANAPHORS_AND_PRONOUNS: dict[str, dict] = {
     "anaphor_gender": {
-        "phenomenon": "anaphors and pronouns",
         "templates": ["({f}|{m}) {v[0]} <herself|himself> {v[1]}."],
         "words": {
             "f": "Anna, Lucy, Mary, the girl, the queen, my mother, my sister, the woman, my aunt",
@@ -175,7 +168,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "anaphor_number": {
-        "phenomenon": "anaphors and pronouns",
         "templates": ["({s[0]}|{s[1]}) {v[0]} <{s[2]}|themselves> {v[1]}."],
         "words": {
             "s": "the boy/the boys/himself, the girl/the girls/herself, the king/the kings/himself,"
@@ -187,7 +179,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "pronoun_case": {
-        "phenomenon": "anaphors and pronouns",
         "templates": ["({start} that|{verb}) <{p[0]}|{p[1]}> ({end}|{time})."],
         "words": {
             "start": "I know, mother said, Tom thought, the king heard, Anna hopes",
@@ -199,7 +190,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "possessive_form": {
-        "phenomenon": "anaphors and pronouns",
         "templates": [
             "(This {t[0]} is|This is) <{p[1]}|{p[0]}>(| {t[0]}).",
             "(That {t[0]} was|That was) <{p[1]}|{p[0]}>(| {t[0]}).",
@@ -207,7 +197,6 @@ PARADIGMS: dict[str, dict] = {
         "words": {"t": THINGS, "p": "my/mine, your/yours, her/hers, our/ours, their/theirs"},
     },
     "relative_pronoun": {
-        "phenomenon": "anaphors and pronouns",
         "templates": ["The ({s[0]}|{t[0]}) <who|which> {rest} was very {adj}."],
         "words": {
             "s": PEOPLE,
@@ -217,14 +206,14 @@ PARADIGMS: dict[str, dict] = {
             "adj": "old, small, beautiful, strange",
         },
     },
-    # Forms of verbs
+}
+
+VERB_FORMS: dict[str, dict] = {
     "past_participle": {
-        "phenomenon": "verb forms",
         "templates": ["{who}(| has) <{v[0]}|{v[1]}> {v[2]}."],
         "words": {"who": WHO, "v": PARTICIPLES},
     },
     "modal_progressive": {
-        "phenomenon": "verb forms",
         "templates": ["{who} ({aux[0]}|{aux[1]}) <{v[0]}|{v[1]}> {v[2]}."],
         "words": {
             "who": WHO,
@@ -233,7 +222,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "did_has": {
-        "phenomenon": "verb forms",
         "templates": [
             "{who} (did|has) not <{v[0]}|{v[1]}> {v[2]}.",
             "(Did|Has) {who} <{v[0]}|{v[1]}> {v[2]}?",
@@ -247,7 +235,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "infinitive_gerund": {
-        "phenomenon": "verb forms",
         "templates": ["{who} ({verb[0]} to|{verb[1]}) <{v[0]}|{v[1]}> {v[2]}."],
         "words": {
             "who": WHO,
@@ -256,7 +243,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "tense_and_time": {
-        "phenomenon": "verb forms",
         "templates": [
             "{who} <did|will> not {do} ({past}|{future}).",
             "<Did|Will> {who} {do} ({past}|{future})?",
@@ -268,9 +254,10 @@ PARADIGMS: dict[str, dict] = {
             "do": "come, go home, play, sing, work, go to school, visit us, eat with us",
         },
     },
-    # Negation
+}
+
+NEGATION: dict[str, dict] = {
     "ever_never": {
-        "phenomenon": "negation",
         "templates": [
             "{who} (has not|has) <ever|never> {done}.",
             "{who} (hasn't|has) <ever|never> {done}.",
@@ -282,7 +269,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "any_no": {
-        "phenomenon": "negation",
         "templates": [
             "There (is not|is) <any|no> {m} {place}.",
             "{who} (does not have|has) <any|no> {m}.",
@@ -297,7 +283,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "too_either": {
-        "phenomenon": "negation",
         "templates": ["{a} ({v[0]}|{v[1]}) {food}, and {b} ({v[0]}|{v[1]}) it <too|either>."],
         "words": {
             "a b": NAMES,
@@ -305,9 +290,10 @@ PARADIGMS: dict[str, dict] = {
             "food": "fish, milk, cheese, bread, rice, soup, tea, sugar",
         },
     },
-    # Order of words
+}
+
+WORD_ORDER: dict[str, dict] = {
     "adverb_order": {
-        "phenomenon": "word order",
         "templates": ["{who} <{adv} {v[0]}|{v[0]} {adv}> {v[1]}."],
         "words": {
             "who": WHO,
@@ -317,7 +303,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "question_order": {
-        "phenomenon": "word order",
         "templates": [
             "(Where|{know} where) <is {x}|{x} is>(?|.)",
             "(Where|{know} where) <was {x}|{x} was>(?|.)",
@@ -330,7 +315,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "do_question_order": {
-        "phenomenon": "word order",
         "templates": ["{q[0]} <did {who}|{who} did> {q[1]}?"],
         "words": {
             "who": WHO,
@@ -339,7 +323,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "adjective_order": {
-        "phenomenon": "word order",
         "templates": ["{who} {v} a <{size} {colour}|{colour} {size}> {t[0]}."],
         "words": {
             "who": WHO,
@@ -350,7 +333,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "noun_order": {
-        "phenomenon": "word order",
         "templates": ["{who} {v} a <{adj} {t[0]}|{t[0]} {adj}>."],
         "words": {
             "who": WHO,
@@ -359,8 +341,10 @@ PARADIGMS: dict[str, dict] = {
             "t": THINGS,
         },
     },
+}
+
+ARGUMENT_STRUCTURE: dict[str, dict] = {
     "double_object": {
-        "phenomenon": "argument structure",
         "templates": ["{who} {v} <{p} {o}|{o} {p}>."],
         "words": {
             "who": NAMES,
@@ -370,7 +354,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "transitivity": {
-        "phenomenon": "argument structure",
         "templates": ["{who} <{iv}|{tv}> ({place}|{o})."],
         "words": {
             "who": NAMES,
@@ -381,7 +364,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "what_that": {
-        "phenomenon": "argument structure",
         "templates": ["{know} <what|that> {who} {tv}(| {o})."],
         "words": {
             "know": "I know, she knows, we heard, they remember, nobody knows",
@@ -391,7 +373,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "adjective_adverb": {
-        "phenomenon": "argument structure",
         "templates": ["{who} (was|{v}) very <{adj[0]}|{adj[1]}>."],
         "words": {
             "who": WHO,
@@ -400,9 +381,10 @@ PARADIGMS: dict[str, dict] = {
             " polite/politely, brave/bravely, rude/rudely, clever/cleverly",
         },
     },
-    # Comparison, prepositions, conjunctions, tags
+}
+
+COMPARISON: dict[str, dict] = {
     "comparative": {
-        "phenomenon": "comparison",
         "templates": ["{a} is(| as) <{adj[1]}|{adj[0]}> (than|as) {b}."],
         "words": {
             "a b": f"{NAMES}, the dog, the cat, the horse, my brother, my sister, the bear",
@@ -410,7 +392,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "superlative": {
-        "phenomenon": "comparison",
         "templates": ["{who} is(| the) <{adj[1]}|{adj[2]}> (than|of) all the {s}."],
         "words": {
             "who": NAMES,
@@ -418,8 +399,10 @@ PARADIGMS: dict[str, dict] = {
             "s": "students, children, players, singers, dancers, runners",
         },
     },
+}
+
+PREPOSITIONS_AND_CONJUNCTIONS: dict[str, dict] = {
     "time_preposition": {
-        "phenomenon": "prepositions and conjunctions",
         "templates": ["{who} {v} <{a[0]}|{b[0]}> ({a[1]}|{b[1]})."],
         "words": {
             "who": WHO,
@@ -429,7 +412,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "paired_conjunctions": {
-        "phenomenon": "prepositions and conjunctions",
         "templates": [
             "{who} can have <either|both> {a} (or|and) {b}.",
             "{who} had <neither|both> {a} (nor|and) {b}.",
@@ -440,7 +422,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "tag_question": {
-        "phenomenon": "prepositions and conjunctions",
         "templates": ["{s[0]} ({a[0]} {a[1]}|{b[0]} {b[1]}), <{a[2]}|{b[2]}> {s[1]}?"],
         "words": {
             "s": "Tom/he, Peter/he, Jack/he, Anna/she, Lucy/she, Mary/she",
@@ -449,9 +430,10 @@ PARADIGMS: dict[str, dict] = {
             " should/go/shouldn't, should/wait/shouldn't",
         },
     },
-    # Facts of form
+}
+
+FACTS_OF_FORM: dict[str, dict] = {
     "fact_day": {
-        "phenomenon": "facts of form",
         "templates": [
             "The day after ({a[0]}|{b[0]}) is <{a[1]}|{b[1]}>.",
             "The day before ({a[1]}|{b[1]}) is <{a[0]}|{b[0]}>.",
@@ -462,7 +444,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_month": {
-        "phenomenon": "facts of form",
         "templates": [
             "The month after ({a[0]}|{b[0]}) is <{a[1]}|{b[1]}>.",
             "The month before ({a[1]}|{b[1]}) is <{a[0]}|{b[0]}>.",
@@ -474,7 +455,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_counting": {
-        "phenomenon": "facts of form",
         "templates": ["The number after ({a[0]}|{b[0]}) is <{a[1]}|{b[1]}>."],
         "words": {
             "a b": "one/two, two/three, three/four, four/five, five/six, six/seven, seven/eight,"
@@ -482,7 +462,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_opposite": {
-        "phenomenon": "facts of form",
         "templates": ["The opposite of ({a[0]}|{b[0]}) is <{a[1]}|{b[1]}>."],
         "words": {
             "a b": "big/small, hot/cold, up/down, day/night, good/bad, black/white, open/closed,"
@@ -491,7 +470,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_plural": {
-        "phenomenon": "facts of form",
         "templates": ["There was one ({a[0]}|{b[0]}), and then there were two <{a[1]}|{b[1]}>."],
         "words": {
             "a b": "foot/feet, mouse/mice, child/children, man/men, woman/women, tooth/teeth,"
@@ -500,7 +478,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_past": {
-        "phenomenon": "facts of form",
         "templates": ["The past tense of ({a[0]}|{b[0]}) is <{a[1]}|{b[1]}>."],
         "words": {
             "a b": "go/went, eat/ate, run/ran, come/came, sing/sang, sleep/slept, write/wrote,"
@@ -509,7 +486,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_young": {
-        "phenomenon": "facts of form",
         "templates": ["A young ({a[0]}|{b[0]}) is called a <{a[1]}|{b[1]}>."],
         "words": {
             "a b": "dog/puppy, cat/kitten, cow/calf, sheep/lamb, horse/foal, duck/duckling,"
@@ -517,11 +493,24 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_letter": {
-        "phenomenon": "facts of form",
         "templates": ["The letter after ({a[0]}|{b[0]}) is <{a[1]}|{b[1]}>."],
         "words": {
             "a b": "A/B, B/C, C/D, D/E, E/F, F/G, G/H, H/I, I/J, J/K, K/L, L/M, M/N, N/O, O/P, P/Q,"
             " Q/R, R/S, S/T, T/U, U/V, V/W, W/X, X/Y, Y/Z"
         },
     },
+}
+
+PARADIGMS: dict[str, dict[str, dict]] = {
+    "subject-verb agreement": SUBJECT_VERB_AGREEMENT,
+    "determiner-noun agreement": DETERMINER_NOUN_AGREEMENT,
+    "quantifiers": QUANTIFIERS,
+    "anaphors and pronouns": ANAPHORS_AND_PRONOUNS,
+    "verb forms": VERB_FORMS,
+    "negation": NEGATION,
+    "word order": WORD_ORDER,
+    "argument structure": ARGUMENT_STRUCTURE,
+    "comparison": COMPARISON,
+    "prepositions and conjunctions": PREPOSITIONS_AND_CONJUNCTIONS,
+    "facts of form": FACTS_OF_FORM,
 }

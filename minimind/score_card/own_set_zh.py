@@ -18,10 +18,8 @@ DONE = (  # object, verb with its result
 )
 QUALITIES = "高, 胖, 累, 忙, 聪明, 努力, 着急, 高兴, 紧张, 认真, 勇敢"
 
-PARADIGMS: dict[str, dict] = {
-    # 量词与数
+CLASSIFIERS_AND_NUMBERS: dict[str, dict] = {
     "classifier_noun": {
-        "phenomenon": "classifiers and numbers",
         "templates": ["{pre}{num}<{a[0]}|{b[0]}>({a[1]}|{b[1]})。"],
         "words": {
             "pre": "这里有, 那边有, 我看见了, 他画了, 照片里有, 画里有, 我梦见了",
@@ -30,7 +28,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "classifier_demonstrative": {
-        "phenomenon": "classifiers and numbers",
         "templates": ["{this}<{a[0]}|{b[0]}>({a[1]}|{b[1]}){end}。"],
         "words": {
             "this": "这, 那",
@@ -39,7 +36,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "classifier_of_verb": {
-        "phenomenon": "classifiers and numbers",
         "templates": ["{who}({a[0]}|{b[0]})了{num}<{a[1]}|{b[1]}>({a[2]}|{b[2]})。"],
         "words": {
             "who": WHO,
@@ -49,7 +45,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "classifier_order": {
-        "phenomenon": "classifiers and numbers",
         "templates": ["{who}{v}一<{n[0]}{adj}的|{adj}的{n[0]}>{n[1]}。"],
         "words": {
             "who": WHO,
@@ -59,7 +54,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "plural_men": {
-        "phenomenon": "classifiers and numbers",
         "templates": ["{p}<们{v}{num}{q}|{v}{num}{q}们>。"],
         "words": {
             "p": "姑娘, 战士, 农民, 村民, 记者, 护士",
@@ -69,7 +63,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "er_liang": {
-        "phenomenon": "classifiers and numbers",
         "templates": ["({v[0]}|{v[1]})<两|二>{n}。"],
         "words": {
             "v": "这里有/这是第, 那里有/那是第, 我看见了/我喜欢第, 他想要/他选了第,"
@@ -78,9 +71,10 @@ PARADIGMS: dict[str, dict] = {
             " 把椅子, 条路, 封信",
         },
     },
-    # 时态与体
+}
+
+ASPECT: dict[str, dict] = {
     "guo_le": {
-        "phenomenon": "aspect",
         "templates": ["{who}(从来没有{v[0]}|终于{v[1]})<过|了>{v[2]}。"],
         "words": {
             "who": WHO,
@@ -90,7 +84,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "zhengzai_yijing": {
-        "phenomenon": "aspect",
         "templates": ["{who}<正在|已经>{v}(呢|了)。"],
         "words": {
             "who": WHO,
@@ -98,7 +91,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "zhe_le": {
-        "phenomenon": "aspect",
         "templates": ["{who}(正{v[0]}|{v[0]}完)<着|了>{v[1]}。"],
         "words": {
             "who": WHO,
@@ -107,7 +99,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "time_and_aspect": {
-        "phenomenon": "aspect",
         "templates": ["({t[0]}|{t[1]}){who}<{v[0]}了|会{v[0]}>{v[1]}。"],
         "words": {
             "t": "昨天/明天, 昨天晚上/明天晚上, 上个星期/下个星期, 上个月/下个月",
@@ -117,7 +108,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "you_zai_again": {
-        "phenomenon": "aspect",
         "templates": ["{who}({t[0]}|{t[1]})<又|再>{v}(了|吧)。"],
         "words": {
             "who": "你, 你们, 我们, 咱们, 大家",
@@ -125,9 +115,10 @@ PARADIGMS: dict[str, dict] = {
             "v": "来, 去, 去看电影, 去打球, 去爬山, 吃饺子, 来这里",
         },
     },
-    # 否定
+}
+
+NEGATION: dict[str, dict] = {
     "bu_mei": {
-        "phenomenon": "negation",
         "templates": ["{who}<不|没>({x}|{y})。"],
         "words": {
             "who": "他, 她, 小明, 小红, 我, 我们, 他们, 我的朋友, 我的同学",
@@ -138,7 +129,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "bie_bu": {
-        "phenomenon": "negation",
         "templates": ["({please}|{who}从来)<别|不>{v}。"],
         "words": {
             "please": "请你, 请你们, 请您, 请大家, 请同学们, 请客人们",
@@ -147,7 +137,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "conglai_yijing": {
-        "phenomenon": "negation",
         "templates": ["{who}<从来|已经>(没{v[0]}过{v[1]}|{v[0]}过{v[1]}了)。"],
         "words": {
             "who": WHO,
@@ -156,18 +145,17 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "yidian_bu": {
-        "phenomenon": "negation",
         "templates": ["{a}(一点也|比{b})<不|更>{q}。"],
         "words": {"a b": WHO, "q": QUALITIES},
     },
-    # 把字句与被字句
+}
+
+BA_AND_BEI: dict[str, dict] = {
     "ba_order": {
-        "phenomenon": "ba and bei",
         "templates": ["{who}<把{o[0]}{o[1]}|{o[1]}把{o[0]}>了。"],
         "words": {"who": WHO, "o": DONE},
     },
     "ba_verb": {
-        "phenomenon": "ba and bei",
         "templates": ["{who}(把{o[0]}|很)<{o[1]}|{s}>(了|{o[0]})。"],
         "words": {
             "who": WHO,
@@ -177,23 +165,21 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "ba_negation": {
-        "phenomenon": "ba and bei",
         "templates": ["{who}<没把{o[0]}|把{o[0]}没>{o[1]}。"],
         "words": {"who": WHO, "o": DONE},
     },
     "ba_bei": {
-        "phenomenon": "ba and bei",
         "templates": ["({who}|{o[0]})<把|被>({o[0]}|{who}){o[1]}了。"],
         "words": {"who": WHO, "o": DONE},
     },
     "bei_order": {
-        "phenomenon": "ba and bei",
         "templates": ["{o[0]}<被{who}|{who}被>{o[1]}了。"],
         "words": {"who": WHO, "o": DONE},
     },
-    # 语序
+}
+
+WORD_ORDER: dict[str, dict] = {
     "place_order": {
-        "phenomenon": "word order",
         "templates": ["{who}<在{p[0]}{p[1]}|{p[1]}在{p[0]}>。"],
         "words": {
             "who": WHO,
@@ -202,7 +188,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "time_order": {
-        "phenomenon": "word order",
         "templates": ["{who}<{t}{v}|{v}{t}>。"],
         "words": {
             "who": WHO,
@@ -211,7 +196,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "adverb_order": {
-        "phenomenon": "word order",
         "templates": ["{who}<{adv}{v[0]}|{v[0]}{adv}>{v[1]}。"],
         "words": {
             "who": WHO,
@@ -220,7 +204,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "dou_order": {
-        "phenomenon": "word order",
         "templates": ["{who}<都{v[0]}|{v[0]}都>{v[1]}。"],
         "words": {
             "who": GROUPS,
@@ -229,7 +212,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "relative_de": {
-        "phenomenon": "word order",
         "templates": ["{this}<{who}{v[0]}的|{who}的{v[0]}>{v[1]}。"],
         "words": {
             "this": "这是, 那是, 这就是",
@@ -237,29 +219,29 @@ PARADIGMS: dict[str, dict] = {
             "v": "做/菜, 买/书, 写/信, 写/诗, 拍/照片, 种/花, 借/词典, 送/礼物, 选/电影, 养/猫",
         },
     },
+}
+
+COMPARISON: dict[str, dict] = {
     "comparison_order": {
-        "phenomenon": "comparison",
         "templates": ["{a}<{v}{b}{q}|{q}{v}{b}>。"],
         "words": {"a b": WHO, "v": "比, 没有", "q": QUALITIES},
     },
     "comparison_degree": {
-        "phenomenon": "comparison",
         "templates": ["{a}比{b}<{q}{more}|{more}{q}>。"],
         "words": {"a b": WHO, "q": QUALITIES, "more": "很多, 一些, 一点"},
     },
     "bi_he": {
-        "phenomenon": "comparison",
         "templates": ["{a}<比|和>{b}({q}一点|一样{q})。"],
         "words": {"a b": WHO, "q": QUALITIES},
     },
     "youdian_yidian": {
-        "phenomenon": "comparison",
         "templates": ["{a}(|比{b}{q})<有点|一点>({q}|)。"],
         "words": {"a b": WHO, "q": "累, 胖, 忙, 紧张, 着急, 害羞, 粗心, 瘦, 矮, 懒"},
     },
-    # 补语与“的、地、得”
+}
+
+COMPLEMENTS: dict[str, dict] = {
     "de_possessive_complement": {
-        "phenomenon": "complements",
         "templates": ["({this}{who}|{who}{v[0]})<的|得>({o}|{v[1]})。"],
         "words": {
             "this": "这是, 那是",
@@ -270,7 +252,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "de_adverb_complement": {
-        "phenomenon": "complements",
         "templates": ["{who}({x[0]}|{v[0]})<地|得>({x[1]}|{v[1]})。"],
         "words": {
             "who": WHO,
@@ -281,7 +262,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "complement_order": {
-        "phenomenon": "complements",
         "templates": ["{who}{v[0]}{v[1]}{v[0]}<得很{v[2]}|很{v[2]}得>。"],
         "words": {
             "who": WHO,
@@ -290,7 +270,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "potential_order": {
-        "phenomenon": "complements",
         "templates": ["{who}<{v[0]}不{v[1]}|不{v[0]}{v[1]}>{v[2]}。"],
         "words": {
             "who": WHO,
@@ -299,7 +278,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "resultative_order": {
-        "phenomenon": "complements",
         "templates": ["{who}<{v[0]}{v[1]}|{v[1]}{v[0]}>了{v[2]}。"],
         "words": {
             "who": WHO,
@@ -308,7 +286,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "duration_order": {
-        "phenomenon": "complements",
         "templates": ["{who}<{v[0]}了{v[1]}|{v[1]}{v[0]}了>{v[2]}。"],
         "words": {
             "who": WHO,
@@ -318,7 +295,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "separable_verb": {
-        "phenomenon": "complements",
         "templates": ["{who}{t}<{v[0]}了{v[1]}{v[2]}|{v[0]}{v[2]}了{v[1]}>。"],
         "words": {
             "who": WHO,
@@ -328,7 +304,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "direction_and_place": {
-        "phenomenon": "complements",
         "templates": ["{who}{time}要<{v[0]}{v[1]}{v[2]}|{v[0]}{v[2]}{v[1]}>。"],
         "words": {
             "who": WHO,
@@ -338,7 +313,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "lai_qu": {
-        "phenomenon": "complements",
         "templates": ["{please}(到{near}|到{far})<来|去>。"],
         "words": {
             "please": "请你, 请你们, 请大家, 让小明, 让孩子们, 叫妹妹",
@@ -346,8 +320,10 @@ PARADIGMS: dict[str, dict] = {
             "far": "他那里, 他那儿, 他那边, 他们那里, 奶奶那儿, 老师那里",
         },
     },
+}
+
+REDUPLICATION: dict[str, dict] = {
     "reduplicated_adjective": {
-        "phenomenon": "reduplication",
         "templates": ["{who}<{v[0]}{v[0]}{v[1]}{v[1]}|{v[0]}{v[1]}{v[0]}{v[1]}>地{v[2]}。"],
         "words": {
             "who": WHO,
@@ -357,7 +333,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "reduplicated_verb": {
-        "phenomenon": "reduplication",
         "templates": ["{who}{t}<{v[0]}{v[1]}{v[0]}{v[1]}|{v[0]}{v[0]}{v[1]}{v[1]}>吧。"],
         "words": {
             "who": "我们, 咱们, 你们, 大家, 你",
@@ -365,9 +340,10 @@ PARADIGMS: dict[str, dict] = {
             "v": "休/息, 讨/论, 打/扫, 商/量, 练/习, 复/习, 收/拾, 锻/炼, 准/备",
         },
     },
-    # 问句与连词
+}
+
+QUESTIONS_AND_CONJUNCTIONS: dict[str, dict] = {
     "ma_ne": {
-        "phenomenon": "questions and conjunctions",
         "templates": ["{who}({v[0]}|{v[1]}){v[2]}<吗|呢>？"],
         "words": {
             "who": f"你, 你们, {WHO}",
@@ -377,7 +353,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "wh_in_situ": {
-        "phenomenon": "questions and conjunctions",
         "templates": ["{who}{t}<{v}什么|什么{v}>？"],
         "words": {
             "who": f"你, 你们, {WHO}",
@@ -386,7 +361,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "haishi_huozhe": {
-        "phenomenon": "questions and conjunctions",
         "templates": ["{who}(是|每天){x[0]}<还是|或者>{x[1]}(呢？|。)"],
         "words": {
             "who": WHO,
@@ -395,7 +369,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "yinwei_suiran": {
-        "phenomenon": "questions and conjunctions",
         "templates": ["(因为|虽然){x[0]}，<所以|但是>{who}({x[1]}|还是{x[2]})。"],
         "words": {
             "who": WHO,
@@ -405,7 +378,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "jiu_cai": {
-        "phenomenon": "questions and conjunctions",
         "templates": ["(只要|只有){x[0]}，{who}<就|才>能{x[1]}。"],
         "words": {
             "who": WHO,
@@ -414,9 +386,10 @@ PARADIGMS: dict[str, dict] = {
             " 写完作业/出去玩, 认真听讲/听懂",
         },
     },
-    # 介词、存现与照应
+}
+
+PREPOSITIONS_AND_ANAPHORS: dict[str, dict] = {
     "you_zai_place": {
-        "phenomenon": "prepositions and anaphors",
         "templates": ["({p}|那{n[0]}{n[1]})<有|在>(一{n[0]}{n[1]}|{p})。"],
         "words": {
             "p": "桌子上, 床上, 盒子里, 房间里, 门口, 窗台上",
@@ -424,7 +397,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "li_cong": {
-        "phenomenon": "prepositions and anaphors",
         "templates": ["({a}|{who})<离|从>{b}({far}|{back})。"],
         "words": {
             "a b": "学校, 公园, 医院, 车站, 银行, 商店, 图书馆",
@@ -434,7 +406,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "dui_gei": {
-        "phenomenon": "prepositions and anaphors",
         "templates": ["{a}<对|给>{b}({x}|{y})。"],
         "words": {
             "a b": WHO,
@@ -443,7 +414,6 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "anaphor_gender": {
-        "phenomenon": "prepositions and anaphors",
         "templates": ["({f}|{m}){v}<她|他>自己。"],
         "words": {
             "f": "妈妈, 奶奶, 姐姐, 妹妹, 阿姨, 女孩, 这个女人, 那位女士, 公主",
@@ -452,9 +422,10 @@ PARADIGMS: dict[str, dict] = {
             " 很了解",
         },
     },
-    # 形式常识
+}
+
+FACTS_OF_FORM: dict[str, dict] = {
     "fact_weekday": {
-        "phenomenon": "facts of form",
         "templates": [
             "星期({a[0]}|{b[0]})的后一天是星期<{a[1]}|{b[1]}>。",
             "星期({a[1]}|{b[1]})的前一天是星期<{a[0]}|{b[0]}>。",
@@ -462,7 +433,6 @@ PARADIGMS: dict[str, dict] = {
         "words": {"a b": "一/二, 二/三, 三/四, 四/五, 五/六, 六/日, 日/一"},
     },
     "fact_month": {
-        "phenomenon": "facts of form",
         "templates": [
             "({a[0]}|{b[0]})月的下一个月是<{a[1]}|{b[1]}>月。",
             "({a[1]}|{b[1]})月的上一个月是<{a[0]}|{b[0]}>月。",
@@ -470,12 +440,10 @@ PARADIGMS: dict[str, dict] = {
         "words": {"a b": "一/二, 二/三, 三/四, 四/五, 五/六, 六/七, 七/八, 八/九, 九/十"},
     },
     "fact_counting": {
-        "phenomenon": "facts of form",
         "templates": ["数数的时候，({a[0]}|{b[0]})的后面是<{a[1]}|{b[1]}>。"],
         "words": {"a b": "一/二, 二/三, 三/四, 四/五, 五/六, 六/七, 七/八, 八/九, 九/十"},
     },
     "fact_opposite": {
-        "phenomenon": "facts of form",
         "templates": ["“({a[0]}|{b[0]})”的反义词是“<{a[1]}|{b[1]}>”。"],
         "words": {
             "a b": "大/小, 长/短, 多/少, 快/慢, 冷/热, 新/旧, 好/坏, 黑/白, 上/下, 左/右, 前/后,"
@@ -483,18 +451,30 @@ PARADIGMS: dict[str, dict] = {
         },
     },
     "fact_zodiac": {
-        "phenomenon": "facts of form",
         "templates": ["十二生肖里，({a[0]}|{b[0]})的后面是<{a[1]}|{b[1]}>。"],
         "words": {
             "a b": "鼠/牛, 牛/虎, 虎/兔, 兔/龙, 龙/蛇, 蛇/马, 马/羊, 羊/猴, 猴/鸡, 鸡/狗, 狗/猪"
         },
     },
     "fact_family": {
-        "phenomenon": "facts of form",
         "templates": ["({a[0]}|{b[0]})是<{a[1]}|{b[1]}>。"],
         "words": {
             "a b": "爸爸的爸爸/爷爷, 爸爸的妈妈/奶奶, 妈妈的爸爸/外公, 妈妈的妈妈/外婆,"
             " 爸爸的弟弟/叔叔, 妈妈的弟弟/舅舅, 爸爸的姐姐/姑姑, 妈妈的姐姐/姨妈"
         },
     },
+}
+
+PARADIGMS: dict[str, dict[str, dict]] = {
+    "classifiers and numbers": CLASSIFIERS_AND_NUMBERS,
+    "aspect": ASPECT,
+    "negation": NEGATION,
+    "ba and bei": BA_AND_BEI,
+    "word order": WORD_ORDER,
+    "comparison": COMPARISON,
+    "complements": COMPLEMENTS,
+    "reduplication": REDUPLICATION,
+    "questions and conjunctions": QUESTIONS_AND_CONJUNCTIONS,
+    "prepositions and anaphors": PREPOSITIONS_AND_ANAPHORS,
+    "facts of form": FACTS_OF_FORM,
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from minimind.common.files import read_json
-from minimind.costs.parameters import empty_model, parameter_counts
+from minimind.common.streams import printable
 from minimind.costs.units import duration
 from minimind.data.hub import PREFIX
 from minimind.generation import is_base_model
@@ -19,6 +19,7 @@ from minimind.stage_directory import (
     load_config,
     stage_records,
 )
+from minimind.stage_directory.contents import base_of, shards_of
 from minimind.stage_directory.lineage import StageRecord
 from minimind.tokenizer import load_tokenizer
 
@@ -89,14 +90,17 @@ def describe(source: Path, export: dict) -> Facts:
     kind = "reward" if reward else "base" if is_base_model(source, tokenizer) else "chat"
 
     # Sizes
-    counts = parameter_counts(empty_model(config))
-    sizes = [("parameters", f"{counts['total']:,}")]
-    if counts["active"] < counts["total"]:
-        experts = f"{config.num_experts_per_tok} of {config.num_experts} experts a token"
-        sizes.append(("of these active", f"{counts['active']:,} ({experts})"))
-    sizes.append(("of these embedding", f"{counts['embedding']:,}"))
+    tensors = tensor_sizes(base_of(source), "model.safetensors")
+    parameters = sum(tensors.values())
+    sizes = [("parameters", f"{parameters:,}")]
+    if routed := sum(size for name, size in tensors.items() if ".experts." in name):
+        used, experts = config.num_experts_per_tok, config.num_experts
+        active = round(parameters - routed * (1 - used / experts))
+        sizes.append(("of these active", f"{active:,} ({used} of {experts} experts a token)"))
+    sizes.append(("of these embedding", f"{config.vocab_size * config.hidden_size:,}"))
     if adapter := is_adapter(source):
-        sizes.append(("of the adapter", f"{adapter_parameters(source):,}"))
+        weights = sum(tensor_sizes(source, "adapter_model.safetensors").values())
+        sizes.append(("of the adapter", f"{weights:,}"))
     sizes += [
         ("layers", f"{config.num_hidden_layers}, of width {config.hidden_size:,}"),
         ("attention", f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys"),
@@ -110,7 +114,7 @@ def describe(source: Path, export: dict) -> Facts:
     files = [name for stage in stages for name in training_files(stage.record)]
     hub = [name.removeprefix(PREFIX) for name in files if name.startswith(PREFIX)]
     lengths = [longest_row(recipe) for recipe in recipes]
-    size = f"{counts['total'] / 1e6:.1f} M" if counts["total"] >= 1e5 else f"{counts['total']:,}"
+    size = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
     words = {"chat": "chat model", "base": "base model", "reward": "reward model"}
     return Facts(
         kind=kind,
@@ -120,7 +124,7 @@ def describe(source: Path, export: dict) -> Facts:
         layout=export.get("format", "minimind"),
         record=record,
         sizes=sizes,
-        parameters=counts["total"],
+        parameters=parameters,
         window=config.max_position_embeddings,
         longest=max(filter(None, lengths), default=None),
         languages=languages_of(stages),
@@ -135,10 +139,20 @@ def describe(source: Path, export: dict) -> Facts:
     )
 
 
-def adapter_parameters(directory: Path) -> int:
-    """The number of weights in an adapter's file."""
-    with safe_open(directory / "adapter_model.safetensors", "pt") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+def tensor_sizes(directory: Path, name: str) -> dict[str, int]:
+    """The number of weights of each tensor in the safetensors file `name`, or in its shards.
+
+    The files tell it without the model: under ZeRO-3 all processes would have to build that.
+    """
+    files = [directory / name]
+    if not files[0].exists():
+        files = [directory / shard for shard in shards_of(directory, name)]
+    sizes = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                sizes[key] = math.prod(tensors.get_slice(key).get_shape())
+    return sizes
 
 
 def recipe_of(stage: StageRecord) -> dict:
@@ -170,9 +184,10 @@ def languages_of(stages: Iterable[StageRecord]) -> list[str]:
 
 
 def public_name(file: str) -> str:
-    """The name of a data file without the directories of this machine; a dataset of the Hub as it
-    is."""
-    return file if file.startswith(PREFIX) else PurePosixPath(file.replace("\\", "/")).name
+    """The name of a data file without the directories of this machine, as code in Markdown can hold
+    it; a dataset of the Hub as it is."""
+    name = file if file.startswith(PREFIX) else PurePosixPath(file.replace("\\", "/")).name
+    return name.replace("`", "'")
 
 
 def lesson(stage: StageRecord, recipe: dict) -> Lesson:
@@ -204,7 +219,7 @@ def lesson(stage: StageRecord, recipe: dict) -> Lesson:
 
 def part_of_data(facts: dict, part: str) -> str:
     """Files, counts and hash of the training or held-out rows."""
-    names = ", ".join(f"`{public_name(str(file))}`" for file in facts.get("files") or ())
+    names = ", ".join(f"`{public_name(file)}`" for file in map(str, facts.get("files") or ()))
     counts = [
         f"{value:,} {key.replace('_', ' ')}"
         for key, value in facts.items()
@@ -239,4 +254,4 @@ def training_of(record: dict, recipe: dict) -> str:
 
 def one_line(text: str) -> str:
     """A text in a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(printable(text).split()).replace("|", "\\|").replace("<", "&lt;")

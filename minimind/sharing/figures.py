@@ -14,7 +14,7 @@ CARD_FIELDS = {"directory": str, "measures": dict}
 MEASURE_FIELDS = {"n": int, "score": float | int, "interval": list}
 # The metrics of a run that a card shows, with the words for them
 METRICS = {
-    "loss": "loss (nats per token; for preferences, nats per pair)",
+    "loss": "loss (nats per {})",
     "perplexity": "perplexity per token",
     "bits_per_byte": "bits per byte",
     "pairs_sum": "minimal pairs won",
@@ -23,12 +23,13 @@ METRICS = {
     "accuracy": "pairs ranked as chosen",
     "margin": "reward of the chosen reply less that of the rejected one",
 }
+LOSS_OF = {"dpo": "pair", "reward": "pair", "kto": "reply"}  # of other stages: token
 
 
 class HeldOut(NamedTuple):
     """A metric of the run's own held-out rows."""
 
-    name: str  # as the run's log has it
+    name: str | None  # as the run's log has it
     title: str
     before: float | None
     after: float
@@ -47,14 +48,19 @@ class Score(NamedTuple):
 
 
 def held_out(record: dict) -> Iterator[HeldOut]:
-    """The held-out metrics in the record of a stage, those with an interval that is known with
-    it."""
+    """The held-out metrics in the record of a stage, with their intervals where they are known; if
+    that of the loss is of a part of the rows, then this part too."""
     metrics = record.get("metrics") or {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     for name, title in METRICS.items():
         if isinstance(value := after.get(name), int | float):
+            unit = LOSS_OF.get(record.get("stage") or "", "token")
             interval = _interval(name, after, record)
-            yield HeldOut(name, title, before.get(name), value, interval)
+            yield HeldOut(name, title.format(unit), before.get(name), value, interval)
+    losses = record.get("token_loss") or {}
+    if losses.get("rows", 0) < losses.get("held_out_rows", 0):
+        title = f"loss of {losses['rows']} of the {losses['held_out_rows']:,} rows"
+        yield HeldOut(None, title, None, losses["mean"], tuple(losses["interval"]))
 
 
 def _interval(name: str, after: dict, record: dict) -> tuple[float, float] | None:

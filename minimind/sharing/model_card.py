@@ -121,7 +121,7 @@ def model_card(directory: Path, choices: Choices) -> str:
         repository=REPOSITORY,
         base=choices.base_model or BASE,
     )
-    return str(card).rstrip("\n") + "\n"
+    return str(card).rstrip("\n") + "\n\n"
 
 
 def read_export(directory: Path) -> tuple[Path, dict]:
@@ -159,7 +159,7 @@ def load_card(file: Path) -> ModelCard:
     """A card with its front matter; raises UserError where that is not as the Hub has it."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        return ModelCard(text if text.lstrip().startswith("---") else f"---\n---\n{text}")
+        return ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(
             f"{file}: the front matter between the lines --- is no metadata of the Hub"
@@ -210,6 +210,7 @@ def metadata(
             metric_value=each.after,
         )
         for each in measured
+        if each.name
     ]
     results += [
         EvalResult(
@@ -230,6 +231,6 @@ def metadata(
         tags=tags,
         base_model=choices.base_model,
         datasets=facts.datasets or None,
-        model_name=facts.title,
+        model_name=facts.title if results else None,
         eval_results=results or None,
     )

@@ -120,8 +120,9 @@ def plan_upload(
         config["base_model_name_or_path"] = base_model
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         files["adapter_config.json"] = UploadFile(path / "adapter_config.json", text.encode())
-    card.data.base_model = base_model
-    text = str(card).replace(REPOSITORY, repository).replace(BASE, base_model or BASE)
+        card.data.base_model = base_model
+    text = str(card) if is_adapter(path) else (path / CARD).read_text(encoding="utf-8")
+    text = text.replace(REPOSITORY, repository).replace(BASE, base_model or BASE)
     files[CARD] = UploadFile(path / CARD, text.encode())
 
     refuse_secrets(files.values())

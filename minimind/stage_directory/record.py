@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import os
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from minimind.common.cache import content_hash
@@ -55,7 +57,8 @@ def provenance(path: Path) -> dict:
     return origin
 
 
-def library_versions() -> dict[str, str]:
+@cache
+def library_versions() -> Mapping[str, str]:
     """Installed versions of the libraries that decide what a run computes."""
     versions = {}
     for name in LIBRARIES:

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.language import say
 from minimind.evaluation import Measure, estimate, token_loss_distribution, token_losses
-from minimind.evaluation.texts import language
+from minimind.tokenizer_evaluation.texts import script
 from minimind.training.checkpointing_trainer import CheckpointingTrainer
 
 LANGUAGE_ROWS = 200  # of the training rows, whose languages are counted
@@ -108,6 +108,8 @@ def language_shares(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> dict[s
     "zh", "en" and "other"; empty where rows hold no token ids."""
     counts: Counter[str] = Counter()
     for index in range(0, len(rows), -(-len(rows) // LANGUAGE_ROWS)):
-        if ids := [rows[index][name] for name in IDS if name in rows.column_names]:
-            counts[language(" ".join(tokenizer.batch_decode(ids, skip_special_tokens=True)))] += 1
+        row = rows[index]
+        if ids := [row[name] for name in IDS if name in row]:
+            text = " ".join(tokenizer.batch_decode(ids, skip_special_tokens=True))
+            counts[script(text).language] += 1
     return {name: round(count / counts.total(), 3) for name, count in counts.most_common()}

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
-from minimind.common.cache import cache_directory, find, find_or_build
+from minimind.common.cache import cache_directory, find, find_or_build, shown
 from minimind.common.errors import is_local_main_process
 from minimind.common.language import say, translated
 from minimind.common.launch import is_main_process
@@ -64,7 +64,7 @@ class CachedReferences:
         if is_main_process():
             say(
                 f"computing reference log-probabilities: {len(dataset):,} rows of {name} (once;"
-                f" kept in {cache_directory('references')})"
+                f" kept in {shown(cache_directory('references'))})"
             )
         model = self.ref_model or self.model
         if self.ref_model is None and self.is_deepspeed_enabled:

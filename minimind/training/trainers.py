@@ -102,7 +102,7 @@ class ScheduledTrainer(CheckpointingTrainer, LoadingTrainer):
             raise UserError(
                 f"--push_to_hub: the repository cannot be opened ({reason}). Log in with `hf auth"
                 " login` and look at the network; or train without it, and upload the finished"
-                " directory with `hf upload`."
+                " directory with `minimind push`."
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -147,6 +147,10 @@ class Pages:
         def replaced(span: re.Match) -> str:
             if span["code"]:
                 line = text[text.rfind("\n", 0, span.start()) + 1 : span.start()]
+                if line.startswith(
+                    "|"
+                ):  # GitHub's tables need the backslash, Python-Markdown's not
+                    return self._code(span["code"].replace("\\|", "|"))
                 return span[0] if line.startswith("#") else self._code(span["code"])
             if span["link"]:
                 return self._link(file, span)

@@ -1,15 +1,20 @@
 """A page of Markdown for each command and each training script, from their parsers."""
 
 import argparse
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
+from pathlib import Path
 
 from minimind.cli import build_parser
 from minimind.common.options import OptionFormatter, default_text, description
 from minimind.stages import STAGES
 from minimind.training.parser import StageParser, grouped
 
+ROOT = Path(__file__).parents[2]
 EXAMPLES = 5  # of a command, from the guides
 GUIDES = 3  # linked from a command's page: those that speak of it most
 FEW = 12  # values of an option that its row lists one by one
@@ -76,12 +81,15 @@ class Guide:
 
 @dataclass(frozen=True)
 class Command:
-    """What is typed, its summary, and its options by heading."""
+    """What is typed, its summary and description, and its options by heading; `examples` are its
+    own, `members` the commands of a group."""
 
     name: str
     summary: str
+    description: str
     parser: argparse.ArgumentParser
     options: Mapping[str, list[argparse.Action]]
+    examples: str = ""
     members: list["Command"] = field(default_factory=list)
 
     @property
@@ -96,6 +104,7 @@ class Command:
         return self.name.endswith(".py")
 
 
+@cache
 def commands() -> list[Command]:
     """The training scripts and the commands, in the order of a pipeline and of the help."""
     return [*_scripts(), *_members(build_parser())]
@@ -103,10 +112,13 @@ def commands() -> list[Command]:
 
 def _scripts() -> Iterator[Command]:
     for spec in {spec.script: spec for spec in STAGES.values()}.values():
+        # The docstring: a summary, examples, what the script reads and what it writes
+        source = (ROOT / spec.script).read_text(encoding="utf-8")
+        summary, examples, files = ast.get_docstring(ast.parse(source)).split("\n\n")
+        files = re.sub(r"(?<!\.)\n(?=\w)", ". ", re.sub(r"\n? +", " ", files))
         parser = StageParser(spec.arguments)
         every, brief = (grouped(parser, each) for each in (True, False))
-        summary = f"the stage {spec.name}"
-        yield Command(spec.script, summary, parser, every | brief)
+        yield Command(spec.script, summary, files, parser, every | brief, examples)
 
 
 def _members(parser: argparse.ArgumentParser) -> Iterator[Command]:
@@ -118,7 +130,14 @@ def _members(parser: argparse.ArgumentParser) -> Iterator[Command]:
         for name, member in action.choices.items():
             members = list(_members(member))
             options = [each for each in member._actions if each.option_strings]
-            yield Command(member.prog, summaries[name], member, {"options": options}, members)
+            yield Command(
+                member.prog,
+                summaries[name],
+                member.description or "",
+                member,
+                {"options": options},
+                members=members,
+            )
             yield from members
 
 
@@ -146,8 +165,8 @@ def _list(members: list[Command], words: Mapping[str, str]) -> str:
 def _page(command: Command, words: Mapping[str, str], guides: list[Guide]) -> str:
     parser = command.parser
     parts = [f"# {command.name}", _sentence(command.summary)]
-    if parser.description:
-        parts.append(_prose(parser.description))
+    if command.description:
+        parts.append(_sentence(command.description))
     if related := _related(command, guides):
         parts.append(words["guides"] + related)
 
@@ -168,7 +187,7 @@ def _page(command: Command, words: Mapping[str, str], guides: list[Guide]) -> st
     if command.is_script:
         parts += [f"## {words['options']}", words["recipe"]]
     elif parser.get_default("takes_stage_options"):
-        scripts = (f"[`{each.name}`](../{each.page})" for each in _scripts())
+        scripts = (f"[`{each.name}`](../{each.page})" for each in commands() if each.is_script)
         parts.append(words["stage"].format(", ".join(scripts)))
     for heading, actions in command.options.items():
         if actions:
@@ -196,22 +215,18 @@ def _value(action: argparse.Action) -> str:
     """What stands for an argument, or for an option's value."""
     if action.nargs == 0 or (action.option_strings and action.nargs == "?"):
         return ""
-    value = action.metavar or ("VALUE" if action.option_strings else action.dest.upper())
+    value = action.metavar or ("VALUE" if action.option_strings else action.dest)
     return f"{value} ..." if action.nargs in ("+", "*") else str(value)
 
 
 def _meaning(action: argparse.Action, words: Mapping[str, str]) -> str:
     text = _prose(description(action))
     choices = [str(getattr(each, "value", each)) for each in action.choices or ()]
-    if 2 < len(choices) or (choices and not _is_switch(choices)):
+    if choices:
         listed = ", ".join(_code(each) for each in choices[:FEW])
         listed += " ..." if len(choices) > FEW else ""
         text += f" ({words['one of']} {listed})"
     return text
-
-
-def _is_switch(choices: list[str]) -> bool:
-    return {each.lower() for each in choices} == {"true", "false"}
 
 
 def _usage(command: Command) -> str:
@@ -226,23 +241,26 @@ def _usage(command: Command) -> str:
 
 
 def _related(command: Command, guides: list[Guide]) -> str:
-    """Links to the guides that speak of a command most."""
+    """Links to the guide of the same name, and to those that speak of a command most."""
     pattern = _pattern(command)
     counts = {guide.page: len(pattern.findall(guide.text)) for guide in guides}
-    most = sorted(guides, key=lambda guide: -counts[guide.page])[:GUIDES]
+    own = command.page.removeprefix("commands/")
+    most = sorted(guides, key=lambda guide: (guide.page != own, -counts[guide.page]))[:GUIDES]
     return ", ".join(f"[{each.title}](../{each.page})" for each in most if counts[each.page])
 
 
 def _examples(command: Command, guides: list[Guide]) -> list[str]:
-    """The first commands of this name in the guides' blocks, each with other options."""
+    """The first commands of this name, its own and in the guides' blocks, each with other
+    options."""
     pattern, found = _pattern(command), {}
-    for guide in guides:
-        for block in re.findall(r"^```bash\n(.*?)^```", guide.text, re.DOTALL | re.MULTILINE):
-            for line in re.sub(r" *\\\n *", " ", block).splitlines():
-                if pattern.match(line.removeprefix("python ")):
-                    example = re.sub(r"\s+", " ", line.split(" #")[0]).strip()
-                    options = tuple(sorted(re.findall(r"--\w+", example)))
-                    found.setdefault(options, example)
+    fences = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    blocks = (fences.findall(guide.text) for guide in guides)
+    for block in (command.examples, *chain.from_iterable(blocks)):
+        for line in re.sub(r" *\\\n *", " ", block).splitlines():
+            if pattern.match(line.strip().removeprefix("python ")):
+                example = re.sub(r"\s+", " ", line.split(" #")[0]).strip()
+                options = tuple(sorted(re.findall(r"--\w+", example)))
+                found.setdefault(options, example)
     return list(found.values())[:EXAMPLES]
 
 
@@ -251,7 +269,8 @@ def _pattern(command: Command) -> re.Pattern:
 
 
 def _sentence(text: str) -> str:
-    return _prose(text[:1].upper() + text[1:]).rstrip(".") + "."
+    end = "" if text.endswith(".") else "."
+    return _prose(text[:1].upper() + text[1:]) + end
 
 
 def _code(text: str) -> str:
@@ -265,7 +284,7 @@ def _prose(text: str) -> str:
         if index % 2:
             parts[index] = f"`{part.strip('`')}`"
         else:
-            parts[index] = re.sub(r"([\\*_\[\]#|<>`])", r"\\\1", part)
+            parts[index] = re.sub(r"([\\*_\[\]#|`])", r"\\\1", part.replace("<", "&lt;"))
     return "".join(parts)
 
 
