@@ -225,16 +225,15 @@ def write_sources(language: Language, folder: Path) -> None:
 def generate(folder: Path) -> Path:
     """Let zensical build a folder of sources; raises UserError with what it found."""
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file"]
-    environment = os.environ | {"NO_COLOR": "1"}
     done = subprocess.run(
         [*command, folder / "zensical.toml"],
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     if done.returncode or "Warning" in done.stdout:
-        raise UserError(f"zensical refuses the pages:\n{done.stdout.partition('Traceback')[0]}")
+        found = re.sub(r"\x1b\[[\d;]*m", "", done.stdout.partition("Traceback")[0])  # its colours
+        raise UserError(f"zensical refuses the pages:\n{found}")
     return folder / "site"
 
 
