@@ -19,13 +19,13 @@ def notebook_page(notebook: Path, pictures: dict[str, bytes]) -> str:
         elif cell["cell_type"] == "code":
             language = "bash" if source.startswith("%%bash\n") else "python"
             parts.append(_fence(language, source.removeprefix("%%bash\n")))
-            printed = ""
+            printed, drawn = "", []
             for output in cell["outputs"]:
                 data = output.get("data", {})
                 if picture := data.get("image/png"):
                     name = f"{notebook.stem}-{len(pictures)}.png"
                     pictures[name] = base64.b64decode("".join(picture))
-                    parts.append(f"![]({name})")
+                    drawn.append(f"![]({name})")
                 elif output["output_type"] == "stream":
                     printed += "".join(output["text"])
                 elif "text/plain" in data:
@@ -36,6 +36,7 @@ def notebook_page(notebook: Path, pictures: dict[str, bytes]) -> str:
                     )
             if printed.strip():
                 parts.append(_fence("text", printed))
+            parts += drawn
     return "\n\n".join(parts)
 
 
