@@ -38,17 +38,16 @@ class Sandbox:
     that run in forks of one process."""
 
     def __init__(self, root):
-        self.root, self.prepared, self.socket = (
-            root / "checkout",
-            root / "prepared",
-            root / "socket",
-        )
+        self.root, self.prepared = root / "checkout", root / "prepared"
+        self.socket = root / "socket"
         programs = root / "bin"
         programs.mkdir()
         for program in PROGRAMS:
             client = f"{sys.executable} -IS {TESTS / 'command_server.py'} {self.socket} {program}"
             (programs / program).write_text(f'#!/bin/sh\nexec {client} "$@"\n')
             (programs / program).chmod(0o755)
+        # The one that compiled DeepSpeed's operator: another one would compile it again
+        (programs / "ninja").symlink_to(Path(sys.executable).parent / "ninja")
         self.environment = {
             "PATH": f"{programs}:/usr/bin:/bin",
             "PYTHONPATH": f"{self.root}:{TESTS}",
