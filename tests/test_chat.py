@@ -139,6 +139,29 @@ def test_save_overwrites_nothing_and_load_refuses_other_files(make, capsys, tmp_
     assert contents(chat) == ["one", "reply 1"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/save /proc/none/chat.jsonl",  # a directory that cannot be made
+        "/save /",
+        "/save ~nobody-of-this-name/chat.jsonl",
+        f"/save {'x' * 300}",
+        "/save a\0b",
+        "/load",
+        "/load /",
+        "/load /dev/null",
+        "/load ~nobody-of-this-name/chat.jsonl",
+        f"/load {'x' * 300}",
+        "/load a\0b",
+    ],
+)
+def test_a_file_that_cannot_be_used_does_not_end_the_chat(make, capsys, line):
+    chat, _ = make()
+    assert type_lines(chat, "one", line, "two") == [True, True, True]
+    assert capsys.readouterr().out.strip()
+    assert contents(chat) == ["one", "reply 1", "two", "reply 2"]
+
+
 def test_settings_reach_the_next_answer(make):
     chat, prompts = make()
     type_lines(chat, "/temperature 0", "/max 5", "one")

@@ -228,12 +228,15 @@ class ChatSession(Session):
         """Write the conversation as one row of jsonl."""
         if not argument or not self.turns:
             raise UserError("/save: expected a file's name, and a conversation to write.")
-        file = Path(argument).expanduser()
+        file = named_file(argument)
+        check_output(file)
         if file.exists():
             raise UserError(f"/save: {file} exists. Give another name.")
-        check_output(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json_text({"messages": self.messages()}) + "\n")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json_text({"messages": self.messages()}) + "\n")
+        except OSError as error:
+            raise UserError(f"/save: {file}: {error.strerror}. Give another name.") from error
         say(f"{len(self.messages()):,} messages -> {file}")
 
     def load(self, argument: str) -> None:
@@ -241,7 +244,7 @@ class ChatSession(Session):
         from minimind.data.conversations import to_conversation
 
         remedy = "Give a file that /save wrote."
-        row = read_json(Path(argument).expanduser(), remedy, fields={"messages": list})
+        row = read_json(named_file(argument), remedy, fields={"messages": list})
         try:
             messages = to_conversation(row).messages
         except BadRowError as problem:
@@ -288,6 +291,14 @@ class TextSession(Session):
             raise UserError("/retry: there is no message yet.")
         self.turns[-1][1] = ""
         self.message("", interactive=True)
+
+
+def named_file(argument: str) -> Path:
+    """The file that a user names; raises UserError where ~ is nobody's home."""
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{argument}: there is no such user.") from error
 
 
 def number(command: str, argument: str, kind: type, low: float, high: float) -> Any:
