@@ -105,10 +105,11 @@ class Sandbox:
 
     def write_data(self):
         """Files of a few rows, under the names of guides."""
-        for source, names in DATA.items():
-            lines = (self.root / f"runs/quickstart/data/{source}.jsonl").read_text().splitlines()
-            for name in names.split():
-                self.write(name, lines[:: len(lines) // 40])
+        for path in (self.root / "runs/quickstart/data").iterdir():
+            lines = path.read_text().splitlines()
+            lines = lines[:: max(1, len(lines) // 40)]
+            for name in (path.relative_to(self.root), *DATA.get(path.stem, "").split()):
+                self.write(name, lines)
         pairs = [json.dumps(row) for row in minimal_pair_rows()]
         for name in ("blimp.jsonl", "zhoblimp.jsonl", "blimp/order.jsonl"):
             self.write(name, pairs)
