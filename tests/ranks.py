@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from pipeline import PATIENCE, free_port
@@ -55,9 +56,19 @@ def run_ranks(script, *words, log, count=2):
 
 
 def until_done(*processes, log):
-    """Wait for processes, which must end well; returns what they printed."""
-    for process in processes:
-        process.join(PATIENCE)
+    """Wait for processes, which must end well; returns what they printed.
+
+    The others of one that fails would wait for it, and are killed.
+    """
+    waiting = {process.sentinel: process for process in processes}
+    while waiting and (ended := wait(waiting, PATIENCE)):
+        for process in map(waiting.pop, ended):
+            process.join()
+        if any(process.exitcode for process in processes):
+            break
+    for process in waiting.values():
+        process.kill()
+        process.join()
     said = Path(log).read_text(errors="replace")
     assert {process.exitcode for process in processes} == {0}, said[-3000:]
     return said

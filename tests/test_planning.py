@@ -34,6 +34,7 @@ from minimind.costs.memory import memory
 from minimind.costs.parameters import empty_model
 from minimind.costs.step import Step
 from minimind.costs.this_machine import find_device, this_cpu
+from minimind.data import formats, lines
 from minimind.planning import counting, measuring, planned_runs, plans
 from minimind.planning.computing import largest_batch, make_plan
 from minimind.stage_directory import read_stage
@@ -214,6 +215,8 @@ def test_a_sample_of_large_files_estimates_what_counting_finds(
     counted = recipe.rows(tokenizer)
     monkeypatch.setattr(counting, "COUNTED", 0)
     monkeypatch.setattr(counting, "SAMPLE", 2**12)
+    for module in (formats, lines):  # a sample ends where a piece that is read at once does
+        monkeypatch.setattr(module, "BUFFER", 2**9)
     # Else the prepared rows are found
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "other"))
     sampled = recipe.rows(tokenizer)

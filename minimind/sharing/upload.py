@@ -25,6 +25,7 @@ from minimind.common.files import read_json
 from minimind.sharing.model_card import BASE, CARD, EXPORT, REPOSITORY, load_card
 from minimind.stage_directory import is_adapter, require_stage
 from minimind.stage_directory.record import check_unchanged
+from minimind.tokenizer.loading import COPY
 
 # What a reader of a model needs, as patterns of names
 FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors")
@@ -116,7 +117,7 @@ def plan_upload(
                 " base first and give its repository with --base_model OWNER/NAME, or merge the"
                 f" two with minimind merge {path} OUT."
             )
-        config = read_json(path / "adapter_config.json", "Copy the file again.")
+        config = read_json(path / "adapter_config.json", COPY)
         config["base_model_name_or_path"] = base_model
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         files["adapter_config.json"] = UploadFile(path / "adapter_config.json", text.encode())

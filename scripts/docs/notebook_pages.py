@@ -17,7 +17,8 @@ def notebook_page(notebook: Path, pictures: dict[str, bytes]) -> str:
         if cell["cell_type"] == "markdown":
             parts.append(source)
         elif cell["cell_type"] == "code":
-            parts.append(_fence("bash" if source.startswith("%%bash") else "python", source))
+            language = "bash" if source.startswith("%%bash\n") else "python"
+            parts.append(_fence(language, source.removeprefix("%%bash\n")))
             printed = ""
             for output in cell["outputs"]:
                 data = output.get("data", {})
