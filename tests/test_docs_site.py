@@ -163,6 +163,16 @@ def test_a_notebook_is_shown_with_what_it_printed_and_drew(tmp_path):
     assert pictures == {"t-0.png": b"png"}
 
 
+def test_the_colours_of_a_printed_text_are_shown(tmp_path):
+    output = {"output_type": "stream", "text": ["<a>\n", "\n", "\x1b[30;42mloss\x1b[0m\n"]}
+    cells = [{"cell_type": "code", "source": ["print()"], "outputs": [output]}]
+    (tmp_path / "t.ipynb").write_text(json.dumps({"cells": cells}))
+    page = notebook_page(tmp_path / "t.ipynb", {})
+    assert "\x1b" not in page
+    assert "<pre>&lt;a&gt;\n\n<span " in page
+    assert re.search(r'<span style="[^"]*background-color: #008000">loss</span>', page)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The project's site, as scripts/docs.sh builds it."""
