@@ -40,15 +40,15 @@ QUESTIONS = (
     "中国的首都是",
     "你好！请用一句话介绍你自己。",
 )
-# The tokens after a question, and the seconds from the first to the last of them
+# The tokens after a question, past the end of the reply, and the seconds from the first to the last
 WRITE = """(async () => {
     turns = [{ user: %s, assistant: "" }];
-    const ends = facts.ends, tokens = [], times = [], ids = await prompt(facts.window >> 1);
-    if (%s) facts.ends = [];
+    const [ends, special] = [facts.ends, facts.special], tokens = [], times = [];
+    const ids = await prompt(facts.window >> 1);
     const write = (text, token) => { times.push(performance.now()); tokens.push(token); };
+    facts.ends = facts.special = [];
     await generate(ids, %d, 0, { aborted: false }, write);
-    facts.ends = ends;
-    turns = [];
+    [facts.ends, facts.special, turns] = [ends, special, []];
     return { ids, tokens, seconds: (times.at(-1) - times[0]) / 1000 };
 })()"""
 
@@ -64,35 +64,32 @@ def on_core(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def write(browser: Browser, question: str, count: int, endless: bool = False) -> dict:
-    """At most `count` greedy tokens of the page after a question; `endless` ones pass its end."""
-    return browser.evaluate(WRITE % (json.dumps(question), json.dumps(endless), count))
+def write(browser: Browser, question: str, count: int) -> dict:
+    """`count` greedy tokens of the page after a question."""
+    return browser.evaluate(WRITE % (json.dumps(question), count))
 
 
 def speed(browser: Browser, question: str, count: int) -> float:
     """Tokens per second of a text, the reading of its prompt aside."""
-    written = write(browser, question, count, endless=True)
-    return (len(written["tokens"]) - 1) / written["seconds"]
+    return (count - 1) / write(browser, question, count)["seconds"]
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, written: dict, count: int) -> dict:
+def compare(model: PreTrainedModel, ids: list[int], tokens: list[int]) -> dict:
     """How many of the tokens after a prompt are those of transformers, and at the first other one
     how much likelier transformers finds its own."""
-    ids, tokens = torch.tensor([written["ids"]]), written["tokens"]
+    prompt = torch.tensor([ids])
+    mask, length = torch.ones_like(prompt), len(tokens)
     own = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
-    )[0, ids.shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id
-    own = [token for token in own if token not in (ends if isinstance(ends, list) else [ends])]
-    pairs = zip(own, tokens, strict=False)
-    same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(own), len(tokens)))
-    result = {"tokens": len(own), "same": same, "is_same": own == tokens}
-    if same < min(len(own), len(tokens)):
-        before = torch.tensor([[*written["ids"], *own[:same]]])
-        logits = model(before, use_cache=False).logits[0, -1].float()
-        result["nats_apart"] = (logits[own[same]] - logits[tokens[same]]).item()
-    return result
+        prompt, attention_mask=mask, do_sample=False, max_new_tokens=length, eos_token_id=-1
+    )[0, len(ids) :].tolist()
+    pairs = enumerate(zip(own, tokens, strict=True))
+    same = next((place for place, (a, b) in pairs if a != b), length)
+    if same == length:
+        return {"tokens": length, "same": same}
+    logits = model(torch.tensor([[*ids, *own[:same]]]), use_cache=False).logits[0, -1].float()
+    apart = (logits[own[same]] - logits[tokens[same]]).item()
+    return {"tokens": length, "same": same, "nats_apart": apart}
 
 
 def measure(directory: str, source: PreTrainedModel, dtype: str, args: argparse.Namespace) -> dict:
@@ -116,7 +113,7 @@ def measure(directory: str, source: PreTrainedModel, dtype: str, args: argparse.
             written = [write(browser, question, args.new_tokens) for question in QUESTIONS]
         size = file.stat().st_size
     reference = with_weights(source, lambda name, weight: rounded(name, weight, dtype))
-    compared = [compare(reference, each, args.new_tokens) for each in written]
+    compared = [compare(reference, each["ids"], each["tokens"]) for each in written]
     return {
         "dtype": dtype,
         "page_bytes": size,
@@ -132,7 +129,8 @@ def measure(directory: str, source: PreTrainedModel, dtype: str, args: argparse.
 def show(row: dict) -> None:
     """Print a row of the table, and where tokens differ."""
     compared = row["prompts"]
-    prompts, tokens = sum(each["is_same"] for each in compared), sum(e["same"] for e in compared)
+    prompts = sum(each["same"] == each["tokens"] for each in compared)
+    tokens = sum(each["same"] for each in compared)
     print(
         f"{row['dtype']:9} {row['page_bytes'] / 1e6:6.1f} MB {row['load_seconds']:6.1f} s"
         f" {row['first_tokens_per_second']:8.0f} {row['tokens_per_second']:6.0f}"

@@ -171,7 +171,7 @@ def test_a_run_and_a_chat_speak_chinese(
     run_cli("chat", tmp_path / "run")
     heard = capsys.readouterr()
     assert (
-        heard.out.startswith("按回车发送")
+        heard.out.startswith("按回车续写")
         and "/nothing：没有这个命令。请用 /help 查看。\n" in heard.out
     )
     assert heard.err.startswith("注意：") and "是基座模型" in heard.err

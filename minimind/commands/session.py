@@ -235,8 +235,9 @@ class ChatSession(Session):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json_text({"messages": self.messages()}) + "\n")
-        except OSError as error:
-            raise UserError(f"/save: {file}: {error.strerror}. Give another name.") from error
+        except (OSError, ValueError) as error:  # a NUL
+            problem = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"/save: {file}: {problem}. Give another name.") from error
         say(f"{len(self.messages()):,} messages -> {file}")
 
     def load(self, argument: str) -> None:
