@@ -24,7 +24,7 @@ DATA = {
     "lora": "skill.jsonl",
 }
 QUESTION = "哪一种动物在夜里跑过田野，在太阳升起之前回家？"
-EXAM = ["Question,A,B,C,D,Answer", *(f"{QUESTION},狐狸,狗,猫,牛,{letter}" for letter in "ABCD")]
+EXAM = ["Question,A,B,C,D,Answer", *(f"{QUESTION},狐狸,狗,猫,牛,{letter}" for letter in "ABCDAB")]
 # Other files -> a row of them
 ROWS = {
     "qa.jsonl": {"问题": "谁？", "回答": "狐狸"},
