@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -39,7 +40,9 @@ def make_stages(root, tokenizer):
         directory = root / stage
         if stage == "lora":
             base = MiniMindForCausalLM.from_pretrained(root / "sft")
-            model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM"))
+            lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                model = get_peft_model(base, lora)
             model.peft_config["default"].base_model_name_or_path = str(root / "sft")
         elif stage == "reward":
             config.num_labels = 1

@@ -24,6 +24,9 @@ INSTEAD = {
     r"--max_steps (\d)000": r"--max_steps \1",
     r"--save_steps 1000": "--save_steps 1",
     r"checkpoint-10000": "checkpoint-10",
+    r"--num_train_epochs \d+": "--num_train_epochs 1 --per_device_train_batch_size 64",
+    r"--samples 8": "--samples 4",
+    r"--max_new_tokens (64|128)": "--max_new_tokens 12",
     r"--time_budget \w+": "--time_budget 3s",
     r"\(Glad.to.help[^\0]*": "[a-m]",  # which an untrained model never says
 }

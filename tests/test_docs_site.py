@@ -37,11 +37,12 @@ def command_pages():
 def test_the_page_of_a_command_has_all_that_its_help_lists(command_pages, capsys, words):
     with pytest.raises(SystemExit):
         build_parser().parse_args([*words, "--help"])
-    lines = re.findall(r"^  (-?-?\w+)", capsys.readouterr().out, re.MULTILINE)
+    # Options and arguments, and deeper the commands of a group
+    lines = re.findall(r"^ {2}(?: {2})?(-{0,2}\w+)", capsys.readouterr().out, re.MULTILINE)
     for texts in command_pages:
         page = texts[f"commands/{'-'.join(words)}.md"]
         shown = re.findall(r"^\| \[?`(?:minimind tokenizer )?(-?-?\w+)", page, re.MULTILINE)
-        assert sorted(shown) == sorted(set(lines) - {"command", "tokenizer"})
+        assert sorted(shown) == sorted(set(lines) - {"command"})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -160,6 +161,16 @@ def test_a_notebook_is_shown_with_what_it_printed_and_drew(tmp_path):
         "![](t-0.png)",
     ]
     assert pictures == {"t-0.png": b"png"}
+
+
+def test_the_colours_of_a_printed_text_are_shown(tmp_path):
+    output = {"output_type": "stream", "text": ["<a>\n", "\n", "\x1b[30;42mloss\x1b[0m\n"]}
+    cells = [{"cell_type": "code", "source": ["print()"], "outputs": [output]}]
+    (tmp_path / "t.ipynb").write_text(json.dumps({"cells": cells}))
+    page = notebook_page(tmp_path / "t.ipynb", {})
+    assert "\x1b" not in page
+    assert "<pre>&lt;a&gt;\n\n<span " in page
+    assert re.search(r'<span style="[^"]*background-color: #008000">loss</span>', page)
 
 
 @pytest.fixture(scope="module")

@@ -384,7 +384,7 @@ class Stage:
         with decoration("the losses of single tokens"):
             is_of_tokens = loss_unit(self.name) == "nats per token"
             record["token_loss"] = token_loss(trainer) if is_of_tokens else None
-        with decoration("the languages of the training rows"):
+        with decoration("counting languages"):
             record["languages"] = language_shares(trainer.train_dataset, trainer.processing_class)
         with decoration("keeping what was found"):
             write_json(self.output_dir / "stage.json", record)
