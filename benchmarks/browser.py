@@ -80,9 +80,9 @@ def compare(model: PreTrainedModel, ids: list[int], tokens: list[int]) -> dict:
     how much likelier transformers finds its own."""
     prompt = torch.tensor([ids])
     mask, length = torch.ones_like(prompt), len(tokens)
-    own = model.generate(
-        prompt, attention_mask=mask, do_sample=False, max_new_tokens=length, eos_token_id=-1
-    )[0, len(ids) :].tolist()
+    own = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=length)[
+        0, len(ids) :
+    ].tolist()
     pairs = enumerate(zip(own, tokens, strict=True))
     same = next((place for place, (a, b) in pairs if a != b), length)
     if same == length:
@@ -113,6 +113,7 @@ def measure(directory: str, source: PreTrainedModel, dtype: str, args: argparse.
             written = [write(browser, question, args.new_tokens) for question in QUESTIONS]
         size = file.stat().st_size
     reference = with_weights(source, lambda name, weight: rounded(name, weight, dtype))
+    reference.generation_config.eos_token_id = None  # texts go on past the end of a reply
     compared = [compare(reference, each["ids"], each["tokens"]) for each in written]
     return {
         "dtype": dtype,
