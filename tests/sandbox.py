@@ -80,6 +80,7 @@ class Sandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=900,  # a command that hangs
         )
         assert done.returncode == status, done.stdout[-5000:]
         return done.stdout

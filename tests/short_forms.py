@@ -40,7 +40,9 @@ ADDED = {
     r"python (?!.*--(allow_changed|resume_from))\w+\.py": "--overwrite_output_dir true",
     r"python finetune_sft\.py": "--max_length 128",
     r"python (pretrain|finetune_sft|train_dpo)\.py": "--sample_tokens 4",
-    r"python pretrain\.py": "--model_config configs/model/short.json --block_size 64",
+    r"python pretrain\.py": (
+        "--model_config configs/model/short.json --block_size 64 --eval_ratio 0.2"
+    ),
     r"python .*language\.yaml": "--time_budget none --max_steps 2",  # the recipe has a budget
     rf"{STAGE}finetune_sft\.py": "--max_steps 40 --learning_rate 5e-3",  # its replies end
     rf"{STAGE}\w+\.py": "--max_steps 2",

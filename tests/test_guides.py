@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -147,7 +148,9 @@ def run_block(sandbox, block):
             text = text.replace(SERVER, address)
         if block.language == "python":
             sandbox.write("block.py", ["\n" * line + text])
-            text = "python block.py"
+            # Processes that a block starts itself import it as their main module, so it must be one
+            own = "__main__" in text
+            text = f"{sys.executable if own else 'python'} block.py"
         return sandbox.run(text, block.guide, line)
 
 

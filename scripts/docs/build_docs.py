@@ -147,9 +147,8 @@ class Pages:
         def replaced(span: re.Match) -> str:
             if span["code"]:
                 line = text[text.rfind("\n", 0, span.start()) + 1 : span.start()]
-                if line.startswith(
-                    "|"
-                ):  # GitHub's tables need the backslash, Python-Markdown's not
+                # GitHub's tables need the backslash, Python-Markdown's do not
+                if line.startswith("|"):
                     return self._code(span["code"].replace("\\|", "|"))
                 return span[0] if line.startswith("#") else self._code(span["code"])
             if span["link"]:
@@ -169,7 +168,7 @@ class Pages:
     def _link(self, file: Path, span: re.Match) -> str:
         """A link to a page or a picture of the site; the text alone of one to another file."""
         address, mark, anchor = span["target"].partition("#")
-        if not address or re.match(r"[a-z]+:", address):
+        if not address or re.match(r"[a-z]+:", address) or address in self.pictures:
             return span[0]
         target = (file.parent / address).resolve()
         if not target.exists():
