@@ -28,12 +28,7 @@ make_environment() {
     # torch first and exactly, so that no other package asks for a build with CUDA.
     "${install[@]}" "$(grep '^torch==' constraints.txt)"
     "${install[@]}" -c constraints.txt -e ".[dev]"
-    if "${install[@]}" -c constraints.txt -e ".[deepspeed]"; then
-        # On a CPU DeepSpeed compiles one operator. If that fails here, the first run tries again and says why.
-        DS_ACCELERATOR=cpu "$venv/bin/python" -c 'import torch
-from deepspeed.accelerator import get_accelerator
-torch.cuda.is_available() or get_accelerator().create_op_builder("ShareMemCommBuilder").load()' >/dev/null 2>&1 || true
-    else
+    if ! "${install[@]}" -c constraints.txt -e ".[deepspeed]"; then
         echo "notice: DeepSpeed cannot be installed here; the run_*.sh scripts will start plain python" >&2
     fi
     echo "$pins" > "$venv/installed"
