@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checks that every change passes: lint, format, the direction of imports, tests. Further
 # arguments are pytest's: "-m slow" for the runs that are killed, lose a host, change their number of
-# processes or start many (6 minutes more).
+# processes or start many, for the commands of the guides, the tutorial and the site.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
