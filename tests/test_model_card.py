@@ -277,3 +277,19 @@ def test_another_file_is_no_score_card(stages, tmp_path, capsys, content, expect
     message = failure(capsys, run_cli, "card", stages / "sft", "--score_card", tmp_path)
     assert expected in message
     assert not (stages / "sft" / "score_card.json").exists()
+
+
+def test_a_refused_command_keeps_no_score_card(stages, tmp_path, capsys):
+    (tmp_path / "card.json").write_text(json.dumps(score_card()))
+    words = ("card", stages / "sft", "--score_card", tmp_path, "--license", "Apache 2")
+    assert "found no identifier of the Hub" in failure(capsys, run_cli, *words)
+    assert not (stages / "sft" / "score_card.json").exists()
+
+
+def test_an_exports_card_shows_the_score_card_that_it_is_given(stages, tmp_path):
+    (tmp_path / "card.json").write_text(json.dumps(score_card()))
+    run_cli("export", stages / "sft", tmp_path / "out", "--format", "qwen3")
+    run_cli("card", tmp_path / "out", "--score_card", tmp_path)
+    assert (
+        "Score card (`minimind evaluate`, of the model" in (tmp_path / "out/README.md").read_text()
+    )

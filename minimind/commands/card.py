@@ -32,14 +32,12 @@ def add_parser(commands) -> None:
 
 def run(args: Namespace) -> None:
     """Write the card."""
-    from minimind.sharing import CARD, Choices, check_name, keep_score_card, write_model_card
+    from minimind.sharing import CARD, Choices, check_name, write_model_card
 
     if args.base_model:
         check_name("--base_model", args.base_model)
     choices = Choices(args.license, args.language, args.base_model)
-    if args.score_card:
-        keep_score_card(args.directory, args.score_card)
-    if not write_model_card(args.directory, choices, args.overwrite):
+    if not write_model_card(args.directory, choices, args.overwrite, args.score_card):
         raise UserError(
             f"{args.directory}/{CARD} was edited, and is kept as it is. --overwrite writes the card"
             " anew; to keep your changes, edit the file itself."

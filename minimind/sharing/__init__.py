@@ -7,7 +7,6 @@ from minimind.sharing.model_card import (
     SCORE_CARD,
     Choices,
     is_generated,
-    keep_score_card,
     write_model_card,
 )
 from minimind.sharing.upload import UploadPlan, check_name, plan_upload, push

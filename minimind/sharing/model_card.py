@@ -24,6 +24,7 @@ from minimind.sharing.figures import HeldOut, Score, held_out, scores
 from minimind.stage_directory import find_origin, require_stage
 
 CARD, SCORE_CARD, EXPORT = "README.md", "score_card.json", "export.json"
+GIVE_SCORES = "Give the card.json that minimind evaluate --output wrote."
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 MARK = "<!-- written by minimind, {}. Changes of this file are kept. -->\n"
 # What stands for the names of repositories, until `push` knows them
@@ -45,24 +46,33 @@ class Choices(NamedTuple):
 
 
 def write_model_card(
-    directory: str | Path, choices: Choices | None = None, overwrite: bool = False
+    directory: str | Path,
+    choices: Choices | None = None,
+    overwrite: bool = False,
+    score_card: str | Path | None = None,
 ) -> bool:
     """Write the model card of a stage directory or an export, complete or not at all.
 
     A choice that is None stays what the card in the directory says; for an export, what the
-    source's card says.
+    source's card says. `score_card`, the card.json of `minimind evaluate --output` or its
+    directory, is copied beside the model and stays in its card likewise.
 
     Returns:
         False where a README.md that a person wrote or edited was kept.
 
     Raises:
         UserError: the directory is neither, its source is gone, or a choice is not spelled as the
-            Hub spells it.
+            Hub spells it, or the score card is none of one model.
     """
-    file = Path(directory) / CARD
+    directory = Path(directory)
+    file = directory / CARD
     if file.exists() and not (overwrite or is_generated(file)):
         return False
-    text = model_card(Path(directory), choices or Choices())
+    given = score_card and Path(score_card)
+    given = given / "card.json" if given and given.is_dir() else given
+    text = model_card(directory, choices or Choices(), given)
+    if given:
+        write_json(directory / SCORE_CARD, read_json(given, GIVE_SCORES))
     write_text(file, text + MARK.format(_hash(text)))
     return True
 
@@ -81,20 +91,7 @@ def _hash(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "backslashreplace"))
 
 
-def keep_score_card(directory: str | Path, file: str | Path) -> None:
-    """Copy the card.json of `minimind evaluate --output` beside a model, for its model card.
-
-    Raises:
-        UserError: it is no such file, or of several models.
-    """
-    file = Path(file)
-    file = file / "card.json" if file.is_dir() else file
-    card = read_json(file, "Give the card.json that minimind evaluate --output wrote.")
-    scores(card, file)
-    write_json(Path(directory) / SCORE_CARD, card)
-
-
-def model_card(directory: Path, choices: Choices) -> str:
+def model_card(directory: Path, choices: Choices, score_card: Path | None = None) -> str:
     """The text of a model card, without its last line; see `write_model_card`."""
     source, export = directory, {}
     if (directory / EXPORT).exists():
@@ -107,8 +104,9 @@ def model_card(directory: Path, choices: Choices) -> str:
     choices = choices._replace(language=choices.language or facts.languages or None)
 
     measured, found = list(held_out(facts.record)), []
-    if (file := source / SCORE_CARD).exists():
-        found = scores(read_json(file, "Delete it, or evaluate the model again."), file)
+    kept = (each / SCORE_CARD for each in (directory, source))
+    if file := score_card or next(filter(Path.exists, kept), None):
+        found = scores(read_json(file, GIVE_SCORES), file)
     card = ModelCard.from_template(
         metadata(facts, choices, measured, found),
         template_path=str(TEMPLATE),
