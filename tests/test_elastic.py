@@ -76,14 +76,14 @@ def test_a_batch_that_cannot_be_divided_is_one_error_with_the_numbers_that_work(
 
 
 def test_an_optimizer_whose_shards_cannot_be_converted_keeps_its_number_of_processes(tmp_path):
-    with pytest.raises(UserError, match=r"muon cannot be redistributed.*Start 2 processes"):
+    with pytest.raises(UserError, match=r"lion_32bit cannot be redistributed.*Start 2 processes"):
         resized(
             tmp_path / "checkpoint-2",
             (2, 2, 2),
             2,
             1,
             deepspeed="ds_config_zero2.json",
-            use_muon=True,
+            optim="lion_32bit",
         )
 
 
@@ -169,16 +169,17 @@ def test_one_two_and_one_process_again_continue_one_curve(launch):
 @pytest.mark.slow
 @pytest.mark.launcher
 @needs_deepspeed
-def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch):
-    zero = ("--deepspeed", "ds_config_zero2.json")
-    undisturbed, two, _ = launch("zero2", 2, *zero, **ROWS)
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch, optim):
+    zero = ("--deepspeed", "ds_config_zero2.json", "--optim", optim, "--bf16", "false")
+    undisturbed, two, _ = launch(f"zero2-{optim}", 2, *zero, **ROWS)
     losses, one, said = launch(
-        "zero1", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS
+        f"zero1-{optim}", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS
     )
     assert "and continues with 8 rows (2 x 4 accumulation x 1 process)" in said
     assert_continues(losses, undisturbed)
     losses, four, said = launch(
-        "zero4", 4, *zero, "--resume_from_checkpoint", one / "checkpoint-20", **ROWS
+        f"zero4-{optim}", 4, *zero, "--resume_from_checkpoint", one / "checkpoint-20", **ROWS
     )
     assert "and continues with 8 rows (2 x 1 accumulation x 4 processes)" in said
     assert_continues(losses, undisturbed)

@@ -25,13 +25,15 @@ from minimind.common.launch import is_main_process
 from minimind.training.saving import REMEDY, disk_fault, not_written, reports_disk_errors
 
 # DeepSpeed's converter handles weights, first and second moment
-CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-# DeepSpeed's program. It loads the shards as a resumed run does: without running code that a file
-# asks for.
+CONVERTIBLE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "muon")
+# DeepSpeed's program, which each of its processes is a fork of. It loads the shards as a resumed
+# run does: without running code that a file asks for.
 CONVERTER = """
 from runpy import run_module
 from minimind.common.launch import refuse_code_in_pickles
+from minimind.training.elastic import name_momentum_as_moments
 refuse_code_in_pickles()
+name_momentum_as_moments()
 run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
 """
 
@@ -159,6 +161,23 @@ class RemoveConvertedCallback(TrainerCallback):
         # This step is done, so all processes have read their part
         if is_main_process() and self.directory.exists():
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def name_momentum_as_moments() -> None:
+    """Let DeepSpeed's converter see Muon's momentum as AdamW's moments, the only states it takes
+    from a shard (deepspeed 0.19); `MuonWithAdamW` gives it its name again."""
+    from deepspeed.checkpoint.deepspeed_checkpoint import DeepSpeedCheckpoint
+
+    load = DeepSpeedCheckpoint.get_zero_checkpoint_state
+
+    def load_renamed(self, *args, **kwargs):
+        shard = load(self, *args, **kwargs)
+        for state in shard["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+            if "momentum_buffer" in state:
+                state["exp_avg"] = state["exp_avg_sq"] = state["momentum_buffer"]
+        return shard
+
+    DeepSpeedCheckpoint.get_zero_checkpoint_state = load_renamed
 
 
 def _convert(checkpoint: Path, target: Path) -> None:

@@ -121,6 +121,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         The momentum is kept for this part alone. The updates of all processes are put together, and
         each process orthogonalises the matrices that lie in its part, wholly or partly.
         """
+        state = self.state[partition]
+        if "exp_avg" in state:  # of shards for another number of processes (training/elastic.py)
+            state["momentum_buffer"] = state.pop("exp_avg")
+            del state["exp_avg_sq"]
         lr, (buffer,) = group["lr"], self._states([partition], "momentum_buffer")
         buffer.lerp_(partition.grad, 1 - group["momentum"])
         own = partition.grad.lerp(buffer, group["momentum"])
