@@ -32,14 +32,13 @@ from minimind.common.terminal import Terminal
 from minimind.costs.slowness import seen_reasons, usage
 from minimind.evaluation import answer, read_questions, score
 from minimind.generation import load_for_generation
+from minimind.sharing.facts import longest_row
 from minimind.training.arguments import PretrainConfig
 from minimind.training.model_arguments import load_model_config_file
 from minimind.training.optimizers import build_optimizer
 
 STAGES = ("pretrain", "sft", "lora", "dpo", "reward")
 CHAT_STAGES = STAGES[:-1]  # whose models answer questions
-# The options of length; of pairs they are two
-LENGTHS = ("block_size", "max_length", "max_prompt_length", "max_completion_length")
 VOCABULARY = 1200  # as the script trains it
 # Elsewhere the system's own libraries do not survive a fork, and each stage loads them itself
 FORKS = sys.platform == "linux"
@@ -95,8 +94,7 @@ def steps_in_all(recipes: dict[str, dict]) -> float:
     tokens = {}
     for name, recipe in recipes.items():
         rows = recipe["max_steps"] * recipe["per_device_train_batch_size"]
-        length = sum(recipe.get(option, 0) for option in LENGTHS)
-        tokens[name] = rows * length * (2 if name in ("dpo", "reward") else 1)
+        tokens[name] = rows * longest_row(recipe) * (2 if name in ("dpo", "reward") else 1)
     return sum(tokens.values()) / tokens["pretrain"] * recipes["pretrain"]["max_steps"]
 
 
