@@ -115,6 +115,7 @@ PARTS = {
     "26m": pretraining("26m", 0.4),
     "104m compiled": pretraining("104m", 0.5, COMPILE, 120),
     "26m compiled": pretraining("26m", 0.4, COMPILE, 100),
+    "26m with AdamW": pretraining("26m", 0.4, "--optim adamw_torch_fused"),
     "sft": Part(f"{THROUGHPUT} --stages sft", read_throughput, 80),
     "dpo": Part(f"{THROUGHPUT} --stages dpo", read_throughput, 90),
     "optimizers": Part(OPTIMIZERS, read_printed, 45),

@@ -26,22 +26,24 @@ from minimind.planning.measuring import measure
 from minimind.planning.planned_runs import read_recipes
 
 CHECKPOINTING = "--activation_checkpointing true"
+ADAMW = "--optim adamw_torch_fused"
 TINY = "configs/pretrain/26m.yaml --model_config configs/model/tiny.json --block_size 256"
 CASES = (
-    f"{TINY} --per_device_train_batch_size 8",
-    f"{TINY} --per_device_train_batch_size 32 --optim muon",
-    f"{TINY} --per_device_train_batch_size 32 {CHECKPOINTING}",
-    "configs/pretrain/26m.yaml --per_device_train_batch_size 1",
-    "configs/pretrain/26m.yaml --per_device_train_batch_size 4",
-    "configs/pretrain/26m.yaml --per_device_train_batch_size 4 --bf16 false --optim muon",
-    f"configs/pretrain/26m.yaml --per_device_train_batch_size 8 {CHECKPOINTING}",
-    "configs/pretrain/26m.yaml --per_device_train_batch_size 1 --gradient_accumulation_steps 2",
+    f"{TINY} --per_device_train_batch_size 8 {ADAMW}",
+    f"{TINY} --per_device_train_batch_size 32",
+    f"{TINY} --per_device_train_batch_size 32 {CHECKPOINTING} {ADAMW}",
+    f"configs/pretrain/26m.yaml --per_device_train_batch_size 1 {ADAMW}",
+    f"configs/pretrain/26m.yaml --per_device_train_batch_size 4 {ADAMW}",
+    "configs/pretrain/26m.yaml --per_device_train_batch_size 4 --bf16 false",
+    f"configs/pretrain/26m.yaml --per_device_train_batch_size 8 {CHECKPOINTING} {ADAMW}",
+    "configs/pretrain/26m.yaml --per_device_train_batch_size 1 --gradient_accumulation_steps 2"
+    f" {ADAMW}",
     "configs/sft/26m.yaml --per_device_train_batch_size 2",
     "configs/sft/26m.yaml --per_device_train_batch_size 2 --loss_normalization conversation",
     "configs/lora/26m.yaml --per_device_train_batch_size 2",
     "configs/dpo/26m.yaml --per_device_train_batch_size 8",
-    "configs/pretrain/64m.yaml --per_device_train_batch_size 2 --bf16 false",
-    "configs/pretrain/145m-moe.yaml --per_device_train_batch_size 1",
+    f"configs/pretrain/64m.yaml --per_device_train_batch_size 2 --bf16 false {ADAMW}",
+    f"configs/pretrain/145m-moe.yaml --per_device_train_batch_size 1 {ADAMW}",
 )
 
 
@@ -50,6 +52,7 @@ def shorter(case: str) -> str:
     for long, short in {
         "configs/pretrain/26m.yaml --model_config configs/model/tiny.json": "tiny",
         "configs/": "",
+        "optim adamw_torch_fused": "adamw",
     }.items():
         case = case.replace(long, short)
     return case.replace(".yaml", "").replace("per_device_train_", "").replace("--", "")
