@@ -188,13 +188,20 @@ def parse_alone(argv):
     if argv[0].endswith(".sh"):
         assert Path(argv[0]).is_file()
         return
-    parse = argparse.ArgumentParser.parse_args
+    parser = argparse.ArgumentParser
+    methods = {name: getattr(parser, name) for name in ("parse_args", "parse_known_args")}
 
-    def parse_and_end(*args, **options):
-        parse(*args, **options)
-        sys.exit(0)
+    def parse_and_end(name):
+        def parse(*args, **options):
+            for each, method in methods.items():  # one of them calls the other
+                setattr(parser, each, method)
+            methods[name](*args, **options)
+            sys.exit(0)
 
-    argparse.ArgumentParser.parse_args = parse_and_end
+        return parse
+
+    for name in methods:
+        setattr(parser, name, parse_and_end(name))
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")
