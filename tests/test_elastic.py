@@ -171,7 +171,7 @@ def test_one_two_and_one_process_again_continue_one_curve(launch):
 @needs_deepspeed
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 def test_two_one_and_four_processes_continue_one_curve_under_zero_2(launch, optim):
-    zero = ("--deepspeed", "ds_config_zero2.json", "--optim", optim, "--bf16", "false")
+    zero = ("--deepspeed", "ds_config_zero2.json", "--optim", optim)
     undisturbed, two, _ = launch(f"zero2-{optim}", 2, *zero, **ROWS)
     losses, one, said = launch(
         f"zero1-{optim}", 1, *zero, "--resume_from_checkpoint", two / "checkpoint-10", **ROWS

@@ -164,8 +164,11 @@ class RemoveConvertedCallback(TrainerCallback):
 
 
 def name_momentum_as_moments() -> None:
-    """Let DeepSpeed's converter see Muon's momentum as AdamW's moments, the only states it takes
-    from a shard (deepspeed 0.19); `MuonWithAdamW` gives it its name again."""
+    """Let DeepSpeed's converter see Muon's momentum as AdamW's moments, the only states that it
+    takes from a shard; `MuonWithAdamW` gives it its name again.
+
+    Both can go when the converter follows the optimizer's own names (deepspeed#8608, open).
+    """
     from deepspeed.checkpoint.deepspeed_checkpoint import DeepSpeedCheckpoint
 
     load = DeepSpeedCheckpoint.get_zero_checkpoint_state
