@@ -286,6 +286,24 @@ def test_each_zero_stage_takes_less_and_the_chosen_one_is_the_plans(pipeline, ca
     )
 
 
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({"stage": 3}, "has stage 3"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offloads the optimizer"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would_and_shows_no_stage_that_muon_cannot_take(
+    pipeline, capsys, tmp_path, zero, expected
+):
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    words = ["--optim", "muon", "--device", "a100", "--processes", "4", "--deepspeed"]
+    message = failure(capsys, run_cli, "plan", pipeline["pretrain"], *words, tmp_path / "zero.json")
+    assert expected in message and "--optim adamw_torch_fused" in message
+    (stage,) = plan_json(capsys, pipeline["pretrain"], *words, "ds_config_zero2.json")["stages"]
+    assert list(stage["peak_under"]) == ["ZeRO-1", "ZeRO-2"]
+
+
 def test_a_reference_takes_memory_on_the_device_only_where_it_is_kept_there(pipeline, capsys):
     peaks = {}
     for place, words in {

@@ -92,7 +92,7 @@ def plan_table(plans: Sequence[Plan], price: Price | None) -> Table:
         row("with checkpointing", lambda p: gib(p.peak_with_checkpointing))
     if any(p.step.processes > 1 or p.step.zero_stage is not None for p in plans):
         for name in ZERO:
-            row(f"under {name}", lambda p, name=name: gib(p.peak_under[name]))
+            bytes_row(f"under {name}", lambda p, name=name: p.peak_under.get(name, 0))
     if any(p.measured and p.measured.get("peak_memory") for p in plans):
         if plans[0].device.kind == "cpu":
             row("in the process", lambda p: gib(p.device.account(p.memory["peak"])))

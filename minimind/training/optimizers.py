@@ -249,21 +249,27 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def _check_muon_under_deepspeed(config: HfDeepSpeedConfig) -> None:
-    stage = config.get_value("zero_optimization.stage", 0)
     if "optimizer" in config.config:
         raise ValueError(
             "the DeepSpeed configuration has an 'optimizer' block, which would replace --optim"
             " muon. Remove the block."
         )
+    check_muon_under_zero(config.get_value("zero_optimization.stage", 0), config.is_offload())
+
+
+def check_muon_under_zero(stage: int, offloads: bool) -> None:
+    """Raise ValueError for a ZeRO stage that does not give Muon its matrices, or not on the
+    device."""
     if stage not in (1, 2):
         raise ValueError(
             f"--optim muon under DeepSpeed is for ZeRO stage 1 or 2, and the configuration has"
-            f" stage {stage}. Set zero_optimization.stage to 2, or use adamw_torch_fused."
+            f" stage {stage}. Set zero_optimization.stage to 2, or give --optim adamw_torch_fused."
         )
-    if config.is_offload():
+    if offloads:
         raise ValueError(
             "--optim muon computes on the device, and the DeepSpeed configuration offloads the"
-            " optimizer. Remove zero_optimization.offload_optimizer, or use adamw_torch_fused."
+            " optimizer. Remove zero_optimization.offload_optimizer, or give --optim"
+            " adamw_torch_fused."
         )
 
 
