@@ -20,7 +20,7 @@ DATA = {
         " corpus/a.jsonl raw/a.jsonl pretrain_zh.jsonl pretrain_en.jsonl"
     ),
     "sft": "chats.jsonl chats_eval.jsonl tools.jsonl replies.jsonl sft_zh.jsonl sft_en.jsonl",
-    "dpo": "pairs.jsonl dpo_zh_derived.jsonl",
+    "dpo": "pairs.jsonl pairs_eval.jsonl dpo_zh_derived.jsonl",
     "lora": "skill.jsonl",
 }
 QUESTION = "哪一种动物在夜里跑过田野，在太阳升起之前回家？"

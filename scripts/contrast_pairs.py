@@ -1,0 +1,104 @@
+"""Chats -> preference pairs: each reply of a chat, beside a reply of another chat.
+
+    python scripts/contrast_pairs.py chats.jsonl contrast.jsonl --without pairs_eval.jsonl
+
+For a first reward model where few or no pairs exist: it learns which reply belongs to a
+conversation (docs/reward.md).
+"""
+
+import argparse
+import json
+import random
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+
+from minimind.common.errors import UserError, reports_user_errors
+from minimind.common.files import check_output, write_text
+from minimind.data.conversations import Conversation, to_conversation
+from minimind.data.files import read_rows
+from minimind.data.preferences import to_preference
+
+CANDIDATES = 32  # chats of which a rejected reply comes from the most similar one
+
+
+def bigrams(messages: list[dict]) -> set[str]:
+    """The pairs of neighbouring characters in the messages' texts."""
+    return {a + b for message in messages for a, b in pairwise(message["content"])}
+
+
+def similarity(first: set[str], second: set[str]) -> float:
+    """The cosine of two sets."""
+    return len(first & second) / sqrt(len(first) * len(second) or 1)
+
+
+def answers(messages: list[dict]) -> list[int]:
+    """The places of the replies in words to a user."""
+    return [
+        place
+        for place, (before, reply) in enumerate(pairwise(messages), 1)
+        if before["role"] == "user"
+        and reply["role"] == "assistant"
+        and reply["content"].strip()
+        and not reply.get("tool_calls")
+    ]
+
+
+def contrast_pairs(chats: list[Conversation], draw: random.Random) -> list[dict]:
+    """A pair for each reply that answers a user, in random order: the rejected reply comes from any
+    other chat, or, for every second pair, from the most similar of `CANDIDATES` other chats."""
+    places = [answers(chat.messages) for chat in chats]
+    usable = [index for index, found in enumerate(places) if found]
+    grams = {index: bigrams(chats[index].messages) for index in usable}
+    rows = []
+    for index in usable:
+        messages, tools, _ = chats[index]
+        for place in places[index]:
+            hard = draw.random() < 0.5
+            others = draw.sample(usable, min(CANDIDATES if hard else 2, len(usable)))
+            others = [other for other in others if other != index]
+            if hard:
+                others.sort(key=lambda other: similarity(grams[index], grams[other]), reverse=True)
+            replies = [chats[other].messages[draw.choice(places[other])] for other in others]
+            rejected = next(
+                (r for r in replies if r["content"] != messages[place]["content"]), None
+            )
+            if rejected:
+                row = {"prompt": messages[:place], "chosen": [messages[place]]}
+                row |= {"rejected": [rejected]} | ({"tools": tools} if tools else {})
+                rows.append(row)
+    draw.shuffle(rows)
+    return rows
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("chats", nargs="+", help="conversations, in any format of finetune_sft.py")
+    parser.add_argument("output", type=Path, help="jsonl file of pairs to write")
+    help_text = "pairs; the chats that their questions and chosen replies come from are left out"
+    parser.add_argument("--without", nargs="+", default=[], metavar="PAIRS", help=help_text)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    check_output(args.output)
+
+    # Chats, without those of the held-out pairs
+    chats = [row.data for row in read_rows(args.chats, None, to_conversation)]
+    without = read_rows(args.without, None, to_preference) if args.without else ()
+    pairs = [row.data for row in without]
+    held_out = {(p["prompt"][-1]["content"], p["chosen"][0]["content"]) for p in pairs}
+    kept = [
+        chat
+        for chat in chats
+        if not any((a["content"], b["content"]) in held_out for a, b in pairwise(chat.messages))
+    ]
+
+    rows = contrast_pairs(kept, random.Random(args.seed))
+    if not rows:
+        raise UserError(f"{', '.join(args.chats)}: found no two chats with different replies.")
+    write_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{len(rows):,} pairs from {len(kept):,} of {len(chats):,} chats -> {args.output}")
+
+
+if __name__ == "__main__":
+    main()
