@@ -71,6 +71,10 @@ def contrast_pairs(chats: list[Conversation], draw: random.Random) -> list[dict]
     return rows
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 @reports_user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,9 +82,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="jsonl file of pairs to write")
     help_text = "pairs; the chats that their questions and chosen replies come from are left out"
     parser.add_argument("--without", nargs="+", default=[], metavar="PAIRS", help=help_text)
+    help_text = "jsonl file to write the other chats to, for SFT"
+    parser.add_argument("--kept", type=Path, metavar="CHATS", help=help_text)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    check_output(args.output)
+    for path in filter(None, (args.output, args.kept)):
+        check_output(path)
 
     # Chats, without those of the held-out pairs
     chats = [row.data for row in read_rows(args.chats, None, to_conversation)]
@@ -96,7 +103,9 @@ def main() -> None:
     rows = contrast_pairs(kept, random.Random(args.seed))
     if not rows:
         raise UserError(f"{', '.join(args.chats)}: found no two chats with different replies.")
-    write_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(args.output, rows)
+    if args.kept:
+        write_rows(args.kept, [chat._asdict() for chat in kept])
     print(f"{len(rows):,} pairs from {len(kept):,} of {len(chats):,} chats -> {args.output}")
 
 

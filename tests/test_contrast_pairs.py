@@ -6,7 +6,7 @@ import sys
 
 from pipeline import assistant, failure, user
 
-from minimind.data.conversations import Conversation
+from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.preferences import to_preference
 from scripts.contrast_pairs import contrast_pairs, main
 
@@ -76,12 +76,16 @@ def test_the_chats_of_held_out_pairs_are_left_out_and_the_rest_trains(
     rows, out = chats(), tmp_path / "contrast.jsonl"
     held_out = {"prompt": rows[0][:3], "chosen": rows[0][3:], "rejected": rows[1][3:]}
     files = write(tmp_path / "chats.jsonl", [{"messages": row} for row in rows]), out
-    run(monkeypatch, *files, "--without", write(tmp_path / "held_out.jsonl", [held_out]))
+    kept = tmp_path / "kept.jsonl"
+    without = write(tmp_path / "held_out.jsonl", [held_out])
+    run(monkeypatch, *files, "--without", without, "--kept", kept)
     assert "238 pairs from 119 of 120 chats" in capsys.readouterr().out
     assert not any(message["content"] in out.read_text() for message in rows[0][1::2])
     for line in out.read_text().splitlines():
         pair = json.loads(line)
         assert to_preference(pair)["chosen"] == pair["chosen"]
+    written = [to_conversation(json.loads(line)) for line in kept.read_text().splitlines()]
+    assert written == [Conversation(row) for row in rows[1:]]
 
 
 def test_chats_that_give_no_pair_are_refused_and_nothing_is_written(monkeypatch, tmp_path, capsys):
