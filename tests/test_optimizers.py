@@ -129,6 +129,32 @@ def test_a_matrix_moves_at_every_second_step_twice_as_far_as_by_torchs_muon(monk
                 assert 2 < move.norm() / reference.norm() < 2.6
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("shape", "dim"), [((96, 32), -1), ((32, 96), -2), ((2, 96, 32), -1)])
+def test_the_neurons_of_an_mlp_move_equally_far_and_all_at_the_size_of_adamws(
+    monkeypatch, fast, shape, dim
+):
+    """The twin is the orthogonal matrix of a singular value decomposition, with equal neurons."""
+    bf16(monkeypatch, fast)
+    (matrix,), optimizer = muon([shape], weight_decay=0.0)
+    before = matrix.detach().clone()
+    draw = torch.Generator().manual_seed(1)
+    scales = torch.logspace(0, 0.5, 96)  # neurons with unequal gradients
+    scales[5] = 0
+    matrix.grad = torch.randn(*shape, generator=draw) * scales.unsqueeze(dim)
+    optimizer.step()
+    move = matrix.detach() - before
+
+    left, _, right = torch.linalg.svd(-matrix.grad, full_matrices=False)
+    twin = torch.nn.functional.normalize(left @ right, dim=dim)
+    assert torch.cosine_similarity(move.flatten(), twin.flatten(), dim=0) > 0.96
+    lengths = move.norm(dim=dim)
+    assert not lengths[..., 5].any()
+    lengths = lengths[..., torch.arange(96) != 5]
+    assert lengths.std() < 0.01 * lengths.mean()
+    assert 0.16 < move.square().mean().sqrt() / (2 * 0.1) < 0.24
+
+
 def test_every_matrix_decays_at_every_step():
     matrices, optimizer = muon()
     expected = [0.99**3 * matrix.detach() for matrix in matrices]
@@ -291,14 +317,14 @@ def test_partitions_of_zero_move_as_the_matrices(monkeypatch, world):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_rest_moves_as_torchs_adamw(model):
+def test_the_rest_moves_as_torchs_adamw_at_eight_times_the_rate(model):
     twin = copy.deepcopy(model)
     step(model, build_optimizer(model, ARGS))
     others = [p for name, p in twin.named_parameters() if "_proj" not in name]
     ids = torch.arange(3, 35)[None]
     twin(ids, labels=ids).loss.backward()
     torch.optim.AdamW(
-        others, lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
+        others, lr=8e-2, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
     ).step()
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert ("_proj" in name) or torch.equal(parameter, other), name

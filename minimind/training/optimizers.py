@@ -3,7 +3,8 @@
 Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; it is defined for matrices
 that map features to features, so embeddings, head and norms stay with AdamW. An expert's weights
 are matrices too, E of them stacked. The update is scaled to AdamW's size (Liu et al., 2025,
-arXiv 2502.16982, equation 4), so one learning rate serves both.
+arXiv 2502.16982, equation 4), so that it takes AdamW's learning rates; what stays with AdamW beside
+it learns best at a higher one (`OTHERS_RATE`).
 
 Half of the matrices move at one step, the others at the next, each twice as far: the momentum
 changes little in a step, and to orthogonalise it takes nearly all of the time.
@@ -31,6 +32,10 @@ POLAR_EXPRESS = (
     (2.6712665, -1.9853154, 0.4535225),
 )
 
+# What AdamW trains beside Muon learns at this multiple of the learning rate. An embedding gets few
+# gradients, and of 1 to 16 this had the lowest loss (docs/benchmarks.md).
+OTHERS_RATE = 8
+
 
 def orthogonalized(matrices: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows of each of `matrices` (N, A, B), A <= B, nearly.
@@ -54,14 +59,28 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x
 
 
+def with_equal_columns(matrices: Tensor) -> Tensor:
+    """Matrices (N, A, B) with the columns of each scaled to one length, the root of their mean
+    square; columns of zeros stay.
+
+    Of an orthogonal update with A < B the rows have equal lengths, the columns have not. They are
+    the neurons of an MLP, be it the rows of gate and up or the columns of down, and would move by
+    unequal lengths. NorMuon (Li et al., 2025, arXiv 2510.05491) divides rows by a running mean of
+    their squares; without it there is no state, and the loss is lower (docs/benchmarks.md).
+    """
+    columns = torch.linalg.vector_norm(matrices, dim=-2, keepdim=True, dtype=torch.float32)
+    size = columns.square().mean(-1, keepdim=True).sqrt()
+    return matrices * (size / columns.clamp(min=1e-12)).to(matrices.dtype)
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the parameters of groups with "use_muon", every second of them at each step, fused
     AdamW for the others.
 
     Args:
         matrices: parameters of shape (A, B) or (E, A, B), for Muon with `momentum` (Nesterov's).
-        others: parameters for AdamW, without weight decay.
-        lr, weight_decay: of both, and of Muon.
+        others: parameters for AdamW, at `OTHERS_RATE` times `lr` and without weight decay.
+        lr, weight_decay: of Muon.
         betas, eps: of AdamW.
         momentum: of Muon.
 
@@ -152,11 +171,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def _moves(self, updates: list[tuple[Tensor, Tensor]], rate) -> list[tuple[Tensor, Tensor]]:
         """Some parameters of one batch, each with its update, as the parameters with what is added
-        to them: twice `rate` times the update orthogonalised, at the size of AdamW's."""
+        to them: twice `rate` times the update orthogonalised, with equal columns, at the size of
+        AdamW's."""
         if not updates:
             return []
         wide = [_wide(update) for _, update in updates]
-        moves = orthogonalized(torch.cat(wide)) * (2 * 0.2 * wide[0].shape[-1] ** 0.5 * rate)
+        moves = with_equal_columns(orthogonalized(torch.cat(wide)))
+        moves = moves * (2 * 0.2 * wide[0].shape[-1] ** 0.5 * rate)
         pieces = zip(updates, moves.split([len(each) for each in wide]), strict=True)
         return [
             (p, (piece if p.shape[-2] <= p.shape[-1] else piece.mT).view(p.shape))
@@ -179,7 +200,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=OTHERS_RATE * group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
