@@ -317,14 +317,14 @@ def test_partitions_of_zero_move_as_the_matrices(monkeypatch, world):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_rest_moves_as_torchs_adamw_at_eight_times_the_rate(model):
+def test_the_rest_moves_as_torchs_adamw_at_four_times_the_rate(model):
     twin = copy.deepcopy(model)
     step(model, build_optimizer(model, ARGS))
     others = [p for name, p in twin.named_parameters() if "_proj" not in name]
     ids = torch.arange(3, 35)[None]
     twin(ids, labels=ids).loss.backward()
     torch.optim.AdamW(
-        others, lr=8e-2, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
+        others, lr=4e-2, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
     ).step()
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert ("_proj" in name) or torch.equal(parameter, other), name
