@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LANGUAGES = ("bash", "python", "json", "yaml", "text", "")  # the last two: what a command prints
 PROGRAMS = ("minimind", "python", "bash", "deepspeed", "torchrun", "accelerate", "sbatch", "pip")
 PROGRAMS += ("transformers", "vllm", "llama-cli", "llama-server", "llama-quantize", "ollama")
-SHELL = ("cd", "curl", "source")  # run by the shell as they are
+SHELL = ("awk", "cd", "curl", "source")  # run by the shell as they are
 
 # Commands that are only checked: their options are parsed, where they are ours. Pattern -> why.
 ONLY_CHECKED = {

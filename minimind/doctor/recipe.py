@@ -36,7 +36,8 @@ def epochs(case: Case) -> tuple:
     if case.spec.reads_documents and passes > MANY_EPOCHS:
         expected = (
             f"at most {MANY_EPOCHS}: what is repeated more often teaches less and less (arXiv"
-            " 2305.16264)"
+            " 2305.16264), and little text is learnt by heart from the third pass on (the curve"
+            " is in docs/benchmarks.md)"
         )
         fix = "Give more text, or train for fewer steps."
         return "warning", f"{passes:.1f} passes over the data", expected, fix
