@@ -7,6 +7,9 @@ PROGRAM = """
 import atexit, signal, sys
 from minimind.common.forking import run_forked
 
+# A shell starts what it runs in the background with Ctrl-C ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def work(kind):
     atexit.register(print, "exit_function")
     print("working", flush=True)
