@@ -7,14 +7,13 @@ conversation (docs/reward.md).
 """
 
 import argparse
-import json
 import random
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 
 from minimind.common.errors import UserError, reports_user_errors
-from minimind.common.files import check_output, write_text
+from minimind.common.files import check_output, write_json_lines
 from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.files import read_rows
 from minimind.data.preferences import to_preference
@@ -71,10 +70,6 @@ def contrast_pairs(chats: list[Conversation], draw: random.Random) -> list[dict]
     return rows
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 @reports_user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,27 +81,33 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, metavar="CHATS", help=help_text)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for path in filter(None, (args.output, args.kept)):
-        check_output(path)
+    outputs = [path for path in (args.output, args.kept) if path]
+    for path in outputs:
+        check_output(path, inputs=[*args.chats, *args.without])
+    if args.kept == args.output:
+        raise UserError(f"{args.output}: two files cannot be written to one. Name another --kept.")
 
     # Chats, without those of the held-out pairs
     chats = [row.data for row in read_rows(args.chats, None, to_conversation)]
     without = read_rows(args.without, None, to_preference) if args.without else ()
     pairs = [row.data for row in without]
-    held_out = {(p["prompt"][-1]["content"], p["chosen"][0]["content"]) for p in pairs}
-    kept = [
-        chat
-        for chat in chats
-        if not any((a["content"], b["content"]) in held_out for a, b in pairwise(chat.messages))
-    ]
+    held_out = [(p["prompt"][-1]["content"], p["chosen"][0]["content"]) for p in pairs]
+    turns = [{(a["content"], b["content"]) for a, b in pairwise(c.messages)} for c in chats]
+    kept = [c for c, own in zip(chats, turns, strict=True) if own.isdisjoint(held_out)]
+    found = [turn for turn in held_out if any(turn in own for own in turns)]
 
     rows = contrast_pairs(kept, random.Random(args.seed))
     if not rows:
         raise UserError(f"{', '.join(args.chats)}: found no two chats with different replies.")
-    write_rows(args.output, rows)
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_lines(args.output, rows)
     if args.kept:
-        write_rows(args.kept, [chat._asdict() for chat in kept])
+        write_json_lines(args.kept, [chat._asdict() for chat in kept])
     print(f"{len(rows):,} pairs from {len(kept):,} of {len(chats):,} chats -> {args.output}")
+    if pairs:
+        left_out = f"{len(chats) - len(kept):,}, for {len(found):,} of the {len(pairs):,} pairs"
+        print(f"chats left out: {left_out} of --without")
 
 
 if __name__ == "__main__":

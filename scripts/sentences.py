@@ -6,7 +6,6 @@ Grammar is within the sentence: why a small model learns it faster so is in docs
 """
 
 import argparse
-import json
 import random
 import re
 from itertools import pairwise
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from minimind.commands.tokenizer import domain_weight
 from minimind.common.errors import reports_user_errors
-from minimind.common.files import check_output, write_text
+from minimind.common.files import check_output, write_json_lines
 from minimind.tokenizer_evaluation.texts import read_texts, script, weighted
 
 # A sentence ends with its mark and the quotation marks behind it, or with the line. In English a
@@ -53,8 +52,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for language, rows in found.items():
         random.Random(0).shuffle(rows)
-        lines = [json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows]
-        write_text(args.output / f"{language}.jsonl", "".join(lines))
+        write_json_lines(args.output / f"{language}.jsonl", ({"text": row} for row in rows))
         print(f"{len(rows):,} sentences -> {args.output / f'{language}.jsonl'}")
 
 

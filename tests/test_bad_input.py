@@ -350,6 +350,23 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["score", "nowhere", "rows.jsonl", "--out", "rows.jsonl"],
+        ["pairs", "nowhere", "rows.jsonl", "./rows.jsonl", "--by_length", "longer"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_that_is_read_is_not_written_over(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in chat_rows()))
+    before = file.read_bytes()
+    assert "is read by this command" in failure(capsys, run_cli, *words)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
     "command", ["inspect", "tokenizer", "clean", "world", "export", "import", "merge"]
 )
 @pytest.mark.parametrize(("out", "problem"), OUTPUTS.values(), ids=OUTPUTS)

@@ -61,7 +61,9 @@ def test_every_second_rejected_reply_is_about_what_the_chat_is_about():
 
 def test_replies_that_call_tools_or_follow_one_are_left_out_and_tools_are_kept():
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
-    call = assistant("", tool_calls=[{"type": "function", "function": {"name": "clock"}}])
+    call = assistant(
+        "Let me look.", tool_calls=[{"type": "function", "function": {"name": "clock"}}]
+    )
     calling = [user("When?"), call, {"role": "tool", "content": "5"}, assistant("At five.")]
     last = [user("Thanks"), assistant("With pleasure.")]
     chats = [Conversation(calling + last, tools), Conversation([user("Hi"), assistant("Hello.")])]
@@ -79,7 +81,9 @@ def test_the_chats_of_held_out_pairs_are_left_out_and_the_rest_trains(
     kept = tmp_path / "kept.jsonl"
     without = write(tmp_path / "held_out.jsonl", [held_out])
     run(monkeypatch, *files, "--without", without, "--kept", kept)
-    assert "238 pairs from 119 of 120 chats" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "238 pairs from 119 of 120 chats" in said
+    assert "chats left out: 1, for 1 of the 1 pairs of --without" in said
     assert not any(message["content"] in out.read_text() for message in rows[0][1::2])
     for line in out.read_text().splitlines():
         pair = json.loads(line)
@@ -92,3 +96,14 @@ def test_chats_that_give_no_pair_are_refused_and_nothing_is_written(monkeypatch,
     files = write(tmp_path / "chats.jsonl", [{"messages": chats(1)[0]}]), tmp_path / "out.jsonl"
     assert "no two chats" in failure(capsys, run, monkeypatch, *files)
     assert not files[1].exists()
+
+
+def test_neither_the_chats_nor_one_of_two_results_is_overwritten(monkeypatch, tmp_path, capsys):
+    file = write(tmp_path / "chats.jsonl", [{"messages": row} for row in chats()])
+    before, out = file.read_bytes(), tmp_path / "new" / "out.jsonl"
+    assert "is read by this command" in failure(capsys, run, monkeypatch, file, file)
+    assert "is read by this command" in failure(capsys, run, monkeypatch, file, out, "--kept", file)
+    assert "Name another" in failure(capsys, run, monkeypatch, file, out, "--kept", out)
+    assert file.read_bytes() == before and not out.parent.exists()
+    run(monkeypatch, file, out)
+    assert out.exists()

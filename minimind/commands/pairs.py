@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minimind.commands.asking import add_asking, ask
 from minimind.common.errors import UserError
-from minimind.common.files import check_output
+from minimind.common.files import check_output, write_json_lines
 from minimind.common.language import say
 from minimind.common.streams import json_text
 
@@ -53,14 +53,13 @@ def run(args: Namespace) -> None:
         describe_pairs,
         ranked_pairs,
         replies_depend_on,
-        write_pairs,
     )
 
     # What can be refused at once
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise UserError(f"{out}: expected a name that ends with .jsonl, such as pairs.jsonl.")
-    check_output(out)
+    check_output(out, inputs=[args.prompts])
     asked = ask(args, [args.directory], [args.prompts], "human")
     prompts, (ids,), (model,) = asked.prompts, asked.ids, asked.models
 
@@ -83,7 +82,7 @@ def run(args: Namespace) -> None:
             record.keep_result(
                 {"judge": asked.judge_option, **facts}
             )  # first, so that it is known whose pairs they are
-            write_pairs(out, rows)
+            write_json_lines(out, rows)
     if args.json:
         print(json_text(record.result, indent=2))
     else:

@@ -1,12 +1,11 @@
 """`minimind score`."""
 
-import json
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 
 from minimind.commands.options import add_bad_rows, add_columns
-from minimind.common.files import check_output, write_text
+from minimind.common.files import check_output, write_json_lines
 from minimind.common.language import say
 from minimind.common.streams import json_text
 
@@ -36,7 +35,7 @@ def run(args: Namespace) -> None:
     from minimind.evaluation import RewardModel, read_rewards, score_files
 
     if args.out:
-        check_output(args.out)
+        check_output(args.out, inputs=args.files)
     columns = Columns(args.columns, args.unread_columns)
     with redirect_stdout(sys.stderr):  # stdout is the rows' alone
         reward = RewardModel.load(args.directory)
@@ -44,8 +43,7 @@ def run(args: Namespace) -> None:
         for sentence in read_rewards(metrics) if metrics else ():
             say(sentence)
     if args.out:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(args.out, "".join(lines))
+        write_json_lines(args.out, rows)
     else:
         for row in rows:
             print(json_text(row))

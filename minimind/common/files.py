@@ -5,7 +5,7 @@ Loads no torch.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -64,12 +64,14 @@ def sync_files(directory: Path) -> None:
             sync_file(path)
 
 
-def check_output(path: str | Path, directory: bool = False) -> None:
+def check_output(
+    path: str | Path, directory: bool = False, inputs: Iterable[str | Path] = ()
+) -> None:
     """Check that a file, or a `directory` of files, can be written, before its content is computed.
 
     Raises:
-        UserError: something else is there or in the way, it may not be written, or no file can have
-        such a name.
+        UserError: something else is there or in the way, it may not be written, no file can have
+        such a name, or it is one of the `inputs`, which would be lost.
     """
     output = Path(path).expanduser().absolute()
     try:
@@ -86,6 +88,10 @@ def check_output(path: str | Path, directory: bool = False) -> None:
             problem = f"{nearest} may not be written"
         elif output.is_dir() and not directory:
             problem = "it is a directory"
+        elif output.exists() and any(
+            each.exists() and each.samefile(output) for each in map(Path, inputs)
+        ):
+            problem = "it is read by this command, and would be overwritten"
         elif output.exists() and not os.access(output, os.W_OK):
             problem = "it may not be written"
         else:
@@ -197,6 +203,11 @@ def json_lines(path: str | Path) -> Iterator[dict]:
                 entry = json.loads(line)
             if isinstance(entry, dict):
                 yield entry
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write the rows to a JSON Lines file, complete or not at all; raises OSError."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_json(path: str | Path, value: Any) -> None:

@@ -14,6 +14,5 @@ from minimind.pairs.making import (
     describe_pairs,
     questions,
     ranked_pairs,
-    write_pairs,
 )
 from minimind.pairs.record import Record, replies_depend_on

@@ -1,6 +1,5 @@
 """Replies to a prompt -> a preference pair that train_dpo.py reads, or why there is none."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,6 @@ from statistics import fmean
 from typing import NamedTuple
 
 from minimind.common.errors import BadRowError, UserError
-from minimind.common.files import write_text
 from minimind.data.conversations import Conversation
 from minimind.data.message_order import check_order
 from minimind.data.messages import Message, reply_message
@@ -160,8 +158,3 @@ def describe_pairs(path: Path, rows: Sequence[dict]) -> dict:
         if f"{side}_score" in rows[0]:
             facts[f"{side}_score"] = round(fmean(row[f"{side}_score"] for row in rows), 6)
     return facts
-
-
-def write_pairs(path: Path, rows: Sequence[dict]) -> None:
-    """Write the rows to a JSON Lines file, complete or not at all; raises OSError."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -16,7 +16,7 @@ from minimind.planning.counting import RowCounts
 from minimind.planning.plan import Plan
 from minimind.planning.planned_runs import PlannedRun, deepspeed_of
 from minimind.training.adapters import fit_virtual_tokens
-from minimind.training.optimizers import check_muon_under_zero
+from minimind.training.optimizers import muon_refusal
 from minimind.training.preference_losses import needs_reference
 
 BATCH_LIMIT = 2**16
@@ -70,10 +70,10 @@ def make_plan(
         notes.append(f"{device.name} has no bf16, so a run there takes fp32; --fp16 true is faster")
 
     zero_stage, offload_optimizer, offload_parameters = deepspeed_of(options)
-    if zero_stage is not None:
-        offloads = offload_optimizer or offload_parameters
-        if refusal := refusal_of(options.optim, zero_stage, offloads):
-            raise UserError(f"{recipe.path}: {refusal}")
+    muon = options.optim == "muon"
+    offloads = offload_optimizer or offload_parameters
+    if muon and zero_stage is not None and (refusal := muon_refusal(zero_stage, offloads)):
+        raise UserError(f"{recipe.path}: {refusal}")
     step = Step(
         batch_size=options.per_device_train_batch_size,
         length=rows.longest,
@@ -81,7 +81,7 @@ def make_plan(
         device=device.kind,
         accumulation=options.gradient_accumulation_steps,
         processes=processes,
-        optimizer="muon" if options.optim == "muon" else "adamw",
+        optimizer="muon" if muon else "adamw",
         checkpointing=bool(options.activation_checkpointing or options.gradient_checkpointing),
         attention=options.attn_implementation or "sdpa",
         masked=not recipe.spec.reads_documents or options.document_mask,
@@ -127,7 +127,7 @@ def make_plan(
         peak_under={
             name: peak(**no_offloading | zero)
             for name, zero in ZERO.items()
-            if not refusal_of(options.optim, zero["zero_stage"], "offload_optimizer" in zero)
+            if not (muon and muon_refusal(zero["zero_stage"], "offload_optimizer" in zero))
         },
         peak_with_reference=with_references(recipe, peak),
         peak_without_checkpointing=peak(checkpointing=False),
@@ -137,16 +137,6 @@ def make_plan(
         time_budget=budget,
     )
     return plan.within_budget()
-
-
-def refusal_of(optim: str, zero_stage: int, offloads: bool) -> str:
-    """Why a run with this optimizer ends at its start under such a ZeRO; "" if it does not."""
-    try:
-        if optim == "muon":
-            check_muon_under_zero(zero_stage, offloads)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def with_references(recipe: PlannedRun, peak: Callable[..., float]) -> dict[str, float]:

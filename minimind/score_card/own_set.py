@@ -15,13 +15,12 @@ prefers short sentences) wins exactly one of the two. A template without a conte
 of words, `<x|y>` with y the same words in a wrong order, where such a model finds a tie.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from minimind.common.files import write_text
+from minimind.common.files import write_json_lines
 from minimind.score_card import own_set_en, own_set_zh
 from minimind.score_card.minimal_pairs import MinimalPair
 
@@ -71,7 +70,7 @@ def write_pairs(pairs: Iterable[MinimalPair], path: Path) -> None:
         }
         for pair in pairs
     ]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json_lines(path, rows)
 
 
 def draw(paradigm: dict, count: int, seed: str) -> list[tuple[str, str]]:

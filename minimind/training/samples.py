@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minimind.common.errors import BadRowError, UserError, decoration
-from minimind.common.files import json_lines, write_text
+from minimind.common.files import json_lines, write_json_lines
 from minimind.common.language import say
 from minimind.common.streams import printable
 from minimind.data.chat_encoder import ChatEncoder, encode_prompts
@@ -204,8 +204,7 @@ class SampleCallback(Decoration):
                 line = f"  {one_line(row['prompt'])} | {one_line(row['text'])}"
                 print(printable(line), flush=True)
         with decoration("keeping the samples"):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
-            write_text(self.file, "".join(lines))
+            write_json_lines(self.file, self.rows)
         track_samples(self.rows, step)
 
 
