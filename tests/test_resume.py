@@ -511,23 +511,37 @@ def test_a_directory_that_is_no_run_is_refused_before_anything_runs(
 def test_time_goes_on_and_wandb_stays_in_the_same_run(
     world, cache, tokenizer_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb = pytest.importorskip("wandb")
     words = command(
         world, "pretrain", tmp_path / "out", tokenizer_dir, report_to="wandb", logging_steps=1
     )
-    wandb = pytest.importorskip("wandb")
+
+    # Two directories: wandb names a run's by the second in which it starts, and both may start in
+    # the same one here.
+    lives = [tmp_path / "first", tmp_path / "second"]
+    for directory in lives:
+        directory.mkdir()
+
     try:
+        monkeypatch.setenv("WANDB_DIR", str(lives[0]))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
             kill_at(patch, 5)
             run_script(patch, *words)
         wandb.finish()
+        wandb.teardown()  # it remembers its directory
         first = json.loads((tmp_path / "out" / "run.json").read_text())
+
+        monkeypatch.setenv("WANDB_DIR", str(lives[1]))
         run(words)
         wandb.finish()
     finally:
-        wandb.teardown()  # it remembers its directory
+        wandb.teardown()
+
     assert json.loads((tmp_path / "out" / "run.json").read_text())["run"] == first["run"]
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first['run']}"))) == 2
+    for directory in lives:
+        (written,) = (directory / "wandb").glob("offline-run-*")
+        assert written.name.endswith(f"-{first['run']}")
+
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()
     ]
