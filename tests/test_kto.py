@@ -228,3 +228,4 @@ def test_a_run_from_a_file_of_ratings_writes_a_stage(
     train, held_out = (record["data"][part] for part in ("train", "eval"))
     assert sum(part.get("desirable", 0) for part in (train, held_out)) == 13
     assert record["metrics"]["after"].keys() >= {"loss", "rewards/chosen", "kl"}
+    assert [finding["name"] for finding in record["reading"]] == ["rewards_did_not_move"]

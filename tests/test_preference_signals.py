@@ -220,6 +220,17 @@ def test_without_held_out_pairs_the_training_curves_are_read():
     ]
 
 
+@pytest.mark.parametrize("pattern", ["chosen_fell", "rewards_did_not_move", "overfitting"])
+def test_the_rewards_of_rated_replies_are_read_without_accuracies(pattern):
+    log = [
+        {key: value for key, value in entry.items() if "accuracies" not in key}
+        for entry in log_of(healthy() | PLANTED[pattern])
+    ]
+    (found,) = read_curves(log, PAIRS)
+    assert found["name"] == pattern
+    assert "loss_type" not in found["advice"]  # KTO has no SFT term
+
+
 def test_a_run_without_rewards_is_not_read():
     assert read_curves([{"step": 1, "loss": 2.0}], 10) is None
 

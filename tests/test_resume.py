@@ -87,6 +87,7 @@ def command(world, stage, output_dir, tokenizer_dir=None, argv=(), **options):
         "sft": ["--train_files", world / "chats.jsonl", "--model_name_or_path", world / "base"],
         "dpo": ["--train_files", world / "pairs.jsonl", "--model_name_or_path", world / "base"],
         "reward": ["--train_files", world / "pairs.jsonl", "--model_name_or_path", world / "base"],
+        "kto": ["--train_files", world / "pairs.jsonl", "--model_name_or_path", world / "base"],
     }[stage]
     length = (
         {"block_size": 32, "tokenizer": tokenizer_dir}
@@ -223,6 +224,7 @@ RUNS = {
     # Nothing is logged until the end, so that TRL's means of all steps stand in the last line.
     "reward": ("reward", {"lora_dropout": 0.1}, ["--use_peft", "--lora_r", "4"], [MIDST]),
     "dpo": ("dpo", {"disable_dropout": False, "logging_strategy": "no"}, [], [MIDST, SAVED]),
+    "kto": ("kto", {"disable_dropout": False, "logging_strategy": "no"}, [], [MIDST, SAVED]),
 }
 
 

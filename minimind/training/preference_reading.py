@@ -21,18 +21,19 @@ NORMAL = 1.96  # standard deviations on each side of 95 % of a normal distributi
 
 def read_curves(log: Sequence[dict], pairs: int) -> list[dict[str, str]] | None:
     """The findings in a log (see `plots.read_log`), each {"name", "severity", "text", "advice"};
-    None where it is not one of training on pairs. `pairs`: the held-out ones.
+    None where it is not one of training on pairs or rated replies. `pairs`: the held-out ones.
 
+    Rated replies have no accuracies and no lengths, so that less is found in their curves.
     Held-out values are used where there are any: they are of the same pairs at each evaluation.
     A value of training is the mean over the last quarter of the log, since each is of other pairs.
     """
-    train = [entry for entry in log if "rewards/accuracies" in entry]
+    train = [entry for entry in log if "rewards/margins" in entry]
     if not train:
         return None
     held_out = [
         {key.removeprefix("eval_"): value for key, value in entry.items()}
         for entry in log
-        if "eval_rewards/accuracies" in entry
+        if "eval_rewards/margins" in entry
     ]
     late = train[-max(1, len(train) // 4) :]
     last = {key: fmean(entry.get(key, math.nan) for entry in late) for key in late[-1]}
@@ -72,12 +73,15 @@ def _rewards(begin: dict, end: dict) -> Iterator[Finding]:
             "Raise --learning_rate, train for more steps, or lower --beta.",
         )
     elif margin > MOVED and chosen < -FELL * margin:
+        has_pairs = "rewards/accuracies" in end
         yield (
             "chosen_fell",
             "warning",
             f"The log-probability of chosen replies fell (rewards/chosen {chosen:+.3f}) while the"
             f" margins rose ({margin:+.3f}): the model learns mainly what not to say.",
-            "Raise --beta or lower --learning_rate, or add an SFT term (--loss_type sigmoid sft).",
+            "Raise --beta or lower --learning_rate, or add an SFT term (--loss_type sigmoid sft)."
+            if has_pairs
+            else "Raise --beta or lower --learning_rate, or raise --desirable_weight.",
         )
 
 
