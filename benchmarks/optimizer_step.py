@@ -100,7 +100,7 @@ def orthogonality() -> dict:
     torch.optim.Muon([copy], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
     found = {
         "torch's": singular_values(-copy),
-        "ours": singular_values(orthogonalized(matrix[None])),
+        "ours": singular_values(orthogonalized([matrix[None]])),
     }
     for key, (low, high) in found.items():
         print(f"singular values, {key}: {low:.2f} to {high:.2f}")
