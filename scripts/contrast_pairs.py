@@ -18,7 +18,7 @@ from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.files import read_rows
 from minimind.data.preferences import to_preference
 
-CANDIDATES = 32  # chats of which a rejected reply comes from the most similar one
+CANDIDATES = 16  # chats of which a rejected reply comes from the most similar one
 
 
 def bigrams(messages: list[dict]) -> set[str]:
@@ -44,8 +44,8 @@ def answers(messages: list[dict]) -> list[int]:
 
 
 def contrast_pairs(chats: list[Conversation], draw: random.Random) -> list[dict]:
-    """A pair for each reply that answers a user, in random order: the rejected reply comes from any
-    other chat, or, for every second pair, from the most similar of `CANDIDATES` other chats."""
+    """A pair for each reply that answers a user, in random order: the rejected reply comes from the
+    most similar of `CANDIDATES` other chats, so that the topic alone does not tell."""
     places = [answers(chat.messages) for chat in chats]
     usable = [index for index, found in enumerate(places) if found]
     grams = {index: bigrams(chats[index].messages) for index in usable}
@@ -53,11 +53,9 @@ def contrast_pairs(chats: list[Conversation], draw: random.Random) -> list[dict]
     for index in usable:
         messages, tools, _ = chats[index]
         for place in places[index]:
-            hard = draw.random() < 0.5
-            others = draw.sample(usable, min(CANDIDATES if hard else 2, len(usable)))
+            others = draw.sample(usable, min(CANDIDATES + 1, len(usable)))
             others = [other for other in others if other != index]
-            if hard:
-                others.sort(key=lambda other: similarity(grams[index], grams[other]), reverse=True)
+            others.sort(key=lambda other: similarity(grams[index], grams[other]), reverse=True)
             replies = [chats[other].messages[draw.choice(places[other])] for other in others]
             rejected = next(
                 (r for r in replies if r["content"] != messages[place]["content"]), None
