@@ -43,7 +43,7 @@ def orthogonalized(matrices: Sequence[Tensor]) -> Tensor:
     (N, A, B) with A <= B. The result has one after the other, in shape (sum of N, A, B).
 
     Its singular values are within 0.28 of 1, if they were at least 0.01 of the fourth root of the
-    sum of their fourth powers; rounding in bf16 makes a few larger, up to 1.4. The products and the
+    sum of their fourth powers; rounding in bf16 makes a few larger, up to 1.5. The products and the
     result are in bf16 where the device is fast in it, else in fp32.
     """
     dtype = torch.bfloat16 if bf16_is_fast(matrices[0].device.type) else torch.float32
