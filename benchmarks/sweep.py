@@ -124,7 +124,7 @@ def main() -> None:
     runs = {}
     for point, seed in product(grid(args.set), range(args.seeds)):
         own = [f"--{name}={value}" for name, value in point.items()]
-        own = [*DEFAULTS, *words, *own, f"--seed={seed}", *(QUICK if args.quick else ())]
+        own = [*DEFAULTS, f"--seed={seed}", *words, *own, *(QUICK if args.quick else ())]
         (planned,) = read_recipes([args.recipe], own)
         spec, key = planned.spec, [hash_file(args.recipe), args.answers, planned.words]
         runs[json.dumps(key)] = (point, planned)

@@ -18,7 +18,7 @@ from minimind.data.conversations import Conversation, to_conversation
 from minimind.data.files import read_rows
 from minimind.data.preferences import to_preference
 
-CANDIDATES = 16  # chats of which a rejected reply comes from the most similar one
+CANDIDATES = 17  # chats of which a rejected reply comes from the most similar one
 
 
 def bigrams(messages: list[dict]) -> set[str]:
@@ -53,7 +53,7 @@ def contrast_pairs(chats: list[Conversation], draw: random.Random) -> list[dict]
     for index in usable:
         messages, tools, _ = chats[index]
         for place in places[index]:
-            others = draw.sample(usable, min(CANDIDATES + 1, len(usable)))
+            others = draw.sample(usable, min(CANDIDATES, len(usable)))
             others = [other for other in others if other != index]
             others.sort(key=lambda other: similarity(grams[index], grams[other]), reverse=True)
             replies = [chats[other].messages[draw.choice(places[other])] for other in others]

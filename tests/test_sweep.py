@@ -76,6 +76,13 @@ def test_a_second_call_runs_what_is_missing_and_what_failed(run_sweep, tmp_path)
     assert run_sweep("--set", "learning_rate=0.1")[1] == 1
 
 
+@pytest.mark.parametrize("words", [["--seed=5"], ["--set", "seed=5"]], ids=" ".join)
+def test_a_seed_that_is_given_is_that_of_the_run(run_sweep, words):
+    lines, started = run_sweep("--set", "learning_rate=0.1", *words)
+    assert started == 1
+    assert "5.1000" in lines[2]
+
+
 @pytest.mark.parametrize(
     ("setting", "message", "runs"),
     [
