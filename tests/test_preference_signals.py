@@ -180,6 +180,7 @@ PLANTED = {
     "overfitting": {"margins": lambda t: 3 * t, "eval_margins": lambda t: 0.4 * t},
     "overfitting, later": {"eval_margins": rise_and_fall},
     "entropy": {"entropy": lambda t: 1.5 - t},
+    "entropy_rose": {"entropy": lambda t: 0.2 + 0.5 * t},
 }
 
 
@@ -197,6 +198,8 @@ NEAR = {
     "short replies that are judged a little worse": {"longer": (0.8, 0.95), "shorter": (0.2, 0.75)},
     "held-out margins that are lower": {"margins": lambda t: 3 * t},
     "entropy that falls a little": {"entropy": lambda t: 1.5 - 0.6 * t},
+    "a low entropy that rises a little": {"entropy": lambda t: 0.1 + 0.2 * t},
+    "a high entropy that rises by less than as much again": {"entropy": lambda t: 2 + t},
     "a dip within the noise": {"eval_margins": lambda t: min(t, 0.9)},
 }
 
@@ -220,7 +223,9 @@ def test_without_held_out_pairs_the_training_curves_are_read():
     ]
 
 
-@pytest.mark.parametrize("pattern", ["chosen_fell", "rewards_did_not_move", "overfitting"])
+@pytest.mark.parametrize(
+    "pattern", ["chosen_fell", "rewards_did_not_move", "overfitting", "entropy_rose"]
+)
 def test_the_rewards_of_rated_replies_are_read_without_accuracies(pattern):
     log = [
         {key: value for key, value in entry.items() if "accuracies" not in key}

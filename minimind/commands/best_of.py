@@ -61,7 +61,7 @@ def write_best(model, tokenizer, reward, ids: list[int], messages: list, args: N
     rewards = reward.score_ids([encoded[i] for i in fitting])
     best = max(range(len(fitting)), key=rewards.__getitem__)
     reply = replies[fitting[best]]
-    print(printable(reply.text))
+    print(printable(reply.text), flush=True)
     say(
         f"best of {len(replies)}: reward {rewards[best]:.2f}, mean {fmean(rewards):.2f}",
         file=sys.stderr,

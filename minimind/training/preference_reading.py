@@ -15,6 +15,7 @@ FELL = 0.25  # fall of the chosen rewards, as a share of the rise of the margins
 LEARNED = 0.25  # share of the training margins' rise that held-out margins reach at least
 FROM_PEAK = 0.1  # share of the highest held-out margin that may be lost again
 ENTROPY = 0.5  # share of the entropy before training that is left at least
+UNSURE = 0.3  # nats by which it may rise, and beyond them up to twice its value
 FEW = 10  # of fewer pairs no accuracy is compared
 NORMAL = 1.96  # standard deviations on each side of 95 % of a normal distribution
 
@@ -178,7 +179,7 @@ def _length(end: dict, pairs: int) -> Iterator[Finding]:
 
 
 def _entropy(begin: dict, end: dict) -> Iterator[Finding]:
-    """A policy that has lost its variety."""
+    """A policy that has lost its variety, or its certainty."""
     before, after = begin.get("entropy", 0.0), end.get("entropy", 0.0)
     if after < ENTROPY * before:
         yield (
@@ -187,6 +188,14 @@ def _entropy(begin: dict, end: dict) -> Iterator[Finding]:
             f"The entropy fell from {before:.3f} to {after:.3f} nats per token: the model has lost"
             " much of its variety.",
             "Raise --beta or lower --learning_rate.",
+        )
+    elif after > max(2 * before, before + UNSURE):
+        yield (
+            "entropy_rose",
+            "warning",
+            f"The entropy rose from {before:.3f} to {after:.3f} nats per token: the model is no"
+            " longer sure of its words, and its replies may fall apart.",
+            "Lower --learning_rate or raise --beta, and read the samples.",
         )
 
 
