@@ -369,9 +369,8 @@ import os, sys, time
 from pathlib import Path
 from minimind.common.locks import lock
 held = lock(Path(sys.argv[1]), "x")
-child = os.fork()
-if child:
-    print(child, flush=True)
+if os.fork() == 0:  # said by the child, which by now has let go of the lock
+    print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
