@@ -14,8 +14,8 @@ MOVED = 0.05  # a reward; the loss of a pair with this margin is 0.025 below ln 
 FELL = 0.25  # fall of the chosen rewards, as a share of the rise of the margins
 LEARNED = 0.25  # share of the training margins' rise that held-out margins reach at least
 FROM_PEAK = 0.1  # share of the highest held-out margin that may be lost again
-ENTROPY = 0.5  # share of the entropy before training that is left at least
-UNSURE = 0.3  # nats by which it may rise, and beyond them up to twice its value
+ENTROPY = 0.5  # the lower entropy, before or after training, as a share of the higher one, at least
+UNSURE = 0.3  # nats by which the entropy may always rise
 FEW = 10  # of fewer pairs no accuracy is compared
 NORMAL = 1.96  # standard deviations on each side of 95 % of a normal distribution
 
@@ -180,7 +180,7 @@ def _length(end: dict, pairs: int) -> Iterator[Finding]:
 
 def _entropy(begin: dict, end: dict) -> Iterator[Finding]:
     """A policy that has lost its variety, or its certainty."""
-    before, after = begin.get("entropy", 0.0), end.get("entropy", 0.0)
+    before, after = begin.get("entropy", math.nan), end.get("entropy", math.nan)
     if after < ENTROPY * before:
         yield (
             "entropy",
@@ -189,7 +189,7 @@ def _entropy(begin: dict, end: dict) -> Iterator[Finding]:
             " much of its variety.",
             "Raise --beta or lower --learning_rate.",
         )
-    elif after > max(2 * before, before + UNSURE):
+    elif after > max(before / ENTROPY, before + UNSURE):
         yield (
             "entropy_rose",
             "warning",
