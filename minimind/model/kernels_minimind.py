@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 
-BLOCK = 128  # queries per block of `blocked_attention_forward`
+BLOCK = 64  # queries per block of `blocked_attention_forward`
 MAX_BLOCKED_LENGTH = 1024  # beyond it the probabilities take too much memory for the time they save
 # Logits per piece of `CrossEntropy`: on a CPU (True) what fits into a cache, elsewhere (False) more
 PIECE = {True: 2**19, False: 2**26}
@@ -45,12 +45,12 @@ class RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         states, weight, scale = ctx.saved_tensors
-        grad, factors = grad_output.float(), weight.float()
-        normed = states.float() * scale
-        products = (grad * normed).flatten(0, -2)
-        mean = (products @ factors).view(scale.shape).div_(len(factors))
-        grad_states = (grad * factors).addcmul_(normed, mean, value=-1).mul_(scale)
-        return grad_states.to(states.dtype), products.sum(dim=0).to(weight.dtype), None, None
+        grad, values, factors = grad_output.float(), states.float(), weight.float()
+        products = (grad * values).flatten(0, -2)
+        mean = (products @ factors).view(scale.shape).div_(len(factors)).mul_(scale).mul_(scale)
+        grad_states = (grad * factors).addcmul_(values, mean, value=-1).mul_(scale)
+        grad_weight = scale.flatten() @ products
+        return grad_states.to(states.dtype), grad_weight.to(weight.dtype), None, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -242,9 +242,9 @@ def blocked_attention_forward(
     backward. Packed documents that cannot see each other cost little more than unpacked ones.
     """
     (B, H, S, D), K = query.shape, key.shape[1]
-    # Under autocast, only `value` has its dtype already
-    query = (query * scaling).to(value.dtype).reshape(B * K, H // K, S, D)
-    key = key.to(value.dtype).reshape(B * K, S, D).transpose(1, 2)
+    # Under autocast, only `value` has its dtype already; keys are fewer than queries to scale
+    query = query.to(value.dtype)
+    key = (key * scaling).to(value.dtype).reshape(B * K, S, D).transpose(1, 2)
     value = value.reshape(B * K, S, D)
     visible = attention_mask
     if visible is None:
@@ -255,20 +255,20 @@ def blocked_attention_forward(
     # All rows at once, or each alone
     ranges = key_ranges(visible)
     rows = B // len(ranges)
-    pieces = [each.split(rows * K) for each in (query, key, value)]
+    pieces = [query.split(rows), key.split(rows * K), value.split(rows * K)]
     pieces.append(bias.split(rows) if len(bias) > 1 else [bias] * len(ranges))
     outputs = []
     for q, k, v, b, own_ranges in zip(*pieces, ranges, strict=True):
         blocks = zip(q.split(BLOCK, dim=2), b.split(BLOCK, dim=2), own_ranges, strict=True)
         parts = []
         for block, block_bias, (first, end) in blocks:
-            logits = (block.flatten(1, 2) @ k[..., first:end]).view(rows, H, -1, end - first)
-            weights = (logits + block_bias[..., first:end]).softmax(dim=-1)
-            weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+            logits = block.reshape(rows * K, -1, D) @ k[..., first:end]
+            logits = logits.view(rows, H, -1, end - first) + block_bias[..., first:end]
+            weights = nn.functional.dropout(logits.softmax(dim=-1), dropout, module.training)
             part = weights.view(rows * K, -1, end - first) @ v[:, first:end]
-            parts.append(part.view(rows, H, -1, D))
-        outputs.append(torch.cat(parts, dim=2))
-    return torch.cat(outputs).transpose(1, 2), None
+            parts.append(part.view(rows, H, -1, D).transpose(1, 2))
+        outputs.append(torch.cat(parts, dim=1))
+    return torch.cat(outputs), None
 
 
 def key_ranges(visible: torch.Tensor) -> list[list[list[int]]]:
