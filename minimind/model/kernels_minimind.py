@@ -49,7 +49,7 @@ class RMSNorm(torch.autograd.Function):
         products = (grad * values).flatten(0, -2)
         mean = (products @ factors).view(scale.shape).div_(len(factors)).mul_(scale).mul_(scale)
         grad_states = (grad * factors).addcmul_(values, mean, value=-1).mul_(scale)
-        grad_weight = scale.flatten() @ products
+        grad_weight = products.T @ scale.flatten()
         return grad_states.to(states.dtype), grad_weight.to(weight.dtype), None, None
 
 
