@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from twins import SHAPE, library_twin, read_size
 
 from minimind import MiniMindConfig, MiniMindForCausalLM
+from minimind.common.errors import reports_user_errors
 
 EXPERTS = ("eager", "grouped_mm")
 
@@ -76,6 +77,7 @@ def shares(run: Callable[[], None], count: int = 8) -> str:
     )
 
 
+@reports_user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(

@@ -47,8 +47,8 @@ class RMSNorm(torch.autograd.Function):
         states, weight, scale = ctx.saved_tensors
         grad, values, factors = grad_output.float(), states.float(), weight.float()
         products = (grad * values).flatten(0, -2)
-        mean = (products @ factors).view(scale.shape).div_(len(factors)).mul_(scale).mul_(scale)
-        grad_states = (grad * factors).addcmul_(values, mean, value=-1).mul_(scale)
+        mean = (products @ factors).view(scale.shape) / len(factors)
+        grad_states = (grad * factors).addcmul_(values, mean * scale.square(), value=-1).mul_(scale)
         grad_weight = products.T @ scale.flatten()
         return grad_states.to(states.dtype), grad_weight.to(weight.dtype), None, None
 
@@ -242,7 +242,7 @@ def blocked_attention_forward(
     backward. Packed documents that cannot see each other cost little more than unpacked ones.
     """
     (B, H, S, D), K = query.shape, key.shape[1]
-    # Under autocast, only `value` has its dtype already; keys are fewer than queries to scale
+    # Under autocast, only `value` has its dtype already. Keys are scaled, since queries are more.
     query = query.to(value.dtype)
     key = (key * scaling).to(value.dtype).reshape(B * K, S, D).transpose(1, 2)
     value = value.reshape(B * K, S, D)
